@@ -1,0 +1,2 @@
+//! The `kvring` command.
+fn main() {}
