@@ -1,1 +1,33 @@
-//! Under construction.
+//! kvring's contract in shared memory.
+//!
+//! Everything that an engine and its clients must agree on, and nothing else: where things lie ([`superblock`],
+//! [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]), how health
+//! is told ([`epoch`], [`life`]), and how messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]).
+//! No policy, no keys' meaning, nothing of vLLM, no allocation on any path that carries a message.
+//!
+//! All of it assumes a hostile peer: bounds are checked once when a [`mapping::View`] is made, everything else is
+//! read through atomics, copied out once, and validated by who uses it.
+
+pub mod epoch;
+pub mod futex;
+pub mod mapping;
+pub mod park;
+pub mod payload;
+pub mod ring;
+pub mod slot;
+pub mod sync;
+
+#[cfg(not(loom))]
+pub mod channel;
+#[cfg(not(loom))]
+pub mod engine_segment;
+#[cfg(not(loom))]
+pub mod life;
+#[cfg(not(loom))]
+pub mod lobby;
+#[cfg(not(loom))]
+pub mod message;
+#[cfg(not(loom))]
+pub mod segment;
+#[cfg(not(loom))]
+pub mod superblock;

@@ -1,0 +1,193 @@
+//! `kvring.<name>.client.<n>.<nonce>`: one client's submission ring, completion ring and payload area.
+//!
+//! Created by the client for one attachment, unlinked by it, or by the engine after its death. The rings are prepared
+//! before the superblock's magic is written, so whoever can open a channel can read it.
+
+use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::payload::{Payload, Word};
+use crate::ring::{self, DEPTH, Slot};
+use crate::segment::{self, EngineName, SegmentError};
+use crate::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+
+const HEADER_AT: usize = SUPERBLOCK_BYTES;
+/// Where the submission ring is.
+pub const SUBMISSIONS_AT: usize = 1024;
+/// Where the completion ring is.
+pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
+/// Where the payload area is.
+pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
+
+/// The smallest payload area, in words.
+pub const PAYLOAD_WORDS_MIN: u32 = 1 << 10;
+/// The largest payload area, in words (64 MiB).
+pub const PAYLOAD_WORDS_MAX: u32 = 8 << 20;
+
+#[repr(C, align(128))]
+struct Header {
+    parked: AtomicU32,
+    _pad0: Pad<124>,
+    nonce: AtomicU64,
+    payload_words: AtomicU32,
+    entry: AtomicU32,
+    _pad1: Pad<112>,
+}
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for Header {}
+const _: () = assert!(HEADER_AT + size_of::<Header>() <= SUBMISSIONS_AT);
+
+/// Why a channel could not be made or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    /// The segment.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// Its superblock.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// Its length.
+    #[error(transparent)]
+    Bounds(#[from] OutOfBounds),
+    /// Its header names something else than the lobby's entry.
+    #[error("channel {name}: expected {what} {expected}, found {found}")]
+    Header {
+        /// The channel.
+        name: String,
+        /// The field.
+        what: &'static str,
+        /// Expected.
+        expected: u64,
+        /// Found.
+        found: u64,
+    },
+    /// A payload area that is too small or too large.
+    #[error("expected a payload area of {PAYLOAD_WORDS_MIN} to {PAYLOAD_WORDS_MAX} words, got {0}")]
+    PayloadSize(u32),
+}
+
+/// A mapped channel, for either side.
+pub struct Channel {
+    header: View<Header>,
+    /// Client to engine.
+    pub submissions: View<Slot>,
+    /// Engine to client.
+    pub completions: View<Slot>,
+    /// Long arguments and answers.
+    pub payload: Payload,
+}
+
+fn bytes(payload_words: u32) -> Result<usize, ChannelError> {
+    if !(PAYLOAD_WORDS_MIN..=PAYLOAD_WORDS_MAX).contains(&payload_words) {
+        return Err(ChannelError::PayloadSize(payload_words));
+    }
+    Ok(PAYLOAD_AT + payload_words as usize * 8)
+}
+
+impl Channel {
+    /// Client: a fresh channel, complete before anybody can open it.
+    pub fn create(
+        name: &EngineName,
+        entry: usize,
+        nonce: u64,
+        payload_words: u32,
+        arena_id: [u64; 2],
+        geometry: Geometry,
+    ) -> Result<Channel, ChannelError> {
+        let bytes = bytes(payload_words)?;
+        let file = name.client(entry, nonce);
+        let mapping = Arc::new(segment::create_shared(&file, bytes)?);
+        let channel = Channel::views(&mapping, payload_words).inspect_err(|_| segment::unlink(&file))?;
+        ring::initialise(&channel.submissions);
+        ring::initialise(&channel.completions);
+        let header = &channel.header[0];
+        header.nonce.store(nonce, Ordering::Relaxed);
+        header.payload_words.store(payload_words, Ordering::Relaxed);
+        header.entry.store(entry as u32, Ordering::Relaxed);
+        let segment_bytes = bytes as u64;
+        mapping.at::<Superblock>(0)?.write(&Identity {
+            kind: Kind::Client,
+            segment_bytes,
+            arena_id,
+            boot_id: boot_id(),
+            geometry,
+        });
+        Ok(channel)
+    }
+
+    /// Engine: the channel that the entry names, checked.
+    pub fn open(
+        name: &EngineName,
+        entry: usize,
+        nonce: u64,
+        payload_words: u32,
+    ) -> Result<Channel, ChannelError> {
+        let bytes = bytes(payload_words)?;
+        let file = name.client(entry, nonce);
+        let mapping = Arc::new(segment::open_shared(&file, bytes)?);
+        mapping.at::<Superblock>(0)?.read(Kind::Client, mapping.len() as u64)?;
+        let channel = Channel::views(&mapping, payload_words)?;
+        let header = &channel.header[0];
+        let mismatch = |what, expected, found| {
+            Err(ChannelError::Header { name: file.clone(), what, expected, found })
+        };
+        let (found_nonce, found_entry) =
+            (header.nonce.load(Ordering::Relaxed), header.entry.load(Ordering::Relaxed));
+        if found_nonce != nonce {
+            return mismatch("nonce", nonce, found_nonce);
+        }
+        if found_entry as usize != entry {
+            return mismatch("entry", entry as u64, u64::from(found_entry));
+        }
+        Ok(channel)
+    }
+
+    fn views(mapping: &Arc<Mapping>, payload_words: u32) -> Result<Channel, OutOfBounds> {
+        Ok(Channel {
+            header: View::new(mapping, HEADER_AT, 1)?,
+            submissions: View::new(mapping, SUBMISSIONS_AT, DEPTH)?,
+            completions: View::new(mapping, COMPLETIONS_AT, DEPTH)?,
+            payload: Payload::new(View::<Word>::new(mapping, PAYLOAD_AT, payload_words as usize)?),
+        })
+    }
+
+    /// The client's parked flag: set while one of its threads sleeps for a completion.
+    #[must_use]
+    #[inline]
+    pub fn client_parked(&self) -> &AtomicU32 {
+        &self.header[0].parked
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::{Body, Consumer, Producer};
+
+    #[test]
+    fn created_opened_and_refused() {
+        let name = EngineName::new(&format!("t-chan-{}", std::process::id())).unwrap();
+        let geometry = Geometry::new(1 << 20, 1 << 20).unwrap();
+        let ours = Channel::create(&name, 3, 77, PAYLOAD_WORDS_MIN, [1, 2], geometry).unwrap();
+        let theirs = Channel::open(&name, 3, 77, PAYLOAD_WORDS_MIN).unwrap();
+        let body = Body { head: 5, words: [6; 7] };
+        Producer::new(ours.submissions.clone()).push(&body);
+        assert_eq!(Consumer::new(theirs.submissions.clone()).pop(), Ok(Some(body)));
+        assert!(matches!(
+            Channel::open(&name, 3, 77, PAYLOAD_WORDS_MIN * 2),
+            Err(ChannelError::Segment(SegmentError::TooShort { .. }))
+        ));
+        assert!(matches!(Channel::open(&name, 3, 77, 1), Err(ChannelError::PayloadSize(1))));
+        assert!(matches!(
+            Channel::open(&name, 4, 77, PAYLOAD_WORDS_MIN),
+            Err(ChannelError::Segment(SegmentError::NotFound(_)))
+        ));
+        ours.header[0].nonce.store(78, Ordering::Relaxed);
+        assert!(matches!(
+            Channel::open(&name, 3, 77, PAYLOAD_WORDS_MIN),
+            Err(ChannelError::Header { what: "nonce", expected: 77, found: 78, .. })
+        ));
+        segment::unlink(&name.client(3, 77));
+    }
+}

@@ -1,0 +1,456 @@
+//! `kvring.<name>.engine`: written by the engine's service thread alone, mapped read-only by clients.
+//!
+//! Superblock, epoch, what the engine says of itself, statistics, its life words (one per client entry, because the
+//! kernel wakes one sleeper per word; and the *owner* word, by which one engine excludes another), the answers to
+//! attachments, namespaces, slab table, slot table. The slot table is sparse: ids follow from the slab's place, and
+//! memory is allocated when a slab gets its size class.
+
+use crate::epoch::Epoch;
+use crate::life::LifeWord;
+use crate::lobby::CLIENTS_MAX;
+use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration};
+use crate::slot::{SLOT_HEADER_BYTES, SlotHeader};
+use crate::superblock::{Geometry, SUPERBLOCK_BYTES, Superblock};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::{futex, slot};
+use std::sync::Arc;
+
+/// Namespaces that an engine can hold.
+pub const NAMESPACES_MAX: usize = 64;
+/// Ranks that a namespace can have.
+pub const RANKS_MAX: usize = 64;
+
+/// The life word by which an engine owns its segments; the others belong to the client entries of the same index.
+pub const OWNER_WORD: usize = CLIENTS_MAX;
+/// Life words in this segment.
+pub const LIFE_WORDS: usize = CLIENTS_MAX + 1;
+
+const EPOCH_AT: usize = SUPERBLOCK_BYTES;
+const INFO_AT: usize = EPOCH_AT + size_of::<Epoch>();
+const STATS_AT: usize = 1024;
+/// Words of the statistics block.
+pub const STATS_WORDS: usize = 256;
+/// Where the life words are.
+pub const LIFE_WORDS_AT: usize = 4096;
+/// Where the answers to attachments are.
+pub const ATTACH_AT: usize = 12288;
+/// Where the namespaces are.
+pub const NAMESPACES_AT: usize = 16384;
+/// Where the slab table is; the slot table follows on the next page.
+pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
+
+const _: () = {
+    assert!(INFO_AT + size_of::<EngineInfo>() <= STATS_AT);
+    assert!(STATS_AT + STATS_WORDS * 8 <= LIFE_WORDS_AT);
+    assert!(LIFE_WORDS_AT + LIFE_WORDS * size_of::<LifeWord>() <= ATTACH_AT);
+    assert!(ATTACH_AT + CLIENTS_MAX * size_of::<AttachRecord>() <= NAMESPACES_AT);
+    assert!(SLABS_AT.is_multiple_of(4096));
+};
+
+/// What the engine says of itself, for `status`.
+#[repr(C, align(64))]
+pub struct EngineInfo {
+    /// Process id, in the engine's PID namespace.
+    pub pid: AtomicU32,
+    /// How often the beat moves at least, in microseconds.
+    pub beat_interval_us: AtomicU32,
+    /// Nanoseconds since the Unix epoch at its start.
+    pub started_unix_ns: AtomicU64,
+    /// Slabs that are allocated so far.
+    pub slabs_allocated: AtomicU32,
+    /// 0 healthy; else the self-check that failed, as `engine` numbers them.
+    pub unhealthy: AtomicU32,
+    /// Eviction policy: zero-padded name.
+    pub policy: [AtomicU64; 2],
+    _pad: Pad<24>,
+}
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for EngineInfo {}
+const _: () = assert!(size_of::<EngineInfo>() == 64);
+
+/// A counter or gauge of the engine's: one word, stored plainly by the service thread.
+#[repr(transparent)]
+pub struct StatWord(AtomicU64);
+
+// SAFETY: one atomic.
+unsafe impl Shared for StatWord {}
+
+impl StatWord {
+    /// The value.
+    #[must_use]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Sets it (service thread).
+    pub fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    /// Adds to it (service thread: the only writer, so load and store suffice).
+    pub fn add(&self, value: u64) {
+        self.set(self.get().wrapping_add(value));
+    }
+}
+
+/// How an attachment stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum AttachStatus {
+    /// Not answered yet.
+    None = 0,
+    /// The engine reads the channel.
+    Attached = 1,
+    /// The channel is not there, not ours, too short or not well formed.
+    BadChannel = 2,
+    /// The entry names a role that does not exist.
+    BadRole = 3,
+    /// The client meant another incarnation.
+    Stale = 4,
+    /// The client left.
+    Left = 5,
+    /// The client broke the protocol: the engine no longer reads its channel.
+    Breach = 6,
+}
+
+impl AttachStatus {
+    /// From its number.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<AttachStatus> {
+        use AttachStatus::{Attached, BadChannel, BadRole, Breach, Left, None as Unanswered, Stale};
+        [Unanswered, Attached, BadChannel, BadRole, Stale, Left, Breach].get(value as usize).copied()
+    }
+}
+
+/// The engine's answer to the client in one entry.
+#[repr(C, align(64))]
+pub struct AttachRecord {
+    /// Counts answers; a client sleeps on it.
+    answers: AtomicU32,
+    status: AtomicU32,
+    nonce: AtomicU64,
+    _pad: Pad<48>,
+}
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for AttachRecord {}
+const _: () = assert!(size_of::<AttachRecord>() == 64);
+
+impl AttachRecord {
+    /// Engine: answers the client with this nonce, and wakes it.
+    pub fn answer(&self, nonce: u64, status: AttachStatus) {
+        self.nonce.store(nonce, Ordering::Relaxed);
+        self.status.store(status as u32, Ordering::Relaxed);
+        // SYNC POINT: Release; pairs with the Acquire in `read`.
+        self.answers.store(self.answers.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
+        futex::wake_all(&self.answers);
+    }
+
+    /// Client: the answer to this nonce, if it is the one that stands.
+    #[must_use]
+    pub fn read(&self, nonce: u64) -> AttachStatus {
+        // SYNC POINT: Acquire; pairs with the Release in `answer`. A nonce is answered more than once only in the
+        // order attached, left or breach, so a torn pair can at worst be the older answer of the same nonce.
+        let _ = self.answers.load(Ordering::Acquire);
+        if self.nonce.load(Ordering::Relaxed) != nonce {
+            return AttachStatus::None;
+        }
+        AttachStatus::from_u32(self.status.load(Ordering::Relaxed)).unwrap_or(AttachStatus::None)
+    }
+
+    /// For a sleep: the word and its value. Take it before `read`.
+    #[must_use]
+    pub fn word(&self) -> (&AtomicU32, u32) {
+        (&self.answers, self.answers.load(Ordering::Acquire))
+    }
+}
+
+/// A registered namespace. Fields are fixed once `state` says ready; ranks fill in as they register.
+#[repr(C, align(64))]
+pub struct Namespace {
+    state: AtomicU32,
+    world: AtomicU32,
+    chunk_tokens: AtomicU32,
+    _pad0: Pad<4>,
+    fingerprint: [AtomicU64; 4],
+    ranks: AtomicU64,
+    model: [AtomicU64; MODEL_NAME_BYTES / 8],
+    dtype: [AtomicU64; DTYPE_BYTES / 8],
+    _pad1: Pad<56>,
+    layout: [AtomicU64; RANKS_MAX],
+    shard_bytes: [AtomicU64; RANKS_MAX],
+}
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for Namespace {}
+const _: () = assert!(size_of::<Namespace>() == 1216 && size_of::<Namespace>().is_multiple_of(64));
+
+const NAMESPACE_FREE: u32 = 0;
+const NAMESPACE_READY: u32 = 1;
+
+/// A namespace as a reader sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceInfo {
+    /// Names it.
+    pub fingerprint: [u64; 4],
+    /// Number of ranks.
+    pub world: u32,
+    /// Tokens per chunk.
+    pub chunk_tokens: u32,
+    /// Which ranks have registered, a bit each.
+    pub ranks: u64,
+    /// For people.
+    pub model: String,
+    /// For people.
+    pub dtype: String,
+    /// Bytes per shard, of the ranks that have registered.
+    pub shard_bytes: Vec<u64>,
+}
+
+impl Namespace {
+    /// Engine: a new namespace, without ranks.
+    pub fn begin(&self, registration: &Registration) {
+        for (to, from) in self.fingerprint.iter().zip(registration.fingerprint) {
+            to.store(from, Ordering::Relaxed);
+        }
+        self.world.store(registration.world, Ordering::Relaxed);
+        self.chunk_tokens.store(registration.chunk_tokens, Ordering::Relaxed);
+        self.ranks.store(0, Ordering::Relaxed);
+        store_text(&self.model, &registration.model);
+        store_text(&self.dtype, &registration.dtype);
+        // SYNC POINT: Release; pairs with the Acquire in `matches` and `read`.
+        self.state.store(NAMESPACE_READY, Ordering::Release);
+    }
+
+    /// Engine: a rank registered.
+    pub fn set_rank(&self, rank: usize, layout: u64, shard_bytes: u64) {
+        self.layout[rank].store(layout, Ordering::Relaxed);
+        self.shard_bytes[rank].store(shard_bytes, Ordering::Relaxed);
+        let ranks = self.ranks.load(Ordering::Relaxed) | (1 << rank);
+        // SYNC POINT: Release; pairs with the Acquire in `rank_layout` and `read`.
+        self.ranks.store(ranks, Ordering::Release);
+    }
+
+    /// Engine: the entry may be used for another namespace.
+    pub fn end(&self) {
+        self.state.store(NAMESPACE_FREE, Ordering::Release);
+    }
+
+    /// Is this the namespace with that fingerprint?
+    #[must_use]
+    pub fn matches(&self, fingerprint: &[u64; 4]) -> bool {
+        // SYNC POINT: Acquire; pairs with the Release in `begin`.
+        self.state.load(Ordering::Acquire) == NAMESPACE_READY
+            && self.fingerprint.iter().zip(fingerprint).all(|(have, want)| have.load(Ordering::Relaxed) == *want)
+    }
+
+    /// Number of ranks.
+    #[must_use]
+    pub fn world(&self) -> u32 {
+        self.world.load(Ordering::Relaxed)
+    }
+
+    /// Tokens per chunk.
+    #[must_use]
+    pub fn chunk_tokens(&self) -> u32 {
+        self.chunk_tokens.load(Ordering::Relaxed)
+    }
+
+    /// Layout digest and bytes per shard of a rank that has registered.
+    #[must_use]
+    pub fn rank_layout(&self, rank: usize) -> Option<(u64, u64)> {
+        // SYNC POINT: Acquire; pairs with the Release in `set_rank`.
+        let ranks = self.ranks.load(Ordering::Acquire);
+        if rank >= RANKS_MAX || ranks & (1 << rank) == 0 {
+            return None;
+        }
+        Some((self.layout[rank].load(Ordering::Relaxed), self.shard_bytes[rank].load(Ordering::Relaxed)))
+    }
+
+    /// Everything, for `status`; `None` for a free entry.
+    #[must_use]
+    pub fn read(&self) -> Option<NamespaceInfo> {
+        if self.state.load(Ordering::Acquire) != NAMESPACE_READY {
+            return None;
+        }
+        let ranks = self.ranks.load(Ordering::Acquire);
+        let mut fingerprint = [0; 4];
+        for (to, from) in fingerprint.iter_mut().zip(&self.fingerprint) {
+            *to = from.load(Ordering::Relaxed);
+        }
+        Some(NamespaceInfo {
+            fingerprint,
+            world: self.world(),
+            chunk_tokens: self.chunk_tokens(),
+            ranks,
+            model: load_text(&self.model),
+            dtype: load_text(&self.dtype),
+            shard_bytes: (0..RANKS_MAX).filter_map(|rank| self.rank_layout(rank)).map(|(_, bytes)| bytes).collect(),
+        })
+    }
+}
+
+/// Stores zero-padded text as words.
+pub fn store_text(words: &[AtomicU64], text: &[u8]) {
+    for (index, word) in words.iter().enumerate() {
+        let mut bytes = [0u8; 8];
+        for (to, from) in bytes.iter_mut().zip(text.iter().skip(index * 8)) {
+            *to = *from;
+        }
+        word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
+    }
+}
+
+/// Loads zero-padded text; what is not UTF-8 is replaced.
+#[must_use]
+pub fn load_text(words: &[AtomicU64]) -> String {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
+    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+/// One slab's place in a size class. What a recovery reads; slot headers say the rest.
+#[repr(C, align(16))]
+pub struct SlabRecord {
+    /// Bytes of each slot, 0 while the slab has no class (or is the tail of a span).
+    class_bytes: AtomicU64,
+    /// Slabs in the span that starts here.
+    span: AtomicU32,
+    /// Slots in the span.
+    slots: AtomicU32,
+}
+
+// SAFETY: atomics only.
+unsafe impl Shared for SlabRecord {}
+const _: () = assert!(size_of::<SlabRecord>() == 16);
+
+impl SlabRecord {
+    /// Engine: a span gets its class, or loses it (`class_bytes` 0).
+    pub fn set(&self, class_bytes: u64, span: u32, slots: u32) {
+        self.span.store(span, Ordering::Relaxed);
+        self.slots.store(slots, Ordering::Relaxed);
+        self.class_bytes.store(class_bytes, Ordering::Release);
+    }
+
+    /// (class bytes, span, slots).
+    #[must_use]
+    pub fn get(&self) -> (u64, u32, u32) {
+        let class_bytes = self.class_bytes.load(Ordering::Acquire);
+        (class_bytes, self.span.load(Ordering::Relaxed), self.slots.load(Ordering::Relaxed))
+    }
+}
+
+/// Where everything is, for one geometry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// First byte of the slot table.
+    pub slots_at: u64,
+    /// Bytes of the segment.
+    pub bytes: u64,
+}
+
+impl Places {
+    /// The places for a geometry.
+    #[must_use]
+    pub fn of(geometry: &Geometry) -> Places {
+        let slabs = geometry.slab_count() as u64 * size_of::<SlabRecord>() as u64;
+        let slots_at = (SLABS_AT as u64 + slabs).next_multiple_of(4096);
+        let bytes = slots_at + geometry.slot_count() as u64 * SLOT_HEADER_BYTES as u64;
+        Places { slots_at, bytes: bytes.next_multiple_of(4096) }
+    }
+}
+
+/// The mapped segment: typed views, bounds checked once.
+#[derive(Clone)]
+pub struct EngineSegment {
+    mapping: Arc<Mapping>,
+    /// One word per client entry, then the owner word.
+    pub life_words: View<LifeWord>,
+    /// One per client entry.
+    pub attach: View<AttachRecord>,
+    /// Namespace table.
+    pub namespaces: View<Namespace>,
+    /// Slab table.
+    pub slabs: View<SlabRecord>,
+    /// Slot table.
+    pub slots: View<SlotHeader>,
+    /// Statistics.
+    pub stats: View<StatWord>,
+    epoch: View<Epoch>,
+    info: View<EngineInfo>,
+}
+
+impl EngineSegment {
+    /// Views into a mapped segment of this geometry.
+    pub fn new(mapping: Arc<Mapping>, geometry: &Geometry) -> Result<EngineSegment, OutOfBounds> {
+        let places = Places::of(geometry);
+        Ok(EngineSegment {
+            life_words: View::new(&mapping, LIFE_WORDS_AT, LIFE_WORDS)?,
+            attach: View::new(&mapping, ATTACH_AT, CLIENTS_MAX)?,
+            namespaces: View::new(&mapping, NAMESPACES_AT, NAMESPACES_MAX)?,
+            slabs: View::new(&mapping, SLABS_AT, geometry.slab_count())?,
+            slots: View::new(&mapping, places.slots_at as usize, geometry.slot_count())?,
+            stats: View::new(&mapping, STATS_AT, STATS_WORDS)?,
+            epoch: View::new(&mapping, EPOCH_AT, 1)?,
+            info: View::new(&mapping, INFO_AT, 1)?,
+            mapping,
+        })
+    }
+
+    /// The superblock.
+    #[must_use]
+    pub fn superblock(&self) -> &Superblock {
+        superblock_of(&self.mapping)
+    }
+
+    /// The epoch.
+    #[must_use]
+    #[inline]
+    pub fn epoch(&self) -> &Epoch {
+        &self.epoch[0]
+    }
+
+    /// What the engine says of itself.
+    #[must_use]
+    pub fn info(&self) -> &EngineInfo {
+        &self.info[0]
+    }
+
+    /// A namespace's id by its fingerprint.
+    #[must_use]
+    pub fn find_namespace(&self, fingerprint: &[u64; 4]) -> Option<u32> {
+        (0u32..).zip(self.namespaces.iter()).find(|(_, ns)| ns.matches(fingerprint)).map(|(id, _)| id)
+    }
+
+    /// Checks a shard handle's slot index, and gives its header.
+    #[must_use]
+    pub fn slot(&self, slot: u32) -> Option<&slot::SlotHeader> {
+        self.slots.get(slot as usize)
+    }
+}
+
+/// The superblock at the start of a mapped segment (at least a page long, as all are).
+fn superblock_of(mapping: &Mapping) -> &Superblock {
+    match mapping.at::<Superblock>(0) {
+        Ok(block) => block,
+        // `EngineSegment::new` has made views far behind it.
+        Err(_) => unreachable!("a mapped engine segment is longer than its superblock"),
+    }
+}
+
+/// What a shard is called in a load: everything that is compared before and after the copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardHandle {
+    /// Which arena.
+    pub arena_id: [u64; 2],
+    /// The slot.
+    pub slot: u32,
+    /// Its generation.
+    pub generation: u64,
+    /// First byte in the arena.
+    pub offset: u64,
+    /// The chunk's key.
+    pub key: Key,
+}

@@ -1,0 +1,157 @@
+//! Process-shared futexes with deadlines.
+//!
+//! `atomic-wait` cannot be used between processes (it sets `FUTEX_PRIVATE_FLAG` and has no timeout), so this is a
+//! thin layer over `rustix`. Every wait has a deadline; every return is a *maybe*: the caller looks again.
+
+#[cfg(not(loom))]
+pub use real::*;
+
+#[cfg(loom)]
+pub use model::*;
+
+/// A point on `CLOCK_MONOTONIC`, in nanoseconds since boot: the same clock in every process of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(pub u64);
+
+impl Deadline {
+    /// A deadline that is never reached.
+    pub const NEVER: Deadline = Deadline(u64::MAX);
+
+    /// `duration` from now.
+    #[must_use]
+    pub fn after(duration: core::time::Duration) -> Deadline {
+        Deadline(monotonic_ns().saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// Has it passed?
+    #[must_use]
+    pub fn passed(self) -> bool {
+        self != Deadline::NEVER && monotonic_ns() >= self.0
+    }
+
+    /// Time left, zero when it has passed.
+    #[must_use]
+    pub fn left(self) -> core::time::Duration {
+        core::time::Duration::from_nanos(self.0.saturating_sub(monotonic_ns()))
+    }
+}
+
+/// Why a wait came back. None of them proves anything about the words: look again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// Woken, interrupted, or a word had another value already.
+    LookAgain,
+    /// The deadline passed.
+    TimedOut,
+}
+
+#[cfg(not(loom))]
+mod real {
+    use super::{Deadline, Woken};
+    use crate::sync::AtomicU32;
+    use rustix::io::Errno;
+    use rustix::thread::ClockId;
+    use rustix::thread::futex::{self, Flags, Wait, WaitFlags, WaitPtr, WaitvFlags};
+    use rustix::time::Timespec;
+
+    /// Nanoseconds of `CLOCK_MONOTONIC`.
+    #[must_use]
+    pub fn monotonic_ns() -> u64 {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        // CLOCK_MONOTONIC counts from boot: neither field is ever negative.
+        now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+    }
+
+    fn timespec(deadline: Deadline) -> Option<Timespec> {
+        (deadline != Deadline::NEVER).then(|| Timespec {
+            tv_sec: i64::try_from(deadline.0 / 1_000_000_000).unwrap_or(i64::MAX),
+            tv_nsec: (deadline.0 % 1_000_000_000) as _,
+        })
+    }
+
+    /// The largest number of words that one wait can name (the kernel's `FUTEX_WAITV_MAX`).
+    pub const WAIT_ANY_MAX: usize = 128;
+
+    /// Sleeps while every word holds its expected value, until one of them is woken or `deadline` passes.
+    /// At most [`WAIT_ANY_MAX`] words; more are not looked at, which only costs promptness, never correctness.
+    pub fn wait_any(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
+        let words = &words[..words.len().min(WAIT_ANY_MAX)];
+        let result = if let [(word, expected)] = words {
+            wait_one(word, *expected, deadline)
+        } else {
+            let mut waits = [Wait::new(); WAIT_ANY_MAX];
+            for (wait, (word, expected)) in waits.iter_mut().zip(words) {
+                wait.val = u64::from(*expected);
+                wait.uaddr = WaitPtr::new(word.as_ptr().cast());
+                // Without PRIVATE: the word is shared between processes.
+                wait.flags = WaitFlags::SIZE_U32;
+            }
+            let until = timespec(deadline);
+            futex::waitv(&waits[..words.len()], WaitvFlags::empty(), until.as_ref(), ClockId::Monotonic)
+                .map(|_| ())
+        };
+        match result {
+            Err(Errno::TIMEDOUT) => Woken::TimedOut,
+            _ => Woken::LookAgain,
+        }
+    }
+
+    fn wait_one(word: &AtomicU32, expected: u32, deadline: Deadline) -> rustix::io::Result<()> {
+        // `wait` takes a relative time; the bit-set form is absolute on CLOCK_MONOTONIC.
+        let until = timespec(deadline);
+        futex::wait_bitset(word, Flags::empty(), expected, until.as_ref(), core::num::NonZeroU32::MAX)
+    }
+
+    /// Wakes up to `count` sleepers on `word`, in any process. Returns how many were woken.
+    pub fn wake(word: &AtomicU32, count: u32) -> usize {
+        // A wake on a mapped word cannot fail in a way that the caller could mend.
+        futex::wake(word, Flags::empty(), count.min(i32::MAX as u32)).unwrap_or(0)
+    }
+
+    /// Wakes every sleeper on `word`.
+    pub fn wake_all(word: &AtomicU32) -> usize {
+        wake(word, u32::MAX)
+    }
+}
+
+/// The kernel's futex as loom sees it: the word is compared under the queue's lock, after a full barrier.
+#[cfg(loom)]
+mod model {
+    use super::{Deadline, Woken};
+    use crate::sync::{AtomicU32, Ordering, fence};
+    use loom::sync::{Condvar, Mutex};
+
+    loom::lazy_static! {
+        // One queue for all words: a wake reaches every sleeper, which looks again.
+        static ref QUEUE: (Mutex<()>, Condvar) = (Mutex::new(()), Condvar::new());
+    }
+
+    /// Time does not pass in the model: a wait ends by a wake alone, so a lost wake-up is a deadlock.
+    pub fn monotonic_ns() -> u64 {
+        0
+    }
+
+    /// See the real one.
+    pub fn wait_any(words: &[(&AtomicU32, u32)], _deadline: Deadline) -> Woken {
+        let guard = QUEUE.0.lock().unwrap();
+        fence(Ordering::SeqCst);
+        if words.iter().all(|(word, expected)| word.load(Ordering::SeqCst) == *expected) {
+            drop(QUEUE.1.wait(guard).unwrap());
+        }
+        Woken::LookAgain
+    }
+
+    /// See the real one.
+    pub fn wake(_word: &AtomicU32, _count: u32) -> usize {
+        let guard = QUEUE.0.lock().unwrap();
+        fence(Ordering::SeqCst);
+        QUEUE.1.notify_all();
+        drop(guard);
+        1
+    }
+
+    /// See the real one.
+    pub fn wake_all(word: &AtomicU32) -> usize {
+        wake(word, u32::MAX)
+    }
+}

@@ -1,0 +1,337 @@
+//! Life words: robust futexes that the kernel marks at their owner's death, however it dies.
+//!
+//! A word holds `TID | WAITERS` while its owner lives. At the owner thread's death, before the address space is torn
+//! down, the kernel sets `OWNER_DIED` and wakes one sleeper: but only if the WAITERS bit was set, so it always is.
+//! **The word is the claim**: `list_op_pending` → CAS 0 → `TID | WAITERS` → link → clear pending, so that dying
+//! between any two steps is noticed as well. Only the engine turns a dead word back into 0, after it has reclaimed
+//! everything of its owner's.
+//!
+//! A robust list belongs to one thread and names its words by *node address + one fixed offset*; so the nodes live in
+//! private memory at the same stride as the words, where no peer can break the chain.
+
+use crate::futex;
+use crate::mapping::{Pad, Shared, View};
+use crate::sync::{AtomicU32, Ordering, fence};
+use core::marker::PhantomData;
+use core::ptr::null_mut;
+
+const WAITERS: u32 = libc::FUTEX_WAITERS;
+const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
+const TID_MASK: u32 = libc::FUTEX_TID_MASK;
+
+/// Bytes between life words in a table, and between the list's nodes.
+pub const LIFE_WORD_STRIDE: usize = 64;
+
+/// A life word on a line of its own.
+#[repr(C, align(64))]
+pub struct LifeWord {
+    word: AtomicU32,
+    _pad: Pad<60>,
+}
+
+// SAFETY: an atomic and padding.
+unsafe impl Shared for LifeWord {}
+
+#[cfg(not(loom))]
+const _: () = assert!(size_of::<LifeWord>() == LIFE_WORD_STRIDE);
+
+/// What a life word says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Nobody has claimed it.
+    Unclaimed,
+    /// Its owner lives, as far as the kernel knows. The TID is for logs: it never identifies a life.
+    Alive {
+        /// Thread id in the owner's PID namespace.
+        tid: u32,
+    },
+    /// Its owner is dead; the engine has not reclaimed it yet.
+    Dead,
+}
+
+impl LifeWord {
+    /// What it says now.
+    #[inline]
+    #[must_use]
+    pub fn life(&self) -> Life {
+        // SYNC POINT: Acquire; pairs with the Release of a claim and of `reset`, and with the kernel's mark, which is
+        // a full barrier.
+        Self::interpret(self.word.load(Ordering::Acquire))
+    }
+
+    /// What `value` says.
+    #[must_use]
+    pub fn interpret(value: u32) -> Life {
+        if value == 0 {
+            Life::Unclaimed
+        } else if value & OWNER_DIED != 0 || value & TID_MASK == 0 {
+            Life::Dead
+        } else {
+            Life::Alive { tid: value & TID_MASK }
+        }
+    }
+
+    /// The raw value, for a sleep: `(word.futex(), word.raw())`.
+    #[inline]
+    #[must_use]
+    pub fn raw(&self) -> u32 {
+        self.word.load(Ordering::Acquire)
+    }
+
+    /// The futex word. A sleeper that returns and finds it dead wakes the others: the kernel wakes only one.
+    #[must_use]
+    pub fn futex(&self) -> &AtomicU32 {
+        &self.word
+    }
+
+    /// Engine: everything of the dead owner's has been reclaimed; the entry may be claimed again. False when the word
+    /// is not dead (and then nothing happens).
+    pub fn reset(&self) -> bool {
+        let value = self.raw();
+        // SYNC POINT: Release; pairs with the Acquire of the next claim's CAS.
+        Self::interpret(value) == Life::Dead
+            && self.word.compare_exchange(value, 0, Ordering::Release, Ordering::Relaxed).is_ok()
+    }
+}
+
+/// The kernel's `struct robust_list`.
+#[repr(C)]
+struct Node {
+    next: *mut Node,
+}
+
+/// A node at the stride of the words.
+#[repr(C, align(64))]
+struct PaddedNode {
+    node: Node,
+    linked: bool,
+}
+
+const _: () = assert!(size_of::<PaddedNode>() == LIFE_WORD_STRIDE);
+
+/// The kernel's `struct robust_list_head`.
+#[repr(C)]
+struct Head {
+    list: Node,
+    futex_offset: libc::c_long,
+    list_op_pending: *mut Node,
+}
+
+/// The robust list of the thread that made it: its claims on the words of one table.
+///
+/// Neither `Send` nor `Sync`: the kernel ties it to the thread.
+pub struct RobustList {
+    head: Box<Head>,
+    nodes: Box<[PaddedNode]>,
+    words: View<LifeWord>,
+    tid: u32,
+    _one_thread: PhantomData<*mut ()>,
+}
+
+/// Why a word could not be claimed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ClaimError {
+    /// Somebody has it, alive or dead and not yet reclaimed.
+    #[error("expected an unclaimed life word, found {0:?}")]
+    Taken(Life),
+    /// No such word in the table.
+    #[error("expected an index below {count}, got {index}")]
+    NoSuchWord {
+        /// The index.
+        index: usize,
+        /// Words in the table.
+        count: usize,
+    },
+}
+
+impl RobustList {
+    /// Registers an empty list over `words` for the calling thread. It replaces the one that libc registered: the
+    /// thread must not lock robust `pthread` mutexes (nothing in Rust's standard library does).
+    ///
+    /// # Errors
+    /// Where the kernel or a sandbox has no `set_robust_list`.
+    pub fn register(words: View<LifeWord>) -> std::io::Result<RobustList> {
+        let nodes: Box<[PaddedNode]> =
+            words.iter().map(|_| PaddedNode { node: Node { next: null_mut() }, linked: false }).collect();
+        let offset = (words.as_ptr() as isize).wrapping_sub(nodes.as_ptr() as isize);
+        let mut head = Box::new(Head {
+            list: Node { next: null_mut() },
+            futex_offset: offset as libc::c_long,
+            list_op_pending: null_mut(),
+        });
+        head.list.next = &raw mut head.list;
+        // SAFETY: the head stays at its address until `drop` has replaced it, and the kernel only reads it when this
+        // thread dies.
+        let done = unsafe { libc::syscall(libc::SYS_set_robust_list, &raw const *head, size_of::<Head>()) };
+        if done != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        let tid = rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs();
+        Ok(RobustList { head, nodes, words, tid, _one_thread: PhantomData })
+    }
+
+    /// Claims the word: from here on the kernel marks it at this thread's death.
+    pub fn claim(&mut self, index: usize) -> Result<(), ClaimError> {
+        let count = self.words.len();
+        if index >= count {
+            return Err(ClaimError::NoSuchWord { index, count });
+        }
+        let node: *mut Node = &raw mut self.nodes[index].node;
+        self.set_pending(node);
+        // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release, Release with `life`'s Acquire.
+        let claimed = self.words[index].word.compare_exchange(
+            0,
+            self.tid | WAITERS,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        if claimed.is_ok() {
+            // SAFETY: `node` is one of our nodes; head and nodes form a circular list that only this thread changes.
+            unsafe { (*node).next = self.head.list.next };
+            self.head.list.next = node;
+            self.nodes[index].linked = true;
+        }
+        self.set_pending(null_mut());
+        claimed.map(|_| ()).map_err(|found| ClaimError::Taken(LifeWord::interpret(found)))
+    }
+
+    /// Gives the word up as if this thread had died: marked dead, one sleeper woken. The engine reclaims and resets.
+    pub fn release(&mut self, index: usize) {
+        if !self.nodes.get(index).is_some_and(|node| node.linked) {
+            return;
+        }
+        let node: *mut Node = &raw mut self.nodes[index].node;
+        self.set_pending(node);
+        self.unlink(node);
+        self.nodes[index].linked = false;
+        let word = &self.words[index].word;
+        // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
+        word.store(OWNER_DIED | WAITERS, Ordering::Release);
+        futex::wake_all(word);
+        self.set_pending(null_mut());
+    }
+
+    fn unlink(&mut self, node: *mut Node) {
+        let mut at: *mut Node = &raw mut self.head.list;
+        let end = at;
+        // SAFETY: the list is circular, made of our own head and nodes, and changed by this thread alone.
+        unsafe {
+            while (*at).next != end {
+                if (*at).next == node {
+                    (*at).next = (*node).next;
+                    return;
+                }
+                at = (*at).next;
+            }
+        }
+    }
+
+    fn set_pending(&mut self, node: *mut Node) {
+        // Volatile, between compiler fences: the kernel reads it at any instruction of this thread, and the order
+        // "pending, word, link, not pending" is the protocol. One thread: no hardware ordering is needed.
+        compiler_fence();
+        // SAFETY: a field of our own box.
+        unsafe { core::ptr::write_volatile(&raw mut self.head.list_op_pending, node) };
+        compiler_fence();
+    }
+}
+
+#[cfg(not(loom))]
+fn compiler_fence() {
+    core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
+}
+#[cfg(loom)]
+fn compiler_fence() {}
+
+impl Drop for RobustList {
+    fn drop(&mut self) {
+        // What is still claimed is given up, then the kernel forgets the list: its memory goes now, the thread may
+        // live on.
+        for index in 0..self.nodes.len() {
+            self.release(index);
+        }
+        fence(Ordering::SeqCst);
+        // SAFETY: a null head is an empty list.
+        unsafe { libc::syscall(libc::SYS_set_robust_list, null_mut::<Head>(), size_of::<Head>()) };
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::futex::Deadline;
+    use crate::mapping::Mapping;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    fn words(n: usize) -> View<LifeWord> {
+        View::new(&Arc::new(Mapping::private(4096)), 0, n).unwrap()
+    }
+
+    #[test]
+    fn a_thread_that_ends_while_it_holds_a_word_is_noticed_by_a_sleeper() {
+        let table = words(4);
+        let theirs = table.clone();
+        let owner = std::thread::spawn(move || {
+            let mut list = RobustList::register(theirs).unwrap();
+            list.claim(2).unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            // Dying, not dropping: the list must stay registered.
+            std::mem::forget(list);
+        });
+        while table[2].life() == Life::Unclaimed {
+            std::thread::yield_now();
+        }
+        let deadline = Deadline::after(Duration::from_secs(10));
+        while table[2].life() != Life::Dead {
+            let raw = table[2].raw();
+            if LifeWord::interpret(raw) == Life::Dead {
+                break;
+            }
+            futex::wait_any(&[(table[2].futex(), raw)], deadline);
+            assert!(!deadline.passed(), "the kernel marked nothing, or woke nobody");
+        }
+        owner.join().unwrap();
+        assert!(table[2].reset());
+        assert_eq!(table[2].life(), Life::Unclaimed);
+        assert_eq!(table[1].life(), Life::Unclaimed);
+    }
+
+    #[test]
+    fn a_word_has_one_owner_and_only_a_dead_one_is_reset() {
+        let table = words(3);
+        let mut list = RobustList::register(table.clone()).unwrap();
+        list.claim(0).unwrap();
+        assert!(matches!(list.claim(0), Err(ClaimError::Taken(Life::Alive { .. }))));
+        assert!(!table[0].reset(), "a living owner keeps its word");
+        assert_eq!(list.claim(3), Err(ClaimError::NoSuchWord { index: 3, count: 3 }));
+        list.claim(1).unwrap();
+        list.claim(2).unwrap();
+        list.release(1);
+        assert_eq!(table[1].life(), Life::Dead);
+        assert!(matches!(list.claim(1), Err(ClaimError::Taken(Life::Dead))));
+        assert!(table[1].reset());
+        list.claim(1).unwrap();
+        drop(list);
+        for word in table.iter() {
+            assert_eq!(word.life(), Life::Dead);
+        }
+    }
+
+    #[test]
+    fn dying_between_claim_and_link_is_noticed() {
+        // The state after the CAS and before the link: the word is set, only `list_op_pending` names it.
+        let table = words(1);
+        let theirs = table.clone();
+        std::thread::spawn(move || {
+            let mut list = RobustList::register(theirs).unwrap();
+            let node: *mut Node = &raw mut list.nodes[0].node;
+            list.set_pending(node);
+            list.words[0].word.store(list.tid | WAITERS, Ordering::Release);
+            std::mem::forget(list);
+        })
+        .join()
+        .unwrap();
+        assert_eq!(table[0].life(), Life::Dead);
+    }
+}

@@ -1,0 +1,176 @@
+//! `kvring.<name>.lobby`: where clients claim their entries and ring the engine's doorbell. Everybody writes here, so
+//! nothing here is believed: the engine copies an entry out once and checks it.
+
+use crate::engine_segment::{load_text, store_text};
+use crate::life::LifeWord;
+use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
+
+/// Clients that an engine can have: the engine sleeps on their life words and its doorbell at once, and the kernel
+/// takes at most 128 words.
+pub const CLIENTS_MAX: usize = 64;
+
+/// Bytes of a client's name; longer names are cut.
+pub const CLIENT_NAME_BYTES: usize = 48;
+
+const DOORBELL_AT: usize = SUPERBLOCK_BYTES;
+/// Where the clients' life words are.
+pub const LIFE_WORDS_AT: usize = 4096;
+/// Where the entries are.
+pub const ENTRIES_AT: usize = LIFE_WORDS_AT + CLIENTS_MAX * size_of::<LifeWord>();
+/// Bytes of the segment.
+pub const LOBBY_BYTES: usize = ENTRIES_AT + CLIENTS_MAX * size_of::<Entry>();
+
+const _: () = assert!(LOBBY_BYTES.is_multiple_of(4096));
+
+/// What a client is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum Role {
+    /// Looks up, holds leases.
+    Scheduler = 1,
+    /// Stores and loads.
+    Worker = 2,
+}
+
+impl Role {
+    /// From its number.
+    #[must_use]
+    pub fn from_u32(value: u32) -> Option<Role> {
+        [Role::Scheduler, Role::Worker].into_iter().find(|role| *role as u32 == value)
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Role::Scheduler => "scheduler",
+            Role::Worker => "worker",
+        }
+    }
+}
+
+/// One client's entry, valid while its life word is claimed and `state` says ready.
+#[repr(C, align(128))]
+pub struct Entry {
+    state: AtomicU32,
+    role: AtomicU32,
+    nonce: AtomicU64,
+    incarnation: AtomicU32,
+    pid: AtomicU32,
+    payload_words: AtomicU32,
+    _pad0: Pad<4>,
+    name: [AtomicU64; CLIENT_NAME_BYTES / 8],
+    _pad1: Pad<48>,
+}
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for Entry {}
+const _: () = assert!(size_of::<Entry>() == 128);
+
+const ENTRY_EMPTY: u32 = 0;
+const ENTRY_READY: u32 = 1;
+
+/// What an entry says, copied out once. Not yet checked: that is the engine's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EntryContent {
+    /// The role's number.
+    pub role: u32,
+    /// Random: names the attachment and its channel.
+    pub nonce: u64,
+    /// The incarnation that the client means.
+    pub incarnation: u32,
+    /// The client's process id, in its PID namespace: for people.
+    pub pid: u32,
+    /// Words of its channel's payload area.
+    pub payload_words: u32,
+    /// For people.
+    pub name: String,
+}
+
+impl Entry {
+    /// Client, after it claimed the life word of the same index and prepared its channel: ready to be attached.
+    pub fn publish(&self, content: &EntryContent) {
+        self.role.store(content.role, Ordering::Relaxed);
+        self.nonce.store(content.nonce, Ordering::Relaxed);
+        self.incarnation.store(content.incarnation, Ordering::Relaxed);
+        self.pid.store(content.pid, Ordering::Relaxed);
+        self.payload_words.store(content.payload_words, Ordering::Relaxed);
+        store_text(&self.name, content.name.as_bytes());
+        // SYNC POINT: Release; pairs with the Acquire in `read`.
+        self.state.store(ENTRY_READY, Ordering::Release);
+    }
+
+    /// What a ready entry says; `None` as long as it is not ready.
+    #[must_use]
+    pub fn read(&self) -> Option<EntryContent> {
+        // SYNC POINT: Acquire; pairs with the Release in `publish`.
+        (self.state.load(Ordering::Acquire) == ENTRY_READY).then(|| EntryContent {
+            role: self.role.load(Ordering::Relaxed),
+            nonce: self.nonce.load(Ordering::Relaxed),
+            incarnation: self.incarnation.load(Ordering::Relaxed),
+            pid: self.pid.load(Ordering::Relaxed),
+            payload_words: self.payload_words.load(Ordering::Relaxed),
+            name: load_text(&self.name),
+        })
+    }
+
+    /// Is the entry ready? One load.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.state.load(Ordering::Acquire) == ENTRY_READY
+    }
+
+    /// Engine: empty again, before the life word is reset.
+    pub fn clear(&self) {
+        self.state.store(ENTRY_EMPTY, Ordering::Release);
+    }
+}
+
+/// The engine's parked flag: set while it sleeps, see [`crate::park`].
+#[repr(C, align(128))]
+pub struct Doorbell {
+    /// The word.
+    pub parked: AtomicU32,
+    _pad: Pad<124>,
+}
+
+// SAFETY: an atomic and padding.
+unsafe impl Shared for Doorbell {}
+
+/// The mapped lobby.
+#[derive(Clone)]
+pub struct Lobby {
+    mapping: Arc<Mapping>,
+    /// One per entry: the claim.
+    pub life_words: View<LifeWord>,
+    /// One per client.
+    pub entries: View<Entry>,
+    doorbell: View<Doorbell>,
+}
+
+impl Lobby {
+    /// Views into a mapped lobby.
+    pub fn new(mapping: Arc<Mapping>) -> Result<Lobby, OutOfBounds> {
+        Ok(Lobby {
+            life_words: View::new(&mapping, LIFE_WORDS_AT, CLIENTS_MAX)?,
+            entries: View::new(&mapping, ENTRIES_AT, CLIENTS_MAX)?,
+            doorbell: View::new(&mapping, DOORBELL_AT, 1)?,
+            mapping,
+        })
+    }
+
+    /// The superblock.
+    pub fn superblock(&self) -> Result<&Superblock, OutOfBounds> {
+        self.mapping.at(0)
+    }
+
+    /// The engine's parked flag.
+    #[must_use]
+    #[inline]
+    pub fn doorbell(&self) -> &AtomicU32 {
+        &self.doorbell[0].parked
+    }
+}

@@ -1,0 +1,222 @@
+//! A mapped segment, and the one checked way to look into it.
+
+use core::cell::UnsafeCell;
+use core::mem::MaybeUninit;
+use core::ptr::NonNull;
+use std::sync::Arc;
+
+/// Types that may be looked at inside memory which other processes write at any time.
+///
+/// # Safety
+/// The type is `#[repr(C)]`, consists of atomics and [`Pad`] only, and has a meaning (if a useless one) for every
+/// bit pattern. A `&T` to it then asserts nothing about the bytes behind it.
+pub unsafe trait Shared {}
+
+/// Padding that nobody reads, and that another process may scribble on.
+#[repr(transparent)]
+pub struct Pad<const N: usize>(UnsafeCell<MaybeUninit<[u8; N]>>);
+
+// SAFETY: the bytes are never accessed through a `Pad`.
+unsafe impl<const N: usize> Sync for Pad<N> {}
+
+impl<const N: usize> Pad<N> {
+    /// Padding for structures that are made in private memory (tests, models).
+    #[must_use]
+    pub const fn new() -> Self {
+        Pad(UnsafeCell::new(MaybeUninit::uninit()))
+    }
+}
+
+impl<const N: usize> Default for Pad<N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Memory that stays mapped as long as this handle, or any [`View`] made from it, lives.
+///
+/// Dropping the last one unmaps; nothing here ever unlinks a name.
+pub struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    writable: bool,
+    backing: Backing,
+}
+
+enum Backing {
+    /// Mapped by `nix`: unmapped here.
+    Nix,
+    /// Mapped by the crate `shared_memory`, which unmaps when it is dropped.
+    #[cfg(not(loom))]
+    Crate(#[allow(dead_code, reason = "held for its Drop")] shared_memory::Shmem),
+    /// Private zeroed memory, for tests and models.
+    Private(core::alloc::Layout),
+}
+
+// SAFETY: a `Mapping` is an address range; all access goes through `Shared` types, which are atomics, or through raw
+// pointers whose users state their own reasons. `Shmem` is only held for its `Drop`, which may run on any thread.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+/// A typed look at an offset: out of bounds or misaligned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected {count} items of {size} bytes at offset {offset} inside a segment of {len} bytes")]
+pub struct OutOfBounds {
+    /// Where the look began, in bytes.
+    pub offset: usize,
+    /// Size of one item, in bytes.
+    pub size: usize,
+    /// How many items.
+    pub count: usize,
+    /// The segment's length, in bytes.
+    pub len: usize,
+}
+
+impl Mapping {
+    /// Wraps a mapping made by `mmap`; it is unmapped on drop.
+    ///
+    /// # Safety
+    /// `base..base + len` is a mapping that nobody else unmaps, writable if `writable`.
+    #[cfg(not(loom))]
+    pub(crate) unsafe fn from_mmap(base: NonNull<u8>, len: usize, writable: bool) -> Mapping {
+        Mapping { base, len, writable, backing: Backing::Nix }
+    }
+
+    /// Takes over a mapping of the crate `shared_memory`, whose owner flag must be clear already.
+    #[cfg(not(loom))]
+    pub(crate) fn from_shmem(shmem: shared_memory::Shmem) -> Option<Mapping> {
+        let base = NonNull::new(shmem.as_ptr())?;
+        Some(Mapping { base, len: shmem.len(), writable: true, backing: Backing::Crate(shmem) })
+    }
+
+    /// Private zeroed memory of `len` bytes, page aligned, that looks like a segment: for unit tests.
+    ///
+    /// # Panics
+    /// When `len` is zero or memory is exhausted.
+    #[must_use]
+    #[allow(clippy::expect_used)]
+    pub fn private(len: usize) -> Mapping {
+        assert!(len > 0, "expected a length above 0");
+        let layout = core::alloc::Layout::from_size_align(len, 4096).expect("a sane length");
+        // SAFETY: the layout has a non-zero size.
+        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).expect("memory");
+        Mapping { base, len, writable: true, backing: Backing::Private(layout) }
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// A mapping is never empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// May this process write through it? Storing through a read-only mapping is a SIGSEGV.
+    #[must_use]
+    pub fn writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The first byte. What may be done with it is stated where it is used.
+    #[must_use]
+    pub fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// `count` items of `T` from `offset`, which must be aligned and inside the segment.
+    pub fn slice<T: Shared>(&self, offset: usize, count: usize) -> Result<&[T], OutOfBounds> {
+        let size = size_of::<T>();
+        let fits = size
+            .checked_mul(count)
+            .and_then(|bytes| bytes.checked_add(offset))
+            .is_some_and(|end| end <= self.len);
+        if !fits || !(self.base.as_ptr() as usize + offset).is_multiple_of(align_of::<T>()) {
+            return Err(OutOfBounds { offset, size, count, len: self.len });
+        }
+        // SAFETY: in bounds and aligned as just checked; `Shared` types accept every bit pattern and are only
+        // changed through atomics; the mapping outlives the borrow of `self`.
+        Ok(unsafe { core::slice::from_raw_parts(self.base.as_ptr().add(offset).cast::<T>(), count) })
+    }
+
+    /// One `T` at `offset`.
+    pub fn at<T: Shared>(&self, offset: usize) -> Result<&T, OutOfBounds> {
+        Ok(&self.slice::<T>(offset, 1)?[0])
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        match self.backing {
+            #[cfg(not(loom))]
+            Backing::Nix => {
+                // SAFETY: the range came from `mmap` and nobody else unmaps it; all borrows have ended.
+                let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
+                debug_assert!(unmapped.is_ok(), "munmap of our own range failed: {unmapped:?}");
+            }
+            #[cfg(loom)]
+            Backing::Nix => {}
+            #[cfg(not(loom))]
+            Backing::Crate(_) => {}
+            // SAFETY: allocated in `private` with this layout.
+            Backing::Private(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) },
+        }
+    }
+}
+
+/// `count` items of `T` inside a mapping that the view keeps alive: bounds are checked once, when it is made.
+pub struct View<T: Shared + 'static> {
+    items: NonNull<T>,
+    count: usize,
+    // Held so that `items` stays mapped (or allocated, in models).
+    _keep: Arc<dyn Keep>,
+}
+
+/// Whatever keeps a view's memory alive.
+pub trait Keep: Send + Sync {}
+impl Keep for Mapping {}
+impl<T: Send + Sync> Keep for Vec<T> {}
+
+// SAFETY: a `View` is a shared reference to `Shared` data (atomics) plus the handle that keeps it mapped.
+unsafe impl<T: Shared> Send for View<T> {}
+// SAFETY: as above.
+unsafe impl<T: Shared> Sync for View<T> {}
+
+impl<T: Shared> View<T> {
+    /// `count` items from `offset`.
+    #[cfg(not(loom))]
+    pub fn new(mapping: &Arc<Mapping>, offset: usize, count: usize) -> Result<View<T>, OutOfBounds> {
+        let items = NonNull::from(mapping.slice::<T>(offset, count)?).cast::<T>();
+        Ok(View { items, count, _keep: mapping.clone() })
+    }
+
+    /// Items in private memory, for models and unit tests.
+    #[must_use]
+    pub fn from_vec(items: Vec<T>) -> View<T>
+    where
+        T: Send + Sync,
+    {
+        let count = items.len();
+        let first = NonNull::from(items.as_slice()).cast::<T>();
+        // The buffer of a Vec does not move when the Vec itself does.
+        View { items: first, count, _keep: Arc::new(items) }
+    }
+}
+
+impl<T: Shared> Clone for View<T> {
+    fn clone(&self) -> Self {
+        View { items: self.items, count: self.count, _keep: self._keep.clone() }
+    }
+}
+
+impl<T: Shared> core::ops::Deref for View<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: checked when the view was made; `_keep` keeps the memory mapped.
+        unsafe { core::slice::from_raw_parts(self.items.as_ptr(), self.count) }
+    }
+}

@@ -1,0 +1,255 @@
+//! Single-producer single-consumer rings of 64-byte slots with the sequence number inside.
+//!
+//! Payload and publication share one cache line, and each line is written by one side only: nothing is ever written
+//! back by the consumer. What a producer may reuse follows from the protocol above the ring: every submission gets
+//! exactly one completion, and at most [`DEPTH`] operations are in flight, so
+//!
+//! * submission `p` may be pushed when fewer than `DEPTH` operations are in flight: of the `DEPTH` submissions before
+//!   it at least one has completed, so the consumer has passed slot `p − DEPTH`;
+//! * completion `c` may be pushed because the client submitted at most `drained + DEPTH` operations.
+//!
+//! So there is no "full", and the engine never waits for a client. A client that breaks the rule only overwrites its
+//! own completions. What these rings do *not* do: more than one producer or consumer, blocking (see [`crate::park`]),
+//! variable-length entries (see [`crate::payload`]).
+
+use crate::mapping::{Shared, View};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+
+/// Slots in a ring, and so the most operations in flight on one channel. A power of two.
+#[cfg(not(loom))]
+pub const DEPTH: usize = 256;
+#[cfg(loom)]
+pub const DEPTH: usize = 2;
+
+/// 64-bit words of a slot's body.
+#[cfg(not(loom))]
+pub const WORDS: usize = 7;
+/// One is enough to see a torn message, and keeps the model small.
+#[cfg(loom)]
+pub const WORDS: usize = 1;
+
+const _: () = assert!(DEPTH.is_power_of_two());
+
+/// What one slot carries: a head and [`WORDS`] words, whose meaning is [`crate::message`]'s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Body {
+    /// Operation slot, opcode or status.
+    pub head: u32,
+    /// Arguments or results.
+    pub words: [u64; WORDS],
+}
+
+/// One slot: a line of its own.
+#[repr(C, align(64))]
+pub struct Slot {
+    /// `position + 1` of what it holds.
+    sequence: AtomicU32,
+    head: AtomicU32,
+    words: [AtomicU64; WORDS],
+}
+
+// SAFETY: atomics only; the alignment leaves no padding (asserted below).
+unsafe impl Shared for Slot {}
+
+#[cfg(not(loom))]
+const _: () = {
+    assert!(core::mem::size_of::<Slot>() == 64);
+    assert!(core::mem::align_of::<Slot>() == 64);
+    assert!(core::mem::offset_of!(Slot, head) == 4);
+    assert!(core::mem::offset_of!(Slot, words) == 8);
+};
+
+impl Slot {
+    /// A slot in private memory, as [`initialise`] leaves slot `index`: for models and unit tests.
+    #[must_use]
+    pub fn new(index: u32) -> Slot {
+        Slot {
+            sequence: AtomicU32::new(previous_lap(index)),
+            head: AtomicU32::new(0),
+            words: core::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+}
+
+/// What slot `position % DEPTH` holds before `position` is published there: the sequence of one lap earlier.
+fn previous_lap(position: u32) -> u32 {
+    position.wrapping_add(1).wrapping_sub(DEPTH as u32)
+}
+
+/// Prepares the slots of a fresh ring, before anybody else can see it.
+pub fn initialise(slots: &[Slot]) {
+    for (slot, index) in slots.iter().zip(0u32..) {
+        slot.sequence.store(previous_lap(index), Ordering::Relaxed);
+    }
+}
+
+/// The writing end. `Send`, and by `&mut` single by type.
+pub struct Producer {
+    slots: View<Slot>,
+    /// Position of the next push; only its low bits choose the slot.
+    next: u32,
+    order: Ordering,
+}
+
+/// The reading end. `Send`, and by `&mut` single by type.
+pub struct Consumer {
+    slots: View<Slot>,
+    /// Position of the next pop.
+    next: u32,
+}
+
+/// A slot held neither the expected sequence number nor that of one lap earlier: the producer is broken or hostile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("ring jumped: expected sequence {expected} or {previous} in slot {index}, found {found}")]
+pub struct RingJump {
+    /// The slot.
+    pub index: usize,
+    /// What a new message would carry.
+    pub expected: u32,
+    /// What the slot holds as long as there is none.
+    pub previous: u32,
+    /// What it held.
+    pub found: u32,
+}
+
+impl Producer {
+    /// The writing end of a ring that [`initialise`] has prepared and nobody has written to yet.
+    ///
+    /// # Panics
+    /// When the view does not have [`DEPTH`] slots: a constant of the layout, not a peer's doing.
+    #[must_use]
+    pub fn new(slots: View<Slot>) -> Producer {
+        assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
+        Producer { slots, next: 0, order: Ordering::Release }
+    }
+
+    /// A producer whose publication is unordered: the negative control of the models. Never use it.
+    #[cfg(loom)]
+    pub fn broken(slots: View<Slot>) -> Producer {
+        Producer { order: Ordering::Relaxed, ..Producer::new(slots) }
+    }
+
+    /// Publishes one message. The caller keeps the number of operations in flight at or below [`DEPTH`].
+    #[inline]
+    pub fn push(&mut self, body: &Body) {
+        let slot = &self.slots[self.next as usize % DEPTH];
+        slot.head.store(body.head, Ordering::Relaxed);
+        for (word, value) in slot.words.iter().zip(body.words) {
+            word.store(value, Ordering::Relaxed);
+        }
+        // SYNC POINT: Release; pairs with the Acquire in `Consumer::pop`. Also publishes what was written to the
+        // payload area before.
+        slot.sequence.store(self.next.wrapping_add(1), self.order);
+        self.next = self.next.wrapping_add(1);
+    }
+}
+
+impl Consumer {
+    /// The reading end of a ring nobody has read from yet.
+    ///
+    /// # Panics
+    /// When the view does not have [`DEPTH`] slots: a constant of the layout, not a peer's doing.
+    #[must_use]
+    pub fn new(slots: View<Slot>) -> Consumer {
+        assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
+        Consumer { slots, next: 0 }
+    }
+
+    /// Takes the next message, copied out once; `None` when there is none yet.
+    #[inline]
+    pub fn pop(&mut self) -> Result<Option<Body>, RingJump> {
+        let index = self.next as usize % DEPTH;
+        let slot = &self.slots[index];
+        // SYNC POINT: Acquire; pairs with the Release in `Producer::push`.
+        let found = slot.sequence.load(Ordering::Acquire);
+        let expected = self.next.wrapping_add(1);
+        if found != expected {
+            return self.nothing_or_jump(index, expected, found);
+        }
+        let mut body = Body { head: slot.head.load(Ordering::Relaxed), words: [0; WORDS] };
+        for (value, word) in body.words.iter_mut().zip(&slot.words) {
+            *value = word.load(Ordering::Relaxed);
+        }
+        self.next = expected;
+        Ok(Some(body))
+    }
+
+    /// Is there a message, or a jump to report? One load.
+    #[inline]
+    #[must_use]
+    pub fn has_news(&self) -> bool {
+        let slot = &self.slots[self.next as usize % DEPTH];
+        slot.sequence.load(Ordering::Acquire) != previous_lap(self.next)
+    }
+
+    #[inline]
+    fn nothing_or_jump(&self, index: usize, expected: u32, found: u32) -> Result<Option<Body>, RingJump> {
+        let previous = previous_lap(self.next);
+        if found == previous { Ok(None) } else { Err(RingJump { index, expected, previous, found }) }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Producer, Consumer, View<Slot>) {
+        let slots = View::from_vec((0..DEPTH as u32).map(Slot::new).collect::<Vec<_>>());
+        (Producer::new(slots.clone()), Consumer::new(slots.clone()), slots)
+    }
+
+    fn body(n: u64) -> Body {
+        Body { head: n as u32, words: [n; WORDS] }
+    }
+
+    #[test]
+    fn empty_then_in_order_over_many_laps() {
+        let (mut producer, mut consumer, _) = pair();
+        assert_eq!(consumer.pop(), Ok(None));
+        for lap in 0..5 {
+            for n in 0..DEPTH as u64 {
+                producer.push(&body(lap * 1000 + n));
+            }
+            for n in 0..DEPTH as u64 {
+                assert!(consumer.has_news());
+                assert_eq!(consumer.pop(), Ok(Some(body(lap * 1000 + n))));
+            }
+            assert!(!consumer.has_news());
+            assert_eq!(consumer.pop(), Ok(None));
+        }
+    }
+
+    #[test]
+    fn positions_wrap_around_u32() {
+        let (mut producer, mut consumer, slots) = pair();
+        let start = u32::MAX - 3;
+        for k in 0..DEPTH as u32 {
+            let position = start.wrapping_add(k);
+            slots[position as usize % DEPTH].sequence.store(previous_lap(position), Ordering::Relaxed);
+        }
+        (producer.next, consumer.next) = (start, start);
+        for n in 0..10 {
+            assert_eq!(consumer.pop(), Ok(None));
+            producer.push(&body(n));
+            assert_eq!(consumer.pop(), Ok(Some(body(n))));
+        }
+    }
+
+    #[test]
+    fn a_jump_is_reported_and_does_not_move_the_consumer() {
+        let (_, mut consumer, slots) = pair();
+        slots[0].sequence.store(77, Ordering::Relaxed);
+        let jump = RingJump { index: 0, expected: 1, previous: previous_lap(0), found: 77 };
+        assert!(consumer.has_news());
+        assert_eq!(consumer.pop(), Err(jump));
+        assert_eq!(consumer.pop(), Err(jump));
+    }
+
+    #[test]
+    fn zeroed_memory_is_not_a_message() {
+        // A ring that nobody initialised must not look like one with a message in it.
+        let slots = View::from_vec((0..DEPTH as u32).map(Slot::new).collect::<Vec<_>>());
+        slots[0].sequence.store(0, Ordering::Relaxed);
+        assert!(Consumer::new(slots).pop().is_err());
+    }
+}

@@ -1,0 +1,426 @@
+//! Segments: files in POSIX shared memory, created, checked, allocated and mapped.
+//!
+//! Mode 0600 and our own uid, or it is refused; descriptors are close-on-exec; mappings are not inherited by a forked
+//! child. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and never a
+//! SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
+
+use crate::mapping::Mapping;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
+use nix::sys::stat::Mode;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, OwnedFd};
+use std::ptr::NonNull;
+
+/// Where POSIX shared memory lives on Linux.
+pub const SHM_DIR: &str = "/dev/shm";
+
+/// The longest engine name, in bytes.
+pub const NAME_MAX: usize = 64;
+
+/// An engine's name: one to 64 of `A–Z a–z 0–9 _ -`. Everything that derives a file name from input starts here.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct EngineName(String);
+
+/// A name that cannot be one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expected an engine name of 1 to {NAME_MAX} characters out of A-Z a-z 0-9 _ -, got {0:?}")]
+pub struct BadName(pub String);
+
+impl EngineName {
+    /// Checks a name.
+    pub fn new(name: &str) -> Result<EngineName, BadName> {
+        let good = (1..=NAME_MAX).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
+        if good { Ok(EngineName(name.to_owned())) } else { Err(BadName(name.to_owned())) }
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The engine's own segment, mapped read-only by clients.
+    #[must_use]
+    pub fn engine_segment(&self) -> String {
+        format!("/kvring.{}.engine", self.0)
+    }
+
+    /// The lobby, where clients claim their entries.
+    #[must_use]
+    pub fn lobby(&self) -> String {
+        format!("/kvring.{}.lobby", self.0)
+    }
+
+    /// The KV bytes.
+    #[must_use]
+    pub fn arena(&self) -> String {
+        format!("/kvring.{}.arena", self.0)
+    }
+
+    /// One client's channel.
+    #[must_use]
+    pub fn client(&self, entry: usize, nonce: u64) -> String {
+        format!("/kvring.{}.client.{entry}.{nonce:016x}", self.0)
+    }
+
+    /// What the names of all segments of this engine begin with (without the leading slash).
+    #[must_use]
+    pub fn prefix(&self) -> String {
+        format!("kvring.{}.", self.0)
+    }
+}
+
+impl core::fmt::Display for EngineName {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What can go wrong with a segment.
+#[derive(Debug, thiserror::Error)]
+pub enum SegmentError {
+    /// There is none of that name.
+    #[error("no shared memory segment {0}")]
+    NotFound(String),
+    /// There is one already.
+    #[error("shared memory segment {0} exists already")]
+    Exists(String),
+    /// It belongs to another user.
+    #[error("segment {name}: expected owner uid {expected}, found {found}; use another engine name")]
+    WrongOwner {
+        /// The segment.
+        name: String,
+        /// Our effective uid.
+        expected: u32,
+        /// Its owner.
+        found: u32,
+    },
+    /// Others may read or write it.
+    #[error("segment {name}: expected mode 0600, found {found:04o}; fix it or run `kvring remove`")]
+    WrongMode {
+        /// The segment.
+        name: String,
+        /// Its permission bits.
+        found: u32,
+    },
+    /// It is shorter than what is to be mapped.
+    #[error("segment {name}: expected at least {expected} bytes, found {found}")]
+    TooShort {
+        /// The segment.
+        name: String,
+        /// Bytes needed.
+        expected: u64,
+        /// Bytes there.
+        found: u64,
+    },
+    /// `/dev/shm` (or the cgroup) is full.
+    #[error(
+        "segment {name}: no room in {SHM_DIR} for {bytes} more bytes ({available} available); \
+         enlarge it (docker: --shm-size) or use a smaller arena"
+    )]
+    NoSpace {
+        /// The segment.
+        name: String,
+        /// Bytes that were to be allocated.
+        bytes: u64,
+        /// Bytes that the file system says are available.
+        available: u64,
+    },
+    /// Anything else that the system said.
+    #[error("segment {name}: {what}: {errno}")]
+    Os {
+        /// The segment.
+        name: String,
+        /// The call.
+        what: &'static str,
+        /// Its error.
+        errno: Errno,
+    },
+    /// The crate `shared_memory` refused.
+    #[error("segment {name}: {source}")]
+    Crate {
+        /// The segment.
+        name: String,
+        /// Its error.
+        source: shared_memory::ShmemError,
+    },
+}
+
+/// How a segment is mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// A store through it is a SIGSEGV.
+    ReadOnly,
+    /// Both.
+    ReadWrite,
+}
+
+/// An open segment.
+#[derive(Debug)]
+pub struct SegmentFile {
+    fd: OwnedFd,
+    name: String,
+}
+
+/// Bytes that the shared-memory file system has left.
+#[must_use]
+pub fn available_bytes() -> u64 {
+    nix::sys::statvfs::statvfs(SHM_DIR).map_or(0, |s| s.blocks_available() * s.fragment_size())
+}
+
+impl SegmentFile {
+    fn os(&self, what: &'static str) -> impl FnOnce(Errno) -> SegmentError {
+        let name = self.name.clone();
+        move |errno| SegmentError::Os { name, what, errno }
+    }
+
+    /// Creates a new, sparse segment of `bytes` bytes; an existing name is an error.
+    pub fn create(name: &str, bytes: u64) -> Result<SegmentFile, SegmentError> {
+        let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        let fd = nix::sys::mman::shm_open(name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| {
+            match errno {
+                Errno::EEXIST => SegmentError::Exists(name.to_owned()),
+                errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
+            }
+        })?;
+        let file = SegmentFile { fd, name: name.to_owned() };
+        let sized = nix::unistd::ftruncate(&file.fd, i64::try_from(bytes).unwrap_or(i64::MAX));
+        if let Err(errno) = sized {
+            unlink(name);
+            return Err(file.os("ftruncate")(errno));
+        }
+        Ok(file)
+    }
+
+    /// Opens an existing segment: ours, and nobody else's to read or write.
+    pub fn open(name: &str, access: Access) -> Result<SegmentFile, SegmentError> {
+        let flags = match access {
+            Access::ReadOnly => OFlag::O_RDONLY,
+            Access::ReadWrite => OFlag::O_RDWR,
+        } | OFlag::O_CLOEXEC;
+        let fd = nix::sys::mman::shm_open(name, flags, Mode::empty()).map_err(|errno| match errno {
+            Errno::ENOENT => SegmentError::NotFound(name.to_owned()),
+            errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
+        })?;
+        let file = SegmentFile { fd, name: name.to_owned() };
+        let stat = nix::sys::stat::fstat(&file.fd).map_err(file.os("fstat"))?;
+        let expected = nix::unistd::geteuid().as_raw();
+        if stat.st_uid != expected {
+            return Err(SegmentError::WrongOwner { name: file.name, expected, found: stat.st_uid });
+        }
+        let found = stat.st_mode & 0o777;
+        if found & 0o077 != 0 {
+            return Err(SegmentError::WrongMode { name: file.name, found });
+        }
+        Ok(file)
+    }
+
+    /// The segment's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> Result<u64, SegmentError> {
+        let stat = nix::sys::stat::fstat(&self.fd).map_err(self.os("fstat"))?;
+        Ok(u64::try_from(stat.st_size).unwrap_or(0))
+    }
+
+    /// Is its length zero (somebody is only just creating it)?
+    pub fn is_empty(&self) -> Result<bool, SegmentError> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Allocates `bytes` bytes from `offset`, so that touching them can never fail.
+    pub fn allocate(&self, offset: u64, bytes: u64) -> Result<(), SegmentError> {
+        let (start, len) = (i64::try_from(offset), i64::try_from(bytes));
+        let (Ok(start), Ok(len)) = (start, len) else { return Err(self.os("fallocate")(Errno::EFBIG)) };
+        loop {
+            match nix::fcntl::fallocate(&self.fd, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
+                Ok(()) => return Ok(()),
+                // A signal; what is allocated stays, so this ends.
+                Err(Errno::EINTR) => {}
+                Err(Errno::ENOSPC | Errno::ENOMEM) => {
+                    let available = available_bytes();
+                    return Err(SegmentError::NoSpace { name: self.name.clone(), bytes, available });
+                }
+                Err(errno) => return Err(self.os("fallocate")(errno)),
+            }
+        }
+    }
+
+    /// Maps the first `bytes` bytes, which must be there.
+    pub fn map(&self, bytes: u64, access: Access) -> Result<Mapping, SegmentError> {
+        let found = self.len()?;
+        let len = usize::try_from(bytes).ok().and_then(NonZeroUsize::new);
+        let (Some(len), true) = (len, found >= bytes) else {
+            return Err(SegmentError::TooShort { name: self.name.clone(), expected: bytes.max(1), found });
+        };
+        let writable = access == Access::ReadWrite;
+        let protection =
+            if writable { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let base = unsafe { nix::sys::mman::mmap(None, len, protection, MapFlags::MAP_SHARED, &self.fd, 0) }
+            .map_err(self.os("mmap"))?;
+        dont_fork(base.cast(), len.get());
+        // SAFETY: just mapped with this length and protection; only the `Mapping` unmaps it.
+        Ok(unsafe { Mapping::from_mmap(base.cast(), len.get(), writable) })
+    }
+
+    /// Is this still the file that the name leads to? False when it was unlinked or replaced.
+    #[must_use]
+    pub fn is_current(&self) -> bool {
+        let Ok(ours) = nix::sys::stat::fstat(&self.fd) else { return false };
+        SegmentFile::open(&self.name, Access::ReadOnly)
+            .ok()
+            .and_then(|other| nix::sys::stat::fstat(&other.fd).ok())
+            .is_some_and(|theirs| (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
+    }
+
+    /// An exclusive lock on the open file, without waiting; `None` when somebody else has it. It orders *creations*;
+    /// it proves nothing about lives (see the owner word).
+    pub fn try_lock(&self) -> Option<SegmentLock> {
+        let fd = self.fd.as_fd().try_clone_to_owned().ok()?;
+        Flock::lock(fd, FlockArg::LockExclusiveNonblock).ok().map(SegmentLock)
+    }
+}
+
+/// A held creation lock; dropping it lets go.
+#[derive(Debug)]
+pub struct SegmentLock(#[allow(dead_code, reason = "held for its Drop")] Flock<OwnedFd>);
+
+/// Removes a name; processes that map the segment keep it. Unknown is fine.
+pub fn unlink(name: &str) {
+    // The only other error is that it is not ours, and then it is not ours to remove.
+    let _ = nix::sys::mman::shm_unlink(name);
+}
+
+/// A child of `fork` does not inherit the mapping: it must not pass for its parent.
+fn dont_fork(base: NonNull<u8>, len: usize) {
+    // SAFETY: our own mapping; DONTFORK changes nothing in this process.
+    let advised = unsafe { nix::sys::mman::madvise(base.cast(), len, MmapAdvise::MADV_DONTFORK) };
+    debug_assert!(advised.is_ok(), "madvise(MADV_DONTFORK): {advised:?}");
+}
+
+/// Creates a small segment with the crate `shared_memory`, fully allocated: the lobby and the channels.
+pub fn create_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> {
+    let mut shmem = shared_memory::ShmemConf::new().os_id(name).size(bytes).create().map_err(|source| {
+        match source {
+            shared_memory::ShmemError::MappingIdExists => SegmentError::Exists(name.to_owned()),
+            source => SegmentError::Crate { name: name.to_owned(), source },
+        }
+    })?;
+    // Its drop would unlink by name, also a successor's segment of the same name.
+    shmem.set_owner(false);
+    // The crate only truncates: without this a full /dev/shm would be a SIGBUS at the first touch.
+    let allocated =
+        SegmentFile::open(name, Access::ReadWrite).and_then(|file| file.allocate(0, bytes as u64));
+    if let Err(error) = allocated {
+        unlink(name);
+        return Err(error);
+    }
+    adopt(name, shmem)
+}
+
+/// Opens a small segment with the crate `shared_memory`, after checking owner, mode and size.
+pub fn open_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> {
+    let file = SegmentFile::open(name, Access::ReadWrite)?;
+    let found = file.len()?;
+    if found < bytes as u64 {
+        return Err(SegmentError::TooShort { name: name.to_owned(), expected: bytes as u64, found });
+    }
+    let mut shmem = shared_memory::ShmemConf::new()
+        .os_id(name)
+        .open()
+        .map_err(|source| SegmentError::Crate { name: name.to_owned(), source })?;
+    shmem.set_owner(false);
+    if shmem.len() < bytes {
+        let found = shmem.len() as u64;
+        return Err(SegmentError::TooShort { name: name.to_owned(), expected: bytes as u64, found });
+    }
+    adopt(name, shmem)
+}
+
+fn adopt(name: &str, shmem: shared_memory::Shmem) -> Result<Mapping, SegmentError> {
+    let mapping = Mapping::from_shmem(shmem).ok_or_else(|| SegmentError::Os {
+        name: name.to_owned(),
+        what: "mmap",
+        errno: Errno::EFAULT,
+    })?;
+    dont_fork(mapping.base(), mapping.len());
+    Ok(mapping)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(tag: &str) -> String {
+        EngineName::new(&format!("t-{tag}-{}", std::process::id())).unwrap().engine_segment()
+    }
+
+    #[test]
+    fn names_are_checked() {
+        for good in ["a", "default", "A-b_9"] {
+            assert!(EngineName::new(good).is_ok());
+        }
+        for bad in ["", "a/b", "..", "a.b", "ä", "a b", &"x".repeat(65)] {
+            assert_eq!(EngineName::new(bad), Err(BadName(bad.to_owned())));
+        }
+    }
+
+    #[test]
+    fn create_open_map_unlink() {
+        let name = name("basic");
+        let file = SegmentFile::create(&name, 8192).unwrap();
+        assert!(matches!(SegmentFile::create(&name, 8192), Err(SegmentError::Exists(_))));
+        file.allocate(0, 8192).unwrap();
+        let other = SegmentFile::open(&name, Access::ReadOnly).unwrap();
+        assert_eq!(other.map(8192, Access::ReadOnly).unwrap().len(), 8192);
+        assert!(matches!(
+            other.map(8193, Access::ReadOnly),
+            Err(SegmentError::TooShort { expected: 8193, found: 8192, .. })
+        ));
+        assert!(other.is_current());
+        unlink(&name);
+        assert!(!other.is_current());
+        assert!(matches!(SegmentFile::open(&name, Access::ReadOnly), Err(SegmentError::NotFound(_))));
+    }
+
+    #[test]
+    fn a_segment_that_others_may_write_is_refused() {
+        let name = name("mode");
+        let file = SegmentFile::create(&name, 4096).unwrap();
+        nix::sys::stat::fchmod(&file.fd, Mode::from_bits_truncate(0o620)).unwrap();
+        assert!(matches!(
+            SegmentFile::open(&name, Access::ReadOnly),
+            Err(SegmentError::WrongMode { found: 0o620, .. })
+        ));
+        unlink(&name);
+    }
+
+    #[test]
+    fn more_than_the_file_system_holds_is_an_error_with_the_numbers() {
+        let name = name("full");
+        let file = SegmentFile::create(&name, 1 << 44).unwrap();
+        let result = file.allocate(0, 1 << 44);
+        unlink(&name);
+        assert!(matches!(result, Err(SegmentError::NoSpace { bytes, .. }) if bytes == 1 << 44), "{result:?}");
+    }
+
+    #[test]
+    fn a_lock_is_exclusive_between_open_files() {
+        let name = name("lock");
+        let first = SegmentFile::create(&name, 4096).unwrap();
+        let second = SegmentFile::open(&name, Access::ReadWrite).unwrap();
+        let held = first.try_lock().unwrap();
+        assert!(second.try_lock().is_none());
+        drop(held);
+        assert!(second.try_lock().is_some());
+        unlink(&name);
+    }
+}

@@ -1,0 +1,264 @@
+//! Slot headers: what each place in the arena holds, written by the engine alone, checked by workers around each copy.
+//!
+//! One word says it all: `state | owner entry | generation`. Header fields are written first and the word last; a
+//! worker reads the word, the fields, the bytes, and the word again (a seqlock per slot, with the payload elsewhere).
+
+use crate::mapping::{Pad, Shared};
+use crate::sync::{AtomicU64, Ordering, fence};
+
+/// What a slot is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum SlotState {
+    /// Nobody's.
+    Free = 0,
+    /// Given to a worker that may be writing its bytes.
+    Writing = 1,
+    /// Holds a shard; its bytes do not change until the generation does.
+    Committed = 2,
+}
+
+/// The header's word, unpacked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotWord {
+    /// What the slot is doing.
+    pub state: SlotState,
+    /// The client entry that writes or wrote it.
+    pub owner: u8,
+    /// Grows each time the slot is freed; never reset while the inode lives. 54 bits.
+    pub generation: u64,
+}
+
+/// Bits of a generation.
+pub const GENERATION_BITS: u32 = 54;
+/// The largest generation; the next one wraps to 0 after 2⁵⁴ reuses of one slot.
+pub const GENERATION_MAX: u64 = (1 << GENERATION_BITS) - 1;
+
+impl SlotWord {
+    /// Packs: bits 0–1 state, 2–9 owner, 10–63 generation.
+    #[must_use]
+    pub fn pack(self) -> u64 {
+        (self.generation << 10) | (u64::from(self.owner) << 2) | self.state as u64
+    }
+
+    /// Unpacks; `None` for a state that does not exist.
+    #[must_use]
+    pub fn unpack(word: u64) -> Option<SlotWord> {
+        let state = match word & 3 {
+            0 => SlotState::Free,
+            1 => SlotState::Writing,
+            2 => SlotState::Committed,
+            _ => return None,
+        };
+        Some(SlotWord { state, owner: (word >> 2) as u8, generation: word >> 10 })
+    }
+}
+
+/// What a shard is: the part of the header that is fixed when the slot is given to a writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardIdentity {
+    /// The chunk's key.
+    pub key: [u64; 2],
+    /// The namespace it belongs to.
+    pub namespace: u32,
+    /// Whose part of the chunk.
+    pub rank: u32,
+    /// First byte in the arena.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+/// One entry of the slot table: two cache lines, of which a load looks at the first.
+#[repr(C, align(128))]
+pub struct SlotHeader {
+    word: AtomicU64,
+    key: [AtomicU64; 2],
+    /// namespace | rank << 32
+    place: AtomicU64,
+    offset: AtomicU64,
+    length: AtomicU64,
+    checksum: AtomicU64,
+    _pad0: Pad<8>,
+    /// Second line: what recovery needs.
+    nonce: AtomicU64,
+    round: AtomicU64,
+    last_touch: AtomicU64,
+    _pad1: Pad<40>,
+}
+
+// SAFETY: atomics and padding only.
+unsafe impl Shared for SlotHeader {}
+
+#[cfg(not(loom))]
+const _: () = {
+    use core::mem::offset_of;
+    assert!(core::mem::size_of::<SlotHeader>() == SLOT_HEADER_BYTES);
+    assert!(offset_of!(SlotHeader, word) == 0);
+    assert!(offset_of!(SlotHeader, checksum) + 8 <= 64);
+    assert!(offset_of!(SlotHeader, nonce) == 64);
+};
+
+/// Bytes of a header.
+pub const SLOT_HEADER_BYTES: usize = 128;
+
+/// Why a load of a shard was refused, or must not be believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotServable {
+    /// The slot has been freed or given away since the lookup.
+    #[error("expected a committed shard of generation {expected}, found generation {found} ({committed})",
+            committed = if *.committed { "committed" } else { "not committed" })]
+    Gone {
+        /// The generation that the lookup answered.
+        expected: u64,
+        /// The generation now.
+        found: u64,
+        /// Whether that is committed.
+        committed: bool,
+    },
+    /// The header describes something else: the handle belongs to another key, namespace, rank or place.
+    #[error("expected shard {expected:?}, the slot holds {found:?}")]
+    OtherShard {
+        /// What was asked for.
+        expected: ShardIdentity,
+        /// What the slot says it holds.
+        found: ShardIdentity,
+    },
+}
+
+impl SlotHeader {
+    /// Engine: the slot now belongs to a writer. Fields first, the word last.
+    pub fn begin_writing(&self, word: SlotWord, identity: &ShardIdentity, nonce: u64, round: u64) {
+        self.key[0].store(identity.key[0], Ordering::Relaxed);
+        self.key[1].store(identity.key[1], Ordering::Relaxed);
+        let place = u64::from(identity.namespace) | (u64::from(identity.rank) << 32);
+        self.place.store(place, Ordering::Relaxed);
+        self.offset.store(identity.offset, Ordering::Relaxed);
+        self.length.store(identity.length, Ordering::Relaxed);
+        self.checksum.store(0, Ordering::Relaxed);
+        self.nonce.store(nonce, Ordering::Relaxed);
+        self.round.store(round, Ordering::Relaxed);
+        // SYNC POINT: Release; pairs with the Acquire in `validate` and in a recovery's scan.
+        self.word.store(word.pack(), Ordering::Release);
+    }
+
+    /// Engine: the shard's bytes are complete (their writer's commit was acquired from its ring).
+    pub fn commit(&self, word: SlotWord, checksum: u64) {
+        self.checksum.store(checksum, Ordering::Relaxed);
+        // SYNC POINT: Release; pairs with the Acquire in `validate`: who sees COMMITTED sees the payload, which
+        // happened before the commit message that the engine acquired.
+        self.word.store(word.pack(), Ordering::Release);
+    }
+
+    /// Engine: free, with the next generation. Before the slot is given away again.
+    pub fn free(&self, next_generation: u64) {
+        let word = SlotWord { state: SlotState::Free, owner: 0, generation: next_generation };
+        // SYNC POINT: Release; a reader whose copy saw bytes of the slot's next life finds this or a later word in
+        // `still_valid`: the next writer acquired its reservation after this store and fenced before it wrote.
+        self.word.store(word.pack(), Ordering::Release);
+    }
+
+    /// Engine: used by a lookup at logical time `tick`; recovery rebuilds the eviction order from it.
+    pub fn touch(&self, tick: u64) {
+        self.last_touch.store(tick, Ordering::Relaxed);
+    }
+
+    /// Worker, before a copy: is this the committed shard that the lookup meant? Returns the checksum stored with it.
+    pub fn validate(&self, expected: &ShardIdentity, generation: u64) -> Result<u64, NotServable> {
+        // SYNC POINT: Acquire; pairs with the Release in `commit`.
+        self.check_word(generation, self.word.load(Ordering::Acquire))?;
+        let found = self.identity();
+        if found != *expected {
+            return Err(NotServable::OtherShard { expected: *expected, found });
+        }
+        Ok(self.checksum.load(Ordering::Relaxed))
+    }
+
+    /// Worker, after a copy: were those bytes the shard's all the time?
+    pub fn still_valid(&self, generation: u64) -> Result<(), NotServable> {
+        // SYNC POINT: Acquire fence; pairs with the Release fence that a writer makes before its first payload store.
+        // If the copy saw any of those bytes, this load sees the word that freed the slot, or a later one.
+        fence(Ordering::Acquire);
+        self.check_word(generation, self.word.load(Ordering::Relaxed))
+    }
+
+    fn check_word(&self, expected: u64, word: u64) -> Result<(), NotServable> {
+        let found = word >> 10;
+        let committed = word & 3 == SlotState::Committed as u64;
+        if found == expected && committed {
+            Ok(())
+        } else {
+            Err(NotServable::Gone { expected, found, committed })
+        }
+    }
+
+    /// The word as it is now; `None` for a state that does not exist.
+    #[must_use]
+    pub fn word(&self) -> Option<SlotWord> {
+        SlotWord::unpack(self.word.load(Ordering::Acquire))
+    }
+
+    /// The identity fields as they are now: meaningful only under a word that has been checked.
+    #[must_use]
+    pub fn identity(&self) -> ShardIdentity {
+        let place = self.place.load(Ordering::Relaxed);
+        ShardIdentity {
+            key: [self.key[0].load(Ordering::Relaxed), self.key[1].load(Ordering::Relaxed)],
+            namespace: place as u32,
+            rank: (place >> 32) as u32,
+            offset: self.offset.load(Ordering::Relaxed),
+            length: self.length.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::mapping::Mapping;
+
+    const SHARD: ShardIdentity = ShardIdentity { key: [1, 2], namespace: 3, rank: 4, offset: 4096, length: 8192 };
+
+    fn word(state: SlotState, generation: u64) -> SlotWord {
+        SlotWord { state, owner: 9, generation }
+    }
+
+    #[test]
+    fn a_load_sees_only_the_committed_shard_it_asked_for() {
+        let memory = Mapping::private(4096);
+        let header = memory.at::<SlotHeader>(128).unwrap();
+        assert!(header.validate(&SHARD, 0).is_err(), "a free slot is not servable");
+        header.begin_writing(word(SlotState::Writing, 7), &SHARD, 1, 1);
+        assert!(matches!(header.validate(&SHARD, 7), Err(NotServable::Gone { committed: false, .. })));
+        header.commit(word(SlotState::Committed, 7), 55);
+        assert_eq!(header.validate(&SHARD, 7), Ok(55));
+        assert!(matches!(header.validate(&SHARD, 6), Err(NotServable::Gone { expected: 6, found: 7, .. })));
+        for other in [
+            ShardIdentity { key: [1, 3], ..SHARD },
+            ShardIdentity { namespace: 0, ..SHARD },
+            ShardIdentity { rank: 0, ..SHARD },
+            ShardIdentity { offset: 0, ..SHARD },
+            ShardIdentity { length: 1, ..SHARD },
+        ] {
+            assert!(matches!(header.validate(&other, 7), Err(NotServable::OtherShard { .. })));
+        }
+        assert_eq!(header.still_valid(7), Ok(()));
+        header.free(8);
+        assert!(header.still_valid(7).is_err());
+        // The same slot, the same key, another life: still not what was asked for.
+        header.begin_writing(word(SlotState::Writing, 8), &SHARD, 1, 2);
+        header.commit(word(SlotState::Committed, 8), 55);
+        assert!(header.still_valid(7).is_err());
+    }
+
+    #[test]
+    fn words_pack_and_unpack() {
+        for state in [SlotState::Free, SlotState::Writing, SlotState::Committed] {
+            for generation in [0, 1, GENERATION_MAX] {
+                let word = SlotWord { state, owner: 255, generation };
+                assert_eq!(SlotWord::unpack(word.pack()), Some(word));
+            }
+        }
+        assert_eq!(SlotWord::unpack(3), None);
+    }
+}
