@@ -1,1 +1,33 @@
-//! Under construction.
+//! What vLLM's scheduler and workers use to reach a kvring engine.
+//!
+//! Adapters share a [`Client`], which attaches by itself, notices the engine's death and restart, and attaches again.
+//! Every call returns by its deadline, whatever the engine does.
+
+mod attachment;
+mod client;
+mod error;
+mod fork;
+mod gate;
+mod health;
+mod keeper;
+mod link;
+mod options;
+mod scheduler;
+mod sessions;
+mod status;
+mod worker;
+
+pub use attachment::{AttachError, EngineView};
+pub use client::{Client, Probe};
+pub use error::{CallError, RegisterError};
+pub use health::Health;
+pub use kvring_shm_abi::engine_segment::ShardHandle;
+pub use kvring_shm_abi::lobby::Role;
+pub use kvring_shm_abi::message::{Key, Round};
+pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
+pub use scheduler::{PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
+pub use sessions::{Hit, Lookup, LookupStats};
+pub use worker::{
+    BlockError, Checksum, Finished, JobId, LayoutError, LoadChunk, LoadReport, PagedKv, Plane, StoreChunk,
+    StoreReport, SubmitError, WorkerAdapter, WorkerOptions,
+};

@@ -1,1 +1,14 @@
-//! Under construction.
+//! Moving KV between a paged cache and kvring's arena.
+//!
+//! A [`CopyBackend`] takes a [`CopyBatch`] and gives a [`Transfer`] to poll or wait for. The CPU backend copies with
+//! the threads of this process; a GPU backend will use streams and events behind the same trait. Nothing here knows
+//! of slots, keys or engines: addresses come in, bytes move, checksums come out.
+
+mod backend;
+pub mod checksum;
+pub mod copy;
+mod cpu;
+mod sync;
+
+pub use backend::{ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
+pub use cpu::CpuBackend;

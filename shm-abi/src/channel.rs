@@ -129,9 +129,8 @@ impl Channel {
         mapping.at::<Superblock>(0)?.read(Kind::Client, mapping.len() as u64)?;
         let channel = Channel::views(&mapping, payload_words)?;
         let header = &channel.header[0];
-        let mismatch = |what, expected, found| {
-            Err(ChannelError::Header { name: file.clone(), what, expected, found })
-        };
+        let mismatch =
+            |what, expected, found| Err(ChannelError::Header { name: file.clone(), what, expected, found });
         let (found_nonce, found_entry) =
             (header.nonce.load(Ordering::Relaxed), header.entry.load(Ordering::Relaxed));
         if found_nonce != nonce {

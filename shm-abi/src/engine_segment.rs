@@ -243,7 +243,11 @@ impl Namespace {
     pub fn matches(&self, fingerprint: &[u64; 4]) -> bool {
         // SYNC POINT: Acquire; pairs with the Release in `begin`.
         self.state.load(Ordering::Acquire) == NAMESPACE_READY
-            && self.fingerprint.iter().zip(fingerprint).all(|(have, want)| have.load(Ordering::Relaxed) == *want)
+            && self
+                .fingerprint
+                .iter()
+                .zip(fingerprint)
+                .all(|(have, want)| have.load(Ordering::Relaxed) == *want)
     }
 
     /// Number of ranks.
@@ -287,7 +291,10 @@ impl Namespace {
             ranks,
             model: load_text(&self.model),
             dtype: load_text(&self.dtype),
-            shard_bytes: (0..RANKS_MAX).filter_map(|rank| self.rank_layout(rank)).map(|(_, bytes)| bytes).collect(),
+            shard_bytes: (0..RANKS_MAX)
+                .filter_map(|rank| self.rank_layout(rank))
+                .map(|(_, bytes)| bytes)
+                .collect(),
         })
     }
 }

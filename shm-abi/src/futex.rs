@@ -82,7 +82,7 @@ mod real {
             let mut waits = [Wait::new(); WAIT_ANY_MAX];
             for (wait, (word, expected)) in waits.iter_mut().zip(words) {
                 wait.val = u64::from(*expected);
-                wait.uaddr = WaitPtr::new(word.as_ptr().cast());
+                wait.uaddr = WaitPtr::new(word.raw().as_ptr().cast());
                 // Without PRIVATE: the word is shared between processes.
                 wait.flags = WaitFlags::SIZE_U32;
             }
@@ -99,13 +99,13 @@ mod real {
     fn wait_one(word: &AtomicU32, expected: u32, deadline: Deadline) -> rustix::io::Result<()> {
         // `wait` takes a relative time; the bit-set form is absolute on CLOCK_MONOTONIC.
         let until = timespec(deadline);
-        futex::wait_bitset(word, Flags::empty(), expected, until.as_ref(), core::num::NonZeroU32::MAX)
+        futex::wait_bitset(word.raw(), Flags::empty(), expected, until.as_ref(), core::num::NonZeroU32::MAX)
     }
 
     /// Wakes up to `count` sleepers on `word`, in any process. Returns how many were woken.
     pub fn wake(word: &AtomicU32, count: u32) -> usize {
         // A wake on a mapped word cannot fail in a way that the caller could mend.
-        futex::wake(word, Flags::empty(), count.min(i32::MAX as u32)).unwrap_or(0)
+        futex::wake(word.raw(), Flags::empty(), count.min(i32::MAX as u32)).unwrap_or(0)
     }
 
     /// Wakes every sleeper on `word`.

@@ -45,6 +45,7 @@ pub struct Mapping {
 
 enum Backing {
     /// Mapped by `nix`: unmapped here.
+    #[cfg(not(loom))]
     Nix,
     /// Mapped by the crate `shared_memory`, which unmaps when it is dropped.
     #[cfg(not(loom))]
@@ -158,8 +159,6 @@ impl Drop for Mapping {
                 let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
                 debug_assert!(unmapped.is_ok(), "munmap of our own range failed: {unmapped:?}");
             }
-            #[cfg(loom)]
-            Backing::Nix => {}
             #[cfg(not(loom))]
             Backing::Crate(_) => {}
             // SAFETY: allocated in `private` with this layout.

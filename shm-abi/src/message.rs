@@ -632,7 +632,14 @@ mod tests {
             (any::<u64>(), any::<u32>(), any::<u32>())
                 .prop_map(|(session, admission, keep)| Request::Release { session, admission, keep }),
             any::<u64>().prop_map(|session| Request::EndSession { session }),
-            (any::<u64>(), any::<u32>(), any::<u32>(), records(), any::<u32>(), prop::option::of(0..u32::MAX))
+            (
+                any::<u64>(),
+                any::<u32>(),
+                any::<u32>(),
+                records(),
+                any::<u32>(),
+                prop::option::of(0..u32::MAX)
+            )
                 .prop_map(|(round, namespace, rank, keys, answer, parent)| Request::Reserve {
                     round: Round::unpack(round),
                     namespace,

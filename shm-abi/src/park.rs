@@ -21,6 +21,12 @@ pub fn announce(parked: &AtomicU32) {
     fence(Ordering::SeqCst);
 }
 
+/// [`announce`] without its fence: the negative control of the models. Never use it.
+#[cfg(loom)]
+pub fn announce_broken(parked: &AtomicU32) {
+    parked.store(PARKED, Ordering::Relaxed);
+}
+
 /// The sleeper found work after all, or has woken up.
 pub fn retract(parked: &AtomicU32) {
     parked.store(AWAKE, Ordering::Relaxed);

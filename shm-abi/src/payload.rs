@@ -79,10 +79,11 @@ impl Payload {
 
     fn range(&self, offset: u32, words: usize) -> Result<&[Word], OutOfArea> {
         let start = offset as usize;
-        start
-            .checked_add(words)
-            .and_then(|end| self.words.get(start..end))
-            .ok_or(OutOfArea { offset, words: words as u64, area: self.words.len() })
+        start.checked_add(words).and_then(|end| self.words.get(start..end)).ok_or(OutOfArea {
+            offset,
+            words: words as u64,
+            area: self.words.len(),
+        })
     }
 
     /// Does a region of `words` words at `offset` exist?
@@ -175,7 +176,8 @@ impl Regions {
         debug_assert!(at == 0 || self.free[at - 1].offset + self.free[at - 1].words <= region.offset);
         debug_assert!(at == self.free.len() || region.offset + region.words <= self.free[at].offset);
         self.free.insert(at, region);
-        if at + 1 < self.free.len() && self.free[at].offset + self.free[at].words == self.free[at + 1].offset {
+        if at + 1 < self.free.len() && self.free[at].offset + self.free[at].words == self.free[at + 1].offset
+        {
             self.free[at].words += self.free.remove(at + 1).words;
         }
         if at > 0 && self.free[at - 1].offset + self.free[at - 1].words == self.free[at].offset {

@@ -18,6 +18,7 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// Slots in a ring, and so the most operations in flight on one channel. A power of two.
 #[cfg(not(loom))]
 pub const DEPTH: usize = 256;
+/// Two are enough for laps, and keep the model small.
 #[cfg(loom)]
 pub const DEPTH: usize = 2;
 
@@ -88,6 +89,8 @@ pub struct Producer {
     slots: View<Slot>,
     /// Position of the next push; only its low bits choose the slot.
     next: u32,
+    /// How a push is published: Release, except in the models' negative control.
+    #[cfg(loom)]
     order: Ordering,
 }
 
@@ -120,7 +123,12 @@ impl Producer {
     #[must_use]
     pub fn new(slots: View<Slot>) -> Producer {
         assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
-        Producer { slots, next: 0, order: Ordering::Release }
+        Producer {
+            slots,
+            next: 0,
+            #[cfg(loom)]
+            order: Ordering::Release,
+        }
     }
 
     /// A producer whose publication is unordered: the negative control of the models. Never use it.
@@ -139,8 +147,19 @@ impl Producer {
         }
         // SYNC POINT: Release; pairs with the Acquire in `Consumer::pop`. Also publishes what was written to the
         // payload area before.
-        slot.sequence.store(self.next.wrapping_add(1), self.order);
+        slot.sequence.store(self.next.wrapping_add(1), self.order());
         self.next = self.next.wrapping_add(1);
+    }
+
+    #[cfg(not(loom))]
+    #[inline(always)]
+    fn order(&self) -> Ordering {
+        Ordering::Release
+    }
+
+    #[cfg(loom)]
+    fn order(&self) -> Ordering {
+        self.order
     }
 }
 

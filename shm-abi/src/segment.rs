@@ -180,12 +180,13 @@ impl SegmentFile {
     /// Creates a new, sparse segment of `bytes` bytes; an existing name is an error.
     pub fn create(name: &str, bytes: u64) -> Result<SegmentFile, SegmentError> {
         let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-        let fd = nix::sys::mman::shm_open(name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| {
-            match errno {
-                Errno::EEXIST => SegmentError::Exists(name.to_owned()),
-                errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
-            }
-        })?;
+        let fd =
+            nix::sys::mman::shm_open(name, flags, Mode::S_IRUSR | Mode::S_IWUSR).map_err(
+                |errno| match errno {
+                    Errno::EEXIST => SegmentError::Exists(name.to_owned()),
+                    errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
+                },
+            )?;
         let file = SegmentFile { fd, name: name.to_owned() };
         let sized = nix::unistd::ftruncate(&file.fd, i64::try_from(bytes).unwrap_or(i64::MAX));
         if let Err(errno) = sized {
@@ -224,6 +225,17 @@ impl SegmentFile {
         &self.name
     }
 
+    /// Creator: lengthens the segment. Made empty, allocated, and only then lengthened, it never shows a peer a page
+    /// that is not there: even *reading* such a page through a mapping is a SIGBUS while `/dev/shm` is full.
+    pub fn grow(&self, bytes: u64) -> Result<(), SegmentError> {
+        if self.len()? > bytes {
+            // Never shorter: a peer that maps the end would get a SIGBUS.
+            return Err(self.os("ftruncate to fewer bytes")(Errno::EINVAL));
+        }
+        nix::unistd::ftruncate(&self.fd, i64::try_from(bytes).unwrap_or(i64::MAX))
+            .map_err(self.os("ftruncate"))
+    }
+
     /// Its length in bytes.
     pub fn len(&self) -> Result<u64, SegmentError> {
         let stat = nix::sys::stat::fstat(&self.fd).map_err(self.os("fstat"))?;
@@ -242,7 +254,8 @@ impl SegmentFile {
         loop {
             match nix::fcntl::fallocate(&self.fd, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
                 Ok(()) => return Ok(()),
-                // A signal; what is allocated stays, so this ends.
+                // A signal: tmpfs gives back what this call had allocated. So who allocates much does it in small
+                // pieces, or with signals blocked; a periodic signal would make this go on for ever.
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOSPC | Errno::ENOMEM) => {
                     let available = available_bytes();
@@ -308,12 +321,11 @@ fn dont_fork(base: NonNull<u8>, len: usize) {
 
 /// Creates a small segment with the crate `shared_memory`, fully allocated: the lobby and the channels.
 pub fn create_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> {
-    let mut shmem = shared_memory::ShmemConf::new().os_id(name).size(bytes).create().map_err(|source| {
-        match source {
+    let mut shmem =
+        shared_memory::ShmemConf::new().os_id(name).size(bytes).create().map_err(|source| match source {
             shared_memory::ShmemError::MappingIdExists => SegmentError::Exists(name.to_owned()),
             source => SegmentError::Crate { name: name.to_owned(), source },
-        }
-    })?;
+        })?;
     // Its drop would unlink by name, also a successor's segment of the same name.
     shmem.set_owner(false);
     // The crate only truncates: without this a full /dev/shm would be a SIGBUS at the first touch.

@@ -67,7 +67,11 @@ impl Geometry {
             && (SLAB_BYTES_MIN..=SLAB_BYTES_MAX).contains(&slab_bytes)
             && (slab_bytes..=ARENA_BYTES_MAX).contains(&arena_bytes)
             && arena_bytes.is_multiple_of(slab_bytes);
-        if good { Ok(Geometry { arena_bytes, slab_bytes }) } else { Err(BadGeometry { arena_bytes, slab_bytes }) }
+        if good {
+            Ok(Geometry { arena_bytes, slab_bytes })
+        } else {
+            Err(BadGeometry { arena_bytes, slab_bytes })
+        }
     }
 
     /// Slabs in the arena.
@@ -138,10 +142,14 @@ pub enum Mismatch {
     #[error("the segment is not complete (no magic): its creator is still at it, or died half-way")]
     Incomplete,
     /// Another version of kvring.
-    #[error("expected ABI version {ABI_VERSION}, found {0}: the engine and this library come from different releases")]
+    #[error(
+        "expected ABI version {ABI_VERSION}, found {0}: the engine and this library come from different releases"
+    )]
     AbiVersion(u32),
     /// The same version number, but other layouts: a build that was changed by hand.
-    #[error("expected layout {expected:#018x}, found {found:#018x}: the engine and this library come from different builds")]
+    #[error(
+        "expected layout {expected:#018x}, found {found:#018x}: the engine and this library come from different builds"
+    )]
     Layout {
         /// Ours.
         expected: u64,
@@ -211,7 +219,8 @@ impl Superblock {
         if segment_bytes > mapped {
             return Err(Mismatch::Size { expected: segment_bytes, found: mapped });
         }
-        let words = |from: &[AtomicU64; 2]| [from[0].load(Ordering::Relaxed), from[1].load(Ordering::Relaxed)];
+        let words =
+            |from: &[AtomicU64; 2]| [from[0].load(Ordering::Relaxed), from[1].load(Ordering::Relaxed)];
         Ok(Identity {
             kind,
             segment_bytes,
@@ -345,7 +354,9 @@ mod tests {
     #[test]
     fn geometries() {
         assert!(Geometry::new(1 << 20, 1 << 20).is_ok());
-        for (arena, slab) in [(0, 1 << 20), (1 << 20, 3), (1 << 20, 2 << 20), (3 << 20, 2 << 20), (1 << 45, 1 << 30)] {
+        for (arena, slab) in
+            [(0, 1 << 20), (1 << 20, 3), (1 << 20, 2 << 20), (3 << 20, 2 << 20), (1 << 45, 1 << 30)]
+        {
             assert!(Geometry::new(arena, slab).is_err(), "{arena} {slab}");
         }
         let geometry = Geometry::new(8 << 20, 2 << 20).unwrap();

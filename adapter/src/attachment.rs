@@ -1,0 +1,334 @@
+//! One attachment: the engine's segments mapped and checked, an entry claimed, a channel that the engine reads.
+//!
+//! Made by the keeper alone, on its own thread (the claim belongs to that thread). Whatever fails half-way takes back
+//! what it did: the entry is given up as if its owner had died, the channel is unlinked, the mappings go.
+
+use crate::fork::ForkGuard;
+use crate::gate::WriterGate;
+use crate::health::Health;
+use crate::link::{Link, LinkParts};
+use core::mem::ManuallyDrop;
+use kvring_shm_abi::channel::{Channel, ChannelError};
+use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, OWNER_WORD, Places};
+use kvring_shm_abi::epoch::Epoch;
+use kvring_shm_abi::futex::{Deadline, wait_any};
+use kvring_shm_abi::life::{ClaimError, Life, LifeWord, RobustList};
+use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
+use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
+use kvring_shm_abi::park;
+use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
+use kvring_shm_abi::superblock::{
+    Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
+};
+use kvring_shm_abi::sync::Ordering;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why an attempt to attach did not succeed. The keeper tries again after all of them.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No engine of that name.
+    #[error("no engine named {0} runs here; start one with `kvring serve --name {0}`")]
+    NoEngine(String),
+    /// Its segments are there, but their owner is dead.
+    #[error("the engine named {0} has died; start it again with `kvring serve --name {0}`")]
+    Dead(String),
+    /// It is not ready yet.
+    #[error("the engine is recovering (incarnation {0})")]
+    Recovering(u32),
+    /// It was restarted while we attached.
+    #[error("the engine was restarted during the attempt")]
+    Restarted,
+    /// Another release or build, or half-created.
+    #[error("segment {segment}: {mismatch}")]
+    Mismatch {
+        /// Which segment.
+        segment: String,
+        /// What differs.
+        mismatch: Mismatch,
+    },
+    /// Two segments of different cold starts: a restart was half-way. Mends itself.
+    #[error("segment {0} belongs to another start of the engine")]
+    OtherArena(String),
+    /// All entries are taken.
+    #[error("the client table is full: all {CLIENTS_MAX} entries are taken; `kvring status` lists them")]
+    TableFull,
+    /// The engine did not answer in time.
+    #[error("the engine did not answer the attachment within {0:?}")]
+    TimedOut(Duration),
+    /// The client is being shut down.
+    #[error("the client is being shut down")]
+    Cancelled,
+    /// The engine refused.
+    #[error("the engine refused the attachment: {0:?}")]
+    Refused(AttachStatus),
+    /// A segment could not be opened.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// A segment is shorter than its own geometry says.
+    #[error(transparent)]
+    Bounds(#[from] OutOfBounds),
+    /// The channel could not be made.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The kernel has no robust lists, or no randomness.
+    #[error("{what}: {error}")]
+    System {
+        /// The call.
+        what: &'static str,
+        /// What it said.
+        error: std::io::Error,
+    },
+}
+
+impl AttachError {
+    /// The health that this amounts to.
+    pub(crate) fn health(&self) -> Health {
+        match self {
+            AttachError::NoEngine(_) => Health::Absent,
+            AttachError::Dead(_) => Health::Dead,
+            AttachError::Recovering(_) => Health::Recovering,
+            AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
+            | AttachError::Restarted
+            | AttachError::OtherArena(_) => Health::Attaching,
+            AttachError::TimedOut(_) => Health::Stalled,
+            AttachError::Cancelled => Health::ShutDown,
+            AttachError::Mismatch { .. } => Health::Incompatible(self.to_string()),
+            other => Health::Refused(other.to_string()),
+        }
+    }
+}
+
+/// The arena, as a worker sees it.
+#[derive(Clone)]
+pub(crate) struct Arena {
+    mapping: Arc<Mapping>,
+    bytes: u64,
+}
+
+impl Arena {
+    /// The address of `length` bytes at `offset`, if they are in the arena.
+    pub(crate) fn address(&self, offset: u64, length: u64) -> Option<*mut u8> {
+        let end = offset.checked_add(length)?;
+        // SAFETY: inside the mapping, which has at least `bytes` bytes.
+        (end <= self.bytes).then(|| unsafe { self.mapping.base().as_ptr().add(offset as usize) })
+    }
+}
+
+/// What an attachment is made of.
+pub(crate) struct Attached {
+    pub(crate) link: Arc<Link>,
+    pub(crate) arena: Option<Arena>,
+    pub(crate) identity: Identity,
+    pub(crate) writers: Arc<WriterGate>,
+}
+
+/// One attachment. Shared by the adapters that use it; unmapped when the last of them lets go.
+pub(crate) struct Attachment {
+    attached: ManuallyDrop<Attached>,
+    fork: ForkGuard,
+}
+
+impl core::ops::Deref for Attachment {
+    type Target = Attached;
+    fn deref(&self) -> &Attached {
+        &self.attached
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        // A forked child inherited the handle but not the mappings: unmapping the same addresses there would hit
+        // whatever the child has put in their place.
+        if self.fork.is_ours() {
+            // SAFETY: dropped once, here.
+            unsafe { ManuallyDrop::drop(&mut self.attached) };
+        }
+    }
+}
+
+/// The engine's own segment, opened read-only and checked: what `status` needs, and the first step of attaching.
+pub struct EngineView {
+    /// The segment.
+    pub segment: EngineSegment,
+    /// Its superblock.
+    pub identity: Identity,
+}
+
+impl EngineView {
+    /// Opens the segment of the engine of that name, alive or not.
+    pub fn open(name: &segment::EngineName) -> Result<EngineView, AttachError> {
+        let segment = name.engine_segment();
+        let file = match SegmentFile::open(&segment, Access::ReadOnly) {
+            Err(SegmentError::NotFound(_)) => return Err(AttachError::NoEngine(name.to_string())),
+            other => other?,
+        };
+        let mismatch = |mismatch| AttachError::Mismatch { segment: segment.clone(), mismatch };
+        let length = file.len()?;
+        if length < SUPERBLOCK_BYTES as u64 {
+            return Err(mismatch(Mismatch::Incomplete));
+        }
+        // The superblock first: the rest follows from the geometry in it.
+        let head = file.map(SUPERBLOCK_BYTES as u64, Access::ReadOnly)?;
+        let identity = head.at::<Superblock>(0)?.read(Kind::Engine, length).map_err(mismatch)?;
+        let expected = Places::of(&identity.geometry).bytes;
+        if length < expected {
+            return Err(mismatch(Mismatch::Size { expected, found: length }));
+        }
+        let mapping = Arc::new(file.map(expected, Access::ReadOnly)?);
+        Ok(EngineView { segment: EngineSegment::new(mapping, &identity.geometry)?, identity })
+    }
+
+    /// Does the process that owns the segment live?
+    #[must_use]
+    pub fn owner_lives(&self) -> bool {
+        matches!(self.segment.life_words[OWNER_WORD].life(), Life::Alive { .. })
+    }
+
+    /// The lobby of the same start of the engine.
+    pub fn open_lobby(&self, name: &segment::EngineName) -> Result<Lobby, AttachError> {
+        let mapping = Arc::new(segment::open_shared(&name.lobby(), LOBBY_BYTES)?);
+        let length = mapping.len() as u64;
+        let lobby = Lobby::new(mapping)?;
+        let block = lobby.superblock()?;
+        check_sibling(block, Kind::Lobby, length, &name.lobby(), &self.identity)?;
+        Ok(lobby)
+    }
+}
+
+fn check_sibling(
+    block: &Superblock,
+    kind: Kind,
+    length: u64,
+    segment: &str,
+    engine: &Identity,
+) -> Result<(), AttachError> {
+    let identity = block
+        .read(kind, length)
+        .map_err(|mismatch| AttachError::Mismatch { segment: segment.to_owned(), mismatch })?;
+    if identity.arena_id == engine.arena_id && identity.geometry == engine.geometry {
+        Ok(())
+    } else {
+        Err(AttachError::OtherArena(segment.to_owned()))
+    }
+}
+
+fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, AttachError> {
+    let Geometry { arena_bytes, .. } = engine.geometry;
+    let bytes = arena_bytes + kvring_shm_abi::message::PAGE_BYTES;
+    let file = SegmentFile::open(&name.arena(), Access::ReadWrite)?;
+    let mapping = Arc::new(file.map(bytes, Access::ReadWrite)?);
+    check_sibling(mapping.at(arena_bytes as usize)?, Kind::Arena, bytes, &name.arena(), engine)?;
+    Ok(Arena { mapping, bytes: arena_bytes })
+}
+
+/// Attaches, on the keeper's thread. The claim lives in the `RobustList` that is returned with the attachment.
+pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, RobustList), AttachError> {
+    let (checked, role, fork) = (&shared.checked, shared.role, shared.fork);
+    let name = &checked.name;
+    let view = EngineView::open(name)?;
+    if !view.owner_lives() {
+        return Err(AttachError::Dead(name.to_string()));
+    }
+    let incarnation = view.segment.epoch().incarnation();
+    if !Epoch::serves(incarnation) {
+        return Err(AttachError::Recovering(incarnation));
+    }
+    let lobby = view.open_lobby(name)?;
+    let arena = match role {
+        Role::Worker => Some(open_arena(name, &view.identity)?),
+        Role::Scheduler => None,
+    };
+    let system = |what| move |error| AttachError::System { what, error };
+    let nonce = random_u64().map_err(system("random nonce"))?;
+    let mut list = RobustList::register(lobby.life_words.clone()).map_err(system("set_robust_list"))?;
+    let entry = claim(&mut list)?;
+    // From here on, dropping `list` gives the entry up again, and the engine reclaims it.
+    let channel = Channel::create(
+        name,
+        entry,
+        nonce,
+        checked.payload_words,
+        view.identity.arena_id,
+        view.identity.geometry,
+    )?;
+    lobby.entries[entry].publish(&EntryContent {
+        role: role as u32,
+        nonce,
+        incarnation,
+        pid: std::process::id(),
+        payload_words: checked.payload_words,
+        name: checked.options.client.clone(),
+    });
+    park::notify(lobby.doorbell());
+    let answered = wait_for_answer(shared, &view.segment, entry, nonce, incarnation);
+    // Both sides map it now, or never will: without a name it cannot be left behind.
+    segment::unlink(&name.client(entry, nonce));
+    answered?;
+    let link = Link::new(LinkParts {
+        channel,
+        lobby,
+        engine: view.segment,
+        entry,
+        incarnation,
+        nonce,
+        stall_after: checked.options.stall_after,
+        spin: checked.spin,
+    });
+    let attached = Attached { link: Arc::new(link), arena, identity: view.identity, writers: Arc::default() };
+    Ok((Attachment { attached: ManuallyDrop::new(attached), fork }, list))
+}
+
+fn claim(list: &mut RobustList) -> Result<usize, AttachError> {
+    for entry in 0..CLIENTS_MAX {
+        match list.claim(entry) {
+            Ok(()) => return Ok(entry),
+            Err(ClaimError::Taken(_)) => {}
+            Err(ClaimError::NoSuchWord { .. }) => break,
+        }
+    }
+    Err(AttachError::TableFull)
+}
+
+fn wait_for_answer(
+    shared: &crate::client::Shared,
+    engine: &EngineSegment,
+    entry: usize,
+    nonce: u64,
+    incarnation: u32,
+) -> Result<(), AttachError> {
+    let timeout = shared.checked.options.attach_timeout;
+    let deadline = Deadline::after(timeout);
+    let life = &engine.life_words[entry];
+    loop {
+        let control = shared.control.load(Ordering::Acquire);
+        if shared.stop.load(Ordering::Acquire) {
+            return Err(AttachError::Cancelled);
+        }
+        let (word, value) = engine.attach[entry].word();
+        match engine.attach[entry].read(nonce) {
+            AttachStatus::None => {}
+            AttachStatus::Attached => return Ok(()),
+            refused => return Err(AttachError::Refused(refused)),
+        }
+        let raw = life.raw();
+        if !matches!(LifeWord::interpret(raw), Life::Alive { .. }) {
+            return Err(AttachError::Restarted);
+        }
+        if engine.epoch().incarnation() != incarnation {
+            return Err(AttachError::Restarted);
+        }
+        if deadline.passed() {
+            return Err(AttachError::TimedOut(timeout));
+        }
+        wait_any(
+            &[
+                (word, value),
+                (life.futex(), raw),
+                (engine.epoch().incarnation_word(), incarnation),
+                (&shared.control, control),
+            ],
+            deadline,
+        );
+    }
+}

@@ -1,0 +1,376 @@
+//! A client: one role, one keeper, one attachment at a time.
+//!
+//! The caller's threads never attach, register or clean up: that is the keeper's. They take the current attachment
+//! (an `Arc`), use it, and get a typed error when it is gone.
+
+use crate::attachment::{AttachError, Attachment};
+use crate::error::{CallError, RegisterError};
+use crate::fork::ForkGuard;
+use crate::health::Health;
+use crate::keeper;
+use crate::link::Link;
+use crate::options::{Checked, ClientOptions, ConfigError};
+use kvring_shm_abi::futex::{Deadline, wait_any, wake_all};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Registration, Request};
+use kvring_shm_abi::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// A registration that the keeper repeats after every restart.
+pub(crate) struct Registered {
+    pub(crate) record: Registration,
+    /// The namespace's id, and the attachment (by count) in which it was given.
+    pub(crate) outcome: Mutex<Option<(u64, Result<u32, RegisterError>)>>,
+}
+
+/// State that the caller's threads share with the keeper.
+pub(crate) struct Shared {
+    pub(crate) checked: Checked,
+    pub(crate) role: Role,
+    pub(crate) fork: ForkGuard,
+    /// Counts attachments: an adapter that holds an older one takes the new one.
+    pub(crate) generation: AtomicU64,
+    /// The current attachment, or why there is none.
+    current: Mutex<Result<Arc<Attachment>, Health>>,
+    /// Notified when `current` or a registration's outcome changes.
+    changed: Condvar,
+    pub(crate) registrations: Mutex<Vec<Arc<Registered>>>,
+    /// The keeper's futex: bumped when it should look around.
+    pub(crate) control: AtomicU32,
+    pub(crate) stop: AtomicBool,
+}
+
+impl Shared {
+    pub(crate) fn current(&self) -> MutexGuard<'_, Result<Arc<Attachment>, Health>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeper: a new attachment, or none for this reason. Logs the transition, once.
+    pub(crate) fn set_current(&self, next: Result<Arc<Attachment>, Health>) {
+        let mut current = self.current();
+        let before = health_of(&current);
+        let after = health_of(&next);
+        let old = core::mem::replace(&mut *current, next);
+        // SYNC POINT: Release; pairs with the Acquire in `Probe::link`.
+        self.generation.fetch_add(1, Ordering::Release);
+        drop(current);
+        self.changed.notify_all();
+        // The last holder unmaps; not under the lock.
+        drop(old);
+        if before != after {
+            let (engine, role) = (&self.checked.options.engine, self.role.as_str());
+            if after.is_healthy() {
+                tracing::info!(%engine, role, "attached to the engine");
+            } else {
+                tracing::warn!(%engine, role, was = %before, now = %after, "the engine is not available; running without it");
+            }
+        }
+    }
+
+    pub(crate) fn registrations(&self) -> Vec<Arc<Registered>> {
+        self.registrations.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn notify_changed(&self) {
+        // The lock orders this with a waiter that is about to wait.
+        drop(self.current());
+        self.changed.notify_all();
+    }
+
+    /// Makes the keeper look around.
+    pub(crate) fn poke(&self) {
+        // Release; pairs with the keeper's Acquire load of the word before it looks.
+        self.control.fetch_add(1, Ordering::Release);
+        wake_all(&self.control);
+    }
+
+    /// Keeper: sleeps until poked or until `deadline`.
+    pub(crate) fn wait_for_poke(&self, seen: u32, deadline: Deadline) {
+        wait_any(&[(&self.control, seen)], deadline);
+    }
+}
+
+fn health_of(current: &Result<Arc<Attachment>, Health>) -> Health {
+    match current {
+        Ok(_) => Health::Healthy,
+        Err(health) => health.clone(),
+    }
+}
+
+/// One attachment to an engine, in one role: attaches, notices death and restart, and attaches again, by itself.
+///
+/// Making a client never waits for an engine: an absent one is a state ([`Health::Absent`]), not an error.
+/// Adapters share a client through an `Arc`; the last one to go shuts it down.
+pub struct Client {
+    pub(crate) shared: Arc<Shared>,
+    keeper: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Client {
+    /// Starts a client. Only wrong options are an error.
+    pub fn new(role: Role, options: ClientOptions) -> Result<Arc<Client>, ConfigError> {
+        let shared = Arc::new(Shared {
+            checked: options.check()?,
+            role,
+            fork: ForkGuard::new(),
+            generation: AtomicU64::new(0),
+            current: Mutex::new(Err(Health::Attaching)),
+            changed: Condvar::new(),
+            registrations: Mutex::new(Vec::new()),
+            control: AtomicU32::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let keeper = keeper::spawn(shared.clone()).map_err(|e| ConfigError::Thread(e.to_string()))?;
+        Ok(Arc::new(Client { shared, keeper: Mutex::new(Some(keeper)) }))
+    }
+
+    /// The role it was made for.
+    #[must_use]
+    pub fn role(&self) -> Role {
+        self.shared.role
+    }
+
+    /// The options it was made with.
+    #[must_use]
+    pub fn options(&self) -> &ClientOptions {
+        &self.shared.checked.options
+    }
+
+    /// How the engine looks now. Takes a lock: for logs and decisions, not for every call (see [`Probe`]).
+    #[must_use]
+    pub fn health(&self) -> Health {
+        if !self.shared.fork.is_ours() {
+            return Health::ShutDown;
+        }
+        match &*self.shared.current() {
+            Ok(attachment) => attachment.link.health(),
+            Err(health) => health.clone(),
+        }
+    }
+
+    /// Is the engine there and well?
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        self.health().is_healthy()
+    }
+
+    /// A handle for health checks on a hot path: a few loads each.
+    #[must_use]
+    pub fn probe(self: &Arc<Self>) -> Probe {
+        Probe { client: self.clone(), held: None, generation: u64::MAX }
+    }
+
+    /// Waits until the client is attached and its registrations are through, at most `timeout`. For start-up and
+    /// tools; nothing else needs to wait.
+    pub fn wait_ready(&self, timeout: Duration) -> Result<(), Health> {
+        let until = Instant::now() + timeout;
+        let mut current = self.shared.current();
+        loop {
+            if !self.shared.fork.is_ours() {
+                return Err(Health::ShutDown);
+            }
+            let health = match &*current {
+                Ok(attachment) => match self.pending_registration() {
+                    None => return Ok(()),
+                    Some(_) => attachment.link.health(),
+                },
+                Err(Health::ShutDown) => return Err(Health::ShutDown),
+                Err(health) => health.clone(),
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(if health.is_healthy() { Health::Attaching } else { health });
+            }
+            current =
+                self.shared.changed.wait_timeout(current, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn pending_registration(&self) -> Option<Arc<Registered>> {
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        self.shared.registrations().into_iter().find(|registered| {
+            let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+            !matches!(&*outcome, Some((at, _)) if *at == generation)
+        })
+    }
+
+    /// The current attachment, if the engine is fit to be asked.
+    pub(crate) fn usable(&self) -> Result<Arc<Attachment>, CallError> {
+        if !self.shared.fork.is_ours() {
+            return Err(CallError::Forked);
+        }
+        match &*self.shared.current() {
+            Ok(attachment) if attachment.link.is_healthy() => Ok(attachment.clone()),
+            Ok(attachment) => Err(CallError::Degraded(attachment.link.health())),
+            Err(health) => Err(CallError::Degraded(health.clone())),
+        }
+    }
+
+    /// What a worker's job needs: the current attachment and the namespace's id in it. `fit` asks for an engine that
+    /// answers; without it an attachment will do, as a load needs no answer.
+    pub(crate) fn registered(
+        &self,
+        registered: &Registered,
+        fit: bool,
+    ) -> Result<(Arc<Attachment>, u32), CallError> {
+        if !self.shared.fork.is_ours() {
+            return Err(CallError::Forked);
+        }
+        let current = self.shared.current();
+        let attachment = match &*current {
+            Ok(attachment) if !fit || attachment.link.is_healthy() => attachment.clone(),
+            Ok(attachment) => return Err(CallError::Degraded(attachment.link.health())),
+            Err(health) => return Err(CallError::Degraded(health.clone())),
+        };
+        // The count changes only under the lock that we hold.
+        let generation = self.shared.generation.load(Ordering::Acquire);
+        let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*outcome {
+            Some((at, Ok(namespace))) if *at == generation => Ok((attachment, *namespace)),
+            _ => Err(CallError::NotRegistered),
+        }
+    }
+
+    /// Adds a registration: the keeper makes it now, and again after every restart.
+    pub(crate) fn add_registration(&self, record: Registration) -> Arc<Registered> {
+        let registered = Arc::new(Registered { record, outcome: Mutex::new(None) });
+        self.shared.registrations.lock().unwrap_or_else(PoisonError::into_inner).push(registered.clone());
+        self.shared.poke();
+        registered
+    }
+
+    /// Takes a registration back: it is not made again.
+    pub(crate) fn remove_registration(&self, registered: &Arc<Registered>) {
+        self.shared
+            .registrations
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|other| !Arc::ptr_eq(other, registered));
+    }
+
+    /// Waits for a registration's first outcome, at most `timeout`. `Ok(None)`: not yet; the keeper goes on trying.
+    pub(crate) fn wait_registered(
+        &self,
+        registered: &Registered,
+        timeout: Duration,
+    ) -> Result<Option<u32>, RegisterError> {
+        let until = Instant::now() + timeout;
+        let mut current = self.shared.current();
+        loop {
+            let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            if let Some((_, outcome)) = outcome {
+                return outcome.map(Some);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || !self.shared.fork.is_ours() {
+                return Ok(None);
+            }
+            current =
+                self.shared.changed.wait_timeout(current, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Drops everything that is not leased, in all namespaces. An operator's call: waits up to `operation_timeout`.
+    pub fn clear(&self) -> Result<u64, CallError> {
+        self.clear_namespace(kvring_shm_abi::message::ANY_NAMESPACE)
+    }
+
+    pub(crate) fn clear_namespace(&self, namespace: u32) -> Result<u64, CallError> {
+        let completion = self.call(Request::Clear { namespace })?;
+        Ok(completion[0])
+    }
+
+    /// A round trip that does nothing: for measuring and for checking that the engine answers.
+    pub fn noop(&self) -> Result<(), CallError> {
+        self.call(Request::Noop).map(|_| ())
+    }
+
+    /// One request without payload, waited for.
+    fn call(&self, request: Request) -> Result<[u64; 4], CallError> {
+        let attachment = self.usable()?;
+        let pending = attachment.link.submit(0, |_| crate::link::Undo::Nothing, |_, _| request)?;
+        let answer = pending.wait(Deadline::after(self.options().operation_timeout))?;
+        crate::status::check(&answer.completion)?;
+        Ok(answer.completion.results)
+    }
+
+    /// Says goodbye to the engine and ends the keeper; idempotent. Waits at most `drain_timeout` for the engine.
+    pub fn shutdown(&self) {
+        if !self.shared.fork.is_ours() {
+            return;
+        }
+        // Release; pairs with the keeper's Acquire.
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.poke();
+        let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(keeper) = keeper {
+            // A keeper that panicked has said so; there is nothing left to clean up here.
+            let _ = keeper.join();
+        }
+    }
+
+    /// Why the last attempt to attach failed, as `attach` sees it now: for tools that want to say more than a state.
+    pub fn diagnose(&self) -> Option<AttachError> {
+        match crate::attachment::EngineView::open(&self.shared.checked.name) {
+            Err(error) => Some(error),
+            Ok(view) if !view.owner_lives() => Some(AttachError::Dead(self.shared.checked.name.to_string())),
+            Ok(_) => None,
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// Health checks for a hot path: keeps the attachment at hand, so that a check is a few loads and no lock.
+pub struct Probe {
+    client: Arc<Client>,
+    /// The link alone: a probe that nobody asks must not keep a dead engine's arena mapped.
+    held: Option<Arc<Link>>,
+    generation: u64,
+}
+
+impl Probe {
+    /// Is the engine there and well? About a nanosecond while nothing changes.
+    #[inline]
+    pub fn is_healthy(&mut self) -> bool {
+        self.link().is_ok()
+    }
+
+    /// The client behind it.
+    #[must_use]
+    pub fn client(&self) -> &Arc<Client> {
+        &self.client
+    }
+
+    /// The current attachment's link and count, if the engine is fit to be asked.
+    #[inline]
+    pub(crate) fn link(&mut self) -> Result<(&Arc<Link>, u64), CallError> {
+        let shared = &self.client.shared;
+        if !shared.fork.is_ours() {
+            return Err(CallError::Forked);
+        }
+        // SYNC POINT: Acquire; pairs with the Release in `set_current`.
+        let generation = shared.generation.load(Ordering::Acquire);
+        if generation != self.generation {
+            self.generation = generation;
+            self.held = shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
+        }
+        match &self.held {
+            Some(link) if link.is_healthy() => Ok((link, generation)),
+            _ => Err(CallError::Degraded(self.client.health())),
+        }
+    }
+
+    /// The link of that attachment, whatever the engine's health, as long as it is the current one.
+    pub(crate) fn link_of(&mut self, generation: u64) -> Option<&Arc<Link>> {
+        // Refreshes what is held; whether the engine is well does not matter here.
+        let _ = self.link();
+        self.held.as_ref().filter(|_| self.generation == generation && self.client.shared.fork.is_ours())
+    }
+}

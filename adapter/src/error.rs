@@ -1,0 +1,86 @@
+//! What a call into the adapter can come to.
+
+use crate::health::Health;
+use kvring_shm_abi::message::Disagreement;
+
+/// Why a call did not do what was asked. None of these is fatal to the caller: every one has a degraded answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// The engine is not there for us right now.
+    #[error("the engine is {0}; stores are dropped and lookups answer 0 until it is back")]
+    Degraded(Health),
+    /// The engine died while the call waited for its answer.
+    #[error("the engine died before it answered")]
+    Dead,
+    /// The engine was restarted while the call waited for its answer.
+    #[error("the engine was restarted before it answered")]
+    Restarted,
+    /// No answer by the deadline. Should one still come, it is undone.
+    #[error("the engine did not answer within {waited_ms} ms")]
+    TimedOut {
+        /// How long the call waited.
+        waited_ms: u64,
+    },
+    /// No engine holds this namespace, or this client's registration has not come through yet.
+    #[error("the namespace is not registered with the engine")]
+    NotRegistered,
+    /// Full for now: the client's share of leased and reserved bytes, or operations in flight.
+    #[error("busy: too much is leased, reserved or in flight; try again when some of it has ended")]
+    Busy,
+    /// The arena has no room, even after eviction.
+    #[error("out of space: the arena has no room for this, even after eviction")]
+    OutOfSpace,
+    /// More keys than one request may name.
+    #[error("expected at most {limit} keys in one call, got {got}")]
+    TooManyKeys {
+        /// The limit.
+        limit: usize,
+        /// Given.
+        got: usize,
+    },
+    /// The engine says that this operation is not for this client.
+    #[error("the engine refused the operation: {0}")]
+    Refused(&'static str),
+    /// Called in a child of `fork`: the adapter belongs to the parent.
+    #[error("this adapter belongs to the process that made it; make a new one after fork")]
+    Forked,
+}
+
+/// Why a registration cannot stand. It does not mend itself: something is configured wrongly.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RegisterError {
+    /// Ranks do not agree.
+    #[error("registration disagrees with an earlier rank's: {what:?}: expected {expected}, got {got}")]
+    Disagreement {
+        /// What they do not agree on.
+        what: Disagreement,
+        /// What an earlier rank registered.
+        expected: u64,
+        /// What this one brought.
+        got: u64,
+    },
+    /// A shard can never fit.
+    #[error("a shard of {shard_bytes} bytes does not fit: the arena holds shards of up to {largest} bytes")]
+    ShardTooLarge {
+        /// Asked for.
+        shard_bytes: u64,
+        /// The largest possible.
+        largest: u64,
+    },
+    /// The engine's namespace table is full.
+    #[error("the engine's namespace table is full; `kvring clear` frees namespaces that nobody uses")]
+    TooManyNamespaces,
+    /// The record itself makes no sense.
+    #[error("registration: {what}: expected {expected}, got {got}")]
+    Invalid {
+        /// The field.
+        what: &'static str,
+        /// What would do.
+        expected: &'static str,
+        /// What was given.
+        got: u64,
+    },
+    /// A call error while registering; the keeper goes on trying.
+    #[error(transparent)]
+    Call(#[from] CallError),
+}

@@ -1,0 +1,176 @@
+//! What a client concludes about its engine, from two words and its own eyes.
+
+use kvring_shm_abi::futex::monotonic_ns;
+use kvring_shm_abi::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How the engine looks from here. Everything but `Healthy` is *degraded*: a store may be dropped, a lookup may
+/// answer 0, a load may answer an error; never wrong bytes, never a hang, never a leak.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Health {
+    /// Attached, the same incarnation, the beat moves.
+    Healthy,
+    /// No engine of that name has been found yet.
+    Absent,
+    /// The engine's process has died; the keeper looks for a successor.
+    Dead,
+    /// The engine is recovering: not ready yet.
+    Recovering,
+    /// The engine has been restarted, or this client is attaching again.
+    Attaching,
+    /// The engine lives, but its loop does not move.
+    Stalled,
+    /// The engine found its own invariants broken and stopped serving: see `kvring status`.
+    Unhealthy,
+    /// The client table is full, or the engine refused this client: the reason.
+    Refused(String),
+    /// The engine comes from another release or build: the difference.
+    Incompatible(String),
+    /// This client has been shut down, or its keeper has failed.
+    ShutDown,
+}
+
+impl Health {
+    /// True for `Healthy` alone.
+    #[must_use]
+    pub fn is_healthy(&self) -> bool {
+        *self == Health::Healthy
+    }
+}
+
+impl core::fmt::Display for Health {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Health::Healthy => f.write_str("healthy"),
+            Health::Absent => f.write_str("absent"),
+            Health::Dead => f.write_str("dead"),
+            Health::Recovering => f.write_str("recovering"),
+            Health::Attaching => f.write_str("attaching"),
+            Health::Stalled => f.write_str("stalled"),
+            Health::Unhealthy => f.write_str("unhealthy"),
+            Health::Refused(why) => write!(f, "refused: {why}"),
+            Health::Incompatible(why) => write!(f, "incompatible: {why}"),
+            Health::ShutDown => f.write_str("shut down"),
+        }
+    }
+}
+
+/// Only gaps between our own looks up to this long count towards a stall: who looked away cannot tell.
+const GAP_MAX_NS: u64 = 100_000_000;
+
+/// Watches the beat of one attachment. All of it is process-private; several threads may look at once, and a lost
+/// race between two looks only loses one short gap.
+#[derive(Debug)]
+pub(crate) struct StallClock {
+    stall_after_ns: u64,
+    /// The beat at the last look.
+    beat: AtomicU32,
+    /// When that was.
+    looked_ns: AtomicU64,
+    /// How long it has stood still under our eyes.
+    still_ns: AtomicU64,
+    /// An operation reached its deadline under an unmoved beat: degraded at once, until it moves.
+    suspect: AtomicBool,
+}
+
+impl StallClock {
+    pub(crate) fn new(stall_after: Duration, beat: u32) -> StallClock {
+        StallClock {
+            stall_after_ns: u64::try_from(stall_after.as_nanos()).unwrap_or(u64::MAX),
+            beat: AtomicU32::new(beat),
+            looked_ns: AtomicU64::new(monotonic_ns()),
+            still_ns: AtomicU64::new(0),
+            suspect: AtomicBool::new(false),
+        }
+    }
+
+    /// A look at the beat, at time `now_ns`.
+    pub(crate) fn look_at(&self, beat: u32, now_ns: u64) {
+        // Relaxed throughout: heuristics of one process about another; nothing is published by them.
+        let before = self.looked_ns.swap(now_ns, Ordering::Relaxed);
+        if self.beat.swap(beat, Ordering::Relaxed) != beat {
+            self.still_ns.store(0, Ordering::Relaxed);
+            self.suspect.store(false, Ordering::Relaxed);
+            return;
+        }
+        let gap = now_ns.saturating_sub(before);
+        if gap <= GAP_MAX_NS {
+            self.still_ns.fetch_add(gap, Ordering::Relaxed);
+        }
+    }
+
+    /// A look now.
+    pub(crate) fn look(&self, beat: u32) {
+        self.look_at(beat, monotonic_ns());
+    }
+
+    /// An operation that began under beat `began` reached its deadline.
+    pub(crate) fn deadline_missed(&self, began: u32, beat: u32) {
+        if began == beat {
+            self.beat.store(beat, Ordering::Relaxed);
+            self.suspect.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Does the engine look stalled? `beat` is its beat now: if that has moved, it is not.
+    #[inline]
+    pub(crate) fn stalled(&self, beat: u32) -> bool {
+        let suspicious = self.suspect.load(Ordering::Relaxed)
+            || self.still_ns.load(Ordering::Relaxed) >= self.stall_after_ns;
+        if suspicious && self.beat.load(Ordering::Relaxed) != beat {
+            self.look(beat);
+            return false;
+        }
+        suspicious
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    fn clock() -> StallClock {
+        let clock = StallClock::new(Duration::from_secs(2), 7);
+        clock.looked_ns.store(0, Ordering::Relaxed);
+        clock
+    }
+
+    #[test]
+    fn a_beat_that_stands_still_under_our_eyes_is_a_stall_and_moving_ends_it() {
+        let clock = clock();
+        for step in 1..=39 {
+            clock.look_at(7, step * 50 * MS);
+            assert!(!clock.stalled(7), "after {step} looks");
+        }
+        clock.look_at(7, 40 * 50 * MS);
+        assert!(clock.stalled(7));
+        assert!(!clock.stalled(8), "a beat that has moved is not stalled, whoever looks first");
+        clock.look_at(8, 41 * 50 * MS);
+        assert!(!clock.stalled(8));
+    }
+
+    #[test]
+    fn who_looked_away_concludes_nothing() {
+        let clock = clock();
+        // Five minutes of warm-up without a call, then an hour in a debugger: the beat did not move in between
+        // either, as far as this client saw.
+        for pause in [300_000, 3_600_000, 101] {
+            let now = clock.looked_ns.load(Ordering::Relaxed) + pause * MS;
+            clock.look_at(7, now);
+            assert!(!clock.stalled(7));
+        }
+    }
+
+    #[test]
+    fn a_missed_deadline_under_an_unmoved_beat_degrades_at_once_until_it_moves() {
+        let clock = clock();
+        clock.deadline_missed(6, 7);
+        assert!(!clock.stalled(7), "the beat moved during the operation: slow, not stalled");
+        clock.deadline_missed(7, 7);
+        assert!(clock.stalled(7));
+        assert!(!clock.stalled(8));
+        assert!(!clock.stalled(8));
+    }
+}

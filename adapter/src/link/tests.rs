@@ -1,0 +1,257 @@
+//! The link against an engine that is played by the test: what happens to operations that nobody waits for any more.
+
+use super::*;
+use kvring_shm_abi::engine_segment::Places;
+use kvring_shm_abi::life::RobustList;
+use kvring_shm_abi::lobby::LOBBY_BYTES;
+use kvring_shm_abi::mapping::Mapping;
+use kvring_shm_abi::message::ShardAnswer;
+use kvring_shm_abi::segment::{self, EngineName};
+use kvring_shm_abi::superblock::Geometry;
+
+const ENTRY: usize = 3;
+const NONCE: u64 = 0xfeed;
+
+/// The engine's side of one channel, and the life word that says it lives.
+struct FakeEngine {
+    requests: Consumer,
+    completions: Producer,
+    payload: Payload,
+    incarnation: u32,
+    life: RobustList,
+}
+
+fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
+    let geometry = Geometry::new(1 << 20, 1 << 20).unwrap();
+    let mapping = Arc::new(Mapping::private(Places::of(&geometry).bytes as usize));
+    let engine = EngineSegment::new(mapping, &geometry).unwrap();
+    engine.epoch().begin_recovery();
+    let incarnation = engine.epoch().begin_serving();
+    let mut life = RobustList::register(engine.life_words.clone()).unwrap();
+    life.claim(ENTRY).unwrap();
+    engine.attach[ENTRY].answer(NONCE, AttachStatus::Attached);
+    let name = EngineName::new(&format!("t-link-{tag}-{}", std::process::id())).unwrap();
+    let channel = Channel::create(&name, ENTRY, NONCE, 1 << 12, [1, 2], geometry).unwrap();
+    let theirs = Channel::open(&name, ENTRY, NONCE, 1 << 12).unwrap();
+    segment::unlink(&name.client(ENTRY, NONCE));
+    let fake = FakeEngine {
+        requests: Consumer::new(theirs.submissions.clone()),
+        completions: Producer::new(theirs.completions.clone()),
+        payload: theirs.payload.clone(),
+        incarnation,
+        life,
+    };
+    let link = Link::new(LinkParts {
+        channel,
+        lobby: Lobby::new(Arc::new(Mapping::private(LOBBY_BYTES))).unwrap(),
+        engine,
+        entry: ENTRY,
+        incarnation,
+        nonce: NONCE,
+        stall_after: Duration::from_secs(2),
+        spin: Duration::ZERO,
+    });
+    (Arc::new(link), fake)
+}
+
+impl FakeEngine {
+    fn next(&mut self) -> Option<(u16, Request)> {
+        let body = self.requests.pop().unwrap()?;
+        let (operation, ident, request) = Request::decode(&body).unwrap();
+        assert_eq!(ident, Ident { incarnation: self.incarnation, nonce: NONCE as u32 });
+        Some((operation, request))
+    }
+
+    fn complete(&mut self, operation: u16, status: Status, results: [u64; 4]) {
+        let ident = Ident { incarnation: self.incarnation, nonce: NONCE as u32 };
+        self.completions.push(&Completion { operation, ident, status, results }.encode());
+    }
+}
+
+fn noop(link: &Arc<Link>) -> Pending {
+    link.submit(0, |_| Undo::Nothing, |_, _| Request::Noop).unwrap()
+}
+
+fn lookup(link: &Arc<Link>, session: u64) -> Pending {
+    let undo = |_| Undo::ReleaseLease { session, admission: 9 };
+    link.submit(8, undo, |_, region| Request::Lookup {
+        session,
+        admission: 9,
+        namespace: 0,
+        keys: Records { offset: region.offset, count: 1 },
+        answer: Records { offset: region.offset + 2, count: 1 },
+    })
+    .unwrap()
+}
+
+fn soon() -> Deadline {
+    Deadline::after(Duration::from_millis(1))
+}
+
+#[test]
+fn an_answer_reaches_its_waiter_whatever_the_order() {
+    let (link, mut engine) = pair("order");
+    let (first, second) = (noop(&link), noop(&link));
+    let (a, _) = engine.next().unwrap();
+    let (b, _) = engine.next().unwrap();
+    engine.complete(b, Status::Ok, [2, 0, 0, 0]);
+    engine.complete(a, Status::Ok, [1, 0, 0, 0]);
+    assert_eq!(first.wait(Deadline::NEVER).unwrap().completion.results[0], 1);
+    assert_eq!(second.wait(Deadline::NEVER).unwrap().completion.results[0], 2);
+    assert!(link.is_idle());
+}
+
+#[test]
+fn a_timed_out_lookup_keeps_its_region_and_its_late_lease_is_released() {
+    let (link, mut engine) = pair("late");
+    let free = |link: &Link| link.lock().regions.all_free();
+    assert!(matches!(lookup(&link, 5).wait(soon()), Err(CallError::TimedOut { .. })));
+    let (late, request) = engine.next().unwrap();
+    assert!(matches!(request, Request::Lookup { session: 5, .. }));
+    assert!(!free(&link), "the engine may still write its answer there");
+    // Another operation must not get the same slot or region.
+    let other = lookup(&link, 6);
+    let (operation, request) = engine.next().unwrap();
+    assert_ne!(operation, late);
+    let Request::Lookup { keys, .. } = request else { panic!("{request:?}") };
+    engine.payload.write(keys.offset + 2, &ShardAnswer::new(1, 4096, 7).words()).unwrap();
+    engine.complete(late, Status::Ok, [1, 0, 0, 0]);
+    engine.complete(operation, Status::Ok, [1, 0, 0, 0]);
+    drop(other.wait(Deadline::NEVER).unwrap());
+    let (release, request) = engine.next().unwrap();
+    assert_eq!(request, Request::Release { session: 5, admission: 9, keep: 0 });
+    engine.complete(release, Status::Ok, [0; 4]);
+    link.tend();
+    assert!(free(&link) && link.is_idle());
+}
+
+#[test]
+fn an_answer_that_nobody_took_is_undone_too() {
+    let (link, mut engine) = pair("untaken");
+    let pending = lookup(&link, 5);
+    let (operation, _) = engine.next().unwrap();
+    engine.complete(operation, Status::Ok, [1, 0, 0, 0]);
+    link.tend();
+    drop(pending);
+    assert_eq!(engine.next().map(|(_, r)| r), Some(Request::Release { session: 5, admission: 9, keep: 0 }));
+}
+
+#[test]
+fn a_late_reservation_is_aborted_slot_by_slot() {
+    let (link, mut engine) = pair("reserve");
+    let pending = link
+        .submit(
+            16,
+            |region| Undo::AbortSlots {
+                keys: Records { offset: region.offset, count: 2 },
+                answer: region.offset + 4,
+            },
+            |payload, region| {
+                payload.write(region.offset, &[10, 11, 20, 21]).unwrap();
+                Request::Noop
+            },
+        )
+        .unwrap();
+    drop(pending);
+    let (operation, _) = engine.next().unwrap();
+    // The region is the first one: it starts at word 0.
+    engine.payload.write(4, &ReserveAnswer::skip(ReserveOutcome::Present).words()).unwrap();
+    engine.payload.write(7, &ReserveAnswer::write(ShardAnswer::new(42, 8192, 3)).words()).unwrap();
+    engine.complete(operation, Status::Ok, [1, 0, 0, 0]);
+    link.tend();
+    let (_, request) = engine.next().unwrap();
+    let Request::Abort { slots, .. } = request else { panic!("{request:?}") };
+    assert_eq!(slots.count, 1);
+    let mut words = [0u64; SlotRecord::WORDS];
+    engine.payload.read(slots.offset, &mut words).unwrap();
+    assert_eq!(
+        bytemuck::cast::<_, SlotRecord>(words),
+        SlotRecord { slot: 42, generation: 3, key: [20, 21], checksum: 0 }
+    );
+}
+
+#[test]
+fn no_more_than_the_rings_depth_is_in_flight_and_what_gives_back_waits() {
+    let (link, mut engine) = pair("full");
+    let mut pending: Vec<Pending> = (0..DEPTH).map(|_| noop(&link)).collect();
+    let refused = link.submit(0, |_| Undo::Nothing, |_, _| Request::Noop);
+    assert!(matches!(refused, Err(CallError::Busy)));
+    link.post(Request::EndSession { session: 77 });
+    let mut seen = Vec::new();
+    while let Some((operation, request)) = engine.next() {
+        assert_eq!(request, Request::Noop, "the ring must not be overrun");
+        seen.push(operation);
+    }
+    assert_eq!(seen.len(), DEPTH);
+    engine.complete(seen[0], Status::Ok, [0; 4]);
+    drop(pending.remove(0).wait(Deadline::NEVER).unwrap());
+    link.tend();
+    assert_eq!(engine.next().map(|(_, r)| r), Some(Request::EndSession { session: 77 }));
+}
+
+#[test]
+fn messages_of_another_life_are_ignored_and_doubled_ones_break_the_link() {
+    let (link, mut engine) = pair("stale");
+    let pending = noop(&link);
+    let (operation, _) = engine.next().unwrap();
+    let stale = Ident { incarnation: engine.incarnation + 2, nonce: NONCE as u32 };
+    let body = Completion { operation, ident: stale, status: Status::Ok, results: [0; 4] }.encode();
+    engine.completions.push(&body);
+    let pending = pending.try_take().err().unwrap();
+    engine.complete(operation, Status::Ok, [0; 4]);
+    drop(pending.try_take().ok().unwrap());
+    assert!(!link.is_broken());
+    engine.complete(operation, Status::Ok, [0; 4]);
+    link.tend();
+    assert!(link.is_broken());
+    assert!(!link.is_healthy());
+}
+
+#[test]
+fn the_engines_death_ends_a_wait_at_once() {
+    let (link, mut engine) = pair("death");
+    let pending = noop(&link);
+    engine.life.release(ENTRY);
+    assert_eq!(pending.wait(Deadline::NEVER).err(), Some(CallError::Dead));
+    assert_eq!(link.health(), Health::Dead);
+}
+
+#[test]
+fn a_restart_ends_a_wait_at_once() {
+    let (link, _engine) = pair("restart");
+    let pending = noop(&link);
+    link.engine.epoch().begin_recovery();
+    assert_eq!(pending.wait(Deadline::NEVER).err(), Some(CallError::Restarted));
+    assert_eq!(link.health(), Health::Recovering);
+}
+
+#[test]
+fn a_missed_deadline_under_an_unmoved_beat_degrades_until_it_moves() {
+    let (link, _engine) = pair("suspect");
+    assert!(link.is_healthy());
+    assert!(matches!(noop(&link).wait(soon()), Err(CallError::TimedOut { .. })));
+    assert_eq!(link.health(), Health::Stalled);
+    link.engine.epoch().bump_beat();
+    assert_eq!(link.health(), Health::Healthy);
+}
+
+#[test]
+fn a_thread_that_drains_anothers_completion_wakes_it() {
+    let (link, mut engine) = pair("kick");
+    let theirs = noop(&link);
+    let mine = noop(&link);
+    let (a, _) = engine.next().unwrap();
+    let (b, _) = engine.next().unwrap();
+    let sleeper = std::thread::spawn(move || theirs.wait(Deadline::NEVER).unwrap().completion.results[0]);
+    // Until it sleeps: its flag is up.
+    while link.channel.client_parked().load(Ordering::Relaxed) == 0 {
+        std::thread::yield_now();
+    }
+    engine.complete(a, Status::Ok, [1, 0, 0, 0]);
+    engine.complete(b, Status::Ok, [2, 0, 0, 0]);
+    // The engine wakes nobody here: this thread drains both, and must.
+    assert_eq!(mine.wait(Deadline::NEVER).unwrap().completion.results[0], 2);
+    // Not by its own safety net: somebody took the flag down, and that was the drain above.
+    assert_eq!(link.channel.client_parked().load(Ordering::Relaxed), 0);
+    assert_eq!(sleeper.join().unwrap(), 1);
+}

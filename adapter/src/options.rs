@@ -1,0 +1,148 @@
+//! What a client can be told, and what it assumes when it is not.
+
+use kvring_shm_abi::channel::{PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MIN};
+use kvring_shm_abi::segment::{BadName, EngineName};
+use std::time::Duration;
+
+/// The engine's name where none is given.
+pub const DEFAULT_ENGINE: &str = "default";
+
+/// How a client attaches, and how long it waits for what. Every timeout is here; none is hard-coded.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// The engine's name, as in `kvring serve --name`. Default `default`.
+    pub engine: String,
+    /// This client's name in `kvring status`. Default: the process name and id.
+    pub client: String,
+    /// How long one attempt to attach may take before the keeper cleans up and tries again. Default 5 s.
+    pub attach_timeout: Duration,
+    /// How long `register_kv_caches` waits for the engine's answer; the keeper goes on trying. Default 5 s.
+    pub register_timeout: Duration,
+    /// How long a worker waits for the answer to a reservation or commit, and everybody for `clear`. Default 2 s.
+    pub operation_timeout: Duration,
+    /// How long `shutdown` waits for running copies and for the engine's goodbye. Copies themselves are never
+    /// abandoned half-way. Default 5 s.
+    pub drain_timeout: Duration,
+    /// How long the engine's beat may stand still, under this client's own eyes, until it counts as stalled.
+    /// Default 2 s.
+    pub stall_after: Duration,
+    /// Spinning before sleeping while waiting for an answer; `None`: 20 µs, or nothing where this process may run on
+    /// one CPU only (spinning there keeps the engine from running).
+    pub spin: Option<Duration>,
+    /// The keeper's first pause after a failed attempt to attach, doubled up to `backoff_max`. Default 5 ms.
+    pub backoff_min: Duration,
+    /// The longest pause between attempts. Default 500 ms.
+    pub backoff_max: Duration,
+    /// Bytes of the channel's payload area, for key and slot lists. Default 4 MiB: 8192 chunks of 16 ranks at once.
+    pub payload_bytes: usize,
+}
+
+impl Default for ClientOptions {
+    fn default() -> Self {
+        let process = std::env::current_exe()
+            .ok()
+            .and_then(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()))
+            .unwrap_or_else(|| "client".to_owned());
+        ClientOptions {
+            engine: DEFAULT_ENGINE.to_owned(),
+            client: format!("{process}:{}", std::process::id()),
+            attach_timeout: Duration::from_secs(5),
+            register_timeout: Duration::from_secs(5),
+            operation_timeout: Duration::from_secs(2),
+            drain_timeout: Duration::from_secs(5),
+            stall_after: Duration::from_secs(2),
+            spin: None,
+            backoff_min: Duration::from_millis(5),
+            backoff_max: Duration::from_millis(500),
+            payload_bytes: 4 << 20,
+        }
+    }
+}
+
+/// A configuration that cannot work: reported at construction, never later.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// The engine's name.
+    #[error(transparent)]
+    Name(#[from] BadName),
+    /// The payload area.
+    #[error("payload_bytes: expected {min} to {max}, got {got}")]
+    PayloadBytes {
+        /// Smallest.
+        min: usize,
+        /// Largest.
+        max: usize,
+        /// Given.
+        got: usize,
+    },
+    /// A duration of zero where the client must wait for somebody.
+    #[error("{0}: expected a duration above zero")]
+    ZeroDuration(&'static str),
+    /// The system refused something that every client needs.
+    #[error("cannot start the keeper thread: {0}")]
+    Thread(String),
+}
+
+/// Options that have been checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Checked {
+    pub(crate) options: ClientOptions,
+    pub(crate) name: EngineName,
+    pub(crate) payload_words: u32,
+    pub(crate) spin: Duration,
+}
+
+impl ClientOptions {
+    pub(crate) fn check(self) -> Result<Checked, ConfigError> {
+        let name = EngineName::new(&self.engine)?;
+        let (min, max) = (PAYLOAD_WORDS_MIN as usize * 8, PAYLOAD_WORDS_MAX as usize * 8);
+        if !(min..=max).contains(&self.payload_bytes) {
+            return Err(ConfigError::PayloadBytes { min, max, got: self.payload_bytes });
+        }
+        for (what, value) in [
+            ("attach_timeout", self.attach_timeout),
+            ("register_timeout", self.register_timeout),
+            ("operation_timeout", self.operation_timeout),
+            ("stall_after", self.stall_after),
+            ("backoff_min", self.backoff_min),
+            ("backoff_max", self.backoff_max),
+        ] {
+            if value.is_zero() {
+                return Err(ConfigError::ZeroDuration(what));
+            }
+        }
+        let default_spin = if usable_cpus() > 1 { Duration::from_micros(20) } else { Duration::ZERO };
+        Ok(Checked {
+            name,
+            payload_words: (self.payload_bytes / 8) as u32,
+            spin: self.spin.unwrap_or(default_spin),
+            options: self,
+        })
+    }
+}
+
+/// CPUs that this thread may run on; 1 where the system does not say, which only costs spinning.
+pub(crate) fn usable_cpus() -> usize {
+    let mask = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
+    mask.map_or(1, |mask| {
+        (0..nix::sched::CpuSet::count()).filter(|cpu| mask.is_set(*cpu).unwrap_or(false)).count()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_options_are_errors_that_name_them() {
+        assert!(ClientOptions::default().check().is_ok());
+        let with = |change: fn(&mut ClientOptions)| {
+            let mut options = ClientOptions::default();
+            change(&mut options);
+            options.check().err()
+        };
+        assert!(matches!(with(|o| o.engine = "a/b".into()), Some(ConfigError::Name(_))));
+        assert!(matches!(with(|o| o.payload_bytes = 1), Some(ConfigError::PayloadBytes { got: 1, .. })));
+        assert_eq!(with(|o| o.stall_after = Duration::ZERO), Some(ConfigError::ZeroDuration("stall_after")));
+    }
+}

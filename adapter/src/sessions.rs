@@ -1,0 +1,275 @@
+//! What both scheduler adapters share: sessions, admissions, their answers and their leases.
+//!
+//! An answer stays until the session ends or the next admission: asking again gives the same answer and does no work.
+//! Everything a session may hold in the engine is known here, so that ending it gives all of it back.
+
+use crate::client::{Client, Probe};
+use crate::error::CallError;
+use crate::link::{Answer, Link, Pending, Undo};
+use kvring_shm_abi::engine_segment::ShardHandle;
+use kvring_shm_abi::futex::Deadline;
+use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, Record, Records, Request, ShardAnswer};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a lookup found: the longest visible prefix, pinned for this request and admission.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hit {
+    /// Chunks found, from the first key on; 0 also where the engine could not be asked.
+    pub chunks: u32,
+    /// Ranks of the namespace.
+    pub world: u32,
+    /// Which arena the shards are in: a worker that maps another one refuses them.
+    pub arena_id: [u64; 2],
+    /// Chunk-major, rank-minor.
+    shards: Vec<ShardAnswer>,
+    keys: Vec<Key>,
+}
+
+impl Hit {
+    pub(crate) const fn nothing() -> Hit {
+        Hit { chunks: 0, world: 0, arena_id: [0; 2], shards: Vec::new(), keys: Vec::new() }
+    }
+
+    /// What rank `rank` loads, one handle per chunk: to be sent with the scheduler's metadata. Empty for a rank that
+    /// does not exist.
+    pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
+        let world = self.world.max(1) as usize;
+        let keys = if rank < self.world { &self.keys[..] } else { &[] };
+        keys.iter().enumerate().map(move |(chunk, key)| {
+            let shard = &self.shards[chunk * world + rank as usize];
+            ShardHandle {
+                arena_id: self.arena_id,
+                slot: shard.slot(),
+                generation: shard.generation,
+                offset: shard.offset(),
+                key: *key,
+            }
+        })
+    }
+}
+
+/// The answer to `check_lookup`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lookup<'a> {
+    /// Not known yet: ask again in a later step.
+    Pending,
+    /// The answer for this admission.
+    Hit(&'a Hit),
+}
+
+/// Counts of what lookups came to, since the adapter was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookupStats {
+    /// Answers that came from the engine.
+    pub answered: u64,
+    /// 0 matched because the engine was not fit to be asked.
+    pub degraded: u64,
+    /// 0 matched because no answer came in time.
+    pub timed_out: u64,
+    /// 0 matched because no worker has registered the namespace yet, or too much is leased.
+    pub refused: u64,
+}
+
+pub(crate) enum State {
+    Waiting { pending: Pending, generation: u64, keys: Vec<Key>, world: u32, until: Deadline },
+    Answered(Hit),
+}
+
+pub(crate) struct Session {
+    id: u64,
+    admission: u32,
+    pub(crate) state: State,
+    /// Leases that the engine may hold for this session: (admission, attachment).
+    leases: Vec<(u32, u64)>,
+}
+
+pub(crate) struct Sessions {
+    pub(crate) probe: Probe,
+    fingerprint: [u64; 4],
+    /// The namespace's id in an attachment.
+    namespace: Option<(u64, u32)>,
+    sessions: HashMap<Box<str>, Session>,
+    next_id: u64,
+    pub(crate) stats: LookupStats,
+}
+
+impl Sessions {
+    pub(crate) fn new(client: &Arc<Client>, fingerprint: [u64; 4]) -> Sessions {
+        Sessions {
+            probe: client.probe(),
+            fingerprint,
+            namespace: None,
+            sessions: HashMap::new(),
+            next_id: 1,
+            stats: LookupStats::default(),
+        }
+    }
+
+    pub(crate) fn get(&mut self, request: &str) -> Option<&mut Session> {
+        self.sessions.get_mut(request)
+    }
+
+    /// Starts the lookup of this admission, unless it has been started already.
+    pub(crate) fn begin(
+        &mut self,
+        request: &str,
+        admission: u32,
+        keys: &[Key],
+        timeout: Duration,
+    ) -> Result<(), CallError> {
+        if self.sessions.get(request).is_some_and(|session| session.admission == admission) {
+            return Ok(());
+        }
+        if keys.len() > KEYS_MAX {
+            return Err(CallError::TooManyKeys { limit: KEYS_MAX, got: keys.len() });
+        }
+        let id = match self.sessions.get(request) {
+            Some(session) => session.id,
+            None => {
+                self.next_id += 1;
+                self.next_id
+            }
+        };
+        let (state, lease) = match self.submit(id, admission, keys, timeout) {
+            Ok(Some((state, generation))) => (state, Some((admission, generation))),
+            Ok(None) => (State::Answered(Hit::default()), None),
+            Err(CallError::Forked) => return Err(CallError::Forked),
+            Err(error) => {
+                self.count_failure(&error);
+                (State::Answered(Hit::default()), None)
+            }
+        };
+        match self.sessions.get_mut(request) {
+            // Dropping an earlier admission's pending lookup abandons it: its lease is given back when it comes.
+            Some(session) => {
+                session.admission = admission;
+                session.state = state;
+                session.leases.extend(lease);
+            }
+            None => {
+                let leases = lease.into_iter().collect();
+                self.sessions.insert(request.into(), Session { id, admission, state, leases });
+            }
+        }
+        Ok(())
+    }
+
+    /// `None`: nothing to look up.
+    fn submit(
+        &mut self,
+        session: u64,
+        admission: u32,
+        keys: &[Key],
+        timeout: Duration,
+    ) -> Result<Option<(State, u64)>, CallError> {
+        let (link, generation) = self.probe.link()?;
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        let link = link.clone();
+        let (namespace, world) = self.resolve(&link, generation)?;
+        let per_key = KEY_WORDS + ShardAnswer::WORDS * world as usize;
+        // A prefix that fits is a right answer, if not the longest.
+        let keys = &keys[..keys.len().min(link.payload().len() / 2 / per_key)];
+        let pending = link.submit(
+            keys.len() * per_key,
+            |_| Undo::ReleaseLease { session, admission },
+            |payload, region| {
+                let written = payload.write(region.offset, bytemuck::cast_slice(keys));
+                debug_assert!(written.is_ok());
+                let count = keys.len() as u32;
+                let answer =
+                    Records { offset: region.offset + count * KEY_WORDS as u32, count: count * world };
+                let keys = Records { offset: region.offset, count };
+                Request::Lookup { session, admission, namespace, keys, answer }
+            },
+        )?;
+        let until = Deadline::after(timeout);
+        Ok(Some((State::Waiting { pending, generation, keys: keys.to_vec(), world, until }, generation)))
+    }
+
+    /// The namespace's id and number of ranks, once a worker has registered it.
+    fn resolve(&mut self, link: &Link, generation: u64) -> Result<(u32, u32), CallError> {
+        let known = self.namespace.filter(|(at, id)| {
+            *at == generation && link.engine.namespaces[*id as usize].matches(&self.fingerprint)
+        });
+        let id = match known {
+            Some((_, id)) => id,
+            None => link.engine.find_namespace(&self.fingerprint).ok_or(CallError::NotRegistered)?,
+        };
+        self.namespace = Some((generation, id));
+        let world = link.engine.namespaces[id as usize].world();
+        let possible = 1..=kvring_shm_abi::engine_segment::RANKS_MAX as u32;
+        if possible.contains(&world) { Ok((id, world)) } else { Err(CallError::NotRegistered) }
+    }
+
+    /// The answer of a lookup, from its completion.
+    pub(crate) fn accept(answer: &Answer, mut keys: Vec<Key>, world: u32) -> Result<Hit, CallError> {
+        crate::status::check(&answer.completion)?;
+        let [chunks, offset, arena_low, arena_high] = answer.completion.results;
+        let chunks = usize::try_from(chunks).unwrap_or(usize::MAX);
+        if chunks > keys.len() {
+            return Err(CallError::Refused("an answer of more chunks than were asked for"));
+        }
+        keys.truncate(chunks);
+        let mut shards = vec![ShardAnswer::new(0, 0, 0); chunks * world as usize];
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        answer
+            .payload()
+            .read(offset, bytemuck::cast_slice_mut(&mut shards))
+            .map_err(|_| CallError::Refused("an answer outside the payload area"))?;
+        Ok(Hit { chunks: chunks as u32, world, arena_id: [arena_low, arena_high], shards, keys })
+    }
+
+    pub(crate) fn count_failure(&mut self, error: &CallError) {
+        match error {
+            CallError::TimedOut { .. } => self.stats.timed_out += 1,
+            CallError::NotRegistered | CallError::Busy => self.stats.refused += 1,
+            _ => self.stats.degraded += 1,
+        }
+    }
+
+    /// Drops an admission's lease beyond `keep` chunks. Delivered later where it cannot be delivered now.
+    pub(crate) fn release(&mut self, request: &str, admission: u32, keep: u32) {
+        let Some(session) = self.sessions.get_mut(request) else { return };
+        let Some(at) = session.leases.iter().position(|(leased, _)| *leased == admission) else { return };
+        let (_, generation) = session.leases[at];
+        if keep == 0 {
+            session.leases.swap_remove(at);
+        }
+        let release = Request::Release { session: session.id, admission, keep };
+        self.post(generation, release);
+    }
+
+    /// Ends a session: its answer, its pending lookup and all its leases.
+    pub(crate) fn end(&mut self, request: &str) {
+        let Some(session) = self.sessions.remove(request) else { return };
+        let Session { id, state, leases, .. } = session;
+        // Abandon first: then the end of the session follows its lookup in the ring.
+        drop(state);
+        if let Some((_, generation)) = leases.iter().max_by_key(|(_, generation)| *generation) {
+            self.post(*generation, Request::EndSession { session: id });
+        }
+    }
+
+    /// Sends through the attachment that the lease came from; if that is gone, so is the lease.
+    fn post(&mut self, generation: u64, request: Request) {
+        if let Some(link) = self.probe.link_of(generation) {
+            link.post(request);
+        }
+    }
+
+    /// How many sessions are open.
+    pub(crate) fn len(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// The namespace's id here and now.
+    pub(crate) fn namespace(&mut self) -> Result<u32, CallError> {
+        let (link, generation) = self.probe.link()?;
+        let link = link.clone();
+        self.resolve(&link, generation).map(|(id, _)| id)
+    }
+}

@@ -1,0 +1,315 @@
+//! The worker's adapter: stores and loads of one rank's paged KV cache, in the background.
+
+mod job;
+mod mover;
+mod paged;
+mod queue;
+
+pub use job::{Finished, JobId, LoadChunk, LoadReport, StoreChunk, StoreReport};
+pub use paged::{BlockError, LayoutError, PagedKv, Plane};
+
+use crate::client::{Client, Probe, Registered};
+use crate::error::RegisterError;
+use crate::health::Health;
+use crate::options::usable_cpus;
+use job::{Job, Work};
+use kvring_gpu_kernels::{CopyBackend, CpuBackend};
+use kvring_shm_abi::engine_segment::RANKS_MAX;
+use kvring_shm_abi::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration, Round};
+use mover::Mover;
+use queue::Queue;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Checksums of shards: computed and verified by workers only, in the copy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checksum {
+    /// None.
+    #[default]
+    Off,
+    /// Computed on store, not looked at on load.
+    Store,
+    /// Computed on store, verified on load: a mismatch is a failed load.
+    Verify,
+}
+
+/// What a worker needs to know.
+#[derive(Clone, Debug)]
+pub struct WorkerOptions {
+    /// Names the namespace: a digest of everything that chunk keys do not cover.
+    pub fingerprint: [u64; 4],
+    /// Number of ranks.
+    pub world: u32,
+    /// This rank.
+    pub rank: u32,
+    /// Tokens per chunk.
+    pub chunk_tokens: u32,
+    /// For people: the model's name.
+    pub model: String,
+    /// For people: the KV cache's dtype.
+    pub dtype: String,
+    /// Checksum policy. Default off.
+    pub checksum: Checksum,
+    /// Threads that copy, the mover included; `None`: two, or one where this process may run on one CPU only.
+    pub copy_threads: Option<usize>,
+}
+
+impl WorkerOptions {
+    /// The defaults for one rank of `world` in a namespace.
+    #[must_use]
+    pub fn new(fingerprint: [u64; 4], world: u32, rank: u32, chunk_tokens: u32) -> WorkerOptions {
+        WorkerOptions {
+            fingerprint,
+            world,
+            rank,
+            chunk_tokens,
+            model: String::new(),
+            dtype: String::new(),
+            checksum: Checksum::Off,
+            copy_threads: None,
+        }
+    }
+}
+
+/// Why a job was not taken: the caller's mistake, in every case.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    /// `register_kv_caches` has not been called.
+    #[error("no KV cache is registered with this adapter: call register_kv_caches first")]
+    NoKvCache,
+    /// A chunk's blocks.
+    #[error("chunk {chunk}: {error}")]
+    Blocks {
+        /// Which chunk of the call.
+        chunk: usize,
+        /// What is wrong.
+        error: BlockError,
+    },
+    /// The adapter has been shut down, or belongs to the parent of a fork.
+    #[error("the adapter is {0}")]
+    Ended(Health),
+}
+
+struct Running {
+    paged: Arc<PagedKv>,
+    registered: Arc<Registered>,
+    queue: Arc<Queue>,
+    mover: Option<JoinHandle<()>>,
+}
+
+/// Stores and loads of one rank. Every call returns at once, except `handle_preemptions`, which waits for copies that
+/// read the blocks concerned, and `shutdown`.
+pub struct WorkerAdapter {
+    client: Arc<Client>,
+    probe: Probe,
+    options: WorkerOptions,
+    backend: Arc<dyn CopyBackend>,
+    running: Option<Running>,
+    next_job: u64,
+}
+
+impl WorkerAdapter {
+    /// An adapter on a client of the worker's role. Starts the copy threads; wrong numbers are an error here.
+    pub fn new(client: &Arc<Client>, options: WorkerOptions) -> Result<WorkerAdapter, RegisterError> {
+        let invalid = |what, expected, got: u64| Err(RegisterError::Invalid { what, expected, got });
+        if !(1..=RANKS_MAX as u32).contains(&options.world) {
+            return invalid("world", "1 to 64", options.world.into());
+        }
+        if options.rank >= options.world {
+            return invalid("rank", "below the world", options.rank.into());
+        }
+        if options.chunk_tokens == 0 {
+            return invalid("chunk_tokens", "above 0", 0);
+        }
+        let threads = options.copy_threads.unwrap_or_else(|| usable_cpus().min(2)).max(1);
+        let backend = CpuBackend::new(threads);
+        Ok(WorkerAdapter {
+            client: client.clone(),
+            probe: client.probe(),
+            options,
+            backend: Arc::new(backend),
+            running: None,
+            next_job: 0,
+        })
+    }
+
+    /// Registers this rank's KV cache: now, and again by the keeper after every restart of the engine. Waits up to
+    /// `register_timeout` for the first answer; without one the keeper goes on trying and jobs are dropped until then.
+    ///
+    /// # Errors
+    /// Only what does not mend itself: ranks that disagree, a shard that can never fit, a full namespace table.
+    pub fn register_kv_caches(&mut self, paged: PagedKv) -> Result<(), RegisterError> {
+        if let Some(running) = self.running.take() {
+            self.stop(running);
+        }
+        let record = self.record(&paged);
+        let registered = self.client.add_registration(record);
+        let outcome = self.client.wait_registered(&registered, self.client.options().register_timeout);
+        if let Err(error) = outcome {
+            self.client.remove_registration(&registered);
+            return Err(error);
+        }
+        let queue = Arc::new(Queue::default());
+        let mover = Mover {
+            client: self.client.clone(),
+            registered: registered.clone(),
+            queue: queue.clone(),
+            backend: self.backend.clone(),
+            options: self.options.clone(),
+        };
+        let thread = std::thread::Builder::new().name("kvring-mover".into()).spawn(move || mover.run());
+        let thread = thread.map_err(|_| RegisterError::Invalid {
+            what: "threads",
+            expected: "one more thread to be had",
+            got: 0,
+        })?;
+        self.running = Some(Running { paged: Arc::new(paged), registered, queue, mover: Some(thread) });
+        Ok(())
+    }
+
+    fn record(&self, paged: &PagedKv) -> Registration {
+        let mut record = Registration {
+            fingerprint: self.options.fingerprint,
+            layout: paged.layout_digest(),
+            shard_bytes: paged.shard_bytes(),
+            world: self.options.world,
+            rank: self.options.rank,
+            chunk_tokens: self.options.chunk_tokens,
+            reserved: 0,
+            model: [0; MODEL_NAME_BYTES],
+            dtype: [0; DTYPE_BYTES],
+        };
+        copy_text(&mut record.model, &self.options.model);
+        copy_text(&mut record.dtype, &self.options.dtype);
+        record
+    }
+
+    /// Stores chunks in the background, in chain order. `parent` is the key just before the first one. The blocks must
+    /// keep their content until the job is reported by `get_finished`, or `handle_preemptions` has returned for it.
+    pub fn submit_store(
+        &mut self,
+        request: &str,
+        round: Round,
+        parent: Option<Key>,
+        chunks: Vec<StoreChunk>,
+    ) -> Result<JobId, SubmitError> {
+        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]))?;
+        self.submit(request, Work::Store { round, parent, chunks })
+    }
+
+    /// Loads chunks in the background. The blocks belong to the job until it is reported by `get_finished`.
+    pub fn submit_load(&mut self, request: &str, chunks: Vec<LoadChunk>) -> Result<JobId, SubmitError> {
+        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]))?;
+        self.submit(request, Work::Load { chunks })
+    }
+
+    fn check<'a>(&self, chunks: impl Iterator<Item = &'a [u32]>) -> Result<(), SubmitError> {
+        let running = self.running.as_ref().ok_or(SubmitError::NoKvCache)?;
+        for (chunk, blocks) in chunks.enumerate() {
+            running.paged.check_blocks(blocks).map_err(|error| SubmitError::Blocks { chunk, error })?;
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self, request: &str, work: Work) -> Result<JobId, SubmitError> {
+        if !self.client.shared.fork.is_ours() {
+            return Err(SubmitError::Ended(Health::ShutDown));
+        }
+        let running = self.running.as_ref().ok_or(SubmitError::NoKvCache)?;
+        self.next_job += 1;
+        let id = JobId(self.next_job);
+        let job = Arc::new(Job::new(id, request, work, running.paged.clone()));
+        if running.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
+    }
+
+    /// Jobs that have ended since the last call; each is reported exactly once.
+    pub fn get_finished(&mut self) -> Finished {
+        self.queue().map(Queue::take_finished).unwrap_or_default()
+    }
+
+    /// Blocks whose load has failed since the last call: to be recomputed. A load's blocks are here no later than its
+    /// report is in `get_finished`.
+    pub fn get_block_ids_with_load_errors(&mut self) -> Vec<u32> {
+        self.queue().map(Queue::take_failed_blocks).unwrap_or_default()
+    }
+
+    /// Before the blocks of these requests (of all, for `None`) are given to somebody else: when this returns, no
+    /// store reads them any more. Stores are finished first as long as the engine answers; a copy that runs is always
+    /// waited for, also when the engine is not there.
+    pub fn handle_preemptions(&mut self, requests: Option<&[&str]>) {
+        let fit = self.probe.is_healthy();
+        let patience = if fit { self.client.options().operation_timeout } else { Duration::ZERO };
+        let Some(queue) = self.queue() else { return };
+        for job in queue.preempt(requests) {
+            job.wait_copied(patience);
+        }
+    }
+
+    fn queue(&self) -> Option<&Queue> {
+        self.running.as_ref().filter(|_| self.client.shared.fork.is_ours()).map(|running| &*running.queue)
+    }
+
+    /// Waits until no job is open, at most `timeout`. True when none is.
+    pub fn wait_idle(&self, timeout: Duration) -> bool {
+        self.queue().is_none_or(|queue| queue.wait_open(0, timeout))
+    }
+
+    /// Waits until fewer jobs than now are open, at most `timeout`: for callers that have nothing else to do.
+    pub fn wait_some(&self, timeout: Duration) -> bool {
+        self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().saturating_sub(1), timeout))
+    }
+
+    /// Is the engine there and well? A few loads.
+    pub fn is_healthy(&mut self) -> bool {
+        self.probe.is_healthy()
+    }
+
+    /// How the engine looks.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.client.health()
+    }
+
+    /// Finishes what is open (up to `drain_timeout`; copies that run are always waited for), then ends the client.
+    /// Idempotent. After it nothing of this adapter touches the KV cache.
+    pub fn shutdown(&mut self) {
+        if let Some(running) = self.running.take() {
+            self.stop(running);
+        }
+        self.client.shutdown();
+    }
+
+    fn stop(&self, mut running: Running) {
+        if !self.client.shared.fork.is_ours() {
+            // The threads are the parent's.
+            core::mem::forget(running);
+            return;
+        }
+        running.queue.close();
+        if !running.queue.wait_open(0, self.client.options().drain_timeout) {
+            for job in running.queue.preempt(None) {
+                job.cancel();
+            }
+        }
+        self.client.remove_registration(&running.registered);
+        if let Some(mover) = running.mover.take() {
+            // A mover that panicked has said so.
+            let _ = mover.join();
+        }
+    }
+}
+
+impl Drop for WorkerAdapter {
+    fn drop(&mut self) {
+        if let Some(running) = self.running.take() {
+            self.stop(running);
+        }
+    }
+}
+
+fn copy_text(to: &mut [u8], text: &str) {
+    for (to, from) in to.iter_mut().zip(text.bytes()) {
+        *to = from;
+    }
+}

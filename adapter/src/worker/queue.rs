@@ -1,0 +1,136 @@
+//! The mover's queue: loads before stores, what has ended, and a clean end.
+
+use super::job::{Finished, Job, LoadReport, StoreReport};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Default)]
+struct State {
+    loads: VecDeque<Arc<Job>>,
+    stores: VecDeque<Arc<Job>>,
+    /// Stores that have not ended, the running one included: what a preemption must look at.
+    open_stores: Vec<Arc<Job>>,
+    /// Jobs that have not ended.
+    open: usize,
+    finished: Finished,
+    failed_blocks: Vec<u32>,
+    closed: bool,
+}
+
+/// Shared by the caller's thread and the mover.
+#[derive(Default)]
+pub(super) struct Queue {
+    state: Mutex<State>,
+    /// Something to do, or closed.
+    work: Condvar,
+    /// Something ended.
+    ended: Condvar,
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a job; false when the queue is closed.
+    pub(super) fn push(&self, job: Arc<Job>) -> bool {
+        let mut state = self.state();
+        if state.closed {
+            return false;
+        }
+        state.open += 1;
+        if job.is_store() {
+            state.open_stores.push(job.clone());
+            state.stores.push_back(job);
+        } else {
+            state.loads.push_back(job);
+        }
+        drop(state);
+        self.work.notify_one();
+        true
+    }
+
+    /// Mover: the next job; `None` once the queue is closed and empty.
+    pub(super) fn next(&self) -> Option<Arc<Job>> {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = state.loads.pop_front() {
+                return Some(job);
+            }
+            if let Some(job) = state.stores.pop_front() {
+                return Some(job);
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Mover: a load, if one waits.
+    pub(super) fn next_load(&self) -> Option<Arc<Job>> {
+        self.state().loads.pop_front()
+    }
+
+    pub(super) fn finish_store(&self, job: &Arc<Job>, report: StoreReport) {
+        let mut state = self.state();
+        state.open_stores.retain(|other| !Arc::ptr_eq(other, job));
+        state.finished.stores.push((job.id, job.request.clone(), report));
+        state.open -= 1;
+        drop(state);
+        self.ended.notify_all();
+    }
+
+    pub(super) fn finish_load(&self, job: &Arc<Job>, report: LoadReport, failed: &[u32]) {
+        let mut state = self.state();
+        // Before or together with the report of the load, never after it.
+        state.failed_blocks.extend_from_slice(failed);
+        state.finished.loads.push((job.id, job.request.clone(), report));
+        state.open -= 1;
+        drop(state);
+        self.ended.notify_all();
+    }
+
+    /// What has ended since the last call.
+    pub(super) fn take_finished(&self) -> Finished {
+        core::mem::take(&mut self.state().finished)
+    }
+
+    /// Blocks whose load has failed since the last call.
+    pub(super) fn take_failed_blocks(&self) -> Vec<u32> {
+        core::mem::take(&mut self.state().failed_blocks)
+    }
+
+    /// Stores of these requests (all, for `None`) that have not ended; those that wait go to the front of the queue.
+    pub(super) fn preempt(&self, requests: Option<&[&str]>) -> Vec<Arc<Job>> {
+        let mut state = self.state();
+        let concerned =
+            |job: &Arc<Job>| requests.is_none_or(|requests| requests.contains(&job.request.as_str()));
+        let stores = core::mem::take(&mut state.stores);
+        let (first, rest): (VecDeque<_>, VecDeque<_>) = stores.into_iter().partition(concerned);
+        state.stores = first;
+        state.stores.extend(rest);
+        state.open_stores.iter().filter(|job| concerned(job)).cloned().collect()
+    }
+
+    /// Jobs that have not ended.
+    pub(super) fn open_jobs(&self) -> usize {
+        self.state().open
+    }
+
+    /// Waits until at most `left` jobs have not ended, or until `timeout` has passed. True in the first case.
+    pub(super) fn wait_open(&self, left: usize, timeout: std::time::Duration) -> bool {
+        let state = self.state();
+        let (state, _) = self
+            .ended
+            .wait_timeout_while(state, timeout, |state| state.open > left)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.open <= left
+    }
+
+    /// Takes no more jobs. What waits is still done.
+    pub(super) fn close(&self) {
+        self.state().closed = true;
+        self.work.notify_all();
+    }
+}

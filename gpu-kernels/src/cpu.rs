@@ -1,0 +1,283 @@
+//! The CPU backend: `threads − 1` workers, and whoever waits helps. One thread means no hand-over at all.
+//!
+//! A batch is cut into pieces of at most [`PIECE`] bytes, none of which crosses a shard; threads take the next piece
+//! until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
+
+use crate::backend::{CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
+use crate::checksum;
+use crate::copy::{Method, copy, store_fence};
+use crate::sync::{Sum, Word, release_fence};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+/// Bytes of a piece: long enough to stream, short enough to share. A multiple of 8: checksums may be cut there.
+const PIECE: usize = 512 << 10;
+/// Bytes copied and summed at a time where a checksum is asked for: they stay in the second-level cache.
+const TILE: usize = 64 << 10;
+
+/// A part of one shard.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    shard: u32,
+    /// The page in which it begins, counted over the batch, and where in that page.
+    page: u32,
+    skip: usize,
+    /// Where it begins in the shard.
+    position: usize,
+    bytes: usize,
+}
+
+struct Job {
+    batch: CopyBatch,
+    pieces: Vec<Piece>,
+    sums: Vec<Sum>,
+    /// The next piece that nobody has taken.
+    next: Word,
+    /// Pieces that have not been copied.
+    left: Word,
+    /// 0, then 1: the one "done" state, published last.
+    done: Word,
+    /// A thread panicked in a piece.
+    failed: Word,
+}
+
+impl Job {
+    fn new(batch: CopyBatch) -> Job {
+        let mut pieces = Vec::new();
+        for (index, shard) in batch.shards.iter().enumerate() {
+            let (mut page, mut skip, mut position) = (shard.first_page, 0, 0);
+            while position < shard.bytes {
+                let bytes = PIECE.min(shard.bytes - position);
+                pieces.push(Piece { shard: index as u32, page: page as u32, skip, position, bytes });
+                position += bytes;
+                skip += bytes;
+                while page < shard.first_page + shard.pages && skip >= batch.pages[page].bytes {
+                    skip -= batch.pages[page].bytes;
+                    page += 1;
+                }
+            }
+        }
+        let sums =
+            if batch.checksum { batch.shards.iter().map(|_| Sum::default()).collect() } else { Vec::new() };
+        let left = Word::new(pieces.len() as u32);
+        let done = Word::new(u32::from(pieces.is_empty()));
+        Job { batch, pieces, sums, next: Word::default(), left, done, failed: Word::default() }
+    }
+
+    /// Takes and copies one piece; false when there is none left to take.
+    fn step(&self) -> bool {
+        if self.next.get() as usize >= self.pieces.len() {
+            return false;
+        }
+        let Some(piece) = self.pieces.get(self.next.next() as usize) else { return false };
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run(piece)));
+        if ran.is_err() {
+            self.failed.next();
+        }
+        // Non-temporal stores are weakly ordered: before anybody is told.
+        store_fence();
+        if self.left.sub() {
+            // SYNC POINT: Release in `bump_and_wake`; pairs with the Acquire in `is_done`. All pieces happened before:
+            // each was counted down with AcqRel.
+            self.done.bump_and_wake();
+        }
+        true
+    }
+
+    fn is_done(&self) -> bool {
+        self.done.get() != 0
+    }
+
+    fn run(&self, piece: &Piece) {
+        let shard = &self.batch.shards[piece.shard as usize];
+        if self.batch.direction == Direction::Store {
+            // Before the first payload store into a slot: pairs with the Acquire fence of a reader that still believes
+            // in the slot's previous life (kvring-shm-abi, `SlotHeader::still_valid`).
+            release_fence();
+        }
+        let (mut page, mut skip, mut position, mut left) =
+            (piece.page as usize, piece.skip, piece.position, piece.bytes);
+        let mut sum = 0u64;
+        while left > 0 {
+            let here = self.batch.pages[page];
+            let mut bytes = left.min(here.bytes - skip);
+            if self.batch.checksum && bytes > TILE {
+                // Cut where a checksum may be cut: at a multiple of 8 of the position.
+                bytes = TILE - position % 8;
+            }
+            let paged = here.address.wrapping_add(skip);
+            let arena = shard.arena.wrapping_add(position);
+            // SAFETY: `CopyBatch::shard` promised both ranges; pieces of a batch do not overlap.
+            sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
+            (position, skip, left) = (position + bytes, skip + bytes, left - bytes);
+            if skip == here.bytes {
+                (page, skip) = (page + 1, 0);
+            }
+        }
+        if let Some(total) = self.sums.get(piece.shard as usize) {
+            total.add(sum);
+        }
+    }
+
+    /// Copies one contiguous stretch; its part of the checksum, computed on the private side only.
+    ///
+    /// # Safety
+    /// As [`CopyBatch::shard`], for these two ranges.
+    unsafe fn tile(&self, paged: *mut u8, arena: *mut u8, bytes: usize, position: u64) -> u64 {
+        let summed = |bytes: usize| {
+            // SAFETY: a page that nobody writes: of a store, or of a load after its copy.
+            checksum::part(unsafe { core::slice::from_raw_parts(paged, bytes) }, position)
+        };
+        match (self.batch.direction, self.batch.checksum) {
+            (Direction::Store, checked) => {
+                let sum = if checked { summed(bytes) } else { 0 };
+                // SAFETY: the caller's.
+                unsafe { copy(Method::NonTemporal, arena, paged, bytes) };
+                sum
+            }
+            (Direction::Load, false) => {
+                // SAFETY: the caller's.
+                unsafe { copy(Method::NonTemporal, paged, arena, bytes) };
+                0
+            }
+            (Direction::Load, true) => {
+                // Through the cache: it is read again at once.
+                // SAFETY: the caller's.
+                unsafe { copy(Method::Plain, paged, arena, bytes) };
+                summed(bytes)
+            }
+        }
+    }
+
+    /// Copies what is left to take, then sleeps until the others have finished theirs.
+    fn finish(&self) {
+        while self.step() {}
+        while !self.is_done() {
+            self.done.wait(0);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Arc<Job>>,
+    closed: bool,
+}
+
+#[derive(Default)]
+struct Pool {
+    queue: Mutex<Queue>,
+    /// Bumped when there is something new to look at.
+    news: Word,
+}
+
+impl Pool {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self) {
+        loop {
+            let seen = self.news.get();
+            let (job, closed) = {
+                let mut queue = self.queue();
+                // A job of which every piece is taken is somebody's already.
+                while queue.jobs.front().is_some_and(|job| job.next.get() as usize >= job.pieces.len()) {
+                    queue.jobs.pop_front();
+                }
+                (queue.jobs.front().cloned(), queue.closed)
+            };
+            match job {
+                Some(job) => while job.step() {},
+                None if closed => return,
+                None => self.news.wait(seen),
+            }
+        }
+    }
+}
+
+/// Copies with the threads of this process. See the module's documentation.
+pub struct CpuBackend {
+    pool: Arc<Pool>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl CpuBackend {
+    /// A backend of `threads` threads, the waiting one included; at least one. Where the system has no more threads to
+    /// give, it makes do with fewer.
+    #[must_use]
+    pub fn new(threads: usize) -> CpuBackend {
+        let pool = Arc::new(Pool::default());
+        let workers = (1..threads)
+            .filter_map(|index| {
+                let pool = pool.clone();
+                let name = format!("kvring-copy-{index}");
+                std::thread::Builder::new().name(name).spawn(move || pool.work()).ok()
+            })
+            .collect();
+        CpuBackend { pool, workers }
+    }
+}
+
+impl CopyBackend for CpuBackend {
+    fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        let job = Arc::new(Job::new(batch));
+        if !self.workers.is_empty() && job.pieces.len() > 1 {
+            let mut queue = self.pool.queue();
+            queue.jobs.push_back(job.clone());
+            drop(queue);
+            self.pool.news.bump_and_wake();
+        }
+        Ok(Box::new(CpuTransfer { job }))
+    }
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+}
+
+impl Drop for CpuBackend {
+    fn drop(&mut self) {
+        self.pool.queue().closed = true;
+        self.pool.news.bump_and_wake();
+        for worker in self.workers.drain(..) {
+            // A worker catches panics of its pieces: there is nothing to report here.
+            let _ = worker.join();
+        }
+    }
+}
+
+struct CpuTransfer {
+    job: Arc<Job>,
+}
+
+impl Transfer for CpuTransfer {
+    fn poll(&mut self) -> bool {
+        // One piece of the work, so that a transfer that is only polled gets on.
+        if !self.job.is_done() {
+            self.job.step();
+        }
+        self.job.is_done()
+    }
+
+    fn wait(self: Box<Self>) -> Result<CopyDone, CopyError> {
+        self.job.finish();
+        if self.job.failed.get() != 0 {
+            return Err(CopyError::ThreadFailed);
+        }
+        let shards = self.job.sums.iter().zip(&self.job.batch.shards);
+        let checksums = shards.map(|(sum, shard)| checksum::finish(sum.get(), shard.bytes as u64)).collect();
+        Ok(CopyDone { checksums })
+    }
+}
+
+impl Drop for CpuTransfer {
+    fn drop(&mut self) {
+        self.job.finish();
+    }
+}
+
+#[cfg(test)]
+#[path = "cpu_tests.rs"]
+mod tests;
