@@ -1,1 +1,22 @@
-//! Under construction.
+//! The kvring engine: one process that owns a node's KV cache.
+//!
+//! [`Engine`] is the whole of it. Its parts: [`segments`] (start, exclusivity, end), [`allocator`] and [`preflight`]
+//! (memory), the service loop (private: rings, lobby, dispatch), [`cache`] (what is where, who holds what), [`policy`]
+//! (who goes first), [`stats`], [`config`], [`tier`].
+
+pub mod allocator;
+pub mod byte_size;
+pub mod cache;
+pub mod cgroup;
+pub mod config;
+mod engine;
+pub mod policy;
+pub mod preflight;
+pub mod process;
+pub mod segments;
+mod service;
+pub mod stats;
+pub mod tier;
+
+pub use engine::{Engine, RunningEngine, StartError, spawn, spawn_with_tier};
+pub use service::StopHandle;

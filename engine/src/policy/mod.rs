@@ -3,6 +3,25 @@
 //! A policy orders the chunks of one namespace. It knows nothing of slots, leases or shared memory; the
 //! cache tells it what was inserted, used and removed, and asks for the coldest chunk that may go.
 //! Everything a policy needs is taken when it is made: no call allocates from the heap.
+//!
+//! | policy | right for | why |
+//! | --- | --- | --- |
+//! | [`lru`] | a cache that holds most of what is reused | recency is all that counts when little has to go |
+//! | [`arc`] | a cache that is small against what passes through | what came back once outlives what did not |
+//!
+//! `kvring simulate` measures both on a trace, with these very objects.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+pub mod arc;
+mod ghosts;
+mod lists;
+pub mod lru;
+#[cfg(test)]
+mod tests;
 
 /// A chunk's place in the cache's private chunk table; dense, reused after a removal.
 pub type ChunkId = u32;
@@ -42,4 +61,68 @@ pub trait Policy: Send {
 
     /// The resident chunks, coldest first; asserts the policy's own invariants. For tests and self-checks.
     fn dump(&self) -> Vec<ChunkId>;
+}
+
+/// The most chunks that one policy can order: links are 32-bit, and there are two ghosts to a chunk.
+pub const MAX_CHUNKS: usize = 1 << 30;
+
+/// The policies there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PolicyKind {
+    /// Least recently used: [`lru::Lru`].
+    #[default]
+    Lru,
+    /// Adaptive replacement: [`arc::Arc`].
+    Arc,
+}
+
+impl PolicyKind {
+    /// Every policy, in the order in which tables show them.
+    pub const ALL: [Self; 2] = [Self::Lru, Self::Arc];
+
+    /// The name used in configuration, statistics and tables.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lru => "lru",
+            Self::Arc => "arc",
+        }
+    }
+}
+
+impl fmt::Display for PolicyKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A policy's name that is none of [`PolicyKind::ALL`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown eviction policy {came:?}: expected lru or arc")]
+pub struct UnknownPolicy {
+    /// What was given.
+    pub came: String,
+}
+
+impl FromStr for PolicyKind {
+    type Err = UnknownPolicy;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPolicy> {
+        let known = Self::ALL.into_iter().find(|kind| kind.name() == name);
+        known.ok_or_else(|| UnknownPolicy { came: name.to_owned() })
+    }
+}
+
+/// Makes a policy for chunk ids below `max_chunks`, and takes all the memory that it will ever need.
+///
+/// The memory comes zeroed from the system and is not touched here: pages of chunks that never exist cost nothing.
+///
+/// # Panics
+///
+/// If `max_chunks` is above [`MAX_CHUNKS`].
+pub fn build(kind: PolicyKind, max_chunks: usize) -> Box<dyn Policy> {
+    match kind {
+        PolicyKind::Lru => Box::new(lru::Lru::new(max_chunks)),
+        PolicyKind::Arc => Box::new(arc::Arc::new(max_chunks)),
+    }
 }

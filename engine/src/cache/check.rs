@@ -1,0 +1,295 @@
+//! The cache's check of itself, a few entries at a time: tables that name each other agree, and the sums are right.
+
+use super::chunk::Life;
+use super::lease::Leases;
+use super::slot::State;
+use super::{Cache, InvariantBroken, SlotId, SlotTable};
+use crate::policy::ChunkId;
+
+/// Where a check that goes on step by step is.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Check {
+    phase: Phase,
+    at: u32,
+    sums: Sums,
+    /// What `Cache::version` was when this round of the tables began.
+    version: u64,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Phase {
+    #[default]
+    Slots,
+    Chunks,
+    Leases,
+}
+
+/// What one round through the tables counted.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    free: u64,
+    writing: u64,
+    orphans: u64,
+    committed: u64,
+    visible: u64,
+    forming: u64,
+    chunk_pins: u64,
+    leases: u64,
+    lease_pins: u64,
+    blocks: u64,
+}
+
+impl<T: SlotTable> Cache<T> {
+    /// Looks at `budget` more entries of the tables. Entries are compared with those they name at once; sums where
+    /// nothing has changed between the first entry and the last.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong: the engine must stop serving.
+    pub fn check_step(&mut self, budget: u32) -> Result<(), InvariantBroken> {
+        let mut check = self.check;
+        for _ in 0..budget {
+            if check.phase == Phase::Slots && check.at == 0 {
+                check = Check { version: self.version, ..Check::default() };
+            }
+            let next = self.check_entry(check.phase, check.at, &mut check.sums)?;
+            if let Some(at) = next {
+                check.at = at;
+                continue;
+            }
+            check.at = 0;
+            check.phase = match check.phase {
+                Phase::Slots => Phase::Chunks,
+                Phase::Chunks => Phase::Leases,
+                Phase::Leases => {
+                    if check.version == self.version {
+                        self.check_sums(&check.sums)?;
+                    }
+                    Phase::Slots
+                }
+            };
+        }
+        self.check = check;
+        Ok(())
+    }
+
+    /// Looks at everything. For tests: O(everything), allocates.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong.
+    pub fn check_all(&self) -> Result<(), InvariantBroken> {
+        let mut sums = Sums::default();
+        for phase in [Phase::Slots, Phase::Chunks, Phase::Leases] {
+            let mut at = Some(0);
+            while let Some(entry) = at {
+                at = self.check_entry(phase, entry, &mut sums)?;
+            }
+        }
+        self.check_sums(&sums)?;
+        self.check_spans()?;
+        self.check_clients()?;
+        self.check_namespaces()
+    }
+
+    /// Looks at one entry; answers the next one of the phase.
+    fn check_entry(&self, phase: Phase, at: u32, sums: &mut Sums) -> Result<Option<u32>, InvariantBroken> {
+        match phase {
+            Phase::Slots => self.check_slot(at, sums),
+            Phase::Chunks => {
+                if at >= self.chunks.fresh {
+                    return Ok(None);
+                }
+                self.check_chunk(at, sums)?;
+                Ok(Some(at + 1))
+            }
+            Phase::Leases => {
+                if at >= self.leases.fresh() {
+                    return Ok(None);
+                }
+                let len = self.leases.get(at).len;
+                sums.leases += u64::from(len > 0);
+                sums.lease_pins += u64::from(len);
+                sums.blocks += Leases::blocks_of(len);
+                for id in self.leases.chunks(at) {
+                    let chunk = self.chunks.get(id);
+                    let is_pinned = chunk.life() == Life::Visible && chunk.pins > 0;
+                    link("leases and chunks", is_pinned, at, id)?;
+                }
+                Ok(Some(at + 1))
+            }
+        }
+    }
+
+    fn check_slot(&self, at: SlotId, sums: &mut Sums) -> Result<Option<SlotId>, InvariantBroken> {
+        let slab = at / self.slabs.first_slot(1);
+        let after = |slab| (slab < self.slabs.count()).then(|| self.slabs.first_slot(slab));
+        let Some(head) = self.slabs.head_of_slab(slab) else { return Ok(after(slab + 1)) };
+        let span = self.slabs.span(head);
+        let first = self.slabs.first_slot(head);
+        if at - first >= span.fresh {
+            sums.free += u64::from(span.slots - span.fresh);
+            return Ok(after(head + span.len));
+        }
+        let slot = self.slots.get(at);
+        match slot.state() {
+            State::Free => sums.free += 1,
+            State::Writing => sums.writing += 1,
+            State::Committed => sums.committed += 1,
+        }
+        match (slot.chunk(), slot.state()) {
+            (Some(id), State::Writing | State::Committed) => {
+                let is_known = id < self.chunks.fresh && self.chunks.get(id).life() != Life::Free;
+                link("slots and chunks", is_known, at, id)?;
+                let world = self.world_of(id);
+                let is_rank = u32::from(slot.rank) < world;
+                let shard = if is_rank { self.chunks.shard(id, world, u32::from(slot.rank)) } else { None };
+                link("slots and shards", shard == Some(at), at, id)?;
+            }
+            (None, State::Writing) => sums.orphans += 1,
+            (None, State::Free) => {}
+            (chunk, _) => link("free slots and chunks", false, at, chunk.unwrap_or(u32::MAX))?,
+        }
+        Ok(Some(at + 1))
+    }
+
+    fn check_chunk(&self, id: ChunkId, sums: &mut Sums) -> Result<(), InvariantBroken> {
+        let chunk = self.chunks.get(id);
+        match chunk.life() {
+            Life::Free => return Ok(()),
+            Life::Forming => sums.forming += 1,
+            Life::Visible => sums.visible += 1,
+        }
+        sums.chunk_pins += u64::from(chunk.pins);
+        link("chunks and index", self.index.holds(&self.chunks, id), id, chunk.hash)?;
+        let world = self.world_of(id);
+        let (mut writing, mut committed) = (0_u32, 0_u32);
+        for rank in 0..world {
+            let Some(slot) = self.chunks.shard(id, world, rank) else { continue };
+            let entry = self.slots.get(slot);
+            let is_own = entry.chunk() == Some(id) && u32::from(entry.rank) == rank;
+            link("chunks and slots", is_own, id, slot)?;
+            match entry.state() {
+                State::Writing => writing += 1,
+                State::Committed => committed += 1,
+                State::Free => link("chunks and free slots", false, id, slot)?,
+            }
+        }
+        count("shards being written of a chunk", writing, chunk.writing)?;
+        count("shards committed of a chunk", committed, chunk.committed)?;
+        match chunk.life() {
+            Life::Visible => count("shards of a visible chunk", committed, world),
+            _ => count("pins of a forming chunk", chunk.pins, 0_u32),
+        }
+    }
+
+    fn check_sums(&self, sums: &Sums) -> Result<(), InvariantBroken> {
+        let stats = self.stats();
+        let slots: u64 = self.slabs.classes().iter().map(|class| class.slots).sum();
+        count("slots in all", sums.free + sums.writing + sums.committed, slots)?;
+        count("free slots", sums.free, stats.slots_free)?;
+        count("slots being written", sums.writing, stats.slots_writing)?;
+        count("committed slots", sums.committed, stats.slots_committed)?;
+        count("orphans", sums.orphans, stats.orphans)?;
+        count("visible chunks", sums.visible, stats.chunks_visible)?;
+        count("forming chunks", sums.forming, stats.chunks_forming)?;
+        count("chunks in the index", sums.visible + sums.forming, self.index.len)?;
+        count("leases", sums.leases, stats.leases)?;
+        count("pins in leases", sums.lease_pins, stats.pins)?;
+        count("pins of chunks", sums.chunk_pins, sums.lease_pins)?;
+        count("blocks of leases", sums.blocks, self.leases.blocks_used())
+    }
+
+    /// Spans: what is used, busy and in the free lists.
+    fn check_spans(&self) -> Result<(), InvariantBroken> {
+        let mut pooled = 0_u32;
+        for slab in 0..self.slabs.count() {
+            let head = self.slabs.head_of_slab(slab);
+            pooled += u32::from(self.slabs.is_pooled(slab));
+            link("slabs and the pool", !(self.slabs.is_pooled(slab) && head.is_some()), slab, slab)?;
+            if head != Some(slab) {
+                continue;
+            }
+            let (span, first) = (self.slabs.span(slab), self.slabs.first_slot(slab));
+            let (mut used, mut busy) = (0_u32, 0_u32);
+            for slot in first..first + span.fresh {
+                let entry = self.slots.get(slot);
+                let is_pinned = entry.chunk().is_some_and(|id| self.chunks.get(id).pins > 0);
+                used += u32::from(entry.state() != State::Free);
+                busy += u32::from(entry.state() == State::Writing || is_pinned);
+            }
+            count("used slots of a span", used, span.used)?;
+            count("busy slots of a span", busy, span.busy)?;
+            let free = self.slabs.free_list(slab, &self.slots).count() as u32;
+            count("free list of a span", free, span.fresh - used)?;
+        }
+        count("slabs in the pool", pooled, self.slabs.pool_len)?;
+        for (class, entry) in self.slabs.classes().iter().enumerate() {
+            let mut free = 0_u64;
+            for head in self.slabs.partial_list(class as u16) {
+                let span = self.slabs.span(head);
+                link("spans and classes", self.slabs.class_of_span(head) == class as u16, head, class as u32)?;
+                free += u64::from(span.slots - span.used);
+            }
+            count("free slots in spans of a class", free, entry.free)?;
+        }
+        Ok(())
+    }
+
+    /// Clients: the lists of what they write, and what they are charged.
+    fn check_clients(&self) -> Result<(), InvariantBroken> {
+        let (mut bytes, mut writing) = ([0_u64; super::OWNERS], 0_u64);
+        for (owner, slot) in self.slots.all_writing() {
+            bytes[usize::from(owner)] += self.slot_bytes(slot);
+            writing += 1;
+        }
+        count("slots in lists of writers", writing, self.slots.counts.writing)?;
+        for id in 0..self.leases.fresh() {
+            if self.leases.get(id).len > 0 {
+                bytes[usize::from(self.leases.get(id).owner)] += self.lease_bytes(id);
+            }
+        }
+        for (counted, recorded) in bytes.into_iter().zip(self.client_bytes) {
+            count("bytes of a client", counted, recorded)?;
+        }
+        Ok(())
+    }
+
+    /// Namespaces: the policy orders the visible chunks, the idle list has the forming ones without a writer.
+    fn check_namespaces(&self) -> Result<(), InvariantBroken> {
+        for (number, namespace) in self.namespaces.iter().enumerate() {
+            let Some(namespace) = namespace else { continue };
+            let (mut visible, mut pinned, mut idle) = (Vec::new(), 0_usize, 0_usize);
+            for id in 0..self.chunks.fresh {
+                let chunk = self.chunks.get(id);
+                if usize::from(chunk.namespace) != number {
+                    continue;
+                }
+                match chunk.life() {
+                    Life::Visible => {
+                        visible.push(id);
+                        pinned += usize::from(chunk.pins > 0);
+                    }
+                    Life::Forming => idle += usize::from(chunk.writing == 0),
+                    Life::Free => {}
+                }
+            }
+            let mut ordered = namespace.policy.dump();
+            ordered.sort_unstable();
+            let is_same = ordered == visible;
+            link("policy and visible chunks", is_same, number as u32, ordered.len() as u32)?;
+            count("pinned chunks of a namespace", pinned as u64, namespace.pinned as u64)?;
+            count("idle list of a namespace", self.chunks.idle(number).count() as u64, idle as u64)?;
+        }
+        Ok(())
+    }
+}
+
+fn count(what: &'static str, counted: impl Into<u64>, recorded: impl Into<u64>) -> Result<(), InvariantBroken> {
+    let (counted, recorded) = (counted.into(), recorded.into());
+    if counted == recorded { Ok(()) } else { Err(InvariantBroken::Count { what, counted, recorded }) }
+}
+
+fn link(what: &'static str, agrees: bool, at: u32, with: u32) -> Result<(), InvariantBroken> {
+    if agrees { Ok(()) } else { Err(InvariantBroken::Link { what, at: u64::from(at), with: u64::from(with) }) }
+}

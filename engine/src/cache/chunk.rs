@@ -1,0 +1,335 @@
+//! The chunk table: one cache line for what a lookup needs, a few cold bytes beside it for a chunk that forms.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::index::Hash;
+use super::lazy::{Lazy, prefetch};
+use super::{Key, NAMESPACES, RANKS, Round, SlotId};
+use crate::policy::ChunkId;
+
+/// No chunk before it in its chain; stands for the hash of that one's key.
+pub(super) const NO_PARENT: u32 = 0;
+/// No slot.
+const NO_SLOT: u32 = u32::MAX;
+/// Ranks whose slots fit the chunk's own line.
+const NARROW: usize = 4;
+/// Slots in a line of the wide pool.
+const LINE: usize = 16;
+
+/// What a chunk is. Zeroed memory says FREE.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Life {
+    Free = 0,
+    /// One round, some shards WRITING, COMMITTED, or not yet reserved.
+    Forming = 1,
+    /// All shards COMMITTED, in one round.
+    Visible = 2,
+}
+
+/// One cache line.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+pub(super) struct Chunk {
+    pub(super) key: Key,
+    /// World 1: slot, and once visible offset in pages and generation (low, high): a lookup needs nothing else.
+    /// World 2–4: the slot of each rank. Above: the first line of the wide pool that holds them.
+    place: [u32; 4],
+    /// Logical time of the last access; larger is later.
+    pub(super) tick: u64,
+    /// Forming: its round. Visible: the last round that found it present.
+    source: u32,
+    number: u32,
+    /// How often leases name it.
+    pub(super) pins: u32,
+    /// The next chunk of the same overflowing index bucket, or the next free record; + 1.
+    pub(super) chain: u32,
+    pub(super) hash: u32,
+    pub(super) namespace: u8,
+    life: u8,
+    /// Shards COMMITTED.
+    pub(super) committed: u8,
+    /// Shards WRITING.
+    pub(super) writing: u8,
+}
+
+const _: () = assert!(size_of::<Chunk>() == 64);
+
+impl Chunk {
+    pub(super) fn life(&self) -> Life {
+        match self.life {
+            0 => Life::Free,
+            1 => Life::Forming,
+            _ => Life::Visible,
+        }
+    }
+
+    pub(super) fn round(&self) -> Round {
+        Round { source: self.source, number: self.number }
+    }
+
+    pub(super) fn set_round(&mut self, round: Round) {
+        (self.source, self.number) = (round.source, round.number);
+    }
+
+    /// World 1, visible: slot, generation, offset in pages.
+    #[inline(always)]
+    pub(super) fn single(&self) -> (SlotId, u64, u32) {
+        (self.place[0], u64::from(self.place[2]) | u64::from(self.place[3]) << 32, self.place[1])
+    }
+
+    /// World 1, on becoming visible.
+    pub(super) fn set_single(&mut self, generation: u64, page: u32) {
+        self.place[1..].copy_from_slice(&[page, generation as u32, (generation >> 32) as u32]);
+    }
+}
+
+/// What only reservations, commits and evictions look at. Links are chunk id + 1.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+struct Cold {
+    /// Hash of the key before it in its chain; 0: none.
+    parent: u32,
+    /// The neighbours in the namespace's list of forming chunks without a writer.
+    prev: u32,
+    next: u32,
+    /// The reservation that must not evict it.
+    guard: u32,
+}
+
+#[derive(Clone, Copy, Default)]
+struct IdleList {
+    head: u32,
+    tail: u32,
+}
+
+/// Numbers of chunks.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub(super) struct ChunkCounts {
+    pub(super) forming: u64,
+    pub(super) visible: u64,
+}
+
+/// All chunks, by id, and the slots of their shards.
+pub(super) struct Chunks {
+    chunks: Lazy<Chunk>,
+    cold: Lazy<Cold>,
+    /// The first free record, + 1.
+    free: u32,
+    /// Records from here on have never been used.
+    pub(super) fresh: u32,
+    /// Slots of chunks of more than `NARROW` ranks; empty until one is registered.
+    wide: Lazy<u32>,
+    wide_fresh: u32,
+    /// Free runs of 1–4 lines: first line + 1.
+    wide_free: [u32; RANKS / LINE],
+    idle: [IdleList; NAMESPACES],
+    /// The reservation going on; 0: none.
+    pub(super) guard: u32,
+    pub(super) counts: ChunkCounts,
+}
+
+impl Chunks {
+    pub(super) fn new(count: u32) -> Self {
+        Self {
+            chunks: Lazy::new_dense(count as usize),
+            cold: Lazy::new(count as usize),
+            free: 0,
+            fresh: 0,
+            wide: Lazy::new(0),
+            wide_fresh: 0,
+            wide_free: [0; RANKS / LINE],
+            idle: [IdleList::default(); NAMESPACES],
+            guard: 0,
+            counts: ChunkCounts::default(),
+        }
+    }
+
+    /// Takes the memory for shards of a world this large, when it is registered.
+    pub(super) fn prepare(&mut self, world: u32) {
+        if world as usize > NARROW && self.wide.is_empty() {
+            self.wide = Lazy::new(self.chunks.len() * LINE);
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn get(&self, id: ChunkId) -> &Chunk {
+        &self.chunks[id as usize]
+    }
+
+    pub(super) fn get_mut(&mut self, id: ChunkId) -> &mut Chunk {
+        &mut self.chunks[id as usize]
+    }
+
+    #[inline(always)]
+    pub(super) fn prefetch(&self, id: ChunkId) {
+        prefetch(&self.chunks, id as usize);
+    }
+
+    /// Asks for the line that `shard` will read, where that is not the chunk's own.
+    #[inline(always)]
+    pub(super) fn prefetch_shards(&self, id: ChunkId, world: u32) {
+        if world as usize > NARROW {
+            let first = self.get(id).place[0] as usize * LINE;
+            for line in (0..world as usize).step_by(LINE) {
+                prefetch(&self.wide, first + line);
+            }
+        }
+    }
+
+    /// The slot of a rank's shard, if it has one.
+    #[inline(always)]
+    pub(super) fn shard(&self, id: ChunkId, world: u32, rank: u32) -> Option<SlotId> {
+        let place = &self.get(id).place;
+        let slot = match world as usize {
+            ..=NARROW => place[rank as usize],
+            _ => self.wide[place[0] as usize * LINE + rank as usize],
+        };
+        (slot != NO_SLOT).then_some(slot)
+    }
+
+    pub(super) fn set_shard(&mut self, id: ChunkId, world: u32, rank: u32, slot: Option<SlotId>) {
+        let slot = slot.unwrap_or(NO_SLOT);
+        let place = &mut self.chunks[id as usize].place;
+        match world as usize {
+            ..=NARROW => place[rank as usize] = slot,
+            _ => self.wide[place[0] as usize * LINE + rank as usize] = slot,
+        }
+    }
+
+    /// A record for a forming chunk of one WRITING shard to come. `None`: there are too many chunks.
+    pub(super) fn create(&mut self, key: Key, hash: Hash, namespace: u8, world: u32, round: Round) -> Option<ChunkId> {
+        let lines = if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 };
+        let has_lines = lines == 0
+            || self.wide_free[lines - 1] != 0
+            || (self.wide_fresh as usize + lines) * LINE <= self.wide.len();
+        if !has_lines || (self.free == 0 && self.fresh as usize == self.chunks.len()) {
+            return None;
+        }
+        let id = match self.free.checked_sub(1) {
+            Some(id) => {
+                self.free = self.get(id).chain;
+                id
+            }
+            None => {
+                self.fresh += 1;
+                self.fresh - 1
+            }
+        };
+        let mut place = [NO_SLOT; 4];
+        if lines > 0 {
+            place[0] = self.take_lines(lines);
+            let first = place[0] as usize * LINE;
+            self.wide[first..first + lines * LINE].fill(NO_SLOT);
+        }
+        self.chunks[id as usize] = Chunk {
+            key,
+            place,
+            source: round.source,
+            number: round.number,
+            hash: hash.bits(),
+            namespace,
+            life: Life::Forming as u8,
+            ..Chunk::zeroed()
+        };
+        self.cold[id as usize] = Cold::zeroed();
+        self.counts.forming += 1;
+        Some(id)
+    }
+
+    /// The record is free; the chunk has no shards, is in no list and not in the index.
+    pub(super) fn destroy(&mut self, id: ChunkId, world: u32) {
+        if world as usize > NARROW {
+            let lines = (world as usize).div_ceil(LINE);
+            let first = self.get(id).place[0];
+            self.wide[first as usize * LINE] = self.wide_free[lines - 1];
+            self.wide_free[lines - 1] = first + 1;
+        }
+        match self.get(id).life() {
+            Life::Forming => self.counts.forming -= 1,
+            Life::Visible => self.counts.visible -= 1,
+            Life::Free => debug_assert!(false, "chunk {id} is destroyed twice"),
+        }
+        let chain = std::mem::replace(&mut self.free, id + 1);
+        self.chunks[id as usize] = Chunk { chain, ..Chunk::zeroed() };
+    }
+
+    fn take_lines(&mut self, lines: usize) -> u32 {
+        match self.wide_free[lines - 1].checked_sub(1) {
+            Some(first) => {
+                self.wide_free[lines - 1] = self.wide[first as usize * LINE];
+                first
+            }
+            None => {
+                let first = self.wide_fresh;
+                self.wide_fresh += lines as u32;
+                first
+            }
+        }
+    }
+
+    pub(super) fn set_visible(&mut self, id: ChunkId) {
+        self.chunks[id as usize].life = Life::Visible as u8;
+        self.counts.forming -= 1;
+        self.counts.visible += 1;
+    }
+
+    pub(super) fn parent(&self, id: ChunkId) -> u32 {
+        self.cold[id as usize].parent
+    }
+
+    pub(super) fn set_parent(&mut self, id: ChunkId, parent: u32) {
+        self.cold[id as usize].parent = parent;
+    }
+
+    /// Keeps the chunk from being evicted by the reservation going on.
+    pub(super) fn guard(&mut self, id: ChunkId) {
+        self.cold[id as usize].guard = self.guard;
+    }
+
+    /// Not leased, not being written, not of the message at hand.
+    pub(super) fn is_evictable(&self, id: ChunkId) -> bool {
+        let chunk = self.get(id);
+        chunk.pins == 0 && chunk.writing == 0 && !self.is_guarded(id)
+    }
+
+    pub(super) fn is_guarded(&self, id: ChunkId) -> bool {
+        self.guard != 0 && self.cold[id as usize].guard == self.guard
+    }
+
+    /// The forming chunk lost its last writer: it may be evicted, after those that lost theirs earlier.
+    pub(super) fn idle_insert(&mut self, id: ChunkId) {
+        let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
+        let prev = std::mem::replace(&mut list.tail, id + 1);
+        match prev.checked_sub(1) {
+            Some(prev) => self.cold[prev as usize].next = id + 1,
+            None => list.head = id + 1,
+        }
+        let cold = &mut self.cold[id as usize];
+        (cold.prev, cold.next) = (prev, 0);
+    }
+
+    /// The forming chunk has a writer again, or is dropped.
+    pub(super) fn idle_remove(&mut self, id: ChunkId) {
+        let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
+        let Cold { prev, next, .. } = self.cold[id as usize];
+        match prev.checked_sub(1) {
+            Some(prev) => self.cold[prev as usize].next = next,
+            None => list.head = next,
+        }
+        match next.checked_sub(1) {
+            Some(next) => self.cold[next as usize].prev = prev,
+            None => list.tail = prev,
+        }
+    }
+
+    /// The forming chunks of a namespace that have no writer, the oldest first.
+    pub(super) fn idle(&self, namespace: usize) -> impl Iterator<Item = ChunkId> {
+        let mut link = self.idle[namespace].head;
+        std::iter::from_fn(move || {
+            let id = link.checked_sub(1)?;
+            link = self.cold[id as usize].next;
+            Some(id)
+        })
+    }
+}

@@ -1,0 +1,238 @@
+//! What can be wrong with a request, one closed enum for each kind. A full cache is an answer and not an error.
+
+use super::{Key, NAMESPACES, NamespaceId, OWNERS, Owner, RANKS, SlotId};
+
+/// Why a cache cannot be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Slabs are powers of two from 1 MiB to 1 GiB.
+    #[error("slab of {bytes} bytes: expected a power of two from 1 MiB to 1 GiB")]
+    SlabBytes {
+        /// What was given.
+        bytes: u64,
+    },
+    /// Slot ids are 32-bit, and one of them is reserved.
+    #[error("{slab_count} slabs of {slab_bytes} bytes have {slots} slots: expected 1 to {most}")]
+    Slots {
+        /// Slabs in the arena.
+        slab_count: u32,
+        /// Bytes of each.
+        slab_bytes: u64,
+        /// Slot ids that they need.
+        slots: u64,
+        /// The most there may be.
+        most: u64,
+    },
+    /// A limit must be in its range.
+    #[error("{name} is {value}: expected 1 to {most}")]
+    Limit {
+        /// The field of `CacheConfig`.
+        name: &'static str,
+        /// What was given.
+        value: u64,
+        /// The most it may be.
+        most: u64,
+    },
+}
+
+/// Why a slab cannot be added.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddSlabError {
+    /// The arena is not that large.
+    #[error("slab {index} does not exist: the arena has {count}")]
+    OutOfRange {
+        /// What was given.
+        index: u32,
+        /// Slabs in the arena.
+        count: u32,
+    },
+    /// Each slab is added once.
+    #[error("slab {index} is in use already")]
+    Twice {
+        /// What was given.
+        index: u32,
+    },
+}
+
+/// Why a rank cannot be registered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RegisterError {
+    /// Namespace ids are small.
+    #[error("namespace {namespace}: ids are below {NAMESPACES}")]
+    NoSuchNamespace {
+        /// What was given.
+        namespace: NamespaceId,
+    },
+    /// The world's size is out of range.
+    #[error("world of {world} ranks: expected 1 to {RANKS}")]
+    World {
+        /// What was given.
+        world: u32,
+    },
+    /// The rank is not of this world.
+    #[error("rank {rank} in a world of {world}")]
+    Rank {
+        /// What was given.
+        rank: u32,
+        /// Ranks there are.
+        world: u32,
+    },
+    /// The first rank fixed the world.
+    #[error("namespace {namespace} has a world of {fixed} ranks, not of {world}")]
+    OtherWorld {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// What its first rank said.
+        fixed: u32,
+        /// What this one said.
+        world: u32,
+    },
+    /// The rank's layout is fixed.
+    #[error("rank {rank} of namespace {namespace} has shards of {fixed} bytes, not of {shard_bytes}")]
+    OtherShard {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// The rank.
+        rank: u32,
+        /// What it said first.
+        fixed: u64,
+        /// What it says now.
+        shard_bytes: u64,
+    },
+    /// A shard must fit a span, which ends at the next 1 GiB boundary, and the arena.
+    #[error("shard of {shard_bytes} bytes: expected 1 to {most}")]
+    ShardBytes {
+        /// What was given.
+        shard_bytes: u64,
+        /// Bytes of the longest span.
+        most: u64,
+    },
+    /// There are too many different shard sizes.
+    #[error("shard of {shard_bytes} bytes would be one size too many: {most} are in use")]
+    TooManySizes {
+        /// What was given.
+        shard_bytes: u64,
+        /// Sizes there may be.
+        most: u32,
+    },
+}
+
+/// Why a lookup has no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// There is a hit, but no room to pin even its first chunk: this client's bytes, or the lease tables.
+    #[error("client {owner} has {bytes} bytes leased or reserved, and cannot lease more")]
+    Busy {
+        /// Who asked.
+        owner: Owner,
+        /// What it holds.
+        bytes: u64,
+    },
+    /// The namespace is not registered.
+    #[error("namespace {namespace} is not registered")]
+    UnknownNamespace {
+        /// What was given.
+        namespace: NamespaceId,
+    },
+    /// The message is longer than it may be.
+    #[error("{keys} keys in one message: expected at most {most}")]
+    TooManyKeys {
+        /// What was given.
+        keys: usize,
+        /// What is allowed.
+        most: usize,
+    },
+    /// There is no such client entry.
+    #[error("client entry {owner}: entries are below {OWNERS}")]
+    NoSuchOwner {
+        /// What was given.
+        owner: Owner,
+    },
+}
+
+/// Why a reservation has no answer at all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReserveError {
+    /// The namespace is not registered.
+    #[error("namespace {namespace} is not registered")]
+    UnknownNamespace {
+        /// What was given.
+        namespace: NamespaceId,
+    },
+    /// The rank is not of this world, or has not registered its layout.
+    #[error("rank {rank} of namespace {namespace} is not registered")]
+    UnknownRank {
+        /// The namespace.
+        namespace: NamespaceId,
+        /// What was given.
+        rank: u32,
+    },
+    /// The message is longer than it may be.
+    #[error("{keys} keys in one message: expected at most {most}")]
+    TooManyKeys {
+        /// What was given.
+        keys: usize,
+        /// What is allowed.
+        most: usize,
+    },
+    /// There is no such client entry.
+    #[error("client entry {owner}: entries are below {OWNERS}")]
+    NoSuchOwner {
+        /// What was given.
+        owner: Owner,
+    },
+}
+
+/// Why a commit or an abort is a breach: an honest client never sends one of these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommitError {
+    /// The slot does not exist.
+    #[error("slot {slot} does not exist: there are {count}")]
+    NoSuchSlot {
+        /// What was given.
+        slot: SlotId,
+        /// Slot ids of the arena.
+        count: u32,
+    },
+    /// The slot is being written by somebody else, or by an earlier attachment of the same entry.
+    #[error("slot {slot} is not written by client {owner}")]
+    NotYours {
+        /// The slot.
+        slot: SlotId,
+        /// Who asked.
+        owner: Owner,
+    },
+    /// The slot holds a shard of another chunk.
+    #[error("slot {slot} does not hold a shard of {key:x?}")]
+    OtherKey {
+        /// The slot.
+        slot: SlotId,
+        /// What was given.
+        key: Key,
+    },
+}
+
+/// What the cache's check of itself found wrong: a bug, or memory that somebody else wrote to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InvariantBroken {
+    /// Two counts that must agree do not.
+    #[error("{what}: counted {counted}, recorded {recorded}")]
+    Count {
+        /// What was counted.
+        what: &'static str,
+        /// What is there.
+        counted: u64,
+        /// What is written down.
+        recorded: u64,
+    },
+    /// Two entries that must name each other do not.
+    #[error("{what}: entry {at} disagrees with {with}")]
+    Link {
+        /// Which pair of tables.
+        what: &'static str,
+        /// The entry that was looked at.
+        at: u64,
+        /// What it names.
+        with: u64,
+    },
+}

@@ -1,0 +1,254 @@
+//! Making room: free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order.
+
+use super::chunk::Life;
+use super::slab::Class;
+use super::slot::State;
+use super::{Cache, NamespaceId, SlotId, SlotTable};
+use crate::policy::ChunkId;
+
+/// Chunks that one search for room evicts at most.
+const EVICTIONS_MAX: u32 = 64;
+/// Free slots that a search aims at: one part in this many of its class, and at most `SPARE_MAX`.
+const SPARE_PARTS: u64 = 64;
+const SPARE_MAX: u64 = 32;
+/// Forming chunks without a writer that are looked at for one that may go.
+const IDLE_LOOK: usize = 8;
+/// Slabs that are looked at for a span to take from another class: where this class could evict as well, and
+/// where it has nothing left to evict.
+const STEAL_LOOK: u32 = 64;
+const STEAL_LOOK_STARVED: u32 = 4096;
+/// Slots in use of spans that are taken at once: bounds the time that this takes.
+const STEAL_SLOTS_MAX: u32 = 1 << 15;
+
+impl<T: SlotTable> Cache<T> {
+    /// A free slot of the class, for which room is made if need be. With `starved`, which is set when that failed,
+    /// nothing is tried: one message looks for room in vain once.
+    pub(super) fn take_slot(&mut self, class: u16, starved: &mut bool) -> Option<SlotId> {
+        if self.slabs.class(class).free == 0 && !self.assign(class) {
+            if *starved || !self.make_room(class) {
+                *starved = true;
+                return None;
+            }
+        }
+        let (slot, fresh) = self.slabs.take(class, &self.slots)?;
+        if fresh {
+            self.slots.raise_generation(slot, self.table.generation(slot));
+        }
+        Some(slot)
+    }
+
+    fn assign(&mut self, class: u16) -> bool {
+        let Self { slabs, table, .. } = self;
+        slabs.assign(class, |first, count| table.ensure(first, count))
+    }
+
+    /// Evicts until the class has a few free slots, so that the next keys find them; true if there is one.
+    fn make_room(&mut self, class: u16) -> bool {
+        let Class { slots, namespaces, .. } = *self.slabs.class(class);
+        let spare = (slots / SPARE_PARTS).clamp(1, SPARE_MAX);
+        let mut may_steal = true;
+        for _ in 0..EVICTIONS_MAX {
+            let coldest = self.coldest(namespaces);
+            if may_steal {
+                may_steal = false;
+                if self.steal(class, coldest.map(|(tick, _)| tick)) {
+                    if self.assign(class) {
+                        return true;
+                    }
+                    // The coldest one may have gone with the span.
+                    continue;
+                }
+            }
+            let Some((_, id)) = coldest else { break };
+            self.evict(id);
+            // Its span may have become free as a whole, and gone back to the pool.
+            if self.slabs.class(class).free == 0 {
+                self.assign(class);
+            }
+            if self.slabs.class(class).free >= spare {
+                break;
+            }
+        }
+        self.slabs.class(class).free > 0
+    }
+
+    /// The coldest chunk of these namespaces (bit n: namespace n) that may go, and when it was used last.
+    pub(super) fn coldest(&mut self, namespaces: u64) -> Option<(u64, ChunkId)> {
+        let mut coldest: Option<(u64, ChunkId)> = None;
+        let mut left = namespaces;
+        while left != 0 {
+            let namespace = left.trailing_zeros() as usize;
+            left &= left - 1;
+            let Some(registered) = &mut self.namespaces[namespace] else { continue };
+            let chunks = &self.chunks;
+            let idle = chunks.idle(namespace).take(IDLE_LOOK).find(|id| chunks.is_evictable(*id));
+            // Where all are leased, looking would take long and find nothing.
+            let all_pinned = registered.policy.len() <= registered.pinned;
+            let visible = match all_pinned {
+                true => None,
+                false => registered.policy.victim(&mut |id| chunks.is_evictable(id)),
+            };
+            for id in idle.into_iter().chain(visible) {
+                let tick = chunks.get(id).tick;
+                if coldest.is_none_or(|(other, _)| tick < other) {
+                    coldest = Some((tick, id));
+                }
+            }
+        }
+        coldest
+    }
+
+    /// Drops a chunk because room is needed.
+    pub(super) fn evict(&mut self, id: ChunkId) {
+        debug_assert!(self.chunks.is_evictable(id));
+        self.counters.evicted += 1;
+        self.drop_chunk(id, true);
+    }
+
+    /// Takes a chunk out of everything: its COMMITTED slots are freed, its WRITING ones orphaned.
+    pub(super) fn drop_chunk(&mut self, id: ChunkId, evicted: bool) {
+        let chunk = *self.chunks.get(id);
+        debug_assert_eq!(chunk.pins, 0);
+        match chunk.life() {
+            Life::Visible => {
+                if let Some(namespace) = &mut self.namespaces[usize::from(chunk.namespace)] {
+                    namespace.policy.remove(id, evicted);
+                }
+            }
+            Life::Forming if chunk.writing == 0 => self.chunks.idle_remove(id),
+            Life::Forming => {}
+            Life::Free => {
+                debug_assert!(false, "chunk {id} is dropped twice");
+                return;
+            }
+        }
+        self.index.remove(&mut self.chunks, id);
+        self.each_slot(id, |cache, slot| match cache.slots.get(slot).state() {
+            State::Committed => cache.free_slot(slot),
+            State::Writing => cache.slots.orphan(slot),
+            State::Free => debug_assert!(false, "slot {slot} of chunk {id} is free"),
+        });
+        let world = self.world_of(id);
+        self.chunks.destroy(id, world);
+    }
+
+    /// WRITING, by its writer's word or death, or COMMITTED → FREE.
+    pub(super) fn free_slot(&mut self, slot: SlotId) {
+        if self.slots.get(slot).state() == State::Writing {
+            let (owner, _) = self.slots.writer(slot);
+            self.client_bytes[usize::from(owner)] -= self.slot_bytes(slot);
+            self.slabs.idle(slot);
+        }
+        let generation = self.slots.free(slot);
+        self.table.freed(slot, generation);
+        self.slabs.give(slot, &mut self.slots);
+    }
+
+    /// Empties spans of other classes whose chunks are all colder than `colder_than` (`None`: any), so that the
+    /// class can have their slabs.
+    fn steal(&mut self, class: u16, colder_than: Option<u64>) -> bool {
+        let Class { ideal, least, .. } = *self.slabs.class(class);
+        let window = self.find_window(class, ideal, colder_than);
+        let window = window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
+        let Some((start, len)) = window else { return false };
+        // First look, then drop: a span with one chunk that must stay would be emptied for nothing.
+        let may_go = |cache: &Self, slot| match cache.slots.get(slot).chunk() {
+            Some(id) => cache.chunks.is_evictable(id),
+            None => true,
+        };
+        let slots = |cache: &Self, head| {
+            let first = cache.slabs.first_slot(head);
+            first..first + cache.slabs.span(head).fresh
+        };
+        let heads = |cache: &Self, slab: u32| cache.slabs.head_of_slab(slab);
+        for slab in start..start + len {
+            if let Some(head) = heads(self, slab) {
+                if !slots(self, head).all(|slot| may_go(self, slot)) {
+                    return false;
+                }
+            }
+        }
+        for slab in start..start + len {
+            if let Some(head) = heads(self, slab) {
+                self.counters.spans_taken += 1;
+                for slot in slots(self, head) {
+                    if let Some(id) = self.slots.get(slot).chunk() {
+                        self.evict(id);
+                    }
+                }
+            }
+        }
+        true
+    }
+
+    /// The coldest run of slabs that are free or of other classes' spans, none of which is busy.
+    fn find_window(&mut self, class: u16, len: u32, colder_than: Option<u64>) -> Option<(u32, u32)> {
+        let count = self.slabs.count();
+        let mut look = if colder_than.is_some() { STEAL_LOOK } else { STEAL_LOOK_STARVED };
+        let mut best: Option<(u64, u32)> = None;
+        let mut start = self.steal_cursor % count;
+        for _ in 0..look.min(count) {
+            let (touch, seen) = self.window_touch(class, start, len);
+            if let Some(touch) = touch.filter(|touch| colder_than.is_none_or(|limit| *touch < limit)) {
+                if best.is_none_or(|(other, _)| touch < other) {
+                    best = Some((touch, start));
+                }
+            }
+            start = (start + 1) % count;
+            look = look.saturating_sub(seen);
+            if look == 0 {
+                break;
+            }
+        }
+        self.steal_cursor = start;
+        best.map(|(_, start)| (start, len))
+    }
+
+    /// The latest access to any chunk in these slabs, if all of them may be emptied; and how many were looked at.
+    fn window_touch(&self, class: u16, start: u32, len: u32) -> (Option<u64>, u32) {
+        let slabs = &self.slabs;
+        if start + len > slabs.count() || start % slabs.group() + len > slabs.group() {
+            return (None, 1);
+        }
+        let (mut latest, mut used) = (0, 0);
+        for slab in start..start + len {
+            let seen = slab - start + 1;
+            if slabs.is_pooled(slab) {
+                continue;
+            }
+            let Some(head) = slabs.head_of_slab(slab) else { return (None, seen) };
+            let span = slabs.span(head);
+            if slabs.class_of_span(head) == class || span.busy > 0 {
+                return (None, seen);
+            }
+            if slab == head || slab == start {
+                used += span.used;
+            }
+            if used > STEAL_SLOTS_MAX {
+                return (None, seen);
+            }
+            latest = latest.max(span.touch);
+        }
+        (Some(latest), len)
+    }
+
+    /// Drops the chunks that are not leased, of one namespace or of all: visible ones, and rounds that form (whose
+    /// writers then find them gone). Looks at `budget` chunks from `from` on; answers where to go on, `None` at the end.
+    pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId, budget: u32) -> Option<ChunkId> {
+        self.change();
+        let end = self.chunks.fresh.min(from.saturating_add(budget));
+        for id in from..end {
+            let chunk = self.chunks.get(id);
+            let is_meant = namespace.is_none_or(|namespace| namespace == u32::from(chunk.namespace));
+            if is_meant && chunk.life() != Life::Free && chunk.pins == 0 {
+                self.drop_chunk(id, false);
+            }
+        }
+        (end < self.chunks.fresh).then_some(end)
+    }
+
+    /// As [`Cache::clear_step`], all at once: O(chunks).
+    pub fn clear(&mut self, namespace: Option<NamespaceId>) {
+        self.clear_step(namespace, 0, u32::MAX);
+    }
+}

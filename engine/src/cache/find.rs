@@ -1,0 +1,195 @@
+//! Lookups: the latency-critical path. `find` only reads; `pin_found` does what can wait until the answer is out.
+
+use super::chunk::Chunks;
+use super::error::FindError;
+use super::index::{Guess, Hash};
+use super::lease::LeaseId;
+use super::{Cache, Key, NamespaceId, OWNERS, Owner, PAGE_BYTES, SlotId, SlotTable};
+use crate::policy::ChunkId;
+
+/// Keys that go through a stage of the pipeline together: each stage asks for the lines that the next one reads.
+const BLOCK: usize = 16;
+
+/// Where a shard is, and which life of its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardRef {
+    /// The slot.
+    pub slot: SlotId,
+    /// Its generation: a load compares it before and after its copy.
+    pub generation: u64,
+    /// First byte in the arena.
+    pub offset: u64,
+}
+
+/// What a lookup found, until it is pinned.
+#[derive(Clone, Copy)]
+pub(super) struct Found {
+    owner: Owner,
+    session: u64,
+    admission: u32,
+    namespace: u8,
+    chunk_bytes: u64,
+    /// The lease of an earlier lookup of this admission.
+    instead: Option<LeaseId>,
+}
+
+impl<T: SlotTable> Cache<T> {
+    /// The longest visible prefix of `keys`: `sink` is called with every shard, chunk by chunk, rank by rank.
+    /// Answers the number of chunks. Changes nothing; [`Cache::pin_found`] is to follow at once.
+    ///
+    /// A prefix that is longer than what this client may still lease is cut to that.
+    ///
+    /// # Errors
+    ///
+    /// [`FindError::Busy`] where there is a hit but not even its first chunk may be leased; unknown namespace or
+    /// owner; too many keys.
+    pub fn find(
+        &mut self,
+        owner: Owner,
+        session: u64,
+        admission: u32,
+        namespace: NamespaceId,
+        keys: &[Key],
+        sink: &mut impl FnMut(ShardRef),
+    ) -> Result<u32, FindError> {
+        self.found_for = None;
+        self.found.clear();
+        if usize::from(owner) >= OWNERS {
+            return Err(FindError::NoSuchOwner { owner });
+        }
+        let most = self.config.keys_max as usize;
+        if keys.len() > most {
+            return Err(FindError::TooManyKeys { keys: keys.len(), most });
+        }
+        let Some(registered) = self.namespace(namespace) else {
+            return Err(FindError::UnknownNamespace { namespace });
+        };
+        let (world, chunk_bytes) = (registered.world, registered.chunk_bytes());
+        let complete = registered.is_complete();
+        let (instead, admissions) = self.leases.find(owner, session, admission);
+        let bytes = self.client_bytes[usize::from(owner)] - instead.map_or(0, |id| self.lease_bytes(id));
+        let room_bytes = self.config.client_bytes_max.saturating_sub(bytes);
+        let room = (room_bytes / chunk_bytes.max(1)).min(self.leases.room(instead, admissions));
+
+        let namespace = namespace as u8;
+        let fits = keys.len().min(usize::try_from(room).unwrap_or(usize::MAX));
+        if complete && fits > 0 {
+            if world == 1 {
+                self.search::<true>(namespace, world, &keys[..fits], sink);
+            } else {
+                self.search::<false>(namespace, world, &keys[..fits], sink);
+            }
+        } else if complete && let Some(first) = keys.first() {
+            let hash = self.hash(u32::from(namespace), *first);
+            if self.index.matches(&self.chunks, hash, namespace, *first).visible.is_some() {
+                return Err(FindError::Busy { owner, bytes });
+            }
+        }
+        self.found_for = Some(Found { owner, session, admission, namespace, chunk_bytes, instead });
+        Ok(self.found.len() as u32)
+    }
+
+    /// Fills `found`, a block of keys at a time, and each stage a block behind the one before it: index line, chunk
+    /// record, slots.
+    #[inline(always)]
+    fn search<const SINGLE: bool>(
+        &mut self,
+        namespace: u8,
+        world: u32,
+        keys: &[Key],
+        sink: &mut impl FnMut(ShardRef),
+    ) {
+        let Self { index, chunks, slots, slabs, found, config, .. } = self;
+        found.resize(keys.len(), 0);
+        let mut hashes = [[Hash::default(); BLOCK]; 3];
+        let mut guesses = [[Guess::default(); BLOCK]; 2];
+        // Shrinks to the first miss: nothing after it counts.
+        let mut end = keys.len();
+        // With one rank, the chunk's record has all that the answer needs.
+        let last_stage = if SINGLE { 2 } else { 4 };
+        let block_at = |step: usize, stage: usize, end: usize| {
+            let first = step.saturating_sub(stage) * BLOCK;
+            if step < stage || first >= end { 0..0 } else { first..end.min(first + BLOCK) }
+        };
+        let mut step = 0;
+        while step < end.div_ceil(BLOCK) + last_stage {
+            for (i, key) in block_at(step, 0, end).zip(&keys[block_at(step, 0, end)]) {
+                let hash = Hash::new(config.seed, u32::from(namespace), *key);
+                hashes[step % 3][i % BLOCK] = hash;
+                index.prefetch(hash);
+            }
+            for i in block_at(step, 1, end) {
+                let guess = index.guess(hashes[(step + 2) % 3][i % BLOCK]);
+                guesses[step % 2][i % BLOCK] = guess;
+                index.prefetch_guess(guess, chunks);
+            }
+            for i in block_at(step, 2, end) {
+                let (hash, guess) = (hashes[(step + 1) % 3][i % BLOCK], guesses[(step + 1) % 2][i % BLOCK]);
+                let Some(id) = index.resolve(guess, chunks, hash, namespace, keys[i]) else {
+                    end = i;
+                    break;
+                };
+                found[i] = id;
+                if SINGLE {
+                    let (slot, generation, page) = chunks.get(id).single();
+                    sink(ShardRef { slot, generation, offset: u64::from(page) * PAGE_BYTES });
+                } else {
+                    chunks.prefetch_shards(id, world);
+                }
+            }
+            if !SINGLE {
+                for i in block_at(step, 3, end) {
+                    each_shard(chunks, found[i], world, |slot| slots.prefetch(slot));
+                }
+                for i in block_at(step, 4, end) {
+                    each_shard(chunks, found[i], world, |slot| {
+                        let generation = slots.get(slot).generation();
+                        sink(ShardRef { slot, generation, offset: slabs.offset(slot) });
+                    });
+                }
+            }
+            step += 1;
+        }
+        found.truncate(end);
+    }
+
+    /// Pins what the last [`Cache::find`] found, in a lease of its (session, admission), and counts it as an access.
+    /// Where that admission had a lease the new one replaces it, and is no access: polls and retries are not.
+    ///
+    /// To be called right after `find`, before anything else; otherwise it does nothing and answers false.
+    pub fn pin_found(&mut self) -> bool {
+        let Some(found) = self.found_for.take() else {
+            debug_assert!(false, "pin_found without its find");
+            self.counters.unmatched_pins += 1;
+            return false;
+        };
+        self.version += 1;
+        for i in 0..self.found.len() {
+            self.pin(self.found[i]);
+        }
+        if let Some(instead) = found.instead {
+            self.truncate(instead, 0);
+        } else {
+            // The tail first, so that the chain's head ends as the warmest.
+            for i in (0..self.found.len()).rev() {
+                self.tick += 1;
+                self.touch(self.found[i], self.tick);
+            }
+        }
+        if !self.found.is_empty() {
+            let Found { owner, session, admission, namespace, chunk_bytes, .. } = found;
+            self.leases.create(owner, session, admission, namespace, &self.found);
+            self.client_bytes[usize::from(owner)] += chunk_bytes * self.found.len() as u64;
+        }
+        true
+    }
+}
+
+#[inline(always)]
+fn each_shard(chunks: &Chunks, id: ChunkId, world: u32, mut act: impl FnMut(SlotId)) {
+    for rank in 0..world {
+        if let Some(slot) = chunks.shard(id, world, rank) {
+            act(slot);
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! (namespace, key) → chunks: a table of one-line buckets that grows by one bucket at a time (linear hashing).
+//!
+//! Keys come from clients, so a secret seed is mixed into the hash. Growth never moves more than one bucket, and
+//! takes pages only as it goes: ten thousand chunks cost the same in any arena. A bucket's few chunks beyond
+//! seven hang on it through their own records.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::chunk::{Chunks, Life};
+use super::lazy::{Lazy, prefetch};
+use super::{Key, NamespaceId};
+use crate::policy::ChunkId;
+
+/// Chunks in a bucket's own line.
+const WAYS: usize = 7;
+/// Buckets at the start.
+const BUCKETS_MIN: u32 = 64;
+/// Average chunks in a bucket before the table grows.
+const LOAD: u64 = 3;
+/// Rounds of one key that may form at once.
+pub(super) const FORMING_MAX: usize = 4;
+/// Hash bits in a tag.
+const HASH_BITS: u32 = 31;
+
+/// A keyed hash of (namespace, key).
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub(super) struct Hash(u64);
+
+impl Hash {
+    /// Folded multiplications, as in wyhash.
+    #[inline(always)]
+    pub(super) fn new(seed: [u64; 2], namespace: NamespaceId, key: Key) -> Self {
+        let mix = |a: u64, b: u64| {
+            let product = u128::from(a) * u128::from(b);
+            product as u64 ^ (product >> 64) as u64
+        };
+        let namespace = u64::from(namespace).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let first = mix(key[0] ^ seed[0], key[1] ^ seed[1] ^ namespace);
+        Self(mix(first ^ seed[1], 0xa076_1d64_78bd_642f))
+    }
+
+    /// The part that the index uses, of `HASH_BITS` bits.
+    #[inline(always)]
+    pub(super) fn bits(self) -> u32 {
+        (self.0 >> (64 - HASH_BITS)) as u32
+    }
+
+    /// All of it: names a content for the policy.
+    pub(super) fn whole(self) -> u64 {
+        self.0
+    }
+}
+
+/// One cache line. An entry is a tag, hash << 1 | visible, and a chunk id + 1, 0 for none.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C, align(64))]
+struct Bucket {
+    /// The last one is always 0, so that it matches nothing visible.
+    tags: [u32; WAYS + 1],
+    /// The last one is the first chunk beyond `WAYS`; only where the bucket is full.
+    ids: [u32; WAYS + 1],
+}
+
+impl Bucket {
+    /// Which of its ways has this link; 0 finds a free one.
+    fn way_of(&self, link: u32) -> Option<usize> {
+        self.ids[..WAYS].iter().position(|other| *other == link)
+    }
+}
+
+/// What a key may name.
+#[derive(Clone, Copy, Default, Debug)]
+pub(super) struct Matches {
+    pub(super) visible: Option<ChunkId>,
+    forming: [ChunkId; FORMING_MAX],
+    forming_len: usize,
+}
+
+impl Matches {
+    /// The rounds that form, at most `FORMING_MAX`.
+    pub(super) fn forming(&self) -> &[ChunkId] {
+        &self.forming[..self.forming_len]
+    }
+}
+
+/// What a look at a key's bucket gave.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Guess {
+    /// The chunk whose tag matches, + 1.
+    link: u32,
+    /// The bucket overflows: the chunk may be elsewhere.
+    more: bool,
+}
+
+/// The table.
+pub(super) struct Index {
+    buckets: Lazy<Bucket>,
+    /// 2^level buckets, of which the first `split` have been split in two.
+    level: u32,
+    split: u32,
+    pub(super) len: u64,
+}
+
+impl Index {
+    /// Takes the (untouched) memory for this many chunks.
+    pub(super) fn new(chunks: u32) -> Self {
+        let buckets = (u64::from(chunks) / LOAD + 1).next_power_of_two().clamp(u64::from(BUCKETS_MIN), 1 << 30);
+        Self { buckets: Lazy::new_dense(buckets as usize), level: BUCKETS_MIN.trailing_zeros(), split: 0, len: 0 }
+    }
+
+    #[inline(always)]
+    fn bucket_of(&self, hash: u32) -> usize {
+        let low = hash & ((1 << self.level) - 1);
+        let bucket = if low < self.split { hash & ((2 << self.level) - 1) } else { low };
+        bucket as usize
+    }
+
+    #[inline(always)]
+    pub(super) fn prefetch(&self, hash: Hash) {
+        prefetch(&self.buckets, self.bucket_of(hash.bits()));
+    }
+
+    /// The visible chunk that the key may name, from its bucket's own line alone.
+    #[inline(always)]
+    pub(super) fn guess(&self, hash: Hash) -> Guess {
+        let bucket = &self.buckets[self.bucket_of(hash.bits())];
+        let tag = hash.bits() << 1 | 1;
+        let mut link = 0;
+        // Without a branch: at most one matches but for a collision, which `resolve` notices.
+        for (other, id) in bucket.tags.iter().zip(bucket.ids) {
+            link |= if *other == tag { id } else { 0 };
+        }
+        Guess { link, more: bucket.ids[WAYS] != 0 }
+    }
+
+    /// Asks for the record of the chunk that was guessed.
+    #[inline(always)]
+    pub(super) fn prefetch_guess(&self, guess: Guess, chunks: &Chunks) {
+        if let Some(id) = guess.link.checked_sub(1) {
+            chunks.prefetch(id);
+        }
+    }
+
+    /// The visible chunk of this key, given a guess.
+    #[inline(always)]
+    pub(super) fn resolve(
+        &self,
+        guess: Guess,
+        chunks: &Chunks,
+        hash: Hash,
+        namespace: u8,
+        key: Key,
+    ) -> Option<ChunkId> {
+        let id = match guess.link.checked_sub(1) {
+            Some(id) if (id as usize) < chunks.fresh as usize => id,
+            None if !guess.more => return None,
+            _ => return self.matches(chunks, hash, namespace, key).visible,
+        };
+        let chunk = chunks.get(id);
+        if chunk.key == key && chunk.namespace == namespace && chunk.life() == Life::Visible {
+            return Some(id);
+        }
+        self.matches(chunks, hash, namespace, key).visible
+    }
+
+    /// Every chunk of this key.
+    pub(super) fn matches(&self, chunks: &Chunks, hash: Hash, namespace: u8, key: Key) -> Matches {
+        let mut matches = Matches::default();
+        self.each(chunks, hash.bits(), |id| {
+            let chunk = chunks.get(id);
+            if chunk.key != key || chunk.namespace != namespace {
+                return;
+            }
+            if chunk.life() == Life::Visible {
+                matches.visible = Some(id);
+            } else if matches.forming_len < FORMING_MAX {
+                matches.forming[matches.forming_len] = id;
+                matches.forming_len += 1;
+            }
+        });
+        matches
+    }
+
+    /// A visible chunk of the namespace with this hash: its key's, or one of a rare collision.
+    pub(super) fn any_visible(&self, chunks: &Chunks, hash: u32, namespace: u8) -> Option<ChunkId> {
+        let mut found = None;
+        self.each(chunks, hash, |id| {
+            let chunk = chunks.get(id);
+            if chunk.life() == Life::Visible && chunk.namespace == namespace {
+                found = Some(id);
+            }
+        });
+        found
+    }
+
+    fn each(&self, chunks: &Chunks, hash: u32, mut see: impl FnMut(ChunkId)) {
+        let bucket = &self.buckets[self.bucket_of(hash)];
+        for way in 0..WAYS {
+            if let (true, Some(id)) = (bucket.tags[way] >> 1 == hash, bucket.ids[way].checked_sub(1)) {
+                see(id);
+            }
+        }
+        let mut link = bucket.ids[WAYS];
+        while let Some(id) = link.checked_sub(1) {
+            let chunk = chunks.get(id);
+            if chunk.hash == hash {
+                see(id);
+            }
+            link = chunk.chain;
+        }
+    }
+
+    /// Whether the chunk is in the table, under its own hash and life.
+    pub(super) fn holds(&self, chunks: &Chunks, id: ChunkId) -> bool {
+        let chunk = chunks.get(id);
+        let mut seen = false;
+        self.each(chunks, chunk.hash, |other| seen |= other == id);
+        let bucket = &self.buckets[self.bucket_of(chunk.hash)];
+        let tag = tag(chunks, id);
+        seen && (0..WAYS).all(|way| bucket.ids[way] != id + 1 || bucket.tags[way] == tag)
+    }
+
+    /// Puts a forming chunk into the table.
+    pub(super) fn insert(&mut self, chunks: &mut Chunks, id: ChunkId) {
+        self.len += 1;
+        let buckets = (1_u64 << self.level) + u64::from(self.split);
+        if self.len > buckets * LOAD && buckets < self.buckets.len() as u64 {
+            self.grow(chunks);
+        }
+        self.place(chunks, tag(chunks, id), id);
+    }
+
+    fn place(&mut self, chunks: &mut Chunks, tag: u32, id: ChunkId) {
+        let bucket = self.bucket_of(tag >> 1);
+        let bucket = &mut self.buckets[bucket];
+        match bucket.way_of(0) {
+            Some(way) => (bucket.tags[way], bucket.ids[way]) = (tag, id + 1),
+            None => chunks.get_mut(id).chain = std::mem::replace(&mut bucket.ids[WAYS], id + 1),
+        }
+    }
+
+    /// The chunk became visible.
+    pub(super) fn set_visible(&mut self, chunks: &Chunks, id: ChunkId) {
+        let hash = chunks.get(id).hash;
+        let bucket = self.bucket_of(hash);
+        let bucket = &mut self.buckets[bucket];
+        if let Some(way) = bucket.way_of(id + 1) {
+            bucket.tags[way] = hash << 1 | 1;
+        }
+    }
+
+    /// Takes a chunk out of the table.
+    pub(super) fn remove(&mut self, chunks: &mut Chunks, id: ChunkId) {
+        let at = self.bucket_of(chunks.get(id).hash);
+        self.len -= 1;
+        let Some(way) = self.buckets[at].way_of(id + 1) else {
+            self.remove_over(chunks, at, id);
+            return;
+        };
+        let bucket = &mut self.buckets[at];
+        (bucket.tags[way], bucket.ids[way]) = (0, 0);
+        // The line takes back one that did not fit.
+        if let Some(over) = bucket.ids[WAYS].checked_sub(1) {
+            bucket.ids[WAYS] = chunks.get(over).chain;
+            chunks.get_mut(over).chain = 0;
+            self.place(chunks, tag(chunks, over), over);
+        }
+    }
+
+    fn remove_over(&mut self, chunks: &mut Chunks, at: usize, id: ChunkId) {
+        let next = std::mem::take(&mut chunks.get_mut(id).chain);
+        let mut link = self.buckets[at].ids[WAYS];
+        if link == id + 1 {
+            self.buckets[at].ids[WAYS] = next;
+            return;
+        }
+        while let Some(before) = link.checked_sub(1) {
+            link = chunks.get(before).chain;
+            if link == id + 1 {
+                chunks.get_mut(before).chain = next;
+                return;
+            }
+        }
+        debug_assert!(false, "chunk {id} is not in the index");
+    }
+
+    /// Splits one bucket in two.
+    fn grow(&mut self, chunks: &mut Chunks) {
+        let at = self.split as usize;
+        let old = std::mem::replace(&mut self.buckets[at], Bucket::zeroed());
+        self.split += 1;
+        if self.split == 1 << self.level {
+            (self.level, self.split) = (self.level + 1, 0);
+        }
+        for (link, tag) in old.ids.into_iter().zip(old.tags).take(WAYS) {
+            if let Some(id) = link.checked_sub(1) {
+                self.place(chunks, tag, id);
+            }
+        }
+        let mut link = old.ids[WAYS];
+        while let Some(id) = link.checked_sub(1) {
+            link = std::mem::take(&mut chunks.get_mut(id).chain);
+            self.place(chunks, tag(chunks, id), id);
+        }
+    }
+}
+
+fn tag(chunks: &Chunks, id: ChunkId) -> u32 {
+    let chunk = chunks.get(id);
+    chunk.hash << 1 | u32::from(chunk.life() == Life::Visible)
+}

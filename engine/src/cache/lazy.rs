@@ -1,0 +1,115 @@
+//! Zeroed arrays that take pages only where they are touched, on cache-line boundaries.
+//!
+//! The tables are sized for the largest arena they may serve, and most of them is never used. `alloc_zeroed`
+//! with an alignment above 16 writes every byte, so the memory is asked for as `u128` and aligned here.
+
+use std::ops::{Deref, DerefMut};
+
+use bytemuck::Zeroable;
+
+/// Bytes of a cache line, and the alignment of every array.
+const LINE_BYTES: usize = 64;
+/// Bytes of a page, where advice begins and ends.
+const PAGE_BYTES: usize = 4096;
+
+/// A fixed-length array of zeroed `T`.
+pub(super) struct Lazy<T> {
+    /// Where the first element is: inside `_memory`, whose heap block never moves because it never grows.
+    first: *mut T,
+    len: usize,
+    _memory: Vec<u128>,
+}
+
+// SAFETY: it owns its elements like a `Vec<T>`; the pointer is into its own heap block.
+unsafe impl<T: Send> Send for Lazy<T> {}
+// SAFETY: as above; a shared reference gives only shared references to the elements.
+unsafe impl<T: Sync> Sync for Lazy<T> {}
+
+impl<T: Zeroable + Copy> Lazy<T> {
+    /// Takes `len` zeroed elements; none of their pages is touched.
+    pub(super) fn new(len: usize) -> Self {
+        const { assert!(align_of::<T>() <= LINE_BYTES) };
+        let units = (len * size_of::<T>()).div_ceil(size_of::<u128>());
+        let mut memory = vec![0_u128; units + LINE_BYTES / size_of::<u128>()];
+        let skip = memory.as_ptr().align_offset(LINE_BYTES);
+        // SAFETY: at most LINE_BYTES are skipped, and that much more than needed was taken.
+        let first = unsafe { memory.as_mut_ptr().add(skip) }.cast();
+        Self { first, len, _memory: memory }
+    }
+}
+
+impl<T: Zeroable + Copy> Lazy<T> {
+    /// As `new`, for an array that is filled densely from its start and read at random: asks for huge pages, because
+    /// half of such a read's time is the page walk. A hint; nothing depends on it.
+    pub(super) fn new_dense(len: usize) -> Self {
+        use nix::sys::mman::{MmapAdvise, madvise};
+
+        let lazy = Self::new(len);
+        let bytes = len * size_of::<T>();
+        let skip = (lazy.first.cast::<u8>()).align_offset(PAGE_BYTES);
+        if let Some(whole) = bytes.checked_sub(skip).map(|rest| rest - rest % PAGE_BYTES).filter(|whole| *whole > 0) {
+            // SAFETY: whole pages inside `_memory`; the advice changes how they are backed, not what they hold.
+            unsafe {
+                let first = std::ptr::NonNull::new_unchecked(lazy.first.cast::<u8>().add(skip)).cast();
+                let _ = madvise(first, whole, MmapAdvise::MADV_HUGEPAGE);
+            }
+        }
+        lazy
+    }
+}
+
+impl<T> Deref for Lazy<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` elements from `first` lie in `_memory`, aligned, zeroed or written since, and `T` is
+        // `Zeroable` (see `new`).
+        unsafe { std::slice::from_raw_parts(self.first, self.len) }
+    }
+}
+
+impl<T> DerefMut for Lazy<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as for `deref`, and `&mut self` makes the borrow unique.
+        unsafe { std::slice::from_raw_parts_mut(self.first, self.len) }
+    }
+}
+
+/// Asks for the cache line at index `i` of `of`, if there is one, before it is needed.
+#[inline(always)]
+pub(super) fn prefetch<T>(of: &[T], i: usize) {
+    if let Some(element) = of.get(i) {
+        let address: *const T = element;
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch of a valid address changes nothing but the caches.
+        unsafe {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        unsafe {
+            core::arch::asm!("prfm pldl1keep, [{0}]", in(reg) address, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let _ = address;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elements_are_zeroed_aligned_and_as_many_as_asked() {
+        let mut lazy = Lazy::<[u64; 3]>::new(1001);
+        assert_eq!(lazy.len(), 1001);
+        assert_eq!(lazy.as_ptr() as usize % LINE_BYTES, 0);
+        assert!(lazy.iter().all(|element| *element == [0; 3]));
+        lazy[1000] = [7; 3];
+        assert_eq!(lazy[1000], [7; 3]);
+        assert!(Lazy::<u8>::new(0).is_empty());
+    }
+}

@@ -1,0 +1,302 @@
+//! The heart of the engine: which chunks there are, where their shards lie, who may read and who may write them.
+//!
+//! One owner, `&mut self`: no locks, no atomics, no clock, no I/O, and no heap allocation after [`Cache::new`] and
+//! [`Cache::register`]. It decides; a [`SlotTable`] publishes each slot's transition.
+//!
+//! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and
+//!   [`Cache::pin_found`] pins what was found; it cannot fail, because `find` asked for the room first.
+//! * A **store** is [`Cache::reserve`], then [`Cache::commit`] or [`Cache::abort`] for each slot. A chunk becomes visible
+//!   when all ranks have committed in one round, and drops the other rounds that were forming it.
+//! * **Dropping** a chunk (eviction, a newer round, an abort) frees its COMMITTED slots, and *orphans* its WRITING ones:
+//!   they stay WRITING for no chunk, until their writer's commit or abort, or until it is gone.
+//! * A **leased** chunk and one that somebody is writing are never evicted.
+
+mod check;
+mod chunk;
+mod client;
+mod commit;
+mod config;
+mod error;
+mod evict;
+mod find;
+mod forget;
+mod index;
+mod lazy;
+mod lease;
+mod reserve;
+mod restore;
+mod slab;
+mod slot;
+mod stats;
+mod table;
+
+pub use client::Aborted;
+pub use commit::Committed;
+pub use config::CacheConfig;
+pub use error::{
+    AddSlabError, CommitError, ConfigError, FindError, InvariantBroken, RegisterError, ReserveError,
+};
+pub use find::ShardRef;
+pub use reserve::{Reservation, Reserve};
+pub use restore::{Restored, Shard};
+pub use stats::Stats;
+pub use table::{
+    Key, NAMESPACES, NamespaceId, OWNERS, Owner, PAGE_BYTES, RANKS, Round, ShardHeader, SlotId, SlotTable,
+};
+
+use check::Check;
+use chunk::Chunks;
+use find::Found;
+use index::{Hash, Index};
+use lease::Leases;
+use slab::Slabs;
+use slot::Slots;
+
+use crate::policy::{self, ChunkId, Policy};
+
+/// The cache of one arena. See the module's documentation.
+pub struct Cache<T> {
+    table: T,
+    config: CacheConfig,
+    slabs: Slabs,
+    slots: Slots,
+    chunks: Chunks,
+    index: Index,
+    leases: Leases,
+    namespaces: [Option<Box<Namespace>>; NAMESPACES],
+    /// Bytes that each client has leased or reserved.
+    client_bytes: [u64; OWNERS],
+    /// Logical time: grows with each access.
+    tick: u64,
+    /// Names the reservation whose keys must not be evicted.
+    guard: u32,
+    /// Where the search for spans to take from other classes goes on.
+    steal_cursor: u32,
+    /// The chunks of the last `find`.
+    found: Vec<ChunkId>,
+    found_for: Option<Found>,
+    /// What a reservation found visible: chunk, index of its key.
+    present: Vec<(ChunkId, u32)>,
+    counters: Counters,
+    check: Check,
+    /// Grows with each change, so that a self-check knows whether its sums are of one state.
+    version: u64,
+}
+
+/// What only grows.
+#[derive(Clone, Copy, Default)]
+struct Counters {
+    evicted: u64,
+    no_space: u64,
+    spans_taken: u64,
+    unmatched_pins: u64,
+}
+
+/// A registered model and layout.
+struct Namespace {
+    world: u32,
+    /// Bit r: rank r is registered.
+    ranks: u64,
+    layouts: [Layout; RANKS],
+    policy: Box<dyn Policy>,
+    /// Visible chunks that are leased.
+    pinned: usize,
+}
+
+/// One rank's part of each chunk.
+#[derive(Clone, Copy, Default)]
+struct Layout {
+    shard_bytes: u64,
+    /// Bytes of a slot: the shard's, rounded up.
+    slot_bytes: u64,
+    class: u16,
+}
+
+impl Namespace {
+    fn has(&self, rank: u32) -> bool {
+        rank < self.world && self.ranks >> rank & 1 == 1
+    }
+
+    fn is_complete(&self) -> bool {
+        self.ranks.count_ones() == self.world
+    }
+
+    /// Bytes of all ranks' slots.
+    fn chunk_bytes(&self) -> u64 {
+        self.layouts[..self.world as usize].iter().map(|layout| layout.slot_bytes).sum()
+    }
+}
+
+impl<T: SlotTable> Cache<T> {
+    /// Takes the memory for everything but policies: most of it address space that is never touched.
+    ///
+    /// No slab is usable yet: see [`Cache::add_slab`].
+    ///
+    /// # Errors
+    ///
+    /// A geometry or a limit that is out of range.
+    pub fn new(config: CacheConfig, table: T) -> Result<Self, ConfigError> {
+        let slots = config.check()?;
+        let chunks = config.chunks_max.min(slots);
+        Ok(Self {
+            table,
+            slabs: Slabs::new(config.slab_bytes, config.slab_count),
+            slots: Slots::new(slots),
+            chunks: Chunks::new(chunks),
+            index: Index::new(chunks),
+            leases: Leases::new(config.leases_max, config.pins_max, config.seed[0].rotate_left(17) ^ config.seed[1]),
+            namespaces: [const { None }; NAMESPACES],
+            client_bytes: [0; OWNERS],
+            tick: 0,
+            guard: 0,
+            steal_cursor: 0,
+            found: Vec::with_capacity(config.keys_max as usize),
+            found_for: None,
+            present: Vec::with_capacity(config.keys_max as usize),
+            counters: Counters::default(),
+            check: Check::default(),
+            version: 0,
+            config,
+        })
+    }
+
+    /// The table that transitions are published to.
+    pub fn table(&self) -> &T {
+        &self.table
+    }
+
+    /// As [`Cache::table`], to change what is beside the slots.
+    pub fn table_mut(&mut self) -> &mut T {
+        &mut self.table
+    }
+
+    /// The slab of this index has memory now, and may be used.
+    ///
+    /// # Errors
+    ///
+    /// There is no such slab, or it was added before.
+    pub fn add_slab(&mut self, index: u32) -> Result<(), AddSlabError> {
+        self.change();
+        self.slabs.add(index)
+    }
+
+    /// Fixes one rank's layout: `shard_bytes` of each chunk. The first rank fixes the world. Repeatable.
+    ///
+    /// Allocates on a namespace's first call.
+    ///
+    /// # Errors
+    ///
+    /// An id, a rank or a size out of range, or a disagreement with what was registered.
+    pub fn register(
+        &mut self,
+        namespace: NamespaceId,
+        world: u32,
+        rank: u32,
+        shard_bytes: u64,
+    ) -> Result<(), RegisterError> {
+        self.change();
+        if namespace as usize >= NAMESPACES {
+            return Err(RegisterError::NoSuchNamespace { namespace });
+        }
+        if world == 0 || world as usize > RANKS {
+            return Err(RegisterError::World { world });
+        }
+        if rank >= world {
+            return Err(RegisterError::Rank { rank, world });
+        }
+        if let Some(known) = &self.namespaces[namespace as usize] {
+            if known.world != world {
+                return Err(RegisterError::OtherWorld { namespace, fixed: known.world, world });
+            }
+            let fixed = known.layouts[rank as usize].shard_bytes;
+            if known.has(rank) {
+                let other = RegisterError::OtherShard { namespace, rank, fixed, shard_bytes };
+                return if fixed == shard_bytes { Ok(()) } else { Err(other) };
+            }
+        }
+        let class = self.slabs.class_for(shard_bytes, Some(namespace))?;
+        self.chunks.prepare(world);
+        let max_chunks = self.config.chunks_max.min(self.slots.len()) as usize;
+        let entry = self.namespaces[namespace as usize].get_or_insert_with(|| {
+            let policy = policy::build(self.config.policy, max_chunks);
+            Box::new(Namespace { world, ranks: 0, layouts: [Layout::default(); RANKS], policy, pinned: 0 })
+        });
+        entry.ranks |= 1 << rank;
+        entry.layouts[rank as usize] = Layout { shard_bytes, slot_bytes: self.slabs.class(class).bytes, class };
+        Ok(())
+    }
+
+    /// Every call that changes something begins here: what `find` promised holds no longer.
+    fn change(&mut self) {
+        self.found_for = None;
+        self.version += 1;
+    }
+
+    fn namespace(&self, id: NamespaceId) -> Option<&Namespace> {
+        self.namespaces.get(id as usize)?.as_deref()
+    }
+
+    fn hash(&self, namespace: NamespaceId, key: Key) -> Hash {
+        Hash::new(self.config.seed, namespace, key)
+    }
+
+    /// The ranks of a chunk's world.
+    fn world_of(&self, id: ChunkId) -> u32 {
+        let namespace = u32::from(self.chunks.get(id).namespace);
+        self.namespace(namespace).map_or(0, |namespace| namespace.world)
+    }
+
+    /// Does `act` with each slot of a chunk.
+    fn each_slot(&mut self, id: ChunkId, mut act: impl FnMut(&mut Self, SlotId)) {
+        let world = self.world_of(id);
+        for rank in 0..world {
+            if let Some(slot) = self.chunks.shard(id, world, rank) {
+                act(self, slot);
+            }
+        }
+    }
+
+    /// The chunk was used at `tick`.
+    fn touch(&mut self, id: ChunkId, tick: u64) {
+        let chunk = self.chunks.get_mut(id);
+        chunk.tick = tick;
+        if let Some(namespace) = &mut self.namespaces[chunk.namespace as usize] {
+            namespace.policy.touch(id);
+        }
+        self.each_slot(id, |cache, slot| {
+            cache.slabs.touch(slot, tick);
+            cache.table.touched(slot, tick);
+        });
+    }
+
+    fn pin(&mut self, id: ChunkId) {
+        let chunk = self.chunks.get_mut(id);
+        chunk.pins += 1;
+        if chunk.pins == 1 {
+            if let Some(namespace) = &mut self.namespaces[chunk.namespace as usize] {
+                namespace.pinned += 1;
+            }
+            self.each_slot(id, |cache, slot| cache.slabs.busy(slot));
+        }
+    }
+}
+
+/// One lease names the chunk no longer.
+fn unpin(chunks: &mut Chunks, slabs: &mut Slabs, namespaces: &mut [Option<Box<Namespace>>], id: ChunkId) {
+    let chunk = chunks.get_mut(id);
+    debug_assert_ne!(chunk.pins, 0);
+    chunk.pins -= 1;
+    if chunk.pins > 0 {
+        return;
+    }
+    let Some(namespace) = &mut namespaces[usize::from(chunk.namespace)] else { return };
+    namespace.pinned -= 1;
+    for rank in 0..namespace.world {
+        if let Some(slot) = chunks.shard(id, namespace.world, rank) {
+            slabs.idle(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

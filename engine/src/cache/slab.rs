@@ -1,0 +1,482 @@
+//! Which bytes of the arena belong to which size: slabs, the spans that classes make of them, free slots.
+//!
+//! The arena is slabs of one size, a power of two from 1 MiB to 1 GiB. A *class* is an exact shard size rounded up
+//! to 4 KiB. It takes *spans* of consecutive free slabs that do not cross a 1 GiB boundary, and cuts each into
+//! slots. A wholly free span goes back to the pool at once.
+//!
+//! Slot ids are positional: first slab × (slab bytes / 4096) + i. So they need no allocation, and are unique
+//! whatever class a slab has; the same id at another time may mean other bytes, which generations tell apart.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::error::{AddSlabError, RegisterError};
+use super::lazy::Lazy;
+use super::slot::Slots;
+use super::{PAGE_BYTES, SlotId, SlotTable};
+
+/// Different shard sizes at once.
+const CLASSES_MAX: usize = 256;
+/// No span crosses a multiple of this many bytes.
+const BOUNDARY_BYTES: u64 = 1 << 30;
+/// A span may waste one part in this many; else a longer one is looked for.
+const WASTE_PARTS: u64 = 16;
+
+/// What a slab is doing; everything but `head` is valid at a span's first slab only. Links are slab + 1.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Span {
+    /// The first slab of the span that this slab is in, + 1; 0: it is in none.
+    head: u32,
+    class: u32,
+    /// Slabs.
+    pub(super) len: u32,
+    /// Bytes of a slot; at most 1 GiB.
+    slot_bytes: u32,
+    /// Slots there are.
+    pub(super) slots: u32,
+    /// Slots that are not free.
+    pub(super) used: u32,
+    /// Slots from here on have not been used since the span was assigned.
+    pub(super) fresh: u32,
+    /// The first of the free slots before `fresh`: slot id + 1.
+    free: u32,
+    /// The neighbours in the class's list of spans with a free slot.
+    prev: u32,
+    next: u32,
+    /// Slots that are WRITING or whose chunk is pinned: while there are any, the span cannot be taken away.
+    pub(super) busy: u32,
+    _pad: u32,
+    /// The latest access to any of its chunks.
+    pub(super) touch: u64,
+    _reserved: u64,
+}
+
+const _: () = assert!(size_of::<Span>() == 64);
+
+/// One shard size.
+#[derive(Clone, Copy)]
+pub(super) struct Class {
+    /// Bytes of a slot.
+    pub(super) bytes: u64,
+    /// Slabs of a span that wastes little.
+    pub(super) ideal: u32,
+    /// Slabs that one slot needs.
+    pub(super) least: u32,
+    /// The first span with a free slot, + 1.
+    partial: u32,
+    /// Slots in its spans.
+    pub(super) slots: u64,
+    /// Those of them that are free.
+    pub(super) free: u64,
+    /// The namespaces that have shards of this size.
+    pub(super) namespaces: u64,
+}
+
+/// The arena's slabs and their division.
+pub(super) struct Slabs {
+    slab_bytes: u64,
+    count: u32,
+    /// log2 of the slots that a slab of 4 KiB slots has.
+    shift: u32,
+    /// Slabs between two boundaries.
+    group: u32,
+    spans: Lazy<Span>,
+    /// One bit for each slab: usable and in no span.
+    pool: Vec<u64>,
+    pub(super) pool_len: u32,
+    /// Slabs that were added.
+    pub(super) usable: u32,
+    classes: Vec<Class>,
+}
+
+impl Slabs {
+    /// The caller has checked the geometry: see `CacheConfig::check`.
+    pub(super) fn new(slab_bytes: u64, count: u32) -> Self {
+        Self {
+            slab_bytes,
+            count,
+            shift: (slab_bytes / PAGE_BYTES).trailing_zeros(),
+            group: (BOUNDARY_BYTES / slab_bytes) as u32,
+            spans: Lazy::new(count as usize),
+            pool: vec![0; (count as usize).div_ceil(64)],
+            pool_len: 0,
+            usable: 0,
+            classes: Vec::with_capacity(CLASSES_MAX),
+        }
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        self.count
+    }
+
+    pub(super) fn class(&self, class: u16) -> &Class {
+        &self.classes[class as usize]
+    }
+
+    pub(super) fn classes(&self) -> &[Class] {
+        &self.classes
+    }
+
+    /// A slab has memory now.
+    pub(super) fn add(&mut self, index: u32) -> Result<(), AddSlabError> {
+        if index >= self.count {
+            return Err(AddSlabError::OutOfRange { index, count: self.count });
+        }
+        if self.is_pooled(index) || self.spans[index as usize].head != 0 {
+            return Err(AddSlabError::Twice { index });
+        }
+        self.usable += 1;
+        self.pool_put(index);
+        Ok(())
+    }
+
+    /// The class of shards of this many bytes, used from now on by `namespace` too, if one is given.
+    pub(super) fn class_for(&mut self, shard_bytes: u64, namespace: Option<u32>) -> Result<u16, RegisterError> {
+        let longest = self.slab_bytes * u64::from(self.group.min(self.count));
+        if shard_bytes == 0 || shard_bytes > longest {
+            return Err(RegisterError::ShardBytes { shard_bytes, most: longest });
+        }
+        let bytes = shard_bytes.next_multiple_of(PAGE_BYTES);
+        let class = match self.classes.iter().position(|class| class.bytes == bytes) {
+            Some(class) => class,
+            None if self.classes.len() == CLASSES_MAX => {
+                return Err(RegisterError::TooManySizes { shard_bytes, most: CLASSES_MAX as u32 });
+            }
+            None => {
+                self.classes.push(self.new_class(bytes));
+                self.classes.len() - 1
+            }
+        };
+        self.classes[class].namespaces |= namespace.map_or(0, |namespace| 1 << namespace);
+        Ok(class as u16)
+    }
+
+    /// No size is this namespace's any more.
+    pub(super) fn forget(&mut self, namespace: u32) {
+        for class in &mut self.classes {
+            class.namespaces &= !(1 << namespace);
+        }
+    }
+
+    /// The smallest span that wastes at most one part in `WASTE_PARTS`, else the least wasteful one.
+    fn new_class(&self, bytes: u64) -> Class {
+        let least = bytes.div_ceil(self.slab_bytes) as u32;
+        let (mut ideal, mut best) = (least, u64::MAX);
+        for len in least..=self.group.min(self.count) {
+            let span_bytes = self.slab_bytes * u64::from(len);
+            let waste = span_bytes % bytes;
+            if waste * WASTE_PARTS <= span_bytes {
+                ideal = len;
+                break;
+            }
+            // In parts of 2³², of which a span has at most 2³⁰ bytes: no overflow.
+            let share = (waste << 32) / span_bytes;
+            if share < best {
+                (ideal, best) = (len, share);
+            }
+        }
+        Class { bytes, ideal, least, partial: 0, slots: 0, free: 0, namespaces: 0 }
+    }
+
+    /// The first slab of the span that a slot is in.
+    #[inline(always)]
+    pub(super) fn head_of(&self, slot: SlotId) -> Option<u32> {
+        self.spans[(slot >> self.shift) as usize].head.checked_sub(1)
+    }
+
+    /// The first slab of the span that a slab is in.
+    pub(super) fn head_of_slab(&self, slab: u32) -> Option<u32> {
+        self.spans[slab as usize].head.checked_sub(1)
+    }
+
+    pub(super) fn span(&self, head: u32) -> &Span {
+        &self.spans[head as usize]
+    }
+
+    pub(super) fn class_of_span(&self, head: u32) -> u16 {
+        self.span(head).class as u16
+    }
+
+    pub(super) fn first_slot(&self, head: u32) -> SlotId {
+        head << self.shift
+    }
+
+    /// Where a slot of an assigned span lies.
+    #[inline(always)]
+    pub(super) fn offset(&self, slot: SlotId) -> u64 {
+        let head = self.head_of(slot).unwrap_or(0);
+        let i = slot - self.first_slot(head);
+        u64::from(head) * self.slab_bytes + u64::from(i) * u64::from(self.spans[head as usize].slot_bytes)
+    }
+
+    /// The slot is WRITING now, or its chunk was pinned.
+    pub(super) fn busy(&mut self, slot: SlotId) {
+        if let Some(head) = self.head_of(slot) {
+            self.spans[head as usize].busy += 1;
+        }
+    }
+
+    /// The opposite of `busy`.
+    pub(super) fn idle(&mut self, slot: SlotId) {
+        if let Some(head) = self.head_of(slot) {
+            debug_assert_ne!(self.spans[head as usize].busy, 0);
+            self.spans[head as usize].busy -= 1;
+        }
+    }
+
+    /// The slot's chunk was used.
+    pub(super) fn touch(&mut self, slot: SlotId, tick: u64) {
+        if let Some(head) = self.head_of(slot) {
+            let span = &mut self.spans[head as usize];
+            span.touch = span.touch.max(tick);
+        }
+    }
+
+    /// A free slot of the class's spans. True: it has not been used since the span was assigned.
+    pub(super) fn take(&mut self, class: u16, slots: &Slots) -> Option<(SlotId, bool)> {
+        let head = self.classes[class as usize].partial.checked_sub(1)?;
+        let first = self.first_slot(head);
+        let span = &mut self.spans[head as usize];
+        let (slot, fresh) = match span.free.checked_sub(1) {
+            Some(slot) => {
+                span.free = slots.get(slot).next;
+                (slot, false)
+            }
+            None => {
+                span.fresh += 1;
+                (first + span.fresh - 1, true)
+            }
+        };
+        span.used += 1;
+        if span.used == span.slots {
+            self.partial_remove(head);
+        }
+        self.classes[class as usize].free -= 1;
+        Some((slot, fresh))
+    }
+
+    /// A slot is free again. A span whose last slot that was goes back to the pool.
+    pub(super) fn give(&mut self, slot: SlotId, slots: &mut Slots) {
+        let Some(head) = self.head_of(slot) else { return };
+        let span = &mut self.spans[head as usize];
+        slots.set_next(slot, span.free);
+        span.free = slot + 1;
+        span.used -= 1;
+        let (used, was_full, class) = (span.used, span.used + 1 == span.slots, span.class);
+        self.classes[class as usize].free += 1;
+        if was_full {
+            self.partial_insert(head);
+        }
+        if used == 0 {
+            self.release(head);
+        }
+    }
+
+    /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard.
+    pub(super) fn assign(&mut self, class: u16, ensure: impl FnOnce(SlotId, u32) -> bool) -> bool {
+        let Class { ideal, least, .. } = self.classes[class as usize];
+        let Some((head, len)) = self.find_run(least, ideal) else { return false };
+        let slots = self.slots_in(class, len);
+        if !ensure(self.first_slot(head), slots) {
+            return false;
+        }
+        for slab in head..head + len {
+            self.pool_remove(slab);
+        }
+        self.make_span(class, head, len);
+        true
+    }
+
+    fn slots_in(&self, class: u16, len: u32) -> u32 {
+        (self.slab_bytes * u64::from(len) / self.classes[class as usize].bytes) as u32
+    }
+
+    fn make_span(&mut self, class: u16, head: u32, len: u32) {
+        let slots = self.slots_in(class, len);
+        let slot_bytes = self.classes[class as usize].bytes as u32;
+        for slab in head..head + len {
+            self.spans[slab as usize] = Span { head: head + 1, ..Span::zeroed() };
+        }
+        self.spans[head as usize] =
+            Span { head: head + 1, class: u32::from(class), len, slot_bytes, slots, ..Span::zeroed() };
+        self.classes[class as usize].slots += u64::from(slots);
+        self.classes[class as usize].free += u64::from(slots);
+        self.partial_insert(head);
+    }
+
+    fn release(&mut self, head: u32) {
+        let Span { class, len, slots, busy, .. } = *self.span(head);
+        debug_assert_eq!(busy, 0);
+        self.partial_remove(head);
+        self.classes[class as usize].slots -= u64::from(slots);
+        self.classes[class as usize].free -= u64::from(slots);
+        for slab in head..head + len {
+            self.spans[slab as usize] = Span::zeroed();
+            self.pool_put(slab);
+        }
+    }
+
+    /// The first run of `most` pooled slabs within a boundary, else the longest of at least `least`.
+    fn find_run(&self, least: u32, most: u32) -> Option<(u32, u32)> {
+        if self.pool_len < least {
+            return None;
+        }
+        let (mut best, mut start, mut len) = ((0, 0), 0, 0);
+        let mut slab = 0;
+        while slab < self.count {
+            if slab.is_multiple_of(64) && self.pool[slab as usize / 64] == 0 {
+                (slab, len) = (slab + 64, 0);
+                continue;
+            }
+            if slab.is_multiple_of(self.group) {
+                len = 0;
+            }
+            if self.is_pooled(slab) {
+                if len == 0 {
+                    start = slab;
+                }
+                len += 1;
+                if len == most {
+                    return Some((start, len));
+                }
+                if len > best.1 {
+                    best = (start, len);
+                }
+            } else {
+                len = 0;
+            }
+            slab += 1;
+        }
+        (best.1 >= least).then_some(best)
+    }
+
+    /// Puts a slot that an earlier life left in use back into a span of its class, which is made if need be.
+    /// False: no span of the class has this slot at `offset`, or a later slot was restored before.
+    pub(super) fn restore<T: SlotTable>(
+        &mut self,
+        class: u16,
+        slot: SlotId,
+        offset: u64,
+        slots: &mut Slots,
+        table: &mut T,
+    ) -> bool {
+        let ensure = |first, count| table.ensure(first, count);
+        if !self.restore_span(class, slot, offset, ensure) || self.offset(slot) != offset {
+            return false;
+        }
+        let Some(head) = self.head_of(slot) else { return false };
+        let i = slot - self.first_slot(head);
+        if self.class_of_span(head) != class || i >= self.span(head).slots || i < self.span(head).fresh {
+            return false;
+        }
+        // Those that are skipped were free.
+        for i in self.span(head).fresh..i {
+            let skipped = self.first_slot(head) + i;
+            let free = std::mem::replace(&mut self.spans[head as usize].free, skipped + 1);
+            slots.raise_generation(skipped, table.generation(skipped));
+            slots.set_next(skipped, free);
+        }
+        let span = &mut self.spans[head as usize];
+        span.fresh = i + 1;
+        span.used += 1;
+        if span.used == span.slots {
+            self.partial_remove(head);
+        }
+        self.classes[class as usize].free -= 1;
+        true
+    }
+
+    /// Finds the span's first slab from slot id and offset: id = first × 2^shift + i, offset = first × slab + i × class.
+    fn restore_span(
+        &mut self,
+        class: u16,
+        slot: SlotId,
+        offset: u64,
+        ensure: impl FnOnce(SlotId, u32) -> bool,
+    ) -> bool {
+        let Class { bytes, ideal, least, .. } = self.classes[class as usize];
+        let place = slot >> self.shift;
+        if self.head_of_slab(place).is_some() {
+            return true;
+        }
+        // A span is at most `ideal` slabs, so its first is one of the last `ideal`.
+        let earliest = place.saturating_sub(ideal - 1).max(place - place % self.group);
+        let fits = |head: &u32| {
+            u64::from(*head) * self.slab_bytes + u64::from(slot - self.first_slot(*head)) * bytes == offset
+        };
+        let Some(head) = (earliest..=place).rev().find(fits) else { return false };
+        let boundary = (head - head % self.group + self.group).min(self.count);
+        let len = (head..boundary.min(head + ideal)).take_while(|slab| self.is_pooled(*slab)).count() as u32;
+        if len < least || slot - self.first_slot(head) >= self.slots_in(class, len) {
+            return false;
+        }
+        if !ensure(self.first_slot(head), self.slots_in(class, len)) {
+            return false;
+        }
+        for slab in head..head + len {
+            self.pool_remove(slab);
+        }
+        self.make_span(class, head, len);
+        true
+    }
+
+    fn partial_insert(&mut self, head: u32) {
+        let class = self.span(head).class as usize;
+        let next = std::mem::replace(&mut self.classes[class].partial, head + 1);
+        if let Some(next) = next.checked_sub(1) {
+            self.spans[next as usize].prev = head + 1;
+        }
+        let span = &mut self.spans[head as usize];
+        (span.prev, span.next) = (0, next);
+    }
+
+    fn partial_remove(&mut self, head: u32) {
+        let Span { class, prev, next, .. } = *self.span(head);
+        match prev.checked_sub(1) {
+            Some(prev) => self.spans[prev as usize].next = next,
+            None => self.classes[class as usize].partial = next,
+        }
+        if let Some(next) = next.checked_sub(1) {
+            self.spans[next as usize].prev = prev;
+        }
+    }
+
+    pub(super) fn is_pooled(&self, slab: u32) -> bool {
+        self.pool[slab as usize / 64] >> (slab % 64) & 1 == 1
+    }
+
+    fn pool_put(&mut self, slab: u32) {
+        self.pool[slab as usize / 64] |= 1 << (slab % 64);
+        self.pool_len += 1;
+    }
+
+    fn pool_remove(&mut self, slab: u32) {
+        self.pool[slab as usize / 64] &= !(1 << (slab % 64));
+        self.pool_len -= 1;
+    }
+
+    /// The free slots of a span that have been used before.
+    pub(super) fn free_list(&self, head: u32, slots: &Slots) -> impl Iterator<Item = SlotId> {
+        let mut link = self.span(head).free;
+        std::iter::from_fn(move || {
+            let slot = link.checked_sub(1)?;
+            link = slots.get(slot).next;
+            Some(slot)
+        })
+    }
+
+    /// The spans of a class that have a free slot.
+    pub(super) fn partial_list(&self, class: u16) -> impl Iterator<Item = u32> {
+        let mut link = self.class(class).partial;
+        std::iter::from_fn(move || {
+            let head = link.checked_sub(1)?;
+            link = self.span(head).next;
+            Some(head)
+        })
+    }
+
+    /// Slabs between two boundaries, which no span crosses.
+    pub(super) fn group(&self) -> u32 {
+        self.group
+    }
+}

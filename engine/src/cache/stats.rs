@@ -1,0 +1,72 @@
+//! What the cache counts.
+
+use super::{Cache, OWNERS, Owner, SlotTable};
+
+/// Counters and gauges of one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Slots of assigned spans that are free.
+    pub slots_free: u64,
+    /// Slots that somebody may be writing, orphans included.
+    pub slots_writing: u64,
+    /// Slots that hold a shard.
+    pub slots_committed: u64,
+    /// Slots WRITING for no chunk.
+    pub orphans: u64,
+    /// Chunks that lookups find.
+    pub chunks_visible: u64,
+    /// Chunks of which not all shards are committed.
+    pub chunks_forming: u64,
+    /// Leases.
+    pub leases: u64,
+    /// Chunks in all leases, counted once for each lease.
+    pub pins: u64,
+    /// Slabs that were added.
+    pub slabs_usable: u64,
+    /// Slabs that are in no span.
+    pub slabs_free: u64,
+    /// Bytes of slots that are not free.
+    pub bytes_used: u64,
+    /// Bytes of slabs that were added.
+    pub bytes_usable: u64,
+    /// Chunks evicted so far.
+    pub evicted: u64,
+    /// Keys for which there was no space so far.
+    pub no_space: u64,
+    /// Spans taken from another size so far.
+    pub spans_taken: u64,
+    /// Calls of `pin_found` that did not follow their `find`; always 0.
+    pub unmatched_pins: u64,
+}
+
+impl<T: SlotTable> Cache<T> {
+    /// The counters now. O(different shard sizes).
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let classes = self.slabs.classes();
+        Stats {
+            slots_free: classes.iter().map(|class| class.free).sum(),
+            slots_writing: self.slots.counts.writing,
+            slots_committed: self.slots.counts.committed,
+            orphans: self.slots.counts.orphans,
+            chunks_visible: self.chunks.counts.visible,
+            chunks_forming: self.chunks.counts.forming,
+            leases: u64::from(self.leases.len),
+            pins: self.leases.pins,
+            slabs_usable: u64::from(self.slabs.usable),
+            slabs_free: u64::from(self.slabs.pool_len),
+            bytes_used: classes.iter().map(|class| (class.slots - class.free) * class.bytes).sum(),
+            bytes_usable: u64::from(self.slabs.usable) * self.config.slab_bytes,
+            evicted: self.counters.evicted,
+            no_space: self.counters.no_space,
+            spans_taken: self.counters.spans_taken,
+            unmatched_pins: self.counters.unmatched_pins,
+        }
+    }
+
+    /// Bytes that a client has leased or reserved; 0 for an entry that does not exist.
+    #[must_use]
+    pub fn client_bytes(&self, owner: Owner) -> u64 {
+        if usize::from(owner) < OWNERS { self.client_bytes[usize::from(owner)] } else { 0 }
+    }
+}

@@ -1,0 +1,385 @@
+//! The engine's configuration: defaults here and nowhere else, a TOML file over them, flags over the file.
+
+use crate::byte_size::ByteSize;
+use crate::policy::PolicyKind;
+use crate::preflight::Room;
+use crate::process;
+use kvring_shm_abi::segment::{BadName, EngineName};
+use kvring_shm_abi::superblock::{ARENA_BYTES_MAX, BadGeometry, Geometry, SLAB_BYTES_MIN};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The largest slab that is chosen by itself: smaller ones leave less unused in a namespace with few chunks.
+const DEFAULT_SLAB_MAX: u64 = 64 << 20;
+/// Slabs that an arena has by default, as long as they stay within their limits.
+const DEFAULT_SLABS: u64 = 64;
+/// Below this a default arena is worth a warning.
+const SMALL_ARENA: u64 = 1 << 30;
+
+/// Everything that an engine can be told. [`EngineConfig::default`] is the one source of defaults.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct EngineConfig {
+    /// The engine's name: one engine per name and node.
+    pub name: String,
+    /// Bytes of the arena; `None`: half of what `/dev/shm`, the cgroup and the machine have left.
+    pub arena: Option<ByteSize>,
+    /// Bytes of a slab, a power of two from 1 MiB to 1 GiB; `None`: 1/64 of the arena, from 1 MiB to 64 MiB.
+    pub slab: Option<ByteSize>,
+    /// Which chunks go first when room is needed: `lru` or `arc`.
+    pub policy: String,
+    /// How often the beat moves at least while nothing happens, in milliseconds.
+    pub beat_interval_ms: u32,
+    /// How long the service loop spins before it sleeps, in microseconds; see [`EngineConfig::spin`].
+    pub spin_us: u32,
+    /// The largest part of the arena that one client may hold leased and reserved at once.
+    pub client_share: f64,
+    /// Leases that can exist at once.
+    pub max_leases: u32,
+    /// Chunks pinned by leases that can exist at once, each counted as often as it is pinned.
+    pub max_pins: u32,
+    /// Chunks that the index can hold; `None`: as many as the arena has room for.
+    pub max_chunks: Option<u32>,
+    /// Eviction keeps at least this part of the slots free, so that a reservation need not wait for it.
+    pub low_watermark: f64,
+    /// How long a start waits for another one that is under way, or for a predecessor that is still exiting, in
+    /// milliseconds.
+    pub start_wait_ms: u32,
+    /// May the process dump core? A dump delays the notice of its death by seconds.
+    pub core_dumps: bool,
+    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a `tracing` filter.
+    pub log: String,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            name: "default".to_owned(),
+            arena: None,
+            slab: None,
+            policy: PolicyKind::default().name().to_owned(),
+            beat_interval_ms: 10,
+            spin_us: 20,
+            client_share: 0.5,
+            max_leases: 1 << 14,
+            max_pins: 1 << 22,
+            max_chunks: None,
+            low_watermark: 0.02,
+            start_wait_ms: 5000,
+            core_dumps: false,
+            log: "info".to_owned(),
+        }
+    }
+}
+
+/// What a file or the command line says: each field of [`EngineConfig`], or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs, reason = "the fields of `EngineConfig`, where they are documented")]
+pub struct Overrides {
+    pub name: Option<String>,
+    pub arena: Option<ByteSize>,
+    pub slab: Option<ByteSize>,
+    pub policy: Option<String>,
+    pub beat_interval_ms: Option<u32>,
+    pub spin_us: Option<u32>,
+    pub client_share: Option<f64>,
+    pub max_leases: Option<u32>,
+    pub max_pins: Option<u32>,
+    pub max_chunks: Option<u32>,
+    pub low_watermark: Option<f64>,
+    pub start_wait_ms: Option<u32>,
+    pub core_dumps: Option<bool>,
+    pub log: Option<String>,
+}
+
+/// A configuration that cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The file is not what it should be: syntax, an unknown key, a value of another type.
+    #[error("configuration {path}: {source}")]
+    Toml {
+        /// The file.
+        path: PathBuf,
+        /// Where and why; names the key.
+        source: Box<toml::de::Error>,
+    },
+    /// The name.
+    #[error(transparent)]
+    Name(#[from] BadName),
+    /// A value outside its limits.
+    #[error("{key}: expected {expected}, got {got}")]
+    Value {
+        /// The key.
+        key: &'static str,
+        /// Its limits.
+        expected: &'static str,
+        /// What came.
+        got: String,
+    },
+    /// The arena does not hold a single slab.
+    #[error(
+        "arena: expected at least one slab of {slab}, got {arena}; use a larger --arena{}",
+        if *.by_default { " (and see that /dev/shm has room: docker run --shm-size)" } else { "" }
+    )]
+    ArenaTooSmall {
+        /// The arena.
+        arena: ByteSize,
+        /// The slab.
+        slab: ByteSize,
+        /// Was the size not given but taken from what is free?
+        by_default: bool,
+    },
+    /// The geometry.
+    #[error(transparent)]
+    Geometry(#[from] BadGeometry),
+}
+
+impl EngineConfig {
+    /// The defaults, with what the file says over them.
+    ///
+    /// # Errors
+    /// The file cannot be read, has an unknown key, or a value that cannot be.
+    pub fn from_toml(path: &Path) -> Result<EngineConfig, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let file: Overrides = toml::from_str(&text)
+            .map_err(|source| ConfigError::Toml { path: path.to_owned(), source: Box::new(source) })?;
+        EngineConfig::default().with(file)
+    }
+
+    /// This configuration, with what `overrides` say over it; checked.
+    ///
+    /// # Errors
+    /// A value outside its limits.
+    pub fn with(self, overrides: Overrides) -> Result<EngineConfig, ConfigError> {
+        // Taken apart by name on both sides: a field that is forgotten does not compile.
+        let Overrides {
+            name,
+            arena,
+            slab,
+            policy,
+            beat_interval_ms,
+            spin_us,
+            client_share,
+            max_leases,
+            max_pins,
+            max_chunks,
+            low_watermark,
+            start_wait_ms,
+            core_dumps,
+            log,
+        } = overrides;
+        let merged = EngineConfig {
+            name: name.unwrap_or(self.name),
+            arena: arena.or(self.arena),
+            slab: slab.or(self.slab),
+            policy: policy.unwrap_or(self.policy),
+            beat_interval_ms: beat_interval_ms.unwrap_or(self.beat_interval_ms),
+            spin_us: spin_us.unwrap_or(self.spin_us),
+            client_share: client_share.unwrap_or(self.client_share),
+            max_leases: max_leases.unwrap_or(self.max_leases),
+            max_pins: max_pins.unwrap_or(self.max_pins),
+            max_chunks: max_chunks.or(self.max_chunks),
+            low_watermark: low_watermark.unwrap_or(self.low_watermark),
+            start_wait_ms: start_wait_ms.unwrap_or(self.start_wait_ms),
+            core_dumps: core_dumps.unwrap_or(self.core_dumps),
+            log: log.unwrap_or(self.log),
+        };
+        merged.check()?;
+        Ok(merged)
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let value = |key, expected, good: bool, got: String| {
+            if good { Ok(()) } else { Err(ConfigError::Value { key, expected, got }) }
+        };
+        self.engine_name()?;
+        let policy = self.policy.parse::<PolicyKind>().is_ok();
+        value("policy", "lru or arc", policy, format!("{:?}", self.policy))?;
+        let beat = (1..=1000).contains(&self.beat_interval_ms);
+        value("beat_interval_ms", "1 to 1000", beat, self.beat_interval_ms.to_string())?;
+        value("spin_us", "0 to 1000", self.spin_us <= 1000, self.spin_us.to_string())?;
+        let share = self.client_share > 0.0 && self.client_share <= 1.0;
+        value("client_share", "above 0, up to 1", share, self.client_share.to_string())?;
+        value("max_leases", "at least 1", self.max_leases > 0, self.max_leases.to_string())?;
+        value("max_pins", "at least 1", self.max_pins > 0, self.max_pins.to_string())?;
+        value("max_chunks", "at least 1", self.max_chunks != Some(0), "0".to_owned())?;
+        let watermark = (0.0..=0.5).contains(&self.low_watermark);
+        value("low_watermark", "0 to 0.5", watermark, self.low_watermark.to_string())?;
+        value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())
+    }
+
+    /// The name, checked.
+    ///
+    /// # Errors
+    /// A name that cannot be one.
+    pub fn engine_name(&self) -> Result<EngineName, BadName> {
+        EngineName::new(&self.name)
+    }
+
+    /// How often the beat moves at least.
+    #[must_use]
+    pub fn beat_interval(&self) -> Duration {
+        Duration::from_millis(self.beat_interval_ms.into())
+    }
+
+    /// How long the service loop spins on this machine: nothing where there is one CPU.
+    #[must_use]
+    pub fn spin(&self) -> Duration {
+        process::spin_time(Duration::from_micros(self.spin_us.into()))
+    }
+
+    /// The most that one client may hold leased and reserved at once, in bytes; never less than a slab.
+    #[must_use]
+    pub fn client_bytes_max(&self, geometry: &Geometry) -> u64 {
+        // A share of a whole number of bytes: rounding to an f64's 53 bits does not matter here.
+        ((geometry.arena_bytes as f64 * self.client_share) as u64).max(geometry.slab_bytes)
+    }
+
+    /// How long a start waits for another one.
+    #[must_use]
+    pub fn start_wait(&self) -> Duration {
+        Duration::from_millis(self.start_wait_ms.into())
+    }
+
+    /// The geometry that follows: the arena rounded down to whole slabs. `room` matters only where no arena size
+    /// is given; whether a given one fits is checked when it is made (see [`crate::segments`]).
+    ///
+    /// # Errors
+    /// An arena smaller than a slab, or a slab that cannot be.
+    pub fn geometry(&self, room: &Room) -> Result<Geometry, ConfigError> {
+        let by_default = self.arena.is_none();
+        let arena = self.arena.map_or_else(|| default_arena(room), |given| given.0);
+        let slab = self.slab.map_or_else(|| default_slab(arena), |given| given.0);
+        if arena < slab {
+            return Err(ConfigError::ArenaTooSmall {
+                arena: ByteSize(arena),
+                slab: ByteSize(slab),
+                by_default,
+            });
+        }
+        // A slab of 0 bytes is refused by `Geometry::new`, which comes next.
+        let whole = arena.checked_div(slab).map_or(arena, |slabs| slabs * slab);
+        let geometry = Geometry::new(whole, slab)?;
+        if by_default && whole < SMALL_ARENA {
+            let (limit, left) = room.tightest();
+            tracing::warn!(
+                arena = %ByteSize(whole), left = %ByteSize(left).human(), %limit,
+                "the default arena is small: half of what is left; {}", room.help(&limit, None)
+            );
+        }
+        Ok(geometry)
+    }
+}
+
+/// Half of the room that is left: engines share a node with vLLM's own processes.
+fn default_arena(room: &Room) -> u64 {
+    (room.tightest().1 / 2).min(ARENA_BYTES_MAX)
+}
+
+fn default_slab(arena: u64) -> u64 {
+    let wanted = (arena / DEFAULT_SLABS).clamp(SLAB_BYTES_MIN, DEFAULT_SLAB_MAX);
+    // The power of two at or below: never 0 after the clamp.
+    1 << wanted.ilog2()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn room(shm_free: u64) -> Room {
+        Room { shm_total: shm_free, shm_free, memory: None, cgroup: None, stale: 0 }
+    }
+
+    fn with_file(text: &str) -> Result<EngineConfig, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kvring.toml");
+        std::fs::write(&path, text).unwrap();
+        EngineConfig::from_toml(&path)
+    }
+
+    #[test]
+    fn flags_over_file_over_defaults() {
+        let file = with_file("name = \"prod\"\narena = \"8GiB\"\nspin_us = 5\n").unwrap();
+        let flags = Overrides { arena: Some(ByteSize(1 << 30)), ..Overrides::default() };
+        let config = file.with(flags).unwrap();
+        assert_eq!(config.arena, Some(ByteSize(1 << 30)), "the flag wins");
+        assert_eq!((config.name.as_str(), config.spin_us), ("prod", 5), "the file wins over the default");
+        assert_eq!(config.beat_interval_ms, EngineConfig::default().beat_interval_ms);
+        assert_eq!(with_file("").unwrap(), EngineConfig::default());
+        EngineConfig::default().check().unwrap();
+    }
+
+    #[test]
+    fn an_unknown_key_is_named() {
+        let error = with_file("arena = \"8GiB\"\nslabs = 3\n").unwrap_err().to_string();
+        assert!(error.contains("unknown field `slabs`") && error.contains("kvring.toml"), "{error}");
+    }
+
+    #[test]
+    fn values_outside_their_limits_name_their_key() {
+        for (text, part) in [
+            ("arena = \"8 apples\"", "8 apples"),
+            ("arena = -5", "-5"),
+            ("beat_interval_ms = 0", "beat_interval_ms: expected 1 to 1000, got 0"),
+            ("client_share = 0.0", "client_share"),
+            ("client_share = nan", "client_share"),
+            ("low_watermark = 0.9", "low_watermark"),
+            ("policy = \"fifo\"", "policy: expected lru or arc, got \"fifo\""),
+            ("name = \"a/b\"", "a/b"),
+            ("core_dumps = 1", "core_dumps"),
+        ] {
+            let error = with_file(text).unwrap_err().to_string();
+            assert!(error.contains(part), "{text}: {error}");
+        }
+        let missing = EngineConfig::from_toml(Path::new("/nonexistent/kvring.toml")).unwrap_err();
+        assert!(matches!(missing, ConfigError::Read { .. }));
+    }
+
+    #[test]
+    fn the_configuration_prints_as_toml_and_reads_back() {
+        let config = EngineConfig { arena: Some(ByteSize(3 << 30)), ..EngineConfig::default() };
+        assert_eq!(with_file(&toml::to_string(&config).unwrap()).unwrap(), config);
+    }
+
+    #[test]
+    fn geometry_follows() {
+        let geometry = |arena: u64, slab: Option<u64>| {
+            EngineConfig { arena: Some(ByteSize(arena)), slab: slab.map(ByteSize), ..EngineConfig::default() }
+                .geometry(&room(0))
+        };
+        for (arena, slab, whole) in [
+            (1 << 20, 1 << 20, 1 << 20),
+            ((5 << 20) + 17, 1 << 20, 5 << 20),
+            (200 << 20, 2 << 20, 200 << 20),
+            (8 << 30, 64 << 20, 8 << 30),
+            (1 << 40, 64 << 20, 1 << 40),
+        ] {
+            assert_eq!(geometry(arena, None).unwrap(), Geometry::new(whole, slab).unwrap(), "{arena}");
+        }
+        assert_eq!(geometry(100 << 20, Some(32 << 20)).unwrap().arena_bytes, 96 << 20);
+        assert!(matches!(geometry((1 << 20) - 1, None), Err(ConfigError::ArenaTooSmall { by_default: false, .. })));
+        assert!(matches!(geometry(8 << 20, Some(16 << 20)), Err(ConfigError::ArenaTooSmall { .. })));
+        for slab in [0, 3 << 20, 1 << 10] {
+            assert!(matches!(geometry(8 << 20, Some(slab)), Err(ConfigError::Geometry(_))), "{slab}");
+        }
+    }
+
+    #[test]
+    fn the_default_arena_is_half_of_what_is_left() {
+        let config = EngineConfig::default();
+        assert_eq!(config.geometry(&room(24 << 30)).unwrap().arena_bytes, 12 << 30);
+        assert_eq!(config.geometry(&room(64 << 20)).unwrap().arena_bytes, 32 << 20);
+        let error = config.geometry(&room(1 << 20)).unwrap_err();
+        assert!(error.to_string().contains("--shm-size"), "{error}");
+    }
+}

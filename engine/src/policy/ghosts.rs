@@ -1,0 +1,201 @@
+//! Ghosts: chunks that were evicted, remembered by hash alone, on two lists from warm to cold.
+//!
+//! A hash is found through an open-addressing table (linear probing, half full at most, holes closed on removal,
+//! so no tombstones pile up). All memory is taken by [`Ghosts::new`], zeroed and untouched until used.
+//!
+//! The probe sequence is not keyed: who can choose the hashes can make probes long. The cache hands in
+//! hashes of its own making, never a client's bytes.
+
+use super::lists::Lists;
+
+/// The list of nodes that were used once and are free again.
+const FREE: usize = 2;
+
+/// The most ghosts that one [`Ghosts::push`] drops. A list exceeds its bound by more only when the bound fell, and
+/// then the excess goes over the next calls, so that no single one takes long.
+const DROPS_PER_PUSH: usize = 4;
+
+/// A bounded set of 64-bit hashes on the lists 0 and 1.
+pub(super) struct Ghosts {
+    /// Lists 0 and 1 are the ghosts', the third is of free nodes.
+    lists: Lists<3>,
+    /// The hash of each node that is on list 0 or 1.
+    hashes: Vec<u64>,
+    /// Nodes from here on were never used: they are on no list, their pages untouched.
+    fresh: u32,
+    /// The table: a node's number + 1; 0 is empty. Its length is a power of two.
+    table: Vec<u32>,
+}
+
+impl Ghosts {
+    /// Takes memory for `per_list` ghosts on each of the two lists: 28 to 36 bytes a ghost.
+    pub(super) fn new(per_list: usize) -> Self {
+        let capacity = 2 * per_list;
+        let table_len = (2 * capacity).next_power_of_two();
+        Self { lists: Lists::new(capacity), hashes: vec![0; capacity], fresh: 0, table: vec![0; table_len] }
+    }
+
+    /// How many ghosts are on `list`.
+    pub(super) fn len(&self, list: usize) -> usize {
+        self.lists.len(list)
+    }
+
+    /// Remembers `hash` at the warm end of `list`, in the place of an older ghost of that hash. Where `list` has
+    /// `bound` ghosts or more, its coldest go first. A bound of 0 remembers nothing.
+    pub(super) fn push(&mut self, list: usize, hash: u64, bound: usize) {
+        self.take(hash);
+        let bound = bound.min(self.hashes.len() / 2);
+        for _ in 0..DROPS_PER_PUSH {
+            if self.len(list) >= bound {
+                self.drop_coldest(list);
+            }
+        }
+        if bound == 0 {
+            return;
+        }
+        let node = match self.lists.coldest(FREE) {
+            Some(node) => {
+                self.lists.unlink(node);
+                node
+            }
+            None => {
+                self.fresh += 1;
+                self.fresh - 1
+            }
+        };
+        self.hashes[node as usize] = hash;
+        self.lists.push_warm(list, node);
+        let mut slot = self.home(hash);
+        while self.table[slot] != 0 {
+            slot = self.next(slot);
+        }
+        self.table[slot] = node + 1;
+    }
+
+    /// Forgets `hash`; answers the list it was on.
+    pub(super) fn take(&mut self, hash: u64) -> Option<usize> {
+        let mut slot = self.home(hash);
+        loop {
+            let node = self.table[slot].checked_sub(1)?;
+            if self.hashes[node as usize] == hash {
+                let list = self.lists.list_of(node)?;
+                self.forget(slot, node);
+                return Some(list);
+            }
+            slot = self.next(slot);
+        }
+    }
+
+    /// Forgets the coldest ghost of `list`, if there is one.
+    fn drop_coldest(&mut self, list: usize) {
+        if let Some(node) = self.lists.coldest(list) {
+            self.take(self.hashes[node as usize]);
+        }
+    }
+
+    fn forget(&mut self, slot: usize, node: u32) {
+        self.lists.move_warm(FREE, node);
+        // Close the hole: an entry further on moves into it, unless its home lies behind the hole.
+        let mut hole = slot;
+        let mut at = self.next(slot);
+        while let Some(other) = self.table[at].checked_sub(1) {
+            let home = self.home(self.hashes[other as usize]);
+            if self.distance(home, at) >= self.distance(hole, at) {
+                self.table[hole] = other + 1;
+                hole = at;
+            }
+            at = self.next(at);
+        }
+        self.table[hole] = 0;
+    }
+
+    /// Where the search for `hash` begins: the top bits of a Fibonacci product, good for dense hashes too.
+    fn home(&self, hash: u64) -> usize {
+        let mixed = (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (mixed >> 32) as usize & (self.table.len() - 1)
+    }
+
+    fn next(&self, slot: usize) -> usize {
+        (slot + 1) & (self.table.len() - 1)
+    }
+
+    /// How many steps `to` is after `from`, around the table's end.
+    fn distance(&self, from: usize, to: usize) -> usize {
+        to.wrapping_sub(from) & (self.table.len() - 1)
+    }
+
+    /// The hashes on `list`, coldest first; asserts that the table finds exactly the ghosts there are.
+    pub(super) fn dump(&self, list: usize) -> Vec<u64> {
+        let nodes = self.lists.dump(list);
+        let entries = self.table.iter().filter(|&&entry| entry != 0).count();
+        assert_eq!(entries, self.len(0) + self.len(1), "entries in the table");
+        assert_eq!(self.lists.dump(FREE).len() + entries, self.fresh as usize, "nodes ever used");
+        for &node in &nodes {
+            let mut slot = self.home(self.hashes[node as usize]);
+            while self.table[slot] != node + 1 {
+                assert_ne!(
+                    self.table[slot], 0,
+                    "ghost {:#x} is not in the table",
+                    self.hashes[node as usize]
+                );
+                slot = self.next(slot);
+            }
+        }
+        nodes.into_iter().map(|node| self.hashes[node as usize]).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+
+        /// Few hashes in a small table: probes collide, wrap around its end and close holes all the time.
+        #[test]
+        fn does_what_a_pair_of_vecs_does(
+            per_list in 0..9_usize,
+            ops in proptest::collection::vec((0..3_usize, 0..40_u64, 0..9_usize), 1..400),
+        ) {
+            let mut ghosts = Ghosts::new(per_list);
+            let mut model = [Vec::new(), Vec::new()];
+            for (op, hash, bound) in ops {
+                let on = model.iter().position(|list| list.contains(&hash));
+                model.iter_mut().for_each(|list| list.retain(|&other| other != hash));
+                if op == 2 {
+                    prop_assert_eq!(ghosts.take(hash), on);
+                } else {
+                    ghosts.push(op, hash, bound);
+                    let bound = bound.min(per_list);
+                    for _ in 0..DROPS_PER_PUSH {
+                        if !model[op].is_empty() && model[op].len() >= bound {
+                            model[op].remove(0);
+                        }
+                    }
+                    if bound > 0 {
+                        model[op].push(hash);
+                    }
+                }
+                prop_assert_eq!([ghosts.dump(0), ghosts.dump(1)], model.clone());
+            }
+        }
+    }
+
+    #[test]
+    fn dense_and_strided_hashes_probe_short() {
+        for step in [1, 64, 1 << 32, 0x9e37_79b9_7f4a_7c15] {
+            let mut ghosts = Ghosts::new(4096);
+            (0..4096_u64).for_each(|n| ghosts.push(0, n.wrapping_mul(step), 4096));
+            let far = |n: u64| {
+                let node = n as u32 + 1;
+                let slot = ghosts.table.iter().position(|&entry| entry == node).unwrap();
+                ghosts.distance(ghosts.home(n.wrapping_mul(step)), slot)
+            };
+            let longest = (0..4096).map(far).max().unwrap();
+            assert!(longest < 64, "step {step:#x}: a probe of {longest}");
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! What every policy promises, and the random operations that the models of each are run with.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// A random call, over ids and hashes below 32. Those that make no sense in the present state are skipped.
+#[derive(Clone, Debug)]
+pub(super) enum Op {
+    Insert {
+        id: ChunkId,
+        hash: u64,
+        parent: Option<ChunkId>,
+    },
+    Touch(ChunkId),
+    Remove {
+        id: ChunkId,
+        evicted: bool,
+    },
+    /// Bit n of `refused`: chunk n is in use.
+    Victim {
+        refused: u32,
+    },
+}
+
+/// Up to 300 random calls.
+pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let id = 0..32_u32;
+    let op = prop_oneof![
+        4 => (id.clone(), 0..32_u64, proptest::option::of(id.clone()))
+            .prop_map(|(id, hash, parent)| Op::Insert { id, hash, parent }),
+        2 => id.clone().prop_map(Op::Touch),
+        2 => (id, any::<bool>()).prop_map(|(id, evicted)| Op::Remove { id, evicted }),
+        1 => (any::<u32>(), any::<u32>()).prop_map(|(a, b)| Op::Victim { refused: a & b }),
+        1 => Just(Op::Victim { refused: u32::MAX }),
+    ];
+    proptest::collection::vec(op, 1..300)
+}
+
+fn policies(max_chunks: usize) -> impl Iterator<Item = Box<dyn Policy>> {
+    PolicyKind::ALL.into_iter().map(move |kind| build(kind, max_chunks))
+}
+
+#[test]
+fn names_are_parsed_printed_and_serialised_alike() {
+    for kind in PolicyKind::ALL {
+        assert_eq!(kind.to_string().parse(), Ok(kind));
+        assert_eq!(build(kind, 1).name(), kind.name());
+        let toml = toml::to_string(&std::collections::BTreeMap::from([("policy", kind)])).unwrap();
+        assert_eq!(toml.trim(), format!("policy = \"{kind}\""));
+    }
+    let error = "fifo".parse::<PolicyKind>().unwrap_err();
+    assert_eq!(error.to_string(), "unknown eviction policy \"fifo\": expected lru or arc");
+    for kind in PolicyKind::ALL {
+        assert!(error.to_string().contains(kind.name()), "the error names {kind}");
+    }
+}
+
+#[test]
+fn a_chain_goes_leaf_first_however_it_was_stored_and_used() {
+    for mut policy in policies(8) {
+        policy.insert(0, 100, None);
+        policy.insert(1, 101, Some(0));
+        policy.insert(2, 102, Some(1));
+        assert_eq!(policy.dump(), [2, 1, 0], "{}: stored", policy.name());
+        for id in [2, 1, 0] {
+            policy.touch(id);
+        }
+        assert_eq!(policy.dump(), [2, 1, 0], "{}: touched tail-first", policy.name());
+        for expected in [2, 1, 0] {
+            let id = policy.victim(&mut |_| true).unwrap();
+            assert_eq!(id, expected, "{}", policy.name());
+            policy.remove(id, true);
+        }
+        assert!(policy.is_empty());
+    }
+}
+
+#[test]
+fn a_search_for_a_victim_looks_at_each_chunk_once() {
+    for mut policy in policies(100) {
+        for id in 0..100 {
+            policy.insert(id, u64::from(id), None);
+        }
+        // So that arc has both of its lists.
+        (0..40).for_each(|id| policy.touch(id));
+        let mut seen = Vec::new();
+        let found = policy.victim(&mut |id| {
+            seen.push(id);
+            false
+        });
+        seen.sort_unstable();
+        assert_eq!(found, None, "{}", policy.name());
+        assert!(seen.iter().copied().eq(0..100), "{}: {seen:?}", policy.name());
+        assert_eq!(policy.len(), 100);
+    }
+}
+
+#[test]
+fn a_refused_chunk_is_not_met_again_soon() {
+    for mut policy in policies(100) {
+        for id in 0..100 {
+            policy.insert(id, u64::from(id), None);
+        }
+        let mut looks = 0;
+        for expected in 10..20 {
+            let id = policy.victim(&mut |id| {
+                looks += 1;
+                id >= 10
+            });
+            assert_eq!(id, Some(expected), "{}", policy.name());
+            policy.remove(expected, true);
+        }
+        assert_eq!(looks, 20, "{}: ten refusals, ten victims", policy.name());
+    }
+}
+
+#[test]
+fn memory_for_many_chunks_is_not_touched_until_used() {
+    let resident_kib = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
+    };
+    let before = resident_kib();
+    let made: Vec<_> = policies(1 << 25).collect();
+    let grown = resident_kib().saturating_sub(before);
+    // Touched, it would be 3.4 GiB; the tests that run beside this one take some.
+    assert!(grown < 1 << 20, "{grown} KiB for {} policies that hold nothing", made.len());
+}
+
+#[test]
+fn a_call_in_the_wrong_state_stops_a_debug_build_and_harms_no_release_build() {
+    for kind in PolicyKind::ALL {
+        let wrong: [fn(&mut dyn Policy); 4] =
+            [|p| p.touch(1), |p| p.remove(1, true), |p| p.insert(0, 0, None), |p| p.insert(4, 0, None)];
+        for call in wrong {
+            let result = std::panic::catch_unwind(|| {
+                let mut policy = build(kind, 4);
+                policy.insert(0, 0, None);
+                call(&mut *policy);
+                policy.dump()
+            });
+            assert_eq!(result.is_err(), cfg!(debug_assertions), "{kind}");
+            assert!(
+                result.is_err() || result.is_ok_and(|dump| dump == [0]),
+                "{kind}: the call was not ignored"
+            );
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! The engine's segments: made at its start, given up at its end.
+//!
+//! **Who may.** Starts of one name are put in order by a lock on the engine segment's *file*, held for the engine's
+//! life ([`takeover`]); that an engine *lives* is told by its owner word alone. A living engine is never replaced.
+//!
+//! **In which order.** The engine's file comes first and goes last, the magics are written last and the engine's last
+//! of all: so whoever holds the lock on the current engine file may do with the other segments what it likes, and a
+//! death at any line leaves something that the next start recognises as half-made and sweeps ([`sweep`]).
+//!
+//! **Never in place.** What a predecessor left is marked retired, its sleepers woken, and unlinked; the new segments
+//! are new inodes. (This release always starts cold. A warm one would take over in `takeover::Found`.)
+
+pub(crate) mod sweep;
+mod takeover;
+#[cfg(test)]
+mod tests;
+
+pub use sweep::{Removed, remove};
+pub use takeover::ColdStart;
+
+use crate::preflight::{self, NoRoom, Room};
+use crate::stats;
+use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, OWNER_WORD, Places, store_text};
+use kvring_shm_abi::futex::{self, Deadline};
+use kvring_shm_abi::life::{ClaimError, RobustList};
+use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
+use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
+use kvring_shm_abi::segment::{self, Access, EngineName, SegmentError, SegmentFile, SegmentLock};
+use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
+use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Mismatch, Superblock, boot_id, random_u64};
+use kvring_shm_abi::sync::Ordering;
+use nix::errno::Errno;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Bytes behind the arena: the page with its superblock.
+pub const ARENA_TRAILER: u64 = 4096;
+
+const PAGE: u64 = 4096;
+
+/// How long a start waits for the clients of its predecessor to let go of the old arena, where the new one has no
+/// room beside it. They are woken, and let go as soon as their copies have ended.
+const LET_GO: Duration = Duration::from_secs(3);
+
+/// Why segments could not be made or removed.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// An engine of that name lives.
+    #[error(
+        "an engine named {name} runs already (pid {pid}); stop it, use another --name, \
+         or take its segments away with `kvring remove --name {name} --force`"
+    )]
+    AlreadyRunning {
+        /// The engine's name.
+        name: EngineName,
+        /// Its process, in its own PID namespace.
+        pid: u32,
+    },
+    /// Another process holds the lock, and its segment is not complete.
+    #[error("another engine named {name} is starting or being removed: waited {waited_ms} ms for it; try again")]
+    Starting {
+        /// The engine's name.
+        name: EngineName,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
+    /// The engine is dead, but what is left of its process still holds the lock.
+    #[error(
+        "the engine named {name} (pid {pid}) is dead, but still exiting: waited {waited_ms} ms for it; try again"
+    )]
+    Exiting {
+        /// The engine's name.
+        name: EngineName,
+        /// Its process, in its own PID namespace.
+        pid: u32,
+        /// How long it was waited for.
+        waited_ms: u64,
+    },
+    /// The lock is held by an engine whose segment this build cannot read.
+    #[error("an engine named {name} of another build runs: {mismatch}; stop it, or use another --name")]
+    OtherBuild {
+        /// The engine's name.
+        name: EngineName,
+        /// In what it differs.
+        mismatch: Mismatch,
+    },
+    /// Somebody removed the segments while they were being made.
+    #[error("the segments of {name} were removed while they were being made (`kvring remove --force`?); try again")]
+    Removed {
+        /// The engine's name.
+        name: EngineName,
+    },
+    /// The arena does not fit.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    /// A segment.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// A segment is too short for what belongs into it.
+    #[error(transparent)]
+    Bounds(#[from] OutOfBounds),
+    /// The kernel or a sandbox has no robust futexes, by which deaths are noticed.
+    #[error("this system refuses set_robust_list, which kvring needs: {0} (gVisor? seccomp?)")]
+    RobustLists(std::io::Error),
+    /// A life word of a fresh segment was taken.
+    #[error("a life word of a fresh segment: {0}")]
+    Claim(#[from] ClaimError),
+    /// No random numbers.
+    #[error("no random numbers for the arena's id: {0}")]
+    Random(std::io::Error),
+    /// A name could not be removed.
+    #[error("segment {name}: unlink: {errno}; remove it by hand")]
+    Unlink {
+        /// The segment.
+        name: String,
+        /// Why.
+        errno: Errno,
+    },
+}
+
+/// What an engine is to be.
+#[derive(Clone, Debug)]
+pub struct Setup<'a> {
+    /// Its name.
+    pub name: &'a EngineName,
+    /// Its arena.
+    pub geometry: Geometry,
+    /// How often its beat moves at least, in microseconds: for `status`.
+    pub beat_interval_us: u32,
+    /// The eviction policy's name: for `status`.
+    pub policy: &'a str,
+    /// How long to wait for another start, or for a predecessor that is still exiting.
+    pub wait: Duration,
+}
+
+/// Everything in shared memory that the service thread needs. It belongs to the thread that made it (the kernel ties
+/// the life words to that thread, and a thread has one such list), and a drop without
+/// [`Segments::retire_and_unlink`] looks like the engine's death.
+pub struct Segments {
+    // Dropped first: the life words are given up while everything else still stands.
+    robust: RobustList,
+    /// Views of the engine's own segment.
+    pub engine: EngineSegment,
+    /// Views of the lobby.
+    pub lobby: Lobby,
+    arena: Arc<SegmentFile>,
+    engine_file: Arc<SegmentFile>,
+    name: EngineName,
+    geometry: Geometry,
+    arena_id: [u64; 2],
+    cold_start: Option<ColdStart>,
+    // Dropped last: while the lock is held, nobody else sweeps.
+    _lock: SegmentLock,
+}
+
+/// A place in the code at which a test may kill the process.
+#[inline]
+fn checkpoint(_place: &str) {
+    #[cfg(test)]
+    tests::die_at(_place);
+}
+
+impl Segments {
+    /// Makes all segments of an engine, after sweeping what a predecessor left. The incarnation is odd until the
+    /// service loop begins to serve. Call it on the service thread.
+    ///
+    /// # Errors
+    /// An engine of that name lives or starts; the arena does not fit; a segment of that name is not ours.
+    pub fn create(setup: &Setup<'_>) -> Result<Segments, SetupError> {
+        let claimed = takeover::claim_name(setup)?;
+        checkpoint("claimed");
+        let room = || preflight::check(&setup.geometry, &Room::now());
+        let deadline = Deadline::after(if claimed.cold_start.is_some() { LET_GO } else { Duration::ZERO });
+        while let Err(no_room) = room() {
+            if deadline.passed() {
+                return Err(no_room.into());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Segments::build(setup, claimed)
+    }
+
+    fn build(setup: &Setup<'_>, claimed: takeover::Claimed) -> Result<Segments, SetupError> {
+        let (name, geometry) = (setup.name, setup.geometry);
+        let places = Places::of(&geometry);
+        let file = claimed.unfinished.file();
+        // Allocated before it gets its length: no peer ever maps a page of it that is not there.
+        file.allocate(0, places.slots_at)?;
+        checkpoint("allocated");
+        file.grow(places.bytes)?;
+        let engine = EngineSegment::new(Arc::new(file.map(places.bytes, Access::ReadWrite)?), &geometry)?;
+        engine.epoch().begin_recovery();
+        let mut robust = RobustList::register(engine.life_words.clone()).map_err(SetupError::RobustLists)?;
+        // The owner word first: from here on our death is noticed.
+        robust.claim(OWNER_WORD)?;
+        checkpoint("owned");
+        for index in (0..LIFE_WORDS).filter(|index| *index != OWNER_WORD) {
+            robust.claim(index)?;
+        }
+        describe(&engine, setup);
+        stats::initialise(&engine.stats);
+        checkpoint("described");
+
+        let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
+        let identity = |kind, segment_bytes| Identity {
+            kind,
+            segment_bytes,
+            arena_id,
+            boot_id: boot_id(),
+            geometry,
+        };
+        let lobby = Lobby::new(Arc::new(segment::create_shared(&name.lobby(), LOBBY_BYTES)?))?;
+        checkpoint("lobby");
+        let arena_file_bytes = geometry.arena_bytes + ARENA_TRAILER;
+        let arena = SegmentFile::create(&name.arena(), arena_file_bytes)?;
+        arena.allocate(geometry.arena_bytes, ARENA_TRAILER)?;
+        checkpoint("arena");
+        let trailer = arena.map(arena_file_bytes, Access::ReadWrite)?;
+        arena_superblock(&trailer)?.write(&identity(Kind::Arena, arena_file_bytes));
+        // The engine does not keep the arena mapped: it never looks at its bytes, and dies faster without.
+        drop(trailer);
+        checkpoint("arena magic");
+        lobby.superblock()?.write(&identity(Kind::Lobby, LOBBY_BYTES as u64));
+        checkpoint("lobby magic");
+        if !file.is_current() {
+            return Err(SetupError::Removed { name: name.clone() });
+        }
+        engine.superblock().write(&identity(Kind::Engine, places.bytes));
+        checkpoint("engine magic");
+        tracing::info!(
+            name = %name, arena_bytes = geometry.arena_bytes, slab_bytes = geometry.slab_bytes,
+            arena_id = %format_args!("{:016x}{:016x}", arena_id[1], arena_id[0]),
+            "segments are ready"
+        );
+        let (engine_file, lock) = claimed.unfinished.finish();
+        Ok(Segments {
+            robust,
+            engine,
+            lobby,
+            arena: Arc::new(arena),
+            engine_file: Arc::new(engine_file),
+            name: name.clone(),
+            geometry,
+            arena_id,
+            cold_start: claimed.cold_start,
+            _lock: lock,
+        })
+    }
+
+    /// The engine's name.
+    #[must_use]
+    pub fn name(&self) -> &EngineName {
+        &self.name
+    }
+
+    /// The arena's geometry.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// Names this arena; no other ever has the same.
+    #[must_use]
+    pub fn arena_id(&self) -> [u64; 2] {
+        self.arena_id
+    }
+
+    /// Why what a predecessor left was not kept; `None` where there was none.
+    #[must_use]
+    pub fn cold_start(&self) -> Option<&ColdStart> {
+        self.cold_start.as_ref()
+    }
+
+    /// The arena's file, for the [allocator](crate::allocator).
+    #[must_use]
+    pub fn arena(&self) -> Arc<SegmentFile> {
+        self.arena.clone()
+    }
+
+    /// What gives slot headers their memory, for the cache's slot table.
+    #[must_use]
+    pub fn slot_memory(&self) -> SlotMemory {
+        SlotMemory {
+            file: self.engine_file.clone(),
+            slots_at: Places::of(&self.geometry).slots_at,
+            slots: self.geometry.slot_count() as u64,
+        }
+    }
+
+    /// Has somebody taken the segments away (`kvring remove --force`)? Then the engine must end: new clients cannot
+    /// find it, and a successor may run already. One load.
+    #[inline]
+    #[must_use]
+    pub fn is_retired(&self) -> bool {
+        self.engine.superblock().is_retired()
+    }
+
+    /// A clean end: everything is retired, unlinked, and every sleeper woken. Nothing stays in `/dev/shm`.
+    ///
+    /// (Without recovery there is nothing to keep the segments for. A release that can restart warm would leave them
+    /// as a death does: drop `self` instead.)
+    ///
+    /// # Errors
+    /// A name could not be removed; everything else has been done all the same.
+    pub fn retire_and_unlink(self) -> Result<Removed, SetupError> {
+        // Retired by somebody else: then the names are that somebody's to remove, and may lead to a successor's
+        // segments by now. (A process that is stopped between this look and the last unlink, for as long as a forced
+        // removal and a new start take, would unlink the successor's names. Nothing short of that does.)
+        let ours = !self.is_retired() && self.engine_file.is_current();
+        let removed = if ours {
+            sweep::retire_engine(&self.engine);
+            checkpoint("retired");
+            sweep::satellites(&self.name).and_then(|mut removed| {
+                checkpoint("satellites gone");
+                removed.unlink(&self.name.engine_segment())?;
+                Ok(removed)
+            })
+        } else {
+            Ok(Removed::default())
+        };
+        checkpoint("unlinked");
+        drop(self.robust);
+        futex::wake_all(self.engine.epoch().incarnation_word());
+        removed
+    }
+}
+
+/// Gives slot headers their memory: the slot table is sparse until slabs get their class.
+pub struct SlotMemory {
+    file: Arc<SegmentFile>,
+    slots_at: u64,
+    slots: u64,
+}
+
+impl SlotMemory {
+    /// Makes sure that the headers of `count` slots from `first` on are backed by memory. Repeatable.
+    ///
+    /// # Errors
+    /// No room, or no such slots.
+    pub fn ensure(&self, first: u32, count: u32) -> Result<(), SegmentError> {
+        let (first, end) = (u64::from(first), u64::from(first) + u64::from(count));
+        if end > self.slots {
+            return Err(SegmentError::TooShort {
+                name: self.file.name().to_owned(),
+                expected: self.slots_at + end * SLOT_HEADER_BYTES as u64,
+                found: self.slots_at + self.slots * SLOT_HEADER_BYTES as u64,
+            });
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        let bytes = SLOT_HEADER_BYTES as u64;
+        let start = (self.slots_at + first * bytes) / PAGE * PAGE;
+        let stop = (self.slots_at + end * bytes).next_multiple_of(PAGE);
+        self.file.allocate(start, stop - start)
+    }
+}
+
+/// The superblock of a wholly mapped arena: on its last page, whatever its geometry.
+fn arena_superblock(mapping: &Mapping) -> Result<&Superblock, OutOfBounds> {
+    let last_page = mapping.len().saturating_sub(ARENA_TRAILER as usize);
+    mapping.at(last_page)
+}
+
+/// What `status` shows.
+fn describe(engine: &EngineSegment, setup: &Setup<'_>) {
+    let info = engine.info();
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    info.pid.store(std::process::id(), Ordering::Relaxed);
+    info.beat_interval_us.store(setup.beat_interval_us, Ordering::Relaxed);
+    info.started_unix_ns.store(u64::try_from(since_epoch.as_nanos()).unwrap_or(0), Ordering::Relaxed);
+    store_text(&info.policy, setup.policy.as_bytes());
+}

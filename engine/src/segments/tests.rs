@@ -1,0 +1,460 @@
+//! With real segments in `/dev/shm`, and with real processes where a death is needed: this test binary runs itself
+//! again ([`child`]) and is killed.
+
+use super::takeover::Found;
+use super::*;
+use kvring_shm_abi::life::Life;
+use kvring_shm_abi::sync::AtomicU32;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+const CHILD_NAME: &str = "KVRING_TEST_SEGMENTS";
+const CHILD_MODE: &str = "KVRING_TEST_MODE";
+const CHILD_DIES_AT: &str = "KVRING_TEST_DIES_AT";
+
+/// Kills this process where the environment says so: see [`checkpoint`].
+pub(super) fn die_at(place: &str) {
+    if std::env::var(CHILD_DIES_AT).is_ok_and(|wanted| wanted == place) {
+        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
+    }
+}
+
+/// A name of its own for a test, and a clean `/dev/shm` before and after it.
+struct Name(EngineName);
+
+impl Name {
+    fn new(tag: &str) -> Name {
+        let name = EngineName::new(&format!("t-seg-{tag}-{}", std::process::id())).unwrap();
+        remove(&name, true, WAIT).unwrap();
+        Name(name)
+    }
+
+    fn setup(&self) -> Setup<'_> {
+        Setup {
+            name: &self.0,
+            geometry: Geometry::new(4 << 20, 1 << 20).unwrap(),
+            beat_interval_us: 10_000,
+            policy: "lru",
+            wait: WAIT,
+        }
+    }
+
+    fn start(&self) -> Result<Segments, SetupError> {
+        Segments::create(&self.setup())
+    }
+
+    fn path(&self, segment: &str) -> PathBuf {
+        PathBuf::from(segment::SHM_DIR).join(segment.trim_start_matches('/'))
+    }
+
+    fn inodes(&self) -> [u64; 3] {
+        [self.0.engine_segment(), self.0.lobby(), self.0.arena()]
+            .map(|segment| std::fs::metadata(self.path(&segment)).unwrap().ino())
+    }
+
+    /// File names under this name.
+    fn files(&self) -> Vec<String> {
+        let files = std::fs::read_dir(segment::SHM_DIR).unwrap();
+        files
+            .map(|file| file.unwrap().file_name().into_string().unwrap())
+            .filter(|file| file.starts_with(&self.0.prefix()))
+            .collect()
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        let _ = remove(&self.0, true, Duration::from_millis(10));
+    }
+}
+
+const WAIT: Duration = Duration::from_secs(10);
+const SHORT: Duration = Duration::from_millis(60);
+
+/// A mapped segment as a client has it.
+fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
+    let file = SegmentFile::open(&name.engine_segment(), Access::ReadOnly).unwrap();
+    let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadOnly).unwrap());
+    let identity = mapping.at::<Superblock>(0).unwrap().read(Kind::Engine, mapping.len() as u64).unwrap();
+    (EngineSegment::new(mapping, &identity.geometry).unwrap(), identity)
+}
+
+fn arena_identity(name: &EngineName) -> (Mapping, Identity) {
+    let file = SegmentFile::open(&name.arena(), Access::ReadWrite).unwrap();
+    let mapping = file.map(file.len().unwrap(), Access::ReadWrite).unwrap();
+    let identity = arena_superblock(&mapping).unwrap().read(Kind::Arena, mapping.len() as u64).unwrap();
+    (mapping, identity)
+}
+
+#[test]
+fn a_start_makes_everything_and_a_clean_end_leaves_nothing() {
+    let name = Name::new("clean");
+    let segments = name.start().unwrap();
+    assert_eq!(segments.cold_start(), None);
+    let (engine, identity) = client_view(&name.0);
+    assert_eq!(engine.epoch().incarnation(), 1, "odd until the loop serves");
+    assert!(engine.life_words.iter().all(|word| matches!(word.life(), Life::Alive { .. })));
+    assert_eq!(engine.info().pid.load(Ordering::Relaxed), std::process::id());
+    let (_, arena) = arena_identity(&name.0);
+    let lobby = segments.lobby.superblock().unwrap().read(Kind::Lobby, LOBBY_BYTES as u64).unwrap();
+    assert_eq!([identity.arena_id, arena.arena_id, lobby.arena_id], [segments.arena_id(); 3]);
+    assert!(crate::stats::Snapshot::read(&engine.stats).is_ok());
+    let memory = segments.slot_memory();
+    memory.ensure(255, 2).unwrap();
+    memory.ensure(0, 0).unwrap();
+    memory.ensure(0, 1024).unwrap();
+    assert!(matches!(memory.ensure(1000, 25), Err(SegmentError::TooShort { .. })));
+    let removed = segments.retire_and_unlink().unwrap();
+    assert_eq!((removed.segments, name.files()), (3, vec![]));
+    assert!(engine.superblock().is_retired());
+    assert!(engine.life_words.iter().all(|word| word.life() == Life::Dead));
+}
+
+#[test]
+fn a_second_engine_is_refused_while_the_first_lives() {
+    let name = Name::new("second");
+    let first = name.start().unwrap();
+    let before = name.inodes();
+    let began = std::time::Instant::now();
+    let error = name.start().err().unwrap();
+    assert!(matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == std::process::id()), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(2), "a living engine is not waited for");
+    assert!(matches!(remove(&name.0, false, SHORT), Err(SetupError::AlreadyRunning { .. })));
+    assert_eq!(name.inodes(), before);
+    assert!(!first.is_retired());
+}
+
+#[test]
+fn a_restart_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
+    let name = Name::new("restart");
+    let first = name.start().unwrap();
+    let (old, old_identity) = client_view(&name.0);
+    let (old_arena, _) = arena_identity(&name.0);
+    let (old_lobby, old_inodes) = (first.lobby.clone(), name.inodes());
+    let channel = name.0.client(3, 0xabc);
+    drop(SegmentFile::create(&channel, 4096).unwrap());
+    // As the kernel leaves it: words marked, lock free, segments there.
+    drop(first);
+    assert_eq!(old.life_words[OWNER_WORD].life(), Life::Dead);
+    // One sleeps on a word that a death does not change: only the successor's sweep can wake it.
+    let sleeper = std::thread::spawn({
+        let (view, _) = client_view(&name.0);
+        move || sleep_on(view.epoch().incarnation_word(), &view)
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    let second = name.start().unwrap();
+    assert!(sleeper.join().unwrap(), "the sleeper was not woken");
+    assert_eq!(second.cold_start(), Some(&ColdStart::Died));
+    assert!(name.inodes().iter().all(|inode| !old_inodes.contains(inode)));
+    assert_ne!(second.arena_id(), old_identity.arena_id);
+    assert!(old.superblock().is_retired());
+    assert!(old_lobby.superblock().unwrap().is_retired());
+    assert!(arena_superblock(&old_arena).unwrap().is_retired());
+    assert_eq!(old.epoch().incarnation(), 1, "nothing was zeroed in place");
+    assert!(!second.is_retired());
+    assert_eq!(name.files().len(), 3, "the stale channel is gone");
+}
+
+/// True when woken, rather than timed out, with the segment retired by then.
+fn sleep_on(word: &AtomicU32, view: &EngineSegment) -> bool {
+    let deadline = Deadline::after(WAIT);
+    let value = word.load(Ordering::Acquire);
+    while !view.superblock().is_retired() {
+        if futex::wait_any(&[(word, value)], deadline) == futex::Woken::TimedOut {
+            return false;
+        }
+    }
+    true
+}
+
+#[test]
+fn a_half_created_segment_is_swept_unless_its_creator_is_still_at_it() {
+    let name = Name::new("half");
+    for bytes in [0, 100, 4096, 1 << 20] {
+        let half = SegmentFile::create(&name.0.engine_segment(), bytes).unwrap();
+        drop(SegmentFile::create(&name.0.arena(), 8192).unwrap());
+        drop(SegmentFile::create(&name.0.lobby(), 17).unwrap());
+        let lock = half.try_lock().unwrap();
+        let error = Segments::create(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
+        assert!(matches!(&error, SetupError::Starting { waited_ms, .. } if *waited_ms >= 60), "{error}");
+        assert!(half.is_current(), "a locked one stays");
+        drop(lock);
+        let segments = name.start().unwrap();
+        assert_eq!(segments.cold_start(), Some(&ColdStart::HalfCreated));
+        assert!(!half.is_current());
+        segments.retire_and_unlink().unwrap();
+    }
+}
+
+#[test]
+fn other_geometries_and_other_builds_start_cold() {
+    let name = Name::new("other");
+    let old = name.start().unwrap().geometry();
+    let larger = Setup { geometry: Geometry::new(8 << 20, 2 << 20).unwrap(), ..name.setup() };
+    let segments = Segments::create(&larger).unwrap();
+    assert_eq!(segments.cold_start(), Some(&ColdStart::OtherGeometry { found: old }));
+    // Another ABI version: at offset 8 of every superblock.
+    let view = segments.engine.clone();
+    drop(segments);
+    write_byte(&name, 8, 99);
+    let segments = name.start().unwrap();
+    assert_eq!(segments.cold_start(), Some(&ColdStart::OtherBuild(Mismatch::AbiVersion(99))));
+    assert!(view.superblock().is_retired(), "what all builds share is marked in theirs as well");
+    // While the other build's engine holds its lock, it is left alone.
+    write_byte(&name, 8, 98);
+    let refused = Segments::create(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
+    assert!(matches!(refused, SetupError::OtherBuild { .. }), "{refused}");
+    assert!(segments.engine_file.is_current());
+}
+
+fn write_byte(name: &Name, at: u64, value: u8) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(name.path(&name.0.engine_segment())).unwrap();
+    file.write_all_at(&[value], at).unwrap();
+}
+
+#[test]
+fn segments_from_before_a_reboot_are_dead_whatever_their_words_say() {
+    if boot_id() == [0, 0] {
+        return;
+    }
+    let name = Name::new("boot");
+    let living = name.start().unwrap();
+    let (_, identity) = client_view(&name.0);
+    let found = || Found::look(&living.engine_file).unwrap();
+    assert!(found().living().is_some());
+    living.engine.superblock().write(&Identity { boot_id: [0, 0], ..identity });
+    assert!(found().living().is_some(), "an unreadable boot id is unknown, not another");
+    living.engine.superblock().write(&Identity { boot_id: [1, 2], ..identity });
+    assert_eq!(found().living(), None);
+}
+
+#[test]
+fn a_segment_that_others_may_read_is_refused_and_can_be_removed() {
+    let name = Name::new("mode");
+    drop(name.start().unwrap());
+    for segment in [name.0.engine_segment(), name.0.arena()] {
+        let mode = |bits| std::fs::set_permissions(name.path(&segment), std::fs::Permissions::from_mode(bits));
+        mode(0o644).unwrap();
+        let error = name.start().err().unwrap();
+        assert!(
+            matches!(&error, SetupError::Segment(SegmentError::WrongMode { found: 0o644, .. })),
+            "{segment}: {error}"
+        );
+        mode(0o600).unwrap();
+    }
+    std::fs::set_permissions(name.path(&name.0.lobby()), std::fs::Permissions::from_mode(0o666)).unwrap();
+    let removed = remove(&name.0, false, WAIT).unwrap();
+    assert_eq!((removed.segments, name.files()), (3, vec![]));
+    assert!(removed.bytes >= LOBBY_BYTES as u64);
+}
+
+#[test]
+fn an_arena_that_does_not_fit_is_refused_with_numbers_and_leaves_nothing() {
+    let name = Name::new("large");
+    let bytes = (segment::available_bytes() >> 20 << 20) + (64 << 20);
+    let setup = Setup { geometry: Geometry::new(bytes, 1 << 20).unwrap(), ..name.setup() };
+    let error = Segments::create(&setup).err().unwrap();
+    assert!(matches!(&error, SetupError::NoRoom(no) if no.needed.0 > no.available.0), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("--arena") && text.contains("GiB"), "{text}");
+    assert_eq!(name.files(), Vec::<String>::new());
+}
+
+#[test]
+fn force_takes_a_living_engines_segments_and_that_one_does_not_touch_its_successors() {
+    let name = Name::new("force");
+    let first = name.start().unwrap();
+    let removed = remove(&name.0, true, SHORT).unwrap();
+    assert_eq!((removed.forced_pid, removed.segments), (Some(std::process::id()), 3));
+    assert!(first.is_retired(), "the engine sees it");
+    assert!(matches!(first.engine.life_words[OWNER_WORD].life(), Life::Alive { .. }));
+    let inodes = std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                let second = name.start().unwrap();
+                assert_eq!(second.cold_start(), None);
+                name.inodes()
+            })
+            .join()
+            .unwrap()
+    });
+    assert_eq!(first.retire_and_unlink().unwrap(), Removed::default());
+    assert_eq!(name.inodes(), inodes, "the names are the successor's");
+}
+
+#[test]
+fn remove_sweeps_leftovers_without_an_engine() {
+    let name = Name::new("left");
+    assert_eq!(remove(&name.0, false, WAIT).unwrap(), Removed::default());
+    drop(SegmentFile::create(&name.0.lobby(), 4096).unwrap());
+    drop(SegmentFile::create(&name.0.client(1, 2), 4096).unwrap());
+    assert_eq!(remove(&name.0, false, WAIT).unwrap().segments, 2);
+    assert_eq!(name.files(), Vec::<String>::new());
+    drop(SegmentFile::create(&name.0.arena(), 4096).unwrap());
+    assert_eq!(name.start().unwrap().cold_start(), None, "a start sweeps them as well");
+}
+
+#[test]
+fn of_many_starts_at_once_one_wins() {
+    let name = Name::new("race");
+    for round in 0..20 {
+        let barrier = std::sync::Barrier::new(4);
+        let over = std::sync::Barrier::new(4);
+        let winners: usize = std::thread::scope(|scope| {
+            let starts: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        barrier.wait();
+                        let result = name.start();
+                        // The winner lives until all others have been refused.
+                        over.wait();
+                        match result {
+                            Ok(segments) => {
+                                assert!(segments.engine_file.is_current());
+                                1
+                            }
+                            Err(SetupError::AlreadyRunning { .. }) => 0,
+                            Err(error) => panic!("{error}"),
+                        }
+                    })
+                })
+                .collect();
+            starts.into_iter().map(|start| start.join().unwrap()).sum()
+        });
+        assert_eq!(winners, 1, "round {round}");
+        assert_eq!(name.files().len(), 3);
+    }
+}
+
+/// Not a test of its own: what a child process of the tests below does.
+#[test]
+fn child() {
+    let (Ok(name), Ok(mode)) = (std::env::var(CHILD_NAME), std::env::var(CHILD_MODE)) else { return };
+    let name = Name(EngineName::new(&name).unwrap());
+    if mode == "churn" {
+        println!("ready");
+        // Until it is killed: a start after a death, a start after a clean end, by turns.
+        loop {
+            drop(name.start().unwrap());
+            name.start().unwrap().retire_and_unlink().unwrap();
+        }
+    }
+    let segments = name.start().unwrap();
+    println!("ready");
+    if mode == "live" {
+        std::thread::sleep(Duration::from_secs(60));
+    }
+    segments.retire_and_unlink().unwrap();
+    println!("survived");
+}
+
+fn spawn_child(name: &Name, mode: &str, dies_at: &str) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "segments::tests::child", "--nocapture", "--test-threads=1"])
+        .env(CHILD_NAME, name.0.as_str())
+        .env(CHILD_MODE, mode)
+        .env(CHILD_DIES_AT, dies_at)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// The harness writes its own words before ours on the same line.
+fn wait_ready(child: &mut Child) -> bool {
+    BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok).any(|line| line.ends_with("ready"))
+}
+
+fn kill(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_killed_engine_is_noticed_and_succeeded() {
+    let name = Name::new("kill");
+    let mut engine = spawn_child(&name, "live", "");
+    assert!(wait_ready(&mut engine));
+    let error = name.start().err().unwrap();
+    assert!(matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == engine.id()), "{error}");
+    let (old, _) = client_view(&name.0);
+    let raw = old.life_words[7].raw();
+    kill(engine);
+    assert_ne!(old.life_words[7].raw(), raw);
+    assert!(old.life_words.iter().all(|word| word.life() == Life::Dead));
+    assert_eq!(name.start().unwrap().cold_start(), Some(&ColdStart::Died));
+}
+
+/// Every place that [`checkpoint`] names on the way up, then on the way down.
+const PLACES: [&str; 13] = [
+    "opened",
+    "claimed",
+    "allocated",
+    "owned",
+    "described",
+    "lobby",
+    "arena",
+    "arena magic",
+    "lobby magic",
+    "engine magic",
+    "retired",
+    "satellites gone",
+    "unlinked",
+];
+/// Those before which no client may find an engine.
+const UNTIL_COMPLETE: [&str; 9] =
+    ["opened", "claimed", "allocated", "owned", "described", "lobby", "arena", "arena magic", "lobby magic"];
+/// And on the way up where a predecessor is swept first.
+const SWEEP_PLACES: [&str; 5] = [
+    "satellites retired",
+    "lobby gone",
+    "predecessor retired",
+    "predecessor's satellites gone",
+    "predecessor gone",
+];
+
+#[test]
+fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
+    let name = Name::new("places");
+    for (place, predecessor) in
+        PLACES.iter().map(|place| (place, false)).chain(SWEEP_PLACES.iter().map(|place| (place, true)))
+    {
+        if predecessor {
+            drop(name.start().unwrap());
+        }
+        let mut child = spawn_child(&name, "once", place);
+        let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+        child.wait().unwrap();
+        assert!(!output.contains("survived"), "{place} was not reached");
+        if !predecessor && UNTIL_COMPLETE.contains(place) {
+            let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadWrite);
+            let complete = file.is_ok_and(|file| !matches!(Found::look(&file).unwrap(), Found::Incomplete));
+            assert!(!complete, "{place}: the engine's magic comes last");
+        }
+        let segments = name.start().unwrap_or_else(|error| panic!("after a death at {place:?}: {error}"));
+        assert_eq!(name.files().len(), 3, "{place}");
+        segments.retire_and_unlink().unwrap();
+        assert_eq!(name.files(), Vec::<String>::new(), "{place}");
+    }
+}
+
+#[test]
+fn a_death_at_random_leaves_what_the_next_start_sweeps() {
+    let name = Name::new("random");
+    for round in 0..30u64 {
+        let mut child = spawn_child(&name, "churn", "");
+        assert!(wait_ready(&mut child));
+        // Spread over several turns of the child's loop, which takes about a millisecond.
+        std::thread::sleep(Duration::from_micros(round * 7919 % 5000));
+        kill(child);
+        let segments = name.start().unwrap_or_else(|error| panic!("round {round}: {error}"));
+        assert_eq!(name.files().len(), 3);
+        // Left for the next child, half of the time.
+        if round % 2 == 0 {
+            segments.retire_and_unlink().unwrap();
+        }
+    }
+}

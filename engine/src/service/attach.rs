@@ -1,0 +1,122 @@
+//! The lobby: who comes, who goes, who died.
+//!
+//! A claimed life word is a claim, whatever its owner managed to do afterwards. Only this module turns a dead word back
+//! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry.
+
+use super::Service;
+use super::connection::{Claim, Connection};
+use crate::stats::Stat;
+use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::{CLIENTS_MAX, Role};
+use kvring_shm_abi::segment;
+
+impl Service {
+    /// Is there a claim in this entry that has not been judged yet?
+    pub(super) fn wants_judgement(&self, entry: usize) -> bool {
+        self.connections[entry].is_none()
+            && self.segments.lobby.entries[entry]
+                .read_nonce()
+                .is_some_and(|nonce| nonce != self.judged[entry])
+    }
+
+    /// Looks at every entry of the lobby.
+    pub(super) fn look_around(&mut self) {
+        for entry in 0..CLIENTS_MAX {
+            match self.segments.lobby.life_words[entry].life() {
+                Life::Unclaimed => {}
+                Life::Dead => self.reclaim(entry),
+                Life::Alive { .. } => {
+                    if self.wants_judgement(entry) {
+                        self.judge(entry);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Attaches the client in `entry`, or says why not. Each claim is judged once.
+    fn judge(&mut self, entry: usize) {
+        let Some(content) = self.segments.lobby.entries[entry].read() else { return };
+        self.judged[entry] = content.nonce;
+        let incarnation = self.segments.engine.epoch().incarnation();
+        let status = match Role::from_u32(content.role) {
+            None => AttachStatus::BadRole,
+            Some(_) if content.incarnation != incarnation => AttachStatus::Stale,
+            Some(role) => {
+                let claim = Claim {
+                    entry,
+                    role,
+                    nonce: content.nonce,
+                    incarnation,
+                    payload_words: content.payload_words,
+                    name: content.name.clone(),
+                };
+                match Connection::open(self.segments.name(), claim) {
+                    Ok(connection) => {
+                        self.connections[entry] = Some(connection);
+                        self.active |= 1 << entry;
+                        AttachStatus::Attached
+                    }
+                    Err(error) => {
+                        tracing::warn!(entry, client = %content.name, %error, "cannot open the client's channel");
+                        AttachStatus::BadChannel
+                    }
+                }
+            }
+        };
+        if status == AttachStatus::Attached {
+            let role = Role::from_u32(content.role).map_or("", Role::as_str);
+            tracing::info!(entry, client = %content.name, role, pid = content.pid, "client attached");
+            self.stat(Stat::Attaches, 1);
+        } else {
+            tracing::warn!(entry, client = %content.name, ?status, "client refused");
+            self.stat(Stat::Refusals, 1);
+        }
+        self.segments.engine.attach[entry].answer(content.nonce, status);
+    }
+
+    /// The client asked to leave: everything it had is freed, its entry waits for its life word.
+    pub(super) fn leave(&mut self, entry: usize) {
+        let Some(connection) = self.disconnect(entry) else { return };
+        self.cache.client_gone(entry as u8, connection.nonce, false);
+        self.stat(Stat::Detaches, 1);
+        tracing::info!(entry, client = %connection.name, "client left");
+        self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
+    }
+
+    /// The client broke the protocol: it is no longer listened to. What it may still write stays WRITING until it dies
+    /// or gives its entry up.
+    pub(super) fn breach(&mut self, entry: usize, reason: &dyn core::fmt::Display) {
+        let Some(connection) = self.disconnect(entry) else { return };
+        self.cache.client_gone(entry as u8, connection.nonce, true);
+        self.stat(Stat::Breaches, 1);
+        tracing::error!(entry, client = %connection.name, %reason, "client broke the protocol; detached");
+        self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Breach);
+    }
+
+    fn disconnect(&mut self, entry: usize) -> Option<Connection> {
+        self.active &= !(1 << entry);
+        self.pending.forget(entry);
+        self.connections[entry].take()
+    }
+
+    /// The owner of this entry is dead, or has given it up: everything is freed, then the entry may be claimed again.
+    fn reclaim(&mut self, entry: usize) {
+        if let Some(connection) = self.disconnect(entry) {
+            // Not said goodbye: it died.
+            self.stat(Stat::Deaths, 1);
+            tracing::warn!(entry, client = %connection.name, "client died; its leases and reservations are freed");
+        }
+        // Also what it left in quarantine when it was detached.
+        self.cache.client_gone(entry as u8, self.judged[entry], false);
+        if let Some(content) = self.segments.lobby.entries[entry].read() {
+            // Usually gone already: a client unlinks its channel as soon as both sides have it.
+            segment::unlink(&self.segments.name().client(entry, content.nonce));
+        }
+        self.judged[entry] = 0;
+        self.segments.lobby.entries[entry].clear();
+        // Last: from here on somebody else may claim it.
+        self.segments.lobby.life_words[entry].reset();
+    }
+}

@@ -1,0 +1,105 @@
+//! One attached client, as the engine sees it: its channel's ends and what it may do.
+
+use kvring_shm_abi::channel::{Channel, ChannelError};
+use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Completion, Ident};
+use kvring_shm_abi::park;
+use kvring_shm_abi::payload::Payload;
+use kvring_shm_abi::ring::{Body, Consumer, Producer, RingJump};
+use kvring_shm_abi::segment::EngineName;
+
+/// No rank: this client has not registered that namespace.
+const NO_RANK: u8 = u8::MAX;
+const _: () = assert!(RANKS_MAX <= NO_RANK as usize);
+
+pub(super) struct Connection {
+    channel: Channel,
+    submissions: Consumer,
+    completions: Producer,
+    pub(super) role: Role,
+    pub(super) nonce: u64,
+    pub(super) ident: Ident,
+    pub(super) name: String,
+    /// The rank under which this client registered each namespace.
+    ranks: [u8; NAMESPACES_MAX],
+    /// Completions pushed since the client was last looked after.
+    unannounced: bool,
+}
+
+/// What a lobby entry says, checked.
+pub(super) struct Claim {
+    pub(super) entry: usize,
+    pub(super) role: Role,
+    pub(super) nonce: u64,
+    pub(super) incarnation: u32,
+    pub(super) payload_words: u32,
+    pub(super) name: String,
+}
+
+impl Connection {
+    pub(super) fn open(engine: &EngineName, claim: Claim) -> Result<Connection, ChannelError> {
+        let channel = Channel::open(engine, claim.entry, claim.nonce, claim.payload_words)?;
+        Ok(Connection {
+            submissions: Consumer::new(channel.submissions.clone()),
+            completions: Producer::new(channel.completions.clone()),
+            channel,
+            role: claim.role,
+            nonce: claim.nonce,
+            ident: Ident { incarnation: claim.incarnation, nonce: claim.nonce as u32 },
+            name: claim.name,
+            ranks: [NO_RANK; NAMESPACES_MAX],
+            unannounced: false,
+        })
+    }
+
+    #[inline]
+    pub(super) fn pop(&mut self) -> Result<Option<Body>, RingJump> {
+        self.submissions.pop()
+    }
+
+    #[inline]
+    pub(super) fn has_news(&self) -> bool {
+        self.submissions.has_news()
+    }
+
+    pub(super) fn payload(&self) -> &Payload {
+        &self.channel.payload
+    }
+
+    /// Publishes a completion. The client is woken by `announce`.
+    #[inline]
+    pub(super) fn push(&mut self, completion: &Completion) {
+        self.completions.push(&completion.encode());
+        self.unannounced = true;
+    }
+
+    /// Wakes the client if it sleeps and something was pushed. Returns true when that took a system call.
+    #[inline]
+    pub(super) fn announce(&mut self) -> bool {
+        core::mem::take(&mut self.unannounced) && park::notify(self.channel.client_parked())
+    }
+
+    /// The rank under which this client registered a namespace.
+    pub(super) fn rank_in(&self, namespace: u32) -> Option<u32> {
+        self.ranks.get(namespace as usize).filter(|rank| **rank != NO_RANK).map(|rank| u32::from(*rank))
+    }
+
+    pub(super) fn set_rank(&mut self, namespace: usize, rank: u32) {
+        self.ranks[namespace] = rank as u8;
+    }
+
+    pub(super) fn forget_rank(&mut self, namespace: u32) -> bool {
+        match self.ranks.get_mut(namespace as usize) {
+            Some(rank) if *rank != NO_RANK => {
+                *rank = NO_RANK;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn uses(&self, namespace: usize) -> bool {
+        self.ranks[namespace] != NO_RANK
+    }
+}

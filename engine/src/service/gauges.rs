@@ -1,0 +1,37 @@
+//! Statistics that are read off the cache rather than counted as things happen.
+
+use super::Service;
+use crate::stats::Stat;
+use kvring_shm_abi::sync::Ordering;
+
+impl Service {
+    /// With each tick.
+    pub(super) fn publish_gauges(&self) {
+        let block = &self.segments.engine.stats;
+        let cache = self.cache.stats();
+        let slab_bytes = self.segments.geometry().slab_bytes;
+        let taken = self.allocator.taken();
+        self.segments.engine.info().slabs_allocated.store(taken, Ordering::Relaxed);
+        for (stat, value) in [
+            (Stat::Evictions, cache.evicted),
+            (Stat::SpansTaken, cache.spans_taken),
+            (Stat::SlotsFree, cache.slots_free),
+            (Stat::SlotsWriting, cache.slots_writing),
+            (Stat::SlotsOrphaned, cache.orphans),
+            (Stat::SlotsCommitted, cache.slots_committed),
+            (Stat::ChunksVisible, cache.chunks_visible),
+            (Stat::ChunksForming, cache.chunks_forming),
+            (Stat::Leases, cache.leases),
+            (Stat::Pins, cache.pins),
+            (Stat::Namespaces, self.registry.len() as u64),
+            (Stat::Clients, u64::from(self.active.count_ones())),
+            (Stat::ArenaBytes, self.segments.geometry().arena_bytes),
+            (Stat::ArenaBytesAllocated, u64::from(taken) * slab_bytes),
+            (Stat::ArenaBytesUsed, cache.bytes_used),
+            (Stat::SlabsFree, cache.slabs_free),
+            (Stat::AllocationStalled, u64::from(self.allocator.is_stalled())),
+        ] {
+            stat.of(block).set(value);
+        }
+    }
+}

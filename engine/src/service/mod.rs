@@ -1,0 +1,303 @@
+//! The service loop: one thread that owns everything.
+//!
+//! A turn looks at every attached client's submission ring, answers what it finds, and goes on. With nothing to do it
+//! spins for a while (adapting to how often that pays), then sleeps on its doorbell and on the life words of its
+//! clients at once. About every millisecond, and every `beat_interval` while idle, it *ticks*: the beat, the lobby,
+//! the dead, the background allocator, the statistics, a step of its own invariants.
+//!
+//! No client can hold it up: it never waits for one, takes at most [`BATCH`] requests of one ring per turn, and
+//! detaches who breaks the protocol.
+
+mod attach;
+mod clear;
+mod connection;
+mod dispatch;
+mod gauges;
+mod registry;
+mod slot_table;
+
+use crate::allocator::Allocator;
+use crate::cache::Cache;
+use crate::segments::Segments;
+use crate::stats::Stat;
+use crate::tier::{LowerTier, PendingLookups};
+use clear::Clearing;
+use connection::Connection;
+use dispatch::Scratch;
+use kvring_shm_abi::futex::{Deadline, monotonic_ns};
+use kvring_shm_abi::life::{Life, LifeWord};
+use kvring_shm_abi::lobby::CLIENTS_MAX;
+use kvring_shm_abi::park;
+use kvring_shm_abi::sync::{AtomicBool, AtomicU32, Ordering, spin_loop};
+use registry::Registry;
+pub(crate) use slot_table::SharedSlots;
+use std::sync::Arc;
+
+/// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
+const BATCH: u32 = 32;
+/// Turns between two looks at the clock.
+const CLOCK_EVERY: u32 = 32;
+/// The shortest time between two ticks: the beat moves at most at 1 kHz.
+const TICK_NS: u64 = 1_000_000;
+/// Steps of the self-check in one idle tick.
+const CHECK_STEPS: u32 = 64;
+
+/// Asks a running engine to stop, from any thread.
+#[derive(Clone)]
+pub struct StopHandle {
+    requested: Arc<AtomicBool>,
+    lobby: kvring_shm_abi::lobby::Lobby,
+}
+
+impl StopHandle {
+    /// The loop ends with its current turn.
+    pub fn stop(&self) {
+        // SYNC POINT: Release; pairs with the Acquire in `Service::run`.
+        self.requested.store(true, Ordering::Release);
+        park::notify(self.lobby.doorbell());
+    }
+}
+
+/// What the loop is told about time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
+    /// The beat moves at least this often.
+    pub(crate) beat_interval_ns: u64,
+    /// The longest spin before a sleep; 0 on one CPU.
+    pub(crate) spin_ns: u64,
+}
+
+/// Everything the service thread owns.
+pub(crate) struct Service {
+    segments: Segments,
+    cache: Cache<SharedSlots>,
+    registry: Registry,
+    connections: Vec<Option<Connection>>,
+    /// Bit per entry that has a connection: what a turn looks at.
+    active: u64,
+    /// The nonce that an entry's claim was last judged by, so that a refusal is given once.
+    judged: [u64; CLIENTS_MAX],
+    allocator: Allocator,
+    tier: Box<dyn LowerTier>,
+    pending: PendingLookups,
+    clearing: Option<Clearing>,
+    scratch: Scratch,
+    stop: Arc<AtomicBool>,
+    beat_interval_ns: u64,
+    spin: SpinBudget,
+    next_tick_ns: u64,
+    /// A self-check failed: nothing is served any more.
+    unhealthy: bool,
+}
+
+/// How long to spin before sleeping: longer while that finds work, shorter while it does not.
+struct SpinBudget {
+    max_ns: u64,
+    now_ns: u64,
+}
+
+impl SpinBudget {
+    fn new(max_ns: u64) -> SpinBudget {
+        SpinBudget { max_ns, now_ns: max_ns }
+    }
+
+    fn paid_off(&mut self) {
+        self.now_ns = (self.now_ns * 2).clamp(self.max_ns / 8, self.max_ns);
+    }
+
+    fn in_vain(&mut self) {
+        self.now_ns = (self.now_ns / 2).max(self.max_ns / 8);
+    }
+}
+
+impl Service {
+    pub(crate) fn new(
+        segments: Segments,
+        cache: Cache<SharedSlots>,
+        allocator: Allocator,
+        tier: Box<dyn LowerTier>,
+        pace: Pace,
+    ) -> Service {
+        Service {
+            cache,
+            registry: Registry::new(segments.geometry()),
+            connections: (0..CLIENTS_MAX).map(|_| None).collect(),
+            active: 0,
+            judged: [0; CLIENTS_MAX],
+            allocator,
+            tier,
+            pending: PendingLookups::new(),
+            clearing: None,
+            scratch: Scratch::new(),
+            stop: Arc::new(AtomicBool::new(false)),
+            beat_interval_ns: pace.beat_interval_ns,
+            spin: SpinBudget::new(pace.spin_ns),
+            next_tick_ns: 0,
+            unhealthy: false,
+            segments,
+        }
+    }
+
+    pub(crate) fn stop_handle(&self) -> StopHandle {
+        StopHandle { requested: self.stop.clone(), lobby: self.segments.lobby.clone() }
+    }
+
+    fn stat(&self, stat: Stat, by: u64) {
+        stat.of(&self.segments.engine.stats).add(by);
+    }
+
+    /// Serves until it is told to stop. Returns the segments, for the end.
+    pub(crate) fn run(mut self, ready: impl FnOnce()) -> Segments {
+        // Ready with its first slab: what comes later is taken as it comes.
+        self.take_slabs();
+        self.publish_gauges();
+        self.segments.engine.epoch().begin_serving();
+        kvring_shm_abi::futex::wake_all(self.segments.engine.epoch().incarnation_word());
+        ready();
+        let mut last_work = monotonic_ns();
+        let mut worked = false;
+        let mut turns = 0u32;
+        // SYNC POINT: Acquire; pairs with the Release in `StopHandle::stop`.
+        while !self.stop.load(Ordering::Acquire) {
+            if self.turn() {
+                worked = true;
+            } else {
+                spin_loop();
+            }
+            turns = turns.wrapping_add(1);
+            if !turns.is_multiple_of(CLOCK_EVERY) {
+                continue;
+            }
+            let now = monotonic_ns();
+            if now >= self.next_tick_ns {
+                self.tick(now, worked);
+            }
+            if core::mem::take(&mut worked) {
+                if now.saturating_sub(last_work) > self.spin.now_ns / 4 {
+                    self.spin.paid_off();
+                }
+                last_work = now;
+            } else if now.saturating_sub(last_work) >= self.spin.now_ns {
+                self.spin.in_vain();
+                self.park(now);
+                last_work = monotonic_ns();
+            }
+        }
+        self.farewell();
+        self.allocator.stop();
+        self.segments
+    }
+
+    /// One look at every ring. True when there was something.
+    #[inline]
+    fn turn(&mut self) -> bool {
+        let mut worked = false;
+        let mut left = self.active;
+        while left != 0 {
+            let entry = left.trailing_zeros() as usize;
+            left &= left - 1;
+            worked |= self.serve(entry);
+        }
+        if !self.pending.is_empty() {
+            worked |= self.settle_pending();
+        }
+        if self.clearing.is_some() {
+            worked |= self.go_on_clearing();
+        }
+        worked
+    }
+
+    /// Everything that is due now and then rather than on request.
+    fn tick(&mut self, now: u64, busy: bool) {
+        self.next_tick_ns = now + TICK_NS;
+        self.segments.engine.epoch().bump_beat();
+        self.look_around();
+        if self.segments.is_retired() {
+            // Somebody took our names away: new clients cannot find us, and a successor may run already.
+            tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");
+            self.stop.store(true, Ordering::Release);
+        }
+        self.take_slabs();
+        if !busy && !self.unhealthy {
+            self.check();
+        }
+        self.publish_gauges();
+    }
+
+    /// Slabs that the allocator has finished.
+    fn take_slabs(&mut self) {
+        while let Some(slab) = self.allocator.take() {
+            if let Err(error) = self.cache.add_slab(slab) {
+                tracing::error!(%error, "a slab was handed over twice");
+            }
+        }
+    }
+
+    /// A step of the self-check: what fails here is what "unhealthy" means beyond "dead".
+    fn check(&mut self) {
+        if let Err(broken) = self.cache.check_step(CHECK_STEPS) {
+            tracing::error!(%broken, "an invariant of the cache is broken; serving stops");
+            self.unhealthy = true;
+            self.stat(Stat::CheckFailures, 1);
+            self.segments.engine.info().unhealthy.store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Sleeps until somebody rings, a client dies, or the beat is due.
+    fn park(&mut self, now: u64) {
+        let lobby = self.segments.lobby.clone();
+        let doorbell = lobby.doorbell();
+        park::announce(doorbell);
+        // From here on whoever publishes something also rings. So one more look, then sleep.
+        let mut words: [(&AtomicU32, u32); CLIENTS_MAX] = [(doorbell, 0); CLIENTS_MAX];
+        let mut count = 0;
+        let mut lobby_news = false;
+        for (entry, word) in lobby.life_words.iter().enumerate() {
+            let raw = word.raw();
+            match LifeWord::interpret(raw) {
+                Life::Unclaimed => {}
+                Life::Dead => lobby_news = true,
+                Life::Alive { .. } => {
+                    lobby_news |= self.wants_judgement(entry);
+                    words[count] = (word.futex(), raw);
+                    count += 1;
+                }
+            }
+        }
+        let work = lobby_news
+            || self.rings_have_news()
+            || !self.pending.is_empty()
+            || self.clearing.is_some()
+            || self.allocator.has_news()
+            || self.stop.load(Ordering::Acquire);
+        if !work {
+            self.stat(Stat::Parks, 1);
+            park::sleep(doorbell, &words[..count], Deadline(now + self.beat_interval_ns));
+        }
+        park::retract(doorbell);
+        // What a client asks comes first; a claim, an attachment or a death is looked at when there is nothing else.
+        if lobby_news || !self.rings_have_news() {
+            self.look_around();
+        }
+    }
+
+    fn rings_have_news(&self) -> bool {
+        let mut left = self.active;
+        while left != 0 {
+            let entry = left.trailing_zeros() as usize;
+            left &= left - 1;
+            if self.connections[entry].as_ref().is_some_and(Connection::has_news) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// A clean end: everybody is told. Sleepers wake, because the incarnation is odd from here on.
+    fn farewell(&mut self) {
+        tracing::info!("stopping");
+        let epoch = self.segments.engine.epoch();
+        epoch.begin_recovery();
+        kvring_shm_abi::futex::wake_all(epoch.incarnation_word());
+    }
+}

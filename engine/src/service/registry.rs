@@ -1,0 +1,178 @@
+//! Namespaces: a registered model + KV layout + parallel geometry. The first rank fixes the world, each rank its own
+//! layout; keys never match across namespaces, because a namespace's id is part of every chunk's name.
+
+use super::Service;
+use crate::stats::Stat;
+use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
+use kvring_shm_abi::superblock::{Geometry, SHARD_UNIT, SLAB_BYTES_MAX};
+
+/// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
+pub(super) struct Registry {
+    namespaces: Vec<Option<Known>>,
+    largest_shard: u64,
+}
+
+struct Known {
+    fingerprint: [u64; 4],
+    world: u32,
+    chunk_tokens: u32,
+    /// Layout digest and bytes per shard, by rank.
+    ranks: Vec<Option<(u64, u64)>>,
+}
+
+impl Registry {
+    pub(super) fn new(geometry: Geometry) -> Registry {
+        Registry {
+            namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
+            // A shard is contiguous and does not cross a 1 GiB boundary.
+            largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
+        }
+    }
+
+    /// Ranks of a namespace; `None` for one that does not exist.
+    #[inline]
+    pub(super) fn world(&self, namespace: u32) -> Option<u32> {
+        self.namespaces.get(namespace as usize)?.as_ref().map(|known| known.world)
+    }
+
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.namespaces.iter().flatten().count()
+    }
+
+    fn find(&self, fingerprint: &[u64; 4]) -> Option<usize> {
+        self.namespaces.iter().position(|known| known.as_ref().is_some_and(|k| k.fingerprint == *fingerprint))
+    }
+}
+
+/// A registration that no correct client sends.
+#[derive(Debug, thiserror::Error)]
+#[error("a registration with {what} {got}: expected {expected}")]
+pub(super) struct Nonsense {
+    what: &'static str,
+    expected: &'static str,
+    got: u64,
+}
+
+fn check(registration: &Registration) -> Result<(), Nonsense> {
+    let nonsense = |what, expected, got| Err(Nonsense { what, expected, got });
+    if !(1..=RANKS_MAX as u32).contains(&registration.world) {
+        return nonsense("world", "1 to 64", u64::from(registration.world));
+    }
+    if registration.rank >= registration.world {
+        return nonsense("rank", "below the world", u64::from(registration.rank));
+    }
+    if registration.shard_bytes == 0 {
+        return nonsense("shard_bytes", "above 0", 0);
+    }
+    if registration.chunk_tokens == 0 {
+        return nonsense("chunk_tokens", "above 0", 0);
+    }
+    Ok(())
+}
+
+impl Service {
+    pub(super) fn register(
+        &mut self,
+        entry: usize,
+        record: u32,
+    ) -> Result<(Status, [u64; 4]), kvring_shm_abi::payload::OutOfArea> {
+        let Some(connection) = &self.connections[entry] else { return Ok((Status::Ok, [0; 4])) };
+        if connection.role != Role::Worker {
+            return Ok((Status::WrongRole, [0; 4]));
+        }
+        let mut words = [0u64; Registration::WORDS];
+        connection.payload().read(record, &mut words)?;
+        let registration: Registration = bytemuck::cast(words);
+        if let Err(nonsense) = check(&registration) {
+            self.breach(entry, &nonsense);
+            return Ok((Status::Ok, [0; 4]));
+        }
+        Ok(self.admit(entry, &registration))
+    }
+
+    fn admit(&mut self, entry: usize, registration: &Registration) -> (Status, [u64; 4]) {
+        let largest = self.registry.largest_shard;
+        if registration.shard_bytes.next_multiple_of(SHARD_UNIT) > largest {
+            return (Status::ShardTooLarge, [largest, 0, 0, 0]);
+        }
+        let id = match self.registry.find(&registration.fingerprint) {
+            Some(id) => id,
+            None => match self.found_namespace(registration) {
+                Some(id) => id,
+                None => return (Status::TooManyNamespaces, [0; 4]),
+            },
+        };
+        let Some(known) = &mut self.registry.namespaces[id] else {
+            return (Status::TooManyNamespaces, [0; 4]);
+        };
+        let rank = registration.rank as usize;
+        let differ = |what: Disagreement, expected: u64, got: u64| {
+            (Status::Disagreement, [what as u64, expected, got, 0])
+        };
+        if known.world != registration.world {
+            return differ(Disagreement::World, known.world.into(), registration.world.into());
+        }
+        if known.chunk_tokens != registration.chunk_tokens {
+            return differ(
+                Disagreement::ChunkTokens,
+                known.chunk_tokens.into(),
+                registration.chunk_tokens.into(),
+            );
+        }
+        match known.ranks[rank] {
+            Some((layout, _)) if layout != registration.layout => {
+                return differ(Disagreement::Layout, layout, registration.layout);
+            }
+            Some((_, bytes)) if bytes != registration.shard_bytes => {
+                return differ(Disagreement::ShardBytes, bytes, registration.shard_bytes);
+            }
+            Some(_) => {}
+            None => {
+                known.ranks[rank] = Some((registration.layout, registration.shard_bytes));
+                let (world, bytes) = (registration.world, registration.shard_bytes);
+                if let Err(error) = self.cache.register(id as u32, world, registration.rank, bytes) {
+                    tracing::error!(%error, "the cache refused a namespace");
+                    known.ranks[rank] = None;
+                    return (Status::TooManyNamespaces, [0; 4]);
+                }
+                self.segments.engine.namespaces[id].set_rank(rank, registration.layout, bytes);
+            }
+        }
+        if let Some(connection) = &mut self.connections[entry] {
+            connection.set_rank(id, registration.rank);
+        }
+        self.stat(Stat::Registrations, 1);
+        (Status::Ok, [id as u64, 0, 0, 0])
+    }
+
+    /// A place for a new namespace: a free one, or one that nobody uses and that holds nothing.
+    fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
+        let id = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none()).or_else(|| {
+            (0..NAMESPACES_MAX).find(|id| {
+                !self.connections.iter().flatten().any(|connection| connection.uses(*id))
+                    && self.cache.forget(*id as u32)
+            })
+        })?;
+        self.segments.engine.namespaces[id].end();
+        self.segments.engine.namespaces[id].begin(registration);
+        self.registry.namespaces[id] = Some(Known {
+            fingerprint: registration.fingerprint,
+            world: registration.world,
+            chunk_tokens: registration.chunk_tokens,
+            ranks: vec![None; registration.world as usize],
+        });
+        let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
+        tracing::info!(
+            namespace = id,
+            model,
+            world = registration.world,
+            shard_bytes = registration.shard_bytes,
+            chunk_tokens = registration.chunk_tokens,
+            "namespace registered"
+        );
+        Some(id)
+    }
+}

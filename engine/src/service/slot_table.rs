@@ -1,0 +1,64 @@
+//! The cache's slot transitions, published in the engine's segment.
+
+use crate::cache::{self, ShardHeader, SlotId, SlotTable};
+use crate::segments::{Segments, SlotMemory};
+use kvring_shm_abi::mapping::View;
+use kvring_shm_abi::message::Round;
+use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
+
+/// The slot table in shared memory. Sparse: headers get memory when their span gets its class.
+pub(crate) struct SharedSlots {
+    headers: View<SlotHeader>,
+    memory: SlotMemory,
+}
+
+impl SharedSlots {
+    pub(crate) fn new(segments: &Segments) -> SharedSlots {
+        SharedSlots { headers: segments.engine.slots.clone(), memory: segments.slot_memory() }
+    }
+}
+
+fn word(state: SlotState, owner: cache::Owner, generation: u64) -> SlotWord {
+    SlotWord { state, owner, generation }
+}
+
+impl SlotTable for SharedSlots {
+    fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader) {
+        let identity = ShardIdentity {
+            key: header.key,
+            namespace: header.namespace,
+            rank: header.rank,
+            offset: header.offset,
+            length: header.length,
+        };
+        let round = Round { source: header.round.source, number: header.round.number };
+        let writing = word(SlotState::Writing, header.owner, generation);
+        self.headers[slot as usize].begin_writing(writing, &identity, header.nonce, round.pack());
+    }
+
+    fn committed(&mut self, slot: SlotId, generation: u64, owner: cache::Owner, checksum: u64) {
+        self.headers[slot as usize].commit(word(SlotState::Committed, owner, generation), checksum);
+    }
+
+    fn freed(&mut self, slot: SlotId, next_generation: u64) {
+        self.headers[slot as usize].free(next_generation);
+    }
+
+    fn touched(&mut self, slot: SlotId, tick: u64) {
+        self.headers[slot as usize].touch(tick);
+    }
+
+    fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool {
+        match self.memory.ensure(first_slot, count) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(%error, "no memory for slot headers; the slabs stay unused");
+                false
+            }
+        }
+    }
+
+    fn generation(&self, slot: SlotId) -> u64 {
+        self.headers[slot as usize].word().map_or(0, |word| word.generation)
+    }
+}
