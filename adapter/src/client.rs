@@ -63,6 +63,8 @@ impl Shared {
             let (engine, role) = (&self.checked.options.engine, self.role.as_str());
             if after.is_healthy() {
                 tracing::info!(%engine, role, "attached to the engine");
+            } else if after == Health::ShutDown {
+                tracing::debug!(%engine, role, was = %before, "client shut down");
             } else {
                 tracing::warn!(%engine, role, was = %before, now = %after, "the engine is not available; running without it");
             }

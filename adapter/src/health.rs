@@ -69,7 +69,8 @@ pub(crate) struct StallClock {
     looked_ns: AtomicU64,
     /// How long it has stood still under our eyes.
     still_ns: AtomicU64,
-    /// An operation reached its deadline under an unmoved beat: degraded at once, until it moves.
+    /// Stood still for too long, or an operation reached its deadline under an unmoved beat: degraded until it moves.
+    /// One flag, so that a health check of a well engine is one load of it.
     suspect: AtomicBool,
 }
 
@@ -95,7 +96,10 @@ impl StallClock {
         }
         let gap = now_ns.saturating_sub(before);
         if gap <= GAP_MAX_NS {
-            self.still_ns.fetch_add(gap, Ordering::Relaxed);
+            let still = self.still_ns.fetch_add(gap, Ordering::Relaxed) + gap;
+            if still >= self.stall_after_ns {
+                self.suspect.store(true, Ordering::Relaxed);
+            }
         }
     }
 
@@ -112,16 +116,16 @@ impl StallClock {
         }
     }
 
-    /// Does the engine look stalled? `beat` is its beat now: if that has moved, it is not.
+    /// Does the engine look stalled? `beat` is asked for only if it might; if that has moved, it is not.
     #[inline]
-    pub(crate) fn stalled(&self, beat: u32) -> bool {
-        let suspicious = self.suspect.load(Ordering::Relaxed)
-            || self.still_ns.load(Ordering::Relaxed) >= self.stall_after_ns;
-        if suspicious && self.beat.load(Ordering::Relaxed) != beat {
-            self.look(beat);
-            return false;
-        }
-        suspicious
+    pub(crate) fn stalled(&self, beat: impl FnOnce() -> u32) -> bool {
+        self.suspect.load(Ordering::Relaxed) && self.still_suspect(beat())
+    }
+
+    #[cold]
+    fn still_suspect(&self, beat: u32) -> bool {
+        self.look(beat);
+        self.suspect.load(Ordering::Relaxed)
     }
 }
 
@@ -142,13 +146,13 @@ mod tests {
         let clock = clock();
         for step in 1..=39 {
             clock.look_at(7, step * 50 * MS);
-            assert!(!clock.stalled(7), "after {step} looks");
+            assert!(!clock.stalled(|| 7), "after {step} looks");
         }
         clock.look_at(7, 40 * 50 * MS);
-        assert!(clock.stalled(7));
-        assert!(!clock.stalled(8), "a beat that has moved is not stalled, whoever looks first");
+        assert!(clock.stalled(|| 7));
+        assert!(!clock.stalled(|| 8), "a beat that has moved is not stalled, whoever looks first");
         clock.look_at(8, 41 * 50 * MS);
-        assert!(!clock.stalled(8));
+        assert!(!clock.stalled(|| 8));
     }
 
     #[test]
@@ -159,7 +163,7 @@ mod tests {
         for pause in [300_000, 3_600_000, 101] {
             let now = clock.looked_ns.load(Ordering::Relaxed) + pause * MS;
             clock.look_at(7, now);
-            assert!(!clock.stalled(7));
+            assert!(!clock.stalled(|| 7));
         }
     }
 
@@ -167,10 +171,10 @@ mod tests {
     fn a_missed_deadline_under_an_unmoved_beat_degrades_at_once_until_it_moves() {
         let clock = clock();
         clock.deadline_missed(6, 7);
-        assert!(!clock.stalled(7), "the beat moved during the operation: slow, not stalled");
+        assert!(!clock.stalled(|| 7), "the beat moved during the operation: slow, not stalled");
         clock.deadline_missed(7, 7);
-        assert!(clock.stalled(7));
-        assert!(!clock.stalled(8));
-        assert!(!clock.stalled(8));
+        assert!(clock.stalled(|| 7));
+        assert!(!clock.stalled(|| 8));
+        assert!(!clock.stalled(|| 8));
     }
 }

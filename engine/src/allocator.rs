@@ -376,10 +376,15 @@ mod tests {
 
     #[test]
     fn it_stops_promptly_also_while_it_waits() {
-        let mut allocator = Allocator::start_with(geometry(3), lobby(), |offset, _| {
-            if offset == 0 { Ok(()) } else { Err(no_space()) }
-        })
-        .unwrap();
+        let mut allocator =
+            Allocator::start_with(
+                geometry(3),
+                lobby(),
+                |offset, _| {
+                    if offset == 0 { Ok(()) } else { Err(no_space()) }
+                },
+            )
+            .unwrap();
         wait_for(|| allocator.is_stalled());
         let began = monotonic_ns();
         allocator.stop();

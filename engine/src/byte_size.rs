@@ -146,9 +146,19 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for text in
-            ["", "GiB", "-1", "1..2GiB", "1.", ".5GiB", "8GiBs", "8 G iB", "16777216TiB", "99999999999999999999", "0x10"]
-        {
+        for text in [
+            "",
+            "GiB",
+            "-1",
+            "1..2GiB",
+            "1.",
+            ".5GiB",
+            "8GiBs",
+            "8 G iB",
+            "16777216TiB",
+            "99999999999999999999",
+            "0x10",
+        ] {
             assert_eq!(text.parse::<ByteSize>(), Err(BadByteSize(text.to_owned())), "{text}");
         }
     }

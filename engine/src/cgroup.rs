@@ -62,7 +62,8 @@ fn group_path<'a>(groups: &'a str, controller: &str) -> Option<&'a str> {
     groups.lines().find_map(|line| {
         let mut parts = line.splitn(3, ':');
         let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
-        let ours = controllers == controller || (!controller.is_empty() && controllers.split(',').any(|c| c == controller));
+        let ours = controllers == controller
+            || (!controller.is_empty() && controllers.split(',').any(|c| c == controller));
         ours.then_some(path)
     })
 }

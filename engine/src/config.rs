@@ -40,8 +40,6 @@ pub struct EngineConfig {
     pub max_pins: u32,
     /// Chunks that the index can hold; `None`: as many as the arena has room for.
     pub max_chunks: Option<u32>,
-    /// Eviction keeps at least this part of the slots free, so that a reservation need not wait for it.
-    pub low_watermark: f64,
     /// How long a start waits for another one that is under way, or for a predecessor that is still exiting, in
     /// milliseconds.
     pub start_wait_ms: u32,
@@ -59,12 +57,11 @@ impl Default for EngineConfig {
             slab: None,
             policy: PolicyKind::default().name().to_owned(),
             beat_interval_ms: 10,
-            spin_us: 20,
+            spin_us: 50,
             client_share: 0.5,
             max_leases: 1 << 14,
             max_pins: 1 << 22,
             max_chunks: None,
-            low_watermark: 0.02,
             start_wait_ms: 5000,
             core_dumps: false,
             log: "info".to_owned(),
@@ -87,7 +84,6 @@ pub struct Overrides {
     pub max_leases: Option<u32>,
     pub max_pins: Option<u32>,
     pub max_chunks: Option<u32>,
-    pub low_watermark: Option<f64>,
     pub start_wait_ms: Option<u32>,
     pub core_dumps: Option<bool>,
     pub log: Option<String>,
@@ -173,7 +169,6 @@ impl EngineConfig {
             max_leases,
             max_pins,
             max_chunks,
-            low_watermark,
             start_wait_ms,
             core_dumps,
             log,
@@ -189,7 +184,6 @@ impl EngineConfig {
             max_leases: max_leases.unwrap_or(self.max_leases),
             max_pins: max_pins.unwrap_or(self.max_pins),
             max_chunks: max_chunks.or(self.max_chunks),
-            low_watermark: low_watermark.unwrap_or(self.low_watermark),
             start_wait_ms: start_wait_ms.unwrap_or(self.start_wait_ms),
             core_dumps: core_dumps.unwrap_or(self.core_dumps),
             log: log.unwrap_or(self.log),
@@ -213,8 +207,6 @@ impl EngineConfig {
         value("max_leases", "at least 1", self.max_leases > 0, self.max_leases.to_string())?;
         value("max_pins", "at least 1", self.max_pins > 0, self.max_pins.to_string())?;
         value("max_chunks", "at least 1", self.max_chunks != Some(0), "0".to_owned())?;
-        let watermark = (0.0..=0.5).contains(&self.low_watermark);
-        value("low_watermark", "0 to 0.5", watermark, self.low_watermark.to_string())?;
         value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())
     }
 
@@ -333,7 +325,6 @@ mod tests {
             ("beat_interval_ms = 0", "beat_interval_ms: expected 1 to 1000, got 0"),
             ("client_share = 0.0", "client_share"),
             ("client_share = nan", "client_share"),
-            ("low_watermark = 0.9", "low_watermark"),
             ("policy = \"fifo\"", "policy: expected lru or arc, got \"fifo\""),
             ("name = \"a/b\"", "a/b"),
             ("core_dumps = 1", "core_dumps"),
@@ -367,7 +358,10 @@ mod tests {
             assert_eq!(geometry(arena, None).unwrap(), Geometry::new(whole, slab).unwrap(), "{arena}");
         }
         assert_eq!(geometry(100 << 20, Some(32 << 20)).unwrap().arena_bytes, 96 << 20);
-        assert!(matches!(geometry((1 << 20) - 1, None), Err(ConfigError::ArenaTooSmall { by_default: false, .. })));
+        assert!(matches!(
+            geometry((1 << 20) - 1, None),
+            Err(ConfigError::ArenaTooSmall { by_default: false, .. })
+        ));
         assert!(matches!(geometry(8 << 20, Some(16 << 20)), Err(ConfigError::ArenaTooSmall { .. })));
         for slab in [0, 3 << 20, 1 << 10] {
             assert!(matches!(geometry(8 << 20, Some(slab)), Err(ConfigError::Geometry(_))), "{slab}");

@@ -65,6 +65,28 @@ impl Engine {
             policy: &config.policy,
             wait: config.start_wait(),
         })?;
+        match Engine::furnish(config, &segments, tier) {
+            Ok((cache, allocator, tier, pace)) => {
+                let progress = allocator.progress();
+                Ok(Engine { service: Service::new(segments, cache, allocator, tier, pace), progress })
+            }
+            Err(error) => {
+                // Nothing of a failed start is left behind.
+                if let Err(left) = segments.retire_and_unlink() {
+                    tracing::error!(error = %left, "a failed start leaves something behind");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything that a service needs beside its segments.
+    fn furnish(
+        config: &EngineConfig,
+        segments: &Segments,
+        tier: Box<dyn LowerTier>,
+    ) -> Result<(Cache<SharedSlots>, Allocator, Box<dyn LowerTier>, Pace), StartError> {
+        let geometry = segments.geometry();
         let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone())?;
         let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
         let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
@@ -81,14 +103,13 @@ impl Engine {
         if let Some(chunks) = config.max_chunks {
             limits.chunks_max = chunks;
         }
-        let slots = SharedSlots::new(&segments);
+        let slots = SharedSlots::new(segments);
         let cache = Cache::new(limits, slots)?;
         let pace = Pace {
             beat_interval_ns: u64::try_from(config.beat_interval().as_nanos()).unwrap_or(u64::MAX),
             spin_ns: u64::try_from(config.spin().as_nanos()).unwrap_or(u64::MAX),
         };
-        let progress = allocator.progress();
-        Ok(Engine { service: Service::new(segments, cache, allocator, tier, pace), progress })
+        Ok((cache, allocator, tier, pace))
     }
 
     /// Stops the engine, from any thread.

@@ -110,9 +110,8 @@ impl Room {
     #[must_use]
     pub fn now() -> Room {
         let shm = nix::sys::statvfs::statvfs(SHM_DIR).ok();
-        let shm = shm.map_or((0, 0), |s| {
-            (s.blocks() * s.fragment_size(), s.blocks_available() * s.fragment_size())
-        });
+        let shm = shm
+            .map_or((0, 0), |s| (s.blocks() * s.fragment_size(), s.blocks_available() * s.fragment_size()));
         // A tmpfs without a size limit (size=0) says 0 blocks in all: then only memory limits it.
         let (shm_total, shm_free) = if shm.0 == 0 { (u64::MAX, u64::MAX) } else { shm };
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
@@ -137,19 +136,25 @@ impl Room {
     pub fn help(&self, limit: &Limit, wanted: Option<&Geometry>) -> String {
         let enlarge = match limit {
             Limit::Shm => {
-                let size = wanted.map_or_else(|| "SIZE".to_owned(), |geometry| {
-                    // What is in use stays in use.
-                    let used = self.shm_total - self.shm_free.min(self.shm_total);
-                    format!("{}m", (needed(geometry) + used).div_ceil(1 << 20))
-                });
-                let docker = if self.shm_total == DOCKER_DEFAULT { " (64MiB is docker's default)" } else { "" };
+                let size = wanted.map_or_else(
+                    || "SIZE".to_owned(),
+                    |geometry| {
+                        // What is in use stays in use.
+                        let used = self.shm_total - self.shm_free.min(self.shm_total);
+                        format!("{}m", (needed(geometry) + used).div_ceil(1 << 20))
+                    },
+                );
+                let docker =
+                    if self.shm_total == DOCKER_DEFAULT { " (64MiB is docker's default)" } else { "" };
                 format!(
                     "enlarge {SHM_DIR}{docker}: docker run --shm-size={size} (or --ipc=host), kubernetes: an \
                      emptyDir of medium Memory on {SHM_DIR}, else mount -o remount,size={size} {SHM_DIR}"
                 )
             }
             Limit::Memory => "free memory".to_owned(),
-            Limit::Cgroup(_) => "raise the limit (docker run --memory, kubernetes: resources.limits.memory)".to_owned(),
+            Limit::Cgroup(_) => {
+                "raise the limit (docker run --memory, kubernetes: resources.limits.memory)".to_owned()
+            }
         };
         let Some(geometry) = wanted else { return enlarge };
         let tables = needed(geometry) - geometry.arena_bytes;

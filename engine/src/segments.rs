@@ -1,15 +1,17 @@
 //! The engine's segments: made at its start, given up at its end.
 //!
 //! **Who may.** Starts of one name are put in order by a lock on the engine segment's *file*, held for the engine's
-//! life ([`takeover`]); that an engine *lives* is told by its owner word alone. A living engine is never replaced.
+//! life (`takeover`); that an engine *lives* is told by its owner word alone. A living engine is never replaced.
 //!
 //! **In which order.** The engine's file comes first and goes last, the magics are written last and the engine's last
 //! of all: so whoever holds the lock on the current engine file may do with the other segments what it likes, and a
-//! death at any line leaves something that the next start recognises as half-made and sweeps ([`sweep`]).
+//! death at any line leaves something that the next start recognises as half-made and sweeps (`sweep`).
 //!
 //! **Never in place.** What a predecessor left is marked retired, its sleepers woken, and unlinked; the new segments
 //! are new inodes. (This release always starts cold. A warm one would take over in `takeover::Found`.)
 
+#[cfg(test)]
+mod deaths;
 pub(crate) mod sweep;
 mod takeover;
 #[cfg(test)]
@@ -57,7 +59,9 @@ pub enum SetupError {
         pid: u32,
     },
     /// Another process holds the lock, and its segment is not complete.
-    #[error("another engine named {name} is starting or being removed: waited {waited_ms} ms for it; try again")]
+    #[error(
+        "another engine named {name} is starting or being removed: waited {waited_ms} ms for it; try again"
+    )]
     Starting {
         /// The engine's name.
         name: EngineName,
@@ -85,7 +89,9 @@ pub enum SetupError {
         mismatch: Mismatch,
     },
     /// Somebody removed the segments while they were being made.
-    #[error("the segments of {name} were removed while they were being made (`kvring remove --force`?); try again")]
+    #[error(
+        "the segments of {name} were removed while they were being made (`kvring remove --force`?); try again"
+    )]
     Removed {
         /// The engine's name.
         name: EngineName,
@@ -157,7 +163,7 @@ pub struct Segments {
 #[inline]
 fn checkpoint(_place: &str) {
     #[cfg(test)]
-    tests::die_at(_place);
+    deaths::die_at(_place);
 }
 
 impl Segments {
@@ -202,13 +208,8 @@ impl Segments {
         checkpoint("described");
 
         let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
-        let identity = |kind, segment_bytes| Identity {
-            kind,
-            segment_bytes,
-            arena_id,
-            boot_id: boot_id(),
-            geometry,
-        };
+        let identity =
+            |kind, segment_bytes| Identity { kind, segment_bytes, arena_id, boot_id: boot_id(), geometry };
         let lobby = Lobby::new(Arc::new(segment::create_shared(&name.lobby(), LOBBY_BYTES)?))?;
         checkpoint("lobby");
         let arena_file_bytes = geometry.arena_bytes + ARENA_TRAILER;

@@ -6,7 +6,7 @@
 use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
 use crate::payload::{Payload, Word};
 use crate::ring::{self, DEPTH, Slot};
-use crate::segment::{self, EngineName, SegmentError};
+use crate::segment::{self, Access, EngineName, SegmentError, SegmentFile};
 use crate::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
@@ -125,6 +125,8 @@ impl Channel {
     ) -> Result<Channel, ChannelError> {
         let bytes = bytes(payload_words)?;
         let file = name.client(entry, nonce);
+        // A client that only truncated its channel has left holes: touching one while /dev/shm is full is a SIGBUS.
+        SegmentFile::open(&file, Access::ReadWrite)?.allocate(0, bytes as u64)?;
         let mapping = Arc::new(segment::open_shared(&file, bytes)?);
         mapping.at::<Superblock>(0)?.read(Kind::Client, mapping.len() as u64)?;
         let channel = Channel::views(&mapping, payload_words)?;

@@ -116,6 +116,7 @@ mod real {
 
 /// The kernel's futex as loom sees it: the word is compared under the queue's lock, after a full barrier.
 #[cfg(loom)]
+#[allow(clippy::unwrap_used, reason = "a model's lock is never poisoned: its first panic ends it")]
 mod model {
     use super::{Deadline, Woken};
     use crate::sync::{AtomicU32, Ordering, fence};

@@ -184,7 +184,7 @@ impl Link {
             Health::Attaching
         } else if self.engine.info().unhealthy.load(Ordering::Relaxed) != 0 {
             Health::Unhealthy
-        } else if self.stall.stalled(epoch.beat()) {
+        } else if self.stall.stalled(|| epoch.beat()) {
             Health::Stalled
         } else {
             Health::Healthy
@@ -197,7 +197,7 @@ impl Link {
         let epoch = self.engine.epoch();
         matches!(self.life().life(), Life::Alive { .. })
             && epoch.incarnation() == self.incarnation
-            && !self.stall.stalled(epoch.beat())
+            && !self.stall.stalled(|| epoch.beat())
             && !self.is_broken()
             && self.engine.info().unhealthy.load(Ordering::Relaxed) == 0
     }

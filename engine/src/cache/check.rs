@@ -228,7 +228,12 @@ impl<T: SlotTable> Cache<T> {
             let mut free = 0_u64;
             for head in self.slabs.partial_list(class as u16) {
                 let span = self.slabs.span(head);
-                link("spans and classes", self.slabs.class_of_span(head) == class as u16, head, class as u32)?;
+                link(
+                    "spans and classes",
+                    self.slabs.class_of_span(head) == class as u16,
+                    head,
+                    class as u32,
+                )?;
                 free += u64::from(span.slots - span.used);
             }
             count("free slots in spans of a class", free, entry.free)?;
@@ -285,11 +290,19 @@ impl<T: SlotTable> Cache<T> {
     }
 }
 
-fn count(what: &'static str, counted: impl Into<u64>, recorded: impl Into<u64>) -> Result<(), InvariantBroken> {
+fn count(
+    what: &'static str,
+    counted: impl Into<u64>,
+    recorded: impl Into<u64>,
+) -> Result<(), InvariantBroken> {
     let (counted, recorded) = (counted.into(), recorded.into());
     if counted == recorded { Ok(()) } else { Err(InvariantBroken::Count { what, counted, recorded }) }
 }
 
 fn link(what: &'static str, agrees: bool, at: u32, with: u32) -> Result<(), InvariantBroken> {
-    if agrees { Ok(()) } else { Err(InvariantBroken::Link { what, at: u64::from(at), with: u64::from(with) }) }
+    if agrees {
+        Ok(())
+    } else {
+        Err(InvariantBroken::Link { what, at: u64::from(at), with: u64::from(with) })
+    }
 }

@@ -198,7 +198,14 @@ impl Chunks {
     }
 
     /// A record for a forming chunk of one WRITING shard to come. `None`: there are too many chunks.
-    pub(super) fn create(&mut self, key: Key, hash: Hash, namespace: u8, world: u32, round: Round) -> Option<ChunkId> {
+    pub(super) fn create(
+        &mut self,
+        key: Key,
+        hash: Hash,
+        namespace: u8,
+        world: u32,
+        round: Round,
+    ) -> Option<ChunkId> {
         let lines = if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 };
         let has_lines = lines == 0
             || self.wide_free[lines - 1] != 0

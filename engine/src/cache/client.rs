@@ -21,7 +21,13 @@ impl<T: SlotTable> Cache<T> {
     /// # Errors
     ///
     /// What no honest client sends: see [`CommitError`]. Then nothing has changed.
-    pub fn abort(&mut self, owner: Owner, slot: SlotId, generation: u64, key: Key) -> Result<Aborted, CommitError> {
+    pub fn abort(
+        &mut self,
+        owner: Owner,
+        slot: SlotId,
+        generation: u64,
+        key: Key,
+    ) -> Result<Aborted, CommitError> {
         self.change();
         if self.state_of(slot, generation)? != Some(State::Writing) {
             return Ok(Aborted::Gone);

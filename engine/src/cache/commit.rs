@@ -37,7 +37,9 @@ impl<T: SlotTable> Cache<T> {
         let is_key = chunk.is_none_or(|id| self.chunks.get(id).key == key);
         match (state, chunk) {
             (State::Free, _) => Ok(Committed::Gone),
-            (State::Writing, _) if !self.slots.is_writer(owner, slot) => Err(CommitError::NotYours { slot, owner }),
+            (State::Writing, _) if !self.slots.is_writer(owner, slot) => {
+                Err(CommitError::NotYours { slot, owner })
+            }
             _ if !is_key => Err(CommitError::OtherKey { slot, key }),
             (State::Writing, None) => {
                 self.free_slot(slot);
@@ -97,11 +99,11 @@ impl<T: SlotTable> Cache<T> {
         self.index.set_visible(&self.chunks, id);
         if let Some(registered) = &mut self.namespaces[usize::from(namespace)] {
             registered.policy.insert(id, hash.whole(), parent);
-            if registered.world == 1 {
-                if let Some(slot) = self.chunks.shard(id, 1, 0) {
-                    let page = (self.slabs.offset(slot) / PAGE_BYTES) as u32;
-                    self.chunks.get_mut(id).set_single(self.slots.get(slot).generation(), page);
-                }
+            if registered.world == 1
+                && let Some(slot) = self.chunks.shard(id, 1, 0)
+            {
+                let page = (self.slabs.offset(slot) / PAGE_BYTES) as u32;
+                self.chunks.get_mut(id).set_single(self.slots.get(slot).generation(), page);
             }
         }
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));

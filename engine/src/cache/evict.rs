@@ -24,11 +24,9 @@ impl<T: SlotTable> Cache<T> {
     /// A free slot of the class, for which room is made if need be. With `starved`, which is set when that failed,
     /// nothing is tried: one message looks for room in vain once.
     pub(super) fn take_slot(&mut self, class: u16, starved: &mut bool) -> Option<SlotId> {
-        if self.slabs.class(class).free == 0 && !self.assign(class) {
-            if *starved || !self.make_room(class) {
-                *starved = true;
-                return None;
-            }
+        if self.slabs.class(class).free == 0 && !self.assign(class) && (*starved || !self.make_room(class)) {
+            *starved = true;
+            return None;
         }
         let (slot, fresh) = self.slabs.take(class, &self.slots)?;
         if fresh {
@@ -149,7 +147,8 @@ impl<T: SlotTable> Cache<T> {
     fn steal(&mut self, class: u16, colder_than: Option<u64>) -> bool {
         let Class { ideal, least, .. } = *self.slabs.class(class);
         let window = self.find_window(class, ideal, colder_than);
-        let window = window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
+        let window =
+            window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
         let Some((start, len)) = window else { return false };
         // First look, then drop: a span with one chunk that must stay would be emptied for nothing.
         let may_go = |cache: &Self, slot| match cache.slots.get(slot).chunk() {
@@ -162,10 +161,10 @@ impl<T: SlotTable> Cache<T> {
         };
         let heads = |cache: &Self, slab: u32| cache.slabs.head_of_slab(slab);
         for slab in start..start + len {
-            if let Some(head) = heads(self, slab) {
-                if !slots(self, head).all(|slot| may_go(self, slot)) {
-                    return false;
-                }
+            if let Some(head) = heads(self, slab)
+                && !slots(self, head).all(|slot| may_go(self, slot))
+            {
+                return false;
             }
         }
         for slab in start..start + len {
@@ -189,10 +188,10 @@ impl<T: SlotTable> Cache<T> {
         let mut start = self.steal_cursor % count;
         for _ in 0..look.min(count) {
             let (touch, seen) = self.window_touch(class, start, len);
-            if let Some(touch) = touch.filter(|touch| colder_than.is_none_or(|limit| *touch < limit)) {
-                if best.is_none_or(|(other, _)| touch < other) {
-                    best = Some((touch, start));
-                }
+            if let Some(touch) = touch.filter(|touch| colder_than.is_none_or(|limit| *touch < limit))
+                && best.is_none_or(|(other, _)| touch < other)
+            {
+                best = Some((touch, start));
             }
             start = (start + 1) % count;
             look = look.saturating_sub(seen);
@@ -234,7 +233,12 @@ impl<T: SlotTable> Cache<T> {
 
     /// Drops the chunks that are not leased, of one namespace or of all: visible ones, and rounds that form (whose
     /// writers then find them gone). Looks at `budget` chunks from `from` on; answers where to go on, `None` at the end.
-    pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId, budget: u32) -> Option<ChunkId> {
+    pub fn clear_step(
+        &mut self,
+        namespace: Option<NamespaceId>,
+        from: ChunkId,
+        budget: u32,
+    ) -> Option<ChunkId> {
         self.change();
         let end = self.chunks.fresh.min(from.saturating_add(budget));
         for id in from..end {

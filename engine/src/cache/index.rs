@@ -104,8 +104,14 @@ pub(super) struct Index {
 impl Index {
     /// Takes the (untouched) memory for this many chunks.
     pub(super) fn new(chunks: u32) -> Self {
-        let buckets = (u64::from(chunks) / LOAD + 1).next_power_of_two().clamp(u64::from(BUCKETS_MIN), 1 << 30);
-        Self { buckets: Lazy::new_dense(buckets as usize), level: BUCKETS_MIN.trailing_zeros(), split: 0, len: 0 }
+        let buckets =
+            (u64::from(chunks) / LOAD + 1).next_power_of_two().clamp(u64::from(BUCKETS_MIN), 1 << 30);
+        Self {
+            buckets: Lazy::new_dense(buckets as usize),
+            level: BUCKETS_MIN.trailing_zeros(),
+            split: 0,
+            len: 0,
+        }
     }
 
     #[inline(always)]

@@ -47,7 +47,9 @@ impl<T: Zeroable + Copy> Lazy<T> {
         let lazy = Self::new(len);
         let bytes = len * size_of::<T>();
         let skip = (lazy.first.cast::<u8>()).align_offset(PAGE_BYTES);
-        if let Some(whole) = bytes.checked_sub(skip).map(|rest| rest - rest % PAGE_BYTES).filter(|whole| *whole > 0) {
+        if let Some(whole) =
+            bytes.checked_sub(skip).map(|rest| rest - rest % PAGE_BYTES).filter(|whole| *whole > 0)
+        {
             // SAFETY: whole pages inside `_memory`; the advice changes how they are backed, not what they hold.
             unsafe {
                 let first = std::ptr::NonNull::new_unchecked(lazy.first.cast::<u8>().add(skip)).cast();

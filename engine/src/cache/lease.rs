@@ -137,7 +137,14 @@ impl Leases {
     }
 
     /// Makes a lease of at least one chunk; the caller has asked `room` and ended the one it stands for.
-    pub(super) fn create(&mut self, owner: Owner, session: u64, admission: u32, namespace: u8, chunks: &[ChunkId]) {
+    pub(super) fn create(
+        &mut self,
+        owner: Owner,
+        session: u64,
+        admission: u32,
+        namespace: u8,
+        chunks: &[ChunkId],
+    ) {
         let id = match self.free.checked_sub(1) {
             Some(id) => {
                 self.free = self.get(id).chain;

@@ -144,7 +144,11 @@ impl<T: SlotTable> Cache<T> {
             slots: Slots::new(slots),
             chunks: Chunks::new(chunks),
             index: Index::new(chunks),
-            leases: Leases::new(config.leases_max, config.pins_max, config.seed[0].rotate_left(17) ^ config.seed[1]),
+            leases: Leases::new(
+                config.leases_max,
+                config.pins_max,
+                config.seed[0].rotate_left(17) ^ config.seed[1],
+            ),
             namespaces: [const { None }; NAMESPACES],
             client_bytes: [0; OWNERS],
             tick: 0,
@@ -222,7 +226,8 @@ impl<T: SlotTable> Cache<T> {
             Box::new(Namespace { world, ranks: 0, layouts: [Layout::default(); RANKS], policy, pinned: 0 })
         });
         entry.ranks |= 1 << rank;
-        entry.layouts[rank as usize] = Layout { shard_bytes, slot_bytes: self.slabs.class(class).bytes, class };
+        entry.layouts[rank as usize] =
+            Layout { shard_bytes, slot_bytes: self.slabs.class(class).bytes, class };
         Ok(())
     }
 

@@ -173,7 +173,9 @@ impl<T: SlotTable> Cache<T> {
         if let Some(slot) = same.and_then(|id| self.chunks.shard(id, context.world, rank)) {
             return Reservation::Pending { committed: self.slots.get(slot).state() == State::Committed };
         }
-        if self.client_bytes[usize::from(owner)].saturating_add(context.slot_bytes) > self.config.client_bytes_max {
+        if self.client_bytes[usize::from(owner)].saturating_add(context.slot_bytes)
+            > self.config.client_bytes_max
+        {
             return Reservation::Busy;
         }
         let mut replaced = older;

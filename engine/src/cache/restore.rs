@@ -42,7 +42,8 @@ impl<T: SlotTable> Cache<T> {
             return false;
         }
         let Ok(class) = self.slabs.class_for(header.length, None) else { return false };
-        let attachment = if committed { Some(0) } else { self.slots.attachment_for(header.owner, header.nonce) };
+        let attachment =
+            if committed { Some(0) } else { self.slots.attachment_for(header.owner, header.nonce) };
         let Some(attachment) = attachment else { return false };
         if !self.slabs.restore(class, slot, header.offset, &mut self.slots, &mut self.table) {
             return false;
@@ -154,7 +155,9 @@ impl<T: SlotTable> Cache<T> {
         key: Key,
     ) -> bool {
         self.change();
-        if usize::from(owner) >= OWNERS || !matches!(self.state_of(slot, generation), Ok(Some(State::Writing))) {
+        if usize::from(owner) >= OWNERS
+            || !matches!(self.state_of(slot, generation), Ok(Some(State::Writing)))
+        {
             return false;
         }
         let is_key = self.slots.get(slot).chunk().is_none_or(|id| self.chunks.get(id).key == key);
@@ -166,6 +169,16 @@ impl<T: SlotTable> Cache<T> {
         self.client_bytes[usize::from(was.0)] -= bytes;
         self.client_bytes[usize::from(owner)] += bytes;
         self.slots.hand_over(slot, attachment);
+        // So that an engine after this one knows whose it is. Of an orphan no header is kept here: it stays as it was.
+        if let Some(id) = self.slots.get(slot).chunk() {
+            let (namespace, rank) =
+                (u32::from(self.chunks.get(id).namespace), u32::from(self.slots.get(slot).rank));
+            let length =
+                self.namespace(namespace).map_or(0, |known| known.layouts[rank as usize].shard_bytes);
+            let (round, offset) = (self.chunks.get(id).round(), self.slabs.offset(slot));
+            let header = ShardHeader { owner, nonce, key, namespace, rank, round, offset, length };
+            self.table.writing(slot, generation, &header);
+        }
         true
     }
 }

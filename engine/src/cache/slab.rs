@@ -12,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 use super::error::{AddSlabError, RegisterError};
 use super::lazy::Lazy;
 use super::slot::Slots;
-use super::{PAGE_BYTES, SlotId, SlotTable};
+use super::{PAGE_BYTES, SlotId};
 
 /// Different shard sizes at once.
 const CLASSES_MAX: usize = 256;
@@ -20,6 +20,8 @@ const CLASSES_MAX: usize = 256;
 const BOUNDARY_BYTES: u64 = 1 << 30;
 /// A span may waste one part in this many; else a longer one is looked for.
 const WASTE_PARTS: u64 = 16;
+
+mod restore;
 
 /// What a slab is doing; everything but `head` is valid at a span's first slab only. Links are slab + 1.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -131,7 +133,11 @@ impl Slabs {
     }
 
     /// The class of shards of this many bytes, used from now on by `namespace` too, if one is given.
-    pub(super) fn class_for(&mut self, shard_bytes: u64, namespace: Option<u32>) -> Result<u16, RegisterError> {
+    pub(super) fn class_for(
+        &mut self,
+        shard_bytes: u64,
+        namespace: Option<u32>,
+    ) -> Result<u16, RegisterError> {
         let longest = self.slab_bytes * u64::from(self.group.min(self.count));
         if shard_bytes == 0 || shard_bytes > longest {
             return Err(RegisterError::ShardBytes { shard_bytes, most: longest });
@@ -348,76 +354,6 @@ impl Slabs {
             slab += 1;
         }
         (best.1 >= least).then_some(best)
-    }
-
-    /// Puts a slot that an earlier life left in use back into a span of its class, which is made if need be.
-    /// False: no span of the class has this slot at `offset`, or a later slot was restored before.
-    pub(super) fn restore<T: SlotTable>(
-        &mut self,
-        class: u16,
-        slot: SlotId,
-        offset: u64,
-        slots: &mut Slots,
-        table: &mut T,
-    ) -> bool {
-        let ensure = |first, count| table.ensure(first, count);
-        if !self.restore_span(class, slot, offset, ensure) || self.offset(slot) != offset {
-            return false;
-        }
-        let Some(head) = self.head_of(slot) else { return false };
-        let i = slot - self.first_slot(head);
-        if self.class_of_span(head) != class || i >= self.span(head).slots || i < self.span(head).fresh {
-            return false;
-        }
-        // Those that are skipped were free.
-        for i in self.span(head).fresh..i {
-            let skipped = self.first_slot(head) + i;
-            let free = std::mem::replace(&mut self.spans[head as usize].free, skipped + 1);
-            slots.raise_generation(skipped, table.generation(skipped));
-            slots.set_next(skipped, free);
-        }
-        let span = &mut self.spans[head as usize];
-        span.fresh = i + 1;
-        span.used += 1;
-        if span.used == span.slots {
-            self.partial_remove(head);
-        }
-        self.classes[class as usize].free -= 1;
-        true
-    }
-
-    /// Finds the span's first slab from slot id and offset: id = first × 2^shift + i, offset = first × slab + i × class.
-    fn restore_span(
-        &mut self,
-        class: u16,
-        slot: SlotId,
-        offset: u64,
-        ensure: impl FnOnce(SlotId, u32) -> bool,
-    ) -> bool {
-        let Class { bytes, ideal, least, .. } = self.classes[class as usize];
-        let place = slot >> self.shift;
-        if self.head_of_slab(place).is_some() {
-            return true;
-        }
-        // A span is at most `ideal` slabs, so its first is one of the last `ideal`.
-        let earliest = place.saturating_sub(ideal - 1).max(place - place % self.group);
-        let fits = |head: &u32| {
-            u64::from(*head) * self.slab_bytes + u64::from(slot - self.first_slot(*head)) * bytes == offset
-        };
-        let Some(head) = (earliest..=place).rev().find(fits) else { return false };
-        let boundary = (head - head % self.group + self.group).min(self.count);
-        let len = (head..boundary.min(head + ideal)).take_while(|slab| self.is_pooled(*slab)).count() as u32;
-        if len < least || slot - self.first_slot(head) >= self.slots_in(class, len) {
-            return false;
-        }
-        if !ensure(self.first_slot(head), self.slots_in(class, len)) {
-            return false;
-        }
-        for slab in head..head + len {
-            self.pool_remove(slab);
-        }
-        self.make_span(class, head, len);
-        true
     }
 
     fn partial_insert(&mut self, head: u32) {

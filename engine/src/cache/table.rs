@@ -55,7 +55,8 @@ pub struct ShardHeader {
 /// The cache calls it for ids of ensured spans only, and in an order that is right for readers: a slot is
 /// `freed`, with its next generation, before it is anybody's again.
 pub trait SlotTable {
-    /// The slot belongs to a writer from now on. `generation` is the one that was published last.
+    /// The slot belongs to a writer from now on. `generation` is the one that was published last. Repeated, for a
+    /// slot that is being written, where its writer came back as another owner.
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader);
 
     /// The slot's bytes are complete and will not change while the generation stays.

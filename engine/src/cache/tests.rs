@@ -1,1 +1,267 @@
+//! The parts on their own. The whole is tested from outside: `tests/cache_*.rs`.
 
+use std::collections::HashMap;
+
+use super::chunk::Chunks;
+use super::index::{FORMING_MAX, Hash, Index};
+use super::lease::{ADMISSIONS_MAX, Leases};
+use super::slab::Slabs;
+use super::slot::Slots;
+use super::*;
+
+const SEED: [u64; 2] = [3, 5];
+
+struct NoTable;
+
+impl SlotTable for NoTable {
+    fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
+    fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
+    fn freed(&mut self, _: SlotId, _: u64) {}
+    fn touched(&mut self, _: SlotId, _: u64) {}
+    fn ensure(&mut self, _: SlotId, _: u32) -> bool {
+        true
+    }
+    fn generation(&self, _: SlotId) -> u64 {
+        0
+    }
+}
+
+fn random(state: &mut u64) -> u64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *state >> 33
+}
+
+#[test]
+fn the_index_finds_what_is_in_it_as_it_grows_and_shrinks() {
+    let mut chunks = Chunks::new(50_000);
+    let mut index = Index::new(50_000);
+    let mut known: HashMap<Key, Vec<ChunkId>> = HashMap::new();
+    let mut state = 1;
+    for step in 0..100_000_u64 {
+        // The first half mostly inserts, the second mostly removes.
+        let key = [random(&mut state) % 20_000, 1];
+        let hash = Hash::new(SEED, 0, key);
+        let ids = known.entry(key).or_default();
+        if random(&mut state) % 100 < if step < 50_000 { 80 } else { 20 } {
+            if ids.len() < FORMING_MAX {
+                let id = chunks.create(key, hash, 0, 1, Round::default()).unwrap();
+                index.insert(&mut chunks, id);
+                ids.push(id);
+            }
+        } else if let Some(id) = ids.pop() {
+            index.remove(&mut chunks, id);
+            chunks.destroy(id, 1);
+        }
+        let mut found = index.matches(&chunks, hash, 0, key).forming().to_vec();
+        found.sort_unstable();
+        let mut expected = ids.clone();
+        expected.sort_unstable();
+        assert_eq!(found, expected, "step {step}");
+        assert!(index.matches(&chunks, hash, 1, key).forming().is_empty(), "another namespace's");
+    }
+    for (key, ids) in &known {
+        let hash = Hash::new(SEED, 0, *key);
+        for id in ids {
+            assert!(index.holds(&chunks, *id));
+        }
+        assert_eq!(index.matches(&chunks, hash, 0, *key).forming().len(), ids.len());
+    }
+    assert_eq!(index.len, known.values().map(|ids| ids.len() as u64).sum::<u64>());
+}
+
+#[test]
+fn a_guess_is_of_visible_chunks_only() {
+    let mut chunks = Chunks::new(5000);
+    let mut index = Index::new(5000);
+    for at in 0..5000_u64 {
+        let key = [at, 1];
+        let hash = Hash::new(SEED, 0, key);
+        let id = chunks.create(key, hash, 0, 1, Round::default()).unwrap();
+        index.insert(&mut chunks, id);
+        assert_eq!(index.resolve(index.guess(hash), &chunks, hash, 0, key), None);
+        chunks.set_visible(id);
+        index.set_visible(&chunks, id);
+        assert_eq!(index.resolve(index.guess(hash), &chunks, hash, 0, key), Some(id));
+    }
+    assert_eq!(chunks.create([0; 2], Hash::default(), 0, 1, Round::default()), None, "one too many");
+}
+
+#[test]
+fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
+    let mib = 1 << 20;
+    let mut slabs = Slabs::new(mib, 4096);
+    let mut ideal = |bytes| {
+        let class = slabs.class_for(bytes, None).unwrap();
+        let class = slabs.class(class);
+        (class.least, class.ideal)
+    };
+    assert_eq!(ideal(1), (1, 1));
+    assert_eq!(ideal(mib), (1, 1));
+    assert_eq!(ideal(mib + 1), (2, 16));
+    assert_eq!(ideal(3 * mib / 2), (2, 3));
+    assert_eq!(ideal(700 << 10), (1, 5));
+    assert_eq!(ideal(600 * mib), (600, 600));
+    assert_eq!(ideal(1 << 30), (1024, 1024));
+    assert!(slabs.class_for((1 << 30) + 1, None).is_err());
+    assert!(slabs.class_for(0, None).is_err());
+
+    // 1000 slabs before a boundary and 1000 after it: a span of 600 fits neither across nor twice before.
+    for slab in 24..2024 {
+        slabs.add(slab).unwrap();
+    }
+    assert!(slabs.add(24).is_err() && slabs.add(4096).is_err());
+    let slots = Slots::new(4096 * 256);
+    let class = slabs.class_for(600 * mib, None).unwrap();
+    for head in [24, 1024] {
+        assert!(slabs.assign(class, |_, _| true));
+        let (slot, fresh) = slabs.take(class, &slots).unwrap();
+        assert_eq!((slabs.offset(slot), fresh), (head * mib, true));
+    }
+    assert!(!slabs.assign(class, |_, _| true));
+}
+
+#[test]
+fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
+    let mib = 1 << 20;
+    for bytes in [4096, 5000, 100_000, 700_000, mib, 3 * mib / 2] {
+        let mut slabs = Slabs::new(mib, 64);
+        let mut slots = Slots::new(64 * 256);
+        (0..64).for_each(|slab| slabs.add(slab).unwrap());
+        let class = slabs.class_for(bytes, None).unwrap();
+        let mut seen = Vec::new();
+        loop {
+            let Some((slot, _)) = slabs.take(class, &slots) else {
+                if slabs.assign(class, |_, _| true) {
+                    continue;
+                }
+                break;
+            };
+            let offset = slabs.offset(slot);
+            assert!(offset.is_multiple_of(4096) && offset + bytes <= 64 * mib);
+            let head = slabs.head_of(slot).unwrap();
+            assert!((offset + bytes).div_ceil(mib) <= u64::from(head + slabs.span(head).len));
+            seen.push(slot);
+        }
+        let class_bytes = slabs.class(class).bytes;
+        assert!(seen.len() as u64 * class_bytes * 16 >= 64 * mib * 14, "{bytes}: {} slots", seen.len());
+        let count = seen.len();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), count);
+        for slot in seen {
+            slabs.give(slot, &mut slots);
+        }
+        assert_eq!(slabs.pool_len, 64);
+    }
+}
+
+#[test]
+fn leases_keep_the_order_of_their_chunks_and_lose_their_tails() {
+    let mut leases = Leases::new(4, 100, 9);
+    let chunks: Vec<ChunkId> = (100..140).collect();
+    leases.create(1, 7, 0, 0, &chunks);
+    leases.create(1, 7, 1, 0, &chunks[..15]);
+    let (first, admissions) = leases.find(1, 7, 0);
+    let first = first.unwrap();
+    assert_eq!((admissions, leases.pins, leases.room(None, 0)), (2, 55, 45));
+    assert_eq!(leases.chunks(first).collect::<Vec<_>>(), chunks);
+    let mut dropped = Vec::new();
+    leases.truncate(first, 31, |chunk| dropped.push(chunk));
+    leases.truncate(first, 15, |chunk| dropped.push(chunk));
+    leases.truncate(first, 20, |_| panic!("there are no more"));
+    dropped.sort_unstable();
+    assert_eq!(dropped, chunks[15..]);
+    assert_eq!(leases.chunks(first).collect::<Vec<_>>(), chunks[..15]);
+    assert_eq!(leases.blocks_used(), 2);
+    assert_eq!(leases.room(Some(first), ADMISSIONS_MAX), 85, "it takes the other's place");
+    assert_eq!(leases.room(None, ADMISSIONS_MAX), 0);
+    leases.truncate(first, 0, |_| {});
+    assert_eq!((leases.find(1, 7, 0), leases.find(2, 7, 1)), ((None, 1), (None, 0)));
+    leases.truncate(leases.any_of(1, 7).unwrap(), 0, |_| {});
+    assert_eq!((leases.len, leases.pins, leases.blocks_used(), leases.first_of(1)), (0, 0, 0, None));
+}
+
+fn small() -> Cache<NoTable> {
+    let mut cache = Cache::new(CacheConfig::new(1 << 20, 1), NoTable).unwrap();
+    cache.add_slab(0).unwrap();
+    cache.register(0, 2, 0, 4096).unwrap();
+    cache.register(0, 2, 1, 4096).unwrap();
+    for rank in 0..2 {
+        let keys = [[1, 1], [2, 2]];
+        let round = Round::default();
+        let message = Reserve { owner: 0, nonce: 1, namespace: 0, rank, round, parent: None, keys: &keys };
+        let mut slots = Vec::new();
+        cache
+            .reserve(message, &mut |i, answer| {
+                if let Reservation::Write { slot, generation, .. } = answer {
+                    slots.push((slot, generation, keys[i]));
+                }
+            })
+            .unwrap();
+        for (slot, generation, key) in slots {
+            cache.commit(0, slot, generation, key, 0).unwrap();
+        }
+    }
+    cache
+}
+
+#[test]
+fn the_self_check_notices_what_disagrees() {
+    let breakages: [(&str, fn(&mut Cache<NoTable>)); 6] = [
+        ("a pin too many", |cache| cache.chunks.get_mut(0).pins += 1),
+        ("a key that is not its hash's", |cache| cache.chunks.get_mut(0).hash ^= 1),
+        ("a shard too many", |cache| cache.chunks.get_mut(1).committed += 1),
+        ("another's slot", |cache| cache.chunks.set_shard(1, 2, 0, Some(0))),
+        ("a slot freed behind its chunk", |cache| {
+            cache.slots.free(0);
+        }),
+        ("an orphan counted that is not", |cache| cache.slots.counts.orphans += 1),
+    ];
+    for (what, breakage) in breakages {
+        let mut cache = small();
+        for _ in 0..100 {
+            cache.check_step(3).unwrap();
+        }
+        breakage(&mut cache);
+        assert!((0..100).any(|_| cache.check_step(3).is_err()), "{what} goes unnoticed step by step");
+        assert!(cache.check_all().is_err(), "{what} goes unnoticed");
+    }
+}
+
+#[test]
+fn what_was_found_is_pinned_at_once_or_never() {
+    let mut cache = small();
+    assert_eq!(cache.find(0, 1, 1, 0, &[[1, 1]], &mut |_| {}), Ok(1));
+    cache.clear(None);
+    let late = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.pin_found()));
+    assert!(late.is_err() || late.is_ok_and(|pinned| !pinned));
+    assert_eq!((cache.stats().unmatched_pins, cache.stats().leases), (u64::from(!cfg!(debug_assertions)), 0));
+    cache.check_all().unwrap();
+}
+
+#[test]
+fn limits_out_of_range_are_errors() {
+    let config = CacheConfig::new(1 << 20, 16);
+    let wrong = [
+        CacheConfig { slab_bytes: 1 << 19, ..config },
+        CacheConfig { slab_bytes: 3 << 20, ..config },
+        CacheConfig { slab_bytes: 1 << 31, ..config },
+        CacheConfig { slab_count: 0, ..config },
+        CacheConfig { slab_bytes: 1 << 30, slab_count: u32::MAX, ..config },
+        CacheConfig { chunks_max: 0, ..config },
+        CacheConfig { keys_max: u32::MAX, ..config },
+        CacheConfig { leases_max: 0, ..config },
+        CacheConfig { pins_max: u32::MAX, ..config },
+    ];
+    for config in wrong {
+        assert!(Cache::new(config, NoTable).is_err(), "{config:?}");
+    }
+    let mut cache = Cache::new(config, NoTable).unwrap();
+    assert!(cache.register(64, 1, 0, 4096).is_err());
+    assert!(cache.register(0, 0, 0, 4096).is_err() && cache.register(0, 65, 0, 4096).is_err());
+    assert!(cache.register(0, 2, 2, 4096).is_err() && cache.register(0, 1, 0, 17 << 20).is_err());
+    cache.register(0, 2, 1, 4096).unwrap();
+    cache.register(0, 2, 1, 4096).unwrap();
+    assert!(cache.register(0, 2, 1, 4097).is_err() && cache.register(0, 3, 0, 4096).is_err());
+    assert_eq!(cache.find(0, 0, 0, 0, &[[0; 2]], &mut |_| {}), Ok(0), "a rank is missing still");
+}

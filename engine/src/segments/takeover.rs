@@ -213,7 +213,11 @@ pub(super) fn claim_name(setup: &Setup<'_>) -> Result<Claimed, SetupError> {
             // Satellites without an engine file: somebody removed that one by hand.
             let leftovers = sweep::satellites(setup.name)?;
             if leftovers.segments > 0 {
-                tracing::warn!(segments = leftovers.segments, bytes = leftovers.bytes, "leftovers were swept");
+                tracing::warn!(
+                    segments = leftovers.segments,
+                    bytes = leftovers.bytes,
+                    "leftovers were swept"
+                );
             }
             return Ok(Claimed { unfinished, cold_start });
         };

@@ -1,37 +1,23 @@
-//! With real segments in `/dev/shm`, and with real processes where a death is needed: this test binary runs itself
-//! again ([`child`]) and is killed.
+//! With real segments in `/dev/shm`. Deaths of whole processes are in [`super::deaths`].
 
 use super::takeover::Found;
 use super::*;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::sync::AtomicU32;
-use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-
-const CHILD_NAME: &str = "KVRING_TEST_SEGMENTS";
-const CHILD_MODE: &str = "KVRING_TEST_MODE";
-const CHILD_DIES_AT: &str = "KVRING_TEST_DIES_AT";
-
-/// Kills this process where the environment says so: see [`checkpoint`].
-pub(super) fn die_at(place: &str) {
-    if std::env::var(CHILD_DIES_AT).is_ok_and(|wanted| wanted == place) {
-        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
-    }
-}
 
 /// A name of its own for a test, and a clean `/dev/shm` before and after it.
-struct Name(EngineName);
+pub(super) struct Name(pub(super) EngineName);
 
 impl Name {
-    fn new(tag: &str) -> Name {
+    pub(super) fn new(tag: &str) -> Name {
         let name = EngineName::new(&format!("t-seg-{tag}-{}", std::process::id())).unwrap();
         remove(&name, true, WAIT).unwrap();
         Name(name)
     }
 
-    fn setup(&self) -> Setup<'_> {
+    pub(super) fn setup(&self) -> Setup<'_> {
         Setup {
             name: &self.0,
             geometry: Geometry::new(4 << 20, 1 << 20).unwrap(),
@@ -41,7 +27,7 @@ impl Name {
         }
     }
 
-    fn start(&self) -> Result<Segments, SetupError> {
+    pub(super) fn start(&self) -> Result<Segments, SetupError> {
         Segments::create(&self.setup())
     }
 
@@ -55,7 +41,7 @@ impl Name {
     }
 
     /// File names under this name.
-    fn files(&self) -> Vec<String> {
+    pub(super) fn files(&self) -> Vec<String> {
         let files = std::fs::read_dir(segment::SHM_DIR).unwrap();
         files
             .map(|file| file.unwrap().file_name().into_string().unwrap())
@@ -74,7 +60,7 @@ const WAIT: Duration = Duration::from_secs(10);
 const SHORT: Duration = Duration::from_millis(60);
 
 /// A mapped segment as a client has it.
-fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
+pub(super) fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
     let file = SegmentFile::open(&name.engine_segment(), Access::ReadOnly).unwrap();
     let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadOnly).unwrap());
     let identity = mapping.at::<Superblock>(0).unwrap().read(Kind::Engine, mapping.len() as u64).unwrap();
@@ -119,7 +105,10 @@ fn a_second_engine_is_refused_while_the_first_lives() {
     let before = name.inodes();
     let began = std::time::Instant::now();
     let error = name.start().err().unwrap();
-    assert!(matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == std::process::id()), "{error}");
+    assert!(
+        matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == std::process::id()),
+        "{error}"
+    );
     assert!(began.elapsed() < Duration::from_secs(2), "a living engine is not waited for");
     assert!(matches!(remove(&name.0, false, SHORT), Err(SetupError::AlreadyRunning { .. })));
     assert_eq!(name.inodes(), before);
@@ -236,7 +225,8 @@ fn a_segment_that_others_may_read_is_refused_and_can_be_removed() {
     let name = Name::new("mode");
     drop(name.start().unwrap());
     for segment in [name.0.engine_segment(), name.0.arena()] {
-        let mode = |bits| std::fs::set_permissions(name.path(&segment), std::fs::Permissions::from_mode(bits));
+        let mode =
+            |bits| std::fs::set_permissions(name.path(&segment), std::fs::Permissions::from_mode(bits));
         mode(0o644).unwrap();
         let error = name.start().err().unwrap();
         assert!(
@@ -326,135 +316,5 @@ fn of_many_starts_at_once_one_wins() {
         });
         assert_eq!(winners, 1, "round {round}");
         assert_eq!(name.files().len(), 3);
-    }
-}
-
-/// Not a test of its own: what a child process of the tests below does.
-#[test]
-fn child() {
-    let (Ok(name), Ok(mode)) = (std::env::var(CHILD_NAME), std::env::var(CHILD_MODE)) else { return };
-    let name = Name(EngineName::new(&name).unwrap());
-    if mode == "churn" {
-        println!("ready");
-        // Until it is killed: a start after a death, a start after a clean end, by turns.
-        loop {
-            drop(name.start().unwrap());
-            name.start().unwrap().retire_and_unlink().unwrap();
-        }
-    }
-    let segments = name.start().unwrap();
-    println!("ready");
-    if mode == "live" {
-        std::thread::sleep(Duration::from_secs(60));
-    }
-    segments.retire_and_unlink().unwrap();
-    println!("survived");
-}
-
-fn spawn_child(name: &Name, mode: &str, dies_at: &str) -> Child {
-    Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "segments::tests::child", "--nocapture", "--test-threads=1"])
-        .env(CHILD_NAME, name.0.as_str())
-        .env(CHILD_MODE, mode)
-        .env(CHILD_DIES_AT, dies_at)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap()
-}
-
-/// The harness writes its own words before ours on the same line.
-fn wait_ready(child: &mut Child) -> bool {
-    BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok).any(|line| line.ends_with("ready"))
-}
-
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
-
-#[test]
-fn a_killed_engine_is_noticed_and_succeeded() {
-    let name = Name::new("kill");
-    let mut engine = spawn_child(&name, "live", "");
-    assert!(wait_ready(&mut engine));
-    let error = name.start().err().unwrap();
-    assert!(matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == engine.id()), "{error}");
-    let (old, _) = client_view(&name.0);
-    let raw = old.life_words[7].raw();
-    kill(engine);
-    assert_ne!(old.life_words[7].raw(), raw);
-    assert!(old.life_words.iter().all(|word| word.life() == Life::Dead));
-    assert_eq!(name.start().unwrap().cold_start(), Some(&ColdStart::Died));
-}
-
-/// Every place that [`checkpoint`] names on the way up, then on the way down.
-const PLACES: [&str; 13] = [
-    "opened",
-    "claimed",
-    "allocated",
-    "owned",
-    "described",
-    "lobby",
-    "arena",
-    "arena magic",
-    "lobby magic",
-    "engine magic",
-    "retired",
-    "satellites gone",
-    "unlinked",
-];
-/// Those before which no client may find an engine.
-const UNTIL_COMPLETE: [&str; 9] =
-    ["opened", "claimed", "allocated", "owned", "described", "lobby", "arena", "arena magic", "lobby magic"];
-/// And on the way up where a predecessor is swept first.
-const SWEEP_PLACES: [&str; 5] = [
-    "satellites retired",
-    "lobby gone",
-    "predecessor retired",
-    "predecessor's satellites gone",
-    "predecessor gone",
-];
-
-#[test]
-fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
-    let name = Name::new("places");
-    for (place, predecessor) in
-        PLACES.iter().map(|place| (place, false)).chain(SWEEP_PLACES.iter().map(|place| (place, true)))
-    {
-        if predecessor {
-            drop(name.start().unwrap());
-        }
-        let mut child = spawn_child(&name, "once", place);
-        let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
-        child.wait().unwrap();
-        assert!(!output.contains("survived"), "{place} was not reached");
-        if !predecessor && UNTIL_COMPLETE.contains(place) {
-            let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadWrite);
-            let complete = file.is_ok_and(|file| !matches!(Found::look(&file).unwrap(), Found::Incomplete));
-            assert!(!complete, "{place}: the engine's magic comes last");
-        }
-        let segments = name.start().unwrap_or_else(|error| panic!("after a death at {place:?}: {error}"));
-        assert_eq!(name.files().len(), 3, "{place}");
-        segments.retire_and_unlink().unwrap();
-        assert_eq!(name.files(), Vec::<String>::new(), "{place}");
-    }
-}
-
-#[test]
-fn a_death_at_random_leaves_what_the_next_start_sweeps() {
-    let name = Name::new("random");
-    for round in 0..30u64 {
-        let mut child = spawn_child(&name, "churn", "");
-        assert!(wait_ready(&mut child));
-        // Spread over several turns of the child's loop, which takes about a millisecond.
-        std::thread::sleep(Duration::from_micros(round * 7919 % 5000));
-        kill(child);
-        let segments = name.start().unwrap_or_else(|error| panic!("round {round}: {error}"));
-        assert_eq!(name.files().len(), 3);
-        // Left for the next child, half of the time.
-        if round % 2 == 0 {
-            segments.retire_and_unlink().unwrap();
-        }
     }
 }

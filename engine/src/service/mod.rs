@@ -90,7 +90,10 @@ pub(crate) struct Service {
     unhealthy: bool,
 }
 
-/// How long to spin before sleeping: longer while that finds work, shorter while it does not.
+/// How long to spin before sleeping: all of it while sleeps turn out to be short, less and less while they do not.
+///
+/// A sleep that ends with work soon is one that spinning would have saved, at both ends: a client that has slept takes
+/// some 20 µs to ask again, and if that always finds the engine asleep, both sleep for ever after.
 struct SpinBudget {
     max_ns: u64,
     now_ns: u64,
@@ -101,12 +104,13 @@ impl SpinBudget {
         SpinBudget { max_ns, now_ns: max_ns }
     }
 
-    fn paid_off(&mut self) {
-        self.now_ns = (self.now_ns * 2).clamp(self.max_ns / 8, self.max_ns);
-    }
-
-    fn in_vain(&mut self) {
-        self.now_ns = (self.now_ns / 2).max(self.max_ns / 8);
+    /// A sleep ended after `slept_ns`, with work or without.
+    fn slept(&mut self, slept_ns: u64, with_work: bool) {
+        self.now_ns = if with_work && slept_ns <= 4 * self.max_ns {
+            self.max_ns
+        } else {
+            (self.now_ns / 2).max(self.max_ns / 16)
+        };
     }
 }
 
@@ -173,14 +177,11 @@ impl Service {
                 self.tick(now, worked);
             }
             if core::mem::take(&mut worked) {
-                if now.saturating_sub(last_work) > self.spin.now_ns / 4 {
-                    self.spin.paid_off();
-                }
                 last_work = now;
             } else if now.saturating_sub(last_work) >= self.spin.now_ns {
-                self.spin.in_vain();
                 self.park(now);
                 last_work = monotonic_ns();
+                self.spin.slept(last_work.saturating_sub(now), self.rings_have_news());
             }
         }
         self.farewell();
