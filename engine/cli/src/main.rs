@@ -1,2 +1,127 @@
-//! The `kvring` command.
-fn main() {}
+//! The command `kvring`: the engine (`serve`), what looks at it and after it (`status`, `clear`, `remove`), and what
+//! shows what it does (`replay`, `simulate`, `bench`).
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve.
+
+mod clear;
+mod console;
+mod remove;
+mod replay;
+mod serve;
+mod simulate;
+mod status;
+mod trace;
+
+use clap::{Parser, Subcommand};
+use std::io::Write;
+use std::process::ExitCode;
+
+/// A KV-cache engine for LLM serving on one node: vLLM's KV cache in shared memory, kept when GPU memory is not.
+#[derive(Parser, Debug)]
+#[command(name = "kvring", version, arg_required_else_help = true, after_help = "\
+Examples:
+  kvring serve --arena 32GiB              start the node's engine; Ctrl-C ends it and removes its memory
+  kvring status                           how it is and what it holds, also while it hangs
+  kvring replay                           see it work: real traffic, every loaded byte verified
+  kvring simulate trace.jsonl             how much memory is worth its price, without copying anything
+
+`kvring COMMAND --help` explains a command. Logs go to stderr: --log-level, or the environment variable KVRING_LOG.")]
+struct Cli {
+    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as kvring_engine=debug
+    /// [env: KVRING_LOG] [default: info for serve, else warn]
+    #[arg(long, global = true, value_name = "LEVEL")]
+    log_level: Option<String>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Run an engine until SIGTERM or Ctrl-C
+    Serve(serve::Args),
+    /// Show how an engine is and what it holds; works while it hangs, and after its death
+    Status(status::Args),
+    /// Drop everything in an engine that is not in use
+    Clear(clear::Args),
+    /// Remove what a dead engine left in /dev/shm; with --force also a living one's memory
+    Remove(remove::Args),
+    /// Drive a real trace through an engine and simulated vLLM instances, and verify every byte
+    Replay(replay::Args),
+    /// Measure, each number beside the machine's own limit
+    Bench(kvring_benches::BenchArgs),
+    /// Simulate the hit rate of each eviction policy by capacity
+    Simulate(simulate::Args),
+    /// One simulated vLLM scheduler; started by `replay`
+    #[command(hide = true)]
+    ReplayScheduler,
+    /// One simulated vLLM worker; started by a replay's scheduler
+    #[command(hide = true)]
+    ReplayWorker,
+}
+
+fn main() -> ExitCode {
+    // A benchmark's processes are this executable again.
+    kvring_benches::child_main();
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            // Nobody is left to tell where stderr is closed.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let log = console::LogChoice::new(cli.log_level);
+    match cli.command {
+        // The engine's level may also come from its configuration file.
+        Command::Serve(args) => serve::run(args, &log)?,
+        Command::Status(args) => {
+            log.start("warn")?;
+            return status::run(&args);
+        }
+        Command::Clear(args) => {
+            log.start("error")?;
+            clear::run(&args)?;
+        }
+        Command::Remove(args) => {
+            log.start("warn")?;
+            remove::run(&args)?;
+        }
+        Command::Replay(args) => {
+            log.start("warn")?;
+            return replay::run(args, &log);
+        }
+        Command::Bench(args) => {
+            log.start("warn")?;
+            kvring_benches::run(args)?;
+        }
+        Command::Simulate(args) => {
+            log.start("warn")?;
+            simulate::run(args)?;
+        }
+        Command::ReplayScheduler => {
+            log.start("warn")?;
+            replay::be_scheduler()?;
+        }
+        Command::ReplayWorker => {
+            log.start("warn")?;
+            replay::be_worker()?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -118,6 +118,8 @@ impl Policy for Arc {
         if let (Some(list), true) = (self.residents.unlink(id), evicted) {
             self.ghosts.push(list, self.hashes[id as usize], self.full_len);
         }
+        // What was cleared, replaced or aborted has made the capacity smaller.
+        self.target_once = self.target_once.min(self.capacity() as f64);
     }
 
     fn victim(&mut self, evictable: &mut dyn FnMut(ChunkId) -> bool) -> Option<ChunkId> {

@@ -1,0 +1,63 @@
+//! `kvring clear`: an operator empties the cache.
+
+use crate::status::quoted_name;
+use anyhow::{Context, bail};
+use kvring_adapter::{Client, ClientOptions, DEFAULT_ENGINE, Role};
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Drop everything in an engine that is not in use.
+///
+/// Chunks that requests hold at the moment stay; so do registrations, counters and memory.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Examples:
+  kvring clear                            the engine named `default`
+  kvring clear --name prod                another one")]
+pub(crate) struct Args {
+    /// The engine's name
+    #[arg(long, default_value = DEFAULT_ENGINE)]
+    name: String,
+
+    /// How long to wait for the engine, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    timeout: u64,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let client = attach(&args.name, "kvring clear", Duration::from_secs(args.timeout))?;
+    let dropped = client.clear().with_context(|| format!("cannot clear {}", quoted_name(&args.name)))?;
+    writeln!(std::io::stdout(), "dropped {dropped} chunks")?;
+    Ok(())
+}
+
+/// A client in the scheduler's role, attached.
+///
+/// # Errors
+/// No engine, a dead one, one that does not answer: with what to do about it.
+pub(crate) fn attach(engine: &str, client: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
+    let options = ClientOptions {
+        engine: engine.to_owned(),
+        client: client.to_owned(),
+        attach_timeout: timeout,
+        operation_timeout: timeout,
+        ..ClientOptions::default()
+    };
+    let client = Client::new(Role::Scheduler, options)?;
+    // What cannot mend itself within the timeout is told at once.
+    if let Some(error) = client.diagnose() {
+        bail!(error);
+    }
+    if let Err(health) = client.wait_ready(timeout) {
+        match client.diagnose() {
+            Some(error) => bail!(error),
+            None => bail!(
+                "engine {} is {health}: no attachment within {} s; `kvring status` says more",
+                quoted_name(engine),
+                timeout.as_secs()
+            ),
+        }
+    }
+    Ok(client)
+}

@@ -1,0 +1,214 @@
+//! What the processes of a replay say to each other: coordinator ↔ scheduler ↔ worker, as vLLM's scheduler tells its
+//! workers with each step what to load and what to store.
+
+use kvring_adapter::{Key, LookupStats, ShardHandle};
+use serde::{Deserialize, Serialize};
+
+/// Tokens in a block of the simulated paged KV cache.
+pub(super) const BLOCK_TOKENS: u32 = 32;
+/// Planes of the simulated paged KV cache: four layers, K and V of each in one plane.
+pub(super) const PLANES: u32 = 4;
+
+/// The shape of one rank's paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Shape {
+    /// Tokens in a chunk: a block of the trace.
+    pub(super) chunk_tokens: u32,
+    /// Blocks in a chunk.
+    pub(super) blocks_per_chunk: u32,
+    /// Planes.
+    pub(super) planes: u32,
+    /// Words of a page.
+    pub(super) page_words: u32,
+    /// Blocks there are.
+    pub(super) num_blocks: u32,
+}
+
+impl Shape {
+    /// Bytes of a page.
+    pub(super) fn page_bytes(&self) -> usize {
+        self.page_words as usize * 8
+    }
+
+    /// Bytes of one rank's part of a chunk.
+    pub(super) fn shard_bytes(&self) -> u64 {
+        u64::from(self.blocks_per_chunk) * u64::from(self.planes) * self.page_bytes() as u64
+    }
+
+    /// Bytes of the whole paged KV cache of one rank.
+    pub(super) fn kv_bytes(&self) -> u64 {
+        u64::from(self.num_blocks) * u64::from(self.planes) * self.page_bytes() as u64
+    }
+}
+
+/// What a simulated vLLM instance is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Plan {
+    /// The engine's name.
+    pub(super) engine: String,
+    /// Which instance.
+    pub(super) instance: u32,
+    /// Its ranks.
+    pub(super) ranks: u32,
+    /// Names the namespace, the same in all instances.
+    pub(super) fingerprint: [u64; 4],
+    /// Of each rank.
+    pub(super) shape: Shape,
+    /// Is every loaded byte compared?
+    pub(super) verify: bool,
+    /// Threads that copy in each worker; `None`: as the adapter chooses.
+    pub(super) copy_threads: Option<usize>,
+}
+
+/// From the coordinator to a scheduler.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum ToScheduler {
+    /// First of all.
+    Start(Plan),
+    /// One request, from lookup to store.
+    Request {
+        /// Its number in the trace.
+        index: u32,
+        /// The trace's block ids.
+        blocks: Vec<u64>,
+    },
+    /// See to it that nothing is under way any more.
+    Quiesce,
+}
+
+/// From a scheduler to the coordinator.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FromScheduler {
+    /// It and its workers are attached and registered.
+    Ready,
+    /// The request is done.
+    Done(RequestReport),
+    /// All sessions have ended, and the engine has heard everything.
+    Quiet(Lookups),
+}
+
+/// What became of a request.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct RequestReport {
+    /// Chunks that the lookup found.
+    pub(super) hit_chunks: u32,
+    /// How long the lookup took.
+    pub(super) lookup_ns: u64,
+    /// One per rank.
+    pub(super) ranks: Vec<(Loaded, Stored)>,
+}
+
+/// [`LookupStats`], to be sent.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Lookups {
+    /// Answered by the engine.
+    pub(super) answered: u64,
+    /// Answered 0 because the engine was not fit to be asked.
+    pub(super) degraded: u64,
+    /// Answered 0 because no answer came in time.
+    pub(super) timed_out: u64,
+    /// Answered 0 because the engine refused.
+    pub(super) refused: u64,
+}
+
+impl From<LookupStats> for Lookups {
+    fn from(stats: LookupStats) -> Lookups {
+        let LookupStats { answered, degraded, timed_out, refused } = stats;
+        Lookups { answered, degraded, timed_out, refused }
+    }
+}
+
+/// From a scheduler to a worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum ToWorker {
+    /// First of all: the instance and the rank in it.
+    Start(Plan, u32),
+    /// One request's work.
+    Step(Step),
+    /// See to it that nothing is under way any more.
+    Quiesce,
+}
+
+/// What a worker does for one request: load what was found, "compute" the rest, store that.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct Step {
+    /// The request's name.
+    pub(super) request: String,
+    /// Which arena the shards are in.
+    pub(super) arena_id: [u64; 2],
+    /// To be loaded, and where to.
+    pub(super) load: Vec<(Shard, Vec<u32>)>,
+    /// To be computed and stored: key and blocks.
+    pub(super) store: Vec<(Key, Vec<u32>)>,
+    /// The round that the store belongs to: source, number.
+    pub(super) round: (u32, u32),
+    /// The key just before the first one to be stored.
+    pub(super) parent: Option<Key>,
+}
+
+/// [`ShardHandle`] without its arena, which is the same for all of a lookup.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Shard {
+    slot: u32,
+    generation: u64,
+    offset: u64,
+    /// The chunk's key.
+    pub(super) key: Key,
+}
+
+impl Shard {
+    /// To be sent.
+    pub(super) fn of(handle: ShardHandle) -> Shard {
+        let ShardHandle { slot, generation, offset, key, .. } = handle;
+        Shard { slot, generation, offset, key }
+    }
+
+    /// As the worker's adapter takes it.
+    pub(super) fn handle(self, arena_id: [u64; 2]) -> ShardHandle {
+        let Shard { slot, generation, offset, key } = self;
+        ShardHandle { arena_id, slot, generation, offset, key }
+    }
+}
+
+/// From a worker to its scheduler.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FromWorker {
+    /// Attached and registered.
+    Ready,
+    /// The step's load has ended: the scheduler may give up the lookup's pins.
+    Loaded(Loaded),
+    /// The step's store has ended: the step is done.
+    Stored(Stored),
+    /// Nothing is under way, and the engine has heard everything.
+    Quiet,
+}
+
+/// What became of a step's load.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Loaded {
+    /// Shards loaded and validated.
+    pub(super) loaded: u32,
+    /// Shards that could not be loaded; computed again.
+    pub(super) failed: u32,
+    /// Bytes copied.
+    pub(super) bytes: u64,
+    /// Time spent copying.
+    pub(super) copy_ns: u64,
+    /// Bytes that were loaded, and are not what was stored.
+    pub(super) wrong_bytes: u64,
+}
+
+/// What became of a step's store.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Stored {
+    /// Shards written and committed.
+    pub(super) stored: u32,
+    /// Shards that were there already.
+    pub(super) skipped: u32,
+    /// Shards that were not stored.
+    pub(super) dropped: u32,
+    /// Bytes copied.
+    pub(super) bytes: u64,
+    /// Time spent copying.
+    pub(super) copy_ns: u64,
+}

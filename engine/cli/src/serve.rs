@@ -1,0 +1,250 @@
+//! `kvring serve`: one engine, in the foreground.
+
+use crate::console::{self, LogChoice};
+use anyhow::{Context, bail};
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::{EngineConfig, Overrides};
+use kvring_engine::policy::PolicyKind;
+use kvring_engine::{Engine, StopHandle};
+use nix::sys::signal::Signal;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// What stdout says once clients can attach. A script that starts an engine waits for this line.
+pub(crate) const READY_LINE: &str = "serving";
+
+/// How often the progress bar looks.
+const BAR_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Run an engine in the foreground, until SIGTERM or Ctrl-C; a second signal ends it at once.
+///
+/// It prints the line `serving` on stdout as soon as clients can attach, which is when the first slab of its arena is
+/// allocated; the rest follows in the background. When it ends, nothing of it stays in /dev/shm.
+///
+/// Settings come from flags, then from the file given with --config, then from the defaults shown here.
+#[derive(clap::Args, Debug)]
+#[command(after_long_help = "Examples:
+  kvring serve --arena 32GiB                     the engine named `default`, which clients use unless told otherwise
+  kvring serve --name b --arena 8GiB             a second engine on the same node
+  kvring serve --config kvring.toml --policy arc
+  kvring serve --arena 32GiB --print-config      the settings as TOML, to begin a file with
+
+How much: an arena of A bytes holds A / (KV bytes per token) tokens. Llama-3.1-8B in bf16 has 128 KiB per token:
+100 GiB hold 819200 tokens. `kvring simulate` says what hit rate that gives on a trace.
+In a container /dev/shm is 64 MiB unless you say otherwise: docker run --shm-size=33g.")]
+pub(crate) struct Args {
+    /// Settings as a TOML file, with the names of the flags below (and `_` for `-`)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    settings: Settings,
+
+    /// Print the settings that result as TOML, and do nothing else
+    #[arg(long)]
+    print_config: bool,
+
+    /// Stop when this process, our parent, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    stop_with_parent: Option<u32>,
+}
+
+/// A setting's help: what it is, and its default, taken from where all defaults are.
+fn with_default<T: ToString>(text: &str, of: impl FnOnce(EngineConfig) -> T) -> String {
+    format!("{text} [default: {}]", of(EngineConfig::default()).to_string())
+}
+
+/// The flags of [`Overrides`]: each replaces what the file says. None has a default here.
+#[derive(clap::Args, Debug)]
+struct Settings {
+    #[arg(long, help = with_default("The engine's name: one engine per name and node", |c| c.name))]
+    name: Option<String>,
+
+    /// Size of the arena, as 32GiB or 500MB [default: half of what /dev/shm, the cgroup and the machine have left]
+    #[arg(long, value_name = "SIZE")]
+    arena: Option<ByteSize>,
+
+    /// Size of a slab, the unit that is allocated and given to one shard size: a power of two from 1MiB to 1GiB
+    /// [default: 1/64 of the arena, from 1MiB to 64MiB]
+    #[arg(long, value_name = "SIZE")]
+    slab: Option<ByteSize>,
+
+    #[arg(long, help = with_default("Which chunks go first when room is needed: lru, arc", |c| c.policy))]
+    policy: Option<PolicyKind>,
+
+    #[arg(long, value_name = "MS",
+        help = with_default("How often the beat moves at least, in milliseconds", |c| c.beat_interval_ms))]
+    beat_interval_ms: Option<u32>,
+
+    #[arg(long, value_name = "US",
+        help = with_default("How long the engine spins before it sleeps, in microseconds", |c| c.spin_us))]
+    spin_us: Option<u32>,
+
+    #[arg(long, value_name = "PART",
+        help = with_default("The part of the arena that one client may hold at once", |c| c.client_share))]
+    client_share: Option<f64>,
+
+    #[arg(long, value_name = "N", help = with_default("Leases that can exist at once", |c| c.max_leases))]
+    max_leases: Option<u32>,
+
+    #[arg(long, value_name = "N", help = with_default("Chunks that leases can pin at once", |c| c.max_pins))]
+    max_pins: Option<u32>,
+
+    /// Chunks that the index can hold [default: as many as the arena has room for]
+    #[arg(long, value_name = "N")]
+    max_chunks: Option<u32>,
+
+    #[arg(long, value_name = "MS",
+        help = with_default("How long to wait for another start, or a predecessor's end, in milliseconds",
+            |c| c.start_wait_ms))]
+    start_wait_ms: Option<u32>,
+
+    #[arg(long, value_name = "BOOL",
+        help = with_default("May it dump core? That delays the notice of its death", |c| c.core_dumps))]
+    core_dumps: Option<bool>,
+}
+
+impl Settings {
+    fn overrides(self) -> Overrides {
+        // Taken apart by name: a flag that is forgotten does not compile. The log level is the whole command's.
+        let Settings {
+            name,
+            arena,
+            slab,
+            policy,
+            beat_interval_ms,
+            spin_us,
+            client_share,
+            max_leases,
+            max_pins,
+            max_chunks,
+            start_wait_ms,
+            core_dumps,
+        } = self;
+        Overrides {
+            name,
+            arena,
+            slab,
+            policy,
+            beat_interval_ms,
+            spin_us,
+            client_share,
+            max_leases,
+            max_pins,
+            max_chunks,
+            start_wait_ms,
+            core_dumps,
+            ..Overrides::default()
+        }
+    }
+}
+
+/// Runs the command. The calling thread becomes the service thread.
+pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
+    let base = match &args.config {
+        Some(path) => EngineConfig::from_toml(path)?,
+        None => EngineConfig::default(),
+    };
+    let config = base.with(args.settings.overrides())?;
+    log.start(&config.log)?;
+    if args.print_config {
+        let text = toml::to_string(&config).context("cannot print the configuration")?;
+        std::io::stdout().write_all(text.as_bytes())?;
+        return Ok(());
+    }
+    if let Some(parent) = args.stop_with_parent {
+        stop_with_parent(parent)?;
+    }
+    let stop = StopOnSignal::install()?;
+    let engine = Engine::create(&config).with_context(|| format!("cannot start engine `{}`", config.name))?;
+    stop.stops(engine.stop_handle());
+    show_allocation(engine.progress());
+    engine.run(|| {
+        // A script that has gone away again does not end the engine.
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "{READY_LINE}").and_then(|()| out.flush());
+    });
+    Ok(())
+}
+
+fn stop_with_parent(parent: u32) -> anyhow::Result<()> {
+    nix::sys::prctl::set_pdeathsig(Signal::SIGTERM).context("prctl(PR_SET_PDEATHSIG)")?;
+    // It may have ended before we asked to be told.
+    if nix::unistd::getppid().as_raw().unsigned_abs() != parent {
+        bail!("the process that started this engine (pid {parent}) has ended");
+    }
+    Ok(())
+}
+
+/// Draws the allocation of the arena, on a thread of its own, until it is over.
+fn show_allocation(progress: kvring_engine::allocator::Progress) {
+    let bar = console::byte_bar("allocating the arena", progress.bytes_total());
+    if bar.is_hidden() {
+        return;
+    }
+    let draw = move || {
+        while !progress.is_over() {
+            bar.set_position(progress.bytes_ready());
+            thread::sleep(BAR_INTERVAL);
+        }
+        bar.finish_and_clear();
+    };
+    if let Err(error) = thread::Builder::new().name("kvring-bar".to_owned()).spawn(draw) {
+        tracing::debug!(%error, "no progress bar");
+    }
+}
+
+/// Signals, and what they stop.
+struct StopOnSignal {
+    state: Arc<Mutex<StopState>>,
+}
+
+enum StopState {
+    /// Nothing to stop yet.
+    Starting,
+    /// A signal came before the engine did.
+    Asked,
+    Running(StopHandle),
+}
+
+impl StopOnSignal {
+    /// From here on SIGTERM and SIGINT are ours: also one that comes while the segments are being made.
+    fn install() -> anyhow::Result<StopOnSignal> {
+        let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot watch for SIGTERM and SIGINT")?;
+        let state = Arc::new(Mutex::new(StopState::Starting));
+        let watched = state.clone();
+        let watch = move || {
+            for (count, signal) in signals.forever().enumerate() {
+                if count > 0 {
+                    // The segments stay as they are; the next start sweeps them.
+                    process::exit(1);
+                }
+                tracing::info!(signal, "asked to stop; another signal ends the process at once");
+                let mut state = watched.lock().unwrap_or_else(PoisonError::into_inner);
+                match &*state {
+                    StopState::Running(handle) => handle.stop(),
+                    StopState::Starting | StopState::Asked => *state = StopState::Asked,
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("kvring-signals".to_owned())
+            .spawn(watch)
+            .context("cannot start the thread that watches for signals")?;
+        Ok(StopOnSignal { state })
+    }
+
+    fn stops(&self, handle: StopHandle) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*state, StopState::Asked) {
+            handle.stop();
+        }
+        *state = StopState::Running(handle);
+    }
+}

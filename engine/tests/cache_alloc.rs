@@ -1,0 +1,202 @@
+//! The cache takes its memory when it is made: no operation allocates, and a huge arena costs what is used of it.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod cache_support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use cache_support::{VecTable, chain, key};
+use kvring_engine::cache::{
+    Cache, CacheConfig, Key, Owner, Reservation, Reserve, Round, ShardHeader, SlotId, SlotTable,
+};
+use kvring_engine::policy::PolicyKind;
+
+/// Counts what this thread allocates.
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+fn count() {
+    // A thread that ends has no counter any longer; it is not the one under test.
+    let _ = ALLOCATIONS.try_with(|allocations| allocations.set(allocations.get() + 1));
+}
+
+// SAFETY: hands every call to `System`, and counts.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps `GlobalAlloc`'s contract, which is `System`'s.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, bytes: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.realloc(memory, layout, bytes) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+fn allocations() -> u64 {
+    ALLOCATIONS.with(Cell::get)
+}
+
+#[test]
+fn no_operation_allocates() {
+    for policy in PolicyKind::ALL {
+        let slabs = 12;
+        let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, slabs) };
+        let mut cache = Cache::new(config, VecTable::new(slabs as usize * 256)).unwrap();
+        for (namespace, ranks) in [&[50_000_u64][..], &[30_000, 90_000], &[20_000; 9]].into_iter().enumerate()
+        {
+            for (rank, bytes) in ranks.iter().enumerate() {
+                cache.register(namespace as u32, ranks.len() as u32, rank as u32, *bytes).unwrap();
+            }
+        }
+        for slab in 0..slabs {
+            cache.add_slab(slab).unwrap();
+        }
+        let mut random = 1_u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        let mut writes: Vec<(Owner, SlotId, u64, Key)> = Vec::with_capacity(1 << 16);
+        let chains: Vec<Vec<Key>> = (0..40).map(|at| chain(at, 30)).collect();
+        let worlds = [1, 2, 9];
+
+        let before = allocations();
+        for step in 0..60_000_u64 {
+            let (owner, namespace) = (next(4) as Owner, next(3) as u32);
+            let keys = &chains[next(40) as usize][..next(30) as usize];
+            match next(40) {
+                0..12 => {
+                    let rank = next(worlds[namespace as usize]) as u32;
+                    let round = Round { source: next(3) as u32, number: (step / 500) as u32 };
+                    let message =
+                        Reserve { owner, nonce: 1, namespace, rank, round, parent: Some(key(1, 1)), keys };
+                    let reserved = cache.reserve(message, &mut |i, answer| {
+                        if let Reservation::Write { slot, generation, .. } = answer {
+                            writes.push((owner, slot, generation, keys[i]));
+                        }
+                    });
+                    assert!(reserved.is_ok());
+                }
+                12..24 => {
+                    for _ in 0..20 {
+                        if !writes.is_empty() {
+                            let at = next(writes.len() as u64) as usize;
+                            let (owner, slot, generation, key) = writes.swap_remove(at);
+                            let _ = cache.commit(owner, slot, generation, key, 1);
+                        }
+                    }
+                }
+                24 => {
+                    if let Some((owner, slot, generation, key)) = writes.pop() {
+                        let _ = cache.abort(owner, slot, generation, key);
+                    }
+                }
+                25..33 => {
+                    let found = cache.find(owner, next(20), next(2) as u32, namespace, keys, &mut |_| {});
+                    if found.is_ok() {
+                        cache.pin_found();
+                    }
+                }
+                33..36 => {
+                    cache.end_session(owner, next(20));
+                }
+                36 => {
+                    cache.release(owner, next(20), 0, 3);
+                }
+                37 if next(20) == 0 => {
+                    cache.client_gone(owner, 1, false);
+                }
+                38 if next(200) == 0 => {
+                    cache.clear_step(Some(namespace), 0, 50);
+                }
+                _ => cache.check_step(100).unwrap(),
+            }
+            // What the table logs is not the cache's.
+            cache.table_mut().freed.clear();
+            cache.table_mut().touches.clear();
+        }
+        let stats = cache.stats();
+        assert_eq!(allocations(), before, "{policy} allocated");
+        assert!(stats.evicted > 1000 && stats.spans_taken > 10 && stats.leases > 0, "{stats:?}");
+        cache.check_all().unwrap();
+    }
+}
+
+/// A table that keeps nothing.
+struct NoTable;
+
+impl SlotTable for NoTable {
+    fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
+    fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
+    fn freed(&mut self, _: SlotId, _: u64) {}
+    fn touched(&mut self, _: SlotId, _: u64) {}
+    fn ensure(&mut self, _: SlotId, _: u32) -> bool {
+        true
+    }
+    fn generation(&self, _: SlotId) -> u64 {
+        0
+    }
+}
+
+/// KiB of this process that no file is behind.
+fn anonymous_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+#[test]
+fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
+    let before = anonymous_kib();
+    let (slab_bytes, slabs) = (16 << 20, 4096);
+    let mut cache = Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable).unwrap();
+    for slab in 0..slabs {
+        cache.add_slab(slab).unwrap();
+    }
+    cache.register(0, 1, 0, 4 << 20).unwrap();
+    for at in 0..20 {
+        let keys = chain(at, 500);
+        let round = Round { source: 1, number: 1 };
+        let message = Reserve { owner: 0, nonce: 1, namespace: 0, rank: 0, round, parent: None, keys: &keys };
+        let mut slots = Vec::new();
+        cache
+            .reserve(message, &mut |i, answer| {
+                let Reservation::Write { slot, generation, .. } = answer else { panic!("{answer:?}") };
+                slots.push((slot, generation, keys[i]));
+            })
+            .unwrap();
+        for (slot, generation, key) in slots {
+            cache.commit(0, slot, generation, key, 0).unwrap();
+        }
+        cache.find(0, at, 0, 0, &keys, &mut |_| {}).unwrap();
+        cache.pin_found();
+    }
+    let stats = cache.stats();
+    assert_eq!((stats.chunks_visible, stats.pins), (10_000, 10_000));
+    let kib = anonymous_kib() - before;
+    println!("{kib} KiB for {} chunks in {} GiB", stats.chunks_visible, stats.bytes_usable >> 30);
+    // With the other test beside it in the same process.
+    assert!(kib < 30 << 10, "{kib} KiB");
+}

@@ -1,0 +1,142 @@
+//! The whole cache against a model of plain vectors: random operations of several clients, in arenas so small that
+//! chunks are evicted and spans move between sizes. After each one, the cache checks itself completely, and what it
+//! published is held against what the model allows.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+#[path = "../cache_support/mod.rs"]
+mod cache_support;
+mod model;
+mod ops;
+
+use kvring_engine::cache::Key;
+use kvring_engine::policy::PolicyKind;
+use proptest::prelude::*;
+
+use cache_support::key;
+use model::{Model, SLABS, WORLDS};
+use ops::{OWNERS, Op, op};
+
+impl Model {
+    fn step(&mut self, op: &Op) {
+        match *op {
+            Op::Find { owner, session, admission, namespace, chain, len } => {
+                self.find((owner, session, admission), namespace, chain, len);
+            }
+            Op::Release { owner, session, admission, keep } => {
+                let lease = self.leases.get_mut(&(owner, session, admission));
+                let known = self.cache.release(owner, session, admission, keep);
+                assert_eq!(known, lease.is_some());
+                if let Some((_, keys)) = lease {
+                    keys.truncate(keep as usize);
+                }
+                self.leases.retain(|_, (_, keys)| !keys.is_empty());
+            }
+            Op::EndSession { owner, session } => {
+                let before = self.leases.len();
+                self.leases.retain(|(o, s, _), _| (*o, *s) != (owner, session));
+                assert_eq!(self.cache.end_session(owner, session), before > self.leases.len());
+            }
+            Op::Reserve { owner, namespace, rank, round, chain, from, len, twice } => {
+                let mut keys: Vec<Key> = (from..from + len).map(|place| key(chain, place)).collect();
+                if twice {
+                    keys.push(keys[0]);
+                }
+                let parent = from.checked_sub(1).map(|place| key(chain, place));
+                let rank = rank % (WORLDS[namespace as usize].len() as u32 + 1);
+                self.reserve(owner, namespace, rank, round, parent, &keys);
+            }
+            Op::Store { namespace, round, chain, len } => {
+                let keys: Vec<Key> = (0..len).map(|place| key(chain, place)).collect();
+                for rank in 0..WORLDS[namespace as usize].len() {
+                    self.reserve((rank % 3) as u8, namespace, rank as u32, round, None, &keys);
+                }
+                for which in (0..self.writes.len()).rev() {
+                    self.commit(which);
+                }
+            }
+            Op::Commit { which } => self.commit(which),
+            Op::Recommit { which } => self.forge(which, 3),
+            Op::Abort { which } => self.abort(which),
+            Op::Forge { which, how } => self.forge(which, how),
+            Op::Gone { owner, quarantine } => self.gone(owner, quarantine),
+            Op::QuarantineOver { which } => {
+                if !self.quarantined.is_empty() {
+                    let (owner, nonce) = self.quarantined.remove(which % self.quarantined.len());
+                    self.cache.quarantine_over(owner, nonce);
+                    let freed = self.take_freed();
+                    self.writer_gone(owner, nonce, &freed);
+                }
+            }
+            Op::Clear { namespace } => self.clear(namespace),
+            Op::OutOfSpace(out) => self.cache.table_mut().out_of_space = out,
+            Op::Hostile { slot, generation } => {
+                for owner in [0, 63, 64, 255] {
+                    let _ = self.cache.commit(owner, slot, generation, [0; 2], 0);
+                    let _ = self.cache.abort(owner, slot, generation, [0; 2]);
+                    assert!(!self.cache.release(owner, u64::MAX, slot, slot));
+                    assert!(!self.cache.end_session(owner, generation | 1 << 63));
+                }
+                self.cache.client_gone(255, generation, slot % 2 == 0);
+            }
+            Op::AddSlab(slab) => {
+                let is_new = slab < SLABS && !self.added.contains(&slab);
+                assert_eq!(self.cache.add_slab(slab).is_ok(), is_new);
+                if is_new {
+                    self.added.push(slab);
+                }
+            }
+        }
+        let rest = self.take_freed();
+        assert!(rest.is_empty(), "{op:?} freed slots {rest:?} that nothing allows");
+    }
+
+    fn check(&mut self) {
+        self.cache.check_all().unwrap();
+        self.cache.check_step(37).unwrap();
+        self.cache.table().assert_disjoint();
+        let stats = self.cache.stats();
+        let visible = self.chunks.iter().filter(|chunk| chunk.visible).count() as u64;
+        assert_eq!(
+            (stats.chunks_visible, stats.chunks_forming),
+            (visible, self.chunks.len() as u64 - visible)
+        );
+        assert_eq!((stats.slots_writing, stats.leases), (self.writes.len() as u64, self.leases.len() as u64));
+        let orphans = self.writes.iter().filter(|write| self.chunk_of(**write).is_none()).count() as u64;
+        assert_eq!(stats.orphans, orphans);
+        for chunk in self.chunks.iter().filter(|chunk| chunk.visible) {
+            assert_eq!(chunk.shards.len(), WORLDS[chunk.namespace as usize].len());
+            assert!(!chunk.is_written());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, max_shrink_iters: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_cache_does_what_its_model_allows(
+        ops in prop::collection::vec(op(), 1..250),
+        policy in prop::sample::select(&PolicyKind::ALL[..]),
+    ) {
+        let mut model = Model::new(policy);
+        for op in &ops {
+            model.step(op);
+            model.check();
+        }
+        // However it went, everything can be given back.
+        for owner in 0..OWNERS {
+            model.gone(owner, false);
+        }
+        for (owner, nonce) in std::mem::take(&mut model.quarantined) {
+            model.cache.quarantine_over(owner, nonce);
+            let freed = model.take_freed();
+            model.writer_gone(owner, nonce, &freed);
+        }
+        model.clear(None);
+        model.check();
+        let stats = model.cache.stats();
+        prop_assert_eq!(stats.slabs_free, stats.slabs_usable);
+        prop_assert_eq!((stats.bytes_used, stats.pins), (0, 0));
+    }
+}

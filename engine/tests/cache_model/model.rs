@@ -1,0 +1,416 @@
+//! What the cache must be seen to do, written down with plain vectors, and compared after each operation.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
+
+use std::collections::BTreeMap;
+
+use kvring_engine::cache::{
+    Aborted, Cache, CacheConfig, CommitError, Committed, Key, Reservation, Reserve, Round, ShardRef, SlotId,
+};
+use kvring_engine::policy::PolicyKind;
+
+use crate::cache_support::{State, VecTable, key};
+use crate::ops::{NAMESPACES, OWNERS};
+
+pub(crate) const SLAB_BYTES: u64 = 1 << 20;
+pub(crate) const SLABS: u32 = 7;
+/// Shard bytes of each rank, by namespace: one rank; pipeline stages of two sizes; more ranks than a chunk's line has
+/// room for; shards longer than a slab.
+pub(crate) const WORLDS: [&[u64]; NAMESPACES as usize] =
+    [&[200_000], &[100_000, 300_000], &[99_999, 99_999, 99_999, 99_999, 200_000, 99_999], &[1_500_000]];
+
+#[derive(Clone, Debug)]
+pub(crate) struct Shard {
+    pub(crate) slot: SlotId,
+    pub(crate) generation: u64,
+    pub(crate) committed: bool,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Chunk {
+    pub(crate) namespace: u32,
+    pub(crate) key: Key,
+    pub(crate) round: Round,
+    pub(crate) shards: BTreeMap<u32, Shard>,
+    pub(crate) visible: bool,
+}
+
+impl Chunk {
+    pub(crate) fn is_written(&self) -> bool {
+        self.shards.values().any(|shard| !shard.committed)
+    }
+}
+
+/// A slot that somebody may be writing; it outlives its chunk.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Write {
+    pub(crate) owner: u8,
+    pub(crate) nonce: u64,
+    pub(crate) slot: SlotId,
+    pub(crate) generation: u64,
+    pub(crate) key: Key,
+}
+
+pub(crate) type LeaseName = (u8, u64, u32);
+
+pub(crate) struct Model {
+    pub(crate) cache: Cache<VecTable>,
+    pub(crate) chunks: Vec<Chunk>,
+    pub(crate) writes: Vec<Write>,
+    pub(crate) done: Vec<Write>,
+    pub(crate) leases: BTreeMap<LeaseName, (u32, Vec<Key>)>,
+    pub(crate) nonces: [u64; OWNERS as usize],
+    pub(crate) quarantined: Vec<(u8, u64)>,
+    pub(crate) added: Vec<u32>,
+}
+
+impl Model {
+    pub(crate) fn new(policy: PolicyKind) -> Self {
+        let config = CacheConfig {
+            policy,
+            keys_max: 64,
+            leases_max: 64,
+            pins_max: 1000,
+            ..CacheConfig::new(SLAB_BYTES, SLABS)
+        };
+        let slots = (SLAB_BYTES / 4096) as usize * SLABS as usize;
+        let mut cache = Cache::new(config, VecTable::new(slots)).unwrap();
+        for (namespace, world) in WORLDS.iter().enumerate() {
+            for (rank, bytes) in world.iter().enumerate() {
+                cache.register(namespace as u32, world.len() as u32, rank as u32, *bytes).unwrap();
+            }
+        }
+        let added = vec![0, 1, 2, 3];
+        for slab in &added {
+            cache.add_slab(*slab).unwrap();
+        }
+        let (chunks, writes, done, quarantined) = Default::default();
+        Self { cache, chunks, writes, done, leases: BTreeMap::new(), nonces: [1; 3], quarantined, added }
+    }
+
+    pub(crate) fn is_leased(&self, chunk: &Chunk) -> bool {
+        self.leases
+            .values()
+            .any(|(namespace, keys)| *namespace == chunk.namespace && keys.contains(&chunk.key))
+    }
+
+    pub(crate) fn visible(&self, namespace: u32, key: Key) -> Option<&Chunk> {
+        self.chunks.iter().find(|chunk| chunk.visible && chunk.namespace == namespace && chunk.key == key)
+    }
+
+    /// Takes a chunk away; what it had COMMITTED must have been freed, what is WRITING must still be.
+    pub(crate) fn dropped(&mut self, at: usize, freed: &[SlotId]) {
+        let chunk = self.chunks.remove(at);
+        for shard in chunk.shards.values() {
+            assert_eq!(freed.contains(&shard.slot), shard.committed, "{chunk:?}");
+        }
+    }
+
+    /// Chunks of which a slot was freed, when room was needed for a message with these keys.
+    pub(crate) fn evicted(&mut self, freed: &[SlotId], namespace: u32, keys: &[Key]) {
+        let mut at = 0;
+        while at < self.chunks.len() {
+            let chunk = &self.chunks[at];
+            let lost = chunk.shards.values().any(|shard| shard.committed && freed.contains(&shard.slot));
+            let is_named = chunk.namespace == namespace && keys.contains(&chunk.key);
+            if !lost || is_named {
+                at += 1;
+                continue;
+            }
+            assert!(!chunk.is_written(), "evicted while it was written: {chunk:?}");
+            assert!(!self.is_leased(chunk), "evicted while it was leased: {chunk:?}");
+            self.dropped(at, freed);
+        }
+    }
+
+    pub(crate) fn take_freed(&mut self) -> Vec<SlotId> {
+        self.cache.table_mut().freed.drain(..).collect()
+    }
+
+    pub(crate) fn find(&mut self, name: LeaseName, namespace: u32, chain: u64, len: u64) {
+        let keys: Vec<Key> = (0..len).map(|place| key(chain, place)).collect();
+        let expected: Vec<Key> =
+            keys.iter().copied().take_while(|key| self.visible(namespace, *key).is_some()).collect();
+        let mut shards: Vec<ShardRef> = Vec::new();
+        let (owner, session, admission) = name;
+        let found =
+            self.cache.find(owner, session, admission, namespace, &keys, &mut |shard| shards.push(shard));
+        assert_eq!(found, Ok(expected.len() as u32));
+        let mut shards = shards.into_iter();
+        for key in &expected {
+            for shard in self.visible(namespace, *key).unwrap().shards.values() {
+                let answer = shards.next().unwrap();
+                assert_eq!((answer.slot, answer.generation), (shard.slot, shard.generation));
+                let State::Committed(header) = self.cache.table().entries[shard.slot as usize].state else {
+                    panic!("slot {} of a visible chunk is not committed", shard.slot);
+                };
+                assert_eq!((header.offset, header.key, header.namespace), (answer.offset, *key, namespace));
+            }
+        }
+        assert_eq!(shards.next(), None);
+
+        let known = self.leases.remove(&name).is_some();
+        self.cache.table_mut().touches.clear();
+        assert!(self.cache.pin_found());
+        let touches = self.cache.table().touches.len();
+        let slots = expected.len() * WORLDS[namespace as usize].len();
+        assert_eq!(touches, if known { 0 } else { slots }, "retries are not accesses");
+        if !expected.is_empty() {
+            self.leases.insert(name, (namespace, expected));
+        }
+    }
+
+    pub(crate) fn reserve(
+        &mut self,
+        owner: u8,
+        namespace: u32,
+        rank: u32,
+        round: Round,
+        parent: Option<Key>,
+        keys: &[Key],
+    ) {
+        let nonce = self.nonces[usize::from(owner)];
+        let mut answers = Vec::new();
+        let message = Reserve { owner, nonce, namespace, rank, round, parent, keys };
+        let result = self.cache.reserve(message, &mut |i, answer| {
+            assert_eq!(i, answers.len());
+            answers.push(answer);
+        });
+        let world = WORLDS[namespace as usize];
+        if rank as usize >= world.len() {
+            assert!(result.is_err() && answers.is_empty());
+            return;
+        }
+        assert_eq!((result, answers.len()), (Ok(()), keys.len()));
+        let freed = self.take_freed();
+        let named: Vec<Key> = keys.iter().copied().chain(parent).collect();
+        self.evicted(&freed, namespace, &named);
+        for (key, answer) in keys.iter().zip(answers) {
+            let of_key = |chunk: &Chunk| chunk.namespace == namespace && chunk.key == *key;
+            let visible = self.visible(namespace, *key).is_some();
+            let of_source =
+                |chunk: &Chunk| of_key(chunk) && !chunk.visible && chunk.round.source == round.source;
+            let forming = self.chunks.iter().position(of_source);
+            let number = forming.map(|at| self.chunks[at].round.number);
+            let held = forming
+                .and_then(|at| self.chunks[at].shards.get(&rank))
+                .filter(|_| number == Some(round.number));
+            let expected = match (visible, number) {
+                (true, _) => Some(Reservation::Present),
+                (_, Some(number)) if number > round.number => Some(Reservation::Superseded),
+                _ => held.map(|shard| Reservation::Pending { committed: shard.committed }),
+            };
+            let Reservation::Write { slot, generation, offset } = answer else {
+                assert_eq!(answer, expected.unwrap_or(Reservation::NoSpace));
+                continue;
+            };
+            assert_eq!(expected, None, "answered {answer:?}");
+            if let (Some(at), true) = (forming, number != Some(round.number)) {
+                self.dropped(at, &freed);
+            }
+            let count = self.chunks.iter().filter(|chunk| of_key(chunk)).count();
+            if forming.is_none() && count == 4 {
+                let replaced = |chunk: &Chunk| {
+                    of_key(chunk)
+                        && !chunk.is_written()
+                        && chunk.shards.values().all(|s| freed.contains(&s.slot))
+                };
+                let at = self
+                    .chunks
+                    .iter()
+                    .position(replaced)
+                    .expect("a fifth round for a key replaces an idle one");
+                self.dropped(at, &freed);
+            }
+            let State::Writing(header) = self.cache.table().entries[slot as usize].state else {
+                panic!("slot {slot} was given and is not being written");
+            };
+            assert_eq!((header.owner, header.nonce, header.key, header.rank), (owner, nonce, *key, rank));
+            assert_eq!((header.offset, header.length), (offset, world[rank as usize]));
+            let same = |chunk: &&mut Chunk| of_key(chunk) && chunk.round == round;
+            let shard = Shard { slot, generation, committed: false };
+            match self.chunks.iter_mut().find(same) {
+                Some(chunk) => assert!(chunk.shards.insert(rank, shard).is_none()),
+                None => {
+                    let shards = BTreeMap::from([(rank, shard)]);
+                    self.chunks.push(Chunk { namespace, key: *key, round, shards, visible: false });
+                }
+            }
+            self.writes.push(Write { owner, nonce, slot, generation, key: *key });
+        }
+        // Every slot that was freed belonged to a chunk that is gone by now.
+        for chunk in &self.chunks {
+            let reused = |shard: &Shard| {
+                self.cache.table().entries[shard.slot as usize].generation != shard.generation
+            };
+            assert!(!chunk.shards.values().any(reused), "lost a slot and stayed: {chunk:?}");
+        }
+    }
+
+    pub(crate) fn chunk_of(&self, write: Write) -> Option<usize> {
+        let is_it = |shard: &Shard| (shard.slot, shard.generation) == (write.slot, write.generation);
+        self.chunks.iter().position(|chunk| chunk.shards.values().any(is_it))
+    }
+
+    pub(crate) fn is_current(&self, write: Write) -> bool {
+        self.nonces[usize::from(write.owner)] == write.nonce
+    }
+
+    pub(crate) fn commit(&mut self, which: usize) {
+        if self.writes.is_empty() {
+            return;
+        }
+        let at = which % self.writes.len();
+        let write = self.writes[at];
+        let Write { owner, slot, generation, key, .. } = write;
+        let answer = self.cache.commit(owner, slot, generation, key, 0xc5);
+        if !self.is_current(write) {
+            assert_eq!(answer, Err(CommitError::NotYours { slot, owner }));
+            return;
+        }
+        self.writes.remove(at);
+        let freed = self.take_freed();
+        let Some(at) = self.chunk_of(write) else {
+            assert_eq!(
+                (answer, freed),
+                (Ok(Committed::Gone), vec![slot]),
+                "an orphan is freed by its commit"
+            );
+            return;
+        };
+        assert_eq!(answer, Ok(Committed::Committed));
+        self.done.push(write);
+        let chunk = &mut self.chunks[at];
+        chunk.shards.values_mut().find(|shard| shard.slot == slot).unwrap().committed = true;
+        let world = WORLDS[chunk.namespace as usize].len();
+        if chunk.shards.len() == world && !chunk.is_written() {
+            chunk.visible = true;
+            let (namespace, key) = (chunk.namespace, chunk.key);
+            let other = |chunk: &Chunk| chunk.namespace == namespace && chunk.key == key && !chunk.visible;
+            while let Some(at) = self.chunks.iter().position(other) {
+                self.dropped(at, &freed);
+            }
+        } else {
+            assert!(freed.is_empty());
+        }
+    }
+
+    pub(crate) fn abort(&mut self, which: usize) {
+        if self.writes.is_empty() {
+            return;
+        }
+        let at = which % self.writes.len();
+        let write = self.writes[at];
+        let Write { owner, slot, generation, key, .. } = write;
+        let answer = self.cache.abort(owner, slot, generation, key);
+        if !self.is_current(write) {
+            assert_eq!(answer, Err(CommitError::NotYours { slot, owner }));
+            return;
+        }
+        assert_eq!(answer, Ok(Aborted::Freed));
+        let freed = self.take_freed();
+        self.freed_write(at, &freed);
+    }
+
+    /// A WRITING slot was freed by its writer's word or death, and its round with it.
+    pub(crate) fn freed_write(&mut self, at: usize, freed: &[SlotId]) {
+        let write = self.writes.remove(at);
+        assert!(freed.contains(&write.slot));
+        if let Some(at) = self.chunk_of(write) {
+            let shards = &mut self.chunks[at].shards;
+            shards.retain(|_, shard| shard.slot != write.slot);
+            self.dropped(at, freed);
+        }
+    }
+
+    pub(crate) fn gone(&mut self, owner: u8, quarantine: bool) {
+        let nonce = std::mem::replace(&mut self.nonces[usize::from(owner)], 0);
+        self.nonces[usize::from(owner)] = nonce + 1;
+        self.cache.client_gone(owner, nonce, quarantine);
+        self.leases.retain(|(other, _, _), _| *other != owner);
+        let freed = self.take_freed();
+        if quarantine {
+            self.quarantined.push((owner, nonce));
+            let of_client: Vec<Write> =
+                self.writes.iter().copied().filter(|w| (w.owner, w.nonce) == (owner, nonce)).collect();
+            for write in of_client {
+                assert!(!freed.contains(&write.slot), "freed while it may be written: {write:?}");
+                if let Some(at) = self.chunk_of(write) {
+                    self.dropped(at, &freed);
+                }
+            }
+        } else {
+            self.writer_gone(owner, nonce, &freed);
+        }
+    }
+
+    pub(crate) fn writer_gone(&mut self, owner: u8, nonce: u64, freed: &[SlotId]) {
+        let is_its = |write: &Write| (write.owner, write.nonce) == (owner, nonce);
+        // A chunk may have lost several shards of this writer.
+        let its: Vec<Write> = self.writes.iter().copied().filter(is_its).collect();
+        for write in its {
+            assert!(freed.contains(&write.slot));
+            self.writes.retain(|other| *other != write);
+            if let Some(at) = self.chunk_of(write) {
+                let still: Vec<SlotId> = self.writes.iter().filter(|w| !is_its(w)).map(|w| w.slot).collect();
+                let chunk = self.chunks.remove(at);
+                for shard in chunk.shards.values() {
+                    let stays = !shard.committed && still.contains(&shard.slot);
+                    assert_eq!(freed.contains(&shard.slot), !stays, "{chunk:?}");
+                }
+            }
+        }
+    }
+
+    pub(crate) fn clear(&mut self, namespace: Option<u32>) {
+        self.cache.clear(namespace);
+        let freed = self.take_freed();
+        let mut at = 0;
+        while at < self.chunks.len() {
+            let chunk = &self.chunks[at];
+            let meant = namespace.is_none_or(|namespace| namespace == chunk.namespace);
+            if meant && !(chunk.visible && self.is_leased(chunk)) {
+                self.dropped(at, &freed);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    pub(crate) fn forge(&mut self, which: usize, how: u8) {
+        let all: Vec<Write> = self.writes.iter().chain(&self.done).copied().collect();
+        let Some(write) = all.get(which % all.len().max(1)) else { return };
+        let Write { owner, slot, generation, key, .. } = *write;
+        let other = (owner + 1) % OWNERS;
+        let live = self.cache.table().entries[slot as usize].generation == generation;
+        let writing = live && self.writes.contains(write);
+        match how {
+            0 if writing => {
+                let error = CommitError::NotYours { slot, owner: other };
+                assert_eq!(self.cache.commit(other, slot, generation, key, 0), Err(error));
+                assert_eq!(self.cache.abort(other, slot, generation, key), Err(error));
+                assert!(self.cache.commit(255, slot, generation, key, 0).is_err());
+            }
+            1 => assert_eq!(
+                self.cache.commit(owner, slot, generation + 1 + (1 << 40), key, 0),
+                Ok(Committed::Gone)
+            ),
+            2 if writing && self.is_current(*write) && self.chunk_of(*write).is_some() => {
+                let key = [key[0], !key[1]];
+                assert_eq!(
+                    self.cache.commit(owner, slot, generation, key, 0),
+                    Err(CommitError::OtherKey { slot, key })
+                );
+                assert_eq!(
+                    self.cache.abort(owner, slot, generation, key),
+                    Err(CommitError::OtherKey { slot, key })
+                );
+            }
+            3 if !writing => {
+                let expected = if live { Committed::AlreadyCommitted } else { Committed::Gone };
+                assert_eq!(self.cache.commit(owner, slot, generation, key, 0), Ok(expected));
+                assert_eq!(self.cache.abort(owner, slot, generation, key), Ok(Aborted::Gone));
+            }
+            _ => {}
+        }
+    }
+}

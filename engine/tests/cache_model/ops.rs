@@ -1,0 +1,119 @@
+//! The operations that the model test draws from.
+
+use kvring_engine::cache::Round;
+use proptest::prelude::*;
+
+/// Clients that operations are made by.
+pub(crate) const OWNERS: u8 = 3;
+/// Namespaces that they are made in.
+pub(crate) const NAMESPACES: u32 = 4;
+
+/// One operation; what it names may not exist.
+#[derive(Clone, Debug)]
+pub(crate) enum Op {
+    Find {
+        owner: u8,
+        session: u64,
+        admission: u32,
+        namespace: u32,
+        chain: u64,
+        len: u64,
+    },
+    Release {
+        owner: u8,
+        session: u64,
+        admission: u32,
+        keep: u32,
+    },
+    EndSession {
+        owner: u8,
+        session: u64,
+    },
+    Reserve {
+        owner: u8,
+        namespace: u32,
+        rank: u32,
+        round: Round,
+        chain: u64,
+        from: u64,
+        len: u64,
+        twice: bool,
+    },
+    /// All ranks reserve, then all that may commit do.
+    Store {
+        namespace: u32,
+        round: Round,
+        chain: u64,
+        len: u64,
+    },
+    Commit {
+        which: usize,
+    },
+    Recommit {
+        which: usize,
+    },
+    Abort {
+        which: usize,
+    },
+    /// A wrong owner, generation or key for a slot in use.
+    Forge {
+        which: usize,
+        how: u8,
+    },
+    Gone {
+        owner: u8,
+        quarantine: bool,
+    },
+    QuarantineOver {
+        which: usize,
+    },
+    Clear {
+        namespace: Option<u32>,
+    },
+    OutOfSpace(bool),
+    Hostile {
+        slot: u32,
+        generation: u64,
+    },
+    AddSlab(u32),
+}
+
+/// Any of them; what builds something up comes more often than what takes it down.
+pub(crate) fn op() -> impl Strategy<Value = Op> {
+    let owner = 0..OWNERS;
+    let namespace = 0..NAMESPACES;
+    let find = (owner.clone(), 0..3_u64, 0..2_u32, namespace.clone(), 0..5_u64, 0..6_u64);
+    let round = (prop_oneof![3 => Just(0), 1 => 1..6_u32], 0..4_u32);
+    let round = round.prop_map(|(source, number)| Round { source, number });
+    let store = (namespace.clone(), round.clone(), 0..5_u64, 1..4_u64);
+    let reserve = (
+        owner.clone(),
+        namespace.clone(),
+        0..6_u32,
+        round,
+        0..5_u64,
+        0..3_u64,
+        1..4_u64,
+        prop::bool::weighted(0.1),
+    );
+    prop_oneof![
+        10 => find.prop_map(|(owner, session, admission, namespace, chain, len)|
+            Op::Find { owner, session, admission, namespace, chain, len }),
+        5 => store.prop_map(|(namespace, round, chain, len)| Op::Store { namespace, round, chain, len }),
+        2 => (owner.clone(), 0..3_u64, 0..2_u32, 0..3_u32).prop_map(|(owner, session, admission, keep)|
+            Op::Release { owner, session, admission, keep }),
+        1 => (owner.clone(), 0..3_u64).prop_map(|(owner, session)| Op::EndSession { owner, session }),
+        14 => reserve.prop_map(|(owner, namespace, rank, round, chain, from, len, twice)|
+            Op::Reserve { owner, namespace, rank, round, chain, from, len, twice }),
+        24 => any::<usize>().prop_map(|which| Op::Commit { which }),
+        1 => any::<usize>().prop_map(|which| Op::Recommit { which }),
+        2 => any::<usize>().prop_map(|which| Op::Abort { which }),
+        2 => (any::<usize>(), 0..4_u8).prop_map(|(which, how)| Op::Forge { which, how }),
+        1 => (owner, prop::bool::ANY).prop_map(|(owner, quarantine)| Op::Gone { owner, quarantine }),
+        1 => any::<usize>().prop_map(|which| Op::QuarantineOver { which }),
+        1 => prop::option::weighted(0.9, namespace).prop_map(|namespace| Op::Clear { namespace }),
+        1 => prop::bool::weighted(0.3).prop_map(Op::OutOfSpace),
+        1 => (any::<u32>(), any::<u64>()).prop_map(|(slot, generation)| Op::Hostile { slot, generation }),
+        1 => (0..9_u32).prop_map(Op::AddSlab),
+    ]
+}

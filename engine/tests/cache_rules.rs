@@ -1,0 +1,350 @@
+//! The rules of the design, one by one: each of these serves wrong bytes, loses, or leaks where its rule is left out.
+//! The numbers are those of the interleavings that the design is made against.
+
+mod cache_support;
+
+use cache_support::small::{
+    NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, find, hits, register, reserve,
+    reserve_in, reserve_one, round, slot_of, store,
+};
+use cache_support::{State, chain, key};
+use kvring_engine::cache::{
+    Aborted, CacheConfig, CommitError, Committed, FindError, Key, Reservation, Reserve, ReserveError, Round,
+};
+
+#[test]
+fn interleaving_2_garbage_of_a_failed_round_is_never_combined() {
+    let mut cache = cache(4, &[4096; 4]);
+    let name = key(1, 0);
+    // Rank 1's load failed; the others compute on garbage and commit.
+    let slots: Vec<_> = (0..4).map(|rank| reserve_one(&mut cache, rank, round(1), name)).collect();
+    for rank in [0, 2, 3] {
+        assert_eq!(commit(&mut cache, rank, slots[rank as usize], name), Committed::Committed);
+    }
+    assert_eq!(cache.abort(1, slots[1].0, slots[1].1, name), Ok(Aborted::Freed));
+    // The recompute is not de-duplicated against what was committed: every rank writes again.
+    for rank in 0..4 {
+        let slot = reserve_one(&mut cache, rank, round(2), name);
+        assert_eq!(hits(&mut cache, &[name]), 0, "visible before all ranks are");
+        commit(&mut cache, rank as u8, slot, name);
+    }
+    let shards = find(&mut cache, 1, &[name]).unwrap();
+    assert_eq!(shards.len(), 4);
+    for shard in shards {
+        let State::Committed(header) = cache.table().entries[shard.slot as usize].state else {
+            panic!("{shard:?}")
+        };
+        assert_eq!(header.round, round(2));
+    }
+}
+
+#[test]
+fn interleaving_2_without_the_abort_the_rounds_stay_apart() {
+    let mut cache = cache(4, &[4096; 2]);
+    let name = key(1, 0);
+    let garbage = reserve_one(&mut cache, 0, round(1), name);
+    commit(&mut cache, 0, garbage, name);
+    // Rank 1 never took part in round 1. Round 2 of rank 1 must not meet rank 0's shard of round 1.
+    let good = reserve_one(&mut cache, 1, round(2), name);
+    commit(&mut cache, 1, good, name);
+    assert_eq!(hits(&mut cache, &[name]), 0);
+    assert_eq!(reserve(&mut cache, 0, round(1), &[name]), [Reservation::Superseded]);
+    let again = reserve_one(&mut cache, 0, round(2), name);
+    commit(&mut cache, 0, again, name);
+    assert_eq!(hits(&mut cache, &[name]), 1);
+}
+
+#[test]
+fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
+    let mut cache = cache(1, &[SLAB_BYTES / 4]);
+    let keys = chain(1, 4);
+    let slots: Vec<_> = reserve(&mut cache, 0, round(1), &keys).into_iter().map(slot_of).collect();
+    // The client is detached, and still copies: nobody gets its slots, whatever is tried.
+    cache.client_gone(0, NONCE, true);
+    cache.clear(None);
+    cache.check_all().unwrap();
+    assert_eq!(reserve(&mut cache, 0, round(2), &chain(2, 1)), [Reservation::NoSpace]);
+    assert_eq!(cache.stats().orphans, 4);
+    let other =
+        Reserve { owner: 5, nonce: 1, namespace: 0, rank: 0, round: round(1), parent: None, keys: &keys };
+    cache.reserve(other, &mut |_, answer| assert_eq!(answer, Reservation::NoSpace)).unwrap();
+    let (slot, generation) = slots[0];
+    assert_eq!(cache.commit(5, slot, generation, keys[0], 0), Err(CommitError::NotYours { slot, owner: 5 }));
+    // Its process is gone for good, and with it what a device wrote on its behalf.
+    cache.client_gone(0, NONCE, false);
+    cache.check_all().unwrap();
+    assert_eq!((cache.stats().orphans, cache.stats().slots_writing), (0, 0));
+    assert_eq!(slot_of(reserve(&mut cache, 0, round(2), &chain(2, 1))[0]).1, generation + 1);
+}
+
+#[test]
+fn interleaving_3_a_newer_round_orphans_what_an_older_one_writes() {
+    let mut cache = cache(1, &[4096]);
+    let name = key(1, 0);
+    let old = reserve_one(&mut cache, 0, round(1), name);
+    let new = reserve_one(&mut cache, 0, round(2), name);
+    assert_ne!(old.0, new.0, "the old copy may still run");
+    assert_eq!(cache.stats().orphans, 1);
+    assert_eq!(commit(&mut cache, 0, old, name), Committed::Gone);
+    assert_eq!(hits(&mut cache, &[name]), 0);
+    assert_eq!(cache.stats().orphans, 0);
+    assert_eq!(commit(&mut cache, 0, old, name), Committed::Gone);
+    assert_eq!(commit(&mut cache, 0, new, name), Committed::Committed);
+    assert_eq!(commit(&mut cache, 0, new, name), Committed::AlreadyCommitted);
+    assert_eq!(hits(&mut cache, &[name]), 1);
+}
+
+#[test]
+fn interleaving_14_committed_shards_stay_while_a_sibling_is_written() {
+    // Room for two shards of each rank: everything is in use, and one chunk waits for its second rank.
+    let mut cache = cache(1, &[SLAB_BYTES / 4; 2]);
+    let (waiting, other) = (key(1, 0), key(2, 0));
+    let first = reserve_one(&mut cache, 0, round(1), waiting);
+    let second = reserve_one(&mut cache, 1, round(1), waiting);
+    commit(&mut cache, 0, first, waiting);
+    for rank in 0..2 {
+        let slot = reserve_one(&mut cache, rank, round(1), other);
+        commit(&mut cache, rank as u8, slot, other);
+    }
+    // What is visible goes, what waits for a living writer does not.
+    assert!(matches!(reserve(&mut cache, 0, round(3), &[key(3, 0)])[0], Reservation::Write { .. }));
+    assert_eq!(hits(&mut cache, &[other]), 0);
+    assert_eq!(commit(&mut cache, 1, second, waiting), Committed::Committed);
+    assert_eq!(hits(&mut cache, &[waiting]), 1);
+}
+
+#[test]
+fn leased_chunks_stay_and_others_go() {
+    let mut cache = cache(1, &[SLAB_BYTES / 4]);
+    let (leased, other) = (chain(1, 2), chain(2, 2));
+    store(&mut cache, 1, &leased);
+    store(&mut cache, 2, &other);
+    assert_eq!(find(&mut cache, 1, &leased).unwrap().len(), 2);
+    hits(&mut cache, &other);
+    for number in 3..20 {
+        store(&mut cache, number, &[key(number.into(), 0)]);
+        assert_eq!(hits(&mut cache, &leased), 2);
+    }
+    // With all four leased there is no room, and the answer says so.
+    let mine = chain(21, 2);
+    store(&mut cache, 21, &mine);
+    find(&mut cache, 2, &mine).unwrap();
+    assert_eq!(reserve(&mut cache, 0, round(30), &[key(30, 0)]), [Reservation::NoSpace]);
+    assert!(cache.end_session(0, 1) && !cache.end_session(0, 1));
+    assert!(matches!(reserve(&mut cache, 0, round(30), &[key(30, 0)])[0], Reservation::Write { .. }));
+    assert_eq!(hits(&mut cache, &leased), 1, "the tail of the colder chain goes first");
+}
+
+#[test]
+fn retries_are_no_accesses_and_reservations_count_once_for_each_round() {
+    let mut cache = cache(1, &[SLAB_BYTES / 4]);
+    let (old, new) = (chain(1, 2), chain(2, 2));
+    store(&mut cache, 1, &old);
+    find(&mut cache, 1, &old).unwrap();
+    store(&mut cache, 2, &new);
+    cache.table_mut().touches.clear();
+    for _ in 0..5 {
+        find(&mut cache, 1, &old).unwrap();
+    }
+    assert!(cache.table().touches.is_empty());
+    cache.release(0, 1, 0, 0);
+    store(&mut cache, 3, &[key(3, 0)]);
+    assert_eq!((hits(&mut cache, &new), hits(&mut cache, &old)), (2, 1), "the retries kept the older chain");
+
+    cache.table_mut().touches.clear();
+    for _ in 0..3 {
+        assert_eq!(reserve(&mut cache, 0, round(9), &new), [Reservation::Present; 2]);
+    }
+    assert_eq!(cache.table().touches.len(), 2);
+}
+
+#[test]
+fn a_message_never_evicts_its_own_chain() {
+    let mut cache = cache(1, &[SLAB_BYTES / 4]);
+    store(&mut cache, 1, &chain(1, 4));
+    store(&mut cache, 2, &chain(2, 1));
+    // Three of four are the message's own: one more fits, by evicting the stranger.
+    let longer = chain(1, 5);
+    let answers = reserve(&mut cache, 0, round(3), &longer);
+    assert_eq!(answers[..3], [Reservation::Present; 3]);
+    assert!(matches!(answers[3], Reservation::Write { .. }));
+    assert_eq!(answers[4], Reservation::NoSpace);
+    // The chunk just before the first key is the chain's too.
+    let mut cache = cache_of(config(1), &[SLAB_BYTES]);
+    store(&mut cache, 1, &chain(1, 1));
+    let keys = [key(1, 1)];
+    let message = Reserve {
+        owner: 0,
+        nonce: NONCE,
+        namespace: 0,
+        rank: 0,
+        round: round(2),
+        parent: Some(key(1, 0)),
+        keys: &keys,
+    };
+    cache.reserve(message, &mut |_, answer| assert_eq!(answer, Reservation::NoSpace)).unwrap();
+}
+
+#[test]
+fn sizes_take_spans_from_each_other() {
+    let mut cache = cache(4, &[SLAB_BYTES / 8]);
+    register(&mut cache, 1, &[3 * SLAB_BYTES]);
+    store(&mut cache, 1, &chain(1, 32));
+    assert_eq!(cache.stats().slabs_free, 0);
+    // Another model needs three slabs in a row, all of them with chunks that may go.
+    assert!(matches!(reserve_in(&mut cache, 1, 0, round(1), &[key(9, 0)])[0], Reservation::Write { .. }));
+    assert!(cache.stats().spans_taken >= 3);
+    assert_eq!(cache.stats().chunks_visible, 8);
+    // One that is being written is not taken back, for any number of keys.
+    let answers = reserve(&mut cache, 0, round(2), &chain(2, 20));
+    let written = answers.iter().filter(|answer| matches!(answer, Reservation::Write { .. })).count();
+    assert_eq!(written, 8);
+}
+
+#[test]
+fn a_colder_span_of_another_size_goes_before_a_warmer_chunk_of_this_one() {
+    let mut cache = cache(2, &[SLAB_BYTES / 2]);
+    register(&mut cache, 1, &[SLAB_BYTES]);
+    let old = slot_of(reserve_in(&mut cache, 1, 0, round(1), &[key(9, 0)])[0]);
+    commit(&mut cache, 0, old, key(9, 0));
+    store(&mut cache, 1, &chain(1, 2));
+    store(&mut cache, 2, &chain(2, 2));
+    assert_eq!((hits(&mut cache, &chain(1, 2)), hits(&mut cache, &chain(2, 2))), (2, 2));
+    assert_eq!(cache.stats().spans_taken, 1);
+}
+
+#[test]
+fn caps_shorten_an_answer_and_then_refuse() {
+    let bytes = SLAB_BYTES / 16;
+    let limited = CacheConfig { client_bytes_max: 3 * bytes, leases_max: 2, ..config(1) };
+    let mut cache = cache_of(limited, &[bytes]);
+    for place in 0..8 {
+        store(&mut cache, place, &[key(1, place.into())]);
+    }
+    assert_eq!(find(&mut cache, 1, &chain(1, 8)).unwrap().len(), 3);
+    assert_eq!(cache.client_bytes(0), 3 * bytes);
+    assert_eq!(find(&mut cache, 2, &chain(1, 8)), Err(FindError::Busy { owner: 0, bytes: 3 * bytes }));
+    assert_eq!(find(&mut cache, 2, &chain(7, 8)), Ok(vec![]), "a miss needs no room");
+    assert_eq!(find(&mut cache, 1, &chain(1, 8)).unwrap().len(), 3, "the same admission again");
+    assert_eq!(reserve(&mut cache, 0, round(20), &[key(2, 0)]), [Reservation::Busy]);
+    assert!(cache.release(0, 1, 0, 1));
+    assert_eq!(cache.client_bytes(0), bytes);
+    assert_eq!(find(&mut cache, 2, &chain(1, 8)).unwrap().len(), 2);
+    // Another client has a cap of its own; leases there are two of.
+    assert_eq!(
+        cache.find(1, 1, 0, 0, &chain(1, 8), &mut |_| {}),
+        Err(FindError::Busy { owner: 1, bytes: 0 })
+    );
+    assert!(cache.end_session(0, 2));
+    assert_eq!(cache.find(1, 1, 0, 0, &chain(1, 8), &mut |_| {}), Ok(3));
+    assert!(cache.pin_found());
+}
+
+#[test]
+fn a_fifth_round_takes_the_place_of_an_idle_one() {
+    let mut cache = cache(1, &[4096; 2]);
+    let name = key(1, 0);
+    let of = |source| Round { source, number: 1 };
+    let slots: Vec<_> = (0..4).map(|source| reserve_one(&mut cache, 0, of(source), name)).collect();
+    assert_eq!(reserve(&mut cache, 0, of(4), &[name]), [Reservation::NoSpace]);
+    commit(&mut cache, 0, slots[2], name);
+    assert_eq!(reserve(&mut cache, 0, of(2), &[name]), [Reservation::Pending { committed: true }]);
+    assert_eq!(reserve(&mut cache, 0, of(3), &[name]), [Reservation::Pending { committed: false }]);
+    reserve_one(&mut cache, 0, of(4), name);
+    // The first to complete drops the others.
+    let other = reserve_one(&mut cache, 1, of(0), name);
+    commit(&mut cache, 1, other, name);
+    commit(&mut cache, 0, slots[0], name);
+    assert_eq!(hits(&mut cache, &[name]), 1);
+    assert_eq!((cache.stats().chunks_forming, cache.stats().orphans), (0, 3));
+    assert_eq!(commit(&mut cache, 0, slots[1], name), Committed::Gone);
+}
+
+#[test]
+fn round_numbers_wrap() {
+    let mut cache = cache(1, &[4096; 2]);
+    let name = key(1, 0);
+    reserve_one(&mut cache, 0, round(u32::MAX), name);
+    reserve_one(&mut cache, 0, round(2), name);
+    assert_eq!(reserve(&mut cache, 0, round(u32::MAX), &[name]), [Reservation::Superseded]);
+}
+
+#[test]
+fn hostile_messages_are_typed_errors() {
+    let mut cache = cache(1, &[4096; 2]);
+    let keys = vec![[0; 2]; 513];
+    let message =
+        Reserve { owner: 0, nonce: 0, namespace: 0, rank: 0, round: round(0), parent: None, keys: &keys };
+    let mut reserve = |message| cache.reserve(message, &mut |_, _| panic!("nothing is answered"));
+    assert_eq!(reserve(message), Err(ReserveError::TooManyKeys { keys: 513, most: 512 }));
+    let message = Reserve { keys: &keys[..1], ..message };
+    for namespace in [1, 63, 64, u32::MAX] {
+        let error = ReserveError::UnknownNamespace { namespace };
+        assert_eq!(reserve(Reserve { namespace, ..message }), Err(error));
+    }
+    for rank in [2, 64, 255, 256, u32::MAX] {
+        assert_eq!(
+            reserve(Reserve { rank, ..message }),
+            Err(ReserveError::UnknownRank { namespace: 0, rank })
+        );
+    }
+    assert_eq!(reserve(Reserve { owner: 64, ..message }), Err(ReserveError::NoSuchOwner { owner: 64 }));
+    let mut find = |owner, namespace, keys: &[Key]| cache.find(owner, 0, 0, namespace, keys, &mut |_| {});
+    assert_eq!(find(0, u32::MAX, &[]), Err(FindError::UnknownNamespace { namespace: u32::MAX }));
+    assert_eq!(find(255, 0, &[]), Err(FindError::NoSuchOwner { owner: 255 }));
+    assert_eq!(find(0, 0, &keys), Err(FindError::TooManyKeys { keys: 513, most: 512 }));
+    for slot in [SLOTS_PER_SLAB, u32::MAX - 1, u32::MAX] {
+        let error = CommitError::NoSuchSlot { slot, count: SLOTS_PER_SLAB };
+        assert_eq!(cache.commit(0, slot, 0, [0; 2], 0), Err(error));
+        assert_eq!(cache.abort(0, slot, u64::MAX, [0; 2]), Err(error));
+    }
+    cache.client_gone(255, 0, true);
+    cache.client_gone(63, u64::MAX, false);
+    // Five hundred times the same key: one slot.
+    let mut writes = 0;
+    let message = Reserve { keys: &keys[..512], ..message };
+    let count = &mut |_, answer| writes += u32::from(matches!(answer, Reservation::Write { .. }));
+    cache.reserve(message, count).unwrap();
+    assert_eq!(writes, 1);
+    cache.check_all().unwrap();
+}
+
+#[test]
+fn a_client_that_attaches_again_and_again_meets_a_limit() {
+    let mut cache = cache(2, &[4096]);
+    let mut busy = 0;
+    for nonce in 0..400 {
+        let keys = [key(nonce, 0)];
+        let message =
+            Reserve { owner: 3, nonce, namespace: 0, rank: 0, round: round(1), parent: None, keys: &keys };
+        cache.reserve(message, &mut |_, answer| busy += u32::from(answer == Reservation::Busy)).unwrap();
+        cache.client_gone(3, nonce, true);
+        cache.check_all().unwrap();
+    }
+    assert_eq!(busy, 400 - 256);
+    for nonce in 0..400 {
+        cache.quarantine_over(3, nonce);
+    }
+    cache.check_all().unwrap();
+    assert_eq!((cache.stats().slots_writing, cache.client_bytes(3)), (0, 0));
+}
+
+#[test]
+fn a_full_header_segment_is_no_space_and_not_a_fault() {
+    let mut cache = cache(2, &[SLAB_BYTES / 2]);
+    cache.table_mut().out_of_space = true;
+    assert_eq!(reserve(&mut cache, 0, round(1), &chain(1, 2)), [Reservation::NoSpace; 2]);
+    cache.table_mut().out_of_space = false;
+    assert!(matches!(reserve(&mut cache, 0, round(1), &chain(1, 1))[0], Reservation::Write { .. }));
+}
+
+#[test]
+fn the_self_check_goes_on_step_by_step_and_notices_a_stray_count() {
+    let mut cache = cache(2, &[4096, 8192]);
+    for rank in 0..2 {
+        reserve(&mut cache, rank, round(1), &chain(1, 40));
+    }
+    for _ in 0..1000 {
+        cache.check_step(7).unwrap();
+    }
+}

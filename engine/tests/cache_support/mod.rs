@@ -1,0 +1,132 @@
+//! A slot table over a `Vec` that insists on legal transitions, shared by the cache's tests.
+#![allow(dead_code, reason = "each test binary uses its part")]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+pub(crate) mod small;
+
+use kvring_engine::cache::{Key, Owner, ShardHeader, SlotId, SlotTable};
+
+/// What is published of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Free,
+    Writing(ShardHeader),
+    Committed(ShardHeader),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Entry {
+    pub(crate) state: State,
+    pub(crate) generation: u64,
+    pub(crate) tick: u64,
+    pub(crate) checksum: u64,
+    pub(crate) ensured: bool,
+}
+
+/// The published slots, and which were freed since the log was last taken.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct VecTable {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) freed: Vec<SlotId>,
+    /// Slots that were touched since this was last taken, in order.
+    pub(crate) touches: Vec<SlotId>,
+    /// `ensure` answers false.
+    pub(crate) out_of_space: bool,
+}
+
+impl VecTable {
+    pub(crate) fn new(slots: usize) -> Self {
+        let entry = Entry { state: State::Free, generation: 0, tick: 0, checksum: 0, ensured: false };
+        // The logs are taken up front, so that a counting allocator sees the cache alone.
+        Self {
+            entries: vec![entry; slots],
+            freed: Vec::with_capacity(1 << 16),
+            touches: Vec::with_capacity(1 << 16),
+            out_of_space: false,
+        }
+    }
+
+    /// No two slots in use share a byte.
+    pub(crate) fn assert_disjoint(&self) {
+        let mut used: Vec<(u64, u64)> = Vec::new();
+        for entry in &self.entries {
+            if let State::Writing(header) | State::Committed(header) = entry.state {
+                used.push((header.offset, header.offset + header.length));
+            }
+        }
+        used.sort_unstable();
+        for pair in used.windows(2) {
+            assert!(pair[0].1 <= pair[1].0, "slots overlap: {pair:?}");
+        }
+    }
+
+    fn log(log: &mut Vec<SlotId>, slot: SlotId) {
+        if log.len() < log.capacity() {
+            log.push(slot);
+        }
+    }
+}
+
+impl SlotTable for VecTable {
+    fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader) {
+        let entry = &mut self.entries[slot as usize];
+        assert!(entry.ensured, "slot {slot} has no header yet");
+        match entry.state {
+            State::Free => {}
+            // A writer that came back under another name.
+            State::Writing(old)
+                if ShardHeader { owner: header.owner, nonce: header.nonce, ..old } == *header => {}
+            other => panic!("slot {slot} was {other:?}, and is given to {header:?}"),
+        }
+        assert_eq!(entry.generation, generation, "slot {slot}: a generation that was not published");
+        entry.state = State::Writing(*header);
+    }
+
+    fn committed(&mut self, slot: SlotId, generation: u64, owner: Owner, checksum: u64) {
+        let entry = &mut self.entries[slot as usize];
+        let State::Writing(header) = entry.state else { panic!("slot {slot} was {:?}", entry.state) };
+        assert_eq!((entry.generation, header.owner), (generation, owner), "slot {slot}");
+        entry.state = State::Committed(header);
+        entry.checksum = checksum;
+    }
+
+    fn freed(&mut self, slot: SlotId, next_generation: u64) {
+        let entry = &mut self.entries[slot as usize];
+        assert_ne!(entry.state, State::Free, "slot {slot} is freed twice");
+        assert_eq!(entry.generation + 1, next_generation, "slot {slot}: generations grow by one");
+        entry.state = State::Free;
+        entry.generation = next_generation;
+        Self::log(&mut self.freed, slot);
+    }
+
+    fn touched(&mut self, slot: SlotId, tick: u64) {
+        let entry = &mut self.entries[slot as usize];
+        assert_ne!(entry.state, State::Free, "slot {slot} is touched while free");
+        entry.tick = tick;
+        Self::log(&mut self.touches, slot);
+    }
+
+    fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool {
+        if self.out_of_space {
+            return false;
+        }
+        for entry in &mut self.entries[first_slot as usize..(first_slot + count) as usize] {
+            entry.ensured = true;
+        }
+        true
+    }
+
+    fn generation(&self, slot: SlotId) -> u64 {
+        self.entries[slot as usize].generation
+    }
+}
+
+/// The key at a place of a chain.
+pub(crate) fn key(chain: u64, place: u64) -> Key {
+    [chain << 32 | place, 0x6b76_7269_6e67]
+}
+
+/// The first `len` keys of a chain.
+pub(crate) fn chain(chain: u64, len: u64) -> Vec<Key> {
+    (0..len).map(|place| key(chain, place)).collect()
+}

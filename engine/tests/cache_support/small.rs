@@ -1,0 +1,112 @@
+//! Small caches and the steps that tests take in them. A client entry writes as the rank of its number.
+
+use kvring_engine::cache::{
+    Cache, CacheConfig, Committed, FindError, Key, Reservation, Reserve, Round, ShardRef, SlotId,
+};
+
+use super::VecTable;
+
+pub(crate) const SLAB_BYTES: u64 = 1 << 20;
+pub(crate) const SLOTS_PER_SLAB: u32 = (SLAB_BYTES / 4096) as u32;
+pub(crate) const NONCE: u64 = 77;
+
+pub(crate) fn config(slabs: u32) -> CacheConfig {
+    CacheConfig { keys_max: 512, ..CacheConfig::new(SLAB_BYTES, slabs) }
+}
+
+pub(crate) fn cache_of(config: CacheConfig, ranks: &[u64]) -> Cache<VecTable> {
+    let slots = (config.slab_count * SLOTS_PER_SLAB) as usize;
+    let mut cache = Cache::new(config, VecTable::new(slots)).unwrap();
+    for slab in 0..config.slab_count {
+        cache.add_slab(slab).unwrap();
+    }
+    register(&mut cache, 0, ranks);
+    cache
+}
+
+pub(crate) fn cache(slabs: u32, ranks: &[u64]) -> Cache<VecTable> {
+    cache_of(config(slabs), ranks)
+}
+
+pub(crate) fn register(cache: &mut Cache<VecTable>, namespace: u32, ranks: &[u64]) {
+    for (rank, bytes) in ranks.iter().enumerate() {
+        cache.register(namespace, ranks.len() as u32, rank as u32, *bytes).unwrap();
+    }
+}
+
+pub(crate) const fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+/// Reserves in namespace 0; the client entry is the rank.
+pub(crate) fn reserve(
+    cache: &mut Cache<VecTable>,
+    rank: u32,
+    round: Round,
+    keys: &[Key],
+) -> Vec<Reservation> {
+    reserve_in(cache, 0, rank, round, keys)
+}
+
+pub(crate) fn reserve_in(
+    cache: &mut Cache<VecTable>,
+    namespace: u32,
+    rank: u32,
+    round: Round,
+    keys: &[Key],
+) -> Vec<Reservation> {
+    let mut answers = Vec::new();
+    let message = Reserve { owner: rank as u8, nonce: NONCE, namespace, rank, round, parent: None, keys };
+    cache.reserve(message, &mut |_, answer| answers.push(answer)).unwrap();
+    cache.check_all().unwrap();
+    answers
+}
+
+pub(crate) fn slot_of(answer: Reservation) -> (SlotId, u64) {
+    let Reservation::Write { slot, generation, .. } = answer else { panic!("not to write: {answer:?}") };
+    (slot, generation)
+}
+
+pub(crate) fn reserve_one(cache: &mut Cache<VecTable>, rank: u32, round: Round, key: Key) -> (SlotId, u64) {
+    slot_of(reserve(cache, rank, round, &[key])[0])
+}
+
+pub(crate) fn commit(
+    cache: &mut Cache<VecTable>,
+    rank: u8,
+    (slot, generation): (SlotId, u64),
+    key: Key,
+) -> Committed {
+    let committed = cache.commit(rank, slot, generation, key, 0).unwrap();
+    cache.check_all().unwrap();
+    committed
+}
+
+/// Stores a chain of namespace 0 with one rank.
+pub(crate) fn store(cache: &mut Cache<VecTable>, number: u32, keys: &[Key]) {
+    for (answer, key) in reserve(cache, 0, round(number), keys).into_iter().zip(keys) {
+        if answer != Reservation::Present {
+            commit(cache, 0, slot_of(answer), *key);
+        }
+    }
+}
+
+pub(crate) fn find(
+    cache: &mut Cache<VecTable>,
+    session: u64,
+    keys: &[Key],
+) -> Result<Vec<ShardRef>, FindError> {
+    let mut shards = Vec::new();
+    cache.find(0, session, 0, 0, keys, &mut |shard| shards.push(shard))?;
+    cache.pin_found();
+    cache.check_all().unwrap();
+    Ok(shards)
+}
+
+/// How many of the keys a lookup would find; leaves no lease, but counts as an access.
+pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
+    let found = cache.find(9, 999, 9, 0, keys, &mut |_| {}).unwrap();
+    cache.pin_found();
+    cache.end_session(9, 999);
+    found
+}
