@@ -62,7 +62,7 @@ impl Engine {
             name: &name,
             geometry,
             beat_interval_us: config.beat_interval_ms.saturating_mul(1000),
-            policy: &config.policy,
+            policy: config.policy.name(),
             wait: config.start_wait(),
         })?;
         match Engine::furnish(config, &segments, tier) {
@@ -91,11 +91,7 @@ impl Engine {
         let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
         let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
         limits.seed = [random()?, random()?];
-        limits.policy = config.policy.parse().map_err(|_| config::ConfigError::Value {
-            key: "policy",
-            expected: "lru or arc",
-            got: config.policy.clone(),
-        })?;
+        limits.policy = config.policy;
         limits.leases_max = config.max_leases;
         limits.pins_max = config.max_pins;
         limits.keys_max = KEYS_MAX as u32;
