@@ -336,12 +336,12 @@ mod tests {
         // A parked loop is woken for each slab.
         for expected in 1..9 {
             while !allocator.has_news() {
-                park::announce(lobby.doorbell());
+                let ticket = park::announce(lobby.doorbell());
                 if !allocator.has_news() {
-                    let woken = park::sleep(lobby.doorbell(), &[], Deadline::after(Duration::from_secs(20)));
+                    let woken = park::sleep(lobby.doorbell(), ticket, &[], Deadline::after(Duration::from_secs(20)));
                     assert_eq!(woken, Woken::LookAgain, "nobody rang");
                 }
-                park::retract(lobby.doorbell());
+                park::retract(lobby.doorbell(), ticket);
             }
             assert_eq!(allocator.take(), Some(expected));
         }

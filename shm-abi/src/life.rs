@@ -176,6 +176,12 @@ impl RobustList {
         if index >= count {
             return Err(ClaimError::NoSuchWord { index, count });
         }
+        // Somebody else's: not even for a moment our pending operation. In another PID namespace its owner may have our
+        // TID, and the kernel would mark that living owner's word if we died here.
+        let now = self.words[index].raw();
+        if now != 0 {
+            return Err(ClaimError::Taken(LifeWord::interpret(now)));
+        }
         let node: *mut Node = &raw mut self.nodes[index].node;
         self.set_pending(node);
         // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release, Release with `life`'s Acquire.
@@ -188,6 +194,8 @@ impl RobustList {
         if claimed.is_ok() {
             // SAFETY: `node` is one of our nodes; head and nodes form a circular list that only this thread changes.
             unsafe { (*node).next = self.head.list.next };
+            // The kernel stops at a node that leads nowhere, and then does not look at the pending one either.
+            compiler_fence();
             self.head.list.next = node;
             self.nodes[index].linked = true;
         }
@@ -205,10 +213,13 @@ impl RobustList {
         self.unlink(node);
         self.nodes[index].linked = false;
         let word = &self.words[index].word;
+        // Only what is still ours: a peer may have scribbled on it, and the engine have given it to somebody else.
         // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
-        word.store(OWNER_DIED | WAITERS, Ordering::Release);
-        futex::wake_all(word);
+        let ours = self.tid | WAITERS;
+        let _ = word.compare_exchange(ours, OWNER_DIED | WAITERS, Ordering::Release, Ordering::Relaxed);
+        // Before the wake: from the mark on the word may become another's, with our TID in its PID namespace.
         self.set_pending(null_mut());
+        futex::wake_all(&self.words[index].word);
     }
 
     fn unlink(&mut self, node: *mut Node) {
@@ -264,6 +275,7 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
+    #[allow(clippy::unwrap_used, reason = "clippy allows it in tests, but not in their helpers")]
     fn words(n: usize) -> View<LifeWord> {
         View::new(&Arc::new(Mapping::private(4096)), 0, n).unwrap()
     }

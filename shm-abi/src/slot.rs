@@ -150,6 +150,9 @@ impl SlotHeader {
 
     /// Engine: the slot now belongs to a writer. Fields first, the word last.
     pub fn begin_writing(&self, word: SlotWord, identity: &ShardIdentity, nonce: u64, round: u64) {
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `still_valid`. A reader that saw any field of this
+        // life, in `validate` on the way to its copy, finds the word that freed the slot, or a later one.
+        fence(Ordering::Release);
         self.key[0].store(identity.key[0], Ordering::Relaxed);
         self.key[1].store(identity.key[1], Ordering::Relaxed);
         let place = u64::from(identity.namespace) | (u64::from(identity.rank) << 32);

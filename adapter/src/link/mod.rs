@@ -475,7 +475,7 @@ impl Link {
     /// Sleeps for a completion, the engine's death or a restart; every return means: look again.
     fn sleep(&self, slot: u16, deadline: Deadline) {
         let parked = self.channel.client_parked();
-        park::announce(parked);
+        let ticket = park::announce(parked);
         if self.poll_only(slot) {
             return;
         }
@@ -485,7 +485,7 @@ impl Link {
         }
         let soon = Deadline(deadline.0.min(Deadline::after(SLEEP_MAX).0));
         let words = [(life.futex(), raw), (self.engine.epoch().incarnation_word(), self.incarnation)];
-        park::sleep(parked, &words, soon);
+        park::sleep(parked, ticket, &words, soon);
         if life.life() == Life::Dead {
             // The kernel wakes one waiter per word: pass it on.
             futex::wake_all(life.futex());

@@ -112,7 +112,8 @@ struct Settings {
 
 impl Settings {
     fn overrides(self) -> Overrides {
-        // Taken apart by name: a flag that is forgotten does not compile. The log level is the whole command's.
+        // Taken apart and put together by name: a flag that is forgotten does not compile. The log level is a flag of
+        // every command.
         let Settings {
             name,
             arena,
@@ -140,7 +141,7 @@ impl Settings {
             max_chunks,
             start_wait_ms,
             core_dumps,
-            ..Overrides::default()
+            log: None,
         }
     }
 }

@@ -248,7 +248,7 @@ impl Service {
     fn park(&mut self, now: u64) {
         let lobby = self.segments.lobby.clone();
         let doorbell = lobby.doorbell();
-        park::announce(doorbell);
+        let ticket = park::announce(doorbell);
         // From here on whoever publishes something also rings. So one more look, then sleep.
         let mut words: [(&AtomicU32, u32); CLIENTS_MAX] = [(doorbell, 0); CLIENTS_MAX];
         let mut count = 0;
@@ -273,9 +273,9 @@ impl Service {
             || self.stop.load(Ordering::Acquire);
         if !work {
             self.stat(Stat::Parks, 1);
-            park::sleep(doorbell, &words[..count], Deadline(now + self.beat_interval_ns));
+            park::sleep(doorbell, ticket, &words[..count], Deadline(now + self.beat_interval_ns));
         }
-        park::retract(doorbell);
+        park::retract(doorbell, ticket);
         // What a client asks comes first; a claim, an attachment or a death is looked at when there is nothing else.
         if lobby_news || !self.rings_have_news() {
             self.look_around();

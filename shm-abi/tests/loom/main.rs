@@ -12,6 +12,7 @@
 //! the model in `kvring_shm_abi::futex`. Copies of payload are relaxed atomic words here; in the arena they are
 //! opaque copies, which the compiler may not move over the fences either.
 #![cfg(loom)]
+#![allow(clippy::unwrap_used, reason = "clippy allows it in tests, but not in their helpers")]
 
 mod completion;
 mod harness;

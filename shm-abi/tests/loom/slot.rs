@@ -106,7 +106,6 @@ fn what_is_served_is_the_old_lifes() {
 }
 
 #[test]
-#[ignore = "finding: begin_writing needs a Release fence before its first store"]
 fn the_checksum_served_is_the_old_lifes() {
     holds("slot, checksum", Some(2), || {
         if let Some((checksum, _)) = load_against_reuse(RIGHT) {

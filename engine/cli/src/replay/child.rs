@@ -192,6 +192,11 @@ impl Peer {
         self.process.name()
     }
 
+    /// Its process.
+    pub(super) fn pid(&mut self) -> u32 {
+        self.process.child().id()
+    }
+
     /// Tells it something.
     pub(super) fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
         let Some(pipe) = &mut self.pipe else { bail!("{} was told to end", self.process.name()) };

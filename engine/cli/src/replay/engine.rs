@@ -151,6 +151,11 @@ impl Engine {
         Ok(())
     }
 
+    /// Negative control: `kill -9`.
+    pub(super) fn kill(&mut self) -> anyhow::Result<()> {
+        self.process.child().kill().context("killing the engine")
+    }
+
     /// Its name.
     pub(super) fn name(&self) -> &EngineName {
         &self.name

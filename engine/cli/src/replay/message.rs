@@ -118,6 +118,41 @@ impl From<LookupStats> for Lookups {
     }
 }
 
+impl Lookups {
+    /// Sums.
+    pub(super) fn add(&mut self, other: &Lookups) {
+        let Lookups { answered, degraded, timed_out, refused } = other;
+        self.answered += answered;
+        self.degraded += degraded;
+        self.timed_out += timed_out;
+        self.refused += refused;
+    }
+}
+
+impl Loaded {
+    /// Sums.
+    pub(super) fn add(&mut self, other: &Loaded) {
+        let Loaded { loaded, failed, bytes, copy_ns, wrong_bytes } = other;
+        self.loaded += loaded;
+        self.failed += failed;
+        self.bytes += bytes;
+        self.copy_ns += copy_ns;
+        self.wrong_bytes += wrong_bytes;
+    }
+}
+
+impl Stored {
+    /// Sums.
+    pub(super) fn add(&mut self, other: &Stored) {
+        let Stored { stored, skipped, dropped, bytes, copy_ns } = other;
+        self.stored += stored;
+        self.skipped += skipped;
+        self.dropped += dropped;
+        self.bytes += bytes;
+        self.copy_ns += copy_ns;
+    }
+}
+
 /// From a scheduler to a worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum ToWorker {
@@ -187,9 +222,9 @@ pub(super) enum FromWorker {
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Loaded {
     /// Shards loaded and validated.
-    pub(super) loaded: u32,
+    pub(super) loaded: u64,
     /// Shards that could not be loaded; computed again.
-    pub(super) failed: u32,
+    pub(super) failed: u64,
     /// Bytes copied.
     pub(super) bytes: u64,
     /// Time spent copying.
@@ -202,11 +237,11 @@ pub(super) struct Loaded {
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Stored {
     /// Shards written and committed.
-    pub(super) stored: u32,
+    pub(super) stored: u64,
     /// Shards that were there already.
-    pub(super) skipped: u32,
+    pub(super) skipped: u64,
     /// Shards that were not stored.
-    pub(super) dropped: u32,
+    pub(super) dropped: u64,
     /// Bytes copied.
     pub(super) bytes: u64,
     /// Time spent copying.

@@ -22,8 +22,14 @@ const WRITE_AT_ONCE: usize = 4096;
 const SLICE: Duration = Duration::from_millis(50);
 
 /// Ends all waiting, from another thread.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub(super) struct Abort(Arc<AtomicBool>);
+
+impl Default for Abort {
+    fn default() -> Abort {
+        Abort(Arc::new(AtomicBool::new(false)))
+    }
+}
 
 impl Abort {
     /// From here on every wait is an error.

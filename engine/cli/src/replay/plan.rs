@@ -1,0 +1,123 @@
+//! What a replay's options come to, for this trace on this machine.
+
+use super::Args;
+use super::content::LANES;
+use super::message::{BLOCK_TOKENS, PLANES, Plan, Shape};
+use crate::trace::Trace;
+use anyhow::{Context, bail, ensure};
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::EngineConfig;
+use kvring_engine::policy::PolicyKind;
+use kvring_engine::preflight::Room;
+use kvring_shm_abi::engine_segment::RANKS_MAX;
+use kvring_shm_abi::lobby::CLIENTS_MAX;
+
+/// The arena where none is given and there is room.
+const ARENA_DEFAULT: ByteSize = ByteSize(1 << 30);
+
+/// Everything that follows from the options.
+#[derive(Debug)]
+pub(super) struct Resolved {
+    /// The engine's arena.
+    pub(super) arena: ByteSize,
+    /// Its policy.
+    pub(super) policy: PolicyKind,
+    /// Instances.
+    pub(super) instances: u32,
+    /// What each instance is told (with its own number).
+    pub(super) plan: Plan,
+}
+
+impl Resolved {
+    /// Checks the options against each other, the trace and the machine.
+    pub(super) fn new(args: &Args, trace: &Trace) -> anyhow::Result<Resolved> {
+        let (instances, ranks) = (args.instances, args.ranks);
+        ensure!(instances > 0, "--instances: expected at least 1, got 0");
+        ensure!((1..=RANKS_MAX as u32).contains(&ranks), "--ranks: expected 1 to {RANKS_MAX}, got {ranks}");
+        // The coordinator itself is one more, at the end.
+        let clients = u64::from(instances) * (u64::from(ranks) + 1) + 1;
+        ensure!(
+            clients <= CLIENTS_MAX as u64,
+            "expected at most {CLIENTS_MAX} clients of one engine, got {clients}: {instances} instances of 1 scheduler \
+             and {ranks} workers, and the coordinator; use fewer --instances or --ranks"
+        );
+        let shape = shape(args.bytes_per_token, ranks, trace)?;
+        let room = Room::now();
+        let arena = args.arena.unwrap_or_else(|| ByteSize(ARENA_DEFAULT.0.min(room.tightest().1 / 2)));
+        let memory = shape.kv_bytes() * u64::from(ranks) * u64::from(instances) + arena.0;
+        if let Some(free) = room.memory.filter(|free| memory > *free) {
+            bail!(
+                "expected {} of memory for the arena and the paged KV caches of all workers, {} are left; use a \
+                 smaller --arena or --bytes-per-token, or fewer --instances",
+                ByteSize(memory).human(),
+                ByteSize(free).human()
+            );
+        }
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        // Where workers outnumber the processors, a second thread in each only gets in the way.
+        let copy_threads = (u64::from(instances) * u64::from(ranks) * 2 > cpus as u64).then_some(1);
+        let plan = Plan {
+            engine: format!("replay-{}", std::process::id()),
+            instance: 0,
+            ranks,
+            fingerprint: fingerprint(args.bytes_per_token, ranks, trace.block_tokens),
+            shape,
+            verify: !args.no_verify,
+            copy_threads,
+        };
+        let policy = args.policy.unwrap_or_else(|| EngineConfig::default().policy);
+        Ok(Resolved { arena, policy, instances, plan })
+    }
+
+    /// Bytes of a chunk in the arena, all ranks together.
+    pub(super) fn chunk_bytes(&self) -> u64 {
+        self.plan.shape.shard_bytes() * u64::from(self.plan.ranks)
+    }
+}
+
+/// The paged KV cache of one rank: pages of as many bytes as the tokens of a block have, rounded up to whole cache
+/// lines, and as many blocks as the longest prompt needs.
+fn shape(bytes_per_token: u32, ranks: u32, trace: &Trace) -> anyhow::Result<Shape> {
+    let chunk_tokens = trace.block_tokens;
+    ensure!(
+        chunk_tokens.is_multiple_of(BLOCK_TOKENS),
+        "expected trace blocks of a multiple of {BLOCK_TOKENS} tokens, got {chunk_tokens}"
+    );
+    let blocks_per_chunk = chunk_tokens / BLOCK_TOKENS;
+    let block_bytes = u64::from(bytes_per_token) * u64::from(BLOCK_TOKENS);
+    let page_bytes = block_bytes.div_ceil(u64::from(ranks) * u64::from(PLANES));
+    let page_words = page_bytes.div_ceil(8).next_multiple_of(LANES as u64);
+    let longest = trace.requests.iter().map(|request| request.blocks.len()).max().unwrap_or(0);
+    // Half as many again: so that blocks go round, as in a real pool.
+    let num_blocks = (longest as u64 * 3 / 2 + 1) * u64::from(blocks_per_chunk);
+    Ok(Shape {
+        chunk_tokens,
+        blocks_per_chunk,
+        planes: PLANES,
+        page_words: u32::try_from(page_words).context("--bytes-per-token: pages of more than 32 GiB")?,
+        num_blocks: u32::try_from(num_blocks).context("the trace: a prompt of more than 2^32 blocks")?,
+    })
+}
+
+/// Names the namespace: what the keys do not cover.
+fn fingerprint(bytes_per_token: u32, ranks: u32, chunk_tokens: u32) -> [u64; 4] {
+    [u64::from_le_bytes(*b"kvreplay"), u64::from(bytes_per_token), u64::from(ranks), u64::from(chunk_tokens)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_whole_lines_and_hold_at_least_the_tokens_bytes() {
+        let trace = Trace::bundled().unwrap();
+        for (bytes_per_token, ranks) in [(256, 2), (1, 1), (100, 3), (131_072, 8)] {
+            let shape = shape(bytes_per_token, ranks, &trace).unwrap();
+            assert!(shape.page_bytes().is_multiple_of(64));
+            let chunk = shape.shard_bytes() * u64::from(ranks);
+            assert!(chunk >= u64::from(bytes_per_token) * 512, "{bytes_per_token} × {ranks}: {chunk}");
+            assert!(shape.num_blocks >= 239 * 16, "room for the longest prompt");
+        }
+        assert_eq!(shape(256, 2, &trace).unwrap().shard_bytes(), 64 << 10, "the default is exact");
+    }
+}
