@@ -36,6 +36,11 @@ pub enum AttachError {
     /// It is not ready yet.
     #[error("the engine is recovering (incarnation {0})")]
     Recovering(u32),
+    /// It found its own invariants broken.
+    #[error(
+        "the engine named {0} stopped serving, because a check of itself failed; restart it (see its log)"
+    )]
+    Unhealthy(String),
     /// It was restarted while we attached.
     #[error("the engine was restarted during the attempt")]
     Restarted,
@@ -88,6 +93,7 @@ impl AttachError {
             AttachError::NoEngine(_) => Health::Absent,
             AttachError::Dead(_) => Health::Dead,
             AttachError::Recovering(_) => Health::Recovering,
+            AttachError::Unhealthy(_) => Health::Unhealthy,
             AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
             | AttachError::Restarted
             | AttachError::OtherArena(_) => Health::Attaching,
@@ -231,6 +237,9 @@ pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, Robu
         return Err(AttachError::Dead(name.to_string()));
     }
     let incarnation = view.segment.epoch().incarnation();
+    if view.segment.info().unhealthy.load(Ordering::Relaxed) != 0 {
+        return Err(AttachError::Unhealthy(name.to_string()));
+    }
     if !Epoch::serves(incarnation) {
         return Err(AttachError::Recovering(incarnation));
     }
@@ -274,7 +283,8 @@ pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, Robu
         nonce,
         stall_after: checked.options.stall_after,
         spin: checked.spin,
-    });
+    })
+    .ok_or(AttachError::TableFull)?;
     let attached = Attached { link: Arc::new(link), arena, identity: view.identity, writers: Arc::default() };
     Ok((Attachment { attached: ManuallyDrop::new(attached), fork }, list))
 }

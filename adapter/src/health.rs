@@ -1,7 +1,7 @@
 //! What a client concludes about its engine, from two words and its own eyes.
 
 use kvring_shm_abi::futex::monotonic_ns;
-use kvring_shm_abi::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use kvring_shm_abi::sync::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How the engine looks from here. Everything but `Healthy` is *degraded*: a store may be dropped, a lookup may
@@ -69,10 +69,14 @@ pub(crate) struct StallClock {
     looked_ns: AtomicU64,
     /// How long it has stood still under our eyes.
     still_ns: AtomicU64,
-    /// Stood still for too long, or an operation reached its deadline under an unmoved beat: degraded until it moves.
-    /// One flag, so that a health check of a well engine is one load of it.
-    suspect: AtomicBool,
+    /// [`SUSPECT`] and [`BROKEN`]: one word, so that a health check of a well engine is one load of it.
+    trouble: AtomicU32,
 }
+
+/// Stood still for too long, or an operation reached its deadline under an unmoved beat: degraded until it moves.
+const SUSPECT: u32 = 1;
+/// The engine broke the protocol: nothing that comes through this attachment is believed any more.
+const BROKEN: u32 = 2;
 
 impl StallClock {
     pub(crate) fn new(stall_after: Duration, beat: u32) -> StallClock {
@@ -81,7 +85,7 @@ impl StallClock {
             beat: AtomicU32::new(beat),
             looked_ns: AtomicU64::new(monotonic_ns()),
             still_ns: AtomicU64::new(0),
-            suspect: AtomicBool::new(false),
+            trouble: AtomicU32::new(0),
         }
     }
 
@@ -91,14 +95,14 @@ impl StallClock {
         let before = self.looked_ns.swap(now_ns, Ordering::Relaxed);
         if self.beat.swap(beat, Ordering::Relaxed) != beat {
             self.still_ns.store(0, Ordering::Relaxed);
-            self.suspect.store(false, Ordering::Relaxed);
+            self.trouble.fetch_and(!SUSPECT, Ordering::Relaxed);
             return;
         }
         let gap = now_ns.saturating_sub(before);
         if gap <= GAP_MAX_NS {
             let still = self.still_ns.fetch_add(gap, Ordering::Relaxed) + gap;
             if still >= self.stall_after_ns {
-                self.suspect.store(true, Ordering::Relaxed);
+                self.trouble.fetch_or(SUSPECT, Ordering::Relaxed);
             }
         }
     }
@@ -112,20 +116,30 @@ impl StallClock {
     pub(crate) fn deadline_missed(&self, began: u32, beat: u32) {
         if began == beat {
             self.beat.store(beat, Ordering::Relaxed);
-            self.suspect.store(true, Ordering::Relaxed);
+            self.trouble.fetch_or(SUSPECT, Ordering::Relaxed);
         }
     }
 
-    /// Does the engine look stalled? `beat` is asked for only if it might; if that has moved, it is not.
+    /// The engine broke the protocol. True for who says so first.
+    pub(crate) fn break_off(&self) -> bool {
+        self.trouble.fetch_or(BROKEN, Ordering::Relaxed) & BROKEN == 0
+    }
+
+    /// Did it?
+    pub(crate) fn is_broken(&self) -> bool {
+        self.trouble.load(Ordering::Relaxed) & BROKEN != 0
+    }
+
+    /// Does the engine look stalled, or worse? `beat` is asked for only if it might; if that has moved, it is not.
     #[inline]
-    pub(crate) fn stalled(&self, beat: impl FnOnce() -> u32) -> bool {
-        self.suspect.load(Ordering::Relaxed) && self.still_suspect(beat())
+    pub(crate) fn troubled(&self, beat: impl FnOnce() -> u32) -> bool {
+        self.trouble.load(Ordering::Relaxed) != 0 && self.still_troubled(beat())
     }
 
     #[cold]
-    fn still_suspect(&self, beat: u32) -> bool {
+    fn still_troubled(&self, beat: u32) -> bool {
         self.look(beat);
-        self.suspect.load(Ordering::Relaxed)
+        self.trouble.load(Ordering::Relaxed) != 0
     }
 }
 
@@ -146,13 +160,13 @@ mod tests {
         let clock = clock();
         for step in 1..=39 {
             clock.look_at(7, step * 50 * MS);
-            assert!(!clock.stalled(|| 7), "after {step} looks");
+            assert!(!clock.troubled(|| 7), "after {step} looks");
         }
         clock.look_at(7, 40 * 50 * MS);
-        assert!(clock.stalled(|| 7));
-        assert!(!clock.stalled(|| 8), "a beat that has moved is not stalled, whoever looks first");
+        assert!(clock.troubled(|| 7));
+        assert!(!clock.troubled(|| 8), "a beat that has moved is not stalled, whoever looks first");
         clock.look_at(8, 41 * 50 * MS);
-        assert!(!clock.stalled(|| 8));
+        assert!(!clock.troubled(|| 8));
     }
 
     #[test]
@@ -163,7 +177,7 @@ mod tests {
         for pause in [300_000, 3_600_000, 101] {
             let now = clock.looked_ns.load(Ordering::Relaxed) + pause * MS;
             clock.look_at(7, now);
-            assert!(!clock.stalled(|| 7));
+            assert!(!clock.troubled(|| 7));
         }
     }
 
@@ -171,10 +185,10 @@ mod tests {
     fn a_missed_deadline_under_an_unmoved_beat_degrades_at_once_until_it_moves() {
         let clock = clock();
         clock.deadline_missed(6, 7);
-        assert!(!clock.stalled(|| 7), "the beat moved during the operation: slow, not stalled");
+        assert!(!clock.troubled(|| 7), "the beat moved during the operation: slow, not stalled");
         clock.deadline_missed(7, 7);
-        assert!(clock.stalled(|| 7));
-        assert!(!clock.stalled(|| 8));
-        assert!(!clock.stalled(|| 8));
+        assert!(clock.troubled(|| 7));
+        assert!(!clock.troubled(|| 8));
+        assert!(!clock.troubled(|| 8));
     }
 }

@@ -338,7 +338,8 @@ mod tests {
             while !allocator.has_news() {
                 let ticket = park::announce(lobby.doorbell());
                 if !allocator.has_news() {
-                    let woken = park::sleep(lobby.doorbell(), ticket, &[], Deadline::after(Duration::from_secs(20)));
+                    let woken =
+                        park::sleep(lobby.doorbell(), ticket, &[], Deadline::after(Duration::from_secs(20)));
                     assert_eq!(woken, Woken::LookAgain, "nobody rang");
                 }
                 park::retract(lobby.doorbell(), ticket);

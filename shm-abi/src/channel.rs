@@ -3,7 +3,7 @@
 //! Created by the client for one attachment, unlinked by it, or by the engine after its death. The rings are prepared
 //! before the superblock's magic is written, so whoever can open a channel can read it.
 
-use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::payload::{Payload, Word};
 use crate::ring::{self, DEPTH, Slot};
 use crate::segment::{self, Access, EngineName, SegmentError, SegmentFile};
@@ -69,7 +69,7 @@ pub enum ChannelError {
 
 /// A mapped channel, for either side.
 pub struct Channel {
-    header: View<Header>,
+    header: One<Header>,
     /// Client to engine.
     pub submissions: View<Slot>,
     /// Engine to client.
@@ -101,7 +101,7 @@ impl Channel {
         let channel = Channel::views(&mapping, payload_words).inspect_err(|_| segment::unlink(&file))?;
         ring::initialise(&channel.submissions);
         ring::initialise(&channel.completions);
-        let header = &channel.header[0];
+        let header = &*channel.header;
         header.nonce.store(nonce, Ordering::Relaxed);
         header.payload_words.store(payload_words, Ordering::Relaxed);
         header.entry.store(entry as u32, Ordering::Relaxed);
@@ -130,7 +130,7 @@ impl Channel {
         let mapping = Arc::new(segment::open_shared(&file, bytes)?);
         mapping.at::<Superblock>(0)?.read(Kind::Client, mapping.len() as u64)?;
         let channel = Channel::views(&mapping, payload_words)?;
-        let header = &channel.header[0];
+        let header = &*channel.header;
         let mismatch =
             |what, expected, found| Err(ChannelError::Header { name: file.clone(), what, expected, found });
         let (found_nonce, found_entry) =
@@ -146,7 +146,7 @@ impl Channel {
 
     fn views(mapping: &Arc<Mapping>, payload_words: u32) -> Result<Channel, OutOfBounds> {
         Ok(Channel {
-            header: View::new(mapping, HEADER_AT, 1)?,
+            header: One::new(mapping, HEADER_AT)?,
             submissions: View::new(mapping, SUBMISSIONS_AT, DEPTH)?,
             completions: View::new(mapping, COMPLETIONS_AT, DEPTH)?,
             payload: Payload::new(View::<Word>::new(mapping, PAYLOAD_AT, payload_words as usize)?),
@@ -157,7 +157,7 @@ impl Channel {
     #[must_use]
     #[inline]
     pub fn client_parked(&self) -> &AtomicU32 {
-        &self.header[0].parked
+        &self.header.parked
     }
 }
 
@@ -184,7 +184,7 @@ mod tests {
             Channel::open(&name, 4, 77, PAYLOAD_WORDS_MIN),
             Err(ChannelError::Segment(SegmentError::NotFound(_)))
         ));
-        ours.header[0].nonce.store(78, Ordering::Relaxed);
+        ours.header.nonce.store(78, Ordering::Relaxed);
         assert!(matches!(
             Channel::open(&name, 3, 77, PAYLOAD_WORDS_MIN),
             Err(ChannelError::Header { what: "nonce", expected: 77, found: 78, .. })

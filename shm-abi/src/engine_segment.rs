@@ -8,7 +8,7 @@
 use crate::epoch::Epoch;
 use crate::life::LifeWord;
 use crate::lobby::CLIENTS_MAX;
-use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration};
 use crate::slot::{SLOT_HEADER_BYTES, SlotHeader};
 use crate::superblock::{Geometry, SUPERBLOCK_BYTES, Superblock};
@@ -385,8 +385,8 @@ pub struct EngineSegment {
     pub slots: View<SlotHeader>,
     /// Statistics.
     pub stats: View<StatWord>,
-    epoch: View<Epoch>,
-    info: View<EngineInfo>,
+    epoch: One<Epoch>,
+    info: One<EngineInfo>,
 }
 
 impl EngineSegment {
@@ -400,8 +400,8 @@ impl EngineSegment {
             slabs: View::new(&mapping, SLABS_AT, geometry.slab_count())?,
             slots: View::new(&mapping, places.slots_at as usize, geometry.slot_count())?,
             stats: View::new(&mapping, STATS_AT, STATS_WORDS)?,
-            epoch: View::new(&mapping, EPOCH_AT, 1)?,
-            info: View::new(&mapping, INFO_AT, 1)?,
+            epoch: One::new(&mapping, EPOCH_AT)?,
+            info: One::new(&mapping, INFO_AT)?,
             mapping,
         })
     }
@@ -416,13 +416,13 @@ impl EngineSegment {
     #[must_use]
     #[inline]
     pub fn epoch(&self) -> &Epoch {
-        &self.epoch[0]
+        &self.epoch
     }
 
     /// What the engine says of itself.
     #[must_use]
     pub fn info(&self) -> &EngineInfo {
-        &self.info[0]
+        &self.info
     }
 
     /// A namespace's id by its fingerprint.

@@ -3,7 +3,7 @@
 
 use crate::engine_segment::{load_text, store_text};
 use crate::life::LifeWord;
-use crate::mapping::{Mapping, OutOfBounds, Pad, Shared, View};
+use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
@@ -148,7 +148,7 @@ pub struct Lobby {
     pub life_words: View<LifeWord>,
     /// One per client.
     pub entries: View<Entry>,
-    doorbell: View<Doorbell>,
+    doorbell: One<Doorbell>,
 }
 
 impl Lobby {
@@ -157,7 +157,7 @@ impl Lobby {
         Ok(Lobby {
             life_words: View::new(&mapping, LIFE_WORDS_AT, CLIENTS_MAX)?,
             entries: View::new(&mapping, ENTRIES_AT, CLIENTS_MAX)?,
-            doorbell: View::new(&mapping, DOORBELL_AT, 1)?,
+            doorbell: One::new(&mapping, DOORBELL_AT)?,
             mapping,
         })
     }
@@ -171,6 +171,6 @@ impl Lobby {
     #[must_use]
     #[inline]
     pub fn doorbell(&self) -> &AtomicU32 {
-        &self.doorbell[0].parked
+        &self.doorbell.parked
     }
 }

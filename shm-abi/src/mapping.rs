@@ -206,6 +206,49 @@ impl<T: Shared> View<T> {
     }
 }
 
+/// One item inside a mapping that this keeps alive: no count, no bounds check left.
+pub struct One<T: Shared + 'static> {
+    item: NonNull<T>,
+    // Held so that `item` stays mapped.
+    _keep: Arc<dyn Keep>,
+}
+
+// SAFETY: as `View`.
+unsafe impl<T: Shared> Send for One<T> {}
+// SAFETY: as `View`.
+unsafe impl<T: Shared> Sync for One<T> {}
+
+impl<T: Shared> View<T> {
+    /// One of the items; `None` beyond the end.
+    #[must_use]
+    pub fn one(&self, index: usize) -> Option<One<T>> {
+        Some(One { item: NonNull::from(self.get(index)?), _keep: self._keep.clone() })
+    }
+}
+
+#[cfg(not(loom))]
+impl<T: Shared> One<T> {
+    /// The item at `offset`.
+    pub fn new(mapping: &Arc<Mapping>, offset: usize) -> Result<One<T>, OutOfBounds> {
+        Ok(One { item: NonNull::from(mapping.at::<T>(offset)?), _keep: mapping.clone() })
+    }
+}
+
+impl<T: Shared> Clone for One<T> {
+    fn clone(&self) -> Self {
+        One { item: self.item, _keep: self._keep.clone() }
+    }
+}
+
+impl<T: Shared> core::ops::Deref for One<T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        // SAFETY: checked when it was made; `_keep` keeps the memory mapped.
+        unsafe { self.item.as_ref() }
+    }
+}
+
 impl<T: Shared> Clone for View<T> {
     fn clone(&self) -> Self {
         View { items: self.items, count: self.count, _keep: self._keep.clone() }

@@ -89,6 +89,12 @@ macro_rules! arithmetic {
 
             /// As [`core::sync::atomic`].
             #[inline(always)]
+            pub fn fetch_and(&self, value: $value, order: Ordering) -> $value {
+                self.0.fetch_and(value, order)
+            }
+
+            /// As [`core::sync::atomic`].
+            #[inline(always)]
             pub fn fetch_sub(&self, value: $value, order: Ordering) -> $value {
                 self.0.fetch_sub(value, order)
             }

@@ -15,13 +15,14 @@ use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::Lobby;
+use kvring_shm_abi::mapping::One;
 use kvring_shm_abi::message::{
     Completion, Ident, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::park;
 use kvring_shm_abi::payload::{Payload, Region, Regions};
 use kvring_shm_abi::ring::{Consumer, DEPTH, Producer};
-use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
+use kvring_shm_abi::sync::{Ordering, spin_loop};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -71,8 +72,8 @@ pub(crate) struct Link {
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
     spin: Duration,
-    /// The engine broke the protocol: nothing from this channel is believed any more.
-    broken: AtomicBool,
+    /// The engine's life word for this client.
+    life: One<LifeWord>,
 }
 
 /// Where a link comes from.
@@ -118,9 +119,11 @@ const SLEEP_MAX: Duration = Duration::from_millis(50);
 const DRAIN_MAX: usize = DEPTH;
 
 impl Link {
-    pub(crate) fn new(parts: LinkParts) -> Link {
+    /// `None` for an entry that the segment does not have.
+    pub(crate) fn new(parts: LinkParts) -> Option<Link> {
         let beat = parts.engine.epoch().beat();
-        Link {
+        Some(Link {
+            life: parts.engine.life_words.one(parts.entry)?,
             inner: Mutex::new(Inner {
                 submissions: Producer::new(parts.channel.submissions.clone()),
                 completions: Consumer::new(parts.channel.completions.clone()),
@@ -137,8 +140,7 @@ impl Link {
             incarnation: parts.incarnation,
             nonce: parts.nonce,
             spin: parts.spin,
-            broken: AtomicBool::new(false),
-        }
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -155,15 +157,10 @@ impl Link {
         &self.channel.payload
     }
 
-    /// The engine's life word for this client.
-    fn life(&self) -> &LifeWord {
-        &self.engine.life_words[self.entry]
-    }
-
     /// The two loads of a health check: is the engine that we attached to still alive?
     #[inline]
     pub(crate) fn alive(&self) -> Result<(), CallError> {
-        if !matches!(self.life().life(), Life::Alive { .. }) {
+        if !matches!(self.life.life(), Life::Alive { .. }) {
             return Err(CallError::Dead);
         }
         if self.engine.epoch().incarnation() != self.incarnation {
@@ -176,34 +173,33 @@ impl Link {
     pub(crate) fn health(&self) -> Health {
         let epoch = self.engine.epoch();
         let incarnation = epoch.incarnation();
-        if !matches!(self.life().life(), Life::Alive { .. }) {
+        if !matches!(self.life.life(), Life::Alive { .. }) {
             Health::Dead
+        } else if self.engine.info().unhealthy.load(Ordering::Relaxed) != 0 {
+            Health::Unhealthy
         } else if incarnation != self.incarnation {
             if Epoch::serves(incarnation) { Health::Attaching } else { Health::Recovering }
         } else if self.is_broken() || self.detached().is_some() {
             Health::Attaching
-        } else if self.engine.info().unhealthy.load(Ordering::Relaxed) != 0 {
-            Health::Unhealthy
-        } else if self.stall.stalled(|| epoch.beat()) {
+        } else if self.stall.troubled(|| epoch.beat()) {
             Health::Stalled
         } else {
             Health::Healthy
         }
     }
 
-    /// Healthy, in a few loads: what every call asks first.
+    /// Healthy, in three loads: what every call asks first. (An engine that found itself unhealthy has an odd
+    /// incarnation.)
     #[inline]
     pub(crate) fn is_healthy(&self) -> bool {
         let epoch = self.engine.epoch();
-        matches!(self.life().life(), Life::Alive { .. })
+        matches!(self.life.life(), Life::Alive { .. })
             && epoch.incarnation() == self.incarnation
-            && !self.stall.stalled(|| epoch.beat())
-            && !self.is_broken()
-            && self.engine.info().unhealthy.load(Ordering::Relaxed) == 0
+            && !self.stall.troubled(|| epoch.beat())
     }
 
     pub(crate) fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed)
+        self.stall.is_broken()
     }
 
     /// Did the engine stop reading this channel, and why?
@@ -355,7 +351,7 @@ impl Link {
     }
 
     fn break_off(&self, error: &dyn core::fmt::Display) {
-        if !self.broken.swap(true, Ordering::Relaxed) {
+        if self.stall.break_off() {
             tracing::error!(%error, "the completion ring makes no sense; attaching again");
         }
     }
@@ -479,7 +475,7 @@ impl Link {
         if self.poll_only(slot) {
             return;
         }
-        let (life, raw) = (self.life(), self.life().raw());
+        let (life, raw) = (&*self.life, self.life.raw());
         if !matches!(LifeWord::interpret(raw), Life::Alive { .. }) {
             return;
         }

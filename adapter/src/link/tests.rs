@@ -51,7 +51,7 @@ fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
         stall_after: Duration::from_secs(2),
         spin: Duration::ZERO,
     });
-    (Arc::new(link), fake)
+    (Arc::new(link.unwrap()), fake)
 }
 
 impl FakeEngine {

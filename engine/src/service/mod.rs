@@ -241,6 +241,9 @@ impl Service {
             self.unhealthy = true;
             self.stat(Stat::CheckFailures, 1);
             self.segments.engine.info().unhealthy.store(1, Ordering::Relaxed);
+            // Odd: every client sees it with its next call, and runs without us.
+            self.segments.engine.epoch().begin_recovery();
+            kvring_shm_abi::futex::wake_all(self.segments.engine.epoch().incarnation_word());
         }
     }
 
