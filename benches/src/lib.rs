@@ -1,1 +1,65 @@
-//! Under construction.
+//! The measurements behind `kvring bench`.
+//!
+//! Every number stands beside its limit: what the machine itself can do, measured in the same run, in windows that
+//! alternate with ours (the hypervisor moves virtual CPUs within seconds, so a bare time says little). A window gives
+//! a median and a ratio; what is reported is the median over windows. Nothing here asserts a time.
+//!
+//! The engine is always another process: this executable again, told what to be by an environment variable. So every
+//! binary that calls [`run`] calls [`child_main`] first.
+
+mod child;
+mod clock;
+mod copy;
+mod cores;
+mod engine_bench;
+mod lookup;
+mod pingpong;
+mod report;
+mod rtt;
+mod stats;
+
+pub use child::{CHILD_ENV, child_main};
+
+/// Fewer windows than this say nothing on a machine whose CPUs move.
+const WINDOWS_MIN: u32 = 15;
+
+/// What `kvring bench` takes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub bench: Bench,
+    /// Print JSON: times in nanoseconds, GB/s in 10⁹ bytes a second.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Windows of each measurement, taken in turn with those of its limit.
+    #[arg(long, global = true, default_value_t = 21, value_parser = clap::value_parser!(u32).range(WINDOWS_MIN as i64..))]
+    pub windows: u32,
+}
+
+/// The benchmarks.
+#[derive(clap::Subcommand, Clone, Debug)]
+pub enum Bench {
+    /// The round trip through the engine's loop: spinning, asleep, on one core.
+    Rtt,
+    /// The synchronous lookup: 1 to 512 chunks in indexes of 10⁴ to 10⁶, quiet and beside a busy client.
+    Lookup(lookup::LookupArgs),
+    /// Stores and loads through a worker, beside the best plain copy.
+    Copy,
+    /// The engine itself: start, idling, memory, the cost of a health check.
+    Engine,
+}
+
+/// Runs a benchmark and prints what it found.
+///
+/// # Errors
+/// Whatever keeps it from measuring: no room for the arena, a child that does not start, an answer that is not right.
+pub fn run(args: BenchArgs) -> anyhow::Result<()> {
+    let how = report::How { json: args.json, windows: args.windows as usize };
+    match args.bench {
+        Bench::Rtt => rtt::run(how),
+        Bench::Lookup(lookup) => lookup::run(how, &lookup),
+        Bench::Copy => copy::run(how),
+        Bench::Engine => engine_bench::run(how),
+    }
+}

@@ -20,12 +20,13 @@ use std::process::ExitCode;
 #[derive(Parser, Debug)]
 #[command(name = "kvring", version, arg_required_else_help = true, after_help = "\
 Examples:
-  kvring serve --arena 32GiB              start the node's engine; Ctrl-C ends it and removes its memory
-  kvring status                           how it is and what it holds, also while it hangs
-  kvring replay                           see it work: real traffic, every loaded byte verified
-  kvring simulate trace.jsonl             how much memory is worth its price, without copying anything
+  kvring serve --arena 32GiB     start the node's engine; Ctrl-C ends it
+  kvring status                  how it is and what it holds, also while it hangs
+  kvring replay                  see it work: real traffic, every byte verified
+  kvring simulate trace.jsonl    how much memory is worth its price
 
-`kvring COMMAND --help` explains a command. Logs go to stderr: --log-level, or the environment variable KVRING_LOG.")]
+`kvring COMMAND --help` explains a command. Exit codes: 0 done, 1 failed,
+2 wrong usage, and from `status` 3: the engine does not serve.")]
 struct Cli {
     /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as kvring_engine=debug
     /// [env: KVRING_LOG] [default: info for serve, else warn]

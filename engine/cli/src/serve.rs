@@ -30,14 +30,15 @@ const BAR_INTERVAL: Duration = Duration::from_millis(50);
 /// Settings come from flags, then from the file given with --config, then from the defaults shown here.
 #[derive(clap::Args, Debug)]
 #[command(after_long_help = "Examples:
-  kvring serve --arena 32GiB                     the engine named `default`, which clients use unless told otherwise
-  kvring serve --name b --arena 8GiB             a second engine on the same node
+  kvring serve --arena 32GiB              the engine named `default`
+  kvring serve --name b --arena 8GiB      a second engine on the same node
   kvring serve --config kvring.toml --policy arc
-  kvring serve --arena 32GiB --print-config      the settings as TOML, to begin a file with
+  kvring serve --arena 32GiB --print-config > kvring.toml
 
-How much: an arena of A bytes holds A / (KV bytes per token) tokens. Llama-3.1-8B in bf16 has 128 KiB per token:
-100 GiB hold 819200 tokens. `kvring simulate` says what hit rate that gives on a trace.
-In a container /dev/shm is 64 MiB unless you say otherwise: docker run --shm-size=33g.")]
+How much: an arena of A bytes holds A / (KV bytes per token) tokens.
+Llama-3.1-8B in bf16 has 128 KiB per token: 100 GiB hold 819200 tokens.
+`kvring simulate` says what hit rate that gives on a trace. In a container
+/dev/shm is 64 MiB unless you say otherwise: docker run --shm-size=33g.")]
 pub(crate) struct Args {
     /// Settings as a TOML file, with the names of the flags below (and `_` for `-`)
     #[arg(long, value_name = "FILE")]

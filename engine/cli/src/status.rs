@@ -35,8 +35,9 @@ const WATCH_BEATS: u32 = 20;
   kvring status --name prod --json        one JSON object, for programs
   kvring status >/dev/null && echo up     is it well?
 
-States: serving; stalled (its beat stands still); recovering; unhealthy (it found itself broken);
-stopping; dead (its process is gone, its memory is not); absent.")]
+States: serving; stalled (its beat stands still); recovering; unhealthy
+(it found itself broken); stopping; dead (its process is gone, its memory
+is not); absent (there is none, or it is another build's).")]
 pub(crate) struct Args {
     /// The engine's name
     #[arg(long, default_value = DEFAULT_ENGINE)]

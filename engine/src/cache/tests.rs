@@ -205,9 +205,11 @@ fn small() -> Cache<NoTable> {
     cache
 }
 
+type Breakage = fn(&mut Cache<NoTable>);
+
 #[test]
 fn the_self_check_notices_what_disagrees() {
-    let breakages: [(&str, fn(&mut Cache<NoTable>)); 6] = [
+    let breakages: [(&str, Breakage); 6] = [
         ("a pin too many", |cache| cache.chunks.get_mut(0).pins += 1),
         ("a key that is not its hash's", |cache| cache.chunks.get_mut(0).hash ^= 1),
         ("a shard too many", |cache| cache.chunks.get_mut(1).committed += 1),

@@ -6,7 +6,7 @@ use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
-use kvring_shm_abi::superblock::{Geometry, SHARD_UNIT, SLAB_BYTES_MAX};
+use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 
 /// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
 pub(super) struct Registry {
@@ -95,7 +95,8 @@ impl Service {
 
     fn admit(&mut self, entry: usize, registration: &Registration) -> (Status, [u64; 4]) {
         let largest = self.registry.largest_shard;
-        if registration.shard_bytes.next_multiple_of(SHARD_UNIT) > largest {
+        // The largest shard is a whole number of pages: rounding up would change nothing, and could overflow.
+        if registration.shard_bytes > largest {
             return (Status::ShardTooLarge, [largest, 0, 0, 0]);
         }
         let id = match self.registry.find(&registration.fingerprint) {

@@ -108,13 +108,18 @@ impl Process {
         }
     }
 
+    /// The end of what it said, if that has not been shown.
+    fn last_words(&self) -> Vec<String> {
+        self.tail.as_ref().map(Tail::last_words).unwrap_or_default()
+    }
+
     /// Adds to an error who it was, how it ended, and what it said last.
     pub(super) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         let fate = match self.wait(LAST_WORDS) {
             Some(status) => format!("{} has ended ({status})", self.name),
             None => format!("{} still runs", self.name),
         };
-        let said = self.tail.as_ref().map(Tail::last_words).unwrap_or_default();
+        let said = self.last_words();
         if said.is_empty() {
             error.context(fate)
         } else {
@@ -145,6 +150,7 @@ impl Tail {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 if shown {
                     console::say(&format!("{name}: {line}"));
+                    continue;
                 }
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
                 if kept.len() == TAIL_LINES {
@@ -219,10 +225,11 @@ impl Peer {
         self.pipe = None;
     }
 
-    /// Tells it to end, and waits until it has, well.
-    pub(super) fn finish(mut self) -> anyhow::Result<()> {
+    /// Tells it to end, and waits until it has, well. Answers what it said last, if that has not been shown.
+    pub(super) fn finish(mut self) -> anyhow::Result<Vec<String>> {
         self.close();
-        self.process.succeed()
+        self.process.succeed()?;
+        Ok(self.process.last_words())
     }
 }
 

@@ -101,8 +101,8 @@ impl Engine {
 
     /// An error if the engine has ended, or the replay was given up.
     pub(super) fn check(&mut self, abort: &Abort) -> anyhow::Result<()> {
-        if let Some(status) = self.process.ended() {
-            return Err(self.process.explain(anyhow!("the engine ended during the replay: {status}")));
+        if self.process.ended().is_some() {
+            return Err(self.process.explain(anyhow!("nobody had told it to end")));
         }
         if abort.is_on() {
             bail!("interrupted");
@@ -161,10 +161,18 @@ impl Engine {
         &self.name
     }
 
-    /// Ends it as a user would; that it leaves nothing behind is part of what is checked.
+    /// Ends it as a user would.
+    ///
+    /// # Errors
+    /// It does not end well, or leaves something behind.
     pub(super) fn stop(mut self) -> anyhow::Result<()> {
         self.terminate();
-        self.process.succeed()
+        self.process.succeed()?;
+        let left = segments::remove(&self.name, true, EngineConfig::default().start_wait())?;
+        if left.segments > 0 {
+            bail!("the engine has ended, and left {} segments ({} bytes) behind", left.segments, left.bytes);
+        }
+        Ok(())
     }
 
     fn terminate(&mut self) -> Option<ExitStatus> {
@@ -192,8 +200,7 @@ impl Drop for Engine {
 /// Nothing stays behind, also after a `kill -9`.
 fn sweep(name: &EngineName) {
     match segments::remove(name, true, EngineConfig::default().start_wait()) {
-        Ok(removed) if removed.segments > 0 => tracing::warn!(?removed, "the replay's engine had left segments behind"),
-        Ok(_) => {}
+        Ok(removed) => tracing::debug!(?removed, "swept"),
         Err(error) => tracing::error!(%error, "the replay's engine may have left segments in /dev/shm"),
     }
 }

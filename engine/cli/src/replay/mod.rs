@@ -64,11 +64,11 @@ const ANSWER_MAX: Duration = Duration::from_secs(20);
 /// and policy (concurrency reorders requests a little).
 #[derive(clap::Args, Debug)]
 #[command(after_long_help = "Examples:
-  kvring replay                                          1000 requests of Mooncake's conversation trace
-  kvring replay --trace conversation_trace.jsonl         a whole trace of your own
-  kvring replay --arena 4GiB --policy arc --json         for a program
-  kvring replay --instances 4 --ranks 1 --limit 200      four vLLM instances without tensor parallelism
-  kvring replay --speed 10                               at ten times the trace's own pace")]
+  kvring replay                                     1000 requests, compiled in
+  kvring replay --trace conversation_trace.jsonl    a whole trace of your own
+  kvring replay --arena 4GiB --policy arc --json    for a program
+  kvring replay --instances 4 --ranks 1             no tensor parallelism
+  kvring replay --speed 10                          at ten times its own pace")]
 pub(crate) struct Args {
     /// A trace in Mooncake's format (JSON lines: timestamp, input_length, output_length, hash_ids); without it, 1000
     /// requests of Mooncake's conversation trace, which are compiled in
@@ -167,7 +167,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let resolved = Resolved::new(&args, &trace)?;
     let abort = Abort::default();
     abort_on_signal(&abort)?;
-    let report = replay(&args, &resolved, &trace, log, &abort)?;
+    let (report, said) = replay(&args, &resolved, &trace, log, &abort)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         let text = serde_json::to_string(&report).context("cannot print the report")?;
@@ -176,19 +176,23 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
         write!(out, "{}", report.table())?;
     }
     let failures = report.failures();
+    if !failures.is_empty() {
+        said.iter().for_each(|line| console::say(line));
+    }
     for failure in &failures {
         console::say(&format!("failed: {failure}"));
     }
     Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// The whole of it. Answers the report, and what the instances had to say.
 fn replay(
     args: &Args,
     resolved: &Resolved,
     trace: &Trace,
     log: &LogChoice,
     abort: &Abort,
-) -> anyhow::Result<Report> {
+) -> anyhow::Result<(Report, Vec<String>)> {
     let name = EngineName::new(&resolved.plan.engine)?;
     // Dropped last: whatever happens below, the engine is stopped and its segments are removed.
     let mut engine = Engine::start(name, resolved.arena, resolved.policy, log, abort)?;
@@ -196,12 +200,14 @@ fn replay(
     let mut instances = drive::start_instances(resolved, log, abort)?;
     let driven = drive::drive(args, trace, &mut instances, &mut engine, abort)?;
     let (leaks, stats, capacity_chunks) = check_leaks(args, resolved, trace, &mut engine)?;
+    let mut said = Vec::new();
     for instance in instances {
-        instance.finish()?;
+        let name = instance.name().to_owned();
+        said.extend(instance.finish()?.into_iter().map(|line| format!("{name}: {line}")));
     }
     engine.stop()?;
     let simulated = simulate::hit_rate(trace, resolved.policy, capacity_chunks);
-    Ok(Report::new(args, resolved, trace, driven, &stats, leaks, &simulated))
+    Ok((Report::new(args, resolved, trace, driven, &stats, leaks, &simulated), said))
 }
 
 /// After all sessions have ended: what is still held, and what does not become free. The instances are still attached:

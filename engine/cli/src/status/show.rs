@@ -26,8 +26,8 @@ pub(super) fn tables(status: &Status) -> String {
         add("namespaces", namespaces_table(&status.namespaces));
     }
     if let Some(counters) = &status.counters {
-        add("gauges", stats_table(counters, Kind::Gauge));
-        add("counters since the start", stats_table(counters, Kind::Counter));
+        add("now", stats_table(counters, Kind::Gauge));
+        add("since the start, where it is not 0", stats_table(counters, Kind::Counter));
     }
     text
 }
@@ -104,7 +104,9 @@ fn namespaces_table(namespaces: &[NamespaceStatus]) -> Table {
 
 fn stats_table(counters: &Snapshot, kind: Kind) -> Table {
     let mut table = new_table();
-    for (stat, value) in counters.iter().filter(|(stat, _)| stat.kind() == kind) {
+    // There are many counters, and most of the time most of them count what should not happen.
+    let shown = counters.iter().filter(|(stat, value)| stat.kind() == kind && (kind == Kind::Gauge || *value > 0));
+    for (stat, value) in shown {
         let value = if is_bytes(stat) { human(value) } else { value.to_string() };
         table.add_row([stat.name().to_owned(), value, stat.help().to_owned()]);
     }

@@ -1,0 +1,154 @@
+//! The limit of a copy: the best that plain loops can do between the same kinds of memory.
+
+use crate::child;
+use crate::clock::Clock;
+use kvring_gpu_kernels::copy::{Method, copy, has_non_temporal, store_fence};
+use kvring_shm_abi::mapping::Mapping;
+use kvring_shm_abi::segment::{self, Access, SegmentFile};
+use std::sync::Barrier;
+use std::sync::Mutex;
+
+/// How to copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loop {
+    /// The C library's.
+    Memcpy,
+    /// `rep movsb`.
+    Plain,
+    /// AVX2 non-temporal stores.
+    NonTemporal,
+}
+
+impl Loop {
+    fn name(self) -> &'static str {
+        match self {
+            Loop::Memcpy => "memcpy",
+            Loop::Plain => "rep movsb",
+            Loop::NonTemporal => "non-temporal",
+        }
+    }
+}
+
+/// Addresses that threads may take along.
+#[derive(Clone, Copy)]
+struct Address(*mut u8);
+
+// SAFETY: only an address; who may access it is settled in `Limit::measure`.
+unsafe impl Send for Address {}
+// SAFETY: as above.
+unsafe impl Sync for Address {}
+
+/// A segment as large as the paged cache, every page of it touched.
+pub(super) struct Limit {
+    shared: Mapping,
+    bytes: usize,
+    /// Where the next window begins, so that no window finds what the last one left in the caches.
+    next: Mutex<usize>,
+}
+
+impl Limit {
+    pub(super) fn new(bytes: usize) -> anyhow::Result<Limit> {
+        let name = format!("kvring-{}", child::unique_name());
+        let file = SegmentFile::create(&name, bytes as u64)?;
+        let mapped = file.allocate(0, bytes as u64).and_then(|()| file.map(bytes as u64, Access::ReadWrite));
+        segment::unlink(&name);
+        let shared = mapped?;
+        // SAFETY: all of a mapping that nobody else has.
+        unsafe { shared.base().as_ptr().write_bytes(1, bytes) };
+        Ok(Limit { shared, bytes, next: Mutex::new(0) })
+    }
+
+    /// GB/s into the segment and out of it, copying `total` bytes in pieces of `piece` bytes, each the best of all
+    /// loops; and which one that was.
+    pub(super) fn measure(
+        &self,
+        paged: *mut u8,
+        piece: usize,
+        threads: usize,
+        total: usize,
+        clock: &Clock,
+    ) -> anyhow::Result<(f64, f64, &'static str)> {
+        let mut loops = vec![Loop::Memcpy, Loop::Plain];
+        if has_non_temporal() {
+            loops.push(Loop::NonTemporal);
+        }
+        let (mut store, mut load, mut by) = (0.0, 0.0, "");
+        for how in loops {
+            let into = self.pass(how, Address(paged), piece, threads, total, clock, true)?;
+            let out = self.pass(how, Address(paged), piece, threads, total, clock, false)?;
+            if into > store {
+                (store, by) = (into, how.name());
+            }
+            load = out.max(load);
+        }
+        Ok((store, load, by))
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "one pass of one loop, told everything")]
+    fn pass(
+        &self,
+        how: Loop,
+        paged: Address,
+        piece: usize,
+        threads: usize,
+        total: usize,
+        clock: &Clock,
+        into: bool,
+    ) -> anyhow::Result<f64> {
+        let mut next = self.next.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let first = *next;
+        *next = (first + total) % self.bytes;
+        let shared = Address(self.shared.base().as_ptr());
+        let barrier = Barrier::new(threads);
+        // A piece belongs to one thread if there are enough of them; else it is cut, as the worker does.
+        let piece = piece.min(total / threads);
+        let one = |thread: usize| {
+            let (paged, shared) = (paged, shared);
+            barrier.wait();
+            let started = clock.ticks();
+            for index in (thread..total / piece).step_by(threads) {
+                let at = (first + index * piece) % self.bytes;
+                // SAFETY: `at + piece` is within both buffers (all three sizes are powers of two), the two are
+                // distinct, and nobody else uses either while this runs.
+                unsafe {
+                    let (paged, shared) = (paged.0.add(at), shared.0.add(at));
+                    let (to, from) = if into { (shared, paged) } else { (paged, shared) };
+                    copy_piece(how, to, from, piece);
+                }
+            }
+            (started, clock.ticks())
+        };
+        let spans: Vec<(u64, u64)> = if threads == 1 {
+            vec![one(0)]
+        } else {
+            std::thread::scope(|scope| {
+                let others: Vec<_> = (1..threads).map(|thread| scope.spawn(move || one(thread))).collect();
+                let mut spans = vec![one(0)];
+                for other in others {
+                    spans.push(other.join().map_err(|_| anyhow::anyhow!("a copying thread panicked"))?);
+                }
+                Ok::<_, anyhow::Error>(spans)
+            })?
+        };
+        let started = spans.iter().map(|span| span.0).min().unwrap_or(0);
+        let ended = spans.iter().map(|span| span.1).max().unwrap_or(0);
+        Ok(total as f64 / clock.ns(ended - started))
+    }
+}
+
+/// # Safety
+/// As [`copy`].
+#[inline(always)]
+unsafe fn copy_piece(how: Loop, to: *mut u8, from: *const u8, bytes: usize) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        match how {
+            Loop::Memcpy => core::ptr::copy_nonoverlapping(from, to, bytes),
+            Loop::Plain => copy(Method::Plain, to, from, bytes),
+            Loop::NonTemporal => {
+                copy(Method::NonTemporal, to, from, bytes);
+                store_fence();
+            }
+        }
+    }
+}

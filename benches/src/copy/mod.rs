@@ -1,0 +1,343 @@
+//! `kvring bench copy`: stores and loads through a worker, beside the best plain copy of the same bytes.
+//!
+//! Cold to cold: both sides are far larger than the caches and every submit takes other blocks and other slots. All
+//! pages have been touched before: the arena's by the worker, in stores that fill it once.
+
+mod limit;
+
+use crate::child::{Engine, Placement};
+use crate::clock::Clock;
+use crate::cores::{self, Pair};
+use crate::report::{How, Sheet, bytes as show_bytes, number, rounded};
+use crate::stats::Windows;
+use anyhow::{Context, ensure};
+use kvring_adapter::{
+    Checksum, Client, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
+    SchedulerOptions, StoreChunk, WorkerAdapter, WorkerOptions,
+};
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::EngineConfig;
+use limit::Limit;
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bytes of the shards that are measured.
+const SHARDS: [usize; 3] = [64 << 10, 2 << 20, 32 << 20];
+/// Bytes of a page of the paged cache: a shard is scattered over pages like this one.
+const PAGE: usize = 64 << 10;
+/// Bytes of one submit.
+const SUBMIT: usize = 64 << 20;
+/// Submits of a window, one after the other.
+const SUBMITS: usize = 2;
+/// Bytes of the paged cache, and of the limit's other side: 16 times a shared cache of 32 MiB.
+const CACHE: usize = 512 << 20;
+/// Bytes of the arena.
+const ARENA: u64 = 1 << 30;
+/// Longer than a submit can take.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Tokens that a chunk stands for; only the registration asks.
+const CHUNK_TOKENS: u32 = 256;
+
+/// One row of `--json`.
+#[derive(Serialize)]
+struct Row {
+    bytes: usize,
+    threads: usize,
+    store_gbs: Option<f64>,
+    load_gbs: Option<f64>,
+    limit_gbs: Option<f64>,
+    ratio_store: Option<f64>,
+    ratio_load: Option<f64>,
+    checksum: &'static str,
+    /// The limit by direction: into shared memory, and out of it. The ratios are to these.
+    limit_store_gbs: Option<f64>,
+    limit_load_gbs: Option<f64>,
+    /// Which copy was the best in most windows.
+    limit_by: &'static str,
+}
+
+/// One size with one number of threads, window by window.
+struct Case {
+    bytes: usize,
+    threads: usize,
+    checksum: &'static str,
+    store: Windows,
+    load: Windows,
+    limit_store: Windows,
+    limit_load: Windows,
+    limit_by: &'static str,
+}
+
+pub(crate) fn run(how: How) -> anyhow::Result<()> {
+    let pair = Pair::choose()?;
+    let about = pair.describe();
+    let clock = Clock::new();
+    let threads: &[usize] = if pair.two() { &[1, 2] } else { &[1] };
+    let bar = how.bar(SHARDS.len() * threads.len() * how.windows);
+    let memory = Memory::new()?;
+    let mut cases = Vec::new();
+    for shard in SHARDS {
+        let config = EngineConfig { arena: Some(ByteSize(ARENA)), ..EngineConfig::default() };
+        let placement = Placement { service_cpu: pair.two().then_some(pair.theirs), ..Placement::default() };
+        let engine = Engine::spawn(config, &placement)?;
+        for threads in threads {
+            bar.set_message(format!("{} with {threads} thread(s)", show_bytes(shard)));
+            // One thread runs apart from the engine's; two share its CPU.
+            let cpus = if *threads == 1 { vec![pair.ours] } else { pair.all.clone() };
+            let two = cores::on(&cpus, || measure(&engine, &memory, shard, *threads, how, &clock, &bar))?;
+            cases.extend(two);
+        }
+        engine.stop()?;
+    }
+    bar.finish_and_clear();
+    print(how, &cases, about)
+}
+
+/// The paged cache, and a segment to measure the limit with.
+struct Memory {
+    paged: Box<[u8]>,
+    limit: Limit,
+}
+
+impl Memory {
+    fn new() -> anyhow::Result<Memory> {
+        Ok(Memory { paged: vec![1u8; CACHE].into_boxed_slice(), limit: Limit::new(CACHE)? })
+    }
+
+    fn base(&self) -> *mut u8 {
+        self.paged.as_ptr().cast_mut()
+    }
+}
+
+/// A worker with its paged cache, and a scheduler that finds what it stored.
+struct Mover<'a> {
+    worker: WorkerAdapter,
+    scheduler: PollingSchedulerAdapter,
+    clock: &'a Clock,
+    shard: usize,
+    /// Which blocks, in an order without a pattern.
+    blocks: Vec<u32>,
+    next_block: usize,
+    round: u32,
+    source: u32,
+}
+
+fn measure(
+    engine: &Engine,
+    memory: &Memory,
+    shard: usize,
+    threads: usize,
+    how: How,
+    clock: &Clock,
+    bar: &indicatif::ProgressBar,
+) -> anyhow::Result<Vec<Case>> {
+    let case = |checksum| Case {
+        bytes: shard,
+        threads,
+        checksum,
+        store: Windows::default(),
+        load: Windows::default(),
+        limit_store: Windows::default(),
+        limit_load: Windows::default(),
+        limit_by: "",
+    };
+    let mut cases = vec![case("off"), case("verify")];
+    let worker = engine.client(Role::Worker, None)?;
+    let scheduler = engine.client(Role::Scheduler, None)?;
+    let mut movers = Vec::new();
+    for (checksum, source) in [(Checksum::Off, 1), (Checksum::Verify, 2)] {
+        movers.push(Mover::new(&worker, &scheduler, memory, shard, threads, checksum, source, clock)?);
+    }
+    for mover in &mut movers {
+        // Every slot of the arena is written once, by this process: its pages are in the page table from here on.
+        for _ in 0..ARENA as usize / SUBMIT + 1 {
+            mover.store()?;
+        }
+    }
+    for _ in 0..how.windows {
+        let (store, load, by) =
+            memory.limit.measure(memory.base(), shard, threads, SUBMIT * SUBMITS, clock)?;
+        for (case, mover) in cases.iter_mut().zip(&mut movers) {
+            case.limit_store.push(store);
+            case.limit_load.push(load);
+            case.limit_by = by;
+            let (store, load) = mover.window()?;
+            case.store.push(store);
+            case.load.push(load);
+        }
+        bar.inc(1);
+    }
+    for mut mover in movers {
+        mover.worker.shutdown();
+    }
+    Ok(cases)
+}
+
+impl<'a> Mover<'a> {
+    #[allow(clippy::too_many_arguments, reason = "each is one thing that a row says")]
+    fn new(
+        worker: &Arc<Client>,
+        scheduler: &Arc<Client>,
+        memory: &Memory,
+        shard: usize,
+        threads: usize,
+        checksum: Checksum,
+        source: u32,
+        clock: &'a Clock,
+    ) -> anyhow::Result<Mover<'a>> {
+        let fingerprint = [0x6b76_7269_6e67, 0x636f_7079, shard as u64, 1];
+        let options = WorkerOptions {
+            checksum,
+            copy_threads: Some(threads),
+            ..WorkerOptions::new(fingerprint, 1, 0, CHUNK_TOKENS)
+        };
+        let mut worker = WorkerAdapter::new(worker, options)?;
+        let plane = Plane { base: memory.base(), block_stride: PAGE, page_bytes: PAGE };
+        // SAFETY: the memory outlives the worker, which is shut down at the end of `measure`; jobs of the two workers
+        // and the limit's copies take turns, so nobody else touches a block while a job runs.
+        let paged = unsafe { PagedKv::new(vec![plane], (CACHE / PAGE) as u32, (shard / PAGE) as u32) }?;
+        worker.register_kv_caches(paged)?;
+        let mut blocks: Vec<u32> = (0..(CACHE / PAGE) as u32).collect();
+        // A permutation: multiplying by an odd number modulo a power of two.
+        blocks
+            .iter_mut()
+            .for_each(|block| *block = block.wrapping_mul(2_654_435_761) % (CACHE / PAGE) as u32);
+        Ok(Mover {
+            worker,
+            scheduler: PollingSchedulerAdapter::new(scheduler, SchedulerOptions::new(fingerprint)),
+            clock,
+            shard,
+            blocks,
+            next_block: 0,
+            round: 0,
+            source,
+        })
+    }
+
+    /// The next blocks for a shard.
+    fn take_blocks(&mut self) -> Vec<u32> {
+        let count = self.shard / PAGE;
+        let at = self.next_block;
+        self.next_block = (at + count) % self.blocks.len();
+        self.blocks[at..at + count].to_vec()
+    }
+
+    fn keys(&self) -> Vec<Key> {
+        let name = u64::from(self.source) << 32 | u64::from(self.round);
+        (0..(SUBMIT / self.shard) as u64).map(|at| [name.wrapping_mul(0x9e37_79b9_7f4a_7c15), at]).collect()
+    }
+
+    /// One store: its keys and how long it took, in nanoseconds.
+    fn store(&mut self) -> anyhow::Result<(Vec<Key>, f64)> {
+        self.round += 1;
+        let keys = self.keys();
+        let chunks: Vec<StoreChunk> =
+            keys.iter().map(|key| StoreChunk { key: *key, blocks: self.take_blocks() }).collect();
+        let round = Round { source: self.source, number: self.round };
+        let before = self.clock.ticks();
+        self.worker.submit_store("copy", round, None, chunks)?;
+        ensure!(self.worker.wait_idle(PATIENCE), "a store did not end within {PATIENCE:?}");
+        let spent = self.clock.ns(self.clock.ticks() - before);
+        let finished = self.worker.get_finished();
+        let stored: usize = finished.stores.iter().map(|(_, _, report)| report.stored as usize).sum();
+        ensure!(stored == keys.len(), "expected {} shards stored, got {:?}", keys.len(), finished.stores);
+        Ok((keys, spent))
+    }
+
+    fn load(&mut self, keys: &[Key]) -> anyhow::Result<f64> {
+        let hit = self.scheduler.lookup("copy", self.round, keys)?;
+        ensure!(hit.chunks as usize == keys.len(), "expected {} chunks, found {}", keys.len(), hit.chunks);
+        let shards: Vec<_> = hit.shards_of(0).collect();
+        let chunks: Vec<LoadChunk> =
+            shards.into_iter().map(|shard| LoadChunk { shard, blocks: self.take_blocks() }).collect();
+        let before = self.clock.ticks();
+        self.worker.submit_load("copy", chunks)?;
+        ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
+        let spent = self.clock.ns(self.clock.ticks() - before);
+        self.scheduler.end_session("copy");
+        let finished = self.worker.get_finished();
+        let failed: u32 = finished.loads.iter().map(|(_, _, report)| report.failed).sum();
+        ensure!(failed == 0, "{failed} shards could not be loaded");
+        Ok(spent)
+    }
+
+    /// One window: GB/s of stores and of loads. Loads take what was stored a whole cache ago.
+    fn window(&mut self) -> anyhow::Result<(f64, f64)> {
+        let (mut store_ns, mut load_ns) = (0.0, 0.0);
+        let mut stored = Vec::new();
+        for _ in 0..SUBMITS {
+            let (keys, ns) = self.store().context("a store")?;
+            store_ns += ns;
+            stored.push(keys);
+        }
+        for keys in &stored {
+            load_ns += self.load(keys).context("a load")?;
+            // Another admission each time.
+            self.round += 1;
+        }
+        let bytes = (SUBMIT * SUBMITS) as f64;
+        Ok((bytes / store_ns, bytes / load_ns))
+    }
+}
+
+fn print(how: How, cases: &[Case], about: String) -> anyhow::Result<()> {
+    let rows: Vec<Row> = cases
+        .iter()
+        .map(|case| Row {
+            bytes: case.bytes,
+            threads: case.threads,
+            store_gbs: rounded(case.store.median(), 2),
+            load_gbs: rounded(case.load.median(), 2),
+            limit_gbs: rounded(case.limit_store.best(&case.limit_load).median(), 2),
+            ratio_store: rounded(case.store.ratio(&case.limit_store), 3),
+            ratio_load: rounded(case.load.ratio(&case.limit_load), 3),
+            checksum: case.checksum,
+            limit_store_gbs: rounded(case.limit_store.median(), 2),
+            limit_load_gbs: rounded(case.limit_load.median(), 2),
+            limit_by: case.limit_by,
+        })
+        .collect();
+    let mut sheet = Sheet::new(&[
+        "shard",
+        "threads",
+        "checksum",
+        "store GB/s",
+        "limit",
+        "ratio",
+        "load GB/s",
+        "limit",
+        "ratio",
+        "goal",
+    ]);
+    for row in &rows {
+        let show = |value: Option<f64>, digits| number(value.unwrap_or(f64::NAN), digits);
+        sheet.row(vec![
+            show_bytes(row.bytes),
+            row.threads.to_string(),
+            row.checksum.to_owned(),
+            show(row.store_gbs, 1),
+            show(row.limit_store_gbs, 1),
+            show(row.ratio_store, 2),
+            show(row.load_gbs, 1),
+            show(row.limit_load_gbs, 1),
+            show(row.ratio_load, 2),
+            if row.checksum == "off" { "≥ 0.9".to_owned() } else { String::new() },
+        ]);
+    }
+    let notes = [
+        about,
+        format!(
+            "submits of {}, one at a time, from call to report; shards scattered over pages of {}; paged cache {}, \
+             arena {}; limit: the best of glibc memcpy, rep movsb and AVX2 non-temporal stores between the same \
+             paged cache and a segment of shared memory, as many threads; medians over {} windows, in turn",
+            show_bytes(SUBMIT),
+            show_bytes(PAGE),
+            show_bytes(CACHE),
+            show_bytes(ARENA as usize),
+            how.windows
+        ),
+        "two threads share the second CPU with the engine and the waiting caller".to_owned(),
+    ];
+    how.print(&rows, &sheet, &notes)
+}

@@ -1,0 +1,131 @@
+//! What is in the index: chains of chunks, as prompts make them.
+
+use crate::child::Engine;
+use anyhow::{Context, ensure};
+use kvring_adapter::{Key, PagedKv, Plane, Role, Round, StoreChunk, WorkerAdapter, WorkerOptions};
+use std::time::Duration;
+
+/// Chunks of a chain: 131 072 tokens at 256 a chunk.
+pub(super) const CHAIN: usize = 512;
+/// Bytes of a shard: as little as a slot takes.
+pub(super) const SHARD_BYTES: usize = 4096;
+/// The benchmark's namespace.
+pub(super) const FINGERPRINT: [u64; 4] = [0x6b76_7269_6e67, 0x62_656e_6368, 1, 1];
+/// Tokens that a chunk stands for.
+const CHUNK_TOKENS: u32 = 256;
+/// Chains of one store.
+const CHAINS_PER_JOB: u64 = 16;
+/// Longer than storing them can take.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A small generator of numbers that look random (splitmix64).
+pub(super) struct Random(pub(super) u64);
+
+impl Random {
+    pub(super) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        mix(self.0)
+    }
+
+    /// A number below `limit`.
+    pub(super) fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit.max(1)
+    }
+}
+
+fn mix(mut value: u64) -> u64 {
+    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+/// The key at a place of a chain: distinct, and without a pattern.
+pub(super) fn key(chain: u64, at: u64) -> Key {
+    [mix(chain.wrapping_mul(0x1_0000_0001).wrapping_add(at)), mix(!chain ^ at.rotate_left(32))]
+}
+
+/// The chains of an index of a given size; the last one may be shorter.
+pub(crate) struct Chains {
+    chunks: u64,
+}
+
+impl Chains {
+    pub(super) fn new(chunks: u32) -> Chains {
+        Chains { chunks: chunks.into() }
+    }
+
+    /// Chains of full length.
+    pub(super) fn whole(&self) -> u64 {
+        self.chunks / CHAIN as u64
+    }
+
+    /// All chains.
+    pub(super) fn count(&self) -> u64 {
+        self.chunks.div_ceil(CHAIN as u64)
+    }
+
+    /// The keys of a chain.
+    pub(super) fn keys(&self, chain: u64) -> impl Iterator<Item = Key> {
+        let length = (self.chunks - chain * CHAIN as u64).min(CHAIN as u64);
+        (0..length).map(move |at| key(chain, at))
+    }
+}
+
+/// Stores all chains through a worker. Every chunk has the same bytes: only their number matters here.
+pub(super) fn fill(engine: &Engine, chains: &Chains) -> anyhow::Result<()> {
+    let mut page = vec![0u8; SHARD_BYTES].into_boxed_slice();
+    let plane = Plane { base: page.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
+    // SAFETY: one block, which outlives the adapter (it is shut down below, and declared later) and which nobody
+    // writes.
+    let paged = unsafe { PagedKv::new(vec![plane], 1, 1) }?;
+    let client = engine.client(Role::Worker, None)?;
+    let mut worker = WorkerAdapter::new(&client, WorkerOptions::new(FINGERPRINT, 1, 0, CHUNK_TOKENS))?;
+    worker.register_kv_caches(paged)?;
+    let mut stored = 0u64;
+    for first in (0..chains.count()).step_by(CHAINS_PER_JOB as usize) {
+        for chain in first..(first + CHAINS_PER_JOB).min(chains.count()) {
+            let chunks = chains.keys(chain).map(|key| StoreChunk { key, blocks: vec![0] }).collect();
+            let round = Round { source: 1, number: chain as u32 + 1 };
+            worker.submit_store("fill", round, None, chunks)?;
+        }
+        ensure!(worker.wait_idle(PATIENCE), "storing did not end within {PATIENCE:?}");
+        let finished = worker.get_finished();
+        stored += finished.stores.iter().map(|(_, _, report)| u64::from(report.stored)).sum::<u64>();
+    }
+    ensure!(stored == chains.chunks, "expected {} chunks stored, got {stored}", chains.chunks);
+    worker.shutdown();
+    drop(worker);
+    drop(page);
+    Ok(())
+}
+
+/// The options of a worker of another namespace, which must not touch the index.
+pub(super) fn other_worker() -> WorkerOptions {
+    WorkerOptions::new(OTHER_FINGERPRINT, 1, 0, CHUNK_TOKENS)
+}
+
+/// The busy client's namespace.
+pub(super) const OTHER_FINGERPRINT: [u64; 4] = [0x6b76_7269_6e67, 0x62_656e_6368, 1, 2];
+
+/// A buffer whose pages are there.
+pub(super) fn touched(bytes: usize) -> anyhow::Result<Box<[u8]>> {
+    let mut buffer = Vec::new();
+    buffer.try_reserve_exact(bytes).with_context(|| format!("{bytes} bytes of memory"))?;
+    buffer.resize(bytes, 1u8);
+    Ok(buffer.into_boxed_slice())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashSet;
+
+    #[test]
+    fn chains_cover_the_index_with_distinct_keys() {
+        let chains = Chains::new(1300);
+        assert_eq!((chains.whole(), chains.count()), (2, 3));
+        let keys: Vec<Key> = (0..chains.count()).flat_map(|chain| chains.keys(chain)).collect();
+        assert_eq!(keys.len(), 1300);
+        assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 1300);
+    }
+}
