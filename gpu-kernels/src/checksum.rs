@@ -4,8 +4,11 @@
 //! little-endian word `w` at word index `i` of the shard:
 //!
 //! ```text
-//! (low32(w) + a(i)) × (high32(w) + b(i)) + swap32(w)      a(i) = A·i + A₀, b(i) = B·i + B₀, sums mod 2³²
+//! (low32(w) + a(i)) × (high32(w) + b(i)) + swap32(w)      a(i) = bend(A·i + A₀), b(i) = bend(B·i + B₀), sums mod 2³²
+//! bend(x) = x ^ (x >> 15)
 //! ```
+//!
+//! The keys are bent: were they linear in `i`, four pages A B B A could have the sum of B A A B.
 //!
 //! summed mod 2⁶⁴: the NH hash of UMAC (Black et al., CRYPTO '99) with position-dependent keys, plus the word itself
 //! so that no factor of zero hides the other half. Two 32-bit additions and one 32 × 32 multiplication a word: one
@@ -20,12 +23,17 @@ const B0: u32 = 0x27d4_eb2f;
 /// What no checksum is: 0 stands for "none was computed".
 pub const NONE: u64 = 0;
 
+#[inline]
+fn bend(x: u32) -> u32 {
+    x ^ (x >> 15)
+}
+
 /// The contribution of the word at index `index`.
 #[inline]
 fn word(index: u64, value: u64) -> u64 {
     let i = index as u32;
-    let a = i.wrapping_mul(A).wrapping_add(A0);
-    let b = i.wrapping_mul(B).wrapping_add(B0);
+    let a = bend(i.wrapping_mul(A).wrapping_add(A0));
+    let b = bend(i.wrapping_mul(B).wrapping_add(B0));
     let low = (value as u32).wrapping_add(a);
     let high = ((value >> 32) as u32).wrapping_add(b);
     (u64::from(low) * u64::from(high)).wrapping_add(value.rotate_left(32))
@@ -82,8 +90,8 @@ fn words_scalar(body: &[u8], first: u64) -> u64 {
 fn words_avx2(body: &[u8], first: u64) -> u64 {
     use core::arch::x86_64::{
         __m256i, _mm256_add_epi32, _mm256_add_epi64, _mm256_loadu_si256, _mm256_mul_epu32,
-        _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi32, _mm256_srli_epi64,
-        _mm256_storeu_si256,
+        _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_shuffle_epi32, _mm256_srli_epi32, _mm256_srli_epi64,
+        _mm256_storeu_si256, _mm256_xor_si256,
     };
     const UNROLL: usize = 4;
     let keys = |index: u64| -> u64 {
@@ -106,7 +114,8 @@ fn words_avx2(body: &[u8], first: u64) -> u64 {
         for lane in 0..UNROLL {
             // SAFETY: inside the block, which has 32 × UNROLL bytes.
             let value = unsafe { _mm256_loadu_si256(block.as_ptr().add(lane * 32).cast::<__m256i>()) };
-            let keyed = _mm256_add_epi32(value, key[lane]);
+            let bent = _mm256_xor_si256(key[lane], _mm256_srli_epi32::<15>(key[lane]));
+            let keyed = _mm256_add_epi32(value, bent);
             let product = _mm256_mul_epu32(keyed, _mm256_srli_epi64::<32>(keyed));
             let swapped = _mm256_shuffle_epi32::<0b1011_0001>(value);
             sums[lane] = _mm256_add_epi64(sums[lane], _mm256_add_epi64(product, swapped));
@@ -173,6 +182,17 @@ mod tests {
             let before = whole(&bytes);
             bytes[at] ^= 1 << bit;
             prop_assert_ne!(whole(&bytes), before);
+        }
+    }
+
+    #[test]
+    fn mirrored_patterns_show() {
+        for words in [1, 8, 512, 4096] {
+            for (a, b) in [(1u64, 2u64), (0, 1), (0x3c00_3c00_3c00_3c00, 0x3c01_3c00_3c00_3c00)] {
+                let (a, b) = (a.to_le_bytes().repeat(words), b.to_le_bytes().repeat(words));
+                let (abba, baab) = ([&a[..], &b, &b, &a].concat(), [&b[..], &a, &a, &b].concat());
+                assert_ne!(whole(&abba), whole(&baab), "runs of {words} words");
+            }
         }
     }
 

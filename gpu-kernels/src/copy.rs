@@ -5,7 +5,8 @@
 //! to the processor it is merely bytes that the caller will not believe.
 //!
 //! Non-temporal stores do not read the destination's lines first: on Zen 4, cold to cold, 18.8 GB/s against 11–13 for
-//! `memcpy`. They are weakly ordered: [`store_fence`] comes before anybody is told.
+//! `memcpy`. The source is prefetched past the outer caches, 2 KiB ahead (17.9–19.1 GB/s against 16.3–16.8 without, one
+//! thread, 64 KiB to 32 MiB). They are weakly ordered: [`store_fence`] comes before anybody is told.
 
 /// Which loop to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,10 +111,10 @@ pub unsafe fn copy_nontemporal(to: *mut u8, from: *const u8, bytes: usize) {
         if body > 0 {
             core::arch::asm!(
                 "2:",
-                "prefetcht0 [{from} + 1024]",
-                "prefetcht0 [{from} + 1088]",
-                "prefetcht0 [{from} + 1152]",
-                "prefetcht0 [{from} + 1216]",
+                "prefetchnta [{from} + 2048]",
+                "prefetchnta [{from} + 2112]",
+                "prefetchnta [{from} + 2176]",
+                "prefetchnta [{from} + 2240]",
                 "vmovdqu {a}, [{from}]",
                 "vmovdqu {b}, [{from} + 32]",
                 "vmovdqu {c}, [{from} + 64]",
