@@ -65,8 +65,8 @@ impl Engine {
             policy: config.policy.name(),
             wait: config.start_wait(),
         })?;
-        match Engine::furnish(config, &segments, tier) {
-            Ok((cache, allocator, tier, pace)) => {
+        match Furniture::new(config, &segments) {
+            Ok(Furniture { cache, allocator, pace }) => {
                 let progress = allocator.progress();
                 Ok(Engine { service: Service::new(segments, cache, allocator, tier, pace), progress })
             }
@@ -78,34 +78,6 @@ impl Engine {
                 Err(error)
             }
         }
-    }
-
-    /// Everything that a service needs beside its segments.
-    fn furnish(
-        config: &EngineConfig,
-        segments: &Segments,
-        tier: Box<dyn LowerTier>,
-    ) -> Result<(Cache<SharedSlots>, Allocator, Box<dyn LowerTier>, Pace), StartError> {
-        let geometry = segments.geometry();
-        let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone())?;
-        let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
-        let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
-        limits.seed = [random()?, random()?];
-        limits.policy = config.policy;
-        limits.leases_max = config.max_leases;
-        limits.pins_max = config.max_pins;
-        limits.keys_max = KEYS_MAX as u32;
-        limits.client_bytes_max = config.client_bytes_max(&geometry);
-        if let Some(chunks) = config.max_chunks {
-            limits.chunks_max = chunks;
-        }
-        let slots = SharedSlots::new(segments);
-        let cache = Cache::new(limits, slots)?;
-        let pace = Pace {
-            beat_interval_ns: u64::try_from(config.beat_interval().as_nanos()).unwrap_or(u64::MAX),
-            spin_ns: u64::try_from(config.spin().as_nanos()).unwrap_or(u64::MAX),
-        };
-        Ok((cache, allocator, tier, pace))
     }
 
     /// Stops the engine, from any thread.
@@ -128,6 +100,38 @@ impl Engine {
             Ok(removed) => tracing::info!(?removed, "stopped"),
             Err(error) => tracing::error!(%error, "stopped, but something is left behind"),
         }
+    }
+}
+
+/// What a service needs beside its segments.
+struct Furniture {
+    cache: Cache<SharedSlots>,
+    allocator: Allocator,
+    pace: Pace,
+}
+
+impl Furniture {
+    fn new(config: &EngineConfig, segments: &Segments) -> Result<Furniture, StartError> {
+        let geometry = segments.geometry();
+        let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone())?;
+        let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
+        let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
+        limits.seed = [random()?, random()?];
+        limits.policy = config.policy;
+        limits.leases_max = config.max_leases;
+        limits.pins_max = config.max_pins;
+        limits.keys_max = KEYS_MAX as u32;
+        limits.client_bytes_max = config.client_bytes_max(&geometry);
+        if let Some(chunks) = config.max_chunks {
+            limits.chunks_max = chunks;
+        }
+        let slots = SharedSlots::new(segments);
+        let cache = Cache::new(limits, slots)?;
+        let pace = Pace {
+            beat_interval_ns: u64::try_from(config.beat_interval().as_nanos()).unwrap_or(u64::MAX),
+            spin_ns: u64::try_from(config.spin().as_nanos()).unwrap_or(u64::MAX),
+        };
+        Ok(Furniture { cache, allocator, pace })
     }
 }
 

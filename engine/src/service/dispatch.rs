@@ -195,11 +195,11 @@ impl Service {
         if (chunks as usize) < count && lookup.ticket.is_none() {
             // A lower tier may have the rest: then the answer comes when it has brought it up.
             let missing = &self.scratch.keys[chunks as usize..count];
-            if let Some(ticket) = self.tier.begin(lookup.namespace, missing) {
-                if self.pending.push(PendingLookup { ticket: Some(ticket), ..lookup }) {
-                    self.stat(Stat::LookupsPending, 1);
-                    return Ok(Done::Later);
-                }
+            if let Some(ticket) = self.tier.begin(lookup.namespace, missing)
+                && self.pending.push(PendingLookup { ticket: Some(ticket), ..lookup })
+            {
+                self.stat(Stat::LookupsPending, 1);
+                return Ok(Done::Later);
             }
         }
         let [low, high] = self.segments.arena_id();
