@@ -65,9 +65,6 @@ stats! {
     ShardsCommitted Counter "shards_committed" "shards written and committed";
     ShardsAborted Counter "shards_aborted" "shards given up by their writer";
     ShardsGone Counter "shards_gone" "commits and aborts of slots that were no longer the writer's";
-    ChunksPublished Counter "chunks_published" "chunks that became visible";
-    ChunksDropped Counter "chunks_dropped" "forming chunks that were dropped before they became visible";
-    BytesStored Counter "bytes_stored" "bytes of committed shards";
     Evictions Counter "evictions" "chunks evicted to make room";
     SpansTaken Counter "spans_taken" "spans of slabs taken from another shard size";
     Clears Counter "clears" "times the cache was cleared on request";
@@ -96,8 +93,6 @@ stats! {
     StaleRequests Counter "stale_requests" "requests of an earlier attachment, ignored";
     Wakes Counter "wakes" "sleeping clients woken";
     Parks Counter "parks" "times the service loop slept";
-    Turns Counter "turns" "turns of the service loop, counted when it looks at the clock";
-    CheckRounds Counter "check_rounds" "complete rounds of the self-check";
     CheckFailures Counter "check_failures" "self-checks that failed";
 }
 

@@ -164,8 +164,9 @@ impl Service {
         if count > KEYS_MAX {
             return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
         }
-        let world = self.registry.world(lookup.namespace);
-        let Some(world) = world else { return Ok(refuse(Status::UnknownNamespace)) };
+        let Some((world, chunk_tokens)) = self.registry.shape(lookup.namespace) else {
+            return Ok(refuse(Status::UnknownNamespace));
+        };
         let count = count.min(lookup.answer.count as usize / world as usize);
         let keys = &mut self.scratch.keys[..count];
         connection.payload().read(lookup.keys.offset, bytemuck::cast_slice_mut(keys))?;
@@ -218,6 +219,8 @@ impl Service {
         self.stat(Stat::Lookups, 1);
         self.stat(Stat::ChunksAsked, count as u64);
         self.stat(Stat::ChunksHit, u64::from(chunks));
+        self.stat(Stat::TokensAsked, count as u64 * u64::from(chunk_tokens));
+        self.stat(Stat::TokensHit, u64::from(chunks) * u64::from(chunk_tokens));
         Ok(Done::Answered)
     }
 
@@ -271,8 +274,7 @@ impl Service {
             connection.payload().read(offset, &mut parent)?;
         }
         let mut writer = connection.payload().writer(message.answer, count * ReserveAnswer::WORDS)?;
-        let mut granted = 0u64;
-        let mut dropped = 0u64;
+        let (mut granted, mut skipped, mut dropped) = (0u64, 0u64, 0u64);
         let reserved = self.cache.reserve(
             Reserve {
                 owner: entry as u8,
@@ -289,9 +291,18 @@ impl Service {
                         granted += 1;
                         ReserveAnswer::write(ShardAnswer::new(slot, offset, generation))
                     }
-                    Reservation::Present => ReserveAnswer::skip(ReserveOutcome::Present),
-                    Reservation::Pending { .. } => ReserveAnswer::skip(ReserveOutcome::Held),
-                    Reservation::Superseded => ReserveAnswer::skip(ReserveOutcome::Superseded),
+                    Reservation::Present => {
+                        skipped += 1;
+                        ReserveAnswer::skip(ReserveOutcome::Present)
+                    }
+                    Reservation::Pending { .. } => {
+                        skipped += 1;
+                        ReserveAnswer::skip(ReserveOutcome::Held)
+                    }
+                    Reservation::Superseded => {
+                        skipped += 1;
+                        ReserveAnswer::skip(ReserveOutcome::Superseded)
+                    }
                     Reservation::NoSpace => {
                         dropped += 1;
                         ReserveAnswer::skip(ReserveOutcome::NoSpace)
@@ -307,6 +318,7 @@ impl Service {
             },
         );
         self.stat(Stat::ShardsReserved, granted);
+        self.stat(Stat::ShardsSkipped, skipped);
         self.stat(Stat::ShardsDropped, dropped);
         match reserved {
             Ok(()) => Ok(Done::Answer(Status::Ok, [granted, dropped, 0, 0])),

@@ -31,10 +31,10 @@ impl Registry {
         }
     }
 
-    /// Ranks of a namespace; `None` for one that does not exist.
+    /// Ranks of a namespace and tokens of a chunk; `None` for one that does not exist.
     #[inline]
-    pub(super) fn world(&self, namespace: u32) -> Option<u32> {
-        self.namespaces.get(namespace as usize)?.as_ref().map(|known| known.world)
+    pub(super) fn shape(&self, namespace: u32) -> Option<(u32, u32)> {
+        self.namespaces.get(namespace as usize)?.as_ref().map(|known| (known.world, known.chunk_tokens))
     }
 
     /// How many there are.
