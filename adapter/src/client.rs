@@ -53,7 +53,7 @@ impl Shared {
         let before = health_of(&current);
         let after = health_of(&next);
         let old = core::mem::replace(&mut *current, next);
-        // SYNC POINT: Release; pairs with the Acquire in `Probe::link`.
+        // SYNC POINT: Release; pairs with the Acquire in `Probe::refresh`.
         self.generation.fetch_add(1, Ordering::Release);
         drop(current);
         self.changed.notify_all();
@@ -338,10 +338,30 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Is the engine there and well? About a nanosecond while nothing changes.
+    /// Is the engine there and well? A few loads while nothing changes.
     #[inline]
     pub fn is_healthy(&mut self) -> bool {
-        self.link().is_ok()
+        self.refresh();
+        self.client.shared.fork.is_ours() && self.held.as_ref().is_some_and(|link| link.is_healthy())
+    }
+
+    /// Takes the current attachment's link, if there is a new one.
+    #[inline]
+    fn refresh(&mut self) {
+        // SYNC POINT: Acquire; pairs with the Release in `set_current`.
+        let generation = self.client.shared.generation.load(Ordering::Acquire);
+        if generation != self.generation {
+            self.take_current(generation);
+        }
+    }
+
+    #[cold]
+    fn take_current(&mut self, generation: u64) {
+        if !self.client.shared.fork.is_ours() {
+            return;
+        }
+        self.generation = generation;
+        self.held = self.client.shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
     }
 
     /// The client behind it.
@@ -353,26 +373,19 @@ impl Probe {
     /// The current attachment's link and count, if the engine is fit to be asked.
     #[inline]
     pub(crate) fn link(&mut self) -> Result<(&Arc<Link>, u64), CallError> {
-        let shared = &self.client.shared;
-        if !shared.fork.is_ours() {
+        if !self.client.shared.fork.is_ours() {
             return Err(CallError::Forked);
         }
-        // SYNC POINT: Acquire; pairs with the Release in `set_current`.
-        let generation = shared.generation.load(Ordering::Acquire);
-        if generation != self.generation {
-            self.generation = generation;
-            self.held = shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
-        }
+        self.refresh();
         match &self.held {
-            Some(link) if link.is_healthy() => Ok((link, generation)),
+            Some(link) if link.is_healthy() => Ok((link, self.generation)),
             _ => Err(CallError::Degraded(self.client.health())),
         }
     }
 
     /// The link of that attachment, whatever the engine's health, as long as it is the current one.
     pub(crate) fn link_of(&mut self, generation: u64) -> Option<&Arc<Link>> {
-        // Refreshes what is held; whether the engine is well does not matter here.
-        let _ = self.link();
+        self.refresh();
         self.held.as_ref().filter(|_| self.generation == generation && self.client.shared.fork.is_ours())
     }
 }

@@ -160,7 +160,7 @@ impl Link {
     /// The two loads of a health check: is the engine that we attached to still alive?
     #[inline]
     pub(crate) fn alive(&self) -> Result<(), CallError> {
-        if !matches!(self.life.life(), Life::Alive { .. }) {
+        if !self.life.is_alive() {
             return Err(CallError::Dead);
         }
         if self.engine.epoch().incarnation() != self.incarnation {
@@ -193,7 +193,7 @@ impl Link {
     #[inline]
     pub(crate) fn is_healthy(&self) -> bool {
         let epoch = self.engine.epoch();
-        matches!(self.life.life(), Life::Alive { .. })
+        self.life.is_alive()
             && epoch.incarnation() == self.incarnation
             && !self.stall.troubled(|| epoch.beat())
     }
