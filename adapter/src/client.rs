@@ -161,7 +161,8 @@ impl Client {
     /// A handle for health checks on a hot path: a few loads each.
     #[must_use]
     pub fn probe(self: &Arc<Self>) -> Probe {
-        Probe { client: self.clone(), held: None, generation: u64::MAX }
+        let (shared, fork) = (self.shared.clone(), self.shared.fork);
+        Probe { client: self.clone(), shared, fork, held: None, generation: u64::MAX }
     }
 
     /// Waits until the client is attached and its registrations are through, at most `timeout`. For start-up and
@@ -332,6 +333,9 @@ impl Drop for Client {
 /// Health checks for a hot path: keeps the attachment at hand, so that a check is a few loads and no lock.
 pub struct Probe {
     client: Arc<Client>,
+    // Copies of what is behind `client`, a hop nearer.
+    shared: Arc<Shared>,
+    fork: ForkGuard,
     /// The link alone: a probe that nobody asks must not keep a dead engine's arena mapped.
     held: Option<Arc<Link>>,
     generation: u64,
@@ -342,14 +346,14 @@ impl Probe {
     #[inline]
     pub fn is_healthy(&mut self) -> bool {
         self.refresh();
-        self.client.shared.fork.is_ours() && self.held.as_ref().is_some_and(|link| link.is_healthy())
+        self.fork.is_ours() && self.held.as_ref().is_some_and(|link| link.is_healthy())
     }
 
     /// Takes the current attachment's link, if there is a new one.
     #[inline]
     fn refresh(&mut self) {
         // SYNC POINT: Acquire; pairs with the Release in `set_current`.
-        let generation = self.client.shared.generation.load(Ordering::Acquire);
+        let generation = self.shared.generation.load(Ordering::Acquire);
         if generation != self.generation {
             self.take_current(generation);
         }
@@ -357,11 +361,11 @@ impl Probe {
 
     #[cold]
     fn take_current(&mut self, generation: u64) {
-        if !self.client.shared.fork.is_ours() {
+        if !self.fork.is_ours() {
             return;
         }
         self.generation = generation;
-        self.held = self.client.shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
+        self.held = self.shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
     }
 
     /// The client behind it.
@@ -373,7 +377,7 @@ impl Probe {
     /// The current attachment's link and count, if the engine is fit to be asked.
     #[inline]
     pub(crate) fn link(&mut self) -> Result<(&Arc<Link>, u64), CallError> {
-        if !self.client.shared.fork.is_ours() {
+        if !self.fork.is_ours() {
             return Err(CallError::Forked);
         }
         self.refresh();
@@ -386,6 +390,6 @@ impl Probe {
     /// The link of that attachment, whatever the engine's health, as long as it is the current one.
     pub(crate) fn link_of(&mut self, generation: u64) -> Option<&Arc<Link>> {
         self.refresh();
-        self.held.as_ref().filter(|_| self.generation == generation && self.client.shared.fork.is_ours())
+        self.held.as_ref().filter(|_| self.generation == generation && self.fork.is_ours())
     }
 }
