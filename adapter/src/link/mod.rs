@@ -7,12 +7,16 @@
 //! * What an abandoned operation gained (a lease, reserved slots) is given back when its late completion arrives.
 //! * Messages that give something back are never dropped: without room they wait in the outbox.
 
+mod pending;
+
+pub(crate) use pending::{Answer, Pending};
+
 use crate::error::CallError;
 use crate::health::{Health, StallClock};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment};
 use kvring_shm_abi::epoch::Epoch;
-use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
+use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::mapping::One;
@@ -86,23 +90,6 @@ pub(crate) struct LinkParts {
     pub(crate) nonce: u64,
     pub(crate) stall_after: Duration,
     pub(crate) spin: Duration,
-}
-
-/// An operation in flight. Dropping it abandons the operation.
-#[derive(Debug)]
-pub(crate) struct Pending {
-    link: Arc<Link>,
-    slot: u16,
-    beat: u32,
-    taken: bool,
-}
-
-/// A completed operation, and its payload region until this is dropped.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    link: Arc<Link>,
-    slot: u16,
-    pub(crate) completion: Completion,
 }
 
 impl core::fmt::Debug for Link {
@@ -222,7 +209,7 @@ impl Link {
         let slot = self.start(&mut inner, words, undo, fill)?;
         drop(inner);
         park::notify(self.lobby.doorbell());
-        Ok(Pending { link: self.clone(), slot, beat, taken: false })
+        Ok(Pending::new(self.clone(), slot, beat))
     }
 
     /// Puts one request into the ring. The doorbell is the caller's.
@@ -516,113 +503,6 @@ pub(crate) fn write_slots(payload: &Payload, region: Region, slots: &[SlotRecord
     debug_assert!(written.is_ok());
     let answer = region.offset + words.len() as u32;
     (Records { offset: region.offset, count: slots.len() as u32 }, answer)
-}
-
-impl Pending {
-    /// The answer, if it has arrived.
-    pub(crate) fn try_take(mut self) -> Result<Answer, Pending> {
-        match self.link.poll(self.slot, 1) {
-            Some(completion) => {
-                self.taken = true;
-                Ok(Answer { link: self.link.clone(), slot: self.slot, completion })
-            }
-            None => Err(self),
-        }
-    }
-
-    /// Why no answer is to be expected any more, if so: without waiting.
-    pub(crate) fn hopeless(&self, deadline: Deadline) -> Option<CallError> {
-        let link = &self.link;
-        if let Err(gone) = link.alive() {
-            return Some(gone);
-        }
-        if !link.is_healthy() || link.detached().is_some() {
-            return Some(CallError::Degraded(link.health()));
-        }
-        deadline.passed().then(|| {
-            link.stall.deadline_missed(self.beat, link.engine.epoch().beat());
-            CallError::TimedOut { waited_ms: 0 }
-        })
-    }
-
-    /// Waits for the answer: until `deadline`, or until the engine is seen dead or restarted.
-    pub(crate) fn wait(mut self, deadline: Deadline) -> Result<Answer, CallError> {
-        let link = self.link.clone();
-        if let Some(completion) = link.poll(self.slot, BURST) {
-            return Ok(self.answer(completion));
-        }
-        let started = monotonic_ns();
-        let spin_until = started.saturating_add(u64::try_from(link.spin.as_nanos()).unwrap_or(u64::MAX));
-        loop {
-            if let Some(completion) = link.poll(self.slot, BURST) {
-                return Ok(self.answer(completion));
-            }
-            link.alive()?;
-            if link.is_broken() || link.detached().is_some() {
-                return Err(CallError::Degraded(Health::Attaching));
-            }
-            let now = monotonic_ns();
-            if now >= deadline.0 {
-                link.stall.deadline_missed(self.beat, link.engine.epoch().beat());
-                let waited_ms = now.saturating_sub(started) / 1_000_000;
-                return Err(CallError::TimedOut { waited_ms });
-            }
-            if now < spin_until {
-                continue;
-            }
-            link.stall.look_at(link.engine.epoch().beat(), now);
-            link.sleep(self.slot, deadline);
-        }
-    }
-
-    fn answer(&mut self, completion: Completion) -> Answer {
-        self.taken = true;
-        Answer { link: self.link.clone(), slot: self.slot, completion }
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        if self.taken {
-            return;
-        }
-        let link = &self.link;
-        let mut inner = link.lock();
-        let mut sent = false;
-        match inner.operations[usize::from(self.slot)] {
-            Operation::InFlight { region, undo, .. } => {
-                inner.operations[usize::from(self.slot)] =
-                    Operation::InFlight { region, undo, abandoned: true };
-            }
-            // It completed between the caller's last look and now: undone at once.
-            Operation::Done { region, undo, completion } => {
-                link.undo(&mut inner, undo, &completion);
-                release_operation(&mut inner, self.slot, region);
-                sent = link.flush(&mut inner);
-            }
-            Operation::Free => {}
-        }
-        drop(inner);
-        if sent {
-            park::notify(link.lobby.doorbell());
-        }
-    }
-}
-
-impl Answer {
-    /// The payload area, in which this answer's region stays ours until it is dropped.
-    pub(crate) fn payload(&self) -> &Payload {
-        self.link.payload()
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        let mut inner = self.link.lock();
-        if let Operation::Done { region, .. } = inner.operations[usize::from(self.slot)] {
-            release_operation(&mut inner, self.slot, region);
-        }
-    }
 }
 
 #[cfg(test)]

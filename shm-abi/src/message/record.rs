@@ -1,0 +1,187 @@
+//! Plain records of the payload area: longer arguments and answers.
+
+use super::{Key, join};
+use bytemuck::{Pod, Zeroable};
+
+/// Plain records of the payload area, each a whole number of words.
+pub trait Record: Pod {
+    /// Words of one record.
+    const WORDS: usize = size_of::<Self>() / 8;
+}
+
+/// Where one shard of a looked-up chunk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ShardAnswer {
+    /// The slot, and in the high half its place in the arena in pages of 4 KiB.
+    slot_and_page: u64,
+    /// The slot's generation.
+    pub generation: u64,
+}
+
+/// Bytes of an arena page: shards start on one.
+pub const PAGE_BYTES: u64 = 4096;
+
+impl ShardAnswer {
+    /// `offset` is a multiple of [`PAGE_BYTES`] below 16 TiB: the arena's limit.
+    #[must_use]
+    #[inline]
+    pub fn new(slot: u32, offset: u64, generation: u64) -> ShardAnswer {
+        debug_assert!(offset.is_multiple_of(PAGE_BYTES) && offset / PAGE_BYTES <= u64::from(u32::MAX));
+        ShardAnswer { slot_and_page: join(slot, (offset / PAGE_BYTES) as u32), generation }
+    }
+
+    /// The slot.
+    #[must_use]
+    pub fn slot(&self) -> u32 {
+        self.slot_and_page as u32
+    }
+
+    /// First byte in the arena.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        (self.slot_and_page >> 32) * PAGE_BYTES
+    }
+
+    /// As words of the payload area.
+    #[must_use]
+    #[inline]
+    pub fn words(&self) -> [u64; 2] {
+        [self.slot_and_page, self.generation]
+    }
+}
+
+impl Record for ShardAnswer {}
+
+/// What became of one key of a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ReserveOutcome {
+    /// Write the shard there, then commit.
+    Write = 0,
+    /// Visible already: nothing to do.
+    Present = 1,
+    /// This rank has a slot for this chunk and round already (a repeated request).
+    Held = 2,
+    /// A newer round of the same source has begun: this store is moot.
+    Superseded = 3,
+    /// No room: the store of this chunk is dropped.
+    NoSpace = 4,
+    /// The client's share is full: the store of this chunk is dropped.
+    Busy = 5,
+}
+
+/// The answer for one key of a reservation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct ReserveAnswer {
+    outcome: u64,
+    /// Meaningful with [`ReserveOutcome::Write`].
+    pub shard: ShardAnswer,
+}
+
+impl ReserveAnswer {
+    /// Write there.
+    #[must_use]
+    pub fn write(shard: ShardAnswer) -> ReserveAnswer {
+        ReserveAnswer { outcome: ReserveOutcome::Write as u64, shard }
+    }
+
+    /// Do not write, and why.
+    #[must_use]
+    pub fn skip(outcome: ReserveOutcome) -> ReserveAnswer {
+        ReserveAnswer { outcome: outcome as u64, shard: ShardAnswer::new(0, 0, 0) }
+    }
+
+    /// The outcome; `None` for one that does not exist.
+    #[must_use]
+    pub fn outcome(&self) -> Option<ReserveOutcome> {
+        use ReserveOutcome::{Busy, Held, NoSpace, Present, Superseded, Write};
+        [Write, Present, Held, Superseded, NoSpace, Busy].into_iter().find(|o| *o as u64 == self.outcome)
+    }
+
+    /// As words of the payload area.
+    #[must_use]
+    pub fn words(&self) -> [u64; 3] {
+        [self.outcome, self.shard.slot_and_page, self.shard.generation]
+    }
+}
+
+impl Record for ReserveAnswer {}
+
+/// One slot that its writer commits or aborts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct SlotRecord {
+    /// The slot, zero-extended.
+    pub slot: u64,
+    /// Its generation.
+    pub generation: u64,
+    /// The key it was reserved for.
+    pub key: Key,
+    /// The shard's checksum, or 0 where checksums are off.
+    pub checksum: u64,
+}
+
+impl Record for SlotRecord {}
+
+/// What became of one slot of a commit or abort.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum SlotOutcome {
+    /// Done, now or by an earlier message.
+    Done = 0,
+    /// The reservation no longer counts: its round failed or was replaced. Nothing to do.
+    Gone = 1,
+    /// The slot is not this client's.
+    NotYours = 2,
+}
+
+impl SlotOutcome {
+    /// From the answer's word.
+    #[must_use]
+    pub fn from_word(word: u64) -> Option<SlotOutcome> {
+        [Self::Done, Self::Gone, Self::NotYours].into_iter().find(|o| *o as u64 == word)
+    }
+}
+
+/// Bytes of a model's name in a registration; longer names are cut.
+pub const MODEL_NAME_BYTES: usize = 64;
+/// Bytes of a dtype's name.
+pub const DTYPE_BYTES: usize = 16;
+
+/// One rank's registration of a namespace: model + KV layout + parallel geometry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct Registration {
+    /// Names the namespace: a digest of everything that the keys do not cover.
+    pub fingerprint: [u64; 4],
+    /// A digest of this rank's page layout.
+    pub layout: u64,
+    /// Bytes of this rank's shard of one chunk.
+    pub shard_bytes: u64,
+    /// Number of ranks.
+    pub world: u32,
+    /// This rank.
+    pub rank: u32,
+    /// Tokens per chunk.
+    pub chunk_tokens: u32,
+    /// Reserved, 0.
+    pub reserved: u32,
+    /// For people: UTF-8, zero padded.
+    pub model: [u8; MODEL_NAME_BYTES],
+    /// For people.
+    pub dtype: [u8; DTYPE_BYTES],
+}
+
+impl Record for Registration {}
+
+#[cfg(not(loom))]
+const _: () = {
+    assert!(size_of::<ShardAnswer>() == 16);
+    assert!(size_of::<ReserveAnswer>() == 24);
+    assert!(size_of::<SlotRecord>() == 40);
+    assert!(size_of::<Registration>() == 144);
+    assert!(ShardAnswer::WORDS * 8 == size_of::<ShardAnswer>());
+    assert!(Registration::WORDS * 8 == size_of::<Registration>());
+};
