@@ -7,6 +7,7 @@ use crate::backend::{CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Tra
 use crate::checksum;
 use crate::copy::{Method, copy, store_fence};
 use crate::sync::{Sum, Word, release_fence};
+use crossbeam_utils::CachePadded;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -32,10 +33,10 @@ struct Job {
     batch: CopyBatch,
     pieces: Vec<Piece>,
     sums: Vec<Sum>,
-    /// The next piece that nobody has taken.
-    next: Word,
+    /// The next piece that nobody has taken. Every thread writes these two all the time: each has lines of its own.
+    next: CachePadded<Word>,
     /// Pieces that have not been copied.
-    left: Word,
+    left: CachePadded<Word>,
     /// 0, then 1: the one "done" state, published last.
     done: Word,
     /// A thread panicked in a piece.
@@ -60,9 +61,9 @@ impl Job {
         }
         let sums =
             if batch.checksum { batch.shards.iter().map(|_| Sum::default()).collect() } else { Vec::new() };
-        let left = Word::new(pieces.len() as u32);
+        let left = CachePadded::new(Word::new(pieces.len() as u32));
         let done = Word::new(u32::from(pieces.is_empty()));
-        Job { batch, pieces, sums, next: Word::default(), left, done, failed: Word::default() }
+        Job { batch, pieces, sums, next: CachePadded::default(), left, done, failed: Word::default() }
     }
 
     /// Takes and copies one piece; false when there is none left to take.

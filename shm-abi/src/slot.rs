@@ -283,6 +283,13 @@ mod tests {
     }
 
     #[test]
+    fn a_load_looks_at_one_cache_line() {
+        // What `validate` and `still_valid` read, and what only a recovery reads.
+        assert_eq!(memoffset::span_of!(SlotHeader, word..=checksum), 0..56);
+        assert_eq!(memoffset::span_of!(SlotHeader, nonce..=last_touch), 64..88);
+    }
+
+    #[test]
     fn words_pack_and_unpack() {
         for state in [SlotState::Free, SlotState::Writing, SlotState::Committed] {
             for generation in [0, 1, GENERATION_MAX] {
