@@ -20,7 +20,7 @@ use mover::Mover;
 use queue::Queue;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Checksums of shards: computed and verified by workers only, in the copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -240,9 +240,11 @@ impl WorkerAdapter {
     pub fn handle_preemptions(&mut self, requests: Option<&[&str]>) {
         let fit = self.probe.is_healthy();
         let patience = if fit { self.client.options().operation_timeout } else { Duration::ZERO };
+        // One deadline for all of them.
+        let until = Instant::now() + patience;
         let Some(queue) = self.queue() else { return };
         for job in queue.preempt(requests) {
-            job.wait_copied(patience);
+            job.wait_copied(until.saturating_duration_since(Instant::now()));
         }
     }
 
