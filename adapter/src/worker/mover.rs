@@ -209,6 +209,7 @@ impl Mover {
             }
         };
         let mut granted = Vec::with_capacity(chunks.len());
+        let mut useless = Vec::new();
         for (index, chunk) in chunks.iter().enumerate() {
             let mut words = [0u64; ReserveAnswer::WORDS];
             let at = answer + (index * ReserveAnswer::WORDS) as u32;
@@ -232,6 +233,12 @@ impl Mover {
                                 "the engine granted a slot outside the arena"
                             );
                             report.dropped += 1;
+                            useless.push(SlotRecord {
+                                slot: u64::from(shard.slot()),
+                                generation: shard.generation,
+                                key: chunk.key,
+                                checksum: 0,
+                            });
                         }
                     }
                 }
@@ -241,6 +248,8 @@ impl Mover {
                 Some(ReserveOutcome::NoSpace | ReserveOutcome::Busy) | None => report.dropped += 1,
             }
         }
+        drop(answered);
+        attachment.link.post_abort(useless);
         granted
     }
 
