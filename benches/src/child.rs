@@ -7,8 +7,10 @@ use crate::cores;
 use crate::lookup::busy::{self, BusyJob};
 use crate::pingpong::{self, PeerJob};
 use anyhow::{Context, bail};
-use kvring_adapter::{Client, ClientOptions, Role};
+use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
+use kvring_engine::stats::Stat;
+use kvring_shm_abi::segment::EngineName;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
@@ -20,6 +22,11 @@ pub const CHILD_ENV: &str = "KVRING_BENCH_CHILD";
 
 /// How long an engine may take to serve before the benchmark gives up.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How often to look whether the arena has been allocated.
+const ALLOCATION_POLL: Duration = Duration::from_millis(20);
+/// How many times: at 100 MiB/s that would do for 6 GiB.
+const ALLOCATION_POLLS: u32 = 3000;
 
 /// What a child is to be.
 #[derive(Serialize, Deserialize)]
@@ -185,6 +192,29 @@ impl Engine {
     /// A client of it, attached.
     pub(crate) fn client(&self, role: Role, spin: Option<Duration>) -> anyhow::Result<Arc<Client>> {
         client(&self.name, role, spin)
+    }
+
+    /// Its statistics, now.
+    pub(crate) fn stat(&self, stat: Stat) -> anyhow::Result<u64> {
+        let view = EngineView::open(&EngineName::new(&self.name)?)?;
+        Ok(stat.of(&view.segment.stats).get())
+    }
+
+    /// Waits until the background has allocated the whole arena: before that an engine is neither idle, nor does it
+    /// keep all that is stored.
+    pub(crate) fn wait_allocated(&self) -> anyhow::Result<()> {
+        let mut seen = Ok((0, 0));
+        for _ in 0..ALLOCATION_POLLS {
+            // An error at first: its segments are not there yet.
+            seen = self.stat(Stat::ArenaBytes).and_then(|all| Ok((all, self.stat(Stat::ArenaBytesAllocated)?)));
+            if matches!(seen, Ok((all, allocated)) if all > 0 && all == allocated) {
+                return Ok(());
+            }
+            std::thread::sleep(ALLOCATION_POLL);
+        }
+        let (all, allocated) = seen?;
+        let waited = ALLOCATION_POLL * ALLOCATION_POLLS;
+        bail!("after {waited:?}, {allocated} of the arena's {all} bytes are allocated")
     }
 
     /// Stops it, and waits until it has cleaned up after itself.

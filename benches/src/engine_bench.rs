@@ -57,7 +57,8 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
     let config = EngineConfig { arena: Some(ByteSize(ARENA)), ..EngineConfig::default() };
     let engine = Engine::spawn(config, &Placement::default())?;
     let clients = [engine.client(Role::Scheduler, None)?, engine.client(Role::Worker, None)?];
-    settle(&engine)?;
+    // Until then the engine is not idle.
+    engine.wait_allocated()?;
     let mut probe = clients[0].probe();
     let (mut idle, mut check) = (Windows::default(), Windows::default());
     for _ in 0..how.windows {
@@ -108,16 +109,6 @@ fn start_nothing() -> anyhow::Result<f64> {
     let before = monotonic_ns();
     Child::spawn(&Job::Nothing)?.finish()?;
     Ok((monotonic_ns() - before) as f64)
-}
-
-/// Waits until the background has allocated the arena: until then the engine is not idle.
-fn settle(engine: &Engine) -> anyhow::Result<()> {
-    for _ in 0..200 {
-        if cpu_share(engine)? < 0.02 {
-            return Ok(());
-        }
-    }
-    anyhow::bail!("the engine does not come to rest")
 }
 
 fn cpu_share(engine: &Engine) -> anyhow::Result<f64> {

@@ -348,3 +348,13 @@ fn the_self_check_goes_on_step_by_step_and_notices_a_stray_count() {
         cache.check_step(7).unwrap();
     }
 }
+
+#[test]
+fn the_self_check_of_an_arena_full_of_the_smallest_slots_ends_at_its_last_slot() {
+    // 4 KiB slots leave no unused ids at a slab's end: behind the last slot there is no slab.
+    let mut cache = cache(2, &[4096]);
+    store(&mut cache, 1, &chain(1, 2 * u64::from(SLOTS_PER_SLAB)));
+    for _ in 0..1000 {
+        cache.check_step(7).unwrap();
+    }
+}

@@ -81,6 +81,7 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
         let config = EngineConfig { arena: Some(ByteSize(ARENA)), ..EngineConfig::default() };
         let placement = Placement { service_cpu: pair.two().then_some(pair.theirs), ..Placement::default() };
         let engine = Engine::spawn(config, &placement)?;
+        engine.wait_allocated()?;
         for threads in threads {
             bar.set_message(format!("{} with {threads} thread(s)", show_bytes(shard)));
             // One thread runs apart from the engine's; two share its CPU.

@@ -7,12 +7,12 @@ use super::fill::{self, Random};
 use crate::child;
 use anyhow::{Context, ensure};
 use kvring_adapter::{
-    Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi, SchedulerOptions,
+    CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi, SchedulerOptions,
     StoreChunk, WorkerAdapter,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::{Receiver, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Which engine.
 #[derive(Serialize, Deserialize)]
@@ -105,9 +105,23 @@ impl Busy {
         self.worker.submit_load("busy", loads)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
         self.scheduler.end_session("busy");
-        self.scheduler.reset_cache().context("clearing the busy client's namespace")?;
+        self.clear()?;
         let finished = self.worker.get_finished();
         self.stored += finished.stores.iter().map(|(_, _, report)| u64::from(report.stored)).sum::<u64>();
         Ok(())
+    }
+
+    /// Forgets what is stored. An engine that lost its CPU for a while looks stalled until it has it again.
+    fn clear(&mut self) -> anyhow::Result<()> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.scheduler.reset_cache() {
+                Ok(_) => return Ok(()),
+                Err(CallError::Degraded(_) | CallError::TimedOut { .. }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(error) => return Err(error).context("clearing the busy client's namespace"),
+            }
+        }
     }
 }

@@ -6,13 +6,13 @@
 //! batch; the ends of the sessions are in it too.
 
 use super::fill::{self, CHAIN, Chains};
-use super::{ASKED, filled_engine};
+use super::{ASKED, filled_engine, scheduler};
 use crate::child::{Engine, Placement};
 use crate::clock::process_cpu_ns;
 use crate::cores::{self, Pair};
 use anyhow::ensure;
 use kvring_adapter::{
-    Client, Key, Lookup, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
+    Client, Key, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
 };
 use kvring_engine::config::EngineConfig;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ fn batches(engine: &Engine, chains: &Chains, asked: usize, present: bool) -> any
 
 fn polled(engine: &Engine, chains: &Chains) -> anyhow::Result<f64> {
     together(engine, POLLED, |index, client, barrier| {
-        let mut adapter = PollingSchedulerAdapter::new(client, SchedulerOptions::new(fill::FINGERPRINT));
+        let mut adapter = scheduler(client);
         let mut random = fill::Random(index as u64);
         barrier.wait();
         for _ in 0..POLLED {

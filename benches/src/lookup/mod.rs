@@ -20,9 +20,11 @@ use fill::{CHAIN, Chains};
 use kvring_adapter::{Client, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
+use kvring_engine::stats::Stat;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::fmt::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What `kvring bench lookup` takes.
 #[derive(clap::Args, Clone, Debug)]
@@ -38,6 +40,8 @@ const ASKED: [usize; 4] = [1, 16, 128, CHAIN];
 const PER_WINDOW: u32 = 500;
 /// Round trips of a window.
 const ROUND_TRIPS: u32 = 5_000;
+/// A client's spin where nothing is said and there are two CPUs.
+const DEFAULT_SPIN: Duration = Duration::from_micros(20);
 /// Room for the busy client, beside the index.
 const BUSY_BYTES: u64 = 512 << 20;
 
@@ -120,14 +124,21 @@ pub(crate) fn filled_engine(
     // Eviction keeps a part of the slots free: with a tenth more than the index it has nothing to do.
     let arena = index_bytes + index_bytes / 10 + BUSY_BYTES;
     let engine = Engine::spawn(EngineConfig { arena: Some(ByteSize(arena)), ..config }, placement)?;
+    // Stores that outrun the allocation would evict what came first.
+    engine.wait_allocated()?;
     let chains = Chains::new(chunks);
     fill::fill(&engine, &chains).context("filling the index")?;
+    let evicted = engine.stat(Stat::Evictions)?;
+    ensure!(evicted == 0, "expected an index that keeps all of {chunks} chunks, but {evicted} were evicted");
     Ok((engine, chains))
 }
 
 /// A scheduler of the benchmark's namespace.
 fn scheduler(client: &Arc<Client>) -> PollingSchedulerAdapter {
-    PollingSchedulerAdapter::new(client, SchedulerOptions::new(fill::FINGERPRINT))
+    // Longer than by default: on a machine with other work a late answer is a slow sample here, not a miss.
+    let lookup_timeout = Duration::from_secs(2);
+    let options = SchedulerOptions { lookup_timeout, ..SchedulerOptions::new(fill::FINGERPRINT) };
+    PollingSchedulerAdapter::new(client, options)
 }
 
 fn measure(
@@ -190,7 +201,8 @@ struct Looker<'a> {
 
 impl<'a> Looker<'a> {
     fn new(engine: &Engine, chains: &'a Chains) -> anyhow::Result<Looker<'a>> {
-        let client = engine.client(Role::Scheduler, None)?;
+        // The measuring thread is pinned, so the client would take the machine for one with a single CPU.
+        let client = engine.client(Role::Scheduler, Some(DEFAULT_SPIN))?;
         Ok(Looker {
             adapter: scheduler(&client),
             client,

@@ -30,7 +30,9 @@ impl LogChoice {
     pub(crate) fn start(&self, otherwise: &str) -> anyhow::Result<()> {
         let text = self.asked().unwrap_or(otherwise);
         let filter = EnvFilter::try_new(text).with_context(|| {
-            format!("--log-level or {LOG_ENV}: expected error, warn, info, debug, trace or a filter, got {text:?}")
+            format!(
+                "--log-level or {LOG_ENV}: expected error, warn, info, debug, trace or a filter, got {text:?}"
+            )
         })?;
         tracing_subscriber::fmt()
             .with_env_filter(filter)
@@ -65,7 +67,7 @@ fn bar(total: u64, template: &str) -> ProgressBar {
 
 /// A line on stderr, above the bars. That nobody reads it is no reason to fail.
 pub(crate) fn say(line: &str) {
-    bars().suspend(|| drop(writeln!(std::io::stderr(), "{line}")));
+    bars().suspend(|| drop(std::io::stderr().write_all(format!("{line}\n").as_bytes())));
 }
 
 /// A table in the style of all commands.
@@ -90,11 +92,14 @@ struct BesideBars;
 
 impl Write for BesideBars {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        bars().suspend(|| std::io::stderr().write(bytes))
+        // An error would be told to stderr by the subscriber, with a panic where that is closed: whoever reads the
+        // logs of an engine would then end it by going away.
+        bars().suspend(|| drop(std::io::stderr().write_all(bytes)));
+        Ok(bytes.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
-        std::io::stderr().flush()
+        Ok(())
     }
 }
 
@@ -104,9 +109,10 @@ mod tests {
 
     #[test]
     fn templates_are_well_formed() {
-        for template in
-            ["{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}", "{prefix} {wide_bar} {pos}/{len} {msg} {eta}"]
-        {
+        for template in [
+            "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}",
+            "{prefix} {wide_bar} {pos}/{len} {msg} {eta}",
+        ] {
             assert!(ProgressStyle::with_template(template).is_ok(), "{template}");
         }
     }

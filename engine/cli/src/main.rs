@@ -13,12 +13,15 @@ mod status;
 mod trace;
 
 use clap::{Parser, Subcommand};
-use std::io::Write;
 use std::process::ExitCode;
 
 /// A KV-cache engine for LLM serving on one node: vLLM's KV cache in shared memory, kept when GPU memory is not.
 #[derive(Parser, Debug)]
-#[command(name = "kvring", version, arg_required_else_help = true, after_help = "\
+#[command(
+    name = "kvring",
+    version,
+    arg_required_else_help = true,
+    after_help = "\
 Examples:
   kvring serve --arena 32GiB     start the node's engine; Ctrl-C ends it
   kvring status                  how it is and what it holds, also while it hangs
@@ -26,7 +29,8 @@ Examples:
   kvring simulate trace.jsonl    how much memory is worth its price
 
 `kvring COMMAND --help` explains a command. Exit codes: 0 done, 1 failed,
-2 wrong usage, and from `status` 3: the engine does not serve.")]
+2 wrong usage, and from `status` 3: the engine does not serve."
+)]
 struct Cli {
     /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as kvring_engine=debug
     /// [env: KVRING_LOG] [default: info for serve, else warn]
@@ -68,8 +72,8 @@ fn main() -> ExitCode {
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            // Nobody is left to tell where stderr is closed.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            // In one piece: a replay's processes share stderr.
+            console::say(&format!("error: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -36,7 +36,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         writeln!(out, "nothing to remove: no segment of engine {} in /dev/shm", quoted_name(&args.name))?;
     } else {
         let bytes = ByteSize(removed.bytes).human();
-        writeln!(out, "removed {} segments of engine {} ({bytes})", removed.segments, quoted_name(&args.name))?;
+        writeln!(
+            out,
+            "removed {} segments of engine {} ({bytes})",
+            removed.segments,
+            quoted_name(&args.name)
+        )?;
     }
     if let Some(pid) = removed.forced_pid {
         writeln!(out, "its process (pid {pid}) was alive: it ends by itself")?;

@@ -162,7 +162,8 @@ fn unreadable(name: &EngineName, error: &AttachError) -> Status {
 fn read(name: &EngineName, view: &EngineView) -> Status {
     let segment = &view.segment;
     let (state, detail) = judge(name, view);
-    let counters = Snapshot::read(&segment.stats).inspect_err(|error| tracing::warn!(%error, "no counters")).ok();
+    let counters =
+        Snapshot::read(&segment.stats).inspect_err(|error| tracing::warn!(%error, "no counters")).ok();
     Status {
         name: name.to_string(),
         state,
@@ -191,11 +192,16 @@ fn judge(name: &EngineName, view: &EngineView) -> (State, String) {
     }
     let broken = segment.info().unhealthy.load(Ordering::Relaxed);
     if broken != 0 {
-        let detail = format!("its self-check {broken} failed, its log says how: stop it (pid {pid}) and start it again");
+        let detail = format!(
+            "its self-check {broken} failed, its log says how: stop it (pid {pid}) and start it again"
+        );
         return (State::Unhealthy, detail);
     }
     if !Epoch::serves(segment.epoch().incarnation()) {
-        return (State::Recovering, "not ready yet: clients wait for it without blocking anything".to_owned());
+        return (
+            State::Recovering,
+            "not ready yet: clients wait for it without blocking anything".to_owned(),
+        );
     }
     let interval = Duration::from_micros(segment.info().beat_interval_us.load(Ordering::Relaxed).into());
     let watch = WATCH_MIN.max(interval.saturating_mul(WATCH_BEATS));

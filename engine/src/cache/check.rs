@@ -123,6 +123,10 @@ impl<T: SlotTable> Cache<T> {
 
     fn check_slot(&self, at: SlotId, sums: &mut Sums) -> Result<Option<SlotId>, InvariantBroken> {
         let slab = at / self.slabs.first_slot(1);
+        // Slots of the smallest size fill the table to its last id: behind that there is no slab to look at.
+        if slab >= self.slabs.count() {
+            return Ok(None);
+        }
         let after = |slab| (slab < self.slabs.count()).then(|| self.slabs.first_slot(slab));
         let Some(head) = self.slabs.head_of_slab(slab) else { return Ok(after(slab + 1)) };
         let span = self.slabs.span(head);

@@ -64,6 +64,14 @@ fn channels(name: &EngineName) -> Vec<String> {
         .collect()
 }
 
+/// Unlinks every channel that was made for one entry of the client table.
+pub(crate) fn unlink_channels_of(name: &EngineName, entry: usize) {
+    let prefix = format!("/{}client.{entry}.", name.prefix());
+    for channel in channels(name).iter().filter(|channel| channel.starts_with(&prefix)) {
+        segment::unlink(channel);
+    }
+}
+
 /// Everything under the name, the engine's segment included.
 fn all(name: &EngineName) -> Vec<String> {
     let mut names = channels(name);

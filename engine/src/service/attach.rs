@@ -5,6 +5,7 @@
 
 use super::Service;
 use super::connection::{Claim, Connection};
+use crate::segments::sweep;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::life::Life;
@@ -14,10 +15,7 @@ use kvring_shm_abi::segment;
 impl Service {
     /// Is there a claim in this entry that has not been judged yet?
     pub(super) fn wants_judgement(&self, entry: usize) -> bool {
-        self.connections[entry].is_none()
-            && self.segments.lobby.entries[entry]
-                .read_nonce()
-                .is_some_and(|nonce| nonce != self.judged[entry])
+        self.judged[entry].is_none() && self.segments.lobby.entries[entry].read_nonce().is_some()
     }
 
     /// Looks at every entry of the lobby.
@@ -38,7 +36,7 @@ impl Service {
     /// Attaches the client in `entry`, or says why not. Each claim is judged once.
     fn judge(&mut self, entry: usize) {
         let Some(content) = self.segments.lobby.entries[entry].read() else { return };
-        self.judged[entry] = content.nonce;
+        self.judged[entry] = Some(content.nonce);
         let incarnation = self.segments.engine.epoch().incarnation();
         let status = match Role::from_u32(content.role) {
             None => AttachStatus::BadRole,
@@ -103,18 +101,23 @@ impl Service {
 
     /// The owner of this entry is dead, or has given it up: everything is freed, then the entry may be claimed again.
     fn reclaim(&mut self, entry: usize) {
-        if let Some(connection) = self.disconnect(entry) {
+        let connection = self.disconnect(entry);
+        let name = self.segments.name();
+        match &connection {
+            // Usually gone already: a client unlinks its channel as soon as both sides have it.
+            Some(connection) => segment::unlink(&name.client(entry, connection.nonce)),
+            // It may have died before it said which channel it had made.
+            None => sweep::unlink_channels_of(name, entry),
+        }
+        if let Some(connection) = connection {
             // Not said goodbye: it died.
             self.stat(Stat::Deaths, 1);
             tracing::warn!(entry, client = %connection.name, "client died; its leases and reservations are freed");
         }
-        // Also what it left in quarantine when it was detached.
-        self.cache.client_gone(entry as u8, self.judged[entry], false);
-        if let Some(content) = self.segments.lobby.entries[entry].read() {
-            // Usually gone already: a client unlinks its channel as soon as both sides have it.
-            segment::unlink(&self.segments.name().client(entry, content.nonce));
+        if let Some(nonce) = self.judged[entry].take() {
+            // Also what it left in quarantine when it was detached.
+            self.cache.client_gone(entry as u8, nonce, false);
         }
-        self.judged[entry] = 0;
         self.segments.lobby.entries[entry].clear();
         // Last: from here on somebody else may claim it.
         self.segments.lobby.life_words[entry].reset();

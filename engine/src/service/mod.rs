@@ -75,8 +75,9 @@ pub(crate) struct Service {
     connections: Vec<Option<Connection>>,
     /// Bit per entry that has a connection: what a turn looks at.
     active: u64,
-    /// The nonce that an entry's claim was last judged by, so that a refusal is given once.
-    judged: [u64; CLIENTS_MAX],
+    /// The nonce by which an entry's claim was judged. Once for each life of its life word: what a client that was thrown
+    /// out may still write is known by that nonce, until the entry is reclaimed.
+    judged: [Option<u64>; CLIENTS_MAX],
     allocator: Allocator,
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
@@ -127,7 +128,7 @@ impl Service {
             registry: Registry::new(segments.geometry()),
             connections: (0..CLIENTS_MAX).map(|_| None).collect(),
             active: 0,
-            judged: [0; CLIENTS_MAX],
+            judged: [None; CLIENTS_MAX],
             allocator,
             tier,
             pending: PendingLookups::new(),

@@ -182,7 +182,12 @@ pub(super) struct Peer {
 
 impl Peer {
     /// Starts `kvring SUBCOMMAND`, with pipes to it.
-    pub(super) fn start(name: String, subcommand: &str, stderr: &Stderr<'_>, abort: Abort) -> anyhow::Result<Peer> {
+    pub(super) fn start(
+        name: String,
+        subcommand: &str,
+        stderr: &Stderr<'_>,
+        abort: Abort,
+    ) -> anyhow::Result<Peer> {
         let mut process = Process::start(name, stderr, |command| {
             command.arg(subcommand).stdin(Stdio::piped()).stdout(Stdio::piped())
         })?;

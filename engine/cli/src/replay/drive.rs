@@ -40,7 +40,11 @@ pub(super) struct Driven {
 }
 
 /// Starts all instances, and waits until they are attached.
-pub(super) fn start_instances(resolved: &Resolved, log: &LogChoice, abort: &Abort) -> anyhow::Result<Vec<Peer>> {
+pub(super) fn start_instances(
+    resolved: &Resolved,
+    log: &LogChoice,
+    abort: &Abort,
+) -> anyhow::Result<Vec<Peer>> {
     let mut instances = Vec::new();
     for instance in 0..resolved.instances {
         let name = format!("instance {instance}");
@@ -132,7 +136,8 @@ pub(super) fn drive(
         let shared = &shared;
         let mut threads = Vec::new();
         for (number, instance) in instances.iter_mut().enumerate() {
-            let work = move || run_instance(number, instance, shared).unwrap_or_else(|error| shared.fail(error));
+            let work =
+                move || run_instance(number, instance, shared).unwrap_or_else(|error| shared.fail(error));
             threads.push(scope.spawn(work));
         }
         let mut sabotage = args.sabotage;
@@ -151,9 +156,7 @@ pub(super) fn drive(
     if let Some(error) = failure {
         return Err(error);
     }
-    if abort.is_on() {
-        bail!("interrupted");
-    }
+    engine.check(abort)?;
     let mut driven = shared.driven.into_inner().unwrap_or_else(PoisonError::into_inner);
     driven.seconds = seconds;
     for instance in instances.iter_mut() {

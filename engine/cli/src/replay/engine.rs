@@ -51,7 +51,15 @@ impl Engine {
         let parent = std::process::id().to_string();
         let mut process = Process::start("the engine".to_owned(), &Stderr::Kept(log), |command| {
             command
-                .args(["serve", "--name", name.as_str(), "--arena", &arena.to_string(), "--policy", policy.name()])
+                .args([
+                    "serve",
+                    "--name",
+                    name.as_str(),
+                    "--arena",
+                    &arena.to_string(),
+                    "--policy",
+                    policy.name(),
+                ])
                 .args(["--stop-with-parent", &parent])
                 .stdin(Stdio::null())
                 .stdout(Stdio::piped());
@@ -99,12 +107,12 @@ impl Engine {
         Ok(())
     }
 
-    /// An error if the engine has ended, or the replay was given up.
+    /// An error if the engine has ended, or the user has interrupted us.
     pub(super) fn check(&mut self, abort: &Abort) -> anyhow::Result<()> {
         if self.process.ended().is_some() {
             return Err(self.process.explain(anyhow!("nobody had told it to end")));
         }
-        if abort.is_on() {
+        if abort.is_interrupted() {
             bail!("interrupted");
         }
         Ok(())
@@ -135,14 +143,16 @@ impl Engine {
         let slab_bytes = self.view.identity.geometry.slab_bytes;
         let free_slabs = stats.get(Stat::SlabsFree);
         let used_slabs = (stats.get(Stat::ArenaBytesAllocated) / slab_bytes).saturating_sub(free_slabs);
-        let slots = stats.get(Stat::SlotsFree) + stats.get(Stat::SlotsWriting) + stats.get(Stat::SlotsCommitted);
+        let slots =
+            stats.get(Stat::SlotsFree) + stats.get(Stat::SlotsWriting) + stats.get(Stat::SlotsCommitted);
         slots + free_slabs * slots / used_slabs.max(1)
     }
 
     /// Negative control: flips a bit in every page of the arena, behind everybody's back.
     pub(super) fn corrupt(&self) -> anyhow::Result<()> {
         let path = PathBuf::from(format!("/dev/shm{}", self.name.arena()));
-        let file = File::options().read(true).write(true).open(&path).context("opening the arena to corrupt it")?;
+        let file =
+            File::options().read(true).write(true).open(&path).context("opening the arena to corrupt it")?;
         for page in (0..self.view.identity.geometry.arena_bytes).step_by(4096) {
             let mut byte = [0];
             file.read_exact_at(&mut byte, page + 123)?;

@@ -31,15 +31,16 @@ use crate::console::{self, LogChoice};
 use crate::simulate;
 use crate::trace::Trace;
 use anyhow::{Context, anyhow};
+use drive::Driven;
 use engine::Engine;
 use kvring_adapter::{Client, PollingSchedulerAdapter, SchedulerApi, SchedulerOptions};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::policy::PolicyKind;
-use kvring_engine::stats::Stat;
+use kvring_engine::stats::{Snapshot, Stat};
 use kvring_shm_abi::segment::EngineName;
 use pipe::Abort;
 use plan::Resolved;
-use report::{Leaks, Report};
+use report::Report;
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -139,7 +140,8 @@ impl FromStr for Speed {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Speed, String> {
-        let times = |text: &str| text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0).map(Speed::Times);
+        let times =
+            |text: &str| text.parse().ok().filter(|x: &f64| x.is_finite() && *x > 0.0).map(Speed::Times);
         let speed = if text == "max" { Some(Speed::Max) } else { times(text) };
         speed.ok_or_else(|| format!("expected `max` or a factor above 0 such as 10, got {text:?}"))
     }
@@ -196,48 +198,74 @@ fn replay(
     let name = EngineName::new(&resolved.plan.engine)?;
     // Dropped last: whatever happens below, the engine is stopped and its segments are removed.
     let mut engine = Engine::start(name, resolved.arena, resolved.policy, log, abort)?;
+    let driven = drive_and_check(args, resolved, trace, &mut engine, log, abort);
+    // Where the engine has ended, or we were interrupted, everything else only follows from that.
+    let (driven, checked, said) = driven.map_err(|error| engine.check(abort).err().unwrap_or(error))?;
+    engine.stop()?;
+    let simulated = simulate::hit_rate(trace, resolved.policy, checked.capacity_chunks);
+    Ok((Report::new(args, resolved, trace, driven, &checked, &simulated), said))
+}
+
+fn drive_and_check(
+    args: &Args,
+    resolved: &Resolved,
+    trace: &Trace,
+    engine: &mut Engine,
+    log: &LogChoice,
+    abort: &Abort,
+) -> anyhow::Result<(Driven, Checked, Vec<String>)> {
     engine.wait_allocated(abort)?;
     let mut instances = drive::start_instances(resolved, log, abort)?;
-    let driven = drive::drive(args, trace, &mut instances, &mut engine, abort)?;
-    let (leaks, stats, capacity_chunks) = check_leaks(args, resolved, trace, &mut engine)?;
+    let driven = drive::drive(args, trace, &mut instances, engine, abort)?;
+    let checked = check_leaks(args, resolved, trace, engine)?;
     let mut said = Vec::new();
     for instance in instances {
         let name = instance.name().to_owned();
         said.extend(instance.finish()?.into_iter().map(|line| format!("{name}: {line}")));
     }
-    engine.stop()?;
-    let simulated = simulate::hit_rate(trace, resolved.policy, capacity_chunks);
-    Ok((Report::new(args, resolved, trace, driven, &stats, leaks, &simulated), said))
+    Ok((driven, checked, said))
+}
+
+/// What the engine's statistics say at the end.
+struct Checked {
+    /// Before anything was cleared.
+    stats: Snapshot,
+    /// What should be nothing: leases, and chunks pinned by them, after all sessions have ended.
+    leaked_leases: u64,
+    /// What should be nothing: slots that are not free after that and a `clear`.
+    leaked_slots: u64,
+    /// Chunks that the arena has room for.
+    capacity_chunks: usize,
 }
 
 /// After all sessions have ended: what is still held, and what does not become free. The instances are still attached:
-/// a leak of theirs must not be cured by their leaving. Answers the statistics before anything was cleared, and how
-/// many chunks the arena has room for.
+/// a leak of theirs must not be cured by their leaving.
 fn check_leaks(
     args: &Args,
     resolved: &Resolved,
     trace: &Trace,
     engine: &mut Engine,
-) -> anyhow::Result<(Leaks, kvring_engine::stats::Snapshot, usize)> {
+) -> anyhow::Result<Checked> {
     let operator = clear::attach(engine.name().as_str(), "replay coordinator", ANSWER_MAX)?;
     // Held until the checks are over.
     let _lease = match args.sabotage {
         Some(Sabotage::Leak) => Some(hold_lease(&operator, resolved, trace)?),
         _ => None,
     };
-    let held = |stats: &kvring_engine::stats::Snapshot| stats.get(Stat::Leases) + stats.get(Stat::Pins);
+    let held = |stats: &Snapshot| stats.get(Stat::Leases) + stats.get(Stat::Pins);
     let stats = engine.settled(|stats| held(stats) == 0)?;
-    let slots = engine.slots(&stats);
-    let capacity_chunks = usize::try_from(slots / u64::from(resolved.plan.ranks)).context("too many chunks")?;
     operator.clear().context("clearing the cache at the end")?;
     // Those that are written for no chunk are among those that are written.
-    let taken = |stats: &kvring_engine::stats::Snapshot| {
-        stats.get(Stat::SlotsWriting) + stats.get(Stat::SlotsCommitted)
-    };
+    let taken = |stats: &Snapshot| stats.get(Stat::SlotsWriting) + stats.get(Stat::SlotsCommitted);
     let after = engine.settled(|stats| taken(stats) == 0)?;
-    let leaks = Leaks { leases: held(&stats), slots: taken(&after) };
     operator.shutdown();
-    Ok((leaks, stats, capacity_chunks))
+    let chunks = engine.slots(&stats) / u64::from(resolved.plan.ranks);
+    Ok(Checked {
+        leaked_leases: held(&stats),
+        leaked_slots: taken(&after),
+        capacity_chunks: usize::try_from(chunks).context("too many chunks")?,
+        stats,
+    })
 }
 
 /// Negative control: a lease that nobody gives back.
@@ -250,7 +278,8 @@ fn hold_lease(
     options.lookup_timeout = ANSWER_MAX;
     let mut adapter = PollingSchedulerAdapter::new(client, options);
     let last = trace.requests.iter().rev().find(|request| !request.blocks.is_empty());
-    let keys: Vec<_> = last.iter().flat_map(|request| &request.blocks).map(|id| content::key_of(*id)).collect();
+    let keys: Vec<_> =
+        last.iter().flat_map(|request| &request.blocks).map(|id| content::key_of(*id)).collect();
     let hit = adapter.lookup("sabotage", 0, &keys)?;
     if hit.chunks == 0 {
         return Err(anyhow!("the sabotage needs a chunk that is there: {:?}", adapter.lookup_stats()));
@@ -264,11 +293,10 @@ fn abort_on_signal(abort: &Abort) -> anyhow::Result<()> {
     let abort = abort.clone();
     let watch = move || {
         for _ in signals.forever() {
-            if abort.is_on() {
+            if !abort.interrupt() {
                 std::process::exit(1);
             }
             console::say("interrupted: stopping the engine and all instances");
-            abort.now();
         }
     };
     thread::Builder::new().name("kvring-signals".to_owned()).spawn(watch).context("cannot start a thread")?;

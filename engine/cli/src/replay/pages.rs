@@ -30,8 +30,9 @@ impl Pages {
         for _ in 0..shape.planes {
             // SAFETY: the layout is not empty.
             let plane = unsafe { alloc_zeroed(layout) };
-            let plane = NonNull::new(plane.cast::<u64>())
-                .with_context(|| format!("no memory for a plane of {bytes} bytes; try a smaller --bytes-per-token"))?;
+            let plane = NonNull::new(plane.cast::<u64>()).with_context(|| {
+                format!("no memory for a plane of {bytes} bytes; try a smaller --bytes-per-token")
+            })?;
             pages.planes.push(plane);
         }
         Ok(pages)
@@ -44,7 +45,11 @@ impl Pages {
     /// the job has been reported.
     pub(super) unsafe fn describe(&self) -> anyhow::Result<PagedKv> {
         let page_bytes = self.shape.page_bytes();
-        let plane = |plane: &NonNull<u64>| Plane { base: plane.as_ptr().cast(), block_stride: page_bytes, page_bytes };
+        let plane = |plane: &NonNull<u64>| Plane {
+            base: plane.as_ptr().cast(),
+            block_stride: page_bytes,
+            page_bytes,
+        };
         let planes = self.planes.iter().map(plane).collect();
         // SAFETY: each plane has `num_blocks` pages; the rest is our caller's promise.
         let paged = unsafe { PagedKv::new(planes, self.shape.num_blocks, self.shape.blocks_per_chunk) };
@@ -134,7 +139,8 @@ mod tests {
 
     #[test]
     fn a_computed_chunk_is_right_a_spoilt_one_wrong_in_every_page() {
-        let shape = Shape { chunk_tokens: 512, blocks_per_chunk: 2, planes: 3, page_words: 16, num_blocks: 5 };
+        let shape =
+            Shape { chunk_tokens: 512, blocks_per_chunk: 2, planes: 3, page_words: 16, num_blocks: 5 };
         let mut pages = Pages::new(shape, 1).unwrap();
         let (key, blocks) = ([7, 8], [4, 0]);
         // SAFETY: there is no adapter.

@@ -23,23 +23,39 @@ const SLICE: Duration = Duration::from_millis(50);
 
 /// Ends all waiting, from another thread.
 #[derive(Clone)]
-pub(super) struct Abort(Arc<AtomicBool>);
+pub(super) struct Abort(Arc<AbortFlags>);
+
+struct AbortFlags {
+    on: AtomicBool,
+    interrupted: AtomicBool,
+}
 
 impl Default for Abort {
     fn default() -> Abort {
-        Abort(Arc::new(AtomicBool::new(false)))
+        Abort(Arc::new(AbortFlags { on: AtomicBool::new(false), interrupted: AtomicBool::new(false) }))
     }
 }
 
 impl Abort {
     /// From here on every wait is an error.
     pub(super) fn now(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.on.store(true, Ordering::Relaxed);
+    }
+
+    /// The same, because the user wants it. False if that was known.
+    pub(super) fn interrupt(&self) -> bool {
+        self.now();
+        !self.0.interrupted.swap(true, Ordering::Relaxed)
     }
 
     /// Was it called?
     pub(super) fn is_on(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.on.load(Ordering::Relaxed)
+    }
+
+    /// Does the user want it?
+    pub(super) fn is_interrupted(&self) -> bool {
+        self.0.interrupted.load(Ordering::Relaxed)
     }
 }
 
@@ -79,7 +95,10 @@ impl Pipe {
 
     /// The next message, or an error at the deadline. `None`: the other side has closed its end between two messages.
     /// Without a deadline it waits for as long as the other side lives.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self, deadline: Option<Instant>) -> anyhow::Result<Option<T>> {
+    pub(super) fn receive<T: DeserializeOwned>(
+        &mut self,
+        deadline: Option<Instant>,
+    ) -> anyhow::Result<Option<T>> {
         loop {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
@@ -104,7 +123,9 @@ impl Pipe {
         let Some(head) = self.buffer.first_chunk::<HEAD>() else { return Ok(None) };
         let length = u32::from_le_bytes(*head) as usize;
         if length > MESSAGE_MAX {
-            bail!("expected a message of up to {MESSAGE_MAX} bytes, got {length}: who else writes to this pipe?");
+            bail!(
+                "expected a message of up to {MESSAGE_MAX} bytes, got {length}: who else writes to this pipe?"
+            );
         }
         let Some(body) = self.buffer.get(HEAD..HEAD + length) else { return Ok(None) };
         let message = postcard::from_bytes(body).map_err(|error| anyhow!("decoding a message: {error}"))?;

@@ -3,23 +3,14 @@
 use super::drive::Driven;
 use super::message::Loaded;
 use super::plan::Resolved;
-use super::{Args, Speed};
+use super::{Args, Checked, Speed};
 use crate::console::{align_right, new_table};
 use crate::simulate::SimResult;
 use crate::trace::Trace;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::policy::PolicyKind;
-use kvring_engine::stats::{Snapshot, Stat};
+use kvring_engine::stats::Stat;
 use serde::Serialize;
-
-/// What should be nothing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Leaks {
-    /// Leases, and chunks pinned by them, after all sessions have ended.
-    pub(super) leases: u64,
-    /// Slots that are not free after that and a `clear`.
-    pub(super) slots: u64,
-}
 
 /// What `--json` prints. Rates and times are as their names say; GB are 10⁹ bytes.
 #[derive(Clone, Debug, Serialize)]
@@ -103,8 +94,7 @@ impl Report {
         resolved: &Resolved,
         trace: &Trace,
         driven: Driven,
-        stats: &Snapshot,
-        leaks: Leaks,
+        checked: &Checked,
         simulated: &SimResult,
     ) -> Report {
         let Driven { seconds, hit_chunks, hit_tokens, mut lookup_ns, loads, stores, lookups } = driven;
@@ -134,12 +124,12 @@ impl Report {
             loaded_gb: loaded.bytes as f64 / 1e9,
             store_gbs: per(stores.bytes as f64, stores.copy_ns as f64),
             load_gbs: per(loaded.bytes as f64, loaded.copy_ns as f64),
-            evictions: stats.get(Stat::Evictions),
+            evictions: checked.stats.get(Stat::Evictions),
             dropped_stores: stores.dropped,
             failed_loads: loaded.failed,
             wrong_bytes: loaded.wrong_bytes,
-            leaked_slots: leaks.slots,
-            leaked_leases: leaks.leases,
+            leaked_slots: checked.leaked_slots,
+            leaked_leases: checked.leaked_leases,
             seconds,
             requests_per_s: per(trace.requests.len() as f64, seconds),
             capacity_chunks: simulated.capacity_chunks as u64,
@@ -156,8 +146,8 @@ impl Report {
                 verify: resolved.plan.verify,
             },
             wrong: each.filter(|(.., wrong)| *wrong > 0).collect(),
-            breaches: stats.get(Stat::Breaches),
-            check_failures: stats.get(Stat::CheckFailures),
+            breaches: checked.stats.get(Stat::Breaches),
+            check_failures: checked.stats.get(Stat::CheckFailures),
         }
     }
 
@@ -188,15 +178,30 @@ impl Report {
         };
         let note = |text: &str| text.to_owned();
         row("requests", self.requests.to_string(), format!("{:.0} per second", self.requests_per_s));
-        row("prompt tokens", format!("{:.1} M", self.tokens as f64 / 1e6), format!("in {:.1} s", self.seconds));
-        let capacity = format!("simulated with room for {} chunks: {:.3}", self.capacity_chunks, self.simulated_hit_rate);
+        row(
+            "prompt tokens",
+            format!("{:.1} M", self.tokens as f64 / 1e6),
+            format!("in {:.1} s", self.seconds),
+        );
+        let capacity = format!(
+            "simulated with room for {} chunks: {:.3}",
+            self.capacity_chunks, self.simulated_hit_rate
+        );
         row("hit rate", format!("{:.3}", self.hit_rate), capacity);
         row("lookup p50", format!("{:.1} µs", self.lookup_p50_us), note("through another process, and back"));
         row("lookup p99", format!("{:.1} µs", self.lookup_p99_us), String::new());
         row("lookup p99.9", format!("{:.1} µs", self.lookup_p999_us), self.missed_lookups());
         row("lookups", format!("{:.0} /s", self.lookups_per_s), note("one scheduler, one at a time"));
-        row("stored", format!("{:.2} GB", self.stored_gb), format!("at {:.1} GB/s per worker", self.store_gbs));
-        row("loaded", format!("{:.2} GB", self.loaded_gb), format!("at {:.1} GB/s per worker", self.load_gbs));
+        row(
+            "stored",
+            format!("{:.2} GB", self.stored_gb),
+            format!("at {:.1} GB/s per worker", self.store_gbs),
+        );
+        row(
+            "loaded",
+            format!("{:.2} GB", self.loaded_gb),
+            format!("at {:.1} GB/s per worker", self.load_gbs),
+        );
         row("evictions", self.evictions.to_string(), note("chunks that went to make room"));
         row("dropped stores", self.dropped_stores.to_string(), note("shards; allowed"));
         row("failed loads", self.failed_loads.to_string(), note("shards, computed again; allowed"));

@@ -86,7 +86,15 @@ impl Scheduler {
         }
         let adapter = PollingSchedulerAdapter::new(&client, SchedulerOptions::new(plan.fingerprint));
         let source = random_u64().context("a random number for round ids")? as u32;
-        Ok(Scheduler { adapter, client, workers, shape, pool: BlockPool::new(shape.num_blocks), source, rounds: 0 })
+        Ok(Scheduler {
+            adapter,
+            client,
+            workers,
+            shape,
+            pool: BlockPool::new(shape.num_blocks),
+            source,
+            rounds: 0,
+        })
     }
 
     /// One request, from its lookup to the end of its session.

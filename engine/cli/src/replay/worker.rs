@@ -23,7 +23,8 @@ pub(crate) fn be_worker() -> anyhow::Result<()> {
     super::child::die_with_parent()?;
     let mut pipe = Pipe::to_parent()?;
     let Some(ToWorker::Start(plan, rank)) = pipe.receive(None)? else { bail!("expected `start` first") };
-    let mut worker = Worker::start(&plan, rank).with_context(|| format!("instance {} rank {rank}", plan.instance))?;
+    let mut worker =
+        Worker::start(&plan, rank).with_context(|| format!("instance {} rank {rank}", plan.instance))?;
     tell(&mut pipe, &FromWorker::Ready)?;
     while let Some(message) = pipe.receive(None)? {
         match message {

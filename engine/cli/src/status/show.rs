@@ -105,7 +105,8 @@ fn namespaces_table(namespaces: &[NamespaceStatus]) -> Table {
 fn stats_table(counters: &Snapshot, kind: Kind) -> Table {
     let mut table = new_table();
     // There are many counters, and most of the time most of them count what should not happen.
-    let shown = counters.iter().filter(|(stat, value)| stat.kind() == kind && (kind == Kind::Gauge || *value > 0));
+    let shown =
+        counters.iter().filter(|(stat, value)| stat.kind() == kind && (kind == Kind::Gauge || *value > 0));
     for (stat, value) in shown {
         let value = if is_bytes(stat) { human(value) } else { value.to_string() };
         table.add_row([stat.name().to_owned(), value, stat.help().to_owned()]);
