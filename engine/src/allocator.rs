@@ -120,14 +120,19 @@ impl Allocator {
         geometry: Geometry,
         lobby: Lobby,
     ) -> Result<Allocator, AllocatorError> {
-        Allocator::start_with(geometry, lobby, move |offset, bytes| arena.allocate(offset, bytes))
+        let allocate = {
+            let arena = arena.clone();
+            move |offset, bytes| arena.allocate(offset, bytes)
+        };
+        Allocator::start_with(geometry, lobby, allocate, move |offset, bytes| arena.populate(offset, bytes))
     }
 
-    /// With what allocates `(offset, bytes)`: the arena, or a test.
+    /// With what allocates `(offset, bytes)`, and then clears their pages: the arena, or a test.
     fn start_with(
         geometry: Geometry,
         lobby: Lobby,
         allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
+        populate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
     ) -> Result<Allocator, AllocatorError> {
         let mut at = 0;
         while at < geometry.slab_bytes {
@@ -141,7 +146,7 @@ impl Allocator {
             stalled: AtomicBool::new(false),
             state: Mutex::new(State::Running),
         });
-        let worker = Worker { shared: shared.clone(), geometry, lobby, allocate };
+        let worker = Worker { shared: shared.clone(), geometry, lobby, allocate, populate };
         let thread = thread::Builder::new()
             .name("kvring-alloc".to_owned())
             .spawn(move || worker.run())
@@ -204,14 +209,19 @@ impl Drop for Allocator {
     }
 }
 
-struct Worker<F> {
+struct Worker<F, P> {
     shared: Arc<Shared>,
     geometry: Geometry,
     lobby: Lobby,
     allocate: F,
+    populate: P,
 }
 
-impl<F: Fn(u64, u64) -> Result<(), SegmentError>> Worker<F> {
+impl<F, P> Worker<F, P>
+where
+    F: Fn(u64, u64) -> Result<(), SegmentError>,
+    P: Fn(u64, u64) -> Result<(), SegmentError>,
+{
     fn run(self) {
         // Signals belong to other threads: one that arrives during `fallocate` undoes the call.
         if let Err(errno) = nix::sys::signal::SigSet::all().thread_block() {
@@ -222,6 +232,8 @@ impl<F: Fn(u64, u64) -> Result<(), SegmentError>> Worker<F> {
             tracing::debug!(%errno, "the allocator runs at normal priority");
         }
         let began = Instant::now();
+        // The first slab is in use already: serving did not wait for its pages to be cleared.
+        self.clear_slab(0);
         for slab in 1..self.geometry.slab_count() as u64 {
             if !self.allocate_slab(slab * self.geometry.slab_bytes) {
                 return;
@@ -245,6 +257,7 @@ impl<F: Fn(u64, u64) -> Result<(), SegmentError>> Worker<F> {
             let result = (self.allocate)(at, piece);
             match result {
                 Ok(()) => {
+                    self.clear(at, piece);
                     at += piece;
                     self.recovered();
                     // Half of the time for the others: zeroing pages takes memory bandwidth from whoever copies.
@@ -265,6 +278,24 @@ impl<F: Fn(u64, u64) -> Result<(), SegmentError>> Worker<F> {
             }
         }
         true
+    }
+
+    fn clear_slab(&self, start: u64) {
+        let mut at = start;
+        while at < start + self.geometry.slab_bytes && !self.shared.stop.load(Ordering::Relaxed) {
+            let piece = PIECE_BYTES.min(start + self.geometry.slab_bytes - at);
+            let began = Instant::now();
+            self.clear(at, piece);
+            self.rest(began.elapsed());
+            at += piece;
+        }
+    }
+
+    /// Has the kernel clear pages now rather than under somebody's first store.
+    fn clear(&self, offset: u64, bytes: u64) {
+        if let Err(error) = (self.populate)(offset, bytes) {
+            tracing::debug!(%error, "first stores into fresh memory will be slower");
+        }
     }
 
     /// Told once for each time that it begins.
@@ -311,6 +342,14 @@ mod tests {
 
     fn geometry(slabs: u64) -> Geometry {
         Geometry::new(slabs << 20, 1 << 20).unwrap()
+    }
+
+    fn started(
+        geometry: Geometry,
+        lobby: Lobby,
+        allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
+    ) -> Result<Allocator, AllocatorError> {
+        Allocator::start_with(geometry, lobby, allocate, |_, _| Ok(()))
     }
 
     fn no_space() -> SegmentError {
@@ -360,7 +399,7 @@ mod tests {
     fn a_full_file_system_is_waited_for_and_serving_goes_on() {
         let (give, have) = mpsc::channel::<()>();
         let have = Mutex::new(have);
-        let mut allocator = Allocator::start_with(geometry(3), lobby(), move |offset, _| {
+        let mut allocator = started(geometry(3), lobby(), move |offset, _| {
             let free = offset < 2 << 20 || have.lock().unwrap().try_recv().is_ok();
             if free { Ok(()) } else { Err(no_space()) }
         })
@@ -378,14 +417,8 @@ mod tests {
     #[test]
     fn it_stops_promptly_also_while_it_waits() {
         let mut allocator =
-            Allocator::start_with(
-                geometry(3),
-                lobby(),
-                |offset, _| {
-                    if offset == 0 { Ok(()) } else { Err(no_space()) }
-                },
-            )
-            .unwrap();
+            started(geometry(3), lobby(), |offset, _| if offset == 0 { Ok(()) } else { Err(no_space()) })
+                .unwrap();
         wait_for(|| allocator.is_stalled());
         let began = monotonic_ns();
         allocator.stop();
@@ -400,15 +433,11 @@ mod tests {
             what: "fallocate",
             errno: nix::errno::Errno::EOPNOTSUPP,
         };
-        let refused = Allocator::start_with(geometry(2), lobby(), move |_, _| Err(no_space()));
+        let refused = started(geometry(2), lobby(), move |_, _| Err(no_space()));
         assert!(matches!(refused, Err(AllocatorError::FirstSlab(SegmentError::NoSpace { .. }))));
         let allocator =
-            Allocator::start_with(
-                geometry(2),
-                lobby(),
-                move |offset, _| if offset == 0 { Ok(()) } else { Err(os()) },
-            )
-            .unwrap();
+            started(geometry(2), lobby(), move |offset, _| if offset == 0 { Ok(()) } else { Err(os()) })
+                .unwrap();
         wait_for(|| allocator.progress().is_over());
         assert!(matches!(allocator.progress().state(), State::Failed(_)));
         assert!(allocator.is_stalled());

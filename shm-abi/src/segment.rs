@@ -266,6 +266,26 @@ impl SegmentFile {
         }
     }
 
+    /// Makes allocated memory ready to use. `fallocate` leaves the clearing of each page to whoever touches it first
+    /// (0.6–1 GB/s for a store into fresh memory, against 4–6 after it); this does it now, through a mapping that is
+    /// gone when it returns. Contents do not change, also where somebody already uses the pages. `offset` is a multiple
+    /// of the page size. A kernel before 5.14 cannot, which is an error and costs only speed.
+    pub fn populate(&self, offset: u64, bytes: u64) -> Result<(), SegmentError> {
+        let (offset, len) = (i64::try_from(offset), usize::try_from(bytes).ok().and_then(NonZeroUsize::new));
+        let (Ok(offset), Some(len)) = (offset, len) else { return Err(self.os("populate")(Errno::EINVAL)) };
+        let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let base =
+            unsafe { nix::sys::mman::mmap(None, len, protection, MapFlags::MAP_SHARED, &self.fd, offset) }
+                .map_err(self.os("mmap"))?;
+        // SAFETY: our own mapping; populating faults pages in without changing what is in them.
+        let populated = unsafe { nix::sys::mman::madvise(base, len.get(), MmapAdvise::MADV_POPULATE_WRITE) };
+        // SAFETY: mapped above; nothing refers to it.
+        let unmapped = unsafe { nix::sys::mman::munmap(base, len.get()) };
+        populated.map_err(self.os("madvise(MADV_POPULATE_WRITE)"))?;
+        unmapped.map_err(self.os("munmap"))
+    }
+
     /// Maps the first `bytes` bytes, which must be there.
     pub fn map(&self, bytes: u64, access: Access) -> Result<Mapping, SegmentError> {
         let found = self.len()?;
@@ -422,6 +442,22 @@ mod tests {
         let result = file.allocate(0, 1 << 44);
         unlink(&name);
         assert!(matches!(result, Err(SegmentError::NoSpace { bytes, .. }) if bytes == 1 << 44), "{result:?}");
+    }
+
+    #[test]
+    fn populating_gives_memory_and_keeps_what_is_in_it() {
+        let name = name("populate");
+        let file = SegmentFile::create(&name, 8192).unwrap();
+        unlink(&name);
+        file.allocate(0, 8192).unwrap();
+        let mapping = file.map(8192, Access::ReadWrite).unwrap();
+        // SAFETY: inside the mapping, and nobody else uses this segment.
+        unsafe { mapping.base().as_ptr().add(5000).write_volatile(77) };
+        file.populate(0, 8192).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { mapping.base().as_ptr().add(5000).read_volatile() }, 77);
+        assert!(file.populate(8192, 4096).is_err(), "there is nothing behind the end");
+        assert!(file.populate(0, 0).is_err());
     }
 
     #[test]
