@@ -175,6 +175,8 @@ impl Client {
                 return Err(Health::ShutDown);
             }
             let health = match &*current {
+                // An engine that has died may not have been noticed by the keeper yet.
+                Ok(attachment) if attachment.link.alive().is_err() => attachment.link.health(),
                 Ok(attachment) => match self.pending_registration() {
                     None => return Ok(()),
                     Some(_) => attachment.link.health(),

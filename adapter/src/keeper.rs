@@ -135,6 +135,7 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
             }
             return Why::Lost;
         }
+        let (left, left_before) = link.left();
         link.stall.look(link.engine.epoch().beat());
         link.tend();
         let registered = register_all(shared, attachment, generation);
@@ -154,6 +155,7 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
                 (life.futex(), raw),
                 (link.engine.epoch().incarnation_word(), link.incarnation),
                 (answers, answered),
+                (left, left_before),
             ],
             Deadline::after(pause),
         );

@@ -206,7 +206,8 @@ impl Engine {
         let mut seen = Ok((0, 0));
         for _ in 0..ALLOCATION_POLLS {
             // An error at first: its segments are not there yet.
-            seen = self.stat(Stat::ArenaBytes).and_then(|all| Ok((all, self.stat(Stat::ArenaBytesAllocated)?)));
+            seen =
+                self.stat(Stat::ArenaBytes).and_then(|all| Ok((all, self.stat(Stat::ArenaBytesAllocated)?)));
             if matches!(seen, Ok((all, allocated)) if all > 0 && all == allocated) {
                 return Ok(());
             }

@@ -1,1 +1,35 @@
-//! Under construction.
+//! What the cross-process tests are made of: engines and clients in processes of their own, a paged KV cache whose bytes
+//! are a function of the key, a client that may send anything, and waiting by state instead of by time.
+//!
+//! Every test makes its own engine under its own name; guards kill processes and remove segments when they are dropped,
+//! also when a test panics.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+pub mod engine;
+pub mod fuzz;
+pub mod isolate;
+pub mod kv;
+pub mod peer;
+pub mod proto;
+pub mod raw;
+pub mod scheduler;
+pub mod traffic;
+pub mod wait;
+pub mod worker;
+
+/// The name of the variable that says how much longer the soaks run: `tests/run --long` sets it.
+pub const SOAK: &str = "KVRING_SOAK";
+
+/// How many times as long as usual: 1, or what [`SOAK`] says.
+#[must_use]
+pub fn soak() -> u64 {
+    std::env::var(SOAK).ok().and_then(|times| times.parse().ok()).unwrap_or(1)
+}
+
+/// Logs of every process of a test go to its standard error, if `KVRING_LOG` says which (`debug`, say).
+pub fn log() {
+    if let Ok(filter) = std::env::var("KVRING_LOG") {
+        // A second call in one process changes nothing.
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    }
+}

@@ -26,7 +26,7 @@ use kvring_shm_abi::message::{
 use kvring_shm_abi::park;
 use kvring_shm_abi::payload::{Payload, Region, Regions};
 use kvring_shm_abi::ring::{Consumer, DEPTH, Producer};
-use kvring_shm_abi::sync::{Ordering, spin_loop};
+use kvring_shm_abi::sync::{AtomicU32, Ordering, spin_loop};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -78,6 +78,8 @@ pub(crate) struct Link {
     spin: Duration,
     /// The engine's life word for this client.
     life: One<LifeWord>,
+    /// The keeper's futex: bumped when something is left for it that nobody else may ever look at.
+    left: AtomicU32,
 }
 
 /// Where a link comes from.
@@ -126,6 +128,7 @@ impl Link {
             entry: parts.entry,
             incarnation: parts.incarnation,
             nonce: parts.nonce,
+            left: AtomicU32::new(0),
             spin: parts.spin,
         })
     }
@@ -240,10 +243,7 @@ impl Link {
     pub(crate) fn post(&self, request: Request) {
         let mut inner = self.lock();
         inner.outbox.push_back(Deferred::Plain(request));
-        self.drain(&mut inner, None);
-        self.flush(&mut inner);
-        drop(inner);
-        park::notify(self.lobby.doorbell());
+        self.deliver_outbox(inner);
     }
 
     /// As [`Link::post`], for slots that will not be written.
@@ -253,10 +253,32 @@ impl Link {
         }
         let mut inner = self.lock();
         inner.outbox.push_back(Deferred::Abort(slots));
+        self.deliver_outbox(inner);
+    }
+
+    /// Sends what there is room for; the rest is the keeper's.
+    fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>) {
         self.drain(&mut inner, None);
         self.flush(&mut inner);
+        let rest = !inner.outbox.is_empty();
         drop(inner);
         park::notify(self.lobby.doorbell());
+        if rest {
+            self.leave_to_keeper();
+        }
+    }
+
+    /// A caller has gone and left something: a late answer to undo, or a message without room. It may be the last one
+    /// that calls for a long time, so the keeper looks from now on.
+    fn leave_to_keeper(&self) {
+        // SYNC POINT: Release; pairs with the Acquire in `left`, whose value the keeper takes before it tends.
+        self.left.fetch_add(1, Ordering::Release);
+        futex::wake_all(&self.left);
+    }
+
+    /// For the keeper's sleep: the word and its value. Take it before `tend`.
+    pub(crate) fn left(&self) -> (&AtomicU32, u32) {
+        (&self.left, self.left.load(Ordering::Acquire))
     }
 
     /// Takes what has arrived and sends what waits: for the keeper, when nobody else calls.

@@ -102,11 +102,12 @@ impl Drop for Pending {
         }
         let link = &self.link;
         let mut inner = link.lock();
-        let mut sent = false;
+        let (mut sent, mut left) = (false, false);
         match inner.operations[usize::from(self.slot)] {
             Operation::InFlight { region, undo, .. } => {
                 inner.operations[usize::from(self.slot)] =
                     Operation::InFlight { region, undo, abandoned: true };
+                left = true;
             }
             // It completed between the caller's last look and now: undone at once.
             Operation::Done { region, undo, completion } => {
@@ -119,6 +120,9 @@ impl Drop for Pending {
         drop(inner);
         if sent {
             park::notify(link.lobby.doorbell());
+        }
+        if left {
+            link.leave_to_keeper();
         }
     }
 }

@@ -7,8 +7,8 @@ use super::fill::{self, Random};
 use crate::child;
 use anyhow::{Context, ensure};
 use kvring_adapter::{
-    CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi, SchedulerOptions,
-    StoreChunk, WorkerAdapter,
+    CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
+    SchedulerOptions, StoreChunk, WorkerAdapter,
 };
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::{Receiver, TryRecvError};

@@ -11,9 +11,7 @@ use crate::child::{Engine, Placement};
 use crate::clock::process_cpu_ns;
 use crate::cores::{self, Pair};
 use anyhow::ensure;
-use kvring_adapter::{
-    Client, Key, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
-};
+use kvring_adapter::{Client, Key, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 use kvring_engine::config::EngineConfig;
 use std::sync::Arc;
 use std::sync::Barrier;

@@ -1,0 +1,58 @@
+//! The other process of a test: an engine, a client that is driven over its pipes, or a bystander.
+
+use kvring_engine::Engine;
+use kvring_engine::config::{EngineConfig, Overrides};
+use nix::sys::signal::Signal;
+use std::io::Write;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // A test that is killed leaves nobody behind.
+    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    kvring_tests::log();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["engine", overrides] => match engine(overrides) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error}");
+                ExitCode::FAILURE
+            }
+        },
+        ["client"] => {
+            kvring_tests::peer::serve();
+            ExitCode::SUCCESS
+        }
+        ["traffic", engine] => {
+            kvring_tests::traffic::run(engine);
+            ExitCode::SUCCESS
+        }
+        _ => {
+            eprintln!("usage: kvring-test-peer engine JSON | client | traffic ENGINE");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
+    let overrides: Overrides = serde_json::from_str(overrides)?;
+    let config = EngineConfig::default().with(overrides)?;
+    kvring_engine::process::disable_core_dumps();
+    // Blocked in every thread, and waited for in one: a clean end, as `kvring serve` has it.
+    let mut signals = nix::sys::signal::SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    signals.thread_block()?;
+    let engine = Engine::create(&config)?;
+    let stop = engine.stop_handle();
+    std::thread::spawn(move || {
+        if signals.wait().is_ok() {
+            stop.stop();
+        }
+    });
+    engine.run(|| {
+        let mut out = std::io::stdout().lock();
+        let _ = writeln!(out, "serving");
+        let _ = out.flush();
+    });
+    Ok(())
+}

@@ -1,0 +1,315 @@
+//! An engine in a process of its own, and everything that a test does to it from outside.
+
+use crate::isolate::segments;
+use crate::wait::{becomes, eventually};
+use kvring_adapter::EngineView;
+use kvring_engine::stats::Snapshot;
+use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::Lobby;
+use kvring_shm_abi::segment::EngineName;
+use kvring_shm_abi::sync::{AtomicU32, Ordering};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// The binary that plays the other processes of a test. Cargo builds it with the tests of this package.
+///
+/// # Panics
+/// When it is not beside the test's own binary.
+#[must_use]
+pub fn peer_binary() -> PathBuf {
+    // target/<profile>/deps/<test> → target/<profile>/kvring-test-peer
+    let exe = std::env::current_exe().expect("this test's own path");
+    let candidates = exe.ancestors().skip(1).take(2).map(|dir| dir.join("kvring-test-peer"));
+    candidates.into_iter().find(|path| path.is_file()).expect("kvring-test-peer beside the test binary")
+}
+
+/// The configuration of a test's engine. It beats faster than usual, and so checks itself more often.
+#[must_use]
+pub fn overrides(name: &str, arena_mib: u64) -> Value {
+    json!({ "name": name, "arena": arena_mib << 20, "slab": 1 << 20, "beat_interval_ms": 2, "start_wait_ms": 30_000 })
+}
+
+/// A name that no other test has, in any process.
+#[must_use]
+pub fn unique_name(tag: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("t-{tag}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Kills a child process and waits for its end, whatever its state.
+pub(crate) fn put_down(child: &mut Child) {
+    // SIGKILL also ends a stopped process. It may have ended already.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// An engine that is told its configuration and serves until it is ended.
+pub struct EngineProcess {
+    /// Its name.
+    pub name: String,
+    overrides: Value,
+    child: Child,
+    stopped: bool,
+    /// Does dropping it remove what it leaves in `/dev/shm`?
+    sweep: bool,
+}
+
+impl EngineProcess {
+    /// Starts an engine with an arena of `arena_mib` MiB and waits until it serves all of it.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start(tag: &str, arena_mib: u64) -> EngineProcess {
+        EngineProcess::configured(tag, arena_mib, &json!({}))
+    }
+
+    /// The same, with further fields of its configuration.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn configured(tag: &str, arena_mib: u64, fields: &Value) -> EngineProcess {
+        let mut overrides = overrides(&unique_name(tag), arena_mib);
+        for (key, value) in fields.as_object().expect("fields") {
+            overrides[key] = value.clone();
+        }
+        let engine = EngineProcess::try_start(&overrides);
+        let engine = engine.unwrap_or_else(|error| panic!("the engine did not start: {error}"));
+        engine.is_allocated();
+        engine
+    }
+
+    /// Waits until the whole arena has its memory: a store that comes earlier may be dropped.
+    pub fn is_allocated(&self) {
+        self.stat_becomes("arena_bytes_allocated", self.view().identity.geometry.arena_bytes);
+    }
+
+    /// Starts an engine; the error is what it said.
+    ///
+    /// # Errors
+    /// Its last words.
+    pub fn try_start(overrides: &Value) -> Result<EngineProcess, String> {
+        let name = overrides["name"].as_str().expect("a name").to_owned();
+        let child = spawn_engine(overrides)?;
+        Ok(EngineProcess { name, overrides: overrides.clone(), child, stopped: false, sweep: true })
+    }
+
+    /// The same name and configuration again, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn restart(&mut self) {
+        self.child = spawn_engine(&self.overrides).unwrap_or_else(|error| panic!("no restart: {error}"));
+        self.stopped = false;
+    }
+
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("a signal to our own child");
+    }
+
+    /// `kill -9`, and waits until the process is gone.
+    pub fn kill(&mut self) {
+        put_down(&mut self.child);
+        self.stopped = false;
+    }
+
+    /// SIGTERM: a clean end. Returns its exit code.
+    ///
+    /// # Panics
+    /// When it cannot be waited for.
+    pub fn terminate(&mut self) -> Option<i32> {
+        self.signal(Signal::SIGTERM);
+        self.child.wait().expect("our own child").code()
+    }
+
+    /// SIGSTOP, and waits until all its threads stand still.
+    pub fn stop(&mut self) {
+        self.signal(Signal::SIGSTOP);
+        let tasks = format!("/proc/{}/task", self.child.id());
+        eventually("every thread of the engine has stopped", || {
+            let tasks = std::fs::read_dir(&tasks).expect("the engine's threads");
+            tasks.flatten().all(|task| thread_state(&task.path()).is_none_or(|state| state == 'T'))
+        });
+        self.stopped = true;
+    }
+
+    /// SIGCONT.
+    pub fn resume(&mut self) {
+        self.signal(Signal::SIGCONT);
+        self.stopped = false;
+    }
+
+    /// Is the process there (and not a zombie)?
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// The engine's own segment, read-only.
+    ///
+    /// # Panics
+    /// When it is not there.
+    #[must_use]
+    pub fn view(&self) -> EngineView {
+        let name = EngineName::new(&self.name).expect("a good name");
+        EngineView::open(&name).unwrap_or_else(|error| panic!("the engine's segment: {error}"))
+    }
+
+    /// A counter or gauge of its statistics.
+    ///
+    /// # Panics
+    /// For a name that does not exist.
+    #[must_use]
+    pub fn stat(&self, name: &str) -> u64 {
+        stat_of(&self.view(), name)
+    }
+
+    /// Waits until a counter or gauge has this value.
+    pub fn stat_becomes(&self, name: &str, value: u64) {
+        let view = self.view();
+        becomes(name, value, || stat_of(&view, name));
+    }
+
+    /// Waits until the engine has gone on: its beat has moved `beats` times.
+    pub fn beats(&self, beats: u32) {
+        let view = self.view();
+        let before = view.segment.epoch().beat();
+        eventually("the engine's beat moves", || view.segment.epoch().beat().wrapping_sub(before) >= beats);
+    }
+
+    /// The lobby.
+    ///
+    /// # Panics
+    /// When it cannot be opened.
+    #[must_use]
+    pub fn lobby(&self) -> Lobby {
+        let name = EngineName::new(&self.name).expect("a good name");
+        self.view().open_lobby(&name).expect("the lobby")
+    }
+
+    /// Nothing of any client is left: no lease, no slot being written, no forming chunk, no channel, and `clients`
+    /// attached. The engine has not found anything wrong with itself.
+    pub fn settles(&self, clients: u64) {
+        let view = self.view();
+        let all = [
+            "leases",
+            "pins",
+            "slots_writing",
+            "slots_orphaned",
+            "chunks_forming",
+            "clients",
+            "check_failures",
+        ];
+        let now = || all.map(|name| stat_of(&view, name));
+        becomes(&format!("{all:?}"), [0, 0, 0, 0, 0, clients, 0], now);
+        let lobby = self.lobby();
+        becomes("claimed entries", clients as usize, || claimed_entries(&lobby));
+        becomes("segments of clients", Vec::<String>::new(), || {
+            segments(&self.name).into_iter().filter(|name| name.contains(".client.")).collect()
+        });
+        self.is_sound();
+    }
+
+    /// The self-check has gone through everything, and found nothing. For an engine without traffic: it checks while
+    /// it is idle, 64 entries with each beat.
+    ///
+    /// # Panics
+    /// When it has found something.
+    pub fn is_sound(&self) {
+        self.beats(200);
+        let view = self.view();
+        assert_eq!(view.segment.info().unhealthy.load(Ordering::Relaxed), 0, "a self-check failed");
+        assert_eq!(stat_of(&view, "check_failures"), 0);
+    }
+
+    /// A file of the engine's in `/dev/shm`: `engine`, `lobby` or `arena`.
+    #[must_use]
+    pub fn file(&self, segment: &str) -> PathBuf {
+        PathBuf::from(format!("/dev/shm/kvring.{}.{segment}", self.name))
+    }
+
+    /// Leaves what it leaves.
+    pub fn keep_segments(&mut self) {
+        self.sweep = false;
+    }
+}
+
+/// How many entries of the client table are claimed, by the living or the dead.
+#[must_use]
+pub fn claimed_entries(lobby: &Lobby) -> usize {
+    lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count()
+}
+
+/// `R`, `S`, `T` …, or `None` when the thread is gone.
+#[must_use]
+pub fn thread_state(task: &Path) -> Option<char> {
+    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// A counter or gauge of an engine's statistics.
+///
+/// # Panics
+/// For a name that does not exist.
+#[must_use]
+pub fn stat_of(view: &EngineView, name: &str) -> u64 {
+    let snapshot = Snapshot::read(&view.segment.stats).expect("our own statistics table");
+    let found = snapshot.iter().find(|(stat, _)| stat.name() == name);
+    found.unwrap_or_else(|| panic!("no statistic {name}")).1
+}
+
+fn spawn_engine(overrides: &Value) -> Result<Child, String> {
+    let stderr = if std::env::var_os("KVRING_LOG").is_some() { Stdio::inherit() } else { Stdio::piped() };
+    let mut child = Command::new(peer_binary())
+        .args(["engine", &overrides.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(stderr)
+        .spawn()
+        .map_err(|error| error.to_string())?;
+    let stdout = child.stdout.take().ok_or("no stdout")?;
+    let mut line = String::new();
+    let _ = BufReader::new(stdout).read_line(&mut line);
+    if line.trim() == "serving" {
+        return Ok(child);
+    }
+    put_down(&mut child);
+    let mut said = String::new();
+    let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said));
+    Err(said.trim().to_owned())
+}
+
+impl Drop for EngineProcess {
+    fn drop(&mut self) {
+        put_down(&mut self.child);
+        if self.sweep {
+            remove_segments(&self.name);
+        }
+    }
+}
+
+/// Removes everything that an engine's name has in `/dev/shm`.
+pub fn remove_segments(name: &str) {
+    for segment in segments(name) {
+        let _ = std::fs::remove_file(Path::new("/dev/shm").join(segment));
+    }
+}
+
+/// Removes what an engine's name has in `/dev/shm` when it is dropped, also by a panic.
+pub struct Sweep(pub String);
+
+impl Drop for Sweep {
+    fn drop(&mut self) {
+        remove_segments(&self.0);
+    }
+}

@@ -1,0 +1,175 @@
+//! Nothing is allocated from the heap for an operation on the service thread: an allocator that counts what one thread
+//! asks for, an engine on that thread, and clients in other processes that do everything there is to do.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::Round;
+use kvring_engine::Engine;
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::EngineConfig;
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Request, Status};
+use kvring_shm_abi::sync::{AtomicU64, Ordering};
+use kvring_tests::engine::{Sweep, unique_name};
+use kvring_tests::kv::{Shape, chain};
+use kvring_tests::peer::Peer;
+use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded};
+use kvring_tests::raw::RawClient;
+use kvring_tests::wait::eventually;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::mpsc;
+
+thread_local! {
+    /// Set on the service thread. Const and without a destructor: it does not allocate itself.
+    static COUNTED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Allocations, reallocations and frees of the service thread.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+struct Counting;
+
+fn count() {
+    if COUNTED.with(Cell::get) {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: the system's allocator, and a number beside it.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count();
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as the caller promises.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Everything that attached clients do, over and over: stores that evict, hits, misses, holes, leases and their ends,
+/// aborts, repeats, clears, and what is refused.
+struct Mix {
+    worker: Peer,
+    scheduler: Peer,
+    raw_worker: RawClient,
+    raw_scheduler: RawClient,
+    namespace: u32,
+}
+
+impl Mix {
+    fn start(engine: &str) -> Mix {
+        let mut raw_worker = RawClient::attach(engine, Role::Worker);
+        let namespace = raw_worker.register(1, 1, 0, Shape::SMALL.shard_bytes());
+        Mix {
+            worker: Peer::worker(&WorkerSpec::new(engine)),
+            scheduler: Peer::scheduler(&SchedulerSpec::new(engine)),
+            raw_worker,
+            raw_scheduler: RawClient::attach(engine, Role::Scheduler),
+            namespace,
+        }
+    }
+
+    fn turn(&mut self, number: u32) {
+        let keys = chain(u64::from(number), 24);
+        let round = Round { source: 1, number };
+        let request = format!("r{number}");
+        assert_eq!(self.worker.store(round, &keys, 0).dropped, 0);
+        assert_eq!(self.worker.store(round, &keys, 0).skipped, 24);
+        let found = self.scheduler.lookup(&request, 0, &keys);
+        assert_eq!(found.chunks, 24);
+        assert_eq!(self.worker.load(&found.ranks[0], 0), all_loaded(24));
+        assert_eq!(self.scheduler.lookup(&request, 1, &chain(u64::from(number) + 1_000_000, 8)).chunks, 0);
+        self.scheduler.release(&request, 0, 5);
+        self.scheduler.lookup(&request, 2, &keys);
+        self.scheduler.end_session(&request);
+
+        let worker = &mut self.raw_worker;
+        let aborted = worker.reserve(self.namespace, 0, round, &chain(u64::from(number) + 2_000_000, 40));
+        worker.finish(&aborted[..20], false);
+        worker.finish(&aborted[20..], true);
+        worker.finish(&aborted, true);
+        let scheduler = &mut self.raw_scheduler;
+        for admission in 0..20 {
+            let lookup = scheduler.lookup_request(u64::from(number), admission, self.namespace, 1, &keys);
+            scheduler.call(lookup);
+        }
+        scheduler.call(Request::EndSession { session: u64::from(number) });
+        let unknown = scheduler.lookup_request(1, 1, 60, 1, &keys);
+        assert_eq!(scheduler.call(unknown).status, Status::UnknownNamespace);
+        scheduler.call(Request::Noop);
+        if number.is_multiple_of(16) {
+            scheduler.call(Request::Clear { namespace: self.namespace });
+        }
+    }
+}
+
+#[test]
+fn the_service_thread_allocates_nothing_for_an_operation() {
+    let name = unique_name("alloc");
+    let _sweep = Sweep(name.clone());
+    let mebi = |count: u64| Some(ByteSize(count << 20));
+    let (serving, served) = mpsc::channel();
+    for policy in ["lru", "arc"] {
+        let config = EngineConfig {
+            name: name.clone(),
+            arena: mebi(8),
+            slab: mebi(1),
+            policy: policy.parse().unwrap(),
+            ..EngineConfig::default()
+        };
+        let serving = serving.clone();
+        let service = std::thread::spawn(move || {
+            let engine = Engine::create(&config).unwrap();
+            let stop = engine.stop_handle();
+            engine.run(|| {
+                serving.send(stop).unwrap();
+                COUNTED.with(|counted| counted.set(true));
+            });
+        });
+        let stop = served.recv().unwrap();
+        let mut mix = Mix::start(&name);
+        // Warm: every table has been used, the arena has been full several times.
+        for number in 0..40 {
+            mix.turn(number);
+        }
+        let view =
+            kvring_adapter::EngineView::open(&kvring_shm_abi::segment::EngineName::new(&name).unwrap())
+                .unwrap();
+        let requests = || kvring_tests::engine::stat_of(&view, "requests");
+        let (before, asked) = (COUNT.load(Ordering::Relaxed), requests());
+        for number in 40..140 {
+            mix.turn(number);
+        }
+        eventually("the engine has counted", || requests() >= asked + 100 * 25);
+        // Ticks, parks and self-checks in between are the service thread's too.
+        let beat = view.segment.epoch().beat();
+        eventually("the engine idles", || view.segment.epoch().beat().wrapping_sub(beat) > 20);
+        let allocated = COUNT.load(Ordering::Relaxed) - before;
+        assert_eq!(
+            allocated,
+            0,
+            "{policy}: heap calls of the service thread in {} requests",
+            requests() - asked
+        );
+        assert!(kvring_tests::engine::stat_of(&view, "evictions") > 1000);
+        // The count works: an attachment allocates.
+        drop(Peer::scheduler(&SchedulerSpec::new(&name)));
+        eventually("something is counted", || COUNT.load(Ordering::Relaxed) > before);
+        drop(mix);
+        stop.stop();
+        service.join().unwrap();
+    }
+}

@@ -1,0 +1,229 @@
+//! Nonsense by the thousand, with a seed: random slots, damaged and well-formed requests with senseless arguments, noise in
+//! payload areas, channel files and lobby entries. The engine lives, a bystander's verified traffic goes on, and nothing is left.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::lobby::{ENTRIES_AT, Role};
+use kvring_shm_abi::message::Request;
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::fuzz::Random;
+use kvring_tests::raw::{Claimed, PAYLOAD_WORDS, RawClient, registration};
+use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::eventually;
+use std::os::unix::fs::FileExt;
+
+/// The bystander saw nothing but others' clears.
+fn unharmed(mut engine: EngineProcess, bystander: Bystander) {
+    let traffic = bystander.finish();
+    assert_eq!((traffic.wrong, traffic.failed), (0, 0), "{traffic:?}");
+    assert!(engine.is_running(), "the engine has died");
+    engine.settles(0);
+}
+
+/// Noise where arguments are looked for, some of it keys and slots that exist.
+fn scribble(raw: &RawClient, random: &mut Random) {
+    let words: Vec<u64> = (0..random.below(2000))
+        .map(|_| match random.below(4) {
+            0 => random.bits(),
+            1 => random.below(5000),
+            2 => 0xf0ff,
+            _ => random.below(64),
+        })
+        .collect();
+    let at = random.below(u64::from(PAYLOAD_WORDS) - words.len() as u64) as u32;
+    raw.payload.write(at, &words).unwrap();
+}
+
+#[test]
+fn messages() {
+    let engine = EngineProcess::start("messages", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut random = Random::new(1);
+    let mut sent = 0u64;
+    let mut breaches = 0;
+    while sent < 30_000 * kvring_tests::soak() {
+        let role = if random.one_in(2) { Role::Worker } else { Role::Scheduler };
+        let mut raw = RawClient::attach(&engine.name, role);
+        let mut namespace = 1;
+        if role == Role::Worker {
+            namespace = raw.register(1 + random.below(3), 1, 0, 8192);
+        }
+        for _ in 0..2000 {
+            if raw.status() != AttachStatus::Attached {
+                breaches += 1;
+                break;
+            }
+            if random.one_in(20) {
+                scribble(&raw, &mut random);
+            }
+            let request = random.request(namespace);
+            let body = match random.below(400) {
+                0 => random.body(),
+                1..=3 => {
+                    let body = request.encode(1, raw.ident);
+                    random.damage(body)
+                }
+                _ => request.encode(random.bits() as u16, raw.ident),
+            };
+            raw.submissions.push(&body);
+            sent += 1;
+            if random.one_in(8) {
+                raw.ring();
+                // At its pace: so that most messages are looked at before a breach ends them.
+                let requests = engine_requests(&raw);
+                eventually("the engine takes them, or has had enough", || {
+                    engine_requests(&raw) != requests
+                        || raw.status() != AttachStatus::Attached
+                        || raw.poll().is_some()
+                });
+            }
+            if random.one_in(200) {
+                break;
+            }
+        }
+    }
+    assert!(breaches > 20, "{breaches} breaches in {sent} messages");
+    unharmed(engine, bystander);
+}
+
+fn engine_requests(raw: &RawClient) -> u64 {
+    kvring_tests::engine::stat_of(&raw.view, "requests")
+}
+
+/// Requests in form, in range, of a registered client, in any order: what only the cache itself can refuse.
+#[test]
+fn good_messages_in_a_senseless_order() {
+    let engine = EngineProcess::start("order", 8);
+    let bystander = Bystander::start(&engine.name);
+    let mut random = Random::new(2);
+    for _ in 0..6 * kvring_tests::soak() {
+        let mut workers: Vec<RawClient> =
+            (0..2).map(|_| RawClient::attach(&engine.name, Role::Worker)).collect();
+        let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+        let mut namespace = 0;
+        for (rank, worker) in (0..).zip(&mut workers) {
+            namespace = worker.register(7, 2, rank, 40_000);
+        }
+        let mut held = Vec::new();
+        for _ in 0..1500 {
+            let rank = random.below(2) as usize;
+            let worker = &mut workers[rank];
+            let keys: Vec<_> = (0..1 + random.below(40)).map(|_| random.key()).collect();
+            match random.below(10) {
+                0..=2 => {
+                    let round = kvring_adapter::Round {
+                        source: random.below(3) as u32,
+                        number: random.below(6) as u32,
+                    };
+                    held.extend(worker.reserve(namespace, rank as u32, round, &keys));
+                }
+                3 | 4 if !held.is_empty() => {
+                    let from = random.below(held.len() as u64) as usize;
+                    let slots = held.split_off(from);
+                    worker.finish(&slots, random.one_in(2));
+                    held.extend(slots.into_iter().filter(|_| random.one_in(10)));
+                }
+                5..=7 => {
+                    let (session, admission) = (random.below(5), random.below(3) as u32);
+                    let lookup = scheduler.lookup_request(session, admission, namespace, 2, &keys);
+                    scheduler.call(lookup);
+                }
+                8 => {
+                    let (session, admission) = (random.below(5), random.below(3) as u32);
+                    scheduler.call(Request::Release { session, admission, keep: random.below(4) as u32 });
+                }
+                _ if random.one_in(30) => drop(scheduler.call(Request::Clear { namespace })),
+                _ => drop(scheduler.call(Request::EndSession { session: random.below(5) })),
+            }
+        }
+        // Their ends are as senseless: with leases and reservations open.
+    }
+    assert_eq!(engine.stat("breaches"), 0);
+    unharmed(engine, bystander);
+}
+
+#[test]
+fn claims_entries_and_channels() {
+    let engine = EngineProcess::start("claims", 8);
+    let bystander = Bystander::start(&engine.name);
+    let lobby = std::fs::OpenOptions::new().write(true).open(engine.file("lobby")).unwrap();
+    let mut random = Random::new(3);
+    let mut attached = 0;
+    for _ in 0..1500 * kvring_tests::soak() {
+        let claim = Claimed::new(&engine.name, if random.one_in(2) { Role::Worker } else { Role::Scheduler });
+        if random.one_in(2) {
+            // Noise in its channel, most often in the header.
+            let length = claim.file().metadata().unwrap().len();
+            let end = if random.one_in(4) { length } else { 1024 };
+            for _ in 0..1 + random.below(8) {
+                let at = random.below(end - 8);
+                claim.file().write_all_at(&random.bits().to_le_bytes(), at).unwrap();
+            }
+        }
+        let damage = random.below(8);
+        let mut client = claim.publish_only(|entry| match damage {
+            0 => entry.role = random.edgy(),
+            1 => entry.payload_words = random.edgy(),
+            2 => entry.incarnation = random.edgy(),
+            3 => entry.nonce = random.bits(),
+            _ => {}
+        });
+        if damage == 4 {
+            // Noise in its own entry, while the engine may be reading it.
+            let at = ENTRIES_AT as u64 + client.entry as u64 * 128;
+            for _ in 0..10 {
+                lobby.write_all_at(&random.bits().to_le_bytes(), at + random.below(15) * 8).unwrap();
+            }
+            client.ring();
+        }
+        if random.one_in(3) {
+            for _ in 0..50 {
+                if client.status() == AttachStatus::Attached {
+                    attached += 1;
+                    let body = random.request(0).encode(1, client.ident);
+                    client.send_body(&body);
+                    break;
+                }
+                std::thread::yield_now();
+            }
+        }
+        if random.one_in(2) {
+            client.give_up();
+        }
+    }
+    assert!(attached > 0);
+    unharmed(engine, bystander);
+}
+
+/// Registrations with one field out of order, thousands of them.
+#[test]
+fn registrations() {
+    let engine = EngineProcess::start("records", 8);
+    let bystander = Bystander::start(&engine.name);
+    let mut random = Random::new(4);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    for _ in 0..3000 * kvring_tests::soak() {
+        if raw.status() != AttachStatus::Attached {
+            drop(raw);
+            raw = RawClient::attach(&engine.name, Role::Worker);
+        }
+        let mut record = registration(random.below(200), 1 + random.below(3) as u32, 0, 4096);
+        match random.below(8) {
+            0 => record.world = random.edgy(),
+            1 => record.rank = random.edgy(),
+            2 => record.shard_bytes = random.bits(),
+            3 => record.shard_bytes = u64::from(random.edgy()),
+            4 => record.chunk_tokens = random.edgy(),
+            5 => record.model = core::array::from_fn(|_| random.bits() as u8),
+            6 => record.fingerprint = core::array::from_fn(|_| random.below(2)),
+            _ => record.layout = random.below(2),
+        }
+        raw.payload.write(0, bytemuck::cast_slice(&[record])).unwrap();
+        raw.send(Request::Register { record: 0 });
+        eventually("an answer, or the end", || {
+            raw.poll().is_some() || raw.status() != AttachStatus::Attached
+        });
+    }
+    drop(raw);
+    unharmed(engine, bystander);
+}

@@ -1,0 +1,233 @@
+//! What is wrong before the first message: entries, channels, claims that come back; and what a client that was thrown
+//! out, or dies half-way, leaves to be cleaned up.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::Round;
+use kvring_shm_abi::channel::{PAYLOAD_AT, PAYLOAD_WORDS_MAX, SUBMISSIONS_AT};
+use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::lobby::{EntryContent, Role};
+use kvring_shm_abi::message::{Request, SlotOutcome, Status};
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::kv::{Shape, chain};
+use kvring_tests::peer::Peer;
+use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::raw::{Claimed, PAYLOAD_WORDS, RawClient};
+use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::becomes;
+use std::os::unix::fs::FileExt;
+
+fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+#[test]
+fn entries_that_make_no_sense_are_refused() {
+    let engine = EngineProcess::start("entry", 16);
+    let bystander = Bystander::start(&engine.name);
+    let refused = |expected: AttachStatus, change: &dyn Fn(&mut EntryContent)| {
+        let status = Claimed::new(&engine.name, Role::Worker).publish(change).err();
+        assert_eq!(status, Some(expected));
+        // Dropping the claim has given the entry up: it is free again for the next one.
+    };
+    for role in [0, 3, 77, u32::MAX] {
+        refused(AttachStatus::BadRole, &|entry| entry.role = role);
+    }
+    for incarnation in [0, 1, 3, 4, u32::MAX] {
+        refused(AttachStatus::Stale, &|entry| entry.incarnation = incarnation);
+    }
+    for words in [0, 1, 1023, PAYLOAD_WORDS + 1, PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MAX + 1, u32::MAX] {
+        refused(AttachStatus::BadChannel, &|entry| entry.payload_words = words);
+    }
+    // A channel that does not exist.
+    refused(AttachStatus::BadChannel, &|entry| entry.nonce ^= 1);
+    // A smaller area than there is, and a strange name, are the client's own affair.
+    let odd = Claimed::new(&engine.name, Role::Worker).publish(|entry| {
+        entry.payload_words = 1024;
+        entry.name = "\u{1b}[31m\u{fffd} %s {} \n".to_owned();
+        entry.pid = u32::MAX;
+    });
+    let mut odd = odd.unwrap();
+    assert_eq!(odd.call(Request::Noop).status, Status::Ok);
+    drop(odd);
+    // A nonce that nobody draws: at worst it is not answered.
+    let mut mute = Claimed::new(&engine.name, Role::Worker).publish_only(|entry| entry.nonce = 0);
+    bystander.goes_on();
+    mute.give_up();
+    drop(mute);
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn channels_that_make_no_sense_are_refused() {
+    let engine = EngineProcess::start("channel", 16);
+    let bystander = Bystander::start(&engine.name);
+    type Damage = fn(&Claimed);
+    let damages: [(&str, Damage); 9] = [
+        ("no magic", |claim| claim.file().write_all_at(&[0; 8], 0).unwrap()),
+        ("another ABI", |claim| claim.file().write_all_at(&[9], 8).unwrap()),
+        ("another kind", |claim| claim.file().write_all_at(&[1], 12).unwrap()),
+        ("another layout", |claim| claim.file().write_all_at(&[1, 2, 3], 16).unwrap()),
+        ("a bad geometry", |claim| claim.file().write_all_at(&[7; 16], 64).unwrap()),
+        ("noise in the header", |claim| claim.file().write_all_at(&[0x5a; 256], 256).unwrap()),
+        ("nothing at all", |claim| claim.file().set_len(0).unwrap()),
+        ("half of it", |claim| claim.file().set_len(PAYLOAD_AT as u64 / 2).unwrap()),
+        ("a word too little", |claim| {
+            let length = claim.file().metadata().unwrap().len();
+            claim.file().set_len(length - 8).unwrap();
+        }),
+    ];
+    for (what, damage) in damages {
+        let claim = Claimed::new(&engine.name, Role::Worker);
+        damage(&claim);
+        assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "{what}");
+        bystander.goes_on();
+    }
+    let claim = Claimed::new(&engine.name, Role::Worker);
+    claim.unlink_channel();
+    assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "no file");
+    // Made sparse: the engine must not find a page missing later, when the file system is full.
+    let claim = Claimed::new(&engine.name, Role::Worker);
+    let length = claim.file().metadata().unwrap().len();
+    let header = read(claim.file(), SUBMISSIONS_AT);
+    claim.file().set_len(0).unwrap();
+    claim.file().set_len(length).unwrap();
+    claim.file().write_all_at(&header, 0).unwrap();
+    // Its rings were zeroed, which is a jump.
+    if let Ok(client) = claim.publish(|_| {}) {
+        client.is_thrown_out("nonsense");
+    }
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+fn read(file: &std::fs::File, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+/// Between the claim and the first message a client can die at any point: the entry must come back.
+#[test]
+fn claims_that_are_never_completed_are_reclaimed() {
+    let engine = EngineProcess::start("claim", 16);
+    let bystander = Bystander::start(&engine.name);
+    for _ in 0..100 {
+        drop(Claimed::new(&engine.name, Role::Scheduler));
+    }
+    // With the channel still there, published and given up in one breath.
+    for _ in 0..100 {
+        let mut client = Claimed::new(&engine.name, Role::Scheduler).publish_only(|_| {});
+        client.give_up();
+    }
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+/// Interleavings, 3: a client that was thrown out may still be writing, so its slots are nobody's until it is gone.
+#[test]
+fn slots_of_a_client_that_was_thrown_out_wait_for_its_end() {
+    let engine = EngineProcess::start("quarantine", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let namespace = raw.register(1, 1, 0, Shape::SMALL.shard_bytes());
+    let keys = chain(1, 8);
+    let slots = raw.reserve(namespace, 0, round(1), &keys);
+    assert_eq!(slots.len(), 8);
+    raw.send_body(&kvring_shm_abi::ring::Body { head: 0xff << 16, words: [0; 7] });
+    raw.is_thrown_out("nonsense");
+    bystander.goes_on();
+    engine.stat_becomes("slots_orphaned", 8);
+    // Others fill the whole arena meanwhile: not with those slots.
+    let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
+    for number in 2..14 {
+        let keys = chain(u64::from(number), 32);
+        assert_eq!(worker.store(round(number), &keys, 1), all_stored(32));
+        let found = scheduler.lookup("r", number, &keys);
+        for handle in &found.ranks[0] {
+            assert!(
+                slots.iter().all(|slot| slot.slot != u64::from(handle.slot)),
+                "a slot in quarantine was given away"
+            );
+        }
+        assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
+        scheduler.release("r", number, 0);
+    }
+    assert_eq!(engine.stat("slots_orphaned"), 8);
+    assert_eq!(scheduler.lookup("theirs", 0, &keys).chunks, 0);
+    raw.give_up();
+    engine.stat_becomes("slots_orphaned", 0);
+    drop((raw, worker, scheduler));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+/// An entry is judged once for each time that its life word is claimed. A client that was thrown out, or left, and
+/// claims its entry again without giving it up, must not make the engine forget what it may still be writing.
+#[test]
+fn an_entry_that_attaches_again_and_again_leaves_nothing() {
+    let engine = EngineProcess::start("again", 16);
+    let bystander = Bystander::start(&engine.name);
+    for number in 0..40 {
+        let mut raw = RawClient::attach(&engine.name, Role::Worker);
+        for again in 0..3 {
+            let namespace = raw.register(1, 1, 0, Shape::SMALL.shard_bytes());
+            let keys = chain(u64::from(number * 3 + again) + 10, 4);
+            let slots = raw.reserve(namespace, 0, round(number), &keys);
+            assert_eq!(slots.len(), 4);
+            if number.is_multiple_of(2) {
+                assert_eq!(raw.call(Request::Detach).status, Status::Ok);
+                becomes("the attachment", AttachStatus::Left, || raw.status());
+            } else {
+                raw.send_body(&kvring_shm_abi::ring::Body { head: 0xff << 16, words: [0; 7] });
+                raw.is_thrown_out("nonsense");
+            }
+            if raw.claim_again(|| bystander.goes_on()) != AttachStatus::Attached {
+                break;
+            }
+            // What it reserved is not its any more, whatever its next attachment says.
+            assert!(!raw.finish(&slots, true).contains(&SlotOutcome::Done));
+        }
+    }
+    engine.stat_becomes("slots_writing", 0);
+    // Others still find room, and a place among those who write.
+    let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
+    assert_eq!(worker.store(round(1), &chain(1, 16), 1), all_stored(16));
+    drop(worker);
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+/// `kill -9` at any time: leases, reservations, channel and entry come back.
+#[test]
+fn clients_that_are_killed_leave_nothing() {
+    let engine = EngineProcess::start("killed", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
+    let keys = chain(1, 32);
+    assert_eq!(worker.store(round(1), &keys, 1), all_stored(32));
+    for number in 0..10 {
+        let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
+        for request in ["a", "b", "c"] {
+            assert_eq!(scheduler.lookup(request, number, &keys).chunks, 32);
+        }
+        scheduler.kill();
+        let mut another = Peer::worker(&WorkerSpec::new(&engine.name));
+        let stored = another.store(round(number + 2), &chain(u64::from(number) + 2, 8), 1);
+        assert_eq!(stored, all_stored(8));
+        another.kill();
+    }
+    worker.kill();
+    engine.stat_becomes("leases", 0);
+    engine.stat_becomes("clients", 2);
+    assert!(engine.stat("deaths") >= 21);
+    // What they stored stays.
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
+    let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
+    let found = scheduler.lookup("after", 0, &keys);
+    assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
+    drop((scheduler, worker));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}

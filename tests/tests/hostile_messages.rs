@@ -1,0 +1,380 @@
+//! Messages that no correct client sends: answered with a status, ignored, or the end of their sender; and while they
+//! come, another client's verified traffic goes on.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::{CallError, Round};
+use kvring_shm_abi::channel::SUBMISSIONS_AT;
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{
+    ANY_NAMESPACE, Ident, KEYS_MAX, Records, Request, SlotOutcome, SlotRecord, Status,
+};
+use kvring_shm_abi::ring::{Body, DEPTH};
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::kv::{Shape, chain};
+use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::raw::{PAYLOAD_WORDS, RawClient, registration};
+use kvring_tests::scheduler::SchedulerSide;
+use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::LIMIT;
+use kvring_tests::worker::WorkerSide;
+use std::os::unix::fs::FileExt;
+
+fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+fn records(offset: u32, count: u32) -> Records {
+    Records { offset, count }
+}
+
+#[test]
+fn more_keys_than_the_limit_is_an_error_with_the_limit() {
+    let engine = EngineProcess::start("keys", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, KEYS_MAX + 1);
+    let error = scheduler.lookup("r", 0, &keys).unwrap_err();
+    assert_eq!(error, CallError::TooManyKeys { limit: KEYS_MAX, got: KEYS_MAX + 1 });
+    assert!(error.to_string().contains("at most 8192") && error.to_string().contains("got 8193"));
+    assert_eq!(scheduler.api().open_sessions(), 0);
+    drop(scheduler);
+
+    let mut worker = RawClient::attach(&engine.name, Role::Worker);
+    let namespace = worker.register(1, 1, 0, 65536);
+    for count in [KEYS_MAX as u32 + 1, u32::MAX] {
+        let many = records(0, count);
+        for request in [
+            Request::Reserve { round: round(1), namespace, rank: 0, keys: many, answer: 0, parent: None },
+            Request::Commit { slots: many, answer: 0 },
+            Request::Abort { slots: many, answer: 0 },
+        ] {
+            let completion = worker.call(request);
+            assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192), "{request:?}");
+        }
+    }
+    let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+    let many = Request::Lookup {
+        session: 1,
+        admission: 0,
+        namespace,
+        keys: records(0, 8193),
+        answer: records(0, 8193),
+    };
+    let completion = scheduler.call(many);
+    assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192));
+    // None of it was a breach.
+    assert_eq!(worker.call(Request::Noop).status, Status::Ok);
+    assert_eq!(engine.stat("breaches"), 0);
+    drop((worker, scheduler));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn unknown_namespaces_and_other_roles_are_refused() {
+    let engine = EngineProcess::start("roles", 16);
+    let bystander = Bystander::start(&engine.name);
+    // A scheduler whose workers have not come yet.
+    let mut early =
+        SchedulerSide::start(&SchedulerSpec { namespace: 77, ..SchedulerSpec::new(&engine.name) });
+    early.client().wait_ready(LIMIT).unwrap();
+    assert_eq!(early.lookup("r", 0, &chain(1, 4)).unwrap().chunks, 0);
+    assert_eq!((early.tally().refused, early.tally().answered), (1, 0));
+    assert_eq!(early.api().reset_cache(), Ok(0));
+    drop(early);
+
+    let mut worker = RawClient::attach(&engine.name, Role::Worker);
+    let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+    let keys = chain(1, 2);
+    for unknown in [1, 5, 63, 64, 255, 256, u32::MAX] {
+        let reserve = worker.reserve_request(unknown, 0, round(1), &keys);
+        assert_eq!(worker.call(reserve).status, Status::UnknownNamespace, "{unknown}");
+        assert_eq!(worker.call(Request::Unregister { namespace: unknown }).status, Status::UnknownNamespace);
+        let lookup = scheduler.lookup_request(1, 0, unknown, 1, &keys);
+        assert_eq!(scheduler.call(lookup).status, Status::UnknownNamespace, "{unknown}");
+    }
+    // The bystander's namespace exists, but this worker has not registered it.
+    let reserve = worker.reserve_request(0, 0, round(1), &keys);
+    assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
+    // Its own, but another rank of it.
+    let namespace = worker.register(1, 2, 1, 65536);
+    let reserve = worker.reserve_request(namespace, 0, round(1), &keys);
+    assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
+
+    // What is not for this role.
+    let lookup = worker.lookup_request(1, 0, namespace, 2, &keys);
+    assert_eq!(worker.call(lookup).status, Status::WrongRole);
+    let slots = records(0, 1);
+    for request in [
+        scheduler.reserve_request(namespace, 1, round(1), &keys),
+        Request::Commit { slots, answer: 100 },
+        Request::Abort { slots, answer: 100 },
+        Request::Register { record: 0 },
+    ] {
+        assert_eq!(scheduler.call(request).status, Status::WrongRole, "{request:?}");
+    }
+    assert_eq!(engine.stat("breaches"), 0);
+    drop((worker, scheduler));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
+    let engine = EngineProcess::start("others", 16);
+    let bystander = Bystander::start(&engine.name);
+    let shard_bytes = Shape::SMALL.shard_bytes();
+    let mut victim = RawClient::attach(&engine.name, Role::Worker);
+    let mut thief = RawClient::attach(&engine.name, Role::Worker);
+    let namespace = victim.register(1, 1, 0, shard_bytes);
+    assert_eq!(thief.register(1, 1, 0, shard_bytes), namespace);
+    let keys = chain(1, 4);
+    let slots = victim.reserve(namespace, 0, round(1), &keys);
+    assert_eq!(slots.len(), 4);
+    // While they are being written.
+    for commit in [true, false] {
+        assert_eq!(thief.finish(&slots, commit), vec![SlotOutcome::NotYours; 4], "commit: {commit}");
+    }
+    // The victim itself, with a record of which one part is wrong.
+    let good = slots[0];
+    for (bad, expected) in [
+        (SlotRecord { key: [1, 1], ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: u64::MAX, ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: u64::from(u32::MAX), ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: 4096, ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: good.slot | 1 << 32, ..good }, SlotOutcome::NotYours),
+        (SlotRecord { generation: good.generation + 1, ..good }, SlotOutcome::Gone),
+        (SlotRecord { generation: u64::MAX, ..good }, SlotOutcome::Gone),
+    ] {
+        for commit in [true, false] {
+            assert_eq!(victim.finish(&[bad], commit), [expected], "{bad:?}, commit: {commit}");
+        }
+    }
+    assert_eq!(engine.stat("shards_aborted"), 0);
+    assert_eq!(victim.finish(&slots, true), vec![SlotOutcome::Done; 4], "it lost nothing");
+    // Once committed nobody takes it back; committing it again is fine and changes nothing.
+    assert_eq!(thief.finish(&slots, false), vec![SlotOutcome::Gone; 4]);
+    assert_eq!(victim.finish(&slots, false), vec![SlotOutcome::Gone; 4]);
+    assert_eq!(victim.finish(&slots, true), vec![SlotOutcome::Done; 4]);
+
+    // Leases: sessions are the client's own numbers, so a thief can only name its own.
+    let mut owner = RawClient::attach(&engine.name, Role::Scheduler);
+    let mut prying = RawClient::attach(&engine.name, Role::Scheduler);
+    let lookup = owner.lookup_request(7, 3, namespace, 1, &keys);
+    assert_eq!(owner.call(lookup).results[0], 4);
+    for client in [&mut prying, &mut thief] {
+        for session in 0..20 {
+            for request in [
+                Request::Release { session, admission: 3, keep: 0 },
+                Request::Release { session, admission: u32::MAX, keep: u32::MAX },
+                Request::EndSession { session },
+            ] {
+                assert_eq!(client.call(request).status, Status::Ok, "unknown is fine");
+            }
+        }
+    }
+    let cleared = owner.call(Request::Clear { namespace });
+    assert_eq!(cleared.results[0], 0, "all four are still pinned");
+    assert_eq!(owner.call(Request::EndSession { session: 7 }).status, Status::Ok);
+    assert_eq!(owner.call(Request::Clear { namespace }).results[0], 4);
+    drop((victim, thief, owner, prying));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn messages_of_another_life_are_ignored() {
+    let engine = EngineProcess::start("stale", 16);
+    let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
+    let ours = raw.ident;
+    for stale in [
+        Ident { incarnation: ours.incarnation + 2, ..ours },
+        Ident { incarnation: 0, ..ours },
+        Ident { nonce: ours.nonce ^ 1, ..ours },
+    ] {
+        let before = engine.stat("stale_requests");
+        raw.send_body(&Request::Noop.encode(9, stale));
+        engine.stat_becomes("stale_requests", before + 1);
+    }
+    assert_eq!(raw.call(Request::Noop).status, Status::Ok, "and none of them was answered");
+    assert_eq!(engine.stat("breaches"), 0);
+}
+
+/// Each of these ends the sender's attachment, and nothing else.
+#[test]
+fn nonsense_ends_the_attachment_of_its_sender_alone() {
+    let engine = EngineProcess::start("breach", 16);
+    let bystander = Bystander::start(&engine.name);
+    let end = PAYLOAD_WORDS;
+    let mut breaches = 0;
+    // The namespace is there before a lookup asks for it.
+    assert_eq!(RawClient::attach(&engine.name, Role::Worker).register(1, 1, 0, 65536), 1);
+    let mut thrown_out = |what: &str, role: Role, act: &mut dyn FnMut(&mut RawClient, u32)| {
+        let mut raw = RawClient::attach(&engine.name, role);
+        let namespace = if role == Role::Worker { raw.register(1, 1, 0, 65536) } else { 1 };
+        act(&mut raw, namespace);
+        raw.is_thrown_out(what);
+        breaches += 1;
+        engine.stat_becomes("breaches", breaches);
+        // It is not heard any more.
+        let requests = engine.stat("requests");
+        raw.send(Request::Clear { namespace: ANY_NAMESPACE });
+        bystander.goes_on();
+        assert!(
+            engine.stat("requests") >= requests && raw.poll().is_none_or(|c| c.status != Status::Ok),
+            "{what}"
+        );
+    };
+    for opcode in [0u32, 12, 77, 255] {
+        thrown_out("opcode", Role::Scheduler, &mut |raw, _| {
+            let mut body = Request::Noop.encode(1, raw.ident);
+            body.head = 1 | opcode << 16;
+            raw.send_body(&body);
+        });
+    }
+    for (offset, count) in [(end, 1), (end - 1, 1), (u32::MAX, 1), (end - 5, 4), (end / 2, KEYS_MAX as u32)] {
+        let outside = records(offset, count);
+        // Half of the area is enough for 8192 keys, but not for as many slots.
+        if offset != end / 2 {
+            thrown_out("keys of a lookup", Role::Scheduler, &mut |raw, namespace| {
+                let inside = records(0, count);
+                raw.send(Request::Lookup {
+                    session: 1,
+                    admission: 0,
+                    namespace,
+                    keys: outside,
+                    answer: inside,
+                });
+            });
+            thrown_out("keys of a reservation", Role::Worker, &mut |raw, namespace| {
+                let keys = outside;
+                raw.send(Request::Reserve {
+                    round: round(1),
+                    namespace,
+                    rank: 0,
+                    keys,
+                    answer: 0,
+                    parent: None,
+                });
+            });
+        }
+        thrown_out("slots of a commit", Role::Worker, &mut |raw, _| {
+            raw.send(Request::Commit { slots: outside, answer: 0 });
+        });
+        thrown_out("slots of an abort", Role::Worker, &mut |raw, _| {
+            raw.send(Request::Abort { slots: outside, answer: 0 });
+        });
+    }
+    for answer in [end, u32::MAX, end - 1] {
+        thrown_out("the answer of a lookup", Role::Scheduler, &mut |raw, namespace| {
+            let answer = records(answer, 2);
+            raw.send(Request::Lookup { session: 1, admission: 0, namespace, keys: records(0, 2), answer });
+        });
+        thrown_out("the answer of a reservation", Role::Worker, &mut |raw, namespace| {
+            let keys = records(0, 2);
+            raw.send(Request::Reserve { round: round(1), namespace, rank: 0, keys, answer, parent: None });
+        });
+        thrown_out("the parent of a reservation", Role::Worker, &mut |raw, namespace| {
+            let (keys, parent) = (records(0, 2), Some(answer.min(u32::MAX - 1)));
+            raw.send(Request::Reserve { round: round(1), namespace, rank: 0, keys, answer: 64, parent });
+        });
+        thrown_out("the answer of a commit", Role::Worker, &mut |raw, _| {
+            raw.send(Request::Commit { slots: records(0, 2), answer });
+        });
+        thrown_out("a registration", Role::Worker, &mut |raw, _| {
+            raw.send(Request::Register { record: answer });
+        });
+    }
+    for (world, rank, bytes, tokens) in [
+        (0, 0, 65536, 64),
+        (65, 0, 65536, 64),
+        (2, 2, 65536, 64),
+        (2, u32::MAX, 65536, 64),
+        (1, 0, 0, 64),
+        (1, 0, 65536, 0),
+    ] {
+        thrown_out("what a registration says", Role::Worker, &mut |raw, _| {
+            let mut record = registration(3, world, rank, bytes);
+            record.chunk_tokens = tokens;
+            raw.payload.write(0, bytemuck::cast_slice(&[record])).unwrap();
+            raw.send(Request::Register { record: 0 });
+        });
+    }
+    // A ring that jumps: forward, to another lap, to zero, back.
+    for (sequence, noops) in
+        [(2u32, 0usize), (1 + DEPTH as u32, 0), (0, 0), (77, 0), (u32::MAX, 0), (1, 1), (9, 3)]
+    {
+        thrown_out("a ring that jumps", Role::Scheduler, &mut |raw, _| {
+            for _ in 0..noops {
+                assert_eq!(raw.call(Request::Noop).status, Status::Ok);
+            }
+            raw.file.write_all_at(&sequence.to_le_bytes(), (SUBMISSIONS_AT + noops * 64) as u64).unwrap();
+            raw.ring();
+        });
+    }
+    bystander.was_undisturbed();
+    engine.settles(0);
+    assert_eq!(engine.stat("namespaces"), 2, "nonsense registers nothing");
+}
+
+/// Arguments that overlap their answer, rings that are never drained, floods: bad for their sender, if for anybody.
+#[test]
+fn what_only_hurts_its_sender_is_let_through() {
+    let engine = EngineProcess::start("flood", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let keys = chain(1, 16);
+    assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(16));
+    let namespace = 1;
+    let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
+    let Request::Lookup { session, admission, keys: region, .. } =
+        raw.lookup_request(1, 1, namespace, 1, &keys)
+    else {
+        panic!("a lookup");
+    };
+    for shift in [0, 1, 7, 31] {
+        let answer = records(region.offset + shift, 16);
+        raw.payload.write(region.offset, bytemuck::cast_slice(&keys)).unwrap();
+        let completion = raw.call(Request::Lookup { session, admission, namespace, keys: region, answer });
+        assert_eq!((completion.status, completion.results[0]), (Status::Ok, 16));
+    }
+    // Room for fewer answers than keys: a shorter answer.
+    let short = Request::Lookup { session, admission, namespace, keys: region, answer: records(4096, 5) };
+    raw.payload.write(region.offset, bytemuck::cast_slice(&keys)).unwrap();
+    assert_eq!(raw.call(short).results[0], 5);
+    // Far more in flight than the completion ring holds, and nothing drained.
+    for _ in 0..20 * DEPTH {
+        raw.submissions.push(&Request::Noop.encode(0, raw.ident));
+    }
+    raw.ring();
+    bystander.goes_on();
+    drop(raw);
+    // Many sessions and admissions: refused beyond a limit, and all given back by one death.
+    let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
+    let mut busy = 0;
+    for number in 0..300u32 {
+        let lookup = raw.lookup_request(u64::from(number % 3), number, namespace, 1, &keys[..1]);
+        busy += u32::from(raw.call(lookup).status == Status::Busy);
+    }
+    assert!(busy > 200, "sixteen admissions a session: {busy}");
+    raw.give_up();
+    engine.stat_becomes("leases", 0);
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(16));
+    drop((raw, scheduler, worker));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn a_body_of_zeros_is_nonsense_too() {
+    let engine = EngineProcess::start("zeros", 16);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    raw.send_body(&Body::default());
+    raw.is_thrown_out("zeros");
+    drop(raw);
+    engine.settles(0);
+}

@@ -1,0 +1,153 @@
+//! Ranks that disagree, numbers that cannot be, block ids out of range, a full table of namespaces: typed errors with the
+//! values in them, and nothing changes for those who are right.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::{
+    BlockError, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError, WorkerAdapter,
+    WorkerOptions,
+};
+use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
+use kvring_shm_abi::message::{Disagreement, Status};
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::kv::{Shape, chain};
+use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::raw::{RawClient, registration};
+use kvring_tests::scheduler::SchedulerSide;
+use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::LIMIT;
+use kvring_tests::worker::{WorkerSide, client};
+
+fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+#[test]
+fn ranks_that_disagree_are_told_about_what() {
+    let engine = EngineProcess::start("ranks", 16);
+    let bystander = Bystander::start(&engine.name);
+    let right = WorkerSpec::rank(&engine.name, 2, 0);
+    let mut first = WorkerSide::start(&right).unwrap();
+    let refused = |spec: &WorkerSpec| match WorkerSide::start(spec) {
+        Err(RegisterError::Disagreement { what, expected, got }) => {
+            let error = RegisterError::Disagreement { what, expected, got }.to_string();
+            assert!(error.contains(&expected.to_string()) && error.contains(&got.to_string()), "{error}");
+            (what, expected, got)
+        }
+        other => panic!("{spec:?}: {:?}", other.err()),
+    };
+    let second = WorkerSpec::rank(&engine.name, 2, 1);
+    assert_eq!(refused(&WorkerSpec { world: 3, ..second.clone() }), (Disagreement::World, 2, 3));
+    assert_eq!(
+        refused(&WorkerSpec { chunk_tokens: 128, ..second.clone() }),
+        (Disagreement::ChunkTokens, 64, 128)
+    );
+    // The same rank again: with another order of pages, with other sizes.
+    let mut other = right.clone();
+    other.shape.pages = [12288, 4096];
+    assert_eq!(refused(&other).0, Disagreement::Layout);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let mut record = registration(1, 2, 0, 999 * 4096);
+    let completion = raw.call_register(&record);
+    assert_eq!(completion.status, Status::Disagreement);
+    assert_eq!(completion.results[..3], [Disagreement::ShardBytes as u64, 65536, 999 * 4096]);
+    record.shard_bytes = 65536;
+    assert_eq!(raw.call_register(&record).status, Status::Ok, "the same again is fine");
+    drop(raw);
+    // Those who are right go on.
+    let mut second = WorkerSide::start(&second).unwrap();
+    let keys = chain(1, 4);
+    for worker in [&mut first, &mut second] {
+        assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(4));
+    }
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::world(&engine.name, 2));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    assert_eq!(second.load("r", &found.ranks[1], 0), all_loaded(4));
+    drop((first, second, scheduler));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn numbers_that_cannot_be_are_errors_at_construction() {
+    let engine = EngineProcess::start("numbers", 4);
+    let spec = WorkerSpec::new(&engine.name);
+    let client = client(Role::Worker, &spec.client);
+    for (world, rank, tokens, part) in [
+        (0, 0, 64, "world: expected 1 to 64, got 0"),
+        (65, 0, 64, "got 65"),
+        (2, 2, 64, "rank"),
+        (1, 0, 0, "chunk_tokens"),
+    ] {
+        let options = WorkerOptions::new(spec.fingerprint(), world, rank, tokens);
+        let error = WorkerAdapter::new(&client, options).err().unwrap();
+        assert!(
+            matches!(error, RegisterError::Invalid { .. }) && error.to_string().contains(part),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
+    let engine = EngineProcess::start("blocks", 16);
+    let bystander = Bystander::start(&engine.name);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, 2);
+    assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(2));
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    let num_blocks = Shape::SMALL.blocks;
+    for (blocks, expected) in [
+        (vec![0, 1, 2, num_blocks], BlockError::OutOfRange { block: num_blocks, num_blocks }),
+        (vec![u32::MAX, 1, 2, 3], BlockError::OutOfRange { block: u32::MAX, num_blocks }),
+        (vec![0, 1, 2], BlockError::WrongCount { expected: 4, got: 3 }),
+        (vec![], BlockError::WrongCount { expected: 4, got: 0 }),
+    ] {
+        let good = vec![0, 1, 2, 3];
+        let key: Key = [9, 9];
+        let stores = [StoreChunk { key, blocks: good.clone() }, StoreChunk { key, blocks: blocks.clone() }];
+        let error = worker.adapter().submit_store("bad", round(2), None, stores.to_vec()).unwrap_err();
+        assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
+        let loads = [good, blocks].map(|blocks| LoadChunk { shard: found.ranks[0][0].shard(), blocks });
+        let error = worker.adapter().submit_load("bad", loads.to_vec()).unwrap_err();
+        assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
+        assert!(error.to_string().starts_with("chunk 1: expected"), "{error}");
+    }
+    assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(2));
+    // Without a KV cache there is nothing to submit.
+    let client = client(Role::Worker, &WorkerSpec::new(&engine.name).client);
+    let options = WorkerOptions::new(kvring_tests::proto::fingerprint(1), 1, 0, 64);
+    let mut bare = WorkerAdapter::new(&client, options).unwrap();
+    assert_eq!(bare.submit_store("r", round(1), None, vec![]).unwrap_err(), SubmitError::NoKvCache);
+    drop((worker, scheduler, bare));
+    client.shutdown();
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn the_table_of_namespaces_is_finite_and_unused_ones_make_room() {
+    let engine = EngineProcess::start("spaces", 8);
+    // Takes one of them.
+    let bystander = Bystander::start(&engine.name);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    for namespace in 0..NAMESPACES_MAX as u64 - 1 {
+        assert_eq!(raw.call_register(&registration(1000 + namespace, 1, 0, 4096)).status, Status::Ok);
+    }
+    let status = raw.call_register(&registration(5000, 1, 0, 4096)).status;
+    assert_eq!(status, Status::TooManyNamespaces);
+    let error = WorkerSide::start(&WorkerSpec::new(&engine.name)).err().unwrap();
+    assert_eq!(error, RegisterError::TooManyNamespaces);
+    assert!(error.to_string().contains("kvring clear"), "{error}");
+    bystander.goes_on();
+    // Nobody uses them any more, and they hold nothing.
+    drop(raw);
+    engine.stat_becomes("clients", 2);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 0), all_stored(4));
+    drop(worker);
+    bystander.was_undisturbed();
+    engine.settles(0);
+}

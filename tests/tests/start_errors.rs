@@ -1,0 +1,187 @@
+//! Engines that cannot start: typed errors with the values in them, and nothing is left behind.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_engine::StartError;
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::EngineConfig;
+use kvring_engine::segments::SetupError;
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::Status;
+use kvring_tests::engine::{EngineProcess, Sweep, overrides, remove_segments, unique_name};
+use kvring_tests::isolate::{is_root, isolated_by, segments};
+use kvring_tests::kv::chain;
+use kvring_tests::proto::{WorkerSpec, all_stored};
+use kvring_tests::raw::{RawClient, registration};
+use kvring_tests::traffic::Bystander;
+use kvring_tests::worker::WorkerSide;
+use serde_json::json;
+
+fn config(name: &str, arena: u64) -> EngineConfig {
+    EngineConfig {
+        name: name.to_owned(),
+        arena: Some(ByteSize(arena)),
+        start_wait_ms: 200,
+        ..EngineConfig::default()
+    }
+}
+
+fn refused(config: EngineConfig) -> StartError {
+    kvring_engine::spawn(config).err().expect("an engine that does not start")
+}
+
+#[test]
+fn a_bad_configuration_says_what_is_bad() {
+    for (change, parts) in [
+        (json!({ "name": "a/b" }), ["\"a/b\"", "1 to 64 characters"]),
+        (json!({ "arena": "64KiB", "slab": "1MiB" }), ["1MiB", "64KiB"]),
+        (json!({ "arena": "64MiB", "slab": "3MiB" }), ["power of two", "3145728"]),
+        (json!({ "arena": "64MiB", "client_share": 2.0 }), ["client_share", "got 2"]),
+        (json!({ "arena": "64MiB", "policy": "fifo" }), ["fifo", "arc"]),
+        (json!({ "arena": "64 apples" }), ["64 apples", "8GiB"]),
+        (json!({ "arenas": "64MiB" }), ["unknown field", "arenas"]),
+    ] {
+        let name = unique_name("config");
+        let _sweep = Sweep(name.clone());
+        let mut overrides = json!({ "name": name });
+        for (key, value) in change.as_object().unwrap() {
+            overrides[key] = value.clone();
+        }
+        let error = EngineProcess::try_start(&overrides).err().unwrap();
+        for part in parts {
+            assert!(error.contains(part), "{change}: {part} is not in: {error}");
+        }
+        assert!(segments(&name).is_empty());
+    }
+}
+
+#[test]
+fn an_arena_that_does_not_fit_is_refused_before_anything_is_made() {
+    let name = unique_name("huge");
+    let error = refused(config(&name, 8 << 40));
+    assert!(matches!(error, StartError::Setup(SetupError::NoRoom(_))), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("8TiB of arena") && text.contains("left"), "{text}");
+    assert!(segments(&name).is_empty(), "{:?}", segments(&name));
+}
+
+/// A control group of version 1 or 2 whose limit is below the arena: an error at the start, not the killer later.
+#[test]
+fn an_arena_beyond_the_control_groups_limit_is_refused() {
+    let name = "an_arena_beyond_the_control_groups_limit_is_refused";
+    if !is_root(name) {
+        return;
+    }
+    let own = format!("kvring-test-{}", std::process::id());
+    let groups = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+    let usable = groups.iter().find(|(root, limit)| {
+        let group = format!("{root}/{own}");
+        std::fs::create_dir(&group).is_ok() && std::fs::write(format!("{group}/{limit}"), "200000000").is_ok()
+    });
+    let remove = || groups.iter().for_each(|(root, _)| drop(std::fs::remove_dir(format!("{root}/{own}"))));
+    let Some((root, _)) = usable else {
+        remove();
+        eprintln!("SKIPPED {name}: no control group can be made here");
+        return;
+    };
+    let enter = format!("echo $$ > {root}/{own}/cgroup.procs && exec \"$@\"");
+    let ran = std::panic::catch_unwind(|| {
+        isolated_by(name, &["sh", "-c", &enter, "sh"], || {
+            let name = unique_name("cgroup");
+            let text = refused(config(&name, 512 << 20)).to_string();
+            for part in ["512MiB of arena", "the control group", "kvring-test-", "left", "--memory"] {
+                assert!(text.contains(part), "{part}: {text}");
+            }
+            assert!(segments(&name).is_empty());
+            // One that fits starts in it.
+            let small = kvring_engine::spawn(config(&name, 32 << 20)).unwrap();
+            small.stop_and_join();
+            assert!(segments(&name).is_empty());
+        });
+    });
+    remove();
+    if let Err(panic) = ran {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+#[test]
+fn a_second_engine_of_the_same_name_is_refused_and_the_first_goes_on() {
+    let engine = EngineProcess::start("twice", 16);
+    let bystander = Bystander::start(&engine.name);
+    let before = segments(&engine.name);
+    for _ in 0..3 {
+        let error = refused(config(&engine.name, 32 << 20));
+        assert!(matches!(error, StartError::Setup(SetupError::AlreadyRunning { .. })), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains(&engine.name) && text.contains(&format!("pid {}", engine.pid())), "{text}");
+        bystander.goes_on();
+    }
+    assert_eq!(segments(&engine.name), before);
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn a_stopped_engine_is_not_replaced_either() {
+    let mut engine = EngineProcess::start("asleep", 16);
+    engine.stop();
+    let error = refused(config(&engine.name, 16 << 20));
+    assert!(matches!(error, StartError::Setup(SetupError::AlreadyRunning { .. })), "{error:?}");
+    engine.resume();
+    Bystander::start(&engine.name).was_undisturbed();
+}
+
+/// A start that was killed, at any point, does not keep the next one from starting.
+#[test]
+fn what_a_killed_start_leaves_is_swept() {
+    let name = unique_name("half");
+    let _sweep = Sweep(name.clone());
+    let engine = |prefix: &str| std::path::PathBuf::from(format!("/dev/shm/kvring.{name}.{prefix}"));
+    let overrides = overrides(&name, 16);
+    for length in [0, 17, 256, 4096, 1 << 20] {
+        std::fs::write(engine("engine"), vec![0; length]).unwrap();
+        std::fs::write(engine("lobby"), vec![1; 100]).unwrap();
+        std::fs::write(engine("arena"), []).unwrap();
+        std::fs::write(engine("client.3.00000000000000ff"), vec![7; 5000]).unwrap();
+        for file in segments(&name) {
+            use std::os::unix::fs::PermissionsExt;
+            let path = format!("/dev/shm/{file}");
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        let mut started = EngineProcess::try_start(&overrides).unwrap();
+        Bystander::start(&name).was_undisturbed();
+        started.settles(0);
+        assert_eq!(started.terminate(), Some(0));
+        assert!(segments(&name).is_empty(), "a clean end leaves {:?}", segments(&name));
+    }
+    remove_segments(&name);
+}
+
+#[test]
+fn a_shard_larger_than_the_arena_is_refused_with_both_sizes() {
+    let engine = EngineProcess::start("shard", 2);
+    let bystander = Bystander::start(&engine.name);
+    let mut spec = WorkerSpec::new(&engine.name);
+    // 3 MiB a shard.
+    spec.shape.pages = [768 << 10, 768 << 10];
+    spec.shape.blocks_per_chunk = 2;
+    spec.shape.blocks = 4;
+    let error = WorkerSide::start(&spec).err().unwrap().to_string();
+    assert!(error.contains("3145728 bytes does not fit") && error.contains("up to 2097152"), "{error}");
+    // By hand, to the byte.
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    for (bytes, status) in
+        [((2 << 20) + 1, Status::ShardTooLarge), (u64::MAX, Status::ShardTooLarge), (2 << 20, Status::Ok)]
+    {
+        assert_eq!(raw.call_register(&registration(bytes, 1, 0, bytes)).status, status, "{bytes}");
+    }
+    drop(raw);
+    // The refused worker is gone for good, the others are not.
+    let fits = WorkerSpec { namespace: 5, ..WorkerSpec::new(&engine.name) };
+    let mut worker = WorkerSide::start(&fits).unwrap();
+    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 2), 0);
+    assert_eq!(stored, all_stored(2));
+    drop(worker);
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
