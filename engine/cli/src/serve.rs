@@ -163,7 +163,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     if let Some(parent) = args.stop_with_parent {
         stop_with_parent(parent)?;
     }
-    let stop = StopOnSignal::install()?;
+    let stop = StopOnSignal::install(args.stop_with_parent.is_some())?;
     let engine = Engine::create(&config).with_context(|| format!("cannot start engine `{}`", config.name))?;
     stop.stops(engine.stop_handle());
     show_allocation(engine.progress());
@@ -217,12 +217,18 @@ enum StopState {
 
 impl StopOnSignal {
     /// From here on SIGTERM and SIGINT are ours: also one that comes while the segments are being made.
-    fn install() -> anyhow::Result<StopOnSignal> {
+    ///
+    /// A second one ends the process at once; but with `by_parent` not a second SIGTERM: the kernel sends one for each
+    /// thread of a dying parent that we are handed on to.
+    fn install(by_parent: bool) -> anyhow::Result<StopOnSignal> {
         let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot watch for SIGTERM and SIGINT")?;
         let state = Arc::new(Mutex::new(StopState::Starting));
         let watched = state.clone();
         let watch = move || {
             for (count, signal) in signals.forever().enumerate() {
+                if count > 0 && by_parent && signal == SIGTERM {
+                    continue;
+                }
                 if count > 0 {
                     // The segments stay as they are; the next start sweeps them.
                     process::exit(1);

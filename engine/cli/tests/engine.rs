@@ -148,7 +148,7 @@ fn wrong_usage_is_2_and_what_cannot_be_is_1() {
     for (arguments, part) in [
         (&["serve", "--name", "a/b"][..], "a/b"),
         (&["serve", "--name", &name, "--arena", "4KiB"], "--arena"),
-        (&["serve", "--name", &name, "--arena", "8TiB"], "use at most --arena"),
+        (&["serve", "--name", &name, "--arena", "8TiB"], "expected room for 8TiB"),
         (&["serve", "--name", &name, "--spin-us", "5000"], "spin_us: expected 0 to 1000, got 5000"),
         (&["serve", "--config", "/nonexistent/kvring.toml"], "/nonexistent/kvring.toml"),
         (&["--log-level", "a=b=c", "status"], "KVRING_LOG"),
