@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The binary that plays the other processes of a test. Cargo builds it with the tests of this package.
 ///
@@ -57,6 +58,9 @@ pub struct EngineProcess {
     /// Does dropping it remove what it leaves in `/dev/shm`?
     sweep: bool,
 }
+
+/// An engine whose beat has not moved for so long has been stopped by its test.
+const STOPPED: Duration = Duration::from_secs(2);
 
 impl EngineProcess {
     /// Starts an engine with an arena of `arena_mib` MiB and waits until it serves all of it.
@@ -165,13 +169,19 @@ impl EngineProcess {
         EngineView::open(&name).unwrap_or_else(|error| panic!("the engine's segment: {error}"))
     }
 
-    /// A counter or gauge of its statistics.
+    /// A counter or gauge of its statistics, of a moment after this call began: gauges are published with each tick,
+    /// just after the beat, so one whole tick is waited for. A stopped engine's are as old as they are.
     ///
     /// # Panics
     /// For a name that does not exist.
     #[must_use]
     pub fn stat(&self, name: &str) -> u64 {
-        stat_of(&self.view(), name)
+        let view = self.view();
+        let (before, began) = (view.segment.epoch().beat(), Instant::now());
+        while view.segment.epoch().beat().wrapping_sub(before) < 2 && began.elapsed() < STOPPED {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        stat_of(&view, name)
     }
 
     /// Waits until a counter or gauge has this value.

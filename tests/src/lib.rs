@@ -5,6 +5,7 @@
 //! also when a test panics.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
+pub mod attempts;
 pub mod engine;
 pub mod fuzz;
 pub mod isolate;

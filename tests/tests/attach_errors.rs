@@ -3,10 +3,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Client, ClientOptions, ConfigError, Health, Role};
-use kvring_shm_abi::lobby::{CLIENTS_MAX, Lobby};
+use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::superblock::{ABI_VERSION, LAYOUT_HASH};
-use kvring_tests::engine::{EngineProcess, Sweep, claimed_entries, overrides, unique_name};
-use kvring_tests::isolate::{Footprint, is_root, isolated, isolated_by, segments};
+use kvring_tests::attempts::{Others, fails_cleanly, mends_itself};
+use kvring_tests::engine::{EngineProcess, claimed_entries, unique_name};
+use kvring_tests::isolate::{Footprint, is_root, isolated, segments};
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{ClientSpec, SchedulerSpec};
@@ -14,7 +15,6 @@ use kvring_tests::traffic::Bystander;
 use kvring_tests::wait::{LIMIT, becomes, eventually};
 use kvring_tests::worker::client;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Offsets in a superblock, which is 256 bytes at the start of a segment (of the arena: at its end).
@@ -32,48 +32,6 @@ fn patch(engine: &EngineProcess, segment: &str, at: u64, value: u64) -> u64 {
     file.read_exact_at(&mut before, at).unwrap();
     file.write_all_at(&value.to_le_bytes(), at).unwrap();
     u64::from_le_bytes(before)
-}
-
-fn health(client: &Arc<Client>) -> String {
-    client.health().to_string()
-}
-
-/// Who is attached while somebody else fails to. The lobby is opened before anything is broken.
-struct Others {
-    lobby: Lobby,
-    count: usize,
-}
-
-/// The state is reached, its message holds all `parts`, and several further attempts leave nothing behind.
-fn fails_cleanly(engine: &EngineProcess, others: &Others, role: Role, parts: &[&str]) {
-    becomes("claimed entries", others.count, || claimed_entries(&others.lobby));
-    let before = Footprint::now(&engine.name);
-    let spec = ClientSpec { attach_ms: 50, ..ClientSpec::new(&engine.name) };
-    let newcomer = client(role, &spec);
-    eventually(&format!("{role:?}: the client says {parts:?}; it says {}", health(&newcomer)), || {
-        let health = health(&newcomer);
-        parts.iter().all(|part| health.contains(part))
-    });
-    let error = newcomer.diagnose().map(|error| error.to_string()).unwrap_or_default();
-    // The keeper tries again every 2 to 20 ms: its attempts come and go.
-    std::thread::sleep(Duration::from_millis(150));
-    assert!(!newcomer.is_healthy(), "{error}");
-    let during = Footprint::now(&engine.name);
-    assert_eq!(during.threads.len(), before.threads.len() + 1, "one keeper: {during:?}");
-    newcomer.shutdown();
-    assert_eq!(newcomer.health(), Health::ShutDown);
-    becomes("threads, mappings, descriptors", before, || Footprint::now(&engine.name));
-    becomes("claimed entries", others.count, || claimed_entries(&others.lobby));
-    assert_eq!(segments(&engine.name).iter().filter(|name| name.contains(".client.")).count(), 0);
-}
-
-/// A client that fails as long as the segment is as it is, attaches by itself once it is put right.
-fn mends_itself(engine: &EngineProcess, role: Role, put_right: impl FnOnce()) {
-    let newcomer = client(role, &ClientSpec::new(&engine.name));
-    // Long enough for several attempts: how long does not matter, only that it is not attached.
-    assert!(newcomer.wait_ready(Duration::from_millis(30)).is_err());
-    put_right();
-    newcomer.wait_ready(LIMIT).unwrap();
 }
 
 #[test]
@@ -247,7 +205,7 @@ fn the_client_after_the_last_entry_is_refused_until_one_is_free() {
             &["refused", "client table is full", "all 64 entries"],
         );
         let late = client(Role::Scheduler, &spec);
-        eventually("the late one is refused", || health(&late).contains("all 64 entries"));
+        eventually("the late one is refused", || late.health().to_string().contains("all 64 entries"));
         bystander.goes_on();
         // One leaves: the late one gets in by itself.
         drop(crowd.pop());
@@ -282,43 +240,5 @@ fn an_attachment_that_is_never_answered_leaves_nothing_behind() {
         drop(newcomers);
         becomes("what is left", before, || Footprint::now(&engine.name));
         engine.settles(0);
-    });
-}
-
-/// A full `/dev/shm`, in a mount namespace of its own: a client's channel has no room, and that is an error, not a
-/// SIGBUS, on both sides.
-#[test]
-fn a_full_shared_memory_is_an_error_for_a_client() {
-    let name = "a_full_shared_memory_is_an_error_for_a_client";
-    if !is_root(name) {
-        return;
-    }
-    let small = "mount -t tmpfs -o size=24m,mode=1777 tmpfs /dev/shm && exec \"$@\"";
-    isolated_by(name, &["unshare", "-m", "sh", "-c", small, "sh"], || {
-        let engine = EngineProcess::start("full", 8);
-        let others = Others { lobby: engine.lobby(), count: 0 };
-        let filler = std::path::Path::new("/dev/shm/filler");
-        // All that is left but a page: the write ends with the first byte that does not fit.
-        let file = std::fs::File::create(filler).unwrap();
-        let mut at = 0;
-        while file.write_all_at(&[1; 4096], at).is_ok() {
-            at += 4096;
-        }
-        drop(file);
-        fails_cleanly(
-            &engine,
-            &others,
-            Role::Worker,
-            &["refused", "no room in /dev/shm", "4231168 more bytes"],
-        );
-        mends_itself(&engine, Role::Worker, || std::fs::remove_file(filler).unwrap());
-        engine.settles(0);
-        // And an engine has no room beside the first.
-        let _sweep = Sweep("beside".to_owned());
-        let error = EngineProcess::try_start(&overrides("beside", 32)).err().unwrap();
-        for part in ["32MiB of arena", "/dev/shm has", "left", "--shm-size"] {
-            assert!(error.contains(part), "{part}: {error}");
-        }
-        assert!(segments("beside").is_empty(), "{:?}", segments("beside"));
     });
 }

@@ -12,6 +12,9 @@ use kvring_tests::traffic::Bystander;
 use kvring_tests::wait::eventually;
 use std::os::unix::fs::FileExt;
 
+/// Behind the lobby's superblock.
+const DOORBELL_AT: u64 = 256;
+
 /// The bystander saw nothing but others' clears.
 fn unharmed(mut engine: EngineProcess, bystander: Bystander) {
     let traffic = bystander.finish();
@@ -175,6 +178,10 @@ fn claims_entries_and_channels() {
                 lobby.write_all_at(&random.bits().to_le_bytes(), at + random.below(15) * 8).unwrap();
             }
             client.ring();
+        }
+        if random.one_in(16) {
+            // The doorbell is everybody's: at worst somebody is late.
+            lobby.write_all_at(&random.edgy().to_le_bytes(), DOORBELL_AT).unwrap();
         }
         if random.one_in(3) {
             for _ in 0..50 {

@@ -97,10 +97,15 @@ fn unknown_namespaces_and_other_roles_are_refused() {
     // The bystander's namespace exists, but this worker has not registered it.
     let reserve = worker.reserve_request(0, 0, round(1), &keys);
     assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
-    // Its own, but another rank of it.
+    // Its own, but another rank of it: nobody's, and somebody's.
     let namespace = worker.register(1, 2, 1, 65536);
     let reserve = worker.reserve_request(namespace, 0, round(1), &keys);
     assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
+    let mut other = RawClient::attach(&engine.name, Role::Worker);
+    other.register(1, 2, 0, 65536);
+    let reserve = worker.reserve_request(namespace, 0, round(1), &keys);
+    assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
+    drop(other);
 
     // What is not for this role.
     let lookup = worker.lookup_request(1, 0, namespace, 2, &keys);

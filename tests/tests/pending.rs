@@ -8,12 +8,15 @@ use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Snapshot;
 use kvring_engine::tier::LowerTier;
 use kvring_engine::{RunningEngine, spawn_with_tier};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Request, Status};
 use kvring_shm_abi::segment::EngineName;
 use kvring_tests::engine::{Sweep, unique_name};
 use kvring_tests::isolate::segments;
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{ClientSpec, SchedulerSpec, Tally, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::raw::RawClient;
 use kvring_tests::scheduler::SchedulerSide;
 use kvring_tests::wait::{LIMIT, becomes, eventually, within};
 use std::sync::{Arc, Mutex};
@@ -216,6 +219,53 @@ fn the_end_of_a_session_its_client_or_its_admission_ends_a_pending_lookup() {
     pending.api().end_session("new");
     becomes("leases", 0, || stat(&scene.name, "leases"));
     drop(pending);
+    ends_clean(scene);
+}
+
+/// On the ring itself: a session that ends answers its pending lookup at once, and a client that comes into the entry of
+/// one that has gone hears nothing of its lookups.
+#[test]
+fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all() {
+    let mut scene = scene("own");
+    let keys = chain(1, 4);
+    let mut raw = RawClient::attach(&scene.name, Role::Scheduler);
+    for (session, end) in
+        [(1, Request::EndSession { session: 1 }), (2, Request::Release { session: 2, admission: 7, keep: 0 })]
+    {
+        let lookup = raw.lookup_request(session, 7, 0, 1, &keys);
+        let lookup = raw.send(lookup);
+        let end = raw.send(end);
+        let mut answers = Vec::new();
+        eventually("both are answered", || {
+            answers.extend(raw.poll());
+            answers.len() == 2
+        });
+        assert_eq!(answers.iter().map(|answer| answer.operation).collect::<Vec<_>>(), [lookup, end]);
+        assert_eq!(
+            (answers[0].status, answers[0].results),
+            (Status::Ok, [0; 4]),
+            "nothing was found, nothing pinned"
+        );
+    }
+    // Another admission's end is not this one's.
+    let lookup = raw.lookup_request(3, 7, 0, 1, &keys);
+    raw.send(lookup);
+    let other = raw.call(Request::Release { session: 3, admission: 8, keep: 0 });
+    assert_eq!(other.status, Status::Ok);
+    let entry = raw.entry;
+    drop(raw);
+    let mut heir = loop {
+        let heir = RawClient::attach(&scene.name, Role::Scheduler);
+        if heir.entry == entry {
+            break heir;
+        }
+    };
+    assert_eq!(scene.worker.store(Round { source: 1, number: 2 }, &keys, 0).stored, 2);
+    scene.tier.set_done(true);
+    assert_eq!(heir.call(Request::Noop).status, Status::Ok);
+    assert_eq!(heir.poll(), None, "an answer to somebody else");
+    assert_eq!(stat(&scene.name, "leases"), 0);
+    drop(heir);
     ends_clean(scene);
 }
 
