@@ -23,6 +23,9 @@ pub const CHILD_ENV: &str = "KVRING_BENCH_CHILD";
 /// How long an engine may take to serve before the benchmark gives up.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// A client's spin where nothing is said and there are two CPUs.
+pub(crate) const DEFAULT_SPIN: Duration = Duration::from_micros(20);
+
 /// How often to look whether the arena has been allocated.
 const ALLOCATION_POLL: Duration = Duration::from_millis(20);
 /// How many times: at 100 MiB/s that would do for 6 GiB.

@@ -2,6 +2,7 @@
 
 use crate::child;
 use crate::clock::Clock;
+use crate::stats::Windows;
 use kvring_gpu_kernels::copy::{Method, copy, has_non_temporal, store_fence};
 use kvring_shm_abi::mapping::Mapping;
 use kvring_shm_abi::segment::{self, Access, SegmentFile};
@@ -9,7 +10,7 @@ use std::sync::Barrier;
 use std::sync::Mutex;
 
 /// How to copy.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loop {
     /// The C library's.
     Memcpy,
@@ -38,6 +39,35 @@ unsafe impl Send for Address {}
 // SAFETY: as above.
 unsafe impl Sync for Address {}
 
+/// GB/s of every loop, window by window: into the segment, out of it.
+pub(super) struct Found(Vec<(Loop, Windows, Windows)>);
+
+impl Found {
+    pub(super) fn new() -> Found {
+        let mut loops = vec![Loop::Memcpy, Loop::Plain];
+        if has_non_temporal() {
+            loops.push(Loop::NonTemporal);
+        }
+        Found(loops.into_iter().map(|how| (how, Windows::default(), Windows::default())).collect())
+    }
+
+    /// The best loop into the segment: its name and its windows. The best over all windows, not of each: the best of
+    /// several noisy numbers would be better than any of them.
+    pub(super) fn best_into(&self) -> (&'static str, Windows) {
+        best(self.0.iter().map(|(how, into, _)| (how.name(), into)))
+    }
+
+    /// The same, out of it.
+    pub(super) fn best_out(&self) -> (&'static str, Windows) {
+        best(self.0.iter().map(|(how, _, out)| (how.name(), out)))
+    }
+}
+
+fn best<'a>(loops: impl Iterator<Item = (&'static str, &'a Windows)>) -> (&'static str, Windows) {
+    let best = loops.max_by(|(_, a), (_, b)| a.median().total_cmp(&b.median()));
+    best.map_or(("", Windows::default()), |(name, windows)| (name, windows.clone()))
+}
+
 /// A segment as large as the paged cache, every page of it touched.
 pub(super) struct Limit {
     shared: Mapping,
@@ -58,30 +88,21 @@ impl Limit {
         Ok(Limit { shared, bytes, next: Mutex::new(0) })
     }
 
-    /// GB/s into the segment and out of it, copying `total` bytes in pieces of `piece` bytes, each the best of all
-    /// loops; and which one that was.
+    /// One window of every loop, both ways, copying `total` bytes in pieces of `piece` bytes.
     pub(super) fn measure(
         &self,
+        found: &mut Found,
         paged: *mut u8,
         piece: usize,
         threads: usize,
         total: usize,
         clock: &Clock,
-    ) -> anyhow::Result<(f64, f64, &'static str)> {
-        let mut loops = vec![Loop::Memcpy, Loop::Plain];
-        if has_non_temporal() {
-            loops.push(Loop::NonTemporal);
+    ) -> anyhow::Result<()> {
+        for (how, into, out) in &mut found.0 {
+            into.push(self.pass(*how, Address(paged), piece, threads, total, clock, true)?);
+            out.push(self.pass(*how, Address(paged), piece, threads, total, clock, false)?);
         }
-        let (mut store, mut load, mut by) = (0.0, 0.0, "");
-        for how in loops {
-            let into = self.pass(how, Address(paged), piece, threads, total, clock, true)?;
-            let out = self.pass(how, Address(paged), piece, threads, total, clock, false)?;
-            if into > store {
-                (store, by) = (into, how.name());
-            }
-            load = out.max(load);
-        }
-        Ok((store, load, by))
+        Ok(())
     }
 
     #[allow(clippy::too_many_arguments, reason = "one pass of one loop, told everything")]
@@ -108,10 +129,11 @@ impl Limit {
             let started = clock.ticks();
             for index in (thread..total / piece).step_by(threads) {
                 let at = (first + index * piece) % self.bytes;
-                // SAFETY: `at + piece` is within both buffers (all three sizes are powers of two), the two are
+                let block = super::scattered(at / piece, self.bytes / piece) * piece;
+                // SAFETY: both pieces are within their buffers (all three sizes are powers of two), the two are
                 // distinct, and nobody else uses either while this runs.
                 unsafe {
-                    let (paged, shared) = (paged.0.add(at), shared.0.add(at));
+                    let (paged, shared) = (paged.0.add(block), shared.0.add(at));
                     let (to, from) = if into { (shared, paged) } else { (paged, shared) };
                     copy_piece(how, to, from, piece);
                 }

@@ -5,7 +5,7 @@
 
 mod limit;
 
-use crate::child::{Engine, Placement};
+use crate::child::{DEFAULT_SPIN, Engine, Placement};
 use crate::clock::Clock;
 use crate::cores::{self, Pair};
 use crate::report::{How, Sheet, bytes as show_bytes, number, rounded};
@@ -17,15 +17,13 @@ use kvring_adapter::{
 };
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
-use limit::Limit;
+use limit::{Found, Limit};
 use serde::Serialize;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes of the shards that are measured.
 const SHARDS: [usize; 3] = [64 << 10, 2 << 20, 32 << 20];
-/// Bytes of a page of the paged cache: a shard is scattered over pages like this one.
-const PAGE: usize = 64 << 10;
 /// Bytes of one submit.
 const SUBMIT: usize = 64 << 20;
 /// Submits of a window, one after the other.
@@ -53,7 +51,7 @@ struct Row {
     /// The limit by direction: into shared memory, and out of it. The ratios are to these.
     limit_store_gbs: Option<f64>,
     limit_load_gbs: Option<f64>,
-    /// Which copy was the best in most windows.
+    /// Which loop the limit into shared memory is.
     limit_by: &'static str,
 }
 
@@ -101,13 +99,17 @@ struct Memory {
     limit: Limit,
 }
 
+/// How a paged cache is aligned: as any allocator aligns what is this large.
+const ALIGNED: usize = 4096;
+
 impl Memory {
     fn new() -> anyhow::Result<Memory> {
-        Ok(Memory { paged: vec![1u8; CACHE].into_boxed_slice(), limit: Limit::new(CACHE)? })
+        Ok(Memory { paged: vec![1u8; CACHE + ALIGNED].into_boxed_slice(), limit: Limit::new(CACHE)? })
     }
 
     fn base(&self) -> *mut u8 {
-        self.paged.as_ptr().cast_mut()
+        let base = self.paged.as_ptr().cast_mut();
+        base.wrapping_add(base.align_offset(ALIGNED))
     }
 }
 
@@ -117,8 +119,7 @@ struct Mover<'a> {
     scheduler: PollingSchedulerAdapter,
     clock: &'a Clock,
     shard: usize,
-    /// Which blocks, in an order without a pattern.
-    blocks: Vec<u32>,
+    /// Blocks taken so far.
     next_block: usize,
     round: u32,
     source: u32,
@@ -144,8 +145,9 @@ fn measure(
         limit_by: "",
     };
     let mut cases = vec![case("off"), case("verify")];
-    let worker = engine.client(Role::Worker, None)?;
-    let scheduler = engine.client(Role::Scheduler, None)?;
+    // Where this thread is pinned, a client would take the machine for one with a single CPU.
+    let worker = engine.client(Role::Worker, Some(DEFAULT_SPIN))?;
+    let scheduler = engine.client(Role::Scheduler, Some(DEFAULT_SPIN))?;
     let mut movers = Vec::new();
     for (checksum, source) in [(Checksum::Off, 1), (Checksum::Verify, 2)] {
         movers.push(Mover::new(&worker, &scheduler, memory, shard, threads, checksum, source, clock)?);
@@ -156,18 +158,19 @@ fn measure(
             mover.store()?;
         }
     }
+    let mut limits = Found::new();
     for _ in 0..how.windows {
-        let (store, load, by) =
-            memory.limit.measure(memory.base(), shard, threads, SUBMIT * SUBMITS, clock)?;
+        memory.limit.measure(&mut limits, memory.base(), shard, threads, SUBMIT * SUBMITS, clock)?;
         for (case, mover) in cases.iter_mut().zip(&mut movers) {
-            case.limit_store.push(store);
-            case.limit_load.push(load);
-            case.limit_by = by;
             let (store, load) = mover.window()?;
             case.store.push(store);
             case.load.push(load);
         }
         bar.inc(1);
+    }
+    for case in &mut cases {
+        (case.limit_by, case.limit_store) = limits.best_into();
+        (_, case.limit_load) = limits.best_out();
     }
     for mut mover in movers {
         mover.worker.shutdown();
@@ -194,34 +197,31 @@ impl<'a> Mover<'a> {
             ..WorkerOptions::new(fingerprint, 1, 0, CHUNK_TOKENS)
         };
         let mut worker = WorkerAdapter::new(worker, options)?;
-        let plane = Plane { base: memory.base(), block_stride: PAGE, page_bytes: PAGE };
+        let plane = Plane { base: memory.base(), block_stride: shard, page_bytes: shard };
         // SAFETY: the memory outlives the worker, which is shut down at the end of `measure`; jobs of the two workers
         // and the limit's copies take turns, so nobody else touches a block while a job runs.
-        let paged = unsafe { PagedKv::new(vec![plane], (CACHE / PAGE) as u32, (shard / PAGE) as u32) }?;
+        let paged = unsafe { PagedKv::new(vec![plane], (CACHE / shard) as u32, 1) }?;
         worker.register_kv_caches(paged)?;
-        let mut blocks: Vec<u32> = (0..(CACHE / PAGE) as u32).collect();
-        // A permutation: multiplying by an odd number modulo a power of two.
-        blocks
-            .iter_mut()
-            .for_each(|block| *block = block.wrapping_mul(2_654_435_761) % (CACHE / PAGE) as u32);
         Ok(Mover {
             worker,
-            scheduler: PollingSchedulerAdapter::new(scheduler, SchedulerOptions::new(fingerprint)),
+            scheduler: PollingSchedulerAdapter::new(
+                scheduler,
+                // Lookups are not what is measured: on a busy machine they may take their time.
+                SchedulerOptions { lookup_timeout: PATIENCE, ..SchedulerOptions::new(fingerprint) },
+            ),
             clock,
             shard,
-            blocks,
             next_block: 0,
             round: 0,
             source,
         })
     }
 
-    /// The next blocks for a shard.
-    fn take_blocks(&mut self) -> Vec<u32> {
-        let count = self.shard / PAGE;
-        let at = self.next_block;
-        self.next_block = (at + count) % self.blocks.len();
-        self.blocks[at..at + count].to_vec()
+    /// The block of the next shard.
+    fn take_block(&mut self) -> Vec<u32> {
+        let block = scattered(self.next_block, CACHE / self.shard);
+        self.next_block += 1;
+        vec![block as u32]
     }
 
     fn keys(&self) -> Vec<Key> {
@@ -234,7 +234,7 @@ impl<'a> Mover<'a> {
         self.round += 1;
         let keys = self.keys();
         let chunks: Vec<StoreChunk> =
-            keys.iter().map(|key| StoreChunk { key: *key, blocks: self.take_blocks() }).collect();
+            keys.iter().map(|key| StoreChunk { key: *key, blocks: self.take_block() }).collect();
         let round = Round { source: self.source, number: self.round };
         let before = self.clock.ticks();
         self.worker.submit_store("copy", round, None, chunks)?;
@@ -251,7 +251,7 @@ impl<'a> Mover<'a> {
         ensure!(hit.chunks as usize == keys.len(), "expected {} chunks, found {}", keys.len(), hit.chunks);
         let shards: Vec<_> = hit.shards_of(0).collect();
         let chunks: Vec<LoadChunk> =
-            shards.into_iter().map(|shard| LoadChunk { shard, blocks: self.take_blocks() }).collect();
+            shards.into_iter().map(|shard| LoadChunk { shard, blocks: self.take_block() }).collect();
         let before = self.clock.ticks();
         self.worker.submit_load("copy", chunks)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
@@ -280,6 +280,12 @@ impl<'a> Mover<'a> {
         let bytes = (SUBMIT * SUBMITS) as f64;
         Ok((bytes / store_ns, bytes / load_ns))
     }
+}
+
+/// The `index`th of `count` places (a power of two) in an order without a pattern, over and over.
+fn scattered(index: usize, count: usize) -> usize {
+    // An odd factor: every place comes once before any comes again.
+    index.wrapping_mul(2_654_435_761) % count
 }
 
 fn print(how: How, cases: &[Case], about: String) -> anyhow::Result<()> {
@@ -329,11 +335,11 @@ fn print(how: How, cases: &[Case], about: String) -> anyhow::Result<()> {
     let notes = [
         about,
         format!(
-            "submits of {}, one at a time, from call to report; shards scattered over pages of {}; paged cache {}, \
-             arena {}; limit: the best of glibc memcpy, rep movsb and AVX2 non-temporal stores between the same \
-             paged cache and a segment of shared memory, as many threads; medians over {} windows, in turn",
+            "submits of {}, one at a time, from call to report; a shard is one block of the paged cache, blocks in \
+             an order without a pattern; paged cache {}, arena {}; limit: the best of glibc memcpy, rep movsb and \
+             AVX2 non-temporal stores between the same paged cache, in such an order, and a segment of shared \
+             memory, as many threads; medians over {} windows, in turn",
             show_bytes(SUBMIT),
-            show_bytes(PAGE),
             show_bytes(CACHE),
             show_bytes(ARENA as usize),
             how.windows

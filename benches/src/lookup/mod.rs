@@ -8,7 +8,7 @@ mod cpu;
 mod fill;
 mod print;
 
-use crate::child::{Child, Engine, Job, Placement};
+use crate::child::{Child, DEFAULT_SPIN, Engine, Job, Placement};
 use crate::clock::Clock;
 use crate::cores::{self, Pair};
 use crate::report::How;
@@ -40,8 +40,6 @@ const ASKED: [usize; 4] = [1, 16, 128, CHAIN];
 const PER_WINDOW: u32 = 500;
 /// Round trips of a window.
 const ROUND_TRIPS: u32 = 5_000;
-/// A client's spin where nothing is said and there are two CPUs.
-const DEFAULT_SPIN: Duration = Duration::from_micros(20);
 /// Room for the busy client, beside the index.
 const BUSY_BYTES: u64 = 512 << 20;
 
