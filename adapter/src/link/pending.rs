@@ -62,13 +62,15 @@ impl Pending {
     /// Waits for the answer: until `deadline`, or until the engine is seen dead or restarted.
     pub(crate) fn wait(mut self, deadline: Deadline) -> Result<Answer, CallError> {
         let link = self.link.clone();
-        if let Some(completion) = link.poll(self.slot, BURST) {
+        // Where spinning is pointless (one CPU for both), every look beyond the first keeps the engine from running.
+        let looks = if link.spin.is_zero() { 1 } else { BURST };
+        if let Some(completion) = link.poll(self.slot, looks) {
             return Ok(self.answer(completion));
         }
         let started = monotonic_ns();
         let spin_until = started.saturating_add(u64::try_from(link.spin.as_nanos()).unwrap_or(u64::MAX));
         loop {
-            if let Some(completion) = link.poll(self.slot, BURST) {
+            if let Some(completion) = link.poll(self.slot, looks) {
                 return Ok(self.answer(completion));
             }
             link.alive()?;

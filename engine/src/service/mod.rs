@@ -159,6 +159,8 @@ impl Service {
         self.segments.engine.epoch().begin_serving();
         kvring_shm_abi::futex::wake_all(self.segments.engine.epoch().incarnation_word());
         ready();
+        // Without a spin (one CPU for both) each idle turn keeps the clients from running.
+        let clock_every = if self.spin.max_ns == 0 { 1 } else { CLOCK_EVERY };
         let mut last_work = monotonic_ns();
         let mut worked = false;
         let mut turns = 0u32;
@@ -170,7 +172,7 @@ impl Service {
                 spin_loop();
             }
             turns = turns.wrapping_add(1);
-            if !turns.is_multiple_of(CLOCK_EVERY) {
+            if !turns.is_multiple_of(clock_every) {
                 continue;
             }
             let now = monotonic_ns();
