@@ -72,7 +72,13 @@ impl Claimed {
         let view = EngineView::open(&name).unwrap_or_else(|error| panic!("the engine: {error}"));
         let lobby = view.open_lobby(&name).unwrap_or_else(|error| panic!("the lobby: {error}"));
         let mut list = RobustList::register(lobby.life_words.clone()).expect("robust lists");
-        let entry = (0..CLIENTS_MAX).find(|entry| list.claim(*entry).is_ok()).expect("a free entry");
+        let mut entry = None;
+        // Those who gave theirs up a moment ago may not have been reclaimed yet.
+        eventually("an entry is free", || {
+            entry = (0..CLIENTS_MAX).find(|entry| list.claim(*entry).is_ok());
+            entry.is_some()
+        });
+        let entry = entry.expect("just claimed");
         let nonce = kvring_shm_abi::superblock::random_u64().expect("random numbers");
         let identity = view.identity;
         let channel =
