@@ -15,7 +15,6 @@ use kvring_shm_abi::futex::{Deadline, wait_any};
 use kvring_shm_abi::life::{ClaimError, Life, LifeWord, RobustList};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
-use kvring_shm_abi::park;
 use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
     Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
@@ -261,15 +260,15 @@ pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, Robu
         view.identity.arena_id,
         view.identity.geometry,
     )?;
-    lobby.entries[entry].publish(&EntryContent {
+    let content = EntryContent {
         role: role as u32,
         nonce,
         incarnation,
         pid: std::process::id(),
         payload_words: checked.payload_words,
         name: checked.options.client.clone(),
-    });
-    park::notify(lobby.doorbell());
+    };
+    lobby.claim(entry, &content);
     let answered = wait_for_answer(shared, &view.segment, entry, nonce, incarnation);
     // Both sides map it now, or never will: without a name it cannot be left behind.
     segment::unlink(&name.client(entry, nonce));

@@ -133,6 +133,7 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
             if link.detached() == Some(AttachStatus::Breach) {
                 tracing::error!("the engine detached this client for a breach of protocol; attaching again");
             }
+            link.rouse();
             return Why::Lost;
         }
         let (left, left_before) = link.left();
@@ -213,7 +214,7 @@ fn register(
             Request::Register { record: region.offset }
         },
     )?;
-    let answer = pending.wait(Deadline::after(shared.checked.options.register_timeout))?;
+    let answer = pending.wait(shared.checked.options.register_timeout)?;
     crate::status::check_registration(&answer.completion, record)
 }
 
@@ -223,7 +224,5 @@ fn leave(shared: &Shared, attachment: &Arc<Attachment>) {
     if !link.is_healthy() {
         return;
     }
-    if let Ok(pending) = link.submit(0, |_| Undo::Nothing, |_, _| Request::Detach) {
-        let _ = pending.wait(Deadline::after(shared.checked.options.drain_timeout));
-    }
+    let _ = link.call(Request::Detach, shared.checked.options.drain_timeout);
 }

@@ -75,101 +75,63 @@ pub trait SchedulerApi {
 /// The answer where there is nothing to say.
 static NOTHING: Hit = Hit::nothing();
 
-/// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
-/// would rather wait a step than a microsecond.
-pub struct SchedulerAdapter {
+/// A scheduler's adapter, in one of two ways to wait: see [`SchedulerAdapter`] and [`PollingSchedulerAdapter`].
+pub struct Adapter<const POLLING: bool> {
     sessions: Sessions,
     options: SchedulerOptions,
 }
 
-impl SchedulerAdapter {
-    /// An adapter on a client of the scheduler's role.
-    #[must_use]
-    pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> SchedulerAdapter {
-        SchedulerAdapter { sessions: Sessions::new(client, options.fingerprint), options }
-    }
-}
-
-impl SchedulerApi for SchedulerAdapter {
-    fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
-        self.sessions.begin(request, admission, keys, self.options.pending_timeout)
-    }
-
-    fn check_lookup(&mut self, request: &str) -> Lookup<'_> {
-        self.sessions.settle(request, false)
-    }
-
-    fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
-        self.sessions.release(request, admission, keep);
-    }
-
-    fn end_session(&mut self, request: &str) {
-        self.sessions.end(request);
-    }
-
-    fn reset_cache(&mut self) -> Result<u64, CallError> {
-        self.sessions.reset_cache()
-    }
-
-    fn is_healthy(&mut self) -> bool {
-        self.sessions.probe.is_healthy()
-    }
-
-    fn health(&self) -> Health {
-        self.sessions.probe.client().health()
-    }
-
-    fn lookup_stats(&self) -> LookupStats {
-        self.sessions.stats
-    }
-
-    fn open_sessions(&self) -> usize {
-        self.sessions.len()
-    }
-
-    fn shutdown(&mut self) {
-        self.sessions.probe.client().shutdown();
-    }
-}
+/// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
+/// would rather wait a step than a microsecond.
+pub type SchedulerAdapter = Adapter<false>;
 
 /// Synchronous lookups: one call gives a definite answer within `lookup_timeout`. It polls the completion ring in its
 /// own process, spinning first and sleeping then; it never occupies the engine.
 ///
 /// A timed-out 0 is that admission's answer: asking again does not wait again; the late completion is consumed and its
 /// lease released.
-pub struct PollingSchedulerAdapter {
-    sessions: Sessions,
-    options: SchedulerOptions,
+pub type PollingSchedulerAdapter = Adapter<true>;
+
+impl<const POLLING: bool> Adapter<POLLING> {
+    /// An adapter on a client of the scheduler's role.
+    #[must_use]
+    pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> Self {
+        Adapter { sessions: Sessions::new(client, options.fingerprint), options }
+    }
+
+    /// How long a call waits for an answer.
+    fn patience(&self) -> Option<Duration> {
+        POLLING.then_some(self.options.lookup_timeout)
+    }
 }
 
 impl PollingSchedulerAdapter {
-    /// An adapter on a client of the scheduler's role.
-    #[must_use]
-    pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> PollingSchedulerAdapter {
-        PollingSchedulerAdapter { sessions: Sessions::new(client, options.fingerprint), options }
-    }
-
     /// The longest visible prefix of `keys`, pinned for this request and admission: a definite answer.
     ///
     /// # Errors
     /// As [`SchedulerApi::submit_lookup`].
     pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<&Hit, CallError> {
-        self.sessions.begin(request, admission, keys, self.options.lookup_timeout)?;
-        match self.sessions.settle(request, true) {
+        self.sessions.begin(request, admission, keys, None)?;
+        match self.check_lookup(request) {
             Lookup::Hit(hit) => Ok(hit),
-            // `settle` waits when it is told to: this is not reached, and an empty answer is always right.
+            // It waits: this is not reached, and an empty answer is always right.
             Lookup::Pending => Ok(&NOTHING),
         }
     }
 }
 
-impl SchedulerApi for PollingSchedulerAdapter {
+impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
     fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
-        self.lookup(request, admission, keys).map(|_| ())
+        let pending_for = (!POLLING).then_some(self.options.pending_timeout);
+        self.sessions.begin(request, admission, keys, pending_for)?;
+        if POLLING {
+            self.check_lookup(request);
+        }
+        Ok(())
     }
 
     fn check_lookup(&mut self, request: &str) -> Lookup<'_> {
-        self.sessions.settle(request, true)
+        self.sessions.settle(request, self.patience())
     }
 
     fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
@@ -206,20 +168,19 @@ impl SchedulerApi for PollingSchedulerAdapter {
 }
 
 impl Sessions {
-    /// The answer of a request's current admission; `wait` waits for it until the lookup's own deadline.
-    fn settle(&mut self, request: &str, wait: bool) -> Lookup<'_> {
+    /// The answer of a request's current admission; waits for it for `patience`, if there is any.
+    fn settle(&mut self, request: &str, patience: Option<Duration>) -> Lookup<'_> {
         let Some(session) = self.get(request) else { return Lookup::Hit(&NOTHING) };
-        if let State::Waiting { until, .. } = &session.state {
-            let until = *until;
-            let State::Waiting { pending, keys, world, generation, .. } =
+        if let State::Waiting { .. } = &session.state {
+            let State::Waiting { pending, keys, world, until } =
                 core::mem::replace(&mut session.state, State::Answered(Hit::default()))
             else {
                 return Lookup::Hit(&NOTHING);
             };
-            match take(pending, until, wait) {
+            match take(pending, until, patience) {
                 Taken::Not(pending) => {
                     if let Some(session) = self.get(request) {
-                        session.state = State::Waiting { pending, generation, keys, world, until };
+                        session.state = State::Waiting { pending, keys, world, until };
                     }
                     return Lookup::Pending;
                 }
@@ -260,16 +221,16 @@ enum Taken {
     Failed(CallError),
 }
 
-fn take(pending: crate::link::Pending, until: Deadline, wait: bool) -> Taken {
-    if wait {
-        return match pending.wait(until) {
+fn take(pending: crate::link::Pending, until: Option<Deadline>, patience: Option<Duration>) -> Taken {
+    if let Some(timeout) = patience {
+        return match pending.wait(timeout) {
             Ok(answer) => Taken::Answer(answer),
             Err(error) => Taken::Failed(error),
         };
     }
     match pending.try_take() {
         Ok(answer) => Taken::Answer(answer),
-        Err(pending) => match pending.hopeless(until) {
+        Err(pending) => match pending.hopeless(until.unwrap_or(Deadline::NEVER)) {
             Some(error) => Taken::Failed(error),
             None => Taken::Not(pending),
         },

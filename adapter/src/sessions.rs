@@ -73,7 +73,7 @@ pub struct LookupStats {
 }
 
 pub(crate) enum State {
-    Waiting { pending: Pending, generation: u64, keys: Vec<Key>, world: u32, until: Deadline },
+    Waiting { pending: Pending, keys: Vec<Key>, world: u32, until: Option<Deadline> },
     Answered(Hit),
 }
 
@@ -111,13 +111,14 @@ impl Sessions {
         self.sessions.get_mut(request)
     }
 
-    /// Starts the lookup of this admission, unless it has been started already.
+    /// Starts the lookup of this admission, unless it has been started already. It may stay pending for `timeout`, if
+    /// one is given.
     pub(crate) fn begin(
         &mut self,
         request: &str,
         admission: u32,
         keys: &[Key],
-        timeout: Duration,
+        timeout: Option<Duration>,
     ) -> Result<(), CallError> {
         if self.sessions.get(request).is_some_and(|session| session.admission == admission) {
             return Ok(());
@@ -162,7 +163,7 @@ impl Sessions {
         session: u64,
         admission: u32,
         keys: &[Key],
-        timeout: Duration,
+        timeout: Option<Duration>,
     ) -> Result<Option<(State, u64)>, CallError> {
         let (link, generation) = self.probe.link()?;
         if keys.is_empty() {
@@ -186,8 +187,8 @@ impl Sessions {
                 Request::Lookup { session, admission, namespace, keys, answer }
             },
         )?;
-        let until = Deadline::after(timeout);
-        Ok(Some((State::Waiting { pending, generation, keys: keys.to_vec(), world, until }, generation)))
+        let until = timeout.map(Deadline::after);
+        Ok(Some((State::Waiting { pending, keys: keys.to_vec(), world, until }, generation)))
     }
 
     /// The namespace's id and number of ranks, once a worker has registered it.

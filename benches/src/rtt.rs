@@ -12,6 +12,7 @@ use indicatif::ProgressBar;
 use kvring_adapter::{Client, Role};
 use kvring_engine::config::EngineConfig;
 use serde::Serialize;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Round trips of a window that spins.
@@ -168,18 +169,19 @@ fn measure(setup: &Setup, how: How, clock: &Clock, bar: &ProgressBar) -> anyhow:
 
 /// One window through the engine, with a pause before each round trip.
 pub(crate) fn round_trips(
-    client: &Client,
+    client: &Arc<Client>,
     rounds: u32,
     pause_ns: f64,
     clock: &Clock,
 ) -> anyhow::Result<Samples> {
     let mut samples = Samples::with_capacity(rounds as usize);
+    let mut probe = client.probe();
     for _ in 0..rounds {
         if pause_ns > 0.0 {
             clock.pause(pause_ns);
         }
         let before = clock.ticks();
-        client.noop().context("a round trip through the engine")?;
+        probe.noop().context("a round trip through the engine")?;
         samples.push(clock.ticks() - before);
     }
     Ok(samples)

@@ -329,7 +329,7 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kvring_shm_abi::futex::{Deadline, Woken, monotonic_ns};
+    use kvring_shm_abi::futex::{self, Deadline, Woken, monotonic_ns};
     use kvring_shm_abi::lobby::LOBBY_BYTES;
     use kvring_shm_abi::mapping::Mapping;
     use kvring_shm_abi::segment::{self, EngineName};
@@ -377,8 +377,10 @@ mod tests {
             while !allocator.has_news() {
                 let ticket = park::announce(lobby.doorbell());
                 if !allocator.has_news() {
-                    let woken =
-                        park::sleep(lobby.doorbell(), ticket, &[], Deadline::after(Duration::from_secs(20)));
+                    let woken = futex::wait_any(
+                        &[ticket.word(lobby.doorbell())],
+                        Deadline::after(Duration::from_secs(20)),
+                    );
                     assert_eq!(woken, Woken::LookAgain, "nobody rang");
                 }
                 park::retract(lobby.doorbell(), ticket);

@@ -20,7 +20,13 @@ impl Deadline {
     /// `duration` from now.
     #[must_use]
     pub fn after(duration: core::time::Duration) -> Deadline {
-        Deadline(monotonic_ns().saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
+        Deadline::after_ns(monotonic_ns(), duration)
+    }
+
+    /// `duration` after a time on the monotonic clock, in nanoseconds.
+    #[must_use]
+    pub fn after_ns(start_ns: u64, duration: core::time::Duration) -> Deadline {
+        Deadline(start_ns.saturating_add(u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)))
     }
 
     /// Has it passed?
@@ -75,25 +81,30 @@ mod real {
     /// Sleeps while every word holds its expected value, until one of them is woken or `deadline` passes.
     /// At most [`WAIT_ANY_MAX`] words; more are not looked at, which only costs promptness, never correctness.
     pub fn wait_any(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
-        let words = &words[..words.len().min(WAIT_ANY_MAX)];
-        let result = if let [(word, expected)] = words {
-            wait_one(word, *expected, deadline)
-        } else {
-            let mut waits = [Wait::new(); WAIT_ANY_MAX];
-            for (wait, (word, expected)) in waits.iter_mut().zip(words) {
-                wait.val = u64::from(*expected);
-                wait.uaddr = WaitPtr::new(word.raw().as_ptr().cast());
-                // Without PRIVATE: the word is shared between processes.
-                wait.flags = WaitFlags::SIZE_U32;
-            }
-            let until = timespec(deadline);
-            futex::waitv(&waits[..words.len()], WaitvFlags::empty(), until.as_ref(), ClockId::Monotonic)
-                .map(|_| ())
+        let result = match words {
+            [(word, expected)] => wait_one(word, *expected, deadline),
+            // Few words are the rule, and preparing room for many takes longer than the rest of a sleep's way.
+            few if few.len() <= 8 => wait_some::<8>(few, deadline),
+            many => wait_some::<WAIT_ANY_MAX>(many, deadline),
         };
         match result {
             Err(Errno::TIMEDOUT) => Woken::TimedOut,
             _ => Woken::LookAgain,
         }
+    }
+
+    #[inline(never)]
+    fn wait_some<const N: usize>(words: &[(&AtomicU32, u32)], deadline: Deadline) -> rustix::io::Result<()> {
+        let count = words.len().min(N);
+        let mut waits = [Wait::new(); N];
+        for (wait, (word, expected)) in waits.iter_mut().zip(words) {
+            wait.val = u64::from(*expected);
+            wait.uaddr = WaitPtr::new(word.raw().as_ptr().cast());
+            // Without PRIVATE: the word is shared between processes.
+            wait.flags = WaitFlags::SIZE_U32;
+        }
+        let until = timespec(deadline);
+        futex::waitv(&waits[..count], WaitvFlags::empty(), until.as_ref(), ClockId::Monotonic).map(|_| ())
     }
 
     fn wait_one(word: &AtomicU32, expected: u32, deadline: Deadline) -> rustix::io::Result<()> {

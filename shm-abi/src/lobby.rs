@@ -4,6 +4,7 @@
 use crate::engine_segment::{load_text, store_text};
 use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
+use crate::park;
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
@@ -129,16 +130,19 @@ impl Entry {
     }
 }
 
-/// The engine's parked flag: set while it sleeps, see [`crate::park`].
+/// How clients call the engine.
 #[repr(C, align(128))]
-pub struct Doorbell {
-    /// The word.
-    pub parked: AtomicU32,
-    _pad: Pad<124>,
+struct Doorbell {
+    /// Set while the engine sleeps, see [`crate::park`].
+    parked: AtomicU32,
+    /// Bumped after an entry was published: the engine looks at this word before it sleeps, not at every entry.
+    claims: AtomicU32,
+    _pad: Pad<120>,
 }
 
-// SAFETY: an atomic and padding.
+// SAFETY: atomics and padding.
 unsafe impl Shared for Doorbell {}
+const _: () = assert!(size_of::<Doorbell>() == 128);
 
 /// The mapped lobby.
 #[derive(Clone)]
@@ -172,5 +176,20 @@ impl Lobby {
     #[inline]
     pub fn doorbell(&self) -> &AtomicU32 {
         &self.doorbell.parked
+    }
+
+    /// Client: publishes its entry and calls the engine.
+    pub fn claim(&self, entry: usize, content: &EntryContent) {
+        self.entries[entry].publish(content);
+        self.doorbell.claims.fetch_add(1, Ordering::Relaxed);
+        // The fence in it orders the two with the engine's look at `claims` after its announcement.
+        park::notify(&self.doorbell.parked);
+    }
+
+    /// Engine: how many claims there have been, as far as clients are to be believed: a hint to look at the entries.
+    #[must_use]
+    #[inline]
+    pub fn claims(&self) -> u32 {
+        self.doorbell.claims.load(Ordering::Relaxed)
     }
 }

@@ -10,7 +10,7 @@
 //!
 //! A hostile peer can write anything into the word. The worst it gets is a late wake-up: every sleep has a deadline.
 
-use crate::futex::{self, Deadline, Woken};
+use crate::futex;
 use crate::sync::{AtomicU32, Ordering, fence};
 
 /// The bit that says that somebody may sleep.
@@ -20,7 +20,8 @@ const PARKED: u32 = 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket(u32);
 
-/// The sleeper says that it is about to sleep. It must look for work after this call and before [`sleep`].
+/// The sleeper says that it is about to sleep. It must look for work after this call and before it sleeps on
+/// [`Ticket::word`].
 #[must_use]
 pub fn announce(parked: &AtomicU32) -> Ticket {
     let ticket = Ticket(parked.fetch_or(PARKED, Ordering::Relaxed) | PARKED);
@@ -42,25 +43,15 @@ pub fn retract(parked: &AtomicU32, ticket: Ticket) {
     parked.store(ticket.0.wrapping_add(1), Ordering::Relaxed);
 }
 
-/// Sleeps until notified, until one of `others` changes from the value given and is woken, or until `deadline`.
-/// Every return means: look again.
-pub fn sleep(parked: &AtomicU32, ticket: Ticket, others: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
-    let own = (parked, ticket.0);
-    match others {
-        [] => futex::wait_any(&[own], deadline),
-        [a] => futex::wait_any(&[own, *a], deadline),
-        [a, b] => futex::wait_any(&[own, *a, *b], deadline),
-        more => {
-            let mut words = [own; MAX_WORDS];
-            let count = more.len().min(MAX_WORDS - 1);
-            words[1..=count].copy_from_slice(&more[..count]);
-            futex::wait_any(&words[..=count], deadline)
-        }
+impl Ticket {
+    /// What to sleep on, until notified: the word and its value, for [`futex::wait_any`], with whatever else ends this
+    /// sleep. Every return of that means: look again.
+    #[must_use]
+    #[inline]
+    pub fn word(self, parked: &AtomicU32) -> (&AtomicU32, u32) {
+        (parked, self.0)
     }
 }
-
-/// How many words one sleep can watch, its own included.
-pub const MAX_WORDS: usize = 128;
 
 /// The waker looks for a sleeper, after it published its work. Returns true when it made a system call.
 pub fn notify(parked: &AtomicU32) -> bool {

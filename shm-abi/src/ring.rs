@@ -138,7 +138,7 @@ impl Producer {
     }
 
     /// Publishes one message. The caller keeps the number of operations in flight at or below [`DEPTH`].
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, body: &Body) {
         let slot = &self.slots[self.next as usize % DEPTH];
         slot.head.store(body.head, Ordering::Relaxed);
@@ -175,7 +175,7 @@ impl Consumer {
     }
 
     /// Takes the next message, copied out once; `None` when there is none yet.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Body>, RingJump> {
         let index = self.next as usize % DEPTH;
         let slot = &self.slots[index];

@@ -127,8 +127,7 @@ impl Claimed {
     #[must_use]
     pub fn publish_only(mut self, change: impl FnOnce(&mut EntryContent)) -> RawClient {
         change(&mut self.content);
-        self.client.lobby.entries[self.client.entry].publish(&self.content);
-        self.client.ring();
+        self.client.lobby.claim(self.client.entry, &self.content);
         self.client
     }
 
@@ -139,8 +138,7 @@ impl Claimed {
     pub fn publish(mut self, change: impl FnOnce(&mut EntryContent)) -> Result<RawClient, AttachStatus> {
         change(&mut self.content);
         let client = self.client;
-        client.lobby.entries[client.entry].publish(&self.content);
-        client.ring();
+        client.lobby.claim(client.entry, &self.content);
         let status = client.judged(self.content.nonce);
         // As the adapter does: without a name it cannot be left behind.
         segment::unlink(&client.name.client(client.entry, client.nonce));
@@ -199,8 +197,7 @@ impl RawClient {
         self.submissions = Producer::new(channel.submissions.clone());
         self.completions = Consumer::new(channel.completions.clone());
         self.payload = channel.payload.clone();
-        self.lobby.entries[self.entry].publish(&content);
-        self.ring();
+        self.lobby.claim(self.entry, &content);
         meanwhile();
         self.status()
     }

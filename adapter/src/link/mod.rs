@@ -7,7 +7,9 @@
 //! * What an abandoned operation gained (a lease, reserved slots) is given back when its late completion arrives.
 //! * Messages that give something back are never dropped: without room they wait in the outbox.
 
+mod operations;
 mod pending;
+mod wait;
 
 pub(crate) use pending::{Answer, Pending};
 
@@ -16,17 +18,15 @@ use crate::health::{Health, StallClock};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment};
 use kvring_shm_abi::epoch::Epoch;
-use kvring_shm_abi::futex::{self, Deadline};
+use kvring_shm_abi::futex;
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::mapping::One;
-use kvring_shm_abi::message::{
-    Completion, Ident, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, SlotRecord, Status,
-};
-use kvring_shm_abi::park;
-use kvring_shm_abi::payload::{Payload, Region, Regions};
-use kvring_shm_abi::ring::{Consumer, DEPTH, Producer};
-use kvring_shm_abi::sync::{AtomicU32, Ordering, spin_loop};
+use kvring_shm_abi::message::{Ident, Record, Records, Request, SlotRecord};
+use kvring_shm_abi::payload::{Payload, Region};
+use kvring_shm_abi::ring::{Consumer, Producer};
+use kvring_shm_abi::sync::{AtomicU32, Ordering};
+use operations::Operations;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -49,19 +49,10 @@ enum Deferred {
     Abort(Vec<SlotRecord>),
 }
 
-#[derive(Debug)]
-enum Operation {
-    Free,
-    InFlight { region: Region, undo: Undo, abandoned: bool },
-    Done { region: Region, undo: Undo, completion: Completion },
-}
-
 struct Inner {
     submissions: Producer,
     completions: Consumer,
-    regions: Regions,
-    operations: Box<[Operation]>,
-    free: Vec<u16>,
+    operations: Operations,
     outbox: VecDeque<Deferred>,
 }
 
@@ -100,13 +91,6 @@ impl core::fmt::Debug for Link {
     }
 }
 
-/// Polls of the ring between two looks at the clock.
-const BURST: u32 = 64;
-/// The longest sleep without a look at the engine's beat: below the gap that still counts towards a stall.
-const SLEEP_MAX: Duration = Duration::from_millis(50);
-/// Completions handled under one hold of the lock.
-const DRAIN_MAX: usize = DEPTH;
-
 impl Link {
     /// `None` for an entry that the segment does not have.
     pub(crate) fn new(parts: LinkParts) -> Option<Link> {
@@ -116,9 +100,7 @@ impl Link {
             inner: Mutex::new(Inner {
                 submissions: Producer::new(parts.channel.submissions.clone()),
                 completions: Consumer::new(parts.channel.completions.clone()),
-                regions: Regions::new(u32::try_from(parts.channel.payload.len()).unwrap_or(u32::MAX)),
-                operations: (0..DEPTH).map(|_| Operation::Free).collect(),
-                free: (0..DEPTH as u16).rev().collect(),
+                operations: Operations::new(parts.channel.payload.len()),
                 outbox: VecDeque::new(),
             }),
             stall: StallClock::new(parts.stall_after, beat),
@@ -206,16 +188,44 @@ impl Link {
         fill: impl FnOnce(&Payload, Region) -> Request,
     ) -> Result<Pending, CallError> {
         let beat = self.engine.epoch().beat();
-        let mut inner = self.lock();
-        self.drain(&mut inner, None);
-        self.flush(&mut inner);
-        let slot = self.start(&mut inner, words, undo, fill)?;
-        drop(inner);
-        park::notify(self.lobby.doorbell());
+        let slot = self.send(words, undo, fill)?;
         Ok(Pending::new(self.clone(), slot, beat))
     }
 
+    /// Takes what has arrived, sends what waits, then this.
+    #[inline(always)]
+    fn send(
+        &self,
+        words: usize,
+        undo: impl FnOnce(Region) -> Undo,
+        fill: impl FnOnce(&Payload, Region) -> Request,
+    ) -> Result<u16, CallError> {
+        let mut inner = self.lock();
+        let others = !inner.operations.is_idle() && self.drain(&mut inner);
+        self.flush(&mut inner);
+        let slot = self.start(&mut inner, words, undo, fill);
+        self.unlock(inner, others, true);
+        slot
+    }
+
+    /// One request without payload, waited for: its results.
+    pub(crate) fn call(&self, request: Request, timeout: Duration) -> Result<[u64; 4], CallError> {
+        let beat = self.engine.epoch().beat();
+        let slot = self.send(0, |_| Undo::Nothing, |_, _| request)?;
+        match self.wait(slot, beat, timeout) {
+            Ok(done) => {
+                crate::status::check(&done.completion)?;
+                Ok(done.completion.results)
+            }
+            Err(error) => {
+                self.abandon(slot);
+                Err(error)
+            }
+        }
+    }
+
     /// Puts one request into the ring. The doorbell is the caller's.
+    #[inline(always)]
     fn start(
         &self,
         inner: &mut Inner,
@@ -223,18 +233,8 @@ impl Link {
         undo: impl FnOnce(Region) -> Undo,
         fill: impl FnOnce(&Payload, Region) -> Request,
     ) -> Result<u16, CallError> {
-        let slot = inner.free.pop().ok_or(CallError::Busy)?;
-        let region = match words {
-            0 => Some(Region::default()),
-            words => u32::try_from(words).ok().and_then(|words| inner.regions.take(words)),
-        };
-        let Some(region) = region else {
-            inner.free.push(slot);
-            return Err(CallError::Busy);
-        };
+        let (slot, region) = inner.operations.start(words, undo).ok_or(CallError::Busy)?;
         let request = fill(&self.channel.payload, region);
-        inner.operations[usize::from(slot)] =
-            Operation::InFlight { region, undo: undo(region), abandoned: false };
         inner.submissions.push(&request.encode(slot, self.ident()));
         Ok(slot)
     }
@@ -258,11 +258,10 @@ impl Link {
 
     /// Sends what there is room for; the rest is the keeper's.
     fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>) {
-        self.drain(&mut inner, None);
+        let others = self.drain(&mut inner);
         self.flush(&mut inner);
         let rest = !inner.outbox.is_empty();
-        drop(inner);
-        park::notify(self.lobby.doorbell());
+        self.unlock(inner, others, true);
         if rest {
             self.leave_to_keeper();
         }
@@ -284,23 +283,25 @@ impl Link {
     /// Takes what has arrived and sends what waits: for the keeper, when nobody else calls.
     pub(crate) fn tend(&self) {
         let mut inner = self.lock();
-        let kick = self.drain(&mut inner, None);
+        let others = self.drain(&mut inner);
         let sent = self.flush(&mut inner);
-        drop(inner);
-        self.kick(kick);
-        if sent {
-            park::notify(self.lobby.doorbell());
-        }
+        self.unlock(inner, others, sent);
     }
 
     /// Is anything in flight or waiting to be sent?
     pub(crate) fn is_idle(&self) -> bool {
         let inner = self.lock();
-        inner.outbox.is_empty() && inner.free.len() == DEPTH
+        inner.outbox.is_empty() && inner.operations.is_idle()
     }
 
     /// Sends what the outbox holds, as far as there is room. True when something was sent.
+    #[inline(always)]
     fn flush(&self, inner: &mut Inner) -> bool {
+        !inner.outbox.is_empty() && self.send_outbox(inner)
+    }
+
+    #[cold]
+    fn send_outbox(&self, inner: &mut Inner) -> bool {
         let mut sent = false;
         while let Some(deferred) = inner.outbox.pop_front() {
             let started = match &deferred {
@@ -317,9 +318,9 @@ impl Link {
             };
             match started {
                 Ok(slot) => {
-                    if let Operation::InFlight { abandoned, .. } = &mut inner.operations[usize::from(slot)] {
-                        *abandoned = true;
-                    }
+                    // Its answer cannot have been drained yet: we hold the lock.
+                    let arrived = inner.operations.abandon(slot);
+                    debug_assert!(arrived.is_none());
                     sent = true;
                 }
                 Err(_) => {
@@ -330,186 +331,6 @@ impl Link {
         }
         sent
     }
-
-    /// Takes completions from the ring. Returns true when one of them was somebody else's than `mine`.
-    fn drain(&self, inner: &mut Inner, mine: Option<u16>) -> bool {
-        let mut others = false;
-        for _ in 0..DRAIN_MAX {
-            match inner.completions.pop() {
-                Ok(Some(body)) => match Completion::decode(&body) {
-                    Ok(completion) => {
-                        let kept = self.deliver(inner, completion);
-                        others |= kept && Some(completion.operation) != mine;
-                        if kept && Some(completion.operation) == mine {
-                            break;
-                        }
-                    }
-                    Err(error) => {
-                        self.break_off(&error);
-                        break;
-                    }
-                },
-                Ok(None) => break,
-                Err(error) => {
-                    self.break_off(&error);
-                    break;
-                }
-            }
-        }
-        others
-    }
-
-    fn break_off(&self, error: &dyn core::fmt::Display) {
-        if self.stall.break_off() {
-            tracing::error!(%error, "the completion ring makes no sense; attaching again");
-        }
-    }
-
-    /// One completion: to its waiter, or undone where nobody waits. True when a waiter may want it.
-    fn deliver(&self, inner: &mut Inner, completion: Completion) -> bool {
-        let index = usize::from(completion.operation);
-        if completion.ident != self.ident() || index >= inner.operations.len() {
-            // Of another life or attachment: stale, never a breach.
-            return false;
-        }
-        match inner.operations[index] {
-            Operation::InFlight { region, undo, abandoned: false } => {
-                inner.operations[index] = Operation::Done { region, undo, completion };
-                true
-            }
-            Operation::InFlight { region, undo, abandoned: true } => {
-                self.undo(inner, undo, &completion);
-                release_operation(inner, completion.operation, region);
-                false
-            }
-            Operation::Free | Operation::Done { .. } => {
-                self.break_off(&format_args!("a second completion for operation {index}"));
-                false
-            }
-        }
-    }
-
-    /// Gives back what an operation gained that nobody waits for.
-    fn undo(&self, inner: &mut Inner, undo: Undo, completion: &Completion) {
-        if completion.status != Status::Ok {
-            return;
-        }
-        match undo {
-            Undo::Nothing => {}
-            Undo::ReleaseLease { session, admission } => {
-                if completion.results[0] > 0 {
-                    let release = Request::Release { session, admission, keep: 0 };
-                    inner.outbox.push_back(Deferred::Plain(release));
-                }
-            }
-            Undo::AbortSlots { keys, answer } => {
-                let slots = self.granted(keys, answer);
-                if !slots.is_empty() {
-                    inner.outbox.push_back(Deferred::Abort(slots));
-                }
-            }
-        }
-    }
-
-    /// The slots that a completed reservation got.
-    fn granted(&self, keys: Records, answer: u32) -> Vec<SlotRecord> {
-        let mut slots = Vec::new();
-        for index in 0..keys.count {
-            let mut key: Key = [0; 2];
-            let mut words = [0u64; ReserveAnswer::WORDS];
-            let read = self
-                .payload()
-                .read(keys.offset + index * 2, &mut key)
-                .and_then(|()| self.payload().read(answer + index * ReserveAnswer::WORDS as u32, &mut words));
-            let answered: ReserveAnswer = bytemuck::cast(words);
-            if read.is_ok() && answered.outcome() == Some(ReserveOutcome::Write) {
-                slots.push(SlotRecord {
-                    slot: u64::from(answered.shard.slot()),
-                    generation: answered.shard.generation,
-                    key,
-                    checksum: 0,
-                });
-            }
-        }
-        slots
-    }
-
-    /// Wakes the other threads of this client that sleep for a completion: one of theirs has been drained.
-    fn kick(&self, others: bool) {
-        if others {
-            park::notify(self.channel.client_parked());
-        }
-    }
-
-    fn take_done(&self, inner: &mut Inner, slot: u16) -> Option<Completion> {
-        match inner.operations[usize::from(slot)] {
-            Operation::Done { completion, .. } => Some(completion),
-            _ => None,
-        }
-    }
-
-    /// Up to `looks` looks for the completion of `slot`, under one hold of the lock.
-    #[inline]
-    fn poll(&self, slot: u16, looks: u32) -> Option<Completion> {
-        let mut inner = self.lock();
-        let mut others = false;
-        let mut found = self.take_done(&mut inner, slot);
-        let mut left = looks;
-        while found.is_none() && left > 0 {
-            if inner.completions.has_news() {
-                others |= self.drain(&mut inner, Some(slot));
-                found = self.take_done(&mut inner, slot);
-                if self.is_broken() {
-                    break;
-                }
-            } else {
-                spin_loop();
-            }
-            left -= 1;
-        }
-        // What undoing has queued goes out at once.
-        let sent = !inner.outbox.is_empty() && self.flush(&mut inner);
-        drop(inner);
-        self.kick(others);
-        if sent {
-            park::notify(self.lobby.doorbell());
-        }
-        found
-    }
-
-    /// Sleeps for a completion, the engine's death or a restart; every return means: look again.
-    fn sleep(&self, slot: u16, deadline: Deadline) {
-        let parked = self.channel.client_parked();
-        let ticket = park::announce(parked);
-        if self.poll_only(slot) {
-            return;
-        }
-        let (life, raw) = (&*self.life, self.life.raw());
-        if !matches!(LifeWord::interpret(raw), Life::Alive { .. }) {
-            return;
-        }
-        let soon = Deadline(deadline.0.min(Deadline::after(SLEEP_MAX).0));
-        let words = [(life.futex(), raw), (self.engine.epoch().incarnation_word(), self.incarnation)];
-        park::sleep(parked, ticket, &words, soon);
-        if life.life() == Life::Dead {
-            // The kernel wakes one waiter per word: pass it on.
-            futex::wake_all(life.futex());
-        }
-        // The flag is not taken back: another thread of this client may sleep on it, and the engine would then not
-        // wake it. A flag that stays costs one needless wake.
-    }
-
-    /// Has the completion of `slot` been drained, or is there anything to drain?
-    fn poll_only(&self, slot: u16) -> bool {
-        let mut inner = self.lock();
-        inner.completions.has_news() || self.take_done(&mut inner, slot).is_some()
-    }
-}
-
-fn release_operation(inner: &mut Inner, slot: u16, region: Region) {
-    inner.operations[usize::from(slot)] = Operation::Free;
-    inner.regions.give(region);
-    inner.free.push(slot);
 }
 
 /// Payload words of a commit or abort of `count` slots: the records, then a word of answer for each.

@@ -1,11 +1,13 @@
 //! The link against an engine that is played by the test: what happens to operations that nobody waits for any more.
 
 use super::*;
+use crate::health::Health;
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::LOBBY_BYTES;
 use kvring_shm_abi::mapping::Mapping;
-use kvring_shm_abi::message::ShardAnswer;
+use kvring_shm_abi::message::{Completion, ReserveAnswer, ReserveOutcome, ShardAnswer, Status};
+use kvring_shm_abi::ring::DEPTH;
 use kvring_shm_abi::segment::{self, EngineName};
 use kvring_shm_abi::superblock::Geometry;
 
@@ -84,8 +86,8 @@ fn lookup(link: &Arc<Link>, session: u64) -> Pending {
     .unwrap()
 }
 
-fn soon() -> Deadline {
-    Deadline::after(Duration::from_millis(1))
+fn soon() -> Duration {
+    Duration::from_millis(1)
 }
 
 #[test]
@@ -96,15 +98,15 @@ fn an_answer_reaches_its_waiter_whatever_the_order() {
     let (b, _) = engine.next().unwrap();
     engine.complete(b, Status::Ok, [2, 0, 0, 0]);
     engine.complete(a, Status::Ok, [1, 0, 0, 0]);
-    assert_eq!(first.wait(Deadline::NEVER).unwrap().completion.results[0], 1);
-    assert_eq!(second.wait(Deadline::NEVER).unwrap().completion.results[0], 2);
+    assert_eq!(first.wait(Duration::MAX).unwrap().completion.results[0], 1);
+    assert_eq!(second.wait(Duration::MAX).unwrap().completion.results[0], 2);
     assert!(link.is_idle());
 }
 
 #[test]
 fn a_timed_out_lookup_keeps_its_region_and_its_late_lease_is_released() {
     let (link, mut engine) = pair("late");
-    let free = |link: &Link| link.lock().regions.all_free();
+    let free = |link: &Link| link.lock().operations.all_regions_free();
     assert!(matches!(lookup(&link, 5).wait(soon()), Err(CallError::TimedOut { .. })));
     let (late, request) = engine.next().unwrap();
     assert!(matches!(request, Request::Lookup { session: 5, .. }));
@@ -117,7 +119,7 @@ fn a_timed_out_lookup_keeps_its_region_and_its_late_lease_is_released() {
     engine.payload.write(keys.offset + 2, &ShardAnswer::new(1, 4096, 7).words()).unwrap();
     engine.complete(late, Status::Ok, [1, 0, 0, 0]);
     engine.complete(operation, Status::Ok, [1, 0, 0, 0]);
-    drop(other.wait(Deadline::NEVER).unwrap());
+    drop(other.wait(Duration::MAX).unwrap());
     let (release, request) = engine.next().unwrap();
     assert_eq!(request, Request::Release { session: 5, admission: 9, keep: 0 });
     engine.complete(release, Status::Ok, [0; 4]);
@@ -184,7 +186,7 @@ fn no_more_than_the_rings_depth_is_in_flight_and_what_gives_back_waits() {
     }
     assert_eq!(seen.len(), DEPTH);
     engine.complete(seen[0], Status::Ok, [0; 4]);
-    drop(pending.remove(0).wait(Deadline::NEVER).unwrap());
+    drop(pending.remove(0).wait(Duration::MAX).unwrap());
     link.tend();
     assert_eq!(engine.next().map(|(_, r)| r), Some(Request::EndSession { session: 77 }));
 }
@@ -212,7 +214,7 @@ fn the_engines_death_ends_a_wait_at_once() {
     let (link, mut engine) = pair("death");
     let pending = noop(&link);
     engine.life.release(ENTRY);
-    assert_eq!(pending.wait(Deadline::NEVER).err(), Some(CallError::Dead));
+    assert_eq!(pending.wait(Duration::MAX).err(), Some(CallError::Dead));
     assert_eq!(link.health(), Health::Dead);
 }
 
@@ -221,8 +223,22 @@ fn a_restart_ends_a_wait_at_once() {
     let (link, _engine) = pair("restart");
     let pending = noop(&link);
     link.engine.epoch().begin_recovery();
-    assert_eq!(pending.wait(Deadline::NEVER).err(), Some(CallError::Restarted));
+    assert_eq!(pending.wait(Duration::MAX).err(), Some(CallError::Restarted));
     assert_eq!(link.health(), Health::Recovering);
+}
+
+#[test]
+fn a_restart_reaches_a_sleeper_through_the_keeper() {
+    let (link, _engine) = pair("rouse");
+    let pending = noop(&link);
+    let sleeper = std::thread::spawn(move || pending.wait(Duration::MAX).err());
+    // Until it sleeps: its flag is up.
+    while link.channel.client_parked().load(Ordering::Relaxed) & 1 == 0 {
+        std::thread::yield_now();
+    }
+    link.engine.epoch().begin_recovery();
+    link.rouse();
+    assert_eq!(sleeper.join().unwrap(), Some(CallError::Restarted));
 }
 
 #[test]
@@ -242,7 +258,7 @@ fn a_thread_that_drains_anothers_completion_wakes_it() {
     let mine = noop(&link);
     let (a, _) = engine.next().unwrap();
     let (b, _) = engine.next().unwrap();
-    let sleeper = std::thread::spawn(move || theirs.wait(Deadline::NEVER).unwrap().completion.results[0]);
+    let sleeper = std::thread::spawn(move || theirs.wait(Duration::MAX).unwrap().completion.results[0]);
     // Until it sleeps: its flag is up.
     while link.channel.client_parked().load(Ordering::Relaxed) & 1 == 0 {
         std::thread::yield_now();
@@ -250,7 +266,7 @@ fn a_thread_that_drains_anothers_completion_wakes_it() {
     engine.complete(a, Status::Ok, [1, 0, 0, 0]);
     engine.complete(b, Status::Ok, [2, 0, 0, 0]);
     // The engine wakes nobody here: this thread drains both, and must.
-    assert_eq!(mine.wait(Deadline::NEVER).unwrap().completion.results[0], 2);
+    assert_eq!(mine.wait(Duration::MAX).unwrap().completion.results[0], 2);
     // Not by its own safety net: somebody took the flag down, and that was the drain above.
     assert_eq!(link.channel.client_parked().load(Ordering::Relaxed) & 1, 0);
     assert_eq!(sleeper.join().unwrap(), 1);

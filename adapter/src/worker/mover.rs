@@ -12,7 +12,7 @@ use crate::client::{Client, Registered};
 use crate::error::CallError;
 use crate::link::{Answer, Pending, Undo, slot_words, write_slots};
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyError, Direction};
-use kvring_shm_abi::futex::{Deadline, monotonic_ns};
+use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::{
     KEY_WORDS, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord,
 };
@@ -195,8 +195,7 @@ impl Mover {
         report: &mut StoreReport,
     ) -> Vec<Granted<'a>> {
         let Reserving { chunks, pending, answer } = reserving;
-        let deadline = Deadline::after(self.client.options().operation_timeout);
-        let answered = pending.wait(deadline).and_then(|answered| {
+        let answered = pending.wait(self.client.options().operation_timeout).and_then(|answered| {
             crate::status::check(&answered.completion)?;
             Ok(answered)
         });
@@ -328,8 +327,7 @@ impl Mover {
     }
 
     fn committed(&self, pending: Pending, answer: u32, count: u32, report: &mut StoreReport) {
-        let deadline = Deadline::after(self.client.options().operation_timeout);
-        let answered = match pending.wait(deadline) {
+        let answered = match pending.wait(self.client.options().operation_timeout) {
             Ok(answered) => answered,
             Err(error) => {
                 // The engine went away with the commit: whether it counts is the successor's to know.

@@ -3,29 +3,39 @@
 //! A claimed life word is a claim, whatever its owner managed to do afterwards. Only this module turns a dead word back
 //! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry.
 
-use super::Service;
 use super::connection::{Claim, Connection};
+use super::{Service, Watched};
 use crate::segments::sweep;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
-use kvring_shm_abi::life::Life;
+use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, Role};
 use kvring_shm_abi::segment;
 
 impl Service {
-    /// Is there a claim in this entry that has not been judged yet?
-    pub(super) fn wants_judgement(&self, entry: usize) -> bool {
-        self.judged[entry].is_none() && self.segments.lobby.entries[entry].read_nonce().is_some()
+    /// Has anything changed in the lobby since the last look around it? Looks at what is known and at one count, not at
+    /// every entry: an entry that was claimed but never published is found by the next tick.
+    #[inline]
+    pub(super) fn lobby_has_news(&self) -> bool {
+        let lobby = &self.segments.lobby;
+        lobby.claims() != self.claims
+            || self.watched.iter().any(|watched| lobby.life_words[watched.entry].raw() != watched.raw)
     }
 
     /// Looks at every entry of the lobby.
     pub(super) fn look_around(&mut self) {
+        // First the count: a claim that comes meanwhile is news again.
+        self.claims = self.segments.lobby.claims();
+        self.watched.clear();
         for entry in 0..CLIENTS_MAX {
-            match self.segments.lobby.life_words[entry].life() {
+            let raw = self.segments.lobby.life_words[entry].raw();
+            match LifeWord::interpret(raw) {
                 Life::Unclaimed => {}
                 Life::Dead => self.reclaim(entry),
                 Life::Alive { .. } => {
-                    if self.wants_judgement(entry) {
+                    self.watched.push(Watched { entry, raw });
+                    let published = self.segments.lobby.entries[entry].read_nonce().is_some();
+                    if published && self.judged[entry].is_none() {
                         self.judge(entry);
                     }
                 }

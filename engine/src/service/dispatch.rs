@@ -77,6 +77,7 @@ impl Service {
         worked
     }
 
+    #[inline(always)]
     fn request(&mut self, entry: usize, operation: u16, ident: Ident, request: &Request) {
         self.stat(Stat::Requests, 1);
         if self.unhealthy && !matches!(request, Request::Detach | Request::Noop) {

@@ -24,11 +24,10 @@ use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
 use dispatch::Scratch;
-use kvring_shm_abi::futex::{Deadline, monotonic_ns};
-use kvring_shm_abi::life::{Life, LifeWord};
+use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
-use kvring_shm_abi::sync::{AtomicBool, AtomicU32, Ordering, spin_loop};
+use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
 use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
@@ -41,6 +40,9 @@ const CLOCK_EVERY: u32 = 32;
 const TICK_NS: u64 = 1_000_000;
 /// Steps of the self-check in one idle tick.
 const CHECK_STEPS: u32 = 64;
+
+/// Words of a sleep for which room is made at little cost; with more clients it takes a moment longer to fall asleep.
+const SLEEP_FEW: usize = 8;
 
 /// Asks a running engine to stop, from any thread.
 #[derive(Clone)]
@@ -67,6 +69,12 @@ pub(crate) struct Pace {
     pub(crate) spin_ns: u64,
 }
 
+/// A claimed life word, and what it held.
+struct Watched {
+    entry: usize,
+    raw: u32,
+}
+
 /// Everything the service thread owns.
 pub(crate) struct Service {
     segments: Segments,
@@ -78,6 +86,10 @@ pub(crate) struct Service {
     /// The nonce by which an entry's claim was judged. Once for each life of its life word: what a client that was thrown
     /// out may still write is known by that nonce, until the entry is reclaimed.
     judged: [Option<u64>; CLIENTS_MAX],
+    /// The claimed life words at the last look around the lobby: a change of one ends a sleep.
+    watched: Vec<Watched>,
+    /// The lobby's count of claims at that look.
+    claims: u32,
     allocator: Allocator,
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
@@ -129,6 +141,8 @@ impl Service {
             connections: (0..CLIENTS_MAX).map(|_| None).collect(),
             active: 0,
             judged: [None; CLIENTS_MAX],
+            watched: Vec::with_capacity(CLIENTS_MAX),
+            claims: 0,
             allocator,
             tier,
             pending: PendingLookups::new(),
@@ -157,7 +171,7 @@ impl Service {
         self.take_slabs();
         self.publish_gauges();
         self.segments.engine.epoch().begin_serving();
-        kvring_shm_abi::futex::wake_all(self.segments.engine.epoch().incarnation_word());
+        futex::wake_all(self.segments.engine.epoch().incarnation_word());
         ready();
         // Without a spin (one CPU for both) each idle turn keeps the clients from running.
         let clock_every = if self.spin.max_ns == 0 { 1 } else { CLOCK_EVERY };
@@ -181,7 +195,8 @@ impl Service {
             }
             if core::mem::take(&mut worked) {
                 last_work = now;
-            } else if now.saturating_sub(last_work) >= self.spin.now_ns {
+            }
+            if now.saturating_sub(last_work) >= self.spin.now_ns {
                 self.park(now);
                 last_work = monotonic_ns();
                 self.spin.slept(last_work.saturating_sub(now), self.rings_have_news());
@@ -246,32 +261,16 @@ impl Service {
             self.segments.engine.info().unhealthy.store(1, Ordering::Relaxed);
             // Odd: every client sees it with its next call, and runs without us.
             self.segments.engine.epoch().begin_recovery();
-            kvring_shm_abi::futex::wake_all(self.segments.engine.epoch().incarnation_word());
+            futex::wake_all(self.segments.engine.epoch().incarnation_word());
         }
     }
 
     /// Sleeps until somebody rings, a client dies, or the beat is due.
     fn park(&mut self, now: u64) {
-        let lobby = self.segments.lobby.clone();
-        let doorbell = lobby.doorbell();
+        let doorbell = self.segments.lobby.doorbell();
         let ticket = park::announce(doorbell);
         // From here on whoever publishes something also rings. So one more look, then sleep.
-        let mut words: [(&AtomicU32, u32); CLIENTS_MAX] = [(doorbell, 0); CLIENTS_MAX];
-        let mut count = 0;
-        let mut lobby_news = false;
-        for (entry, word) in lobby.life_words.iter().enumerate() {
-            let raw = word.raw();
-            match LifeWord::interpret(raw) {
-                Life::Unclaimed => {}
-                Life::Dead => lobby_news = true,
-                Life::Alive { .. } => {
-                    lobby_news |= self.wants_judgement(entry);
-                    words[count] = (word.futex(), raw);
-                    count += 1;
-                }
-            }
-        }
-        let work = lobby_news
+        let work = self.lobby_has_news()
             || self.rings_have_news()
             || !self.pending.is_empty()
             || self.clearing.is_some()
@@ -279,13 +278,27 @@ impl Service {
             || self.stop.load(Ordering::Acquire);
         if !work {
             self.stat(Stat::Parks, 1);
-            park::sleep(doorbell, ticket, &words[..count], Deadline(now + self.beat_interval_ns));
+            let deadline = Deadline(now + self.beat_interval_ns);
+            if self.watched.len() < SLEEP_FEW {
+                self.sleep::<SLEEP_FEW>(ticket, deadline);
+            } else {
+                self.sleep::<{ CLIENTS_MAX + 1 }>(ticket, deadline);
+            }
         }
-        park::retract(doorbell, ticket);
-        // What a client asks comes first; a claim, an attachment or a death is looked at when there is nothing else.
-        if lobby_news || !self.rings_have_news() {
+        park::retract(self.segments.lobby.doorbell(), ticket);
+        if self.lobby_has_news() {
             self.look_around();
         }
+    }
+
+    /// Sleeps on the doorbell and the watched life words, of which there are fewer than `N`.
+    fn sleep<const N: usize>(&self, ticket: park::Ticket, deadline: Deadline) {
+        let lobby = &self.segments.lobby;
+        let mut words = [ticket.word(lobby.doorbell()); N];
+        for (place, watched) in words[1..].iter_mut().zip(&self.watched) {
+            *place = (lobby.life_words[watched.entry].futex(), watched.raw);
+        }
+        futex::wait_any(&words[..=self.watched.len()], deadline);
     }
 
     fn rings_have_news(&self) -> bool {
@@ -305,6 +318,6 @@ impl Service {
         tracing::info!("stopping");
         let epoch = self.segments.engine.epoch();
         epoch.begin_recovery();
-        kvring_shm_abi::futex::wake_all(epoch.incarnation_word());
+        futex::wake_all(epoch.incarnation_word());
     }
 }

@@ -92,7 +92,7 @@ pub struct Completion {
 impl Completion {
     /// Packs.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn encode(&self) -> Body {
         let mut words = [0u64; 7];
         words[0] = self.ident.pack();

@@ -166,7 +166,7 @@ impl Request {
     }
 
     /// Unpacks a request: its operation slot, its sender, what is asked.
-    #[inline]
+    #[inline(always)]
     pub fn decode(body: &Body) -> Result<(u16, Ident, Request), Malformed> {
         let operation = body.head as u16;
         let words = &body.words;

@@ -2,7 +2,7 @@
 
 use crate::harness::{LOST_WAKE_UP, fails, holds};
 use crate::ring::slots;
-use kvring_shm_abi::futex::Deadline;
+use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::park::{self, Ticket};
 use kvring_shm_abi::ring::{Body, Consumer, Producer};
 use kvring_shm_abi::sync::AtomicU32;
@@ -45,7 +45,7 @@ fn one_sleeper(steps: Steps) {
         }
         let ticket = (steps.announce)(&parked);
         if !steps.look_again || !consumer.has_news() {
-            park::sleep(&parked, ticket, &[], Deadline::NEVER);
+            futex::wait_any(&[ticket.word(&parked)], Deadline::NEVER);
         }
         park::retract(&parked, ticket);
     }
@@ -165,7 +165,7 @@ impl Client {
             }
             let ticket = park::announce(&self.parked);
             if !self.has_news(mine) {
-                park::sleep(&self.parked, ticket, &[], Deadline::NEVER);
+                futex::wait_any(&[ticket.word(&self.parked)], Deadline::NEVER);
             }
             if habits.retract {
                 park::retract(&self.parked, ticket);

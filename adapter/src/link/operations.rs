@@ -1,0 +1,173 @@
+//! The operations of one link: which slots and payload regions are in use, for whom, and what has been answered.
+//!
+//! ```text
+//! Free → InFlight → Arrived → Taken → Free        its waiter takes the answer, then gives the region back
+//!              │        ╰───────────────╯          (at once where it has no region)
+//!              ╰→ Abandoned → Free                 its waiter left: undone when the answer arrives
+//! ```
+
+use super::Undo;
+use kvring_shm_abi::message::Completion;
+use kvring_shm_abi::payload::{Region, Regions};
+use kvring_shm_abi::ring::DEPTH;
+
+#[derive(Clone, Copy, Debug)]
+enum Operation {
+    Free,
+    InFlight { region: Region, undo: Undo },
+    Abandoned { region: Region, undo: Undo },
+    Arrived { region: Region, undo: Undo, completion: Completion },
+    Taken { region: Region },
+}
+
+/// An answer that its waiter has taken.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Done {
+    pub(super) completion: Completion,
+    /// The operation has a region, which stays its waiter's until it calls [`Operations::give_back`].
+    pub(super) owns_region: bool,
+}
+
+/// What became of a completion.
+pub(super) enum Delivered {
+    /// It waits for its waiter.
+    Kept,
+    /// Nobody waits: what the operation gained is to be undone, and its region freed after that.
+    Undo { undo: Undo, region: Region },
+    /// The operation was not in flight: the engine has broken the protocol.
+    Doubled,
+}
+
+/// The table. It knows nothing of rings: whoever starts an operation sends it.
+pub(super) struct Operations {
+    table: Box<[Operation]>,
+    free: Vec<u16>,
+    regions: Regions,
+}
+
+impl Operations {
+    /// For a payload area of `words` words.
+    pub(super) fn new(words: usize) -> Operations {
+        Operations {
+            table: (0..DEPTH).map(|_| Operation::Free).collect(),
+            free: (0..DEPTH as u16).rev().collect(),
+            regions: Regions::new(u32::try_from(words).unwrap_or(u32::MAX)),
+        }
+    }
+
+    /// Takes a slot, and a region of `words` words if there are any; `None` while there is no room.
+    #[inline]
+    pub(super) fn start(&mut self, words: usize, undo: impl FnOnce(Region) -> Undo) -> Option<(u16, Region)> {
+        let slot = *self.free.last()?;
+        let region = match words {
+            0 => Region::default(),
+            words => self.regions.take(u32::try_from(words).ok()?)?,
+        };
+        self.free.pop();
+        self.table[usize::from(slot)] = Operation::InFlight { region, undo: undo(region) };
+        Some((slot, region))
+    }
+
+    /// A completion that its waiter has found itself; `None` when it was not in flight.
+    #[inline(always)]
+    pub(super) fn complete(&mut self, completion: &Completion) -> Option<Done> {
+        match self.table.get(usize::from(completion.operation)) {
+            Some(&Operation::InFlight { region, .. }) => Some(self.hand_over(region, *completion)),
+            _ => None,
+        }
+    }
+
+    /// A completion of this attachment's that somebody else found.
+    pub(super) fn deliver(&mut self, completion: &Completion) -> Delivered {
+        let slot = completion.operation;
+        match self.table.get(usize::from(slot)).copied() {
+            Some(Operation::InFlight { region, undo }) => {
+                self.table[usize::from(slot)] = Operation::Arrived { region, undo, completion: *completion };
+                Delivered::Kept
+            }
+            Some(Operation::Abandoned { region, undo }) => {
+                self.release(slot);
+                Delivered::Undo { undo, region }
+            }
+            Some(Operation::Free | Operation::Arrived { .. } | Operation::Taken { .. }) | None => {
+                Delivered::Doubled
+            }
+        }
+    }
+
+    /// The answer of `slot`, if it has arrived.
+    #[inline]
+    pub(super) fn take(&mut self, slot: u16) -> Option<Done> {
+        match self.table[usize::from(slot)] {
+            Operation::Arrived { region, completion, .. } => Some(self.hand_over(region, completion)),
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    fn hand_over(&mut self, region: Region, completion: Completion) -> Done {
+        let slot = completion.operation;
+        let owns_region = region.words != 0;
+        if owns_region {
+            self.table[usize::from(slot)] = Operation::Taken { region };
+        } else {
+            self.release(slot);
+        }
+        Done { completion, owns_region }
+    }
+
+    /// Has the answer of `slot` arrived?
+    pub(super) fn has_arrived(&self, slot: u16) -> bool {
+        matches!(self.table[usize::from(slot)], Operation::Arrived { .. })
+    }
+
+    /// The waiter of `slot` is done with its region.
+    #[inline]
+    pub(super) fn give_back(&mut self, slot: u16) {
+        if let Operation::Taken { region } = self.table[usize::from(slot)] {
+            self.free_region(region);
+            self.release(slot);
+        }
+    }
+
+    /// The waiter of `slot` leaves without its answer. What is to be undone now, if that has arrived already; the
+    /// region is to be freed after that.
+    pub(super) fn abandon(&mut self, slot: u16) -> Option<(Undo, Region, Completion)> {
+        match self.table[usize::from(slot)] {
+            Operation::InFlight { region, undo } => {
+                self.table[usize::from(slot)] = Operation::Abandoned { region, undo };
+                None
+            }
+            Operation::Arrived { region, undo, completion } => {
+                self.release(slot);
+                Some((undo, region, completion))
+            }
+            Operation::Free | Operation::Abandoned { .. } | Operation::Taken { .. } => None,
+        }
+    }
+
+    #[inline]
+    fn release(&mut self, slot: u16) {
+        self.table[usize::from(slot)] = Operation::Free;
+        self.free.push(slot);
+    }
+
+    /// A region that nobody reads or writes any more.
+    #[inline]
+    pub(super) fn free_region(&mut self, region: Region) {
+        if region.words != 0 {
+            self.regions.give(region);
+        }
+    }
+
+    /// Is no operation in use?
+    #[inline(always)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.free.len() == DEPTH
+    }
+
+    #[cfg(test)]
+    pub(super) fn all_regions_free(&self) -> bool {
+        self.regions.all_free()
+    }
+}

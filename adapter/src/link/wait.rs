@@ -1,0 +1,264 @@
+//! Waiting for an operation's answer, and what becomes of answers that nobody waits for.
+//!
+//! Whoever looks drains the ring for all threads of the client: an answer of another's is kept for it and it is woken.
+
+use super::operations::{Delivered, Done};
+use super::{Deferred, Inner, Link, Undo};
+use crate::error::CallError;
+use crate::health::Health;
+use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
+use kvring_shm_abi::life::{Life, LifeWord};
+use kvring_shm_abi::message::{
+    Completion, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, SlotRecord, Status,
+};
+use kvring_shm_abi::park;
+use kvring_shm_abi::ring::DEPTH;
+use kvring_shm_abi::sync::spin_loop;
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+/// Polls of the ring between two looks at the clock.
+const BURST: u32 = 64;
+/// The longest sleep without a look at the engine's beat: below the gap that still counts towards a stall.
+const SLEEP_MAX: Duration = Duration::from_millis(50);
+/// Completions handled under one hold of the lock.
+const DRAIN_MAX: usize = DEPTH;
+
+/// What a look at the completion ring brought.
+enum Look {
+    /// The answer that was asked for.
+    Answer(Done),
+    /// Something else, which has been dealt with. True when another thread of this client may sleep for it.
+    Other(bool),
+    /// Nothing.
+    Nothing,
+}
+
+impl Link {
+    /// One look at the ring, for the answer of `wanted`. All of this is inlined where it is called: between the
+    /// arrival of an answer and the caller's next step there is nothing but this.
+    #[inline(always)]
+    fn look(&self, inner: &mut Inner, wanted: Option<u16>) -> Look {
+        let completion = match inner.completions.pop().map(|body| body.map(|body| Completion::decode(&body)))
+        {
+            Ok(None) => return Look::Nothing,
+            Ok(Some(Ok(completion))) => completion,
+            Ok(Some(Err(malformed))) => return self.broken(&malformed),
+            Err(jump) => return self.broken(&jump),
+        };
+        if completion.ident == self.ident()
+            && wanted == Some(completion.operation)
+            && let Some(done) = inner.operations.complete(&completion)
+        {
+            return Look::Answer(done);
+        }
+        self.deliver(inner, &completion)
+    }
+
+    /// A completion that the thread that found it did not ask for.
+    #[inline(never)]
+    fn deliver(&self, inner: &mut Inner, completion: &Completion) -> Look {
+        if completion.ident != self.ident() {
+            // Of another life or attachment: stale, never a breach.
+            return Look::Other(false);
+        }
+        match inner.operations.deliver(completion) {
+            Delivered::Kept => Look::Other(true),
+            Delivered::Undo { undo, region } => {
+                self.undo(inner, undo, completion);
+                inner.operations.free_region(region);
+                Look::Other(false)
+            }
+            Delivered::Doubled => {
+                self.broken(&format_args!("operation {} was not in flight", completion.operation))
+            }
+        }
+    }
+
+    #[cold]
+    fn broken(&self, error: &dyn core::fmt::Display) -> Look {
+        if self.stall.break_off() {
+            tracing::error!(%error, "the completion ring makes no sense; attaching again");
+        }
+        Look::Nothing
+    }
+
+    /// Takes what is in the ring. True when another thread of this client may sleep for some of it.
+    #[inline]
+    pub(super) fn drain(&self, inner: &mut Inner) -> bool {
+        let mut others = false;
+        for _ in 0..DRAIN_MAX {
+            match self.look(inner, None) {
+                Look::Other(anothers) => others |= anothers,
+                Look::Answer(_) | Look::Nothing => break,
+            }
+        }
+        others
+    }
+
+    /// Gives back what an operation gained that nobody waits for.
+    fn undo(&self, inner: &mut Inner, undo: Undo, completion: &Completion) {
+        if completion.status != Status::Ok {
+            return;
+        }
+        match undo {
+            Undo::Nothing => {}
+            Undo::ReleaseLease { session, admission } => {
+                if completion.results[0] > 0 {
+                    let release = Request::Release { session, admission, keep: 0 };
+                    inner.outbox.push_back(Deferred::Plain(release));
+                }
+            }
+            Undo::AbortSlots { keys, answer } => {
+                let slots = self.granted(keys, answer);
+                if !slots.is_empty() {
+                    inner.outbox.push_back(Deferred::Abort(slots));
+                }
+            }
+        }
+    }
+
+    /// The slots that a completed reservation got.
+    fn granted(&self, keys: Records, answer: u32) -> Vec<SlotRecord> {
+        let mut slots = Vec::new();
+        for index in 0..keys.count {
+            let mut key: Key = [0; 2];
+            let mut words = [0u64; ReserveAnswer::WORDS];
+            let read = self
+                .payload()
+                .read(keys.offset + index * 2, &mut key)
+                .and_then(|()| self.payload().read(answer + index * ReserveAnswer::WORDS as u32, &mut words));
+            let answered: ReserveAnswer = bytemuck::cast(words);
+            if read.is_ok() && answered.outcome() == Some(ReserveOutcome::Write) {
+                slots.push(SlotRecord {
+                    slot: u64::from(answered.shard.slot()),
+                    generation: answered.shard.generation,
+                    key,
+                    checksum: 0,
+                });
+            }
+        }
+        slots
+    }
+
+    /// Lets go of the lock, then wakes whom what was done under it concerns: other threads of this client, whose
+    /// answers have been drained, and the engine, if something was sent.
+    #[inline(always)]
+    pub(super) fn unlock(&self, inner: MutexGuard<'_, Inner>, others: bool, sent: bool) {
+        drop(inner);
+        if others {
+            self.rouse();
+        }
+        if sent {
+            park::notify(self.lobby.doorbell());
+        }
+    }
+
+    /// Up to `looks` looks for the completion of `slot`, under one hold of the lock.
+    #[inline(always)]
+    pub(super) fn poll(&self, slot: u16, looks: u32) -> Option<Done> {
+        let mut inner = self.lock();
+        let mut others = false;
+        let mut found = inner.operations.take(slot);
+        let mut left = looks;
+        while found.is_none() && left > 0 {
+            match self.look(&mut inner, Some(slot)) {
+                Look::Answer(done) => found = Some(done),
+                Look::Other(anothers) => others |= anothers,
+                Look::Nothing => {
+                    spin_loop();
+                    left -= 1;
+                }
+            }
+        }
+        // What undoing has queued goes out at once.
+        let sent = self.flush(&mut inner);
+        self.unlock(inner, others, sent);
+        found
+    }
+
+    /// Waits at most `timeout` for the completion of `slot`, which was submitted under the engine's beat `beat`.
+    pub(super) fn wait(&self, slot: u16, beat: u32, timeout: Duration) -> Result<Done, CallError> {
+        // Where spinning is pointless (one CPU for both), every look beyond the first keeps the engine from running.
+        let looks = if self.spin.is_zero() { 1 } else { BURST };
+        // The clock is read only after the first looks: an engine that is awake answers sooner than that takes.
+        let mut started = None;
+        loop {
+            if let Some(done) = self.poll(slot, looks) {
+                return Ok(done);
+            }
+            self.alive()?;
+            if self.is_broken() || self.detached().is_some() {
+                return Err(CallError::Degraded(Health::Attaching));
+            }
+            let now = monotonic_ns();
+            let started = *started.get_or_insert(now);
+            let deadline = Deadline::after_ns(started, timeout);
+            if now >= deadline.0 {
+                self.stall.deadline_missed(beat, self.engine.epoch().beat());
+                let waited_ms = now.saturating_sub(started) / 1_000_000;
+                return Err(CallError::TimedOut { waited_ms });
+            }
+            if now < Deadline::after_ns(started, self.spin).0 {
+                continue;
+            }
+            self.stall.look_at(self.engine.epoch().beat(), now);
+            let soon = Deadline(deadline.0.min(Deadline::after_ns(now, SLEEP_MAX).0));
+            self.sleep(slot, soon);
+        }
+    }
+
+    /// Sleeps until `soon` for a completion or the engine's death; every return means: look again. A restart reaches
+    /// the sleeper through the keeper, which watches the incarnation for all threads and then calls [`Link::rouse`]:
+    /// each word costs every sleep a quarter of a microsecond.
+    fn sleep(&self, slot: u16, soon: Deadline) {
+        let parked = self.channel.client_parked();
+        let ticket = park::announce(parked);
+        if self.has_news_for(slot) {
+            return;
+        }
+        let (life, raw) = (&*self.life, self.life.raw());
+        if !matches!(LifeWord::interpret(raw), Life::Alive { .. }) {
+            return;
+        }
+        futex::wait_any(&[ticket.word(parked), (life.futex(), raw)], soon);
+        if life.life() == Life::Dead {
+            // The kernel wakes one waiter per word: pass it on.
+            futex::wake_all(life.futex());
+        }
+        // The flag is not taken back: another thread of this client may sleep on it, and the engine would then not
+        // wake it. A flag that stays costs one needless wake.
+    }
+
+    /// Makes every sleeper of this client look again.
+    pub(crate) fn rouse(&self) {
+        park::notify(self.channel.client_parked());
+    }
+
+    /// Has the completion of `slot` been drained, or is there anything to drain?
+    fn has_news_for(&self, slot: u16) -> bool {
+        let inner = self.lock();
+        inner.completions.has_news() || inner.operations.has_arrived(slot)
+    }
+
+    /// The waiter of `slot` takes no interest in its region any more.
+    pub(super) fn give_back(&self, slot: u16) {
+        self.lock().operations.give_back(slot);
+    }
+
+    /// The waiter of `slot` has gone: what its operation gains is given back, now or when it completes.
+    pub(super) fn abandon(&self, slot: u16) {
+        let mut inner = self.lock();
+        let arrived = inner.operations.abandon(slot);
+        // It completed between the caller's last look and now: undone at once.
+        let sent = arrived.is_some_and(|(undo, region, completion)| {
+            self.undo(&mut inner, undo, &completion);
+            inner.operations.free_region(region);
+            self.flush(&mut inner)
+        });
+        self.unlock(inner, false, sent);
+        if arrived.is_none() {
+            self.leave_to_keeper();
+        }
+    }
+}
