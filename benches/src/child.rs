@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Stat;
+use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::segment::EngineName;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
@@ -42,6 +43,8 @@ pub(crate) enum Job {
     Busy(BusyJob),
     /// A process that ends at once: what starting one costs.
     Nothing,
+    /// A process that does nothing but wake up this often, in nanoseconds: what being there costs.
+    Naps(u64),
 }
 
 /// How the engine's process is set up.
@@ -81,7 +84,21 @@ fn be(job: &str) -> anyhow::Result<()> {
         Job::Peer(job) => pingpong::be(job),
         Job::Busy(job) => busy::be(job),
         Job::Nothing => Ok(()),
+        Job::Naps(interval_ns) => be_napping(interval_ns),
     }
+}
+
+/// For every command, a number of naps.
+fn be_napping(interval_ns: u64) -> anyhow::Result<()> {
+    let never = kvring_shm_abi::sync::AtomicU32::new(0);
+    let interval = Duration::from_nanos(interval_ns);
+    for command in commands() {
+        for _ in 0..command.parse::<u32>()? {
+            futex::wait_any(&[(&never, 0)], Deadline::after(interval));
+        }
+        answer("awake")?;
+    }
+    Ok(())
 }
 
 /// A child's commands, one per line; ends with its parent's interest.

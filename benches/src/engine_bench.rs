@@ -55,14 +55,21 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
 
     bar.set_message("idling");
     let config = EngineConfig { arena: Some(ByteSize(ARENA)), ..EngineConfig::default() };
+    let beat = config.beat_interval();
     let engine = Engine::spawn(config, &Placement::default())?;
     let clients = [engine.client(Role::Scheduler, None)?, engine.client(Role::Worker, None)?];
     // Until then the engine is not idle.
     engine.wait_allocated()?;
     let mut probe = clients[0].probe();
-    let (mut idle, mut check) = (Windows::default(), Windows::default());
+    let (mut idle, mut naps, mut check) = (Windows::default(), Windows::default(), Windows::default());
+    let mut napper = Child::spawn(&Job::Naps(u64::try_from(beat.as_nanos())?))?;
+    let naps_of_a_window = (IDLE.as_nanos() / beat.as_nanos()).max(1).to_string();
     for _ in 0..how.windows {
-        idle.push(cpu_share(&engine)?);
+        naps.push(cpu_share(napper.pid(), || napper.ask(&naps_of_a_window).map(|_| ()))?);
+        idle.push(cpu_share(engine.pid(), || {
+            std::thread::sleep(IDLE);
+            Ok(())
+        })?);
         let before = clock.ticks();
         let mut healthy = 0;
         for _ in 0..CHECKS {
@@ -74,7 +81,9 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
     }
     drop(probe);
     drop(clients);
+    napper.finish()?;
     add("idle, share of a core", idle.median() * 100.0, 3, "%", Some(0.3));
+    add("  limit: a process that wakes up as often", naps.median() * 100.0, 3, "%", None);
     add("is_healthy", check.median(), 2, "ns", Some(2.0));
     add("anonymous memory, empty", rss_anon(engine.pid())? as f64, 0, "bytes", None);
     engine.stop()?;
@@ -111,10 +120,11 @@ fn start_nothing() -> anyhow::Result<f64> {
     Ok((monotonic_ns() - before) as f64)
 }
 
-fn cpu_share(engine: &Engine) -> anyhow::Result<f64> {
-    let (time, cpu) = (monotonic_ns(), process_cpu_ns(engine.pid())?);
-    std::thread::sleep(IDLE);
-    let (time, cpu) = (monotonic_ns() - time, process_cpu_ns(engine.pid())? - cpu);
+/// Share of a core that a process uses during `window`.
+fn cpu_share(pid: u32, window: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    let (time, cpu) = (monotonic_ns(), process_cpu_ns(pid)?);
+    window()?;
+    let (time, cpu) = (monotonic_ns() - time, process_cpu_ns(pid)? - cpu);
     Ok(cpu as f64 / time as f64)
 }
 

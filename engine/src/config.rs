@@ -56,7 +56,7 @@ impl Default for EngineConfig {
             arena: None,
             slab: None,
             policy: PolicyKind::default(),
-            beat_interval_ms: 10,
+            beat_interval_ms: 25,
             spin_us: 50,
             client_share: 0.5,
             max_leases: 1 << 14,

@@ -176,7 +176,7 @@ fn flags_win_over_the_file_and_the_file_over_the_defaults() {
     let path = file.path().to_str().unwrap();
     let said = run(&["serve", "--config", path, "--arena", "3GiB", "--print-config"]);
     assert_eq!(said.code, Some(0), "{}", said.stderr);
-    for line in ["arena = \"3GiB\"", "spin_us = 7", "beat_interval_ms = 10", "name = \"default\""] {
+    for line in ["arena = \"3GiB\"", "spin_us = 7", "beat_interval_ms = 25", "name = \"default\""] {
         assert!(said.stdout.contains(line), "{line}: {}", said.stdout);
     }
     // What is printed can be read back.
