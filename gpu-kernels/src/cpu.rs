@@ -3,12 +3,14 @@
 //! A batch is cut into pieces of at most [`PIECE`] bytes, none of which crosses a shard; threads take the next piece
 //! until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
 
+use crate::apart::Apart;
 use crate::backend::{CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
 use crate::checksum;
 use crate::copy::{Method, copy, store_fence};
 use crate::sync::{Sum, Word, release_fence};
 use crossbeam_utils::CachePadded;
 use std::collections::VecDeque;
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -202,6 +204,7 @@ impl Pool {
 pub struct CpuBackend {
     pool: Arc<Pool>,
     workers: Vec<JoinHandle<()>>,
+    apart: Apart,
 }
 
 impl CpuBackend {
@@ -210,14 +213,21 @@ impl CpuBackend {
     #[must_use]
     pub fn new(threads: usize) -> CpuBackend {
         let pool = Arc::new(Pool::default());
-        let workers = (1..threads)
+        let (tell, told) = mpsc::channel();
+        let workers: Vec<_> = (1..threads)
             .filter_map(|index| {
-                let pool = pool.clone();
-                let name = format!("kvring-copy-{index}");
-                std::thread::Builder::new().name(name).spawn(move || pool.work()).ok()
+                let (pool, tell) = (pool.clone(), tell.clone());
+                let work = move || {
+                    // Nobody listens any more only if this backend is being dropped already.
+                    let _ = tell.send(rustix::thread::gettid());
+                    drop(tell);
+                    pool.work();
+                };
+                std::thread::Builder::new().name(format!("kvring-copy-{index}")).spawn(work).ok()
             })
             .collect();
-        CpuBackend { pool, workers }
+        drop(tell);
+        CpuBackend { pool, workers, apart: Apart::new(told.iter().collect()) }
     }
 }
 
@@ -225,6 +235,7 @@ impl CopyBackend for CpuBackend {
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         let job = Arc::new(Job::new(batch));
         if !self.workers.is_empty() && job.pieces.len() > 1 {
+            self.apart.keep_off_this_cpu();
             let mut queue = self.pool.queue();
             queue.jobs.push_back(job.clone());
             drop(queue);

@@ -4,6 +4,7 @@
 //! the threads of this process; a GPU backend will use streams and events behind the same trait. Nothing here knows
 //! of slots, keys or engines: addresses come in, bytes move, checksums come out.
 
+mod apart;
 mod backend;
 pub mod checksum;
 pub mod copy;

@@ -82,8 +82,8 @@ pub(crate) struct Job {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Phase {
-    /// A copy of its blocks is running.
-    copying: bool,
+    /// Copies of its blocks that are running.
+    copying: u32,
     /// No copy may begin any more.
     cancelled: bool,
     /// No copy will begin any more: all are done.
@@ -110,27 +110,19 @@ impl Job {
         matches!(self.work, Work::Store { .. })
     }
 
-    /// Mover: may a copy of its blocks begin? If so it has begun.
-    pub(crate) fn begin_copy(&self) -> bool {
+    /// Mover: a copy of its blocks runs from now on until what this returns is dropped; `None` where none may begin.
+    pub(crate) fn begin_copy(&self) -> Option<CopyRunning<'_>> {
         let mut phase = self.phase();
         if phase.cancelled {
-            return false;
+            return None;
         }
-        phase.copying = true;
-        true
-    }
-
-    /// Mover: the copy that began has ended.
-    pub(crate) fn end_copy(&self) {
-        self.phase().copying = false;
-        self.changed.notify_all();
+        phase.copying += 1;
+        Some(CopyRunning(self))
     }
 
     /// Mover: its blocks are not looked at any more.
     pub(crate) fn end_copies(&self) {
-        let mut phase = self.phase();
-        (phase.copying, phase.copied) = (false, true);
-        drop(phase);
+        self.phase().copied = true;
         self.changed.notify_all();
     }
 
@@ -147,7 +139,7 @@ impl Job {
             }
             phase = self.changed.wait_timeout(phase, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        while phase.copying {
+        while phase.copying > 0 {
             phase = self.changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -155,5 +147,53 @@ impl Job {
     /// Caller: no copy begins any more; waits for one that runs.
     pub(crate) fn cancel(&self) {
         self.wait_copied(std::time::Duration::ZERO);
+    }
+}
+
+/// A copy of a job's blocks that is running, until this is dropped.
+pub(crate) struct CopyRunning<'a>(&'a Job);
+
+impl Drop for CopyRunning<'_> {
+    fn drop(&mut self) {
+        self.0.phase().copying -= 1;
+        self.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::worker::paged::Plane;
+    use std::sync::{Arc, mpsc};
+    use std::time::Duration;
+
+    fn job() -> Arc<Job> {
+        let plane =
+            Plane { base: core::ptr::without_provenance_mut(4096), block_stride: 4096, page_bytes: 4096 };
+        // SAFETY: nothing is ever copied.
+        let paged = unsafe { PagedKv::new(vec![plane], 1, 1) }.unwrap();
+        Arc::new(Job::new(JobId(1), "r", Work::Load { chunks: Vec::new() }, Arc::new(paged)))
+    }
+
+    #[test]
+    fn a_preemption_waits_for_every_copy_that_runs_and_none_begins_after_it() {
+        let job = job();
+        let (first, second) = (job.begin_copy().unwrap(), job.begin_copy().unwrap());
+        let (tell, told) = mpsc::channel();
+        let theirs = job.clone();
+        let flush = std::thread::spawn(move || {
+            theirs.wait_copied(Duration::ZERO);
+            tell.send(()).unwrap();
+        });
+        // Until it has said that no further copy may begin.
+        while job.begin_copy().is_some() {
+            std::thread::yield_now();
+        }
+        drop(first);
+        let early = told.recv_timeout(Duration::from_millis(30));
+        assert_eq!(early, Err(mpsc::RecvTimeoutError::Timeout), "one copy still runs");
+        drop(second);
+        told.recv().unwrap();
+        flush.join().unwrap();
     }
 }

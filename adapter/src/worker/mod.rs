@@ -1,9 +1,11 @@
 //! The worker's adapter: stores and loads of one rank's paged KV cache, in the background.
 
 mod job;
+mod loading;
 mod mover;
 mod paged;
 mod queue;
+mod storing;
 
 pub use job::{Finished, JobId, LoadChunk, LoadReport, StoreChunk, StoreReport};
 pub use paged::{BlockError, LayoutError, PagedKv, Plane};

@@ -1,0 +1,330 @@
+//! A worker's stores: reserve, copy, commit, batch by batch and overlapping.
+//!
+//! While one batch is copied the next one's reservation is on its way, and the commits of the last one too; the next
+//! copy is handed to the backend before the last one has ended, so that no thread of it waits in between. What the
+//! engine did not grant, or could not be asked for, is dropped and counted.
+
+use super::Checksum;
+use super::job::{CopyRunning, Job, StoreChunk, StoreReport};
+use super::mover::Mover;
+use crate::attachment::Attachment;
+use crate::error::CallError;
+use crate::gate::WriterPass;
+use crate::link::{Answer, Pending, Undo, slot_words, write_slots};
+use kvring_gpu_kernels::{CopyError, Direction, Transfer};
+use kvring_shm_abi::futex::monotonic_ns;
+use kvring_shm_abi::message::{
+    KEY_WORDS, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord,
+};
+
+/// A batch whose reservation has been sent.
+struct Reserving<'a> {
+    chunks: &'a [StoreChunk],
+    pending: Pending,
+    answer: u32,
+}
+
+/// A shard that the engine granted.
+struct Granted<'a> {
+    chunk: &'a StoreChunk,
+    slot: u32,
+    generation: u64,
+    address: *mut u8,
+}
+
+/// A batch that is being copied into the arena.
+struct Copying<'a> {
+    granted: Vec<Granted<'a>>,
+    // In this order: the copy ends before it stops to count as one, and that before its slots may be given away.
+    transfer: Box<dyn Transfer>,
+    _running: CopyRunning<'a>,
+    _pass: WriterPass,
+    started_ns: u64,
+}
+
+/// A commit that has been sent: where its answer will be, and of how many shards.
+type Commit = (Pending, u32, u32);
+
+/// What the engine is told of granted shards at the end of their copy.
+fn records(granted: &[Granted<'_>], checksums: &[u64]) -> Vec<SlotRecord> {
+    let record = |(index, shard): (usize, &Granted<'_>)| SlotRecord {
+        slot: u64::from(shard.slot),
+        generation: shard.generation,
+        key: shard.chunk.key,
+        checksum: checksums.get(index).copied().unwrap_or(0),
+    };
+    granted.iter().enumerate().map(record).collect()
+}
+
+/// One store while it is carried out.
+struct Store<'a> {
+    mover: &'a Mover,
+    job: &'a Job,
+    attachment: &'a Attachment,
+    report: StoreReport,
+    /// When the last copy ended: two are in flight at once, and time that both took counts once.
+    copied_until_ns: u64,
+}
+
+impl Mover {
+    pub(super) fn store(
+        &self,
+        job: &Job,
+        round: Round,
+        parent: Option<Key>,
+        chunks: &[StoreChunk],
+    ) -> StoreReport {
+        let (attachment, namespace) = match self.client.registered(&self.registered, true) {
+            Ok(context) => context,
+            Err(error) => {
+                tracing::debug!(request = %job.request, %error, "store dropped");
+                return StoreReport { dropped: chunks.len() as u32, ..StoreReport::default() };
+            }
+        };
+        let mut store = Store {
+            mover: self,
+            job,
+            attachment: &attachment,
+            report: StoreReport::default(),
+            copied_until_ns: 0,
+        };
+        store.carry_out(namespace, round, parent, chunks);
+        let report = store.report;
+        tracing::debug!(
+            request = %job.request, stored = report.stored, skipped = report.skipped, dropped = report.dropped,
+            bytes = report.bytes, ms = report.copy_ns / 1_000_000, "store"
+        );
+        report
+    }
+}
+
+impl<'a> Store<'a> {
+    fn carry_out(&mut self, namespace: u32, round: Round, parent: Option<Key>, chunks: &'a [StoreChunk]) {
+        let batches: Vec<&'a [StoreChunk]> = chunks.chunks(self.mover.chunks_per_batch(self.job)).collect();
+        let mut before = parent;
+        let mut next = batches.first().map(|batch| self.reserve(namespace, round, before, batch));
+        let mut copying: Option<Copying<'a>> = None;
+        let mut commits: Vec<Commit> = Vec::new();
+        for (index, batch) in batches.iter().enumerate() {
+            let granted = match next.take() {
+                Some(Ok(reserving)) => self.granted(reserving),
+                Some(Err(error)) => {
+                    tracing::debug!(request = %self.job.request, %error, "store dropped");
+                    self.report.dropped += batch.len() as u32;
+                    Vec::new()
+                }
+                None => Vec::new(),
+            };
+            // The next reservation travels while this batch is copied.
+            before = batch.last().map(|chunk| chunk.key).or(before);
+            next = batches.get(index + 1).map(|batch| self.reserve(namespace, round, before, batch));
+            // While this thread ends the batch before, the backend's others go on to this one by themselves.
+            let started = self.start_copy(granted);
+            if let Some(last) = core::mem::replace(&mut copying, started) {
+                commits.extend(self.finish_copy(last));
+            }
+            self.mover.loads_first();
+        }
+        if let Some(last) = copying {
+            commits.extend(self.finish_copy(last));
+        }
+        for commit in commits {
+            self.committed(commit);
+        }
+    }
+
+    fn reserve(
+        &self,
+        namespace: u32,
+        round: Round,
+        parent: Option<Key>,
+        chunks: &'a [StoreChunk],
+    ) -> Result<Reserving<'a>, CallError> {
+        let count = chunks.len();
+        let rank = self.mover.registered.record.rank;
+        let words = (1 + count) * KEY_WORDS + count * ReserveAnswer::WORDS;
+        let keys_at = KEY_WORDS as u32;
+        let answer_at = keys_at + (count * KEY_WORDS) as u32;
+        let mut answer = 0;
+        let pending = self.attachment.link.submit(
+            words,
+            |region| Undo::AbortSlots {
+                keys: Records { offset: region.offset + keys_at, count: count as u32 },
+                answer: region.offset + answer_at,
+            },
+            |payload, region| {
+                let mut keys: Vec<Key> = Vec::with_capacity(count + 1);
+                keys.push(parent.unwrap_or_default());
+                keys.extend(chunks.iter().map(|chunk| chunk.key));
+                let written = payload.write(region.offset, bytemuck::cast_slice(&keys));
+                debug_assert!(written.is_ok());
+                answer = region.offset + answer_at;
+                Request::Reserve {
+                    round,
+                    namespace,
+                    rank,
+                    keys: Records { offset: region.offset + keys_at, count: count as u32 },
+                    answer,
+                    parent: parent.map(|_| region.offset),
+                }
+            },
+        )?;
+        Ok(Reserving { chunks, pending, answer })
+    }
+
+    /// What the engine granted of a batch.
+    fn granted(&mut self, reserving: Reserving<'a>) -> Vec<Granted<'a>> {
+        let Reserving { chunks, pending, answer } = reserving;
+        let answered = pending.wait(self.mover.client.options().operation_timeout).and_then(|answered| {
+            crate::status::check(&answered.completion)?;
+            Ok(answered)
+        });
+        let answered: Answer = match answered {
+            Ok(answered) => answered,
+            Err(error) => {
+                tracing::debug!(request = %self.job.request, %error, "store dropped");
+                self.report.dropped += chunks.len() as u32;
+                return Vec::new();
+            }
+        };
+        let mut granted = Vec::with_capacity(chunks.len());
+        let mut useless = Vec::new();
+        for (index, chunk) in chunks.iter().enumerate() {
+            let mut words = [0u64; ReserveAnswer::WORDS];
+            let at = answer + (index * ReserveAnswer::WORDS) as u32;
+            let read = answered.payload().read(at, &mut words);
+            let reservation: ReserveAnswer = bytemuck::cast(words);
+            let outcome = read.ok().and_then(|()| reservation.outcome());
+            match outcome {
+                Some(ReserveOutcome::Write) => {
+                    let shard = reservation.shard;
+                    let arena = self.attachment.arena.as_ref();
+                    match arena.and_then(|arena| arena.address(shard.offset(), self.job.paged.shard_bytes()))
+                    {
+                        Some(address) => granted.push(Granted {
+                            chunk,
+                            slot: shard.slot(),
+                            generation: shard.generation,
+                            address,
+                        }),
+                        None => {
+                            tracing::error!(
+                                offset = shard.offset(),
+                                "the engine granted a slot outside the arena"
+                            );
+                            self.report.dropped += 1;
+                            useless.push(SlotRecord {
+                                slot: u64::from(shard.slot()),
+                                generation: shard.generation,
+                                key: chunk.key,
+                                checksum: 0,
+                            });
+                        }
+                    }
+                }
+                Some(ReserveOutcome::Present | ReserveOutcome::Held | ReserveOutcome::Superseded) => {
+                    self.report.skipped += 1;
+                }
+                Some(ReserveOutcome::NoSpace | ReserveOutcome::Busy) | None => self.report.dropped += 1,
+            }
+        }
+        drop(answered);
+        self.attachment.link.post_abort(useless);
+        granted
+    }
+
+    /// Starts copying granted shards into the arena; aborts them where the copy may not begin.
+    fn start_copy(&mut self, granted: Vec<Granted<'a>>) -> Option<Copying<'a>> {
+        if granted.is_empty() {
+            return None;
+        }
+        let (Some(pass), Some(running)) = (self.attachment.writers.enter(), self.job.begin_copy()) else {
+            // Preempted before the copy began, or the attachment is being given up.
+            self.report.dropped += granted.len() as u32;
+            self.attachment.link.post_abort(records(&granted, &[]));
+            return None;
+        };
+        let started_ns = monotonic_ns();
+        let checksum = self.mover.options.checksum != Checksum::Off;
+        let shards = granted.iter().map(|shard| (shard.address, &shard.chunk.blocks[..]));
+        match self.mover.start(Direction::Store, shards, self.job, checksum) {
+            Ok(transfer) => Some(Copying { granted, transfer, _running: running, _pass: pass, started_ns }),
+            Err(error) => {
+                self.copy_failed(&granted, &error);
+                None
+            }
+        }
+    }
+
+    /// Ends a copy into the arena and sends its commit.
+    fn finish_copy(&mut self, copying: Copying<'a>) -> Option<Commit> {
+        let Copying { granted, transfer, _running: running, _pass: pass, started_ns } = copying;
+        let copied = transfer.wait();
+        let now = monotonic_ns();
+        // Two batches are in flight at once: time that both took counts once.
+        self.report.copy_ns += now.saturating_sub(started_ns.max(self.copied_until_ns));
+        self.copied_until_ns = now;
+        drop(running);
+        drop(pass);
+        let checksums = match copied {
+            Ok(done) => done.checksums,
+            Err(error) => {
+                self.copy_failed(&granted, &error);
+                return None;
+            }
+        };
+        self.report.bytes += granted.len() as u64 * self.job.paged.shard_bytes();
+        let records = records(&granted, &checksums);
+        let mut answer = 0;
+        // SYNC POINT: the submission's Release publishes the payload: the copy has completed (with an `sfence` by
+        // each thread that stored non-temporally) before this message is pushed.
+        let submitted = self.attachment.link.submit(
+            slot_words(records.len()),
+            |_| Undo::Nothing,
+            |payload, region| {
+                let (slots, at) = write_slots(payload, region, &records);
+                answer = at;
+                Request::Commit { slots, answer: at }
+            },
+        );
+        match submitted {
+            Ok(pending) => Some((pending, answer, records.len() as u32)),
+            Err(error) => {
+                tracing::debug!(request = %self.job.request, %error, "commit not sent; the store is dropped");
+                self.report.dropped += records.len() as u32;
+                self.attachment.link.post_abort(records);
+                None
+            }
+        }
+    }
+
+    fn copy_failed(&mut self, granted: &[Granted<'_>], error: &CopyError) {
+        tracing::error!(request = %self.job.request, %error, "a copy into the arena failed; the store is dropped");
+        self.report.dropped += granted.len() as u32;
+        self.attachment.link.post_abort(records(granted, &[]));
+    }
+
+    fn committed(&mut self, (pending, answer, count): Commit) {
+        let answered = match pending.wait(self.mover.client.options().operation_timeout) {
+            Ok(answered) => answered,
+            Err(error) => {
+                // The engine went away with the commit: whether it counts is the successor's to know.
+                tracing::debug!(%error, "commit not acknowledged");
+                self.report.dropped += count;
+                return;
+            }
+        };
+        for index in 0..count {
+            let mut word = [0u64; 1];
+            let read = answered.payload().read(answer + index, &mut word);
+            match read.ok().and_then(|()| SlotOutcome::from_word(word[0])) {
+                Some(SlotOutcome::Done) => self.report.stored += 1,
+                Some(SlotOutcome::Gone) => self.report.dropped += 1,
+                Some(SlotOutcome::NotYours) | None => {
+                    tracing::error!("the engine does not know a slot that it granted");
+                    self.report.dropped += 1;
+                }
+            }
+        }
+    }
+}
