@@ -4,8 +4,8 @@
 mod cache_support;
 
 use cache_support::small::{
-    NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, find, hits, register, reserve,
-    reserve_in, reserve_one, round, slot_of, store,
+    NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, find, hits, leased, register,
+    reserve, reserve_in, reserve_one, round, slot_of, store,
 };
 use cache_support::{State, chain, key};
 use kvring_engine::cache::{
@@ -216,28 +216,54 @@ fn a_colder_span_of_another_size_goes_before_a_warmer_chunk_of_this_one() {
 #[test]
 fn caps_shorten_an_answer_and_then_refuse() {
     let bytes = SLAB_BYTES / 16;
-    let limited = CacheConfig { client_bytes_max: 3 * bytes, leases_max: 2, ..config(1) };
+    let limited = CacheConfig { client_bytes_max: 3 * bytes, leases_max: 3, ..config(1) };
     let mut cache = cache_of(limited, &[bytes]);
     for place in 0..8 {
         store(&mut cache, place, &[key(1, place.into())]);
     }
-    assert_eq!(find(&mut cache, 1, &chain(1, 8)).unwrap().len(), 3);
+    let other: Vec<Key> = chain(1, 8).split_off(4);
+    assert_eq!(leased(&mut cache, 0, 1, &chain(1, 8)), Ok(3));
     assert_eq!(cache.client_bytes(0), 3 * bytes);
-    assert_eq!(find(&mut cache, 2, &chain(1, 8)), Err(FindError::Busy { owner: 0, bytes: 3 * bytes }));
-    assert_eq!(find(&mut cache, 2, &chain(7, 8)), Ok(vec![]), "a miss needs no room");
-    assert_eq!(find(&mut cache, 1, &chain(1, 8)).unwrap().len(), 3, "the same admission again");
+    assert_eq!(leased(&mut cache, 0, 2, &other), Err(FindError::Busy { owner: 0, bytes: 3 * bytes }));
+    assert_eq!(leased(&mut cache, 0, 2, &chain(7, 8)), Ok(0), "a miss needs no room");
+    assert_eq!(leased(&mut cache, 0, 1, &chain(1, 8)), Ok(3), "the same admission again");
     assert_eq!(reserve(&mut cache, 0, round(20), &[key(2, 0)]), [Reservation::Busy]);
     assert!(cache.release(0, 1, 0, 1));
     assert_eq!(cache.client_bytes(0), bytes);
-    assert_eq!(find(&mut cache, 2, &chain(1, 8)).unwrap().len(), 2);
-    // Another client has a cap of its own; leases there are two of.
-    assert_eq!(
-        cache.find(1, 1, 0, 0, &chain(1, 8), &mut |_| {}),
-        Err(FindError::Busy { owner: 1, bytes: 0 })
-    );
+    assert_eq!(leased(&mut cache, 0, 2, &other), Ok(2));
+    // Another client has a cap of its own.
+    assert_eq!(leased(&mut cache, 1, 1, &chain(1, 8)), Ok(6), "three are leased already, three are not");
+    // Leases there are three of.
+    assert_eq!(leased(&mut cache, 1, 2, &chain(1, 8)), Err(FindError::Busy { owner: 1, bytes: 3 * bytes }));
     assert!(cache.end_session(0, 2));
-    assert_eq!(cache.find(1, 1, 0, 0, &chain(1, 8), &mut |_| {}), Ok(3));
-    assert!(cache.pin_found());
+    assert_eq!(leased(&mut cache, 1, 2, &chain(1, 8)), Ok(6));
+}
+
+#[test]
+fn a_shared_prefix_is_charged_once_however_many_requests_hold_it() {
+    let bytes = SLAB_BYTES / 16;
+    let mut cache = cache_of(CacheConfig { client_bytes_max: 4 * bytes, ..config(1) }, &[bytes]);
+    store(&mut cache, 0, &chain(1, 3));
+    store(&mut cache, 1, &chain(2, 1));
+    for session in 0..50 {
+        assert_eq!(leased(&mut cache, 0, session, &chain(1, 3)), Ok(3), "session {session}");
+        assert_eq!(leased(&mut cache, 1, session, &chain(1, 3)), Ok(3), "another client, session {session}");
+        assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (3 * bytes, 0), "the first pays");
+    }
+    assert_eq!(leased(&mut cache, 0, 50, &chain(2, 1)), Ok(1));
+    assert_eq!(cache.client_bytes(0), 4 * bytes);
+    // The payer goes first: what the other one still holds stays charged to its entry, the rest does not.
+    cache.client_gone(0, 7, false);
+    cache.check_all().unwrap();
+    assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (3 * bytes, 0));
+    for session in 0..49 {
+        assert!(cache.end_session(1, session));
+    }
+    assert_eq!(cache.client_bytes(0), 3 * bytes);
+    assert!(cache.release(1, 49, 0, 1));
+    assert_eq!(cache.client_bytes(0), bytes);
+    assert!(cache.end_session(1, 49));
+    assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (0, 0));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The cache's check of itself, a few entries at a time: tables that name each other agree, and the sums are right.
 
+use super::Namespace;
 use super::chunk::Life;
 use super::lease::Leases;
 use super::slot::State;
@@ -113,7 +114,7 @@ impl<T: SlotTable> Cache<T> {
                 sums.blocks += Leases::blocks_of(len);
                 for id in self.leases.chunks(at) {
                     let chunk = self.chunks.get(id);
-                    let is_pinned = chunk.life() == Life::Visible && chunk.pins > 0;
+                    let is_pinned = chunk.life() == Life::Visible && chunk.pins.any();
                     link("leases and chunks", is_pinned, at, id)?;
                 }
                 Ok(Some(at + 1))
@@ -164,7 +165,7 @@ impl<T: SlotTable> Cache<T> {
             Life::Forming => sums.forming += 1,
             Life::Visible => sums.visible += 1,
         }
-        sums.chunk_pins += u64::from(chunk.pins);
+        sums.chunk_pins += u64::from(chunk.pins.count());
         link("chunks and index", self.index.holds(&self.chunks, id), id, chunk.hash)?;
         let world = self.world_of(id);
         let (mut writing, mut committed) = (0_u32, 0_u32);
@@ -183,7 +184,7 @@ impl<T: SlotTable> Cache<T> {
         count("shards committed of a chunk", committed, chunk.committed)?;
         match chunk.life() {
             Life::Visible => count("shards of a visible chunk", committed, world),
-            _ => count("pins of a forming chunk", chunk.pins, 0_u32),
+            _ => count("pins of a forming chunk", chunk.pins.count(), 0_u32),
         }
     }
 
@@ -218,7 +219,7 @@ impl<T: SlotTable> Cache<T> {
             let (mut used, mut busy) = (0_u32, 0_u32);
             for slot in first..first + span.fresh {
                 let entry = self.slots.get(slot);
-                let is_pinned = entry.chunk().is_some_and(|id| self.chunks.get(id).pins > 0);
+                let is_pinned = entry.chunk().is_some_and(|id| self.chunks.get(id).pins.any());
                 used += u32::from(entry.state() != State::Free);
                 busy += u32::from(entry.state() == State::Writing || is_pinned);
             }
@@ -253,9 +254,11 @@ impl<T: SlotTable> Cache<T> {
             writing += 1;
         }
         count("slots in lists of writers", writing, self.slots.counts.writing)?;
-        for id in 0..self.leases.fresh() {
-            if self.leases.get(id).len > 0 {
-                bytes[usize::from(self.leases.get(id).owner)] += self.lease_bytes(id);
+        for id in 0..self.chunks.fresh {
+            let chunk = self.chunks.get(id);
+            if let (Life::Visible, Some(payer)) = (chunk.life(), chunk.pins.payer()) {
+                let namespace = self.namespace(u32::from(chunk.namespace));
+                bytes[usize::from(payer)] += namespace.map_or(0, Namespace::chunk_bytes);
             }
         }
         for (counted, recorded) in bytes.into_iter().zip(self.client_bytes) {
@@ -277,7 +280,7 @@ impl<T: SlotTable> Cache<T> {
                 match chunk.life() {
                     Life::Visible => {
                         visible.push(id);
-                        pinned += usize::from(chunk.pins > 0);
+                        pinned += usize::from(chunk.pins.any());
                     }
                     Life::Forming => idle += usize::from(chunk.writing == 0),
                     Life::Free => {}

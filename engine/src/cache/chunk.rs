@@ -4,6 +4,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::index::Hash;
 use super::lazy::{Lazy, prefetch};
+use super::pins::Pins;
 use super::{Key, NAMESPACES, RANKS, Round, SlotId};
 use crate::policy::ChunkId;
 
@@ -41,7 +42,7 @@ pub(super) struct Chunk {
     source: u32,
     number: u32,
     /// How often leases name it.
-    pub(super) pins: u32,
+    pub(super) pins: Pins,
     /// The next chunk of the same overflowing index bucket, or the next free record; + 1.
     pub(super) chain: u32,
     pub(super) hash: u32,
@@ -297,7 +298,7 @@ impl Chunks {
     /// Not leased, not being written, not of the message at hand.
     pub(super) fn is_evictable(&self, id: ChunkId) -> bool {
         let chunk = self.get(id);
-        chunk.pins == 0 && chunk.writing == 0 && !self.is_guarded(id)
+        !chunk.pins.any() && chunk.writing == 0 && !self.is_guarded(id)
     }
 
     pub(super) fn is_guarded(&self, id: ChunkId) -> bool {

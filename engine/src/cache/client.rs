@@ -119,20 +119,11 @@ impl<T: SlotTable> Cache<T> {
 
     /// Ends what a lease has beyond its first `keep` chunks.
     pub(super) fn truncate(&mut self, id: LeaseId, keep: u32) {
-        let lease = *self.leases.get(id);
-        if keep >= lease.len {
-            return;
-        }
-        let bytes = self.lease_bytes(id) / u64::from(lease.len) * u64::from(lease.len - keep);
-        self.client_bytes[usize::from(lease.owner)] -= bytes;
-        let Self { leases, chunks, slabs, namespaces, .. } = self;
-        leases.truncate(id, keep, |chunk| super::unpin(chunks, slabs, namespaces, chunk));
-    }
-
-    /// Bytes that a lease pins.
-    pub(super) fn lease_bytes(&self, id: LeaseId) -> u64 {
-        let lease = self.leases.get(id);
-        let namespace = self.namespace(u32::from(lease.namespace));
-        namespace.map_or(0, |namespace| namespace.chunk_bytes() * u64::from(lease.len))
+        let Self { leases, chunks, slabs, namespaces, client_bytes, .. } = self;
+        leases.truncate(id, keep, |chunk| {
+            if let Some((payer, bytes)) = super::unpin(chunks, slabs, namespaces, chunk) {
+                client_bytes[usize::from(payer)] -= bytes;
+            }
+        });
     }
 }

@@ -59,7 +59,7 @@ impl CacheConfig {
         let limits = [
             ("chunks_max", self.chunks_max, MAX_CHUNKS as u64 / 2),
             ("leases_max", self.leases_max, 1 << 24),
-            ("pins_max", self.pins_max, 1 << 30),
+            ("pins_max", self.pins_max, u64::from(super::pins::PINS_MAX)),
             ("keys_max", self.keys_max, 1 << 24),
         ];
         for (name, value, most) in limits {

@@ -106,7 +106,7 @@ impl<T: SlotTable> Cache<T> {
     /// Takes a chunk out of everything: its COMMITTED slots are freed, its WRITING ones orphaned.
     pub(super) fn drop_chunk(&mut self, id: ChunkId, evicted: bool) {
         let chunk = *self.chunks.get(id);
-        debug_assert_eq!(chunk.pins, 0);
+        debug_assert!(!chunk.pins.any());
         match chunk.life() {
             Life::Visible => {
                 if let Some(namespace) = &mut self.namespaces[usize::from(chunk.namespace)] {
@@ -244,7 +244,7 @@ impl<T: SlotTable> Cache<T> {
         for id in from..end {
             let chunk = self.chunks.get(id);
             let is_meant = namespace.is_none_or(|namespace| namespace == u32::from(chunk.namespace));
-            if is_meant && chunk.life() != Life::Free && chunk.pins == 0 {
+            if is_meant && chunk.life() != Life::Free && !chunk.pins.any() {
                 self.drop_chunk(id, false);
             }
         }

@@ -28,16 +28,17 @@ pub(super) struct Found {
     session: u64,
     admission: u32,
     namespace: u8,
-    chunk_bytes: u64,
     /// The lease of an earlier lookup of this admission.
     instead: Option<LeaseId>,
 }
 
 impl<T: SlotTable> Cache<T> {
     /// The longest visible prefix of `keys`: `sink` is called with every shard, chunk by chunk, rank by rank.
-    /// Answers the number of chunks. Changes nothing; [`Cache::pin_found`] is to follow at once.
+    /// Answers the number of chunks, of which `sink` may have been told of more. Changes nothing;
+    /// [`Cache::pin_found`] is to follow at once.
     ///
-    /// A prefix that is longer than what this client may still lease is cut to that.
+    /// A prefix that is longer than what this client may still lease is cut to that. What is leased already, by
+    /// whomever, costs nothing more.
     ///
     /// # Errors
     ///
@@ -67,9 +68,8 @@ impl<T: SlotTable> Cache<T> {
         let (world, chunk_bytes) = (registered.world, registered.chunk_bytes());
         let complete = registered.is_complete();
         let (instead, admissions) = self.leases.find(owner, session, admission);
-        let bytes = self.client_bytes[usize::from(owner)] - instead.map_or(0, |id| self.lease_bytes(id));
-        let room_bytes = self.config.client_bytes_max.saturating_sub(bytes);
-        let room = (room_bytes / chunk_bytes.max(1)).min(self.leases.room(instead, admissions));
+        let bytes = self.client_bytes[usize::from(owner)];
+        let room = self.leases.room(instead, admissions);
 
         let namespace = namespace as u8;
         let fits = keys.len().min(usize::try_from(room).unwrap_or(usize::MAX));
@@ -79,14 +79,35 @@ impl<T: SlotTable> Cache<T> {
             } else {
                 self.search::<false>(namespace, world, &keys[..fits], sink);
             }
+            let room_bytes = self.config.client_bytes_max.saturating_sub(bytes);
+            if self.found.len() as u64 * chunk_bytes > room_bytes {
+                let affordable = self.affordable(room_bytes / chunk_bytes.max(1));
+                if affordable == 0 {
+                    self.found.clear();
+                    return Err(FindError::Busy { owner, bytes });
+                }
+                self.found.truncate(affordable);
+            }
         } else if complete && let Some(first) = keys.first() {
             let hash = self.hash(u32::from(namespace), *first);
             if self.index.matches(&self.chunks, hash, namespace, *first).visible.is_some() {
                 return Err(FindError::Busy { owner, bytes });
             }
         }
-        self.found_for = Some(Found { owner, session, admission, namespace, chunk_bytes, instead });
+        self.found_for = Some(Found { owner, session, admission, namespace, instead });
         Ok(self.found.len() as u32)
+    }
+
+    /// How many of what was found may be leased, if `new` chunks of it may be that nobody has leased yet.
+    fn affordable(&self, mut new: u64) -> usize {
+        let costs = |id: &ChunkId| !self.chunks.get(*id).pins.any();
+        let cut = self.found.iter().position(|id| {
+            let costs = costs(id);
+            let too_much = costs && new == 0;
+            new -= u64::from(costs && !too_much);
+            too_much
+        });
+        cut.unwrap_or(self.found.len())
     }
 
     /// Fills `found`, a block of keys at a time, and each stage a block behind the one before it: index line, chunk
@@ -165,7 +186,7 @@ impl<T: SlotTable> Cache<T> {
         };
         self.version += 1;
         for i in 0..self.found.len() {
-            self.pin(self.found[i]);
+            self.pin(self.found[i], found.owner);
         }
         if let Some(instead) = found.instead {
             self.truncate(instead, 0);
@@ -177,9 +198,8 @@ impl<T: SlotTable> Cache<T> {
             }
         }
         if !self.found.is_empty() {
-            let Found { owner, session, admission, namespace, chunk_bytes, .. } = found;
+            let Found { owner, session, admission, namespace, .. } = found;
             self.leases.create(owner, session, admission, namespace, &self.found);
-            self.client_bytes[usize::from(owner)] += chunk_bytes * self.found.len() as u64;
         }
         true
     }

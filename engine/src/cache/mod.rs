@@ -23,6 +23,7 @@ mod forget;
 mod index;
 mod lazy;
 mod lease;
+mod pins;
 mod reserve;
 mod restore;
 mod slab;
@@ -274,33 +275,35 @@ impl<T: SlotTable> Cache<T> {
         });
     }
 
-    fn pin(&mut self, id: ChunkId) {
+    fn pin(&mut self, id: ChunkId, owner: Owner) {
         let chunk = self.chunks.get_mut(id);
-        chunk.pins += 1;
-        if chunk.pins == 1 {
+        if chunk.pins.add(owner) {
             if let Some(namespace) = &mut self.namespaces[chunk.namespace as usize] {
                 namespace.pinned += 1;
+                self.client_bytes[usize::from(owner)] += namespace.chunk_bytes();
             }
             self.each_slot(id, |cache, slot| cache.slabs.busy(slot));
         }
     }
 }
 
-/// One lease names the chunk no longer.
-fn unpin(chunks: &mut Chunks, slabs: &mut Slabs, namespaces: &mut [Option<Box<Namespace>>], id: ChunkId) {
+/// One lease names the chunk no longer. Where it was the last: who has paid for it, and how many bytes.
+fn unpin(
+    chunks: &mut Chunks,
+    slabs: &mut Slabs,
+    namespaces: &mut [Option<Box<Namespace>>],
+    id: ChunkId,
+) -> Option<(Owner, u64)> {
     let chunk = chunks.get_mut(id);
-    debug_assert_ne!(chunk.pins, 0);
-    chunk.pins -= 1;
-    if chunk.pins > 0 {
-        return;
-    }
-    let Some(namespace) = &mut namespaces[usize::from(chunk.namespace)] else { return };
+    let payer = chunk.pins.remove()?;
+    let namespace = namespaces[usize::from(chunk.namespace)].as_mut()?;
     namespace.pinned -= 1;
     for rank in 0..namespace.world {
         if let Some(slot) = chunks.shard(id, namespace.world, rank) {
             slabs.idle(slot);
         }
     }
+    Some((payer, namespace.chunk_bytes()))
 }
 
 #[cfg(test)]

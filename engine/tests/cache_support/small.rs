@@ -103,6 +103,19 @@ pub(crate) fn find(
     Ok(shards)
 }
 
+/// A lookup of `client`'s: how many chunks it may lease.
+pub(crate) fn leased(
+    cache: &mut Cache<VecTable>,
+    client: u8,
+    session: u64,
+    keys: &[Key],
+) -> Result<u32, FindError> {
+    let chunks = cache.find(client, session, 0, 0, keys, &mut |_| {})?;
+    assert!(cache.pin_found());
+    cache.check_all().unwrap();
+    Ok(chunks)
+}
+
 /// How many of the keys a lookup would find; leaves no lease, but counts as an access.
 pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
     let found = cache.find(9, 999, 9, 0, keys, &mut |_| {}).unwrap();
