@@ -7,6 +7,7 @@ use kvring_adapter::{
     Checksum, Client, JobId, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError,
     WorkerAdapter, WorkerOptions,
 };
+use kvring_gpu_kernels::{CopyBackend, CpuBackend};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -37,11 +38,22 @@ impl WorkerSide {
     /// # Errors
     /// What the registration said.
     pub fn start(spec: &WorkerSpec) -> Result<WorkerSide, RegisterError> {
+        WorkerSide::copying_with(spec, Arc::new(CpuBackend::new(2)))
+    }
+
+    /// The same, with a way of copying of the test's own.
+    ///
+    /// # Errors
+    /// What the registration said.
+    pub fn copying_with(
+        spec: &WorkerSpec,
+        backend: Arc<dyn CopyBackend>,
+    ) -> Result<WorkerSide, RegisterError> {
         let client = client(Role::Worker, &spec.client);
         let mut options = WorkerOptions::new(spec.fingerprint(), spec.world, spec.rank, spec.chunk_tokens);
         options.model = "test-model".to_owned();
         options.checksum = if spec.checksum { Checksum::Verify } else { Checksum::Off };
-        let mut adapter = WorkerAdapter::new(&client, options)?;
+        let mut adapter = WorkerAdapter::with_backend(&client, options, backend)?;
         let kv = Kv::new(spec.shape);
         adapter.register_kv_caches(kv.paged())?;
         Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted: Vec::new() })

@@ -112,8 +112,19 @@ pub struct WorkerAdapter {
 }
 
 impl WorkerAdapter {
-    /// An adapter on a client of the worker's role. Starts the copy threads; wrong numbers are an error here.
+    /// An adapter on a client of the worker's role, copying with threads of this process (`copy_threads`). Starts them;
+    /// wrong numbers are an error here.
     pub fn new(client: &Arc<Client>, options: WorkerOptions) -> Result<WorkerAdapter, RegisterError> {
+        let threads = options.copy_threads.unwrap_or_else(|| usable_cpus().min(2)).max(1);
+        WorkerAdapter::with_backend(client, options, Arc::new(CpuBackend::new(threads)))
+    }
+
+    /// An adapter that copies in another way.
+    pub fn with_backend(
+        client: &Arc<Client>,
+        options: WorkerOptions,
+        backend: Arc<dyn CopyBackend>,
+    ) -> Result<WorkerAdapter, RegisterError> {
         let invalid = |what, expected, got: u64| Err(RegisterError::Invalid { what, expected, got });
         if !(1..=RANKS_MAX as u32).contains(&options.world) {
             return invalid("world", "1 to 64", options.world.into());
@@ -124,13 +135,11 @@ impl WorkerAdapter {
         if options.chunk_tokens == 0 {
             return invalid("chunk_tokens", "above 0", 0);
         }
-        let threads = options.copy_threads.unwrap_or_else(|| usable_cpus().min(2)).max(1);
-        let backend = CpuBackend::new(threads);
         Ok(WorkerAdapter {
             client: client.clone(),
             probe: client.probe(),
             options,
-            backend: Arc::new(backend),
+            backend,
             running: None,
             next_job: 0,
         })

@@ -10,7 +10,7 @@ use super::mover::Mover;
 use crate::attachment::Attachment;
 use crate::error::CallError;
 use crate::gate::WriterPass;
-use crate::link::{Answer, Pending, Undo, slot_words, write_slots};
+use crate::link::{Answer, Link, Pending, Undo, slot_words, write_slots};
 use kvring_gpu_kernels::{CopyError, Direction, Transfer};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::{
@@ -32,29 +32,50 @@ struct Granted<'a> {
     address: *mut u8,
 }
 
+/// The shards of a batch that the engine granted. Dropped without a commit they are aborted, whatever happened: else
+/// their slots would stay ours, and out of everybody's use, until this client ends.
+struct Grant<'a> {
+    shards: Vec<Granted<'a>>,
+    link: &'a Link,
+}
+
+impl Grant<'_> {
+    /// What the engine is told of them.
+    fn records(&self, checksums: &[u64]) -> Vec<SlotRecord> {
+        let record = |(index, shard): (usize, &Granted<'_>)| SlotRecord {
+            slot: u64::from(shard.slot),
+            generation: shard.generation,
+            key: shard.chunk.key,
+            checksum: checksums.get(index).copied().unwrap_or(0),
+        };
+        self.shards.iter().enumerate().map(record).collect()
+    }
+
+    /// They have been committed.
+    fn settled(mut self) {
+        self.shards.clear();
+    }
+}
+
+impl Drop for Grant<'_> {
+    fn drop(&mut self) {
+        self.link.post_abort(self.records(&[]));
+    }
+}
+
 /// A batch that is being copied into the arena.
 struct Copying<'a> {
-    granted: Vec<Granted<'a>>,
-    // In this order: the copy ends before it stops to count as one, and that before its slots may be given away.
+    // In this order, also when the mover unwinds: the copy ends before its slots are given back, before it stops to
+    // count as a copy, and before this client may give its entry up.
     transfer: Box<dyn Transfer>,
-    _running: CopyRunning<'a>,
-    _pass: WriterPass,
+    grant: Grant<'a>,
+    running: CopyRunning<'a>,
+    pass: WriterPass,
     started_ns: u64,
 }
 
 /// A commit that has been sent: where its answer will be, and of how many shards.
 type Commit = (Pending, u32, u32);
-
-/// What the engine is told of granted shards at the end of their copy.
-fn records(granted: &[Granted<'_>], checksums: &[u64]) -> Vec<SlotRecord> {
-    let record = |(index, shard): (usize, &Granted<'_>)| SlotRecord {
-        slot: u64::from(shard.slot),
-        generation: shard.generation,
-        key: shard.chunk.key,
-        checksum: checksums.get(index).copied().unwrap_or(0),
-    };
-    granted.iter().enumerate().map(record).collect()
-}
 
 /// One store while it is carried out.
 struct Store<'a> {
@@ -111,15 +132,15 @@ impl<'a> Store<'a> {
                 Some(Err(error)) => {
                     tracing::debug!(request = %self.job.request, %error, "store dropped");
                     self.report.dropped += batch.len() as u32;
-                    Vec::new()
+                    None
                 }
-                None => Vec::new(),
+                None => None,
             };
             // The next reservation travels while this batch is copied.
             before = batch.last().map(|chunk| chunk.key).or(before);
             next = batches.get(index + 1).map(|batch| self.reserve(namespace, round, before, batch));
             // While this thread ends the batch before, the backend's others go on to this one by themselves.
-            let started = self.start_copy(granted);
+            let started = granted.and_then(|grant| self.start_copy(grant));
             if let Some(last) = core::mem::replace(&mut copying, started) {
                 commits.extend(self.finish_copy(last));
             }
@@ -173,7 +194,7 @@ impl<'a> Store<'a> {
     }
 
     /// What the engine granted of a batch.
-    fn granted(&mut self, reserving: Reserving<'a>) -> Vec<Granted<'a>> {
+    fn granted(&mut self, reserving: Reserving<'a>) -> Option<Grant<'a>> {
         let Reserving { chunks, pending, answer } = reserving;
         let answered = pending.wait(self.mover.client.options().operation_timeout).and_then(|answered| {
             crate::status::check(&answered.completion)?;
@@ -184,10 +205,10 @@ impl<'a> Store<'a> {
             Err(error) => {
                 tracing::debug!(request = %self.job.request, %error, "store dropped");
                 self.report.dropped += chunks.len() as u32;
-                return Vec::new();
+                return None;
             }
         };
-        let mut granted = Vec::with_capacity(chunks.len());
+        let mut grant = Grant { shards: Vec::with_capacity(chunks.len()), link: &self.attachment.link };
         let mut useless = Vec::new();
         for (index, chunk) in chunks.iter().enumerate() {
             let mut words = [0u64; ReserveAnswer::WORDS];
@@ -201,7 +222,7 @@ impl<'a> Store<'a> {
                     let arena = self.attachment.arena.as_ref();
                     match arena.and_then(|arena| arena.address(shard.offset(), self.job.paged.shard_bytes()))
                     {
-                        Some(address) => granted.push(Granted {
+                        Some(address) => grant.shards.push(Granted {
                             chunk,
                             slot: shard.slot(),
                             generation: shard.generation,
@@ -230,27 +251,23 @@ impl<'a> Store<'a> {
         }
         drop(answered);
         self.attachment.link.post_abort(useless);
-        granted
+        (!grant.shards.is_empty()).then_some(grant)
     }
 
     /// Starts copying granted shards into the arena; aborts them where the copy may not begin.
-    fn start_copy(&mut self, granted: Vec<Granted<'a>>) -> Option<Copying<'a>> {
-        if granted.is_empty() {
-            return None;
-        }
+    fn start_copy(&mut self, grant: Grant<'a>) -> Option<Copying<'a>> {
         let (Some(pass), Some(running)) = (self.attachment.writers.enter(), self.job.begin_copy()) else {
             // Preempted before the copy began, or the attachment is being given up.
-            self.report.dropped += granted.len() as u32;
-            self.attachment.link.post_abort(records(&granted, &[]));
+            self.report.dropped += grant.shards.len() as u32;
             return None;
         };
         let started_ns = monotonic_ns();
         let checksum = self.mover.options.checksum != Checksum::Off;
-        let shards = granted.iter().map(|shard| (shard.address, &shard.chunk.blocks[..]));
+        let shards = grant.shards.iter().map(|shard| (shard.address, &shard.chunk.blocks[..]));
         match self.mover.start(Direction::Store, shards, self.job, checksum) {
-            Ok(transfer) => Some(Copying { granted, transfer, _running: running, _pass: pass, started_ns }),
+            Ok(transfer) => Some(Copying { transfer, grant, running, pass, started_ns }),
             Err(error) => {
-                self.copy_failed(&granted, &error);
+                self.copy_failed(&grant, &error);
                 None
             }
         }
@@ -258,7 +275,7 @@ impl<'a> Store<'a> {
 
     /// Ends a copy into the arena and sends its commit.
     fn finish_copy(&mut self, copying: Copying<'a>) -> Option<Commit> {
-        let Copying { granted, transfer, _running: running, _pass: pass, started_ns } = copying;
+        let Copying { transfer, grant, running, pass, started_ns } = copying;
         let copied = transfer.wait();
         let now = monotonic_ns();
         // Two batches are in flight at once: time that both took counts once.
@@ -269,12 +286,12 @@ impl<'a> Store<'a> {
         let checksums = match copied {
             Ok(done) => done.checksums,
             Err(error) => {
-                self.copy_failed(&granted, &error);
+                self.copy_failed(&grant, &error);
                 return None;
             }
         };
-        self.report.bytes += granted.len() as u64 * self.job.paged.shard_bytes();
-        let records = records(&granted, &checksums);
+        self.report.bytes += grant.shards.len() as u64 * self.job.paged.shard_bytes();
+        let records = grant.records(&checksums);
         let mut answer = 0;
         // SYNC POINT: the submission's Release publishes the payload: the copy has completed (with an `sfence` by
         // each thread that stored non-temporally) before this message is pushed.
@@ -288,20 +305,21 @@ impl<'a> Store<'a> {
             },
         );
         match submitted {
-            Ok(pending) => Some((pending, answer, records.len() as u32)),
+            Ok(pending) => {
+                grant.settled();
+                Some((pending, answer, records.len() as u32))
+            }
             Err(error) => {
                 tracing::debug!(request = %self.job.request, %error, "commit not sent; the store is dropped");
                 self.report.dropped += records.len() as u32;
-                self.attachment.link.post_abort(records);
                 None
             }
         }
     }
 
-    fn copy_failed(&mut self, granted: &[Granted<'_>], error: &CopyError) {
+    fn copy_failed(&mut self, grant: &Grant<'_>, error: &CopyError) {
         tracing::error!(request = %self.job.request, %error, "a copy into the arena failed; the store is dropped");
-        self.report.dropped += granted.len() as u32;
-        self.attachment.link.post_abort(records(granted, &[]));
+        self.report.dropped += grant.shards.len() as u32;
     }
 
     fn committed(&mut self, (pending, answer, count): Commit) {

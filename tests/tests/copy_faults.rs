@@ -1,0 +1,95 @@
+//! A backend that fails, before and during a copy, with errors and with panics: every job is reported once, and no slot
+//! stays reserved for a client that lives on.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::Round;
+use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, Transfer};
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::kv::chain;
+use kvring_tests::proto::{Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::scheduler::SchedulerSide;
+use kvring_tests::worker::WorkerSide;
+use std::sync::{Arc, Mutex};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    None,
+    RefuseToStart,
+    PanicAtStart,
+    FailWhileCopying,
+    PanicWhileCopying,
+}
+
+/// Copies as the CPU backend does, except for the faults that it is told of.
+struct Faulty {
+    inner: CpuBackend,
+    fault: Mutex<Fault>,
+}
+
+struct FaultyTransfer {
+    inner: Box<dyn Transfer>,
+    fault: Fault,
+}
+
+impl Faulty {
+    fn set(&self, fault: Fault) {
+        *self.fault.lock().unwrap() = fault;
+    }
+}
+
+impl CopyBackend for Faulty {
+    fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        let fault = *self.fault.lock().unwrap();
+        assert_ne!(fault, Fault::PanicAtStart, "a fault that was asked for");
+        if fault == Fault::RefuseToStart {
+            return Err(CopyError::ShutDown);
+        }
+        Ok(Box::new(FaultyTransfer { inner: self.inner.submit(batch)?, fault }))
+    }
+
+    fn name(&self) -> &'static str {
+        "faulty"
+    }
+}
+
+impl Transfer for FaultyTransfer {
+    fn poll(&mut self) -> bool {
+        self.inner.poll()
+    }
+
+    fn wait(self: Box<Self>) -> Result<CopyDone, CopyError> {
+        assert_ne!(self.fault, Fault::PanicWhileCopying, "a fault that was asked for");
+        let done = self.inner.wait()?;
+        if self.fault == Fault::FailWhileCopying { Err(CopyError::ThreadFailed) } else { Ok(done) }
+    }
+}
+
+#[test]
+fn a_failing_backend_costs_jobs_and_nothing_else() {
+    let engine = EngineProcess::start("faults", 16);
+    let backend = Arc::new(Faulty { inner: CpuBackend::new(2), fault: Mutex::new(Fault::None) });
+    let mut worker = WorkerSide::copying_with(&WorkerSpec::new(&engine.name), backend.clone()).unwrap();
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    let there = chain(1, 8);
+    let round = |number| Round { source: 1, number };
+    assert_eq!(worker.store("there", round(1), None, &there, 0), all_stored(8));
+    let faults =
+        [Fault::RefuseToStart, Fault::PanicAtStart, Fault::FailWhileCopying, Fault::PanicWhileCopying];
+    for (number, fault) in (2..).zip(faults) {
+        backend.set(fault);
+        let keys = chain(u64::from(number), 8);
+        let stored = worker.store("r", round(number), None, &keys, 0);
+        assert_eq!(stored, Stored { dropped: 8, ..Stored::default() }, "{fault:?}");
+        // The client lives, and has nothing reserved any more.
+        engine.stat_becomes("slots_writing", 0);
+        let found = scheduler.lookup("there", number, &there).unwrap();
+        assert_eq!(found.chunks, 8);
+        let loaded = worker.load("there", &found.ranks[0], 0);
+        assert_eq!(loaded, Loaded { failed: 8, ..Loaded::default() }, "{fault:?}");
+        backend.set(Fault::None);
+        assert_eq!(worker.load("there", &found.ranks[0], 0), all_loaded(8), "after {fault:?}");
+        assert_eq!(worker.store("r", round(number + 100), None, &keys, 0), all_stored(8), "after {fault:?}");
+    }
+    drop((worker, scheduler));
+    engine.settles(0);
+}
