@@ -76,8 +76,12 @@ pub struct NoRoom {
 #[must_use]
 pub fn needed(geometry: &Geometry) -> u64 {
     let slot_table = geometry.arena_bytes / USUAL_SHARD_MIN * SLOT_HEADER_BYTES as u64;
-    let fixed = Places::of(geometry).slots_at + LOBBY_BYTES as u64 + crate::segments::ARENA_TRAILER;
-    geometry.arena_bytes + slot_table + fixed
+    geometry.arena_bytes + slot_table + fixed(geometry)
+}
+
+/// The part of it that does not grow with the arena, or hardly.
+fn fixed(geometry: &Geometry) -> u64 {
+    Places::of(geometry).slots_at + LOBBY_BYTES as u64 + crate::segments::ARENA_TRAILER
 }
 
 /// Refuses an arena that cannot fit.
@@ -157,8 +161,11 @@ impl Room {
             }
         };
         let Some(geometry) = wanted else { return enlarge };
-        let tables = needed(geometry) - geometry.arena_bytes;
-        let fits = (self.tightest().1.saturating_sub(tables) >> 20) << 20;
+        // A smaller arena has smaller tables: the room is divided as the wanted arena would divide it.
+        let fixed = fixed(geometry);
+        let left = u128::from(self.tightest().1.saturating_sub(fixed));
+        let fits = left * u128::from(geometry.arena_bytes) / u128::from(needed(geometry) - fixed).max(1);
+        let fits = ((fits >> 20) << 20) as u64;
         if fits == 0 {
             return enlarge;
         }
@@ -222,5 +229,16 @@ mod tests {
         assert!(now.shm_free > 0 && now.memory.is_some());
         assert_eq!(mem_available("MemFree: 3 kB\nMemAvailable:   21 kB\n"), Some(21 * 1024));
         assert_eq!(mem_available("MemFree: 3 kB\n"), None);
+    }
+
+    #[test]
+    fn the_arena_that_is_advised_fits_however_large_the_one_that_was_asked_for() {
+        for asked in [21 * GIB, 1 << 40, 15 << 40] {
+            let error = check(&geometry(asked), &room()).unwrap_err();
+            let (_, advised) = error.help.split_once("--arena ").expect("a size that fits");
+            let advised: ByteSize = advised.parse().unwrap();
+            assert_eq!(check(&geometry(advised.0), &room()), Ok(()), "{advised}");
+            assert!(advised.0 > 9 * GIB, "{advised} of 10 GiB, asked for {asked}");
+        }
     }
 }

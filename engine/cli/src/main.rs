@@ -33,7 +33,7 @@ Examples:
 )]
 struct Cli {
     /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as kvring_engine=debug
-    /// [env: KVRING_LOG] [default: info for serve, else warn]
+    /// [env: KVRING_LOG] [default: info for serve, error for bench and clear, else warn]
     #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<String>,
 
@@ -101,7 +101,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return replay::run(args, &log);
         }
         Command::Bench(args) => {
-            log.start("warn")?;
+            // Its engines come and go: what their clients say of that is not news.
+            log.start("error")?;
             kvring_benches::run(args)?;
         }
         Command::Simulate(args) => {
