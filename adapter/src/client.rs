@@ -298,7 +298,8 @@ impl Client {
         attachment.link.call(request, self.options().operation_timeout)
     }
 
-    /// Says goodbye to the engine and ends the keeper; idempotent. Waits at most `drain_timeout` for the engine.
+    /// Says goodbye to the engine and ends the keeper; idempotent. Waits for the last copy into
+    /// the arena, for a registration that is under way (`register_timeout`), and then at most `drain_timeout` for the engine.
     pub fn shutdown(&self) {
         if !self.shared.fork.is_ours() {
             return;

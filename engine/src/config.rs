@@ -32,7 +32,7 @@ pub struct EngineConfig {
     pub beat_interval_ms: u32,
     /// How long the service loop spins before it sleeps, in microseconds; see [`EngineConfig::spin`].
     pub spin_us: u32,
-    /// The largest part of the arena that one client may hold leased and reserved at once.
+    /// The largest part of the arena that one client may hold at once: what it writes, and what it was the first to lease.
     pub client_share: f64,
     /// Leases that can exist at once.
     pub max_leases: u32,
@@ -228,7 +228,7 @@ impl EngineConfig {
         process::spin_time(Duration::from_micros(self.spin_us.into()))
     }
 
-    /// The most that one client may hold leased and reserved at once, in bytes; never less than a slab.
+    /// The most that one client may be charged with at once, in bytes; never less than a slab.
     #[must_use]
     pub fn client_bytes_max(&self, geometry: &Geometry) -> u64 {
         // A share of a whole number of bytes: rounding to an f64's 53 bits does not matter here.

@@ -252,17 +252,46 @@ fn a_shared_prefix_is_charged_once_however_many_requests_hold_it() {
     }
     assert_eq!(leased(&mut cache, 0, 50, &chain(2, 1)), Ok(1));
     assert_eq!(cache.client_bytes(0), 4 * bytes);
-    // The payer goes first: what the other one still holds stays charged to its entry, the rest does not.
+    // The payer goes: what the other one still holds is nobody's, until somebody pins it.
     cache.client_gone(0, 7, false);
     cache.check_all().unwrap();
-    assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (3 * bytes, 0));
-    for session in 0..49 {
+    assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (0, 0));
+    assert_eq!(leased(&mut cache, 2, 1, &chain(1, 2)), Ok(2));
+    assert_eq!((cache.client_bytes(1), cache.client_bytes(2)), (0, 2 * bytes));
+    for session in 0..50 {
         assert!(cache.end_session(1, session));
     }
-    assert_eq!(cache.client_bytes(0), 3 * bytes);
-    assert!(cache.release(1, 49, 0, 1));
-    assert_eq!(cache.client_bytes(0), bytes);
-    assert!(cache.end_session(1, 49));
+    cache.check_all().unwrap();
+    assert_eq!((cache.client_bytes(1), cache.client_bytes(2)), (0, 2 * bytes));
+    assert!(cache.end_session(2, 1));
+    assert_eq!(cache.client_bytes(2), 0);
+    cache.check_all().unwrap();
+}
+
+#[test]
+fn who_holds_on_to_what_others_paid_for_does_not_use_up_their_share() {
+    let bytes = SLAB_BYTES / 16;
+    let mut cache = cache_of(CacheConfig { client_bytes_max: 4 * bytes, ..config(1) }, &[bytes]);
+    for name in 0..3 {
+        store(&mut cache, name, &chain(name.into(), 4));
+    }
+    // Client 1 keeps whatever client 0 has leased, and never gives it back.
+    for session in 0..3 {
+        let keys = chain(session, 4);
+        let expected = if session < 2 { Ok(4) } else { Err(FindError::Busy { owner: 0, bytes: 4 * bytes }) };
+        assert_eq!(leased(&mut cache, 0, session, &keys), expected, "session {session}");
+        if session < 2 {
+            assert_eq!(leased(&mut cache, 1, session, &keys), Ok(4), "at no cost");
+            assert!(cache.end_session(0, session));
+        }
+        // One share is nobody's; from then on the payer pays on: all that is leased stays bounded.
+        assert_eq!(cache.client_bytes(0), if session == 0 { 0 } else { 4 * bytes });
+        cache.check_all().unwrap();
+    }
+    for session in 0..2 {
+        assert!(cache.end_session(1, session));
+    }
+    cache.check_all().unwrap();
     assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (0, 0));
 }
 

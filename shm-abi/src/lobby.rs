@@ -181,8 +181,9 @@ impl Lobby {
     /// Client: publishes its entry and calls the engine.
     pub fn claim(&self, entry: usize, content: &EntryContent) {
         self.entries[entry].publish(content);
-        self.doorbell.claims.fetch_add(1, Ordering::Relaxed);
-        // The fence in it orders the two with the engine's look at `claims` after its announcement.
+        // SYNC POINT: Release; pairs with the Acquire in `claims`: who sees the count sees the entry.
+        self.doorbell.claims.fetch_add(1, Ordering::Release);
+        // Its fence orders the count with the engine's look at it after its announcement.
         park::notify(&self.doorbell.parked);
     }
 
@@ -190,6 +191,6 @@ impl Lobby {
     #[must_use]
     #[inline]
     pub fn claims(&self) -> u32 {
-        self.doorbell.claims.load(Ordering::Relaxed)
+        self.doorbell.claims.load(Ordering::Acquire)
     }
 }

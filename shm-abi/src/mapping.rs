@@ -1,6 +1,8 @@
 //! A mapped segment, and the one checked way to look into it.
 
 use core::cell::UnsafeCell;
+#[cfg(not(loom))]
+use core::mem::ManuallyDrop;
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 use std::sync::Arc;
@@ -41,6 +43,8 @@ pub struct Mapping {
     len: usize,
     writable: bool,
     backing: Backing,
+    /// The process that has it: a forked child does not (`MADV_DONTFORK`), and must not unmap what it may have put there.
+    process: u32,
 }
 
 enum Backing {
@@ -49,7 +53,7 @@ enum Backing {
     Nix,
     /// Mapped by the crate `shared_memory`, which unmaps when it is dropped.
     #[cfg(not(loom))]
-    Crate(#[allow(dead_code, reason = "held for its Drop")] shared_memory::Shmem),
+    Crate(ManuallyDrop<shared_memory::Shmem>),
     /// Private zeroed memory, for tests and models.
     Private(core::alloc::Layout),
 }
@@ -81,14 +85,20 @@ impl Mapping {
     /// `base..base + len` is a mapping that nobody else unmaps, writable if `writable`.
     #[cfg(not(loom))]
     pub(crate) unsafe fn from_mmap(base: NonNull<u8>, len: usize, writable: bool) -> Mapping {
-        Mapping { base, len, writable, backing: Backing::Nix }
+        Mapping { base, len, writable, backing: Backing::Nix, process: std::process::id() }
     }
 
     /// Takes over a mapping of the crate `shared_memory`, whose owner flag must be clear already.
     #[cfg(not(loom))]
     pub(crate) fn from_shmem(shmem: shared_memory::Shmem) -> Option<Mapping> {
         let base = NonNull::new(shmem.as_ptr())?;
-        Some(Mapping { base, len: shmem.len(), writable: true, backing: Backing::Crate(shmem) })
+        Some(Mapping {
+            base,
+            len: shmem.len(),
+            writable: true,
+            backing: Backing::Crate(ManuallyDrop::new(shmem)),
+            process: std::process::id(),
+        })
     }
 
     /// Private zeroed memory of `len` bytes, page aligned, that looks like a segment: for unit tests.
@@ -102,7 +112,7 @@ impl Mapping {
         let layout = core::alloc::Layout::from_size_align(len, 4096).expect("a sane length");
         // SAFETY: the layout has a non-zero size.
         let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).expect("memory");
-        Mapping { base, len, writable: true, backing: Backing::Private(layout) }
+        Mapping { base, len, writable: true, backing: Backing::Private(layout), process: std::process::id() }
     }
 
     /// Length in bytes.
@@ -152,7 +162,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match self.backing {
+        let ours = self.process == std::process::id();
+        match &mut self.backing {
+            #[cfg(not(loom))]
+            Backing::Nix | Backing::Crate(_) if !ours => {}
             #[cfg(not(loom))]
             Backing::Nix => {
                 // SAFETY: the range came from `mmap` and nobody else unmaps it; all borrows have ended.
@@ -160,9 +173,10 @@ impl Drop for Mapping {
                 debug_assert!(unmapped.is_ok(), "munmap of our own range failed: {unmapped:?}");
             }
             #[cfg(not(loom))]
-            Backing::Crate(_) => {}
+            // SAFETY: dropped once, here.
+            Backing::Crate(shmem) => unsafe { ManuallyDrop::drop(shmem) },
             // SAFETY: allocated in `private` with this layout.
-            Backing::Private(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) },
+            Backing::Private(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), *layout) },
         }
     }
 }

@@ -8,6 +8,7 @@ use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
 use kvring_tests::scheduler::SchedulerSide;
+use kvring_tests::wait::LIMIT;
 use kvring_tests::worker::WorkerSide;
 use std::sync::{Arc, Mutex};
 
@@ -70,6 +71,7 @@ fn a_failing_backend_costs_jobs_and_nothing_else() {
     let backend = Arc::new(Faulty { inner: CpuBackend::new(2), fault: Mutex::new(Fault::None) });
     let mut worker = WorkerSide::copying_with(&WorkerSpec::new(&engine.name), backend.clone()).unwrap();
     let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
     let there = chain(1, 8);
     let round = |number| Round { source: 1, number };
     assert_eq!(worker.store("there", round(1), None, &there, 0), all_stored(8));

@@ -88,12 +88,18 @@ fn one_client_cannot_hold_more_than_its_share() {
     for part in keys.chunks(16).skip(2) {
         assert_eq!(worker.store("r", round(1), None, part, 1), all_stored(16));
     }
-    // ... and none in leases: a shorter hit, and then a refusal that is counted.
+    // ... and none in leases: a shorter hit, which others share at no cost, and then a refusal that is counted.
     assert_eq!(scheduler.lookup("a", 0, &keys).unwrap().chunks, 32);
-    assert_eq!(scheduler.lookup("b", 0, &keys).unwrap().chunks, 0);
+    for request in 0..40 {
+        assert_eq!(scheduler.lookup(&format!("shares {request}"), 0, &keys).unwrap().chunks, 32);
+    }
+    assert_eq!(scheduler.lookup("b", 0, &keys[64..]).unwrap().chunks, 0);
     assert_eq!(scheduler.tally().refused, 1);
+    for request in 0..40 {
+        scheduler.api().end_session(&format!("shares {request}"));
+    }
     scheduler.api().end_session("a");
-    assert_eq!(scheduler.lookup("c", 0, &keys).unwrap().chunks, 32);
+    assert_eq!(scheduler.lookup("c", 0, &keys[64..]).unwrap().chunks, 32);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A child of `fork` does not pass for its parent: every call says so, nothing hangs, and the parent does not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Health, Role, Round, StoreChunk, SubmitError};
+use kvring_adapter::{CallError, Health, Lookup, Role, Round, StoreChunk, SubmitError};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::isolate::isolated;
 use kvring_tests::kv::chain;
@@ -36,6 +36,45 @@ fn in_a_child(body: impl FnOnce()) {
             assert_eq!(status, WaitStatus::Exited(child, 0), "what the child did is above");
         }
     }
+}
+
+#[test]
+fn a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer() {
+    isolated("a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer", || {
+        let mut engine = EngineProcess::start("fork-pending", 16);
+        let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+        let spec = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
+        let mut sides = [SchedulerSide::start(&spec), SchedulerSide::start(&spec)];
+        for side in &sides {
+            side.client().wait_ready(LIMIT).unwrap();
+        }
+        let keys = chain(1, 8);
+        assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &keys, 0), all_stored(8));
+        engine.stop();
+        for side in &mut sides {
+            side.api().submit_lookup("r", 0, &keys).unwrap();
+        }
+        in_a_child(|| {
+            // One asks, one ends its session: both would touch memory that the child does not have.
+            let [asks, ends] = &mut sides;
+            assert!(matches!(asks.api().check_lookup("r"), Lookup::Hit(hit) if hit.chunks == 0));
+            ends.api().end_session("r");
+        });
+        let mut dropped = Some(sides);
+        in_a_child(|| drop(dropped.take()));
+        let mut sides = dropped.unwrap();
+        engine.resume();
+        for side in &mut sides {
+            eventually("the parent's answer", || {
+                side.check("r").is_some_and(|found| {
+                    assert_eq!(found.chunks, 8);
+                    true
+                })
+            });
+        }
+        drop((worker, sides));
+        engine.settles(0);
+    });
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod wait;
 pub(crate) use pending::{Answer, Pending};
 
 use crate::error::CallError;
+use crate::fork::ForkGuard;
 use crate::health::{Health, StallClock};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment};
@@ -67,6 +68,8 @@ pub(crate) struct Link {
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
     spin: Duration,
+    /// In which process it was made: no other has its memory.
+    fork: ForkGuard,
     /// The engine's life word for this client.
     life: One<LifeWord>,
     /// The keeper's futex: bumped when something is left for it that nobody else may ever look at.
@@ -111,6 +114,7 @@ impl Link {
             incarnation: parts.incarnation,
             nonce: parts.nonce,
             left: AtomicU32::new(0),
+            fork: ForkGuard::new(),
             spin: parts.spin,
         })
     }

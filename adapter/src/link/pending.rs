@@ -49,6 +49,9 @@ impl Pending {
 
     /// The answer, if it has arrived.
     pub(crate) fn try_take(self) -> Result<Answer, Pending> {
+        if !self.held.link.fork.is_ours() {
+            return Err(self);
+        }
         match self.held.link.poll(self.held.slot, 1) {
             Some(done) => Ok(self.answer(done)),
             None => Err(self),
@@ -58,6 +61,9 @@ impl Pending {
     /// Why no answer is to be expected any more, if so: without waiting.
     pub(crate) fn hopeless(&self, deadline: Deadline) -> Option<CallError> {
         let link = &self.held.link;
+        if !link.fork.is_ours() {
+            return Some(CallError::Forked);
+        }
         if let Err(gone) = link.alive() {
             return Some(gone);
         }
@@ -72,6 +78,9 @@ impl Pending {
 
     /// Waits for the answer: for `timeout`, or until the engine is seen dead or restarted.
     pub(crate) fn wait(self, timeout: Duration) -> Result<Answer, CallError> {
+        if !self.held.link.fork.is_ours() {
+            return Err(CallError::Forked);
+        }
         let done = self.held.link.wait(self.held.slot, self.beat, timeout)?;
         Ok(self.answer(done))
     }
@@ -92,6 +101,10 @@ impl Answer {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        if !self.link.fork.is_ours() {
+            // A forked child has none of the memory that this is about, and its parent does all of it.
+            return;
+        }
         match self.owes {
             Owes::Nothing => {}
             Owes::Region => self.link.give_back(self.slot),

@@ -187,10 +187,7 @@ impl Link {
             if let Some(done) = self.poll(slot, looks) {
                 return Ok(done);
             }
-            self.alive()?;
-            if self.is_broken() || self.detached().is_some() {
-                return Err(CallError::Degraded(Health::Attaching));
-            }
+            self.hopeless()?;
             let now = monotonic_ns();
             let started = *started.get_or_insert(now);
             let deadline = Deadline::after_ns(started, timeout);
@@ -208,13 +205,27 @@ impl Link {
         }
     }
 
+    /// An error where no answer is to be expected any more, or not soon: an engine that let one operation reach its
+    /// deadline, and has not moved since, would let each of them.
+    fn hopeless(&self) -> Result<(), CallError> {
+        self.alive()?;
+        if self.is_broken() || self.detached().is_some() {
+            return Err(CallError::Degraded(Health::Attaching));
+        }
+        if self.stall.troubled(|| self.engine.epoch().beat()) {
+            return Err(CallError::Degraded(Health::Stalled));
+        }
+        Ok(())
+    }
+
     /// Sleeps until `soon` for a completion or the engine's death; every return means: look again. A restart reaches
     /// the sleeper through the keeper, which watches the incarnation for all threads and then calls [`Link::rouse`]:
     /// each word costs every sleep a quarter of a microsecond.
     fn sleep(&self, slot: u16, soon: Deadline) {
         let parked = self.channel.client_parked();
         let ticket = park::announce(parked);
-        if self.has_news_for(slot) {
+        // What `rouse` tells of must be looked at after the announcement too, or it would come in between.
+        if self.has_news_for(slot) || self.hopeless().is_err() {
             return;
         }
         let (life, raw) = (&*self.life, self.life.raw());

@@ -120,6 +120,11 @@ impl Job {
         Some(CopyRunning(self))
     }
 
+    /// May no copy of its blocks begin any more?
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.phase().cancelled
+    }
+
     /// Mover: its blocks are not looked at any more.
     pub(crate) fn end_copies(&self) {
         self.phase().copied = true;

@@ -12,7 +12,7 @@ impl Mover {
     pub(super) fn load(&self, job: &Job, chunks: &[LoadChunk]) -> Ended {
         let mut report = LoadReport::default();
         let mut failed = Vec::new();
-        for batch in chunks.chunks(self.chunks_per_batch(job)) {
+        for batch in chunks.chunks(self.chunks_per_batch(job, usize::MAX)) {
             self.load_batch(job, batch, &mut report, &mut failed);
         }
         tracing::debug!(

@@ -64,9 +64,11 @@ impl Mover {
         }
     }
 
-    pub(super) fn chunks_per_batch(&self, job: &Job) -> usize {
+    /// How many chunks of a store, or of a load, make a batch; `words` is the size of the payload area.
+    pub(super) fn chunks_per_batch(&self, job: &Job, words: usize) -> usize {
         let fit = BATCH_BYTES / job.paged.shard_bytes().max(1);
-        usize::try_from(fit).unwrap_or(1).clamp(1, BATCH_CHUNKS)
+        // Three reservations of 5 words a chunk and three commits of 6 fit at the same time.
+        usize::try_from(fit).unwrap_or(1).min(words / 40).clamp(1, BATCH_CHUNKS)
     }
 
     /// Between two batches of a store: loads that have arrived meanwhile.

@@ -67,6 +67,11 @@ impl Queue {
         }
     }
 
+    /// Mover: does a load wait?
+    pub(super) fn has_load(&self) -> bool {
+        !self.state().loads.is_empty()
+    }
+
     /// Mover: a load, if one waits.
     pub(super) fn next_load(&self) -> Option<Arc<Job>> {
         self.state().loads.pop_front()

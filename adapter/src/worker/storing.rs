@@ -16,6 +16,12 @@ use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::{
     KEY_WORDS, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord,
 };
+use std::collections::VecDeque;
+
+/// Batches that are reserved ahead of the one that is copied.
+const RESERVED_AHEAD: usize = 2;
+/// Commits whose answers may be outstanding: each keeps an operation and a piece of the payload area.
+const COMMITS_OPEN: usize = 2;
 
 /// A batch whose reservation has been sent.
 struct Reserving<'a> {
@@ -83,6 +89,10 @@ struct Store<'a> {
     job: &'a Job,
     attachment: &'a Attachment,
     report: StoreReport,
+    /// The batch before the one that is being prepared.
+    copying: Option<Copying<'a>>,
+    /// Sent and not yet looked at, the oldest first.
+    commits: VecDeque<Commit>,
     /// When the last copy ended: two are in flight at once, and time that both took counts once.
     copied_until_ns: u64,
 }
@@ -107,6 +117,8 @@ impl Mover {
             job,
             attachment: &attachment,
             report: StoreReport::default(),
+            copying: None,
+            commits: VecDeque::new(),
             copied_until_ns: 0,
         };
         store.carry_out(namespace, round, parent, chunks);
@@ -121,36 +133,58 @@ impl Mover {
 
 impl<'a> Store<'a> {
     fn carry_out(&mut self, namespace: u32, round: Round, parent: Option<Key>, chunks: &'a [StoreChunk]) {
-        let batches: Vec<&'a [StoreChunk]> = chunks.chunks(self.mover.chunks_per_batch(self.job)).collect();
-        let mut before = parent;
-        let mut next = batches.first().map(|batch| self.reserve(namespace, round, before, batch));
-        let mut copying: Option<Copying<'a>> = None;
-        let mut commits: Vec<Commit> = Vec::new();
-        for (index, batch) in batches.iter().enumerate() {
-            let granted = match next.take() {
-                Some(Ok(reserving)) => self.granted(reserving),
-                Some(Err(error)) => {
+        let words = self.attachment.link.payload().len();
+        let mut batches = chunks.chunks(self.mover.chunks_per_batch(self.job, words));
+        let (mut before, mut left) = (parent, chunks.len());
+        let mut asked: VecDeque<(usize, Result<Reserving<'a>, CallError>)> = VecDeque::new();
+        loop {
+            // Reservations travel while earlier batches are copied.
+            while asked.len() < RESERVED_AHEAD
+                && let Some(batch) = batches.next()
+            {
+                asked.push_back((batch.len(), self.reserve(namespace, round, before, batch)));
+                before = batch.last().map(|chunk| chunk.key);
+            }
+            let Some((count, reserving)) = asked.pop_front() else { break };
+            if self.job.is_cancelled() || !self.attachment.link.is_healthy() {
+                // What has been asked for is given back when it is answered.
+                self.report.dropped += left as u32;
+                break;
+            }
+            left -= count;
+            let granted = match reserving {
+                Ok(reserving) => self.granted(reserving),
+                Err(error) => {
                     tracing::debug!(request = %self.job.request, %error, "store dropped");
-                    self.report.dropped += batch.len() as u32;
+                    self.report.dropped += count as u32;
                     None
                 }
-                None => None,
             };
-            // The next reservation travels while this batch is copied.
-            before = batch.last().map(|chunk| chunk.key).or(before);
-            next = batches.get(index + 1).map(|batch| self.reserve(namespace, round, before, batch));
             // While this thread ends the batch before, the backend's others go on to this one by themselves.
             let started = granted.and_then(|grant| self.start_copy(grant));
-            if let Some(last) = core::mem::replace(&mut copying, started) {
-                commits.extend(self.finish_copy(last));
+            self.finish_running();
+            self.copying = started;
+            if self.mover.queue.has_load() {
+                self.finish_running();
+                self.mover.loads_first();
             }
-            self.mover.loads_first();
         }
-        if let Some(last) = copying {
-            commits.extend(self.finish_copy(last));
-        }
-        for commit in commits {
+        self.finish_running();
+        while let Some(commit) = self.commits.pop_front() {
             self.committed(commit);
+        }
+    }
+
+    /// Ends the copy that runs, if one does, and sends its commit: before anything that may take long. As long as a copy
+    /// counts as running, a preemption waits for it.
+    fn finish_running(&mut self) {
+        let Some(copying) = self.copying.take() else { return };
+        let commit = self.finish_copy(copying);
+        self.commits.extend(commit);
+        if self.commits.len() > COMMITS_OPEN
+            && let Some(oldest) = self.commits.pop_front()
+        {
+            self.committed(oldest);
         }
     }
 
@@ -196,7 +230,11 @@ impl<'a> Store<'a> {
     /// What the engine granted of a batch.
     fn granted(&mut self, reserving: Reserving<'a>) -> Option<Grant<'a>> {
         let Reserving { chunks, pending, answer } = reserving;
-        let answered = pending.wait(self.mover.client.options().operation_timeout).and_then(|answered| {
+        let answered = pending.try_take().or_else(|pending| {
+            self.finish_running();
+            pending.wait(self.mover.client.options().operation_timeout)
+        });
+        let answered = answered.and_then(|answered| {
             crate::status::check(&answered.completion)?;
             Ok(answered)
         });

@@ -248,7 +248,7 @@ impl<T: SlotTable> Cache<T> {
 
     /// Clients: the lists of what they write, and what they are charged.
     fn check_clients(&self) -> Result<(), InvariantBroken> {
-        let (mut bytes, mut writing) = ([0_u64; super::OWNERS], 0_u64);
+        let (mut bytes, mut unpaid, mut writing) = ([0_u64; super::OWNERS], 0_u64, 0_u64);
         for (owner, slot) in self.slots.all_writing() {
             bytes[usize::from(owner)] += self.slot_bytes(slot);
             writing += 1;
@@ -256,14 +256,16 @@ impl<T: SlotTable> Cache<T> {
         count("slots in lists of writers", writing, self.slots.counts.writing)?;
         for id in 0..self.chunks.fresh {
             let chunk = self.chunks.get(id);
-            if let (Life::Visible, Some(payer)) = (chunk.life(), chunk.pins.payer()) {
+            if chunk.life() == Life::Visible && chunk.pins.any() {
                 let namespace = self.namespace(u32::from(chunk.namespace));
-                bytes[usize::from(payer)] += namespace.map_or(0, Namespace::chunk_bytes);
+                let charged = chunk.pins.payer().map_or(&mut unpaid, |payer| &mut bytes[usize::from(payer)]);
+                *charged += namespace.map_or(0, Namespace::chunk_bytes);
             }
         }
-        for (counted, recorded) in bytes.into_iter().zip(self.client_bytes) {
+        for (counted, recorded) in bytes.into_iter().zip(self.charges.of) {
             count("bytes of a client", counted, recorded)?;
         }
+        count("bytes that nobody pays for", unpaid, self.charges.unpaid)?;
         Ok(())
     }
 

@@ -119,11 +119,17 @@ impl<T: SlotTable> Cache<T> {
 
     /// Ends what a lease has beyond its first `keep` chunks.
     pub(super) fn truncate(&mut self, id: LeaseId, keep: u32) {
-        let Self { leases, chunks, slabs, namespaces, client_bytes, .. } = self;
-        leases.truncate(id, keep, |chunk| {
-            if let Some((payer, bytes)) = super::unpin(chunks, slabs, namespaces, chunk) {
-                client_bytes[usize::from(payer)] -= bytes;
-            }
-        });
+        self.unlease(id, keep, Some(self.leases.get(id).owner));
+    }
+
+    /// Ends a lease in favour of a newer one of the same admission, which has pinned what it wants: who pays goes on
+    /// paying.
+    pub(super) fn replaced(&mut self, id: LeaseId) {
+        self.unlease(id, 0, None);
+    }
+
+    fn unlease(&mut self, id: LeaseId, keep: u32, leaving: Option<Owner>) {
+        let Self { leases, chunks, slabs, namespaces, charges, .. } = self;
+        leases.truncate(id, keep, |chunk| Self::unpin(chunks, slabs, namespaces, charges, leaving, chunk));
     }
 }

@@ -65,7 +65,7 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn commit_shard(&mut self, owner: Owner, slot: SlotId, id: ChunkId, checksum: u64) {
-        self.client_bytes[usize::from(owner)] -= self.slot_bytes(slot);
+        self.charges.of[usize::from(owner)] -= self.slot_bytes(slot);
         self.slots.commit(slot);
         self.slabs.idle(slot);
         self.table.committed(slot, self.slots.get(slot).generation(), owner, checksum);

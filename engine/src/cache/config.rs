@@ -19,7 +19,7 @@ pub struct CacheConfig {
     pub pins_max: u32,
     /// Keys in one lookup or reservation.
     pub keys_max: u32,
-    /// Bytes that one client may have leased and reserved together, in whole slots.
+    /// Bytes that one client may be charged with, in whole slots: what it writes, and what it was the first to lease.
     pub client_bytes_max: u64,
     /// Mixed into every hash; random, because keys come from clients.
     pub seed: Key,
@@ -56,10 +56,12 @@ impl CacheConfig {
         if slots == 0 || slots > most {
             return Err(ConfigError::Slots { slab_count: self.slab_count, slab_bytes: bytes, slots, most });
         }
+        // A lookup pins what it found before it ends the lease that it stands for.
+        let pins_most = u64::from(super::pins::PINS_MAX.saturating_sub(self.keys_max));
         let limits = [
             ("chunks_max", self.chunks_max, MAX_CHUNKS as u64 / 2),
             ("leases_max", self.leases_max, 1 << 24),
-            ("pins_max", self.pins_max, u64::from(super::pins::PINS_MAX)),
+            ("pins_max", self.pins_max, pins_most),
             ("keys_max", self.keys_max, 1 << 24),
         ];
         for (name, value, most) in limits {

@@ -134,7 +134,7 @@ impl<T: SlotTable> Cache<T> {
     pub(super) fn free_slot(&mut self, slot: SlotId) {
         if self.slots.get(slot).state() == State::Writing {
             let (owner, _) = self.slots.writer(slot);
-            self.client_bytes[usize::from(owner)] -= self.slot_bytes(slot);
+            self.charges.of[usize::from(owner)] -= self.slot_bytes(slot);
             self.slabs.idle(slot);
         }
         let generation = self.slots.free(slot);

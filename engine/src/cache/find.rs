@@ -68,7 +68,7 @@ impl<T: SlotTable> Cache<T> {
         let (world, chunk_bytes) = (registered.world, registered.chunk_bytes());
         let complete = registered.is_complete();
         let (instead, admissions) = self.leases.find(owner, session, admission);
-        let bytes = self.client_bytes[usize::from(owner)];
+        let bytes = self.charges.of[usize::from(owner)];
         let room = self.leases.room(instead, admissions);
 
         let namespace = namespace as u8;
@@ -79,7 +79,7 @@ impl<T: SlotTable> Cache<T> {
             } else {
                 self.search::<false>(namespace, world, &keys[..fits], sink);
             }
-            let room_bytes = self.config.client_bytes_max.saturating_sub(bytes);
+            let room_bytes = self.charges.room(owner);
             if self.found.len() as u64 * chunk_bytes > room_bytes {
                 let affordable = self.affordable(room_bytes / chunk_bytes.max(1));
                 if affordable == 0 {
@@ -189,7 +189,7 @@ impl<T: SlotTable> Cache<T> {
             self.pin(self.found[i], found.owner);
         }
         if let Some(instead) = found.instead {
-            self.truncate(instead, 0);
+            self.replaced(instead);
         } else {
             // The tail first, so that the chain's head ends as the warmest.
             for i in (0..self.found.len()).rev() {

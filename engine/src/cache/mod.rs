@@ -66,7 +66,7 @@ pub struct Cache<T> {
     leases: Leases,
     namespaces: [Option<Box<Namespace>>; NAMESPACES],
     /// Bytes that each client has leased or reserved.
-    client_bytes: [u64; OWNERS],
+    charges: Charges,
     /// Logical time: grows with each access.
     tick: u64,
     /// Names the reservation whose keys must not be evicted.
@@ -151,7 +151,7 @@ impl<T: SlotTable> Cache<T> {
                 config.seed[0].rotate_left(17) ^ config.seed[1],
             ),
             namespaces: [const { None }; NAMESPACES],
-            client_bytes: [0; OWNERS],
+            charges: Charges { of: [0; OWNERS], unpaid: 0, most: config.client_bytes_max },
             tick: 0,
             guard: 0,
             steal_cursor: 0,
@@ -276,34 +276,79 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn pin(&mut self, id: ChunkId, owner: Owner) {
-        let chunk = self.chunks.get_mut(id);
-        if chunk.pins.add(owner) {
-            if let Some(namespace) = &mut self.namespaces[chunk.namespace as usize] {
-                namespace.pinned += 1;
-                self.client_bytes[usize::from(owner)] += namespace.chunk_bytes();
+        let Self { chunks, namespaces, charges, .. } = self;
+        let chunk = chunks.get_mut(id);
+        let first = !chunk.pins.any();
+        chunk.pins.add();
+        if let Some(namespace) = &mut namespaces[chunk.namespace as usize] {
+            let bytes = namespace.chunk_bytes();
+            namespace.pinned += usize::from(first);
+            if first {
+                charges.of[usize::from(owner)] += bytes;
+                chunk.pins.charge(Some(owner));
+            } else if chunk.pins.payer().is_none() && charges.room(owner) >= bytes {
+                charges.unpaid -= bytes;
+                charges.of[usize::from(owner)] += bytes;
+                chunk.pins.charge(Some(owner));
             }
+        }
+        if first {
             self.each_slot(id, |cache, slot| cache.slabs.busy(slot));
+        }
+    }
+
+    /// A lease names the chunk no longer. What `leaving` has paid for and others still hold, it pays no more: see
+    /// [`pins`].
+    fn unpin(
+        chunks: &mut Chunks,
+        slabs: &mut Slabs,
+        namespaces: &mut [Option<Box<Namespace>>],
+        charges: &mut Charges,
+        leaving: Option<Owner>,
+        id: ChunkId,
+    ) {
+        let chunk = chunks.get_mut(id);
+        chunk.pins.remove();
+        let Some(namespace) = &mut namespaces[usize::from(chunk.namespace)] else { return };
+        let bytes = namespace.chunk_bytes();
+        if chunk.pins.any() {
+            if let Some(owner) = leaving
+                && chunk.pins.payer() == leaving
+                && charges.unpaid.saturating_add(bytes) <= charges.most
+            {
+                chunk.pins.charge(None);
+                charges.of[usize::from(owner)] -= bytes;
+                charges.unpaid += bytes;
+            }
+            return;
+        }
+        match chunk.pins.payer() {
+            Some(payer) => charges.of[usize::from(payer)] -= bytes,
+            None => charges.unpaid -= bytes,
+        }
+        namespace.pinned -= 1;
+        for rank in 0..namespace.world {
+            if let Some(slot) = chunks.shard(id, namespace.world, rank) {
+                slabs.idle(slot);
+            }
         }
     }
 }
 
-/// One lease names the chunk no longer. Where it was the last: who has paid for it, and how many bytes.
-fn unpin(
-    chunks: &mut Chunks,
-    slabs: &mut Slabs,
-    namespaces: &mut [Option<Box<Namespace>>],
-    id: ChunkId,
-) -> Option<(Owner, u64)> {
-    let chunk = chunks.get_mut(id);
-    let payer = chunk.pins.remove()?;
-    let namespace = namespaces[usize::from(chunk.namespace)].as_mut()?;
-    namespace.pinned -= 1;
-    for rank in 0..namespace.world {
-        if let Some(slot) = chunks.shard(id, namespace.world, rank) {
-            slabs.idle(slot);
-        }
+/// Bytes that are leased, and being written, and who pays for them.
+struct Charges {
+    of: [u64; OWNERS],
+    /// Leased, and nobody pays.
+    unpaid: u64,
+    /// The share: the most that a client may be charged, and nobody.
+    most: u64,
+}
+
+impl Charges {
+    /// How much more `owner` may be charged.
+    fn room(&self, owner: Owner) -> u64 {
+        self.most.saturating_sub(self.of[usize::from(owner)])
     }
-    Some((payer, namespace.chunk_bytes()))
 }
 
 #[cfg(test)]

@@ -1,8 +1,9 @@
 //! How often leases name a chunk, and who pays for it.
 //!
-//! Its bytes are charged once, to the client that pinned it first, for as long as anybody pins it: a thousand requests
-//! on one shared prefix hold that prefix once. So the charges of all clients together are what is really held. Where
-//! the payer lets go before another client does, the charge stays with its entry until the last one does.
+//! Its bytes are charged once, to the client that pinned it first: a thousand requests on one shared prefix hold that
+//! prefix once. When the payer lets go while others still hold it, nobody pays until the next client pins it: else the
+//! others could fill the payer's share. What nobody pays for is capped like a client's share; where that is used up, the
+//! payer goes on paying. So all that is leased is at most one share for each client, and one more.
 
 use super::Owner;
 use bytemuck::{Pod, Zeroable};
@@ -11,8 +12,12 @@ use bytemuck::{Pod, Zeroable};
 const COUNT_BITS: u32 = 24;
 /// The most that one chunk may be pinned, and so all of them.
 pub(super) const PINS_MAX: u32 = (1 << COUNT_BITS) - 1;
+/// The payer of what nobody pays for.
+const NOBODY: u32 = 0xff;
 
-/// A count, and while it is not 0 the client that pays.
+const _: () = assert!(super::OWNERS <= NOBODY as usize);
+
+/// A count, and while it is not 0 the client that pays, if one does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub(super) struct Pins(u32);
@@ -30,30 +35,31 @@ impl Pins {
         self.count() > 0
     }
 
-    /// Who pays, if it is pinned.
+    /// Who pays for it; `None`: nobody. Means something only while it is pinned.
     #[inline]
     pub(super) fn payer(self) -> Option<Owner> {
-        self.any().then_some((self.0 >> COUNT_BITS) as Owner)
+        let payer = self.0 >> COUNT_BITS;
+        (payer != NOBODY).then_some(payer as Owner)
     }
 
-    /// One pin more, of `owner`'s. True for the first: `owner` pays. The caller keeps the count below [`PINS_MAX`].
+    /// From now on this client pays, or nobody.
     #[inline]
-    pub(super) fn add(&mut self, owner: Owner) -> bool {
-        let first = !self.any();
-        if first {
-            self.0 = u32::from(owner) << COUNT_BITS;
-        }
+    pub(super) fn charge(&mut self, payer: Option<Owner>) {
+        self.0 = self.count() | payer.map_or(NOBODY, u32::from) << COUNT_BITS;
+    }
+
+    /// One pin more. The caller keeps the count below [`PINS_MAX`].
+    #[inline]
+    pub(super) fn add(&mut self) {
+        debug_assert!(self.count() < PINS_MAX);
         self.0 += 1;
-        first
     }
 
-    /// One pin less: who has paid until now, if it was the last.
+    /// One pin less.
     #[inline]
-    pub(super) fn remove(&mut self) -> Option<Owner> {
+    pub(super) fn remove(&mut self) {
         debug_assert!(self.any());
-        let payer = self.payer();
         self.0 -= 1;
-        payer.filter(|_| !self.any())
     }
 }
 
@@ -62,15 +68,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_pays_until_the_last_lets_go() {
+    fn count_and_payer_do_not_disturb_each_other() {
         let mut pins = Pins::zeroed();
-        assert_eq!((pins.count(), pins.payer()), (0, None));
-        assert!(pins.add(63));
-        assert!(!pins.add(1));
+        assert_eq!((pins.count(), pins.any()), (0, false));
+        pins.charge(Some(63));
+        pins.add();
+        pins.add();
         assert_eq!((pins.count(), pins.payer()), (2, Some(63)));
-        assert_eq!(pins.remove(), None);
-        assert_eq!(pins.remove(), Some(63));
-        assert!(pins.add(1));
-        assert_eq!((pins.count(), pins.payer()), (1, Some(1)));
+        pins.charge(None);
+        pins.remove();
+        assert_eq!((pins.count(), pins.payer()), (1, None));
+        pins.charge(Some(1));
+        pins.remove();
+        assert_eq!((pins.any(), pins.payer()), (false, Some(1)));
     }
 }

@@ -52,7 +52,7 @@ pub enum Reservation {
     },
     /// No slot, or too many rounds form this chunk, and nothing may be evicted for it.
     NoSpace,
-    /// The client has leased and reserved as much as it may.
+    /// The client is charged with as much as it may be.
     Busy,
 }
 
@@ -173,7 +173,7 @@ impl<T: SlotTable> Cache<T> {
         if let Some(slot) = same.and_then(|id| self.chunks.shard(id, context.world, rank)) {
             return Reservation::Pending { committed: self.slots.get(slot).state() == State::Committed };
         }
-        if self.client_bytes[usize::from(owner)].saturating_add(context.slot_bytes)
+        if self.charges.of[usize::from(owner)].saturating_add(context.slot_bytes)
             > self.config.client_bytes_max
         {
             return Reservation::Busy;
@@ -240,7 +240,7 @@ impl<T: SlotTable> Cache<T> {
         self.slabs.busy(slot);
         self.chunks.set_shard(id, context.world, rank, Some(slot));
         self.chunks.get_mut(id).writing += 1;
-        self.client_bytes[usize::from(owner)] += context.slot_bytes;
+        self.charges.of[usize::from(owner)] += context.slot_bytes;
         let (generation, offset) = (self.slots.get(slot).generation(), self.slabs.offset(slot));
         let key = self.chunks.get(id).key;
         let length = context.shard_bytes;

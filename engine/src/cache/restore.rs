@@ -62,7 +62,7 @@ impl<T: SlotTable> Cache<T> {
             (chunk, false) => {
                 self.slots.begin_writing(slot, attachment, chunk.unwrap_or(0), header.rank as u8);
                 self.slabs.busy(slot);
-                self.client_bytes[usize::from(header.owner)] += self.slot_bytes(slot);
+                self.charges.of[usize::from(header.owner)] += self.slot_bytes(slot);
                 match chunk {
                     Some(id) => self.chunks.get_mut(id).writing += 1,
                     None => self.slots.orphan(slot),
@@ -166,8 +166,8 @@ impl<T: SlotTable> Cache<T> {
         }
         let Some(attachment) = self.slots.attach(owner, nonce) else { return false };
         let bytes = self.slot_bytes(slot);
-        self.client_bytes[usize::from(was.0)] -= bytes;
-        self.client_bytes[usize::from(owner)] += bytes;
+        self.charges.of[usize::from(was.0)] -= bytes;
+        self.charges.of[usize::from(owner)] += bytes;
         self.slots.hand_over(slot, attachment);
         // So that an engine after this one knows whose it is. Of an orphan no header is kept here: it stays as it was.
         if let Some(id) = self.slots.get(slot).chunk() {

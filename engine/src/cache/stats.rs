@@ -67,6 +67,6 @@ impl<T: SlotTable> Cache<T> {
     /// Bytes that a client has leased or reserved; 0 for an entry that does not exist.
     #[must_use]
     pub fn client_bytes(&self, owner: Owner) -> u64 {
-        if usize::from(owner) < OWNERS { self.client_bytes[usize::from(owner)] } else { 0 }
+        if usize::from(owner) < OWNERS { self.charges.of[usize::from(owner)] } else { 0 }
     }
 }

@@ -211,7 +211,7 @@ type Breakage = fn(&mut Cache<NoTable>);
 fn the_self_check_notices_what_disagrees() {
     let breakages: [(&str, Breakage); 6] = [
         ("a pin too many", |cache| {
-            cache.chunks.get_mut(0).pins.add(0);
+            cache.chunks.get_mut(0).pins.add();
         }),
         ("a key that is not its hash's", |cache| cache.chunks.get_mut(0).hash ^= 1),
         ("a shard too many", |cache| cache.chunks.get_mut(1).committed += 1),
