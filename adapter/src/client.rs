@@ -37,6 +37,8 @@ pub(crate) struct Shared {
     /// Notified when `current` or a registration's outcome changes.
     changed: Condvar,
     pub(crate) registrations: Mutex<Vec<Arc<Registered>>>,
+    /// The last session id given out: the engine knows leases by client and session, whichever adapter made them.
+    sessions: AtomicU64,
     /// The keeper's futex: bumped when it should look around.
     pub(crate) control: AtomicU32,
     pub(crate) stop: AtomicBool,
@@ -69,6 +71,12 @@ impl Shared {
                 tracing::warn!(%engine, role, was = %before, now = %after, "the engine is not available; running without it");
             }
         }
+    }
+
+    /// A session id that no other session of this client has.
+    pub(crate) fn next_session(&self) -> u64 {
+        // Relaxed: only the number matters.
+        self.sessions.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(crate) fn registrations(&self) -> Vec<Arc<Registered>> {
@@ -121,6 +129,7 @@ impl Client {
             current: Mutex::new(Err(Health::Attaching)),
             changed: Condvar::new(),
             registrations: Mutex::new(Vec::new()),
+            sessions: AtomicU64::new(0),
             control: AtomicU32::new(0),
             stop: AtomicBool::new(false),
         });
@@ -355,17 +364,20 @@ impl Probe {
         // SYNC POINT: Acquire; pairs with the Release in `set_current`.
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation != self.generation {
-            self.take_current(generation);
+            self.take_current();
         }
     }
 
     #[cold]
-    fn take_current(&mut self, generation: u64) {
+    fn take_current(&mut self) {
         if !self.fork.is_ours() {
             return;
         }
-        self.generation = generation;
-        self.held = self.shared.current().as_ref().ok().map(|attachment| attachment.link.clone());
+        let current = self.shared.current();
+        // Under the lock under which it changes: the count is that of this link, and what is leased through it is
+        // released through it.
+        self.generation = self.shared.generation.load(Ordering::Acquire);
+        self.held = current.as_ref().ok().map(|attachment| attachment.link.clone());
     }
 
     /// A round trip that does nothing, by the way that lookups take: for measuring.

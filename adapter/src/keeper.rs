@@ -170,12 +170,10 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
 /// Makes the registrations that this attachment does not have yet. An error means: try again later.
 fn register_all(shared: &Shared, attachment: &Arc<Attachment>, generation: u64) -> Result<(), CallError> {
     for registered in shared.registrations() {
-        if let Some((at, outcome)) = &*lock_outcome(&registered) {
-            // A refusal that is not a restart never triggers another registration in the same attachment.
-            if *at == generation || matches!(outcome, Err(error) if !matches!(error, RegisterError::Call(_)))
-            {
-                continue;
-            }
+        // A refusal is an outcome too: it is not asked for again before the next attachment, which may be to an engine
+        // with more room.
+        if lock_outcome(&registered).as_ref().is_some_and(|(at, _)| *at == generation) {
+            continue;
         }
         match register(shared, attachment, &registered.record) {
             Err(RegisterError::Call(error)) => {

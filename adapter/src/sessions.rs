@@ -91,7 +91,6 @@ pub(crate) struct Sessions {
     /// The namespace's id in an attachment.
     namespace: Option<(u64, u32)>,
     sessions: HashMap<Box<str>, Session>,
-    next_id: u64,
     pub(crate) stats: LookupStats,
 }
 
@@ -102,7 +101,6 @@ impl Sessions {
             fingerprint,
             namespace: None,
             sessions: HashMap::new(),
-            next_id: 1,
             stats: LookupStats::default(),
         }
     }
@@ -128,10 +126,7 @@ impl Sessions {
         }
         let id = match self.sessions.get(request) {
             Some(session) => session.id,
-            None => {
-                self.next_id += 1;
-                self.next_id
-            }
+            None => self.probe.client().shared.next_session(),
         };
         let (state, lease) = match self.submit(id, admission, keys, timeout) {
             Ok(Some((state, generation))) => (state, Some((admission, generation))),
@@ -272,5 +267,15 @@ impl Sessions {
         let (link, generation) = self.probe.link()?;
         let link = link.clone();
         self.resolve(&link, generation).map(|(id, _)| id)
+    }
+}
+
+impl Drop for Sessions {
+    fn drop(&mut self) {
+        // The client may live on, for another adapter: what these sessions lease must not.
+        let open: Vec<Box<str>> = self.sessions.keys().cloned().collect();
+        for request in open {
+            self.end(&request);
+        }
     }
 }

@@ -89,6 +89,21 @@ mod real {
         };
         match result {
             Err(Errno::TIMEDOUT) => Woken::TimedOut,
+            // No `futex_waitv` (Linux before 5.16, a seccomp filter): never a loop without a sleep.
+            Err(Errno::NOSYS | Errno::PERM) => wait_in_slices(words, deadline),
+            _ => Woken::LookAgain,
+        }
+    }
+
+    /// How late a change of any but the first word is noticed where the kernel cannot wait for several.
+    const SLICE: core::time::Duration = core::time::Duration::from_millis(1);
+
+    /// Sleeps on the first word alone, for a moment at most.
+    fn wait_in_slices(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
+        let Some((word, expected)) = words.first() else { return Woken::LookAgain };
+        let slice = Deadline(deadline.0.min(Deadline::after(SLICE).0));
+        match wait_one(word, *expected, slice) {
+            Err(Errno::TIMEDOUT) if deadline.passed() => Woken::TimedOut,
             _ => Woken::LookAgain,
         }
     }
@@ -122,6 +137,26 @@ mod real {
     /// Wakes every sleeper on `word`.
     pub fn wake_all(word: &AtomicU32) -> usize {
         wake(word, u32::MAX)
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn without_waitv_a_wait_still_sleeps_ends_and_is_woken() {
+            let (own, other) = (AtomicU32::new(1), AtomicU32::new(2));
+            let words = [(&own, 1), (&other, 2)];
+            // Each slice sleeps: so few of them reach a deadline that a loop without a sleep would pass millions of times.
+            let deadline = Deadline::after(SLICE * 20);
+            let mut slices = 0;
+            while wait_in_slices(&words, deadline) != Woken::TimedOut {
+                slices += 1;
+            }
+            assert!(slices <= 20, "{slices} slices in 20 ms");
+            own.store(3, crate::sync::Ordering::Relaxed);
+            assert_eq!(wait_in_slices(&words, Deadline::NEVER), Woken::LookAgain);
+        }
     }
 }
 

@@ -112,6 +112,15 @@ impl EngineProcess {
         self.stopped = false;
     }
 
+    /// The same name with another arena, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn restart_with_arena(&mut self, arena_mib: u64) {
+        self.overrides = overrides(&self.name, arena_mib);
+        self.restart();
+    }
+
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -7,6 +7,7 @@ use kvring_shm_abi::channel::{PAYLOAD_AT, PAYLOAD_WORDS_MAX, SUBMISSIONS_AT};
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::{EntryContent, Role};
 use kvring_shm_abi::message::{Request, SlotOutcome, Status};
+use kvring_shm_abi::sync::Ordering;
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
 use kvring_tests::peer::Peer;
@@ -228,6 +229,24 @@ fn clients_that_are_killed_leave_nothing() {
     let found = scheduler.lookup("after", 0, &keys);
     assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
     drop((scheduler, worker));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
+fn a_client_that_wipes_its_own_life_word_is_reclaimed_and_its_entry_serves_the_next() {
+    let engine = EngineProcess::start("wiped", 8);
+    let bystander = Bystander::start(&engine.name);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let namespace = raw.register(1, 1, 0, 4096);
+    assert_eq!(raw.reserve(namespace, 0, Round { source: 9, number: 1 }, &chain(9, 3)).len(), 3);
+    engine.stat_becomes("slots_writing", 3);
+    raw.lobby.life_words[raw.entry].futex().store(0, Ordering::Release);
+    // Nobody marks it any more, and yet nothing of it stays.
+    engine.stat_becomes("slots_writing", 0);
+    let next = RawClient::attach(&engine.name, Role::Worker);
+    assert_eq!(next.entry, raw.entry, "the entry is free again");
+    drop((next, raw));
     bystander.was_undisturbed();
     engine.settles(0);
 }

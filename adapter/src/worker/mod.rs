@@ -17,6 +17,7 @@ use crate::options::usable_cpus;
 use job::{Job, Work};
 use kvring_gpu_kernels::{CopyBackend, CpuBackend};
 use kvring_shm_abi::engine_segment::RANKS_MAX;
+use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration, Round};
 use mover::Mover;
 use queue::Queue;
@@ -96,7 +97,6 @@ pub enum SubmitError {
 struct Running {
     paged: Arc<PagedKv>,
     registered: Arc<Registered>,
-    queue: Arc<Queue>,
     mover: Option<JoinHandle<()>>,
 }
 
@@ -108,6 +108,8 @@ pub struct WorkerAdapter {
     options: WorkerOptions,
     backend: Arc<dyn CopyBackend>,
     running: Option<Running>,
+    /// Outlives the mover: what has ended is reported whenever it is asked for.
+    queue: Arc<Queue>,
     next_job: u64,
 }
 
@@ -126,6 +128,9 @@ impl WorkerAdapter {
         backend: Arc<dyn CopyBackend>,
     ) -> Result<WorkerAdapter, RegisterError> {
         let invalid = |what, expected, got: u64| Err(RegisterError::Invalid { what, expected, got });
+        if client.role() != Role::Worker {
+            return invalid("the client's role", "a worker's (2)", client.role() as u64);
+        }
         if !(1..=RANKS_MAX as u32).contains(&options.world) {
             return invalid("world", "1 to 64", options.world.into());
         }
@@ -141,6 +146,7 @@ impl WorkerAdapter {
             options,
             backend,
             running: None,
+            queue: Arc::default(),
             next_job: 0,
         })
     }
@@ -161,21 +167,20 @@ impl WorkerAdapter {
             self.client.remove_registration(&registered);
             return Err(error);
         }
-        let queue = Arc::new(Queue::default());
         let mover = Mover {
             client: self.client.clone(),
             registered: registered.clone(),
-            queue: queue.clone(),
+            queue: self.queue.clone(),
             backend: self.backend.clone(),
             options: self.options.clone(),
         };
+        self.queue.reopen();
         let thread = std::thread::Builder::new().name("kvring-mover".into()).spawn(move || mover.run());
-        let thread = thread.map_err(|_| RegisterError::Invalid {
-            what: "threads",
-            expected: "one more thread to be had",
-            got: 0,
+        let thread = thread.map_err(|_| {
+            self.client.remove_registration(&registered);
+            RegisterError::Invalid { what: "threads", expected: "one more thread to be had", got: 0 }
         })?;
-        self.running = Some(Running { paged: Arc::new(paged), registered, queue, mover: Some(thread) });
+        self.running = Some(Running { paged: Arc::new(paged), registered, mover: Some(thread) });
         Ok(())
     }
 
@@ -231,7 +236,7 @@ impl WorkerAdapter {
         self.next_job += 1;
         let id = JobId(self.next_job);
         let job = Arc::new(Job::new(id, request, work, running.paged.clone()));
-        if running.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
+        if self.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
     }
 
     /// Jobs that have ended since the last call; each is reported exactly once.
@@ -260,7 +265,7 @@ impl WorkerAdapter {
     }
 
     fn queue(&self) -> Option<&Queue> {
-        self.running.as_ref().filter(|_| self.client.shared.fork.is_ours()).map(|running| &*running.queue)
+        self.client.shared.fork.is_ours().then_some(&*self.queue)
     }
 
     /// Waits until no job is open, at most `timeout`. True when none is.
@@ -270,7 +275,7 @@ impl WorkerAdapter {
 
     /// Waits until fewer jobs than now are open, at most `timeout`: for callers that have nothing else to do.
     pub fn wait_some(&self, timeout: Duration) -> bool {
-        self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().saturating_sub(1), timeout))
+        self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().len().saturating_sub(1), timeout))
     }
 
     /// Is the engine there and well? A few loads.
@@ -299,9 +304,9 @@ impl WorkerAdapter {
             core::mem::forget(running);
             return;
         }
-        running.queue.close();
-        if !running.queue.wait_open(0, self.client.options().drain_timeout) {
-            for job in running.queue.preempt(None) {
+        self.queue.close();
+        if !self.queue.wait_open(0, self.client.options().drain_timeout) {
+            for job in self.queue.open_jobs() {
                 job.cancel();
             }
         }

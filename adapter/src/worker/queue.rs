@@ -8,10 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 struct State {
     loads: VecDeque<Arc<Job>>,
     stores: VecDeque<Arc<Job>>,
-    /// Stores that have not ended, the running one included: what a preemption must look at.
-    open_stores: Vec<Arc<Job>>,
-    /// Jobs that have not ended.
-    open: usize,
+    /// Jobs that have not ended, the running one included.
+    open: Vec<Arc<Job>>,
     finished: Finished,
     failed_blocks: Vec<u32>,
     closed: bool,
@@ -38,9 +36,8 @@ impl Queue {
         if state.closed {
             return false;
         }
-        state.open += 1;
+        state.open.push(job.clone());
         if job.is_store() {
-            state.open_stores.push(job.clone());
             state.stores.push_back(job);
         } else {
             state.loads.push_back(job);
@@ -79,9 +76,8 @@ impl Queue {
 
     pub(super) fn finish_store(&self, job: &Arc<Job>, report: StoreReport) {
         let mut state = self.state();
-        state.open_stores.retain(|other| !Arc::ptr_eq(other, job));
+        state.open.retain(|other| !Arc::ptr_eq(other, job));
         state.finished.stores.push((job.id, job.request.clone(), report));
-        state.open -= 1;
         drop(state);
         self.ended.notify_all();
     }
@@ -90,8 +86,8 @@ impl Queue {
         let mut state = self.state();
         // Before or together with the report of the load, never after it.
         state.failed_blocks.extend_from_slice(failed);
+        state.open.retain(|other| !Arc::ptr_eq(other, job));
         state.finished.loads.push((job.id, job.request.clone(), report));
-        state.open -= 1;
         drop(state);
         self.ended.notify_all();
     }
@@ -115,12 +111,12 @@ impl Queue {
         let (first, rest): (VecDeque<_>, VecDeque<_>) = stores.into_iter().partition(concerned);
         state.stores = first;
         state.stores.extend(rest);
-        state.open_stores.iter().filter(|job| concerned(job)).cloned().collect()
+        state.open.iter().filter(|job| job.is_store() && concerned(job)).cloned().collect()
     }
 
     /// Jobs that have not ended.
-    pub(super) fn open_jobs(&self) -> usize {
-        self.state().open
+    pub(super) fn open_jobs(&self) -> Vec<Arc<Job>> {
+        self.state().open.clone()
     }
 
     /// Waits until at most `left` jobs have not ended, or until `timeout` has passed. True in the first case.
@@ -128,9 +124,14 @@ impl Queue {
         let state = self.state();
         let (state, _) = self
             .ended
-            .wait_timeout_while(state, timeout, |state| state.open > left)
+            .wait_timeout_while(state, timeout, |state| state.open.len() > left)
             .unwrap_or_else(PoisonError::into_inner);
-        state.open <= left
+        state.open.len() <= left
+    }
+
+    /// Takes jobs again, for another mover.
+    pub(super) fn reopen(&self) {
+        self.state().closed = false;
     }
 
     /// Takes no more jobs. What waits is still done.

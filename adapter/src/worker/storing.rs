@@ -160,6 +160,7 @@ impl<'a> Store<'a> {
                     None
                 }
             };
+            self.settle_commits();
             // While this thread ends the batch before, the backend's others go on to this one by themselves.
             let started = granted.and_then(|grant| self.start_copy(grant));
             self.finish_running();
@@ -170,8 +171,9 @@ impl<'a> Store<'a> {
             }
         }
         self.finish_running();
-        while let Some(commit) = self.commits.pop_front() {
-            self.committed(commit);
+        while let Some((pending, answer, count)) = self.commits.pop_front() {
+            let answered = pending.wait(self.mover.client.options().operation_timeout);
+            self.committed(answered, answer, count);
         }
     }
 
@@ -181,10 +183,18 @@ impl<'a> Store<'a> {
         let Some(copying) = self.copying.take() else { return };
         let commit = self.finish_copy(copying);
         self.commits.extend(commit);
-        if self.commits.len() > COMMITS_OPEN
-            && let Some(oldest) = self.commits.pop_front()
+    }
+
+    /// Makes room for another commit: waits for the oldest one's answer if it has not come, and for nothing else.
+    fn settle_commits(&mut self) {
+        while self.commits.len() >= COMMITS_OPEN
+            && let Some((pending, answer, count)) = self.commits.pop_front()
         {
-            self.committed(oldest);
+            let answered = pending.try_take().or_else(|pending| {
+                self.finish_running();
+                pending.wait(self.mover.client.options().operation_timeout)
+            });
+            self.committed(answered, answer, count);
         }
     }
 
@@ -360,8 +370,8 @@ impl<'a> Store<'a> {
         self.report.dropped += grant.shards.len() as u32;
     }
 
-    fn committed(&mut self, (pending, answer, count): Commit) {
-        let answered = match pending.wait(self.mover.client.options().operation_timeout) {
+    fn committed(&mut self, answered: Result<Answer, CallError>, answer: u32, count: u32) {
+        let answered = match answered {
             Ok(answered) => answered,
             Err(error) => {
                 // The engine went away with the commit: whether it counts is the successor's to know.

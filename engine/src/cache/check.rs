@@ -49,7 +49,12 @@ impl<T: SlotTable> Cache<T> {
     /// What is wrong: the engine must stop serving.
     pub fn check_step(&mut self, budget: u32) -> Result<(), InvariantBroken> {
         let mut check = self.check;
-        for _ in 0..budget {
+        let mut left = budget;
+        while left > 0 {
+            // A lease is as many entries as it has chunks.
+            let is_lease = check.phase == Phase::Leases && check.at < self.leases.fresh();
+            let cost = if is_lease { 1 + self.leases.get(check.at).len } else { 1 };
+            left = left.saturating_sub(cost);
             if check.phase == Phase::Slots && check.at == 0 {
                 check = Check { version: self.version, ..Check::default() };
             }

@@ -30,6 +30,8 @@ impl Service {
         for entry in 0..CLIENTS_MAX {
             let raw = self.segments.lobby.life_words[entry].raw();
             match LifeWord::interpret(raw) {
+                // Judged, and yet unclaimed: its owner wrote 0 into its own word, and will never be marked as dead.
+                Life::Unclaimed if self.judged[entry].is_some() => self.reclaim(entry),
                 Life::Unclaimed => {}
                 Life::Dead => self.reclaim(entry),
                 Life::Alive { .. } => {
