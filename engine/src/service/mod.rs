@@ -5,8 +5,8 @@
 //! clients at once. About every millisecond, and every `beat_interval` while idle, it *ticks*: the beat, the lobby,
 //! the dead, the background allocator, the statistics, a step of its own invariants.
 //!
-//! No client can hold it up: it never waits for one, takes at most [`BATCH`] requests of one ring per turn, and
-//! detaches who breaks the protocol.
+//! No client can hold it up for long: it never waits for one, takes at most [`BATCH`] requests of one ring per turn (of
+//! up to 8192 keys each), and detaches who breaks the protocol.
 
 mod attach;
 mod clear;
