@@ -23,8 +23,9 @@ impl Apart {
         Apart { allowed: sched_getaffinity(None).ok(), helpers, avoided: Mutex::new(None) }
     }
 
-    /// From now on the helpers run anywhere but where the caller runs. A few nanoseconds while the caller stays where it was. Where that
-    /// is not possible, because there is one CPU or the kernel forbids it, everything stays as it is: it costs speed.
+    /// From now on the helpers run anywhere but where the caller runs. A few nanoseconds while the caller stays where it
+    /// was. Where that is not possible, because there is one CPU or the kernel forbids it, everything stays as it is: it
+    /// costs speed. "Anywhere" is what the thread that made the pool could use then, not a mask set later.
     pub(crate) fn keep_off_this_cpu(&self) {
         let Some(allowed) = &self.allowed else { return };
         let here = sched_getcpu();

@@ -244,6 +244,8 @@ fn a_client_that_wipes_its_own_life_word_is_reclaimed_and_its_entry_serves_the_n
     raw.lobby.life_words[raw.entry].futex().store(0, Ordering::Release);
     // Nobody marks it any more, and yet nothing of it stays.
     engine.stat_becomes("slots_writing", 0);
+    // If it was somebody else who wiped it: the client is told, and would attach again.
+    becomes("its status", AttachStatus::Left, || raw.status());
     let next = RawClient::attach(&engine.name, Role::Worker);
     assert_eq!(next.entry, raw.entry, "the entry is free again");
     drop((next, raw));

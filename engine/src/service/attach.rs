@@ -125,6 +125,8 @@ impl Service {
             // Not said goodbye: it died.
             self.stat(Stat::Deaths, 1);
             tracing::warn!(entry, client = %connection.name, "client died; its leases and reservations are freed");
+            // A client that lives, and whose word somebody else has overwritten, finds out and attaches again.
+            self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
         }
         if let Some(nonce) = self.judged[entry].take() {
             // Also what it left in quarantine when it was detached.
