@@ -1,8 +1,12 @@
 //! One attachment: the engine's segments mapped and checked, an entry claimed, a channel that the engine reads.
 //!
-//! Made by the keeper alone, on its own thread (the claim belongs to that thread). Whatever fails half-way takes back
-//! what it did: the entry is given up as if its owner had died, the channel is unlinked, the mappings go.
+//! Made by the keeper alone, on its own thread (the claim belongs to that thread). An attempt that fails half-way takes
+//! back what it did: the entry is given up as if its owner had died, the channel is unlinked, the mappings go.
+//!
+//! The *claim* ([`Claim`]) outlives an engine whose successor takes over the same arena: the keeper publishes its entry
+//! again, with another nonce and channel. What the entry was writing is its own all the time.
 
+use crate::client::Shared;
 use crate::fork::ForkGuard;
 use crate::gate::WriterGate;
 use crate::health::Health;
@@ -11,6 +15,7 @@ use core::mem::ManuallyDrop;
 use kvring_shm_abi::channel::{Channel, ChannelError};
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, OWNER_WORD, Places};
 use kvring_shm_abi::epoch::Epoch;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, wait_any};
 use kvring_shm_abi::life::{ClaimError, Life, LifeWord, RobustList};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
@@ -19,7 +24,7 @@ use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
     Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
 };
-use kvring_shm_abi::sync::Ordering;
+use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,6 +56,9 @@ pub enum AttachError {
         /// What differs.
         mismatch: Mismatch,
     },
+    /// The arena that we hold a claim on is not this name's any more: the engine was started anew, or removed.
+    #[error("the engine named {0} was started anew, or removed")]
+    AnotherStart(String),
     /// Two segments of different cold starts: a restart was half-way. Mends itself.
     #[error("segment {0} belongs to another start of the engine")]
     OtherArena(String),
@@ -95,6 +103,7 @@ impl AttachError {
             AttachError::Unhealthy(_) => Health::Unhealthy,
             AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
             | AttachError::Restarted
+            | AttachError::AnotherStart(_)
             | AttachError::OtherArena(_) => Health::Attaching,
             AttachError::TimedOut(_) => Health::Stalled,
             AttachError::Cancelled => Health::ShutDown,
@@ -227,11 +236,76 @@ fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, At
     Ok(Arena { mapping, bytes: arena_bytes })
 }
 
-/// Attaches, on the keeper's thread. The claim lives in the `RobustList` that is returned with the attachment.
-pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, RobustList), AttachError> {
-    let (checked, role, fork) = (&shared.checked, shared.role, shared.fork);
-    let name = &checked.name;
+/// An entry of the lobby that is ours as long as this lives: dropping it gives the entry up, and the engine frees what it
+/// was writing. So that is done only after the last copy into the arena has ended (`writers`).
+pub(crate) struct Claim {
+    #[allow(dead_code, reason = "held for its Drop")]
+    list: RobustList,
+    entry: usize,
+    lobby: Lobby,
+    engine: EngineSegment,
+    arena: Option<Arena>,
+    identity: Identity,
+    pub(crate) writers: Arc<WriterGate>,
+    /// Was it ever attached?
+    used: bool,
+}
+
+impl Claim {
+    fn new(shared: &Shared, view: &EngineView) -> Result<Claim, AttachError> {
+        let name = &shared.checked.name;
+        let lobby = view.open_lobby(name)?;
+        let arena = match shared.role {
+            Role::Worker => Some(open_arena(name, &view.identity)?),
+            Role::Scheduler => None,
+        };
+        let system = |error| AttachError::System { what: "set_robust_list", error };
+        let mut list = RobustList::register(lobby.life_words.clone()).map_err(system)?;
+        let entry = claim(&mut list)?;
+        failpoint::here("client.claimed");
+        let (engine, identity) = (view.segment.clone(), view.identity);
+        Ok(Claim { list, entry, lobby, engine, arena, identity, writers: Arc::default(), used: false })
+    }
+
+    /// Has its arena been replaced or removed? Then nobody comes back to it.
+    fn is_retired(&self) -> bool {
+        self.engine.superblock().is_retired()
+    }
+
+    /// For a sleep until something becomes of its engine: the word, and its value.
+    pub(crate) fn incarnation(&self) -> (&AtomicU32, u32) {
+        (self.engine.epoch().incarnation_word(), self.engine.epoch().incarnation())
+    }
+}
+
+impl AttachError {
+    /// Is the claim of no further use? Else the same one is tried again: with the next engine, or the next moment.
+    pub(crate) fn ends_claim(&self) -> bool {
+        match self {
+            AttachError::Dead(_)
+            | AttachError::Recovering(_)
+            | AttachError::Restarted
+            | AttachError::TimedOut(_)
+            | AttachError::Refused(AttachStatus::Stale)
+            | AttachError::System { .. } => false,
+            // No room for a channel, or no descriptor, at the moment.
+            AttachError::Channel(_) => false,
+            AttachError::Segment(SegmentError::Os { .. } | SegmentError::Crate { .. }) => false,
+            _ => true,
+        }
+    }
+}
+
+/// Attaches, on the keeper's thread: with the claim that is held, or a new one, which is then held.
+pub(crate) fn attach(shared: &Shared, held: &mut Option<Claim>) -> Result<Attachment, AttachError> {
+    let name = &shared.checked.name;
+    if held.as_ref().is_some_and(Claim::is_retired) {
+        return Err(AttachError::AnotherStart(name.to_string()));
+    }
     let view = EngineView::open(name)?;
+    if held.as_ref().is_some_and(|claim| claim.identity.arena_id != view.identity.arena_id) {
+        return Err(AttachError::AnotherStart(name.to_string()));
+    }
     if !view.owner_lives() {
         return Err(AttachError::Dead(name.to_string()));
     }
@@ -242,41 +316,48 @@ pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, Robu
     if !Epoch::serves(incarnation) {
         return Err(AttachError::Recovering(incarnation));
     }
-    let lobby = view.open_lobby(name)?;
-    let arena = match role {
-        Role::Worker => Some(open_arena(name, &view.identity)?),
-        Role::Scheduler => None,
+    let claim = match held {
+        Some(claim) => claim,
+        None => held.insert(Claim::new(shared, &view)?),
     };
-    let system = |what| move |error| AttachError::System { what, error };
-    let nonce = random_u64().map_err(system("random nonce"))?;
-    let mut list = RobustList::register(lobby.life_words.clone()).map_err(system("set_robust_list"))?;
-    let entry = claim(&mut list)?;
-    // From here on, dropping `list` gives the entry up again, and the engine reclaims it.
-    let channel = Channel::create(
-        name,
-        entry,
-        nonce,
-        checked.payload_words,
-        view.identity.arena_id,
-        view.identity.geometry,
-    )?;
+    publish(shared, claim, incarnation)
+}
+
+/// Publishes a claim to the engine of this incarnation, and waits for its answer.
+fn publish(shared: &Shared, claim: &mut Claim, incarnation: u32) -> Result<Attachment, AttachError> {
+    let checked = &shared.checked;
+    let (name, entry, identity) = (&checked.name, claim.entry, claim.identity);
+    let nonce = random_u64().map_err(|error| AttachError::System { what: "random nonce", error })?;
+    let (arena_id, geometry) = (identity.arena_id, identity.geometry);
+    let channel = Channel::create(name, entry, nonce, checked.payload_words, arena_id, geometry)?;
+    failpoint::here("client.channel");
     let content = EntryContent {
-        role: role as u32,
+        role: shared.role as u32,
         nonce,
         incarnation,
         pid: std::process::id(),
         payload_words: checked.payload_words,
         name: checked.options.client.clone(),
     };
-    lobby.claim(entry, &content);
-    let answered = wait_for_answer(shared, &view.segment, entry, nonce, incarnation);
+    claim.lobby.claim(entry, &content);
+    failpoint::here("client.published");
+    let answered = loop {
+        match wait_for_answer(shared, &claim.engine, entry, nonce, incarnation) {
+            // What this entry is writing keeps it ours, so there is no other to try with; and a claim is judged once.
+            Err(AttachError::TimedOut(_)) if claim.used => shared.set_suspended(Health::Stalled),
+            answered => break answered,
+        }
+    };
     // Both sides map it now, or never will: without a name it cannot be left behind.
     segment::unlink(&name.client(entry, nonce));
     answered?;
+    failpoint::here("client.attached");
+    claim.used = true;
     let link = Link::new(LinkParts {
         channel,
-        lobby,
-        engine: view.segment,
+        lobby: claim.lobby.clone(),
+        engine: claim.engine.clone(),
+        ledger: shared.ledger.clone(),
         entry,
         incarnation,
         nonce,
@@ -284,8 +365,9 @@ pub(crate) fn attach(shared: &crate::client::Shared) -> Result<(Attachment, Robu
         spin: checked.spin,
     })
     .ok_or(AttachError::TableFull)?;
-    let attached = Attached { link: Arc::new(link), arena, identity: view.identity, writers: Arc::default() };
-    Ok((Attachment { attached: ManuallyDrop::new(attached), fork }, list))
+    let (arena, writers) = (claim.arena.clone(), claim.writers.clone());
+    let attached = Attached { link: Arc::new(link), arena, identity, writers };
+    Ok(Attachment { attached: ManuallyDrop::new(attached), fork: shared.fork })
 }
 
 fn claim(list: &mut RobustList) -> Result<usize, AttachError> {
@@ -300,7 +382,7 @@ fn claim(list: &mut RobustList) -> Result<usize, AttachError> {
 }
 
 fn wait_for_answer(
-    shared: &crate::client::Shared,
+    shared: &Shared,
     engine: &EngineSegment,
     entry: usize,
     nonce: u64,

@@ -4,10 +4,13 @@
 //! (an `Arc`), use it, and get a typed error when it is gone.
 
 use crate::attachment::{AttachError, Attachment};
+use crate::counters::{ClientStats, Counters};
 use crate::error::{CallError, RegisterError};
 use crate::fork::ForkGuard;
 use crate::health::Health;
 use crate::keeper;
+use crate::leases::Leases;
+use crate::ledger::Ledger;
 use crate::link::Link;
 use crate::options::{Checked, ClientOptions, ConfigError};
 use kvring_shm_abi::futex::{Deadline, wait_any, wake_all};
@@ -21,8 +24,40 @@ use std::time::{Duration, Instant};
 /// A registration that the keeper repeats after every restart.
 pub(crate) struct Registered {
     pub(crate) record: Registration,
-    /// The namespace's id, and the attachment (by count) in which it was given.
-    pub(crate) outcome: Mutex<Option<(u64, Result<u32, RegisterError>)>>,
+    pub(crate) outcome: Mutex<Option<Outcome>>,
+}
+
+/// What an engine said to a registration.
+#[derive(Clone)]
+pub(crate) struct Outcome {
+    /// The attachment through which it was made.
+    pub(crate) nonce: u64,
+    pub(crate) arena_id: [u64; 2],
+    /// The namespace's id.
+    pub(crate) namespace: Result<u32, RegisterError>,
+}
+
+/// How things stand.
+pub(crate) struct Current {
+    /// Healthy: as far as the keeper knows, and as the attachment itself says.
+    health: Health,
+    /// There is one while `health` is healthy, and also while its engine is gone, as long as nobody has taken its arena
+    /// away: what has been looked up can still be loaded.
+    attachment: Option<Arc<Attachment>>,
+}
+
+impl Current {
+    /// The attachment, if its engine was fit when the keeper last looked.
+    fn attached(&self) -> Result<&Arc<Attachment>, Health> {
+        match &self.attachment {
+            Some(attachment) if self.health.is_healthy() => Ok(attachment),
+            _ => Err(self.health.clone()),
+        }
+    }
+
+    fn health(&self) -> Health {
+        self.attached().map_or_else(|health| health, |attachment| attachment.link.health())
+    }
 }
 
 /// State that the caller's threads share with the keeper.
@@ -32,11 +67,15 @@ pub(crate) struct Shared {
     pub(crate) fork: ForkGuard,
     /// Counts attachments: an adapter that holds an older one takes the new one.
     pub(crate) generation: AtomicU64,
-    /// The current attachment, or why there is none.
-    current: Mutex<Result<Arc<Attachment>, Health>>,
+    current: Mutex<Current>,
     /// Notified when `current` or a registration's outcome changes.
     changed: Condvar,
     pub(crate) registrations: Mutex<Vec<Arc<Registered>>>,
+    /// Slots that were granted and are not settled.
+    pub(crate) ledger: Arc<Ledger>,
+    /// What is pinned for us.
+    pub(crate) leases: Leases,
+    pub(crate) counters: Counters,
     /// The last session id given out: the engine knows leases by client and session, whichever adapter made them.
     sessions: AtomicU64,
     /// The keeper's futex: bumped when it should look around.
@@ -44,33 +83,60 @@ pub(crate) struct Shared {
     pub(crate) stop: AtomicBool,
 }
 
+impl Registered {
+    pub(crate) fn outcome(&self) -> MutexGuard<'_, Option<Outcome>> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Shared {
-    pub(crate) fn current(&self) -> MutexGuard<'_, Result<Arc<Attachment>, Health>> {
+    pub(crate) fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeper: a new attachment, or none for this reason. Logs the transition, once.
-    pub(crate) fn set_current(&self, next: Result<Arc<Attachment>, Health>) {
+    /// Keeper: a new attachment stands.
+    pub(crate) fn set_attached(&self, attachment: Arc<Attachment>) {
+        self.set_current(Health::Healthy, Some(attachment));
+    }
+
+    /// Keeper: the engine is gone for now; its arena is still there.
+    pub(crate) fn set_suspended(&self, health: Health) {
+        let attachment = self.current().attachment.clone();
+        self.set_current(health, attachment);
+    }
+
+    /// Keeper: there is no attachment, for this reason.
+    pub(crate) fn set_detached(&self, health: Health) {
+        self.set_current(health, None);
+    }
+
+    /// Logs the transition, and counts it, once.
+    fn set_current(&self, health: Health, attachment: Option<Arc<Attachment>>) {
         let mut current = self.current();
-        let before = health_of(&current);
-        let after = health_of(&next);
-        let old = core::mem::replace(&mut *current, next);
+        let before = core::mem::replace(&mut *current, Current { health: health.clone(), attachment });
         // SYNC POINT: Release; pairs with the Acquire in `Probe::refresh`.
         self.generation.fetch_add(1, Ordering::Release);
         drop(current);
         self.changed.notify_all();
+        let was = before.health.clone();
         // The last holder unmaps; not under the lock.
-        drop(old);
-        if before != after {
+        drop(before);
+        if was != health {
+            self.counters.transition(&health);
             let (engine, role) = (&self.checked.options.engine, self.role.as_str());
-            if after.is_healthy() {
-                tracing::info!(%engine, role, "attached to the engine");
-            } else if after == Health::ShutDown {
-                tracing::debug!(%engine, role, was = %before, "client shut down");
+            if health.is_healthy() {
+                tracing::info!(%engine, role, %was, "attached to the engine");
+            } else if health == Health::ShutDown {
+                tracing::debug!(%engine, role, %was, "client shut down");
             } else {
-                tracing::warn!(%engine, role, was = %before, now = %after, "the engine is not available; running without it");
+                tracing::warn!(%engine, role, %was, now = %health, "the engine is not available; running without it");
             }
         }
+    }
+
+    /// How it stands, without an attachment's own view.
+    pub(crate) fn is_health(&self, health: &Health) -> bool {
+        self.current().health == *health
     }
 
     /// A session id that no other session of this client has.
@@ -102,13 +168,6 @@ impl Shared {
     }
 }
 
-fn health_of(current: &Result<Arc<Attachment>, Health>) -> Health {
-    match current {
-        Ok(_) => Health::Healthy,
-        Err(health) => health.clone(),
-    }
-}
-
 /// One attachment to an engine, in one role: attaches, notices death and restart, and attaches again, by itself.
 ///
 /// Making a client never waits for an engine: an absent one is a state ([`Health::Absent`]), not an error.
@@ -126,9 +185,12 @@ impl Client {
             role,
             fork: ForkGuard::new(),
             generation: AtomicU64::new(0),
-            current: Mutex::new(Err(Health::Attaching)),
+            current: Mutex::new(Current { health: Health::Attaching, attachment: None }),
             changed: Condvar::new(),
             registrations: Mutex::new(Vec::new()),
+            ledger: Arc::default(),
+            leases: Leases::default(),
+            counters: Counters::default(),
             sessions: AtomicU64::new(0),
             control: AtomicU32::new(0),
             stop: AtomicBool::new(false),
@@ -155,10 +217,13 @@ impl Client {
         if !self.shared.fork.is_ours() {
             return Health::ShutDown;
         }
-        match &*self.shared.current() {
-            Ok(attachment) => attachment.link.health(),
-            Err(health) => health.clone(),
-        }
+        self.shared.current().health()
+    }
+
+    /// What this client has seen of its engine, and what came of it, since it was made.
+    #[must_use]
+    pub fn stats(&self) -> ClientStats {
+        self.shared.counters.snapshot()
     }
 
     /// Is the engine there and well?
@@ -183,15 +248,13 @@ impl Client {
             if !self.shared.fork.is_ours() {
                 return Err(Health::ShutDown);
             }
-            let health = match &*current {
+            let health = match current.attached() {
                 // An engine that has died may not have been noticed by the keeper yet.
                 Ok(attachment) if attachment.link.alive().is_err() => attachment.link.health(),
-                Ok(attachment) => match self.pending_registration() {
-                    None => return Ok(()),
-                    Some(_) => attachment.link.health(),
-                },
+                Ok(attachment) if self.is_registered(attachment.link.nonce) => return Ok(()),
+                Ok(attachment) => attachment.link.health(),
                 Err(Health::ShutDown) => return Err(Health::ShutDown),
-                Err(health) => health.clone(),
+                Err(health) => health,
             };
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -202,12 +265,12 @@ impl Client {
         }
     }
 
-    fn pending_registration(&self) -> Option<Arc<Registered>> {
-        let generation = self.shared.generation.load(Ordering::Acquire);
-        self.shared.registrations().into_iter().find(|registered| {
-            let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-            !matches!(&*outcome, Some((at, _)) if *at == generation)
-        })
+    /// Has every registration had its answer through this attachment?
+    fn is_registered(&self, nonce: u64) -> bool {
+        self.shared
+            .registrations()
+            .iter()
+            .all(|registered| registered.outcome().as_ref().is_some_and(|outcome| outcome.nonce == nonce))
     }
 
     /// The current attachment, if the engine is fit to be asked.
@@ -215,34 +278,40 @@ impl Client {
         if !self.shared.fork.is_ours() {
             return Err(CallError::Forked);
         }
-        match &*self.shared.current() {
+        match self.shared.current().attached() {
             Ok(attachment) if attachment.link.is_healthy() => Ok(attachment.clone()),
             Ok(attachment) => Err(CallError::Degraded(attachment.link.health())),
-            Err(health) => Err(CallError::Degraded(health.clone())),
+            Err(health) => Err(CallError::Degraded(health)),
         }
     }
 
-    /// What a worker's job needs: the current attachment and the namespace's id in it. `fit` asks for an engine that
-    /// answers; without it an attachment will do, as a load needs no answer.
-    pub(crate) fn registered(
-        &self,
-        registered: &Registered,
-        fit: bool,
-    ) -> Result<(Arc<Attachment>, u32), CallError> {
+    /// What a store needs: an engine that answers, and the namespace's id there.
+    pub(crate) fn to_store(&self, registered: &Registered) -> Result<(Arc<Attachment>, u32), CallError> {
+        let attachment = self.usable()?;
+        match registered.outcome().as_ref() {
+            Some(Outcome { nonce, namespace: Ok(id), .. }) if *nonce == attachment.link.nonce => {
+                Ok((attachment, *id))
+            }
+            _ => Err(CallError::NotRegistered),
+        }
+    }
+
+    /// What a load needs: the arena, and the namespace's id in it. No engine: a load needs no answer.
+    pub(crate) fn to_load(&self, registered: &Registered) -> Result<(Arc<Attachment>, u32), CallError> {
         if !self.shared.fork.is_ours() {
             return Err(CallError::Forked);
         }
         let current = self.shared.current();
-        let attachment = match &*current {
-            Ok(attachment) if !fit || attachment.link.is_healthy() => attachment.clone(),
-            Ok(attachment) => return Err(CallError::Degraded(attachment.link.health())),
-            Err(health) => return Err(CallError::Degraded(health.clone())),
+        let Some(attachment) = current.attachment.clone() else {
+            return Err(CallError::Degraded(current.health.clone()));
         };
-        // The count changes only under the lock that we hold.
-        let generation = self.shared.generation.load(Ordering::Acquire);
-        let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*outcome {
-            Some((at, Ok(namespace))) if *at == generation => Ok((attachment, *namespace)),
+        drop(current);
+        match registered.outcome().as_ref() {
+            Some(Outcome { arena_id, namespace: Ok(id), .. })
+                if *arena_id == attachment.identity.arena_id =>
+            {
+                Ok((attachment, *id))
+            }
             _ => Err(CallError::NotRegistered),
         }
     }
@@ -273,9 +342,8 @@ impl Client {
         let until = Instant::now() + timeout;
         let mut current = self.shared.current();
         loop {
-            let outcome = registered.outcome.lock().unwrap_or_else(PoisonError::into_inner).clone();
-            if let Some((_, outcome)) = outcome {
-                return outcome.map(Some);
+            if let Some(outcome) = registered.outcome().clone() {
+                return outcome.namespace.map(Some);
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || !self.shared.fork.is_ours() {
@@ -374,17 +442,15 @@ impl Probe {
             return;
         }
         let current = self.shared.current();
-        // Under the lock under which it changes: the count is that of this link, and what is leased through it is
-        // released through it.
+        // Under the lock under which it changes: the count is that of this link.
         self.generation = self.shared.generation.load(Ordering::Acquire);
-        self.held = current.as_ref().ok().map(|attachment| attachment.link.clone());
+        self.held = current.attached().ok().map(|attachment| attachment.link.clone());
     }
 
     /// A round trip that does nothing, by the way that lookups take: for measuring.
     pub fn noop(&mut self) -> Result<(), CallError> {
         let timeout = self.shared.checked.options.operation_timeout;
-        let (link, _) = self.link()?;
-        link.call(Request::Noop, timeout).map(|_| ())
+        self.link()?.call(Request::Noop, timeout).map(|_| ())
     }
 
     /// The client behind it.
@@ -393,22 +459,21 @@ impl Probe {
         &self.client
     }
 
-    /// The current attachment's link and count, if the engine is fit to be asked.
+    /// Is this the process that made it?
+    pub(crate) fn is_ours(&self) -> bool {
+        self.fork.is_ours()
+    }
+
+    /// The current attachment's link, if the engine is fit to be asked.
     #[inline]
-    pub(crate) fn link(&mut self) -> Result<(&Arc<Link>, u64), CallError> {
+    pub(crate) fn link(&mut self) -> Result<&Arc<Link>, CallError> {
         if !self.fork.is_ours() {
             return Err(CallError::Forked);
         }
         self.refresh();
         match &self.held {
-            Some(link) if link.is_healthy() => Ok((link, self.generation)),
+            Some(link) if link.is_healthy() => Ok(link),
             _ => Err(CallError::Degraded(self.client.health())),
         }
-    }
-
-    /// The link of that attachment, whatever the engine's health, as long as it is the current one.
-    pub(crate) fn link_of(&mut self, generation: u64) -> Option<&Arc<Link>> {
-        self.refresh();
-        self.held.as_ref().filter(|_| self.generation == generation && self.fork.is_ours())
     }
 }

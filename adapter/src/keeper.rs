@@ -5,19 +5,29 @@
 //! and attaches again with back-off, so that no caller's thread ever does. It must not unwind: were it to end while
 //! copies of this process still run, the engine would take the client for dead and give their slots away. So a panic
 //! degrades the client for good and keeps the life word.
+//!
+//! ```text
+//!            ╭───────────── the engine died, or was restarted ◀──────────╮
+//!            ▼   (suspended: the claim, the arena, what is held, stay)    │
+//! detached ─▶ attach ─▶ register ─▶ declare (where there was an engine before) ─▶ attached
+//!    ▲       │                                                            │
+//!    ╰───────┴── another arena, or thrown out: copies end, all is given up┴─▶ stop
+//! ```
 
-use crate::attachment::{AttachError, Attachment, attach};
-use crate::client::{Registered, Shared};
+use crate::attachment::{AttachError, Attachment, Claim, attach};
+use crate::client::{Outcome, Shared};
 use crate::error::{CallError, RegisterError};
 use crate::health::Health;
 use crate::link::Undo;
+use crate::rejoin;
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, wait_any};
-use kvring_shm_abi::life::{Life, LifeWord, RobustList};
+use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::message::{Record, Registration, Request};
 use kvring_shm_abi::sync::Ordering;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -29,10 +39,10 @@ const IDLE_EVERY: Duration = Duration::from_secs(10);
 /// Starts the thread.
 pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("kvring-keeper".into()).stack_size(256 << 10).spawn(move || {
-        let mut held: Option<RobustList> = None;
+        let mut held: Option<Claim> = None;
         let ran = std::panic::catch_unwind(AssertUnwindSafe(|| run(&shared, &mut held)));
         if ran.is_err() {
-            shared.set_current(Err(Health::ShutDown));
+            shared.set_detached(Health::ShutDown);
             tracing::error!("the keeper thread failed; this client stays degraded until it is made again");
             // The life word stays ours until the client is shut down: copies may still run.
             while !shared.stop.load(Ordering::Acquire) {
@@ -44,46 +54,133 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
     })
 }
 
-fn run(shared: &Arc<Shared>, held: &mut Option<RobustList>) {
+fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
     let mut backoff = shared.checked.options.backoff_min;
     let mut last_error = String::new();
+    let mut was_attached = false;
     loop {
         let seen = shared.control.load(Ordering::Acquire);
         if shared.stop.load(Ordering::Acquire) {
             break;
         }
-        match attach(shared) {
-            Ok((attachment, list)) => {
+        // Before the attempt: what happens during it ends the sleep after it.
+        let incarnation = held.as_ref().map(|claim| claim.incarnation().1);
+        match attach(shared, held) {
+            Ok(attachment) => {
                 let attachment = Arc::new(attachment);
-                *held = Some(list);
-                shared.set_current(Ok(attachment.clone()));
-                backoff = shared.checked.options.backoff_min;
-                last_error.clear();
-                let why = keep(shared, &attachment);
-                if why == Why::Lost {
-                    shared.set_current(Err(attachment_health(&attachment)));
+                let why = match enter(shared, &attachment, was_attached) {
+                    Ok(()) => {
+                        was_attached = true;
+                        backoff = shared.checked.options.backoff_min;
+                        last_error.clear();
+                        shared.set_attached(attachment.clone());
+                        keep(shared, &attachment)
+                    }
+                    Err(why) => why,
+                };
+                match why {
+                    // It may have a successor: what we hold stays ours.
+                    Why::EngineGone => shared.set_suspended(attachment_health(&attachment)),
+                    Why::Detached => {
+                        shared.set_detached(attachment_health(&attachment));
+                        give_up(shared, held);
+                        was_attached = false;
+                    }
+                    Why::Stop => {
+                        // No slot of ours may be given away while a copy into it runs.
+                        attachment.writers.close();
+                        leave(shared, &attachment);
+                        break;
+                    }
                 }
-                // No slot of ours may be given away while a copy into it runs.
-                attachment.writers.close();
-                if why == Why::Stop {
-                    leave(shared, &attachment);
-                    shared.set_current(Err(Health::ShutDown));
-                }
-                // What waited in this attachment's outbox belongs to leases and slots that its engine frees itself,
-                // at our detachment or with its own death.
-                drop(attachment);
-                // Gives the entry up: the engine reclaims whatever this attachment still had.
-                *held = None;
             }
             Err(error) => {
                 log_once(shared, &error, &mut last_error);
+                if held.is_some() && (!was_attached || error.ends_claim()) {
+                    // Before waiting for the last copy: whoever wants memory wants it now.
+                    shared.set_detached(error.health());
+                    give_up(shared, held);
+                    was_attached = false;
+                    if matches!(error, AttachError::AnotherStart(_)) {
+                        continue;
+                    }
+                }
                 set_health(shared, error.health());
-                shared.wait_for_poke(seen, Deadline::after(backoff));
+                sleep(shared, seen, held.as_ref().zip(incarnation), Deadline::after(backoff));
                 backoff = (backoff * 2).min(shared.checked.options.backoff_max);
             }
         }
     }
-    shared.set_current(Err(Health::ShutDown));
+    shared.set_detached(Health::ShutDown);
+    give_up(shared, held);
+}
+
+/// Sleeps until poked, until something becomes of the engine of the claim that is held, or until the deadline.
+fn sleep(shared: &Shared, seen: u32, held: Option<(&Claim, u32)>, until: Deadline) {
+    match held {
+        Some((claim, incarnation)) => {
+            wait_any(&[(&shared.control, seen), (claim.incarnation().0, incarnation)], until);
+        }
+        None => {
+            wait_any(&[(&shared.control, seen)], until);
+        }
+    }
+}
+
+/// Gives the claim up, after the last copy into its arena has ended: then the engine frees all that it was writing.
+fn give_up(shared: &Shared, held: &mut Option<Claim>) {
+    if let Some(claim) = held.take() {
+        claim.writers.close();
+        shared.ledger.forget();
+        shared.leases.forget();
+        failpoint::here("client.gives up");
+        drop(claim);
+    }
+}
+
+/// From an answered attachment to one that callers may use: registrations, and where there was an engine before, what is
+/// still held. Tried again until it is done, or the engine is gone.
+fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> Result<(), Why> {
+    let mut pause = shared.checked.options.backoff_min;
+    loop {
+        let seen = shared.control.load(Ordering::Acquire);
+        if let Some(why) = over(shared, attachment) {
+            return Err(why);
+        }
+        let done = register_all(shared, attachment, rejoins).and_then(|()| match rejoins {
+            true => rejoin::declare(shared, attachment),
+            false => Ok(()),
+        });
+        match done {
+            Ok(()) => {
+                rejoin::settle(shared, attachment, rejoins);
+                return Ok(());
+            }
+            Err(error) => tracing::debug!(%error, "not through yet with a new attachment"),
+        }
+        // Its late answers are drained meanwhile.
+        attachment.link.tend();
+        sleep(shared, seen, None, Deadline::after(pause));
+        pause = (pause * 2).min(shared.checked.options.backoff_max);
+    }
+}
+
+/// Is it over with this attachment?
+fn over(shared: &Shared, attachment: &Attachment) -> Option<Why> {
+    let link = &attachment.link;
+    if shared.stop.load(Ordering::Acquire) {
+        return Some(Why::Stop);
+    }
+    if link.alive().is_err() {
+        return Some(Why::EngineGone);
+    }
+    if link.is_broken() || link.detached().is_some() {
+        if link.detached() == Some(AttachStatus::Breach) {
+            tracing::error!("the engine detached this client for a breach of protocol; attaching again");
+        }
+        return Some(Why::Detached);
+    }
+    None
 }
 
 fn log_once(shared: &Shared, error: &AttachError, last: &mut String) {
@@ -95,9 +192,8 @@ fn log_once(shared: &Shared, error: &AttachError, last: &mut String) {
 }
 
 fn set_health(shared: &Shared, health: Health) {
-    let same = matches!(&*shared.current(), Err(before) if *before == health);
-    if !same {
-        shared.set_current(Err(health));
+    if !shared.is_health(&health) {
+        shared.set_suspended(health);
     }
 }
 
@@ -112,40 +208,42 @@ fn attachment_health(attachment: &Attachment) -> Health {
 enum Why {
     /// The client is shut down.
     Stop,
-    /// The engine died, was restarted, or no longer reads our channel.
-    Lost,
+    /// The engine died, or was restarted.
+    EngineGone,
+    /// The engine lives, and does not read our channel any more; or what it says makes no sense.
+    Detached,
 }
 
 /// Keeps one attachment until it is lost or the client ends.
 fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
     let link = &attachment.link;
-    let generation = shared.generation.load(Ordering::Acquire);
     let mut retry = shared.checked.options.backoff_min;
+    let mut was_stalled = false;
     loop {
         let seen = shared.control.load(Ordering::Acquire);
-        if shared.stop.load(Ordering::Acquire) {
-            return Why::Stop;
-        }
         let life = &link.engine.life_words[link.entry];
         let raw = life.raw();
         let (answers, answered) = link.engine.attach[link.entry].word();
-        if link.alive().is_err() || link.is_broken() || link.detached().is_some() {
-            if link.detached() == Some(AttachStatus::Breach) {
-                tracing::error!("the engine detached this client for a breach of protocol; attaching again");
-            }
+        if let Some(why) = over(shared, attachment) {
             link.rouse();
-            return Why::Lost;
+            return why;
         }
         let (left, left_before) = link.left();
         link.stall.look(link.engine.epoch().beat());
+        let is_stalled = link.stall.troubled(|| link.engine.epoch().beat());
+        if is_stalled != was_stalled {
+            was_stalled = is_stalled;
+            told_stall(shared, is_stalled);
+        }
         link.tend();
-        let registered = register_all(shared, attachment, generation);
+        let registered = register_all(shared, attachment, false);
         let pause = if registered.is_err() {
             retry = (retry * 2).min(shared.checked.options.backoff_max);
             retry
         } else {
             retry = shared.checked.options.backoff_min;
-            if link.is_idle() { IDLE_EVERY } else { LOOK_EVERY }
+            // A stalled engine is looked at until it moves: then everybody is to know.
+            if link.is_idle() && !is_stalled { IDLE_EVERY } else { LOOK_EVERY }
         };
         if LifeWord::interpret(raw) == Life::Dead {
             continue;
@@ -167,35 +265,44 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
     }
 }
 
-/// Makes the registrations that this attachment does not have yet. An error means: try again later.
-fn register_all(shared: &Shared, attachment: &Arc<Attachment>, generation: u64) -> Result<(), CallError> {
+/// Once for each transition. Callers see it by themselves, whoever looks first.
+fn told_stall(shared: &Shared, is_stalled: bool) {
+    let (engine, role) = (&shared.checked.options.engine, shared.role.as_str());
+    if is_stalled {
+        shared.counters.transition(&Health::Stalled);
+        tracing::warn!(%engine, role, "the engine's beat stands still; running without it until it moves");
+    } else {
+        tracing::info!(%engine, role, "the engine's beat moves again");
+    }
+}
+
+/// Makes the registrations that this attachment does not have yet. An error means: try again later. `again`: also those
+/// that it has been refused.
+fn register_all(shared: &Shared, attachment: &Arc<Attachment>, again: bool) -> Result<(), CallError> {
+    let nonce = attachment.link.nonce;
     for registered in shared.registrations() {
         // A refusal is an outcome too: it is not asked for again before the next attachment, which may be to an engine
         // with more room.
-        if lock_outcome(&registered).as_ref().is_some_and(|(at, _)| *at == generation) {
+        let is_known = |outcome: &Outcome| outcome.nonce == nonce && (!again || outcome.namespace.is_ok());
+        if registered.outcome().as_ref().is_some_and(is_known) {
             continue;
         }
-        match register(shared, attachment, &registered.record) {
+        let namespace = match register(shared, attachment, &registered.record) {
             Err(RegisterError::Call(error)) => {
                 tracing::debug!(%error, "registration not through yet");
                 return Err(error);
             }
-            outcome => {
-                if let Err(error) = &outcome {
-                    tracing::error!(%error, "the engine refused the registration; nothing is cached");
-                }
-                *lock_outcome(&registered) = Some((generation, outcome));
-                shared.notify_changed();
-            }
+            namespace => namespace,
+        };
+        if let Err(error) = &namespace {
+            tracing::error!(%error, "the engine refused the registration; nothing is cached");
         }
+        failpoint::here("client.registered");
+        let arena_id = attachment.identity.arena_id;
+        *registered.outcome() = Some(Outcome { nonce, arena_id, namespace });
+        shared.notify_changed();
     }
     Ok(())
-}
-
-fn lock_outcome(
-    registered: &Registered,
-) -> std::sync::MutexGuard<'_, Option<(u64, Result<u32, RegisterError>)>> {
-    registered.outcome.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn register(

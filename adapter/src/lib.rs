@@ -5,13 +5,17 @@
 
 mod attachment;
 mod client;
+mod counters;
 mod error;
 mod fork;
 mod gate;
 mod health;
 mod keeper;
+mod leases;
+mod ledger;
 mod link;
 mod options;
+mod rejoin;
 mod scheduler;
 mod sessions;
 mod status;
@@ -19,6 +23,7 @@ mod worker;
 
 pub use attachment::{AttachError, EngineView};
 pub use client::{Client, Probe};
+pub use counters::ClientStats;
 pub use error::{CallError, RegisterError};
 pub use health::Health;
 pub use kvring_shm_abi::engine_segment::ShardHandle;

@@ -3,7 +3,7 @@
 use crate::client::Client;
 use crate::error::CallError;
 use crate::health::Health;
-use crate::sessions::{Hit, Lookup, LookupStats, Sessions, State};
+use crate::sessions::{Asked, Hit, Lookup, LookupStats, Sessions, State};
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::message::Key;
 use std::sync::Arc;
@@ -171,20 +171,21 @@ impl Sessions {
     /// The answer of a request's current admission; waits for it for `patience`, if there is any.
     fn settle(&mut self, request: &str, patience: Option<Duration>) -> Lookup<'_> {
         let Some(session) = self.get(request) else { return Lookup::Hit(&NOTHING) };
-        if let State::Waiting { .. } = &session.state {
-            let State::Waiting { pending, keys, world, until } =
+        if let State::Waiting(_) = &session.state {
+            let State::Waiting(asked) =
                 core::mem::replace(&mut session.state, State::Answered(Hit::default()))
             else {
                 return Lookup::Hit(&NOTHING);
             };
+            let (pending, until, asked) = asked.take_apart();
             match take(pending, until, patience) {
                 Taken::Not(pending) => {
                     if let Some(session) = self.get(request) {
-                        session.state = State::Waiting { pending, keys, world, until };
+                        session.state = State::Waiting(Asked::again(pending, until, asked));
                     }
                     return Lookup::Pending;
                 }
-                Taken::Answer(answer) => match Sessions::accept(&answer, keys, world) {
+                Taken::Answer(answer) => match self.accept(request, asked, &answer) {
                     Ok(hit) => {
                         self.stats.answered += 1;
                         if let Some(session) = self.get(request) {

@@ -5,10 +5,11 @@
 
 use crate::client::{Client, Probe};
 use crate::error::CallError;
+use crate::leases::Lease;
 use crate::link::{Answer, Link, Pending, Undo};
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::futex::Deadline;
-use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, Record, Records, Request, ShardAnswer};
+use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, LeaseRecord, Record, Records, Request, ShardAnswer};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,23 +23,41 @@ pub struct Hit {
     pub world: u32,
     /// Which arena the shards are in: a worker that maps another one refuses them.
     pub arena_id: [u64; 2],
+    /// Where they are; nothing where nothing was found.
+    found: Option<Arc<Found>>,
+}
+
+/// The chunks of a hit.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Found {
     /// Chunk-major, rank-minor.
     shards: Vec<ShardAnswer>,
-    keys: Vec<Key>,
+    pub(crate) keys: Vec<Key>,
+}
+
+impl Found {
+    /// What names a chunk to an engine that knows nothing of this lookup.
+    pub(crate) fn record(&self, chunk: usize) -> LeaseRecord {
+        let world = self.shards.len() / self.keys.len().max(1);
+        LeaseRecord { key: self.keys[chunk], shard: self.shards[chunk * world] }
+    }
 }
 
 impl Hit {
     pub(crate) const fn nothing() -> Hit {
-        Hit { chunks: 0, world: 0, arena_id: [0; 2], shards: Vec::new(), keys: Vec::new() }
+        Hit { chunks: 0, world: 0, arena_id: [0; 2], found: None }
     }
 
     /// What rank `rank` loads, one handle per chunk: to be sent with the scheduler's metadata. Empty for a rank that
     /// does not exist.
     pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
         let world = self.world.max(1) as usize;
-        let keys = if rank < self.world { &self.keys[..] } else { &[] };
+        let (keys, shards): (&[Key], &[ShardAnswer]) = match &self.found {
+            Some(found) if rank < self.world => (&found.keys, &found.shards),
+            _ => (&[], &[]),
+        };
         keys.iter().enumerate().map(move |(chunk, key)| {
-            let shard = &self.shards[chunk * world + rank as usize];
+            let shard = &shards[chunk * world + rank as usize];
             ShardHandle {
                 arena_id: self.arena_id,
                 slot: shard.slot(),
@@ -73,15 +92,43 @@ pub struct LookupStats {
 }
 
 pub(crate) enum State {
-    Waiting { pending: Pending, keys: Vec<Key>, world: u32, until: Option<Deadline> },
+    Waiting(Asked),
     Answered(Hit),
+}
+
+/// What a lookup was asked for.
+pub(crate) struct AskedParts {
+    keys: Vec<Key>,
+    world: u32,
+    namespace: u32,
+    link: Arc<Link>,
+}
+
+impl Asked {
+    /// What waits, until when, and what it was.
+    pub(crate) fn take_apart(self) -> (Pending, Option<Deadline>, AskedParts) {
+        let Asked { pending, until, parts } = self;
+        (pending, until, parts)
+    }
+
+    /// Back together: it waits on.
+    pub(crate) fn again(pending: Pending, until: Option<Deadline>, parts: AskedParts) -> Asked {
+        Asked { pending, until, parts }
+    }
+}
+
+/// A lookup whose answer has not been taken.
+pub(crate) struct Asked {
+    pending: Pending,
+    until: Option<Deadline>,
+    parts: AskedParts,
 }
 
 pub(crate) struct Session {
     id: u64,
     admission: u32,
     pub(crate) state: State,
-    /// Leases that the engine may hold for this session: (admission, attachment).
+    /// Lookups that were asked, and may have leases: (admission, the attachment's nonce).
     leases: Vec<(u32, u64)>,
 }
 
@@ -129,7 +176,10 @@ impl Sessions {
             None => self.probe.client().shared.next_session(),
         };
         let (state, lease) = match self.submit(id, admission, keys, timeout) {
-            Ok(Some((state, generation))) => (state, Some((admission, generation))),
+            Ok(Some(asked)) => {
+                let nonce = asked.parts.link.nonce;
+                (State::Waiting(asked), Some((admission, nonce)))
+            }
             Ok(None) => (State::Answered(Hit::default()), None),
             Err(CallError::Forked) => return Err(CallError::Forked),
             Err(error) => {
@@ -159,13 +209,13 @@ impl Sessions {
         admission: u32,
         keys: &[Key],
         timeout: Option<Duration>,
-    ) -> Result<Option<(State, u64)>, CallError> {
-        let (link, generation) = self.probe.link()?;
+    ) -> Result<Option<Asked>, CallError> {
+        let link = self.probe.link()?;
         if keys.is_empty() {
             return Ok(None);
         }
         let link = link.clone();
-        let (namespace, world) = self.resolve(&link, generation)?;
+        let (namespace, world) = self.resolve(&link)?;
         let per_key = KEY_WORDS + ShardAnswer::WORDS * world as usize;
         // A prefix that fits is a right answer, if not the longest.
         let keys = &keys[..keys.len().min(link.payload().len() / 2 / per_key)];
@@ -183,26 +233,28 @@ impl Sessions {
             },
         )?;
         let until = timeout.map(Deadline::after);
-        Ok(Some((State::Waiting { pending, keys: keys.to_vec(), world, until }, generation)))
+        let parts = AskedParts { keys: keys.to_vec(), world, namespace, link };
+        Ok(Some(Asked { pending, until, parts }))
     }
 
     /// The namespace's id and number of ranks, once a worker has registered it.
-    fn resolve(&mut self, link: &Link, generation: u64) -> Result<(u32, u32), CallError> {
+    fn resolve(&mut self, link: &Link) -> Result<(u32, u32), CallError> {
         let known = self.namespace.filter(|(at, id)| {
-            *at == generation && link.engine.namespaces[*id as usize].matches(&self.fingerprint)
+            *at == link.nonce && link.engine.namespaces[*id as usize].matches(&self.fingerprint)
         });
         let id = match known {
             Some((_, id)) => id,
             None => link.engine.find_namespace(&self.fingerprint).ok_or(CallError::NotRegistered)?,
         };
-        self.namespace = Some((generation, id));
+        self.namespace = Some((link.nonce, id));
         let world = link.engine.namespaces[id as usize].world();
         let possible = 1..=kvring_shm_abi::engine_segment::RANKS_MAX as u32;
         if possible.contains(&world) { Ok((id, world)) } else { Err(CallError::NotRegistered) }
     }
 
-    /// The answer of a lookup, from its completion.
-    pub(crate) fn accept(answer: &Answer, mut keys: Vec<Key>, world: u32) -> Result<Hit, CallError> {
+    /// The answer of a request's lookup, from its completion. What it found is leased from here on.
+    pub(crate) fn accept(&self, request: &str, asked: AskedParts, answer: &Answer) -> Result<Hit, CallError> {
+        let AskedParts { mut keys, world, namespace, link } = asked;
         crate::status::check(&answer.completion)?;
         let [chunks, offset, arena_low, arena_high] = answer.completion.results;
         let chunks = usize::try_from(chunks).unwrap_or(usize::MAX);
@@ -216,7 +268,26 @@ impl Sessions {
             .payload()
             .read(offset, bytemuck::cast_slice_mut(&mut shards))
             .map_err(|_| CallError::Refused("an answer outside the payload area"))?;
-        Ok(Hit { chunks: chunks as u32, world, arena_id: [arena_low, arena_high], shards, keys })
+        let chunks = chunks as u32;
+        if chunks == 0 {
+            return Ok(Hit::nothing());
+        }
+        let found = Arc::new(Found { shards, keys });
+        let Some(session) = self.sessions.get(request) else { return Ok(Hit::nothing()) };
+        let lease = Lease {
+            session: session.id,
+            admission: session.admission,
+            namespace,
+            found: found.clone(),
+            keep: chunks,
+        };
+        let shared = &self.probe.client().shared;
+        if !shared.leases.accept(&link, lease) {
+            // Only what is pinned is promised.
+            shared.counters.late_answers.add(1);
+            return Err(CallError::Restarted);
+        }
+        Ok(Hit { chunks, world, arena_id: [arena_low, arena_high], found: Some(found) })
     }
 
     pub(crate) fn count_failure(&mut self, error: &CallError) {
@@ -231,12 +302,13 @@ impl Sessions {
     pub(crate) fn release(&mut self, request: &str, admission: u32, keep: u32) {
         let Some(session) = self.sessions.get_mut(request) else { return };
         let Some(at) = session.leases.iter().position(|(leased, _)| *leased == admission) else { return };
-        let (_, generation) = session.leases[at];
+        let (id, (_, nonce)) = (session.id, session.leases[at]);
         if keep == 0 {
             session.leases.swap_remove(at);
         }
-        let release = Request::Release { session: session.id, admission, keep };
-        self.post(generation, release);
+        if self.probe.is_ours() {
+            self.probe.client().shared.leases.release(id, admission, keep, nonce);
+        }
     }
 
     /// Ends a session: its answer, its pending lookup and all its leases.
@@ -245,15 +317,8 @@ impl Sessions {
         let Session { id, state, leases, .. } = session;
         // Abandon first: then the end of the session follows its lookup in the ring.
         drop(state);
-        if let Some((_, generation)) = leases.iter().max_by_key(|(_, generation)| *generation) {
-            self.post(*generation, Request::EndSession { session: id });
-        }
-    }
-
-    /// Sends through the attachment that the lease came from; if that is gone, so is the lease.
-    fn post(&mut self, generation: u64, request: Request) {
-        if let Some(link) = self.probe.link_of(generation) {
-            link.post(request);
+        if !leases.is_empty() && self.probe.is_ours() {
+            self.probe.client().shared.leases.end_session(id, &leases);
         }
     }
 
@@ -264,9 +329,8 @@ impl Sessions {
 
     /// The namespace's id here and now.
     pub(crate) fn namespace(&mut self) -> Result<u32, CallError> {
-        let (link, generation) = self.probe.link()?;
-        let link = link.clone();
-        self.resolve(&link, generation).map(|(id, _)| id)
+        let link = self.probe.link()?.clone();
+        self.resolve(&link).map(|(id, _)| id)
     }
 }
 

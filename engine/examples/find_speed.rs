@@ -17,7 +17,10 @@ struct NoTable;
 impl SlotTable for NoTable {
     fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
     fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
+    fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
     fn freed(&mut self, _: SlotId, _: u64) {}
+    fn span_made(&mut self, _: u32, _: u32, _: u64) {}
+    fn span_gone(&mut self, _: u32) {}
     fn touched(&mut self, _: SlotId, _: u64) {}
     fn ensure(&mut self, _: SlotId, _: u32) -> bool {
         true

@@ -111,7 +111,8 @@ pub struct Allocator {
 }
 
 impl Allocator {
-    /// Allocates the first slab, then leaves the rest to a thread that rings the lobby's doorbell for each slab.
+    /// Allocates the first slab, then leaves the rest to a thread that rings the lobby's doorbell for each slab. The first
+    /// `ready` slabs have been allocated by an earlier engine.
     ///
     /// # Errors
     /// No room for the first slab, or no thread.
@@ -119,34 +120,37 @@ impl Allocator {
         arena: Arc<SegmentFile>,
         geometry: Geometry,
         lobby: Lobby,
+        ready: u32,
     ) -> Result<Allocator, AllocatorError> {
         let allocate = {
             let arena = arena.clone();
             move |offset, bytes| arena.allocate(offset, bytes)
         };
-        Allocator::start_with(geometry, lobby, allocate, move |offset, bytes| arena.populate(offset, bytes))
+        let populate = move |offset, bytes| arena.populate(offset, bytes);
+        Allocator::start_with(geometry, lobby, ready, allocate, populate)
     }
 
     /// With what allocates `(offset, bytes)`, and then clears their pages: the arena, or a test.
     fn start_with(
         geometry: Geometry,
         lobby: Lobby,
+        ready: u32,
         allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
         populate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
     ) -> Result<Allocator, AllocatorError> {
         let mut at = 0;
-        while at < geometry.slab_bytes {
+        while ready == 0 && at < geometry.slab_bytes {
             let piece = PIECE_BYTES.min(geometry.slab_bytes - at);
             allocate(at, piece)?;
             at += piece;
         }
         let shared = Arc::new(Shared {
-            ready: AtomicU32::new(1),
+            ready: AtomicU32::new(ready.max(1)),
             stop: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
             state: Mutex::new(State::Running),
         });
-        let worker = Worker { shared: shared.clone(), geometry, lobby, allocate, populate };
+        let worker = Worker { shared: shared.clone(), geometry, lobby, inherited: ready, allocate, populate };
         let thread = thread::Builder::new()
             .name("kvring-alloc".to_owned())
             .spawn(move || worker.run())
@@ -213,6 +217,8 @@ struct Worker<F, P> {
     shared: Arc<Shared>,
     geometry: Geometry,
     lobby: Lobby,
+    /// Slabs that an earlier engine has allocated.
+    inherited: u32,
     allocate: F,
     populate: P,
 }
@@ -232,9 +238,11 @@ where
             tracing::debug!(%errno, "the allocator runs at normal priority");
         }
         let began = Instant::now();
-        // The first slab is in use already: serving did not wait for its pages to be cleared.
-        self.clear_slab(0);
-        for slab in 1..self.geometry.slab_count() as u64 {
+        if self.inherited == 0 {
+            // The first slab is in use already: serving did not wait for its pages to be cleared.
+            self.clear_slab(0);
+        }
+        for slab in u64::from(self.inherited.max(1))..self.geometry.slab_count() as u64 {
             if !self.allocate_slab(slab * self.geometry.slab_bytes) {
                 return;
             }
@@ -349,7 +357,7 @@ mod tests {
         lobby: Lobby,
         allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
     ) -> Result<Allocator, AllocatorError> {
-        Allocator::start_with(geometry, lobby, allocate, |_, _| Ok(()))
+        Allocator::start_with(geometry, lobby, 0, allocate, |_, _| Ok(()))
     }
 
     fn no_space() -> SegmentError {
@@ -369,7 +377,7 @@ mod tests {
         let name = EngineName::new(&format!("t-alloc-{}", std::process::id())).unwrap().arena();
         let file = Arc::new(SegmentFile::create(&name, 9 << 20).unwrap());
         let lobby = lobby();
-        let mut allocator = Allocator::start(file, geometry(9), lobby.clone()).unwrap();
+        let mut allocator = Allocator::start(file, geometry(9), lobby.clone(), 0).unwrap();
         assert_eq!(allocator.take(), Some(0), "the first slab is there before serving begins");
         let progress = allocator.progress();
         // A parked loop is woken for each slab.
@@ -395,6 +403,17 @@ mod tests {
         let blocks = std::fs::metadata(path).unwrap().blocks();
         segment::unlink(&name);
         assert_eq!(blocks * 512, 9 << 20, "holes");
+    }
+
+    #[test]
+    fn what_an_earlier_engine_has_allocated_is_there_at_once_and_the_rest_follows() {
+        let (tell, told) = mpsc::channel();
+        let allocate = move |offset: u64, _| tell.send(offset >> 20).map_err(|_| no_space());
+        let mut allocator = Allocator::start_with(geometry(4), lobby(), 3, allocate, |_, _| Ok(())).unwrap();
+        assert_eq!([allocator.take(), allocator.take(), allocator.take()], [Some(0), Some(1), Some(2)]);
+        wait_for(|| allocator.progress().is_over());
+        assert_eq!((allocator.take(), allocator.take()), (Some(3), None));
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), [3], "and nothing is allocated twice");
     }
 
     #[test]

@@ -43,6 +43,13 @@ pub struct EngineConfig {
     /// How long a start waits for another one that is under way, or for a predecessor that is still exiting, in
     /// milliseconds.
     pub start_wait_ms: u32,
+    /// How long, after a restart, nothing is evicted while clients of the earlier engine have not come back yet, in
+    /// milliseconds.
+    pub reattach_grace_ms: u32,
+    /// Keep nothing of what an earlier engine of this name left.
+    pub cold: bool,
+    /// Leave everything to the next engine of this name at a clean end, too.
+    pub keep: bool,
     /// May the process dump core? A dump delays the notice of its death by seconds.
     pub core_dumps: bool,
     /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a `tracing` filter.
@@ -63,6 +70,9 @@ impl Default for EngineConfig {
             max_pins: 1 << 22,
             max_chunks: None,
             start_wait_ms: 5000,
+            reattach_grace_ms: 5000,
+            cold: false,
+            keep: false,
             core_dumps: false,
             log: "info".to_owned(),
         }
@@ -85,6 +95,9 @@ pub struct Overrides {
     pub max_pins: Option<u32>,
     pub max_chunks: Option<u32>,
     pub start_wait_ms: Option<u32>,
+    pub reattach_grace_ms: Option<u32>,
+    pub cold: Option<bool>,
+    pub keep: Option<bool>,
     pub core_dumps: Option<bool>,
     pub log: Option<String>,
 }
@@ -170,6 +183,9 @@ impl EngineConfig {
             max_pins,
             max_chunks,
             start_wait_ms,
+            reattach_grace_ms,
+            cold,
+            keep,
             core_dumps,
             log,
         } = overrides;
@@ -185,6 +201,9 @@ impl EngineConfig {
             max_pins: max_pins.unwrap_or(self.max_pins),
             max_chunks: max_chunks.or(self.max_chunks),
             start_wait_ms: start_wait_ms.unwrap_or(self.start_wait_ms),
+            reattach_grace_ms: reattach_grace_ms.unwrap_or(self.reattach_grace_ms),
+            cold: cold.unwrap_or(self.cold),
+            keep: keep.unwrap_or(self.keep),
             core_dumps: core_dumps.unwrap_or(self.core_dumps),
             log: log.unwrap_or(self.log),
         };
@@ -205,7 +224,9 @@ impl EngineConfig {
         value("max_leases", "at least 1", self.max_leases > 0, self.max_leases.to_string())?;
         value("max_pins", "at least 1", self.max_pins > 0, self.max_pins.to_string())?;
         value("max_chunks", "at least 1", self.max_chunks != Some(0), "0".to_owned())?;
-        value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())
+        value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())?;
+        let grace = self.reattach_grace_ms;
+        value("reattach_grace_ms", "up to 600000", grace <= 600_000, grace.to_string())
     }
 
     /// The name, checked.

@@ -5,11 +5,13 @@ use crate::cache::{self, Cache, CacheConfig};
 use crate::config::{self, EngineConfig};
 use crate::preflight::Room;
 use crate::process;
-use crate::segments::{Segments, Setup, SetupError};
-use crate::service::{Pace, Service, SharedSlots, StopHandle};
+use crate::recovery::{self, Inherited, NotRecoverable};
+use crate::segments::{ColdStart, Segments, Setup, SetupError, Start};
+use crate::service::{Pace, Parts, Registry, Service, SharedSlots, StopHandle};
 use crate::tier::{LowerTier, NoLowerTier};
 use kvring_shm_abi::message::KEYS_MAX;
 use kvring_shm_abi::superblock::random_u64;
+use kvring_shm_abi::sync::Ordering;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
@@ -28,6 +30,9 @@ pub enum StartError {
     /// Limits that do not go together.
     #[error(transparent)]
     Cache(#[from] cache::ConfigError),
+    /// A slab that an earlier engine had allocated.
+    #[error(transparent)]
+    Slab(#[from] cache::AddSlabError),
     /// The system has no randomness, or no thread to give.
     #[error("{what}: {error}")]
     System {
@@ -43,6 +48,25 @@ pub enum StartError {
 pub struct Engine {
     service: Service,
     progress: Progress,
+    /// A clean end leaves everything for a successor.
+    keep: bool,
+}
+
+/// What came of an attempt to start.
+enum Opened {
+    Engine(Box<Engine>),
+    /// What there was cannot be taken over after all; and the tier, which was not used.
+    NotRecoverable(NotRecoverable, Box<dyn LowerTier>),
+}
+
+/// A start has failed. Nothing of new segments is left behind; a predecessor's are left as they were.
+fn give_up(segments: Segments) {
+    if *segments.start() == Start::Warm {
+        return segments.leave();
+    }
+    if let Err(left) = segments.retire_and_unlink() {
+        tracing::error!(error = %left, "a failed start leaves something behind");
+    }
 }
 
 impl Engine {
@@ -58,26 +82,57 @@ impl Engine {
         }
         let name = config.engine_name().map_err(config::ConfigError::from)?;
         let geometry = config.geometry(&Room::for_engine(&name))?;
-        let segments = Segments::create(&Setup {
+        let mut setup = Setup {
             name: &name,
             geometry,
+            any_geometry: config.arena.is_none() && config.slab.is_none(),
             beat_interval_us: config.beat_interval_ms.saturating_mul(1000),
             policy: config.policy.name(),
             wait: config.start_wait(),
-        })?;
-        match Furniture::new(config, &segments) {
-            Ok(Furniture { cache, allocator, pace }) => {
-                let progress = allocator.progress();
-                Ok(Engine { service: Service::new(segments, cache, allocator, tier, pace), progress })
-            }
-            Err(error) => {
-                // Nothing of a failed start is left behind.
-                if let Err(left) = segments.retire_and_unlink() {
-                    tracing::error!(error = %left, "a failed start leaves something behind");
+            cold: config.cold.then_some(ColdStart::Asked),
+        };
+        let mut tier = tier;
+        loop {
+            match Engine::open(config, &setup, tier)? {
+                Opened::Engine(engine) => return Ok(*engine),
+                Opened::NotRecoverable(why, unused) => {
+                    tracing::error!(name = %name, %why, "nothing of the earlier engine's can be kept");
+                    setup.cold = Some(ColdStart::Nonsense(why.to_string()));
+                    tier = unused;
                 }
-                Err(error)
             }
         }
+    }
+
+    fn open(
+        config: &EngineConfig,
+        setup: &Setup<'_>,
+        tier: Box<dyn LowerTier>,
+    ) -> Result<Opened, StartError> {
+        let segments = Segments::open(setup)?;
+        let made = Furniture::new(config, &segments);
+        let Furniture { mut cache, mut allocator, pace } = match made {
+            Ok(furniture) => furniture,
+            Err(error) => {
+                give_up(segments);
+                return Err(error);
+            }
+        };
+        let mut registry = Registry::new(segments.geometry());
+        let mut inherited = Inherited::nobody();
+        if *segments.start() == Start::Warm {
+            while let Some(slab) = allocator.take() {
+                cache.add_slab(slab)?;
+            }
+            match recovery::recover(&segments, &mut cache, &mut registry) {
+                Ok(recovered) => inherited = recovered,
+                Err(why) => return Ok(Opened::NotRecoverable(why, tier)),
+            }
+        }
+        let progress = allocator.progress();
+        let keep = config.keep;
+        let parts = Parts { segments, cache, registry, allocator, tier, inherited, pace };
+        Ok(Opened::Engine(Box::new(Engine { service: Service::new(parts), progress, keep })))
     }
 
     /// Stops the engine, from any thread.
@@ -93,9 +148,13 @@ impl Engine {
     }
 
     /// Serves until it is stopped; `ready` is called once, when clients can attach. Then everything is retired,
-    /// sleepers are woken, and the names are gone.
+    /// sleepers are woken, and the names are gone; or, with `keep`, everything is left for a successor.
     pub fn run(self, ready: impl FnOnce()) {
         let segments = self.service.run(ready);
+        if self.keep && !segments.is_retired() {
+            tracing::info!(name = %segments.name(), "stopped; what it held is kept for the next engine of this name");
+            return segments.leave();
+        }
         match segments.retire_and_unlink() {
             Ok(removed) => tracing::info!(?removed, "stopped"),
             Err(error) => tracing::error!(%error, "stopped, but something is left behind"),
@@ -113,7 +172,11 @@ struct Furniture {
 impl Furniture {
     fn new(config: &EngineConfig, segments: &Segments) -> Result<Furniture, StartError> {
         let geometry = segments.geometry();
-        let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone())?;
+        let ready = match segments.start() {
+            Start::Warm => segments.engine.info().slabs_allocated.load(Ordering::Relaxed),
+            Start::First | Start::Cold(_) => 0,
+        };
+        let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone(), ready)?;
         let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
         let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
         limits.seed = [random()?, random()?];
@@ -130,6 +193,7 @@ impl Furniture {
         let pace = Pace {
             beat_interval_ns: u64::try_from(config.beat_interval().as_nanos()).unwrap_or(u64::MAX),
             spin_ns: u64::try_from(config.spin().as_nanos()).unwrap_or(u64::MAX),
+            reattach_grace_ns: u64::from(config.reattach_grace_ms) * 1_000_000,
         };
         Ok(Furniture { cache, allocator, pace })
     }

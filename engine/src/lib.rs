@@ -1,7 +1,7 @@
 //! The kvring engine: one process that owns a node's KV cache.
 //!
 //! [`Engine`] is the whole of it. Its parts: [`segments`] (start, exclusivity, end), [`allocator`] and [`preflight`]
-//! (memory), the service loop (private: rings, lobby, dispatch), [`cache`] (what is where, who holds what), [`policy`]
+//! (memory), `recovery` (what a dead engine left), the service loop (private: rings, lobby, dispatch), [`cache`] (what is where, who holds what), [`policy`]
 //! (who goes first), [`stats`], [`config`], [`tier`].
 
 pub mod allocator;
@@ -13,6 +13,7 @@ mod engine;
 pub mod policy;
 pub mod preflight;
 pub mod process;
+mod recovery;
 pub mod segments;
 mod service;
 pub mod stats;

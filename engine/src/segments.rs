@@ -7,8 +7,12 @@
 //! of all: so whoever holds the lock on the current engine file may do with the other segments what it likes, and a
 //! death at any line leaves something that the next start recognises as half-made and sweeps (`sweep`).
 //!
-//! **Never in place.** What a predecessor left is marked retired, its sleepers woken, and unlinked; the new segments
-//! are new inodes. (This release always starts cold. A warm one would take over in `takeover::Found`.)
+//! **Warm or cold.** What a dead predecessor left is taken over as it is, if it is whole, of this build, boot and
+//! geometry, and its recovery has not failed twice: the same inodes, which living clients still map. In this order: the
+//! owner word, the odd incarnation, the clients' words; so a client that sees its word alive again sees another
+//! incarnation too.
+//!
+//! **Never in place.** Else it is marked retired, its sleepers woken, and unlinked; the new segments are new inodes.
 
 #[cfg(test)]
 mod deaths;
@@ -23,6 +27,7 @@ pub use takeover::ColdStart;
 use crate::preflight::{self, NoRoom, Room};
 use crate::stats;
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, OWNER_WORD, Places, store_text};
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::life::{ClaimError, RobustList};
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
@@ -34,6 +39,7 @@ use kvring_shm_abi::sync::Ordering;
 use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use takeover::{Claimed, Inherited};
 
 /// Bytes behind the arena: the page with its superblock.
 pub const ARENA_TRAILER: u64 = 4096;
@@ -131,12 +137,27 @@ pub struct Setup<'a> {
     pub name: &'a EngineName,
     /// Its arena.
     pub geometry: Geometry,
+    /// Would a predecessor's do as well, whatever it is? So where nobody has asked for a size.
+    pub any_geometry: bool,
     /// How often its beat moves at least, in microseconds: for `status`.
     pub beat_interval_us: u32,
     /// The eviction policy's name: for `status`.
     pub policy: &'a str,
     /// How long to wait for another start, or for a predecessor that is still exiting.
     pub wait: Duration,
+    /// Why nothing of a predecessor's is to be kept; `None`: what can be kept is.
+    pub cold: Option<ColdStart>,
+}
+
+/// How an engine's segments came to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// There was nothing of that name.
+    First,
+    /// What there was has been swept.
+    Cold(ColdStart),
+    /// A dead predecessor's, taken over.
+    Warm,
 }
 
 /// Everything in shared memory that the service thread needs. It belongs to the thread that made it (the kernel ties
@@ -154,86 +175,128 @@ pub struct Segments {
     name: EngineName,
     geometry: Geometry,
     arena_id: [u64; 2],
-    cold_start: Option<ColdStart>,
+    start: Start,
     // Dropped last: while the lock is held, nobody else sweeps.
     _lock: SegmentLock,
 }
 
-/// A place in the code at which a test may kill the process.
-#[inline]
-fn checkpoint(_place: &str) {
-    #[cfg(test)]
-    deaths::die_at(_place);
-}
-
 impl Segments {
-    /// Makes all segments of an engine, after sweeping what a predecessor left. The incarnation is odd until the
-    /// service loop begins to serve. Call it on the service thread.
+    /// Takes over what a dead predecessor left, or makes new segments after sweeping it. The incarnation is odd until
+    /// the service loop begins to serve. Call it on the service thread.
     ///
     /// # Errors
     /// An engine of that name lives or starts; the arena does not fit; a segment of that name is not ours.
-    pub fn create(setup: &Setup<'_>) -> Result<Segments, SetupError> {
-        let claimed = takeover::claim_name(setup)?;
-        checkpoint("claimed");
+    pub fn open(setup: &Setup<'_>) -> Result<Segments, SetupError> {
+        let (unfinished, why) = match takeover::claim_name(setup)? {
+            Claimed::Warm(inherited) => return Segments::take_over(setup, *inherited),
+            Claimed::Cold { unfinished, why } => (unfinished, why),
+        };
+        failpoint::here("claimed");
         let room = || preflight::check(&setup.geometry, &Room::now());
-        let deadline = Deadline::after(if claimed.cold_start.is_some() { LET_GO } else { Duration::ZERO });
+        let deadline = Deadline::after(if why.is_some() { LET_GO } else { Duration::ZERO });
         while let Err(no_room) = room() {
             if deadline.passed() {
                 return Err(no_room.into());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Segments::build(setup, claimed)
+        Segments::build(setup, unfinished, why)
     }
 
-    fn build(setup: &Setup<'_>, claimed: takeover::Claimed) -> Result<Segments, SetupError> {
+    fn take_over(setup: &Setup<'_>, inherited: Inherited) -> Result<Segments, SetupError> {
+        let Inherited { file, lock, engine, lobby, arena, identity } = inherited;
+        let mut robust = RobustList::register(engine.life_words.clone()).map_err(SetupError::RobustLists)?;
+        robust.take_over(OWNER_WORD)?;
+        failpoint::here("recovery.owner");
+        let words = |robust: &mut RobustList| {
+            (0..LIFE_WORDS).filter(|index| *index != OWNER_WORD).try_for_each(|index| robust.take_over(index))
+        };
+        if failpoint::broken("odd before the words") {
+            words(&mut robust)?;
+            failpoint::here("recovery.early words");
+        }
+        // Before anything else changes. Whoever sleeps on it hears of the successor at once.
+        engine.epoch().begin_recovery();
+        futex::wake_all(engine.epoch().incarnation_word());
+        failpoint::here("recovery.odd");
+        let begun = engine.info().recoveries.load(Ordering::Relaxed);
+        engine.info().recoveries.store(begun.saturating_add(1), Ordering::Relaxed);
+        failpoint::here("recovery.counted");
+        if !failpoint::broken("odd before the words") {
+            words(&mut robust)?;
+        }
+        failpoint::here("recovery.words");
+        describe(&engine, setup);
+        stats::initialise(&engine.stats);
+        tracing::info!(
+            name = %setup.name, arena_id = %arena_id_text(identity.arena_id), failed_recoveries = begun,
+            "an earlier engine's segments were taken over"
+        );
+        Ok(Segments {
+            robust,
+            engine,
+            lobby,
+            arena: Arc::new(arena),
+            engine_file: Arc::new(file),
+            name: setup.name.clone(),
+            geometry: identity.geometry,
+            arena_id: identity.arena_id,
+            start: Start::Warm,
+            _lock: lock,
+        })
+    }
+
+    fn build(
+        setup: &Setup<'_>,
+        unfinished: takeover::Unfinished,
+        why: Option<ColdStart>,
+    ) -> Result<Segments, SetupError> {
         let (name, geometry) = (setup.name, setup.geometry);
         let places = Places::of(&geometry);
-        let file = claimed.unfinished.file();
+        let file = unfinished.file();
         // Allocated before it gets its length: no peer ever maps a page of it that is not there.
         file.allocate(0, places.slots_at)?;
-        checkpoint("allocated");
+        failpoint::here("allocated");
         file.grow(places.bytes)?;
         let engine = EngineSegment::new(Arc::new(file.map(places.bytes, Access::ReadWrite)?), &geometry)?;
         engine.epoch().begin_recovery();
         let mut robust = RobustList::register(engine.life_words.clone()).map_err(SetupError::RobustLists)?;
         // The owner word first: from here on our death is noticed.
         robust.claim(OWNER_WORD)?;
-        checkpoint("owned");
+        failpoint::here("owned");
         for index in (0..LIFE_WORDS).filter(|index| *index != OWNER_WORD) {
             robust.claim(index)?;
         }
         describe(&engine, setup);
         stats::initialise(&engine.stats);
-        checkpoint("described");
+        failpoint::here("described");
 
         let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
         let identity =
             |kind, segment_bytes| Identity { kind, segment_bytes, arena_id, boot_id: boot_id(), geometry };
         let lobby = Lobby::new(Arc::new(segment::create_shared(&name.lobby(), LOBBY_BYTES)?))?;
-        checkpoint("lobby");
+        failpoint::here("lobby");
         let arena_file_bytes = geometry.arena_bytes + ARENA_TRAILER;
         let arena = SegmentFile::create(&name.arena(), arena_file_bytes)?;
         arena.allocate(geometry.arena_bytes, ARENA_TRAILER)?;
-        checkpoint("arena");
+        failpoint::here("arena");
         let trailer = arena.map(arena_file_bytes, Access::ReadWrite)?;
         arena_superblock(&trailer)?.write(&identity(Kind::Arena, arena_file_bytes));
         // The engine does not keep the arena mapped: it never looks at its bytes, and dies faster without.
         drop(trailer);
-        checkpoint("arena magic");
+        failpoint::here("arena magic");
         lobby.superblock()?.write(&identity(Kind::Lobby, LOBBY_BYTES as u64));
-        checkpoint("lobby magic");
+        failpoint::here("lobby magic");
         if !file.is_current() {
             return Err(SetupError::Removed { name: name.clone() });
         }
         engine.superblock().write(&identity(Kind::Engine, places.bytes));
-        checkpoint("engine magic");
+        failpoint::here("engine magic");
         tracing::info!(
             name = %name, arena_bytes = geometry.arena_bytes, slab_bytes = geometry.slab_bytes,
-            arena_id = %format_args!("{:016x}{:016x}", arena_id[1], arena_id[0]),
-            "segments are ready"
+            arena_id = %arena_id_text(arena_id), "segments are ready"
         );
-        let (engine_file, lock) = claimed.unfinished.finish();
+        let (engine_file, lock) = unfinished.finish();
         Ok(Segments {
             robust,
             engine,
@@ -243,7 +306,7 @@ impl Segments {
             name: name.clone(),
             geometry,
             arena_id,
-            cold_start: claimed.cold_start,
+            start: why.map_or(Start::First, Start::Cold),
             _lock: lock,
         })
     }
@@ -266,10 +329,10 @@ impl Segments {
         self.arena_id
     }
 
-    /// Why what a predecessor left was not kept; `None` where there was none.
+    /// How they came to be.
     #[must_use]
-    pub fn cold_start(&self) -> Option<&ColdStart> {
-        self.cold_start.as_ref()
+    pub fn start(&self) -> &Start {
+        &self.start
     }
 
     /// The arena's file, for the [allocator](crate::allocator).
@@ -296,10 +359,14 @@ impl Segments {
         self.engine.superblock().is_retired()
     }
 
+    /// A clean end that leaves everything for a successor, as a death does. The memory stays taken until that comes, or
+    /// `kvring remove`.
+    pub fn leave(self) {
+        drop(self.robust);
+        futex::wake_all(self.engine.epoch().incarnation_word());
+    }
+
     /// A clean end: everything is retired, unlinked, and every sleeper woken. Nothing stays in `/dev/shm`.
-    ///
-    /// (Without recovery there is nothing to keep the segments for. A release that can restart warm would leave them
-    /// as a death does: drop `self` instead.)
     ///
     /// # Errors
     /// A name could not be removed; everything else has been done all the same.
@@ -310,16 +377,16 @@ impl Segments {
         let ours = !self.is_retired() && self.engine_file.is_current();
         let removed = if ours {
             sweep::retire_engine(&self.engine);
-            checkpoint("retired");
+            failpoint::here("retired");
             sweep::satellites(&self.name).and_then(|mut removed| {
-                checkpoint("satellites gone");
+                failpoint::here("satellites gone");
                 removed.unlink(&self.name.engine_segment())?;
                 Ok(removed)
             })
         } else {
             Ok(Removed::default())
         };
-        checkpoint("unlinked");
+        failpoint::here("unlinked");
         drop(self.robust);
         futex::wake_all(self.engine.epoch().incarnation_word());
         removed
@@ -361,6 +428,10 @@ impl SlotMemory {
 fn arena_superblock(mapping: &Mapping) -> Result<&Superblock, OutOfBounds> {
     let last_page = mapping.len().saturating_sub(ARENA_TRAILER as usize);
     mapping.at(last_page)
+}
+
+fn arena_id_text(id: [u64; 2]) -> String {
+    format!("{:016x}{:016x}", id[1], id[0])
 }
 
 /// What `status` shows.

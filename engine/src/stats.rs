@@ -91,6 +91,17 @@ stats! {
     Registrations Counter "registrations" "ranks registered";
     Requests Counter "requests" "requests taken from rings";
     StaleRequests Counter "stale_requests" "requests of an earlier attachment, ignored";
+    WarmStart Gauge "warm_start" "1 where this engine took over what an earlier one left";
+    ChunksRecovered Gauge "chunks_recovered" "chunks that lookups found again after this engine's start";
+    ChunksKept Gauge "chunks_kept" "incomplete chunks kept at the start, because somebody may still write a shard";
+    ChunksLost Gauge "chunks_lost" "incomplete chunks dropped at the start, and those of writers that had died";
+    SlotsQuarantined Gauge "slots_quarantined" "slots that living clients were writing at the start";
+    Reattachments Counter "reattachments" "clients that came back after this engine's start, in the entry they had";
+    ClientsAwaited Gauge "clients_awaited" "clients that have not come back yet; until then nothing is evicted, for a while";
+    SlotsDeclared Counter "slots_declared" "slots that clients came back to";
+    SlotsUndeclared Counter "slots_undeclared" "slots freed because the client that came back did not name them";
+    LeasesDeclared Counter "leases_declared" "leases that clients came back with";
+    ChunksDeclared Counter "chunks_declared" "chunks in those leases that were still there, and are pinned again";
     Wakes Counter "wakes" "sleeping clients woken";
     Parks Counter "parks" "times the service loop slept";
     CheckFailures Counter "check_failures" "self-checks that failed";
@@ -130,8 +141,9 @@ impl Stat {
     }
 }
 
-/// Engine, before its segment is complete: says which table the block follows.
+/// Engine, before it serves: counters begin at 0, and the block says which table it follows.
 pub fn initialise(block: &[StatWord]) {
+    block.iter().for_each(|word| word.set(0));
     if let Some(word) = block.get(HASH_AT) {
         word.set(TABLE_HASH);
     }

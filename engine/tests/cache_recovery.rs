@@ -5,34 +5,47 @@
 mod cache_support;
 
 use cache_support::small::{
-    NONCE, SLAB_BYTES, cache, commit, config, hits, register, reserve, reserve_in, reserve_one, round,
-    slot_of, store,
+    SLAB_BYTES, cache, commit, config, hits, register, reserve, reserve_in, reserve_one, round, slot_of,
+    store,
 };
 use cache_support::{State, VecTable, chain, key};
-use kvring_engine::cache::{Cache, Committed, Shard, ShardHeader, SlotId};
+use kvring_engine::cache::{Cache, Committed, Found, Reservation, Shard, ShardHeader, SlotId};
 
 /// Everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
+    let mut cache = empty(table, slabs);
+    for (namespace, ranks) in namespaces.iter().enumerate() {
+        register(&mut cache, namespace as u32, ranks);
+    }
+    for (first, len, slot_bytes) in &table.spans {
+        cache.restore_span(*first, *len, *slot_bytes).unwrap();
+        for slot in cache.slots_of_span(*first) {
+            if let Some(shard) = shard(table, slot) {
+                cache.restore(slot, &shard).unwrap();
+            }
+        }
+    }
+    cache
+}
+
+/// A cache over a copy of that table, in which nothing has been restored yet.
+fn empty(table: &VecTable, slabs: u32) -> Cache<VecTable> {
     let mut cache = Cache::new(config(slabs), table.clone()).unwrap();
     for slab in 0..slabs {
         cache.add_slab(slab).unwrap();
     }
-    for (namespace, ranks) in namespaces.iter().enumerate() {
-        register(&mut cache, namespace as u32, ranks);
-    }
-    // The successor publishes what it takes over again; this table insists on legal transitions.
-    let found: Vec<_> =
-        table.entries.iter().enumerate().filter(|(_, entry)| entry.state != State::Free).collect();
-    for (slot, entry) in found {
-        let (header, committed) = match entry.state {
-            State::Writing(header) => (header, false),
-            State::Committed(header) => (header, true),
-            State::Free => continue,
-        };
-        let shard = Shard { header, generation: entry.generation, committed, tick: entry.tick };
-        assert!(cache.restore(slot as SlotId, &shard), "slot {slot}: {shard:?}");
-    }
     cache
+}
+
+fn shard(table: &VecTable, slot: SlotId) -> Option<Shard> {
+    let entry = table.entries[slot as usize];
+    let (header, found) = match entry.state {
+        State::Writing(header) => (header, Found::Writing),
+        State::Orphaned(header) => (header, Found::Orphaned),
+        State::Committed(header) => (header, Found::Committed),
+        State::Free => return None,
+    };
+    Some(Shard { header, generation: entry.generation, found, tick: entry.tick })
 }
 
 #[test]
@@ -60,12 +73,15 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
     assert_eq!((restored.visible, restored.kept, restored.dropped), (4, 1, 1));
     new.check_all().unwrap();
     assert_eq!(hits(&mut new, &whole), 3);
-    // The writer came back under another entry and nonce, and names what it was writing.
-    let was = (1, NONCE);
-    assert!(!new.adopt((7, 1), (1, NONCE + 1), second.0, second.1, kept), "somebody else's");
-    assert!(new.adopt((7, 1), was, second.0, second.1, kept));
-    new.quarantine_over(was.0, was.1);
-    assert_eq!(new.commit(7, second.0, second.1, kept, 0), Ok(Committed::Committed));
+    // The writer came back under another nonce, and names what it was writing.
+    assert!(!new.adopt(7, 1, second.0, second.1, kept), "somebody else's");
+    assert!(!new.adopt(1, 1, second.0, second.1 + 1, kept), "another life of the slot");
+    assert!(!new.adopt(1, 1, second.0, second.1, lost), "another key");
+    assert!(!new.adopt(1, 1, first.0, first.1, kept), "committed");
+    assert!(new.adopt(1, 1, second.0, second.1, kept));
+    assert!(new.adopt(1, 1, second.0, second.1, kept), "repeated");
+    assert_eq!(new.declare_end(1), 0);
+    assert_eq!(new.commit(1, second.0, second.1, kept, 0), Ok(Committed::Committed));
     assert_eq!(hits(&mut new, &[kept]), 1);
     // What was dropped has another generation, also for later lives.
     assert_eq!(new.commit(0, alone.0, alone.1, lost, 0), Ok(Committed::Gone));
@@ -75,15 +91,79 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
 }
 
 #[test]
-fn recovery_refuses_headers_that_make_no_sense() {
+fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
+    let world: &[u64] = &[4096, 4096];
+    let mut old = cache(2, world);
+    let (named, forgotten, failed) = (key(1, 0), key(2, 0), key(3, 0));
+    let mine = reserve_one(&mut old, 0, round(1), named);
+    let unsaid = reserve_one(&mut old, 0, round(1), forgotten);
+    // One rank fails the round: the other's slot is written for nobody from then on.
+    let orphan = reserve_one(&mut old, 0, round(1), failed);
+    let aborted = reserve_one(&mut old, 1, round(1), failed);
+    old.abort(1, aborted.0, aborted.1, failed).unwrap();
+
+    // Twice in a row: nobody came back in between.
+    let mut new = restored(old.table(), 2, &[world]);
+    new.restore_end();
+    let mut new = restored(new.table(), 2, &[world]);
+    new.restore_end();
+    new.check_all().unwrap();
+    assert_eq!((new.stats().slots_writing, new.stats().orphans), (3, 1));
+    for (slot, name) in [(mine, named), (orphan, failed)] {
+        assert!(new.adopt(0, 9, slot.0, slot.1, name));
+    }
+    assert_eq!(new.declare_end(0), 1);
+    assert_eq!(new.commit(0, unsaid.0, unsaid.1, forgotten, 0), Ok(Committed::Gone));
+    assert_eq!(new.commit(0, orphan.0, orphan.1, failed, 0), Ok(Committed::Gone), "its round had failed");
+    assert_eq!(new.commit(0, mine.0, mine.1, named, 0), Ok(Committed::Committed));
+    new.check_all().unwrap();
+    // Who does not come back at all.
+    let mut new = restored(new.table(), 2, &[world]);
+    new.restore_end();
+    (0..2).for_each(|owner| new.owner_gone(owner));
+    new.check_all().unwrap();
+    assert_eq!(new.stats().slots_writing, 0);
+}
+
+#[test]
+fn nothing_is_evicted_while_evictions_are_held() {
+    let mut cache = cache(1, &[SLAB_BYTES / 2]);
+    store(&mut cache, 1, &chain(1, 2));
+    cache.hold_evictions(true);
+    assert_eq!(reserve(&mut cache, 0, round(2), &[key(2, 0)]), [Reservation::NoSpace]);
+    assert_eq!(hits(&mut cache, &chain(1, 2)), 2);
+    cache.clear(None);
+    store(&mut cache, 3, &chain(1, 2));
+    cache.release(0, 0, 0, 0);
+    cache.hold_evictions(false);
+    reserve_one(&mut cache, 0, round(4), key(2, 0));
+    cache.check_all().unwrap();
+}
+
+#[test]
+fn recovery_refuses_what_makes_no_sense() {
     let mut old = cache(2, &[70_000]);
     store(&mut old, 1, &chain(1, 2));
-    let mut new = Cache::new(config(2), old.table().clone()).unwrap();
-    for slab in 0..2 {
-        new.add_slab(slab).unwrap();
+    let spans = [
+        (2, 1, 1 << 16),
+        (0, 0, 1 << 16),
+        (0, 3, 1 << 16),
+        (0, u32::MAX, 4096),
+        (0, 1, 4097),
+        (0, 1, 0),
+        (0, 1, 2 << 20),
+    ];
+    let mut new = empty(old.table(), 2);
+    for (first, len, slot_bytes) in spans {
+        assert!(new.restore_span(first, len, slot_bytes).is_err(), "{first} {len} {slot_bytes}");
     }
+    let good = shard(old.table(), 0).unwrap();
+    assert!(new.restore(0, &good).is_err(), "in no span");
+    let mut new = empty(old.table(), 2);
     register(&mut new, 0, &[70_000]);
-    let State::Committed(header) = old.table().entries[0].state else { panic!("slot 0 is in use") };
+    new.restore_span(0, 1, 73_728).unwrap();
+    assert!(new.restore_span(0, 1, 73_728).is_err(), "twice");
+    let header = good.header;
     let wrong = [
         ShardHeader { offset: header.offset + 4096, ..header },
         ShardHeader { offset: u64::MAX, ..header },
@@ -92,11 +172,20 @@ fn recovery_refuses_headers_that_make_no_sense() {
         ShardHeader { owner: 64, ..header },
     ];
     for header in wrong {
-        let shard = Shard { header, generation: 0, committed: true, tick: 0 };
-        assert!(!new.restore(0, &shard), "{header:?}");
-        assert!(!new.restore(u32::MAX, &shard), "{header:?}");
+        let shard = Shard { header, ..good };
+        assert!(new.restore(0, &shard).is_err(), "{header:?}");
+        assert!(new.restore(u32::MAX, &shard).is_err(), "{header:?}");
     }
     new.check_all().unwrap();
+    // A namespace, a rank or a size that is not registered: of no use, but no nonsense.
+    for header in [ShardHeader { namespace: 9, ..header }, ShardHeader { rank: 63, ..header }] {
+        let mut new = empty(old.table(), 2);
+        register(&mut new, 0, &[70_000]);
+        new.restore_span(0, 1, 73_728).unwrap();
+        new.restore(0, &Shard { header, ..good }).unwrap();
+        assert_eq!(new.restore_end().visible, 0);
+        new.check_all().unwrap();
+    }
 }
 
 #[test]

@@ -63,7 +63,9 @@ pub struct EngineInfo {
     pub unhealthy: AtomicU32,
     /// Eviction policy: zero-padded name.
     pub policy: [AtomicU64; 2],
-    _pad: Pad<24>,
+    /// Recoveries that were begun since one was last completed: of what makes each engine fail, the third starts cold.
+    pub recoveries: AtomicU32,
+    _pad: Pad<20>,
 }
 
 // SAFETY: atomics and padding.
@@ -318,34 +320,39 @@ pub fn load_text(words: &[AtomicU64]) -> String {
     String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
-/// One slab's place in a size class. What a recovery reads; slot headers say the rest.
+/// One slab's place in a size class: what a recovery reads first. Slot headers say the rest.
 #[repr(C, align(16))]
 pub struct SlabRecord {
     /// Bytes of each slot, 0 while the slab has no class (or is the tail of a span).
     class_bytes: AtomicU64,
     /// Slabs in the span that starts here.
     span: AtomicU32,
-    /// Slots in the span.
-    slots: AtomicU32,
+    _pad: Pad<4>,
 }
 
-// SAFETY: atomics only.
+// SAFETY: atomics and padding.
 unsafe impl Shared for SlabRecord {}
 const _: () = assert!(size_of::<SlabRecord>() == 16);
 
 impl SlabRecord {
-    /// Engine: a span gets its class, or loses it (`class_bytes` 0).
-    pub fn set(&self, class_bytes: u64, span: u32, slots: u32) {
+    /// Engine: `span` slabs from this one on are cut into slots of `class_bytes`. Before any of those slots is used; the
+    /// headers of all of them have memory.
+    pub fn assign(&self, class_bytes: u64, span: u32) {
         self.span.store(span, Ordering::Relaxed);
-        self.slots.store(slots, Ordering::Relaxed);
+        // SYNC POINT: Release; pairs with the Acquire in `get`. A death before it leaves the 0 of `clear`.
         self.class_bytes.store(class_bytes, Ordering::Release);
     }
 
-    /// (class bytes, span, slots).
+    /// Engine: the span is no more. After the last of its slots was freed.
+    pub fn clear(&self) {
+        self.class_bytes.store(0, Ordering::Release);
+    }
+
+    /// Class bytes and slabs of the span that starts here, if one does.
     #[must_use]
-    pub fn get(&self) -> (u64, u32, u32) {
+    pub fn get(&self) -> Option<(u64, u32)> {
         let class_bytes = self.class_bytes.load(Ordering::Acquire);
-        (class_bytes, self.span.load(Ordering::Relaxed), self.slots.load(Ordering::Relaxed))
+        (class_bytes != 0).then(|| (class_bytes, self.span.load(Ordering::Relaxed)))
     }
 }
 

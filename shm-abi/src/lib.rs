@@ -9,6 +9,7 @@
 //! read through atomics, copied out once, and validated by who uses it.
 
 pub mod epoch;
+pub mod failpoint;
 pub mod futex;
 pub mod mapping;
 pub mod park;

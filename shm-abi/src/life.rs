@@ -181,21 +181,33 @@ impl RobustList {
 
     /// Claims the word: from here on the kernel marks it at this thread's death.
     pub fn claim(&mut self, index: usize) -> Result<(), ClaimError> {
-        let count = self.words.len();
-        if index >= count {
-            return Err(ClaimError::NoSuchWord { index, count });
-        }
+        let now = self.raw(index)?;
         // Somebody else's: not even for a moment our pending operation. In another PID namespace its owner may have our
         // TID, and the kernel would mark that living owner's word if we died here.
-        let now = self.words[index].raw();
-        if now != 0 {
-            return Err(ClaimError::Taken(LifeWord::interpret(now)));
+        if now != 0 { Err(ClaimError::Taken(LifeWord::interpret(now))) } else { self.claim_from(index, 0) }
+    }
+
+    /// Claims a word that nobody has, or that its owner has left by dying, in one step: between the two owners it never
+    /// looks unclaimed. For who has another right to it, as an engine to its dead predecessor's words.
+    pub fn take_over(&mut self, index: usize) -> Result<(), ClaimError> {
+        let now = self.raw(index)?;
+        match LifeWord::interpret(now) {
+            Life::Dead | Life::Unclaimed => self.claim_from(index, now),
+            alive @ Life::Alive { .. } => Err(ClaimError::Taken(alive)),
         }
+    }
+
+    fn raw(&self, index: usize) -> Result<u32, ClaimError> {
+        let count = self.words.len();
+        self.words.get(index).map(LifeWord::raw).ok_or(ClaimError::NoSuchWord { index, count })
+    }
+
+    fn claim_from(&mut self, index: usize, now: u32) -> Result<(), ClaimError> {
         let node: *mut Node = &raw mut self.nodes[index].node;
         self.set_pending(node);
-        // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release, Release with `life`'s Acquire.
+        // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release and the kernel's mark, Release with `life`'s Acquire.
         let claimed = self.words[index].word.compare_exchange(
-            0,
+            now,
             self.tid | WAITERS,
             Ordering::AcqRel,
             Ordering::Acquire,
@@ -337,6 +349,30 @@ mod tests {
         for word in table.iter() {
             assert_eq!(word.life(), Life::Dead);
         }
+    }
+
+    #[test]
+    fn a_dead_word_is_taken_over_a_living_one_is_not() {
+        let table = words(2);
+        let theirs = table.clone();
+        std::thread::spawn(move || {
+            let mut list = RobustList::register(theirs).unwrap();
+            list.claim(0).unwrap();
+            std::mem::forget(list);
+        })
+        .join()
+        .unwrap();
+        // The thread is joined a moment before the kernel has walked its list.
+        while table[0].life() != Life::Dead {
+            std::thread::yield_now();
+        }
+        let mut list = RobustList::register(table.clone()).unwrap();
+        list.take_over(0).unwrap();
+        list.take_over(1).unwrap();
+        assert!(table.iter().all(LifeWord::is_alive));
+        assert!(matches!(list.take_over(0), Err(ClaimError::Taken(Life::Alive { .. }))));
+        drop(list);
+        assert_eq!(table[0].life(), Life::Dead);
     }
 
     #[test]

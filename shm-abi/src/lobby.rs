@@ -6,7 +6,7 @@ use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::park;
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
 
 /// Clients that an engine can have: the engine sleeps on their life words and its doorbell at once, and the kernel
@@ -54,6 +54,9 @@ impl Role {
 }
 
 /// One client's entry, valid while its life word is claimed and `state` says ready.
+///
+/// A client publishes it again, in the same entry, for each engine that it attaches to: `state` is the sequence number of
+/// a seqlock. 0 is empty, odd is ready, another even number: being written.
 #[repr(C, align(128))]
 pub struct Entry {
     state: AtomicU32,
@@ -72,7 +75,10 @@ unsafe impl Shared for Entry {}
 const _: () = assert!(size_of::<Entry>() == 128);
 
 const ENTRY_EMPTY: u32 = 0;
-const ENTRY_READY: u32 = 1;
+
+fn is_ready(state: u32) -> bool {
+    state & 1 == 1
+}
 
 /// What an entry says, copied out once. Not yet checked: that is the engine's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -94,6 +100,12 @@ pub struct EntryContent {
 impl Entry {
     /// Client, after it claimed the life word of the same index and prepared its channel: ready to be attached.
     pub fn publish(&self, content: &EntryContent) {
+        // Even and not 0, whatever was there.
+        let writing = (self.state.load(Ordering::Relaxed) | 1).wrapping_add(1).max(2);
+        self.state.store(writing, Ordering::Relaxed);
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `read`: who saw any of the new fields sees this, or a
+        // later state.
+        fence(Ordering::Release);
         self.role.store(content.role, Ordering::Relaxed);
         self.nonce.store(content.nonce, Ordering::Relaxed);
         self.incarnation.store(content.incarnation, Ordering::Relaxed);
@@ -101,27 +113,34 @@ impl Entry {
         self.payload_words.store(content.payload_words, Ordering::Relaxed);
         store_text(&self.name, content.name.as_bytes());
         // SYNC POINT: Release; pairs with the Acquire in `read`.
-        self.state.store(ENTRY_READY, Ordering::Release);
+        self.state.store(writing.wrapping_add(1), Ordering::Release);
     }
 
-    /// What a ready entry says; `None` as long as it is not ready.
+    /// What a ready entry says; `None` as long as it is not ready, or changes under our eyes.
     #[must_use]
     pub fn read(&self) -> Option<EntryContent> {
         // SYNC POINT: Acquire; pairs with the Release in `publish`.
-        (self.state.load(Ordering::Acquire) == ENTRY_READY).then(|| EntryContent {
+        let state = self.state.load(Ordering::Acquire);
+        if !is_ready(state) {
+            return None;
+        }
+        let content = EntryContent {
             role: self.role.load(Ordering::Relaxed),
             nonce: self.nonce.load(Ordering::Relaxed),
             incarnation: self.incarnation.load(Ordering::Relaxed),
             pid: self.pid.load(Ordering::Relaxed),
             payload_words: self.payload_words.load(Ordering::Relaxed),
             name: load_text(&self.name),
-        })
+        };
+        // SYNC POINT: Acquire fence; pairs with the Release fence in `publish`.
+        fence(Ordering::Acquire);
+        (self.state.load(Ordering::Relaxed) == state).then_some(content)
     }
 
     /// The nonce of a ready entry: two loads and no allocation, for a loop that looks often.
     #[must_use]
     pub fn read_nonce(&self) -> Option<u64> {
-        (self.state.load(Ordering::Acquire) == ENTRY_READY).then(|| self.nonce.load(Ordering::Relaxed))
+        is_ready(self.state.load(Ordering::Acquire)).then(|| self.nonce.load(Ordering::Relaxed))
     }
 
     /// Engine: empty again, before the life word is reset.

@@ -242,6 +242,13 @@ impl SegmentFile {
         Ok(u64::try_from(stat.st_size).unwrap_or(0))
     }
 
+    /// Bytes that have memory.
+    pub fn allocated_bytes(&self) -> Result<u64, SegmentError> {
+        let stat = nix::sys::stat::fstat(&self.fd).map_err(self.os("fstat"))?;
+        // Blocks are counted in units of 512 bytes, whatever the file system's own are.
+        Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    }
+
     /// Is its length zero (somebody is only just creating it)?
     pub fn is_empty(&self) -> Result<bool, SegmentError> {
         Ok(self.len()? == 0)

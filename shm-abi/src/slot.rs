@@ -3,6 +3,7 @@
 //! One word says it all: `state | owner entry | generation`. Header fields are written first and the word last; a
 //! worker reads the word, the fields, the bytes, and the word again (a seqlock per slot, with the payload elsewhere).
 
+use crate::failpoint;
 use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -16,6 +17,9 @@ pub enum SlotState {
     Writing = 1,
     /// Holds a shard; its bytes do not change until the generation does.
     Committed = 2,
+    /// As `Writing`, but for no chunk: its round failed or was replaced. It waits for its writer's word or death, and
+    /// nothing that was written there is ever used.
+    Orphaned = 3,
 }
 
 /// The header's word, unpacked.
@@ -41,16 +45,16 @@ impl SlotWord {
         (self.generation << 10) | (u64::from(self.owner) << 2) | self.state as u64
     }
 
-    /// Unpacks; `None` for a state that does not exist.
+    /// Unpacks.
     #[must_use]
-    pub fn unpack(word: u64) -> Option<SlotWord> {
+    pub fn unpack(word: u64) -> SlotWord {
         let state = match word & 3 {
             0 => SlotState::Free,
             1 => SlotState::Writing,
             2 => SlotState::Committed,
-            _ => return None,
+            _ => SlotState::Orphaned,
         };
-        Some(SlotWord { state, owner: (word >> 2) as u8, generation: word >> 10 })
+        SlotWord { state, owner: (word >> 2) as u8, generation: word >> 10 }
     }
 }
 
@@ -67,6 +71,21 @@ pub struct ShardIdentity {
     pub offset: u64,
     /// Bytes.
     pub length: u64,
+}
+
+/// All that a header says: what a recovery reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotContent {
+    /// State, owner, generation.
+    pub word: SlotWord,
+    /// Which shard; means nothing in a free slot.
+    pub identity: ShardIdentity,
+    /// The attachment that writes or wrote it.
+    pub nonce: u64,
+    /// The packed [`Round`](crate::message::Round) that it may combine in.
+    pub round: u64,
+    /// Logical time of its last access.
+    pub last_touch: u64,
 }
 
 /// One entry of the slot table: two cache lines, of which a load looks at the first.
@@ -153,6 +172,10 @@ impl SlotHeader {
         // SYNC POINT: Release fence; pairs with the Acquire fence in `still_valid`. A reader that saw any field of this
         // life, in `validate` on the way to its copy, finds the word that freed the slot, or a later one.
         fence(Ordering::Release);
+        if failpoint::broken("word last") {
+            self.word.store(word.pack(), Ordering::Release);
+            failpoint::here("writing.fields");
+        }
         self.key[0].store(identity.key[0], Ordering::Relaxed);
         self.key[1].store(identity.key[1], Ordering::Relaxed);
         let place = u64::from(identity.namespace) | (u64::from(identity.rank) << 32);
@@ -162,15 +185,25 @@ impl SlotHeader {
         self.checksum.store(0, Ordering::Relaxed);
         self.nonce.store(nonce, Ordering::Relaxed);
         self.round.store(round, Ordering::Relaxed);
+        failpoint::here("writing.word");
         // SYNC POINT: Release; pairs with the Acquire in `validate` and in a recovery's scan.
         self.word.store(word.pack(), Ordering::Release);
+        failpoint::here("writing.done");
     }
 
     /// Engine: the shard's bytes are complete (their writer's commit was acquired from its ring).
     pub fn commit(&self, word: SlotWord, checksum: u64) {
         self.checksum.store(checksum, Ordering::Relaxed);
+        failpoint::here("commit.word");
         // SYNC POINT: Release; pairs with the Acquire in `validate`: who sees COMMITTED sees the payload, which
         // happened before the commit message that the engine acquired.
+        self.word.store(word.pack(), Ordering::Release);
+        failpoint::here("commit.done");
+    }
+
+    /// Engine: the slot's round has failed or was replaced; its writer may still be at it.
+    pub fn orphan(&self, word: SlotWord) {
+        // SYNC POINT: Release; pairs with the Acquire in a recovery's `read`.
         self.word.store(word.pack(), Ordering::Release);
     }
 
@@ -179,7 +212,9 @@ impl SlotHeader {
         let word = SlotWord { state: SlotState::Free, owner: 0, generation: next_generation };
         // SYNC POINT: Release; a reader whose copy saw bytes of the slot's next life finds this or a later word in
         // `still_valid`: the next writer acquired its reservation after this store and fenced before it wrote.
+        failpoint::here("free.word");
         self.word.store(word.pack(), Ordering::Release);
+        failpoint::here("free.done");
     }
 
     /// Engine: used by a lookup at logical time `tick`; recovery rebuilds the eviction order from it.
@@ -222,10 +257,24 @@ impl SlotHeader {
         }
     }
 
-    /// The word as it is now; `None` for a state that does not exist.
+    /// The word as it is now.
     #[must_use]
-    pub fn word(&self) -> Option<SlotWord> {
+    pub fn word(&self) -> SlotWord {
         SlotWord::unpack(self.word.load(Ordering::Acquire))
+    }
+
+    /// Everything, for a recovery: nobody else writes the header then.
+    #[must_use]
+    pub fn read(&self) -> SlotContent {
+        // SYNC POINT: Acquire; pairs with the Release of each transition, by a process that may be dead by now.
+        let word = self.word();
+        SlotContent {
+            word,
+            identity: self.identity(),
+            nonce: self.nonce.load(Ordering::Relaxed),
+            round: self.round.load(Ordering::Relaxed),
+            last_touch: self.last_touch.load(Ordering::Relaxed),
+        }
     }
 
     /// The identity fields as they are now: meaningful only under a word that has been checked.
@@ -291,12 +340,30 @@ mod tests {
 
     #[test]
     fn words_pack_and_unpack() {
-        for state in [SlotState::Free, SlotState::Writing, SlotState::Committed] {
+        for state in [SlotState::Free, SlotState::Writing, SlotState::Committed, SlotState::Orphaned] {
             for generation in [0, 1, GENERATION_MAX] {
                 let word = SlotWord { state, owner: 255, generation };
-                assert_eq!(SlotWord::unpack(word.pack()), Some(word));
+                assert_eq!(SlotWord::unpack(word.pack()), word);
             }
         }
-        assert_eq!(SlotWord::unpack(3), None);
+    }
+
+    #[test]
+    fn what_a_recovery_reads_is_what_was_written() {
+        let memory = Mapping::private(4096);
+        let header = memory.at::<SlotHeader>(0).unwrap();
+        header.begin_writing(word(SlotState::Writing, 7), &SHARD, 11, 12);
+        header.touch(13);
+        let content = SlotContent {
+            word: word(SlotState::Writing, 7),
+            identity: SHARD,
+            nonce: 11,
+            round: 12,
+            last_touch: 13,
+        };
+        assert_eq!(header.read(), content);
+        header.orphan(word(SlotState::Orphaned, 7));
+        assert_eq!(header.read(), SlotContent { word: word(SlotState::Orphaned, 7), ..content });
+        assert!(header.validate(&SHARD, 7).is_err(), "an orphan is not servable");
     }
 }

@@ -7,7 +7,7 @@ use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Changes whenever a layout or a message changes its meaning.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// "kvring\0\x01", little-endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");
@@ -302,6 +302,7 @@ pub const LAYOUT_HASH: u64 = {
         size_of::<crate::message::SlotRecord>(),
         size_of::<crate::message::ReserveAnswer>(),
         size_of::<crate::message::ShardAnswer>(),
+        size_of::<crate::message::LeaseRecord>(),
     ];
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut i = 0;

@@ -121,6 +121,16 @@ impl EngineProcess {
         self.restart();
     }
 
+    /// Further fields of the configuration, for the next restart.
+    ///
+    /// # Panics
+    /// For something that is no object.
+    pub fn reconfigure(&mut self, fields: &Value) {
+        for (key, value) in fields.as_object().expect("fields") {
+            self.overrides[key] = value.clone();
+        }
+    }
+
     /// Its process.
     #[must_use]
     pub fn pid(&self) -> u32 {

@@ -8,6 +8,7 @@
 pub mod attempts;
 pub mod engine;
 pub mod fuzz;
+pub mod held;
 pub mod isolate;
 pub mod kv;
 pub mod peer;

@@ -231,7 +231,7 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
             "{what}"
         );
     };
-    for opcode in [0u32, 12, 77, 255] {
+    for opcode in [0u32, 15, 77, 255] {
         thrown_out("opcode", Role::Scheduler, &mut |raw, _| {
             let mut body = Request::Noop.encode(1, raw.ident);
             body.head = 1 | opcode << 16;

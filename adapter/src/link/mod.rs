@@ -16,6 +16,7 @@ pub(crate) use pending::{Answer, Pending};
 use crate::error::CallError;
 use crate::fork::ForkGuard;
 use crate::health::{Health, StallClock};
+use crate::ledger::{BatchId, Ledger};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment};
 use kvring_shm_abi::epoch::Epoch;
@@ -41,6 +42,8 @@ pub(crate) enum Undo {
     ReleaseLease { session: u64, admission: u32 },
     /// Abort the slots that the reservation got: where its keys and answers are in the payload area.
     AbortSlots { keys: Records, answer: u32 },
+    /// Nobody waits for the commit of this batch any more; it need not be made again.
+    Settle { batch: BatchId },
 }
 
 /// A message that gives something back: delivered later where it cannot be delivered now.
@@ -67,6 +70,7 @@ pub(crate) struct Link {
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
+    ledger: Arc<Ledger>,
     spin: Duration,
     /// In which process it was made: no other has its memory.
     fork: ForkGuard,
@@ -81,6 +85,7 @@ pub(crate) struct LinkParts {
     pub(crate) channel: Channel,
     pub(crate) lobby: Lobby,
     pub(crate) engine: EngineSegment,
+    pub(crate) ledger: Arc<Ledger>,
     pub(crate) entry: usize,
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
@@ -107,6 +112,7 @@ impl Link {
                 outbox: VecDeque::new(),
             }),
             stall: StallClock::new(parts.stall_after, beat),
+            ledger: parts.ledger,
             channel: parts.channel,
             lobby: parts.lobby,
             engine: parts.engine,
@@ -226,6 +232,25 @@ impl Link {
                 Err(error)
             }
         }
+    }
+
+    /// Sends the commit of a batch: its pending answer, and where in the payload area the outcomes will be.
+    pub(crate) fn commit(
+        self: &Arc<Self>,
+        batch: BatchId,
+        records: &[SlotRecord],
+    ) -> Result<(Pending, u32), CallError> {
+        let mut answer = 0;
+        let pending = self.submit(
+            slot_words(records.len()),
+            |_| Undo::Settle { batch },
+            |payload, region| {
+                let (slots, at) = write_slots(payload, region, records);
+                answer = at;
+                Request::Commit { slots, answer: at }
+            },
+        )?;
+        Ok((pending, answer))
     }
 
     /// Puts one request into the ring. The doorbell is the caller's.

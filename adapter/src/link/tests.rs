@@ -47,6 +47,7 @@ fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
         channel,
         lobby: Lobby::new(Arc::new(Mapping::private(LOBBY_BYTES))).unwrap(),
         engine,
+        ledger: Arc::default(),
         entry: ENTRY,
         incarnation,
         nonce: NONCE,

@@ -28,7 +28,7 @@ impl Mover {
             report.failed += 1;
             failed.extend_from_slice(&chunk.blocks);
         };
-        let (attachment, namespace) = match self.client.registered(&self.registered, false) {
+        let (attachment, namespace) = match self.client.to_load(&self.registered) {
             Ok(context) => context,
             Err(error) => {
                 for chunk in chunks {

@@ -10,13 +10,16 @@ use super::mover::Mover;
 use crate::attachment::Attachment;
 use crate::error::CallError;
 use crate::gate::WriterPass;
-use crate::link::{Answer, Link, Pending, Undo, slot_words, write_slots};
+use crate::ledger::{BatchId, Ledger, Settled};
+use crate::link::{Answer, Pending, Undo};
 use kvring_gpu_kernels::{CopyError, Direction, Transfer};
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::{
     KEY_WORDS, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord,
 };
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 /// Batches that are reserved ahead of the one that is copied.
 const RESERVED_AHEAD: usize = 2;
@@ -38,34 +41,23 @@ struct Granted<'a> {
     address: *mut u8,
 }
 
-/// The shards of a batch that the engine granted. Dropped without a commit they are aborted, whatever happened: else
-/// their slots would stay ours, and out of everybody's use, until this client ends.
+/// The shards of a batch that the engine granted, as the ledger has them. Dropped without a commit they are aborted,
+/// whatever happened: else their slots would stay ours, and out of everybody's use, until this client ends.
 struct Grant<'a> {
     shards: Vec<Granted<'a>>,
-    link: &'a Link,
-}
-
-impl Grant<'_> {
-    /// What the engine is told of them.
-    fn records(&self, checksums: &[u64]) -> Vec<SlotRecord> {
-        let record = |(index, shard): (usize, &Granted<'_>)| SlotRecord {
-            slot: u64::from(shard.slot),
-            generation: shard.generation,
-            key: shard.chunk.key,
-            checksum: checksums.get(index).copied().unwrap_or(0),
-        };
-        self.shards.iter().enumerate().map(record).collect()
-    }
-
-    /// They have been committed.
-    fn settled(mut self) {
-        self.shards.clear();
-    }
+    batch: BatchId,
+    ledger: &'a Ledger,
+    /// Its commit is the ledger's by now.
+    committed: bool,
 }
 
 impl Drop for Grant<'_> {
     fn drop(&mut self) {
-        self.link.post_abort(self.records(&[]));
+        if !self.committed
+            && let Some((link, records)) = self.ledger.abort(self.batch)
+        {
+            link.post_abort(records);
+        }
     }
 }
 
@@ -80,8 +72,14 @@ struct Copying<'a> {
     started_ns: u64,
 }
 
-/// A commit that has been sent: where its answer will be, and of how many shards.
-type Commit = (Pending, u32, u32);
+/// A commit that is due.
+struct Commit {
+    batch: BatchId,
+    /// Where it has been sent: its answer to come. Else the keeper sends it, once there is an engine again.
+    sent: Option<(Pending, u32)>,
+    /// Shards.
+    count: u32,
+}
 
 /// One store while it is carried out.
 struct Store<'a> {
@@ -91,7 +89,7 @@ struct Store<'a> {
     report: StoreReport,
     /// The batch before the one that is being prepared.
     copying: Option<Copying<'a>>,
-    /// Sent and not yet looked at, the oldest first.
+    /// Not yet answered, the oldest first.
     commits: VecDeque<Commit>,
     /// When the last copy ended: two are in flight at once, and time that both took counts once.
     copied_until_ns: u64,
@@ -105,7 +103,7 @@ impl Mover {
         parent: Option<Key>,
         chunks: &[StoreChunk],
     ) -> StoreReport {
-        let (attachment, namespace) = match self.client.registered(&self.registered, true) {
+        let (attachment, namespace) = match self.client.to_store(&self.registered) {
             Ok(context) => context,
             Err(error) => {
                 tracing::debug!(request = %job.request, %error, "store dropped");
@@ -171,10 +169,15 @@ impl<'a> Store<'a> {
             }
         }
         self.finish_running();
-        while let Some((pending, answer, count)) = self.commits.pop_front() {
-            let answered = pending.wait(self.mover.client.options().operation_timeout);
-            self.committed(answered, answer, count);
+        // One deadline for all of them.
+        let until = Instant::now() + self.timeout();
+        while let Some(commit) = self.commits.pop_front() {
+            self.end_commit(commit, until);
         }
+    }
+
+    fn timeout(&self) -> Duration {
+        self.mover.client.options().operation_timeout
     }
 
     /// Ends the copy that runs, if one does, and sends its commit: before anything that may take long. As long as a copy
@@ -188,13 +191,19 @@ impl<'a> Store<'a> {
     /// Makes room for another commit: waits for the oldest one's answer if it has not come, and for nothing else.
     fn settle_commits(&mut self) {
         while self.commits.len() >= COMMITS_OPEN
-            && let Some((pending, answer, count)) = self.commits.pop_front()
+            && let Some(mut commit) = self.commits.pop_front()
         {
-            let answered = pending.try_take().or_else(|pending| {
-                self.finish_running();
-                pending.wait(self.mover.client.options().operation_timeout)
-            });
-            self.committed(answered, answer, count);
+            if let Some((pending, at)) = commit.sent.take() {
+                match pending.try_take() {
+                    Ok(answer) => {
+                        self.count_outcomes(&answer, at, &commit);
+                        continue;
+                    }
+                    Err(pending) => commit.sent = Some((pending, at)),
+                }
+            }
+            self.finish_running();
+            self.end_commit(commit, Instant::now() + self.timeout());
         }
     }
 
@@ -256,7 +265,7 @@ impl<'a> Store<'a> {
                 return None;
             }
         };
-        let mut grant = Grant { shards: Vec::with_capacity(chunks.len()), link: &self.attachment.link };
+        let mut shards = Vec::with_capacity(chunks.len());
         let mut useless = Vec::new();
         for (index, chunk) in chunks.iter().enumerate() {
             let mut words = [0u64; ReserveAnswer::WORDS];
@@ -270,7 +279,7 @@ impl<'a> Store<'a> {
                     let arena = self.attachment.arena.as_ref();
                     match arena.and_then(|arena| arena.address(shard.offset(), self.job.paged.shard_bytes()))
                     {
-                        Some(address) => grant.shards.push(Granted {
+                        Some(address) => shards.push(Granted {
                             chunk,
                             slot: shard.slot(),
                             generation: shard.generation,
@@ -299,7 +308,31 @@ impl<'a> Store<'a> {
         }
         drop(answered);
         self.attachment.link.post_abort(useless);
-        (!grant.shards.is_empty()).then_some(grant)
+        if shards.is_empty() { None } else { self.hold(shards) }
+    }
+
+    /// Enters granted shards into the ledger: only then may anything be written there.
+    fn hold(&mut self, shards: Vec<Granted<'a>>) -> Option<Grant<'a>> {
+        let shared = &self.mover.client.shared;
+        let record = |shard: &Granted<'_>| SlotRecord {
+            slot: u64::from(shard.slot),
+            generation: shard.generation,
+            key: shard.chunk.key,
+            checksum: 0,
+        };
+        let records = shards.iter().map(record).collect();
+        match shared.ledger.hold(&self.attachment.link, records) {
+            Some(batch) => {
+                let ledger = &shared.ledger;
+                failpoint::here("client.granted");
+                Some(Grant { shards, batch, ledger, committed: false })
+            }
+            None => {
+                self.report.dropped += shards.len() as u32;
+                shared.counters.late_grants.add(shards.len() as u64);
+                None
+            }
+        }
     }
 
     /// Starts copying granted shards into the arena; aborts them where the copy may not begin.
@@ -321,7 +354,7 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Ends a copy into the arena and sends its commit.
+    /// Ends a copy into the arena and sends its commit, if there is somebody to send it to.
     fn finish_copy(&mut self, copying: Copying<'a>) -> Option<Commit> {
         let Copying { transfer, grant, running, pass, started_ns } = copying;
         let copied = transfer.wait();
@@ -338,31 +371,27 @@ impl<'a> Store<'a> {
                 return None;
             }
         };
-        self.report.bytes += grant.shards.len() as u64 * self.job.paged.shard_bytes();
-        let records = grant.records(&checksums);
-        let mut answer = 0;
+        failpoint::here("client.copied");
+        let count = grant.shards.len() as u32;
+        self.report.bytes += u64::from(count) * self.job.paged.shard_bytes();
         // SYNC POINT: the submission's Release publishes the payload: the copy has completed (with an `sfence` by
         // each thread that stored non-temporally) before this message is pushed.
-        let submitted = self.attachment.link.submit(
-            slot_words(records.len()),
-            |_| Undo::Nothing,
-            |payload, region| {
-                let (slots, at) = write_slots(payload, region, &records);
-                answer = at;
-                Request::Commit { slots, answer: at }
+        let sent = match grant.ledger.commit(grant.batch, &checksums) {
+            None => None,
+            Some((link, records)) => match link.commit(grant.batch, &records) {
+                Ok(sent) => Some(sent),
+                Err(error) => {
+                    tracing::debug!(request = %self.job.request, %error, "commit not sent; the store is dropped");
+                    self.report.dropped += count;
+                    return None;
+                }
             },
-        );
-        match submitted {
-            Ok(pending) => {
-                grant.settled();
-                Some((pending, answer, records.len() as u32))
-            }
-            Err(error) => {
-                tracing::debug!(request = %self.job.request, %error, "commit not sent; the store is dropped");
-                self.report.dropped += records.len() as u32;
-                None
-            }
-        }
+        };
+        failpoint::here("client.commit sent");
+        let batch = grant.batch;
+        let mut grant = grant;
+        grant.committed = true;
+        Some(Commit { batch, sent, count })
     }
 
     fn copy_failed(&mut self, grant: &Grant<'_>, error: &CopyError) {
@@ -370,17 +399,26 @@ impl<'a> Store<'a> {
         self.report.dropped += grant.shards.len() as u32;
     }
 
-    fn committed(&mut self, answered: Result<Answer, CallError>, answer: u32, count: u32) {
-        let answered = match answered {
-            Ok(answered) => answered,
-            Err(error) => {
-                // The engine went away with the commit: whether it counts is the successor's to know.
-                tracing::debug!(%error, "commit not acknowledged");
-                self.report.dropped += count;
-                return;
+    /// Waits for what becomes of a commit, at most until `until`; also through another engine, where this one has gone.
+    fn end_commit(&mut self, mut commit: Commit, until: Instant) {
+        if let Some((pending, at)) = commit.sent.take() {
+            match pending.wait(until.saturating_duration_since(Instant::now())) {
+                Ok(answer) => return self.count_outcomes(&answer, at, &commit),
+                Err(error) => tracing::debug!(%error, "commit not acknowledged yet"),
             }
-        };
-        for index in 0..count {
+        }
+        match self.mover.client.shared.ledger.outcome(commit.batch, until) {
+            Some(Settled { done, gone }) => {
+                self.report.stored += done.min(commit.count);
+                self.report.dropped += gone.max(commit.count.saturating_sub(done));
+            }
+            // Whether it counts is the engine's to know, when it is there again.
+            None => self.report.dropped += commit.count,
+        }
+    }
+
+    fn count_outcomes(&mut self, answered: &Answer, answer: u32, commit: &Commit) {
+        for index in 0..commit.count {
             let mut word = [0u64; 1];
             let read = answered.payload().read(answer + index, &mut word);
             match read.ok().and_then(|()| SlotOutcome::from_word(word[0])) {
@@ -392,5 +430,6 @@ impl<'a> Store<'a> {
                 }
             }
         }
+        self.mover.client.shared.ledger.close(commit.batch);
     }
 }

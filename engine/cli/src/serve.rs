@@ -25,7 +25,9 @@ const BAR_INTERVAL: Duration = Duration::from_millis(50);
 /// Run an engine in the foreground, until SIGTERM or Ctrl-C; a second signal ends it at once.
 ///
 /// It prints the line `serving` on stdout as soon as clients can attach, which is when the first slab of its arena is
-/// allocated; the rest follows in the background. When it ends, nothing of it stays in /dev/shm.
+/// allocated; the rest follows in the background. Asked to stop, it leaves nothing in /dev/shm, unless started with
+/// --keep. After a crash (or with --keep) the next engine of the same name and arena takes over what it held, and its
+/// clients attach again by themselves.
 ///
 /// Settings come from flags, then from the file given with --config, then from the defaults shown here.
 #[derive(clap::Args, Debug)]
@@ -109,6 +111,19 @@ struct Settings {
     #[arg(long, value_name = "BOOL",
         help = with_default("May it dump core? That delays the notice of its death", |c| c.core_dumps))]
     core_dumps: Option<bool>,
+
+    #[arg(long, value_name = "MS",
+        help = with_default("How long after a restart nothing is evicted while clients come back, in milliseconds",
+            |c| c.reattach_grace_ms))]
+    reattach_grace_ms: Option<u32>,
+
+    /// Start empty, also where an earlier engine of this name has left its cache
+    #[arg(long)]
+    cold: bool,
+
+    /// Leave the cache to the next engine of this name when asked to stop, as a crash does
+    #[arg(long)]
+    keep: bool,
 }
 
 impl Settings {
@@ -128,6 +143,9 @@ impl Settings {
             max_chunks,
             start_wait_ms,
             core_dumps,
+            reattach_grace_ms,
+            cold,
+            keep,
         } = self;
         Overrides {
             name,
@@ -142,6 +160,10 @@ impl Settings {
             max_chunks,
             start_wait_ms,
             core_dumps,
+            reattach_grace_ms,
+            // Not given is not "no": the file may say yes.
+            cold: cold.then_some(true),
+            keep: keep.then_some(true),
             log: None,
         }
     }

@@ -117,6 +117,39 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
+    /// The entry has lost its owner for good: everything goes that it had under any attachment. O(what it holds).
+    pub fn owner_gone(&mut self, owner: Owner) {
+        self.change();
+        if usize::from(owner) >= OWNERS {
+            return;
+        }
+        while let Some(id) = self.leases.first_of(owner) {
+            self.truncate(id, 0);
+        }
+        self.slots.leave(owner);
+        self.earlier_attachments_gone(owner);
+    }
+
+    /// The client in this entry has named all that it still writes ([`Cache::adopt`]): what is left of its earlier
+    /// attachments is free. Answers how many slots that were. O(what they wrote).
+    pub fn declare_end(&mut self, owner: Owner) -> u32 {
+        self.change();
+        if usize::from(owner) >= OWNERS { 0 } else { self.earlier_attachments_gone(owner) }
+    }
+
+    fn earlier_attachments_gone(&mut self, owner: Owner) -> u32 {
+        let mut freed = 0;
+        while let Some(attachment) = self.slots.earlier_attachment(owner) {
+            // The record goes with its last slot, or here where it has none.
+            self.slots.retire(attachment);
+            while let Some(slot) = self.slots.first_writing(attachment) {
+                self.abort_slot(slot);
+                freed += 1;
+            }
+        }
+        freed
+    }
+
     /// Ends what a lease has beyond its first `keep` chunks.
     pub(super) fn truncate(&mut self, id: LeaseId, keep: u32) {
         self.unlease(id, keep, Some(self.leases.get(id).owner));

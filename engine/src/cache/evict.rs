@@ -36,12 +36,19 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn assign(&mut self, class: u16) -> bool {
-        let Self { slabs, table, .. } = self;
-        slabs.assign(class, |first, count| table.ensure(first, count))
+        self.slabs.assign(class, &mut self.table)
+    }
+
+    /// From now on nothing is evicted, or is again: after a restart, until those who hold something have said so.
+    pub fn hold_evictions(&mut self, hold: bool) {
+        self.evictions_held = hold;
     }
 
     /// Evicts until the class has a few free slots, so that the next keys find them; true if there is one.
     fn make_room(&mut self, class: u16) -> bool {
+        if self.evictions_held {
+            return false;
+        }
         let Class { slots, namespaces, .. } = *self.slabs.class(class);
         let spare = (slots / SPARE_PARTS).clamp(1, SPARE_MAX);
         let mut may_steal = true;
@@ -123,11 +130,18 @@ impl<T: SlotTable> Cache<T> {
         self.index.remove(&mut self.chunks, id);
         self.each_slot(id, |cache, slot| match cache.slots.get(slot).state() {
             State::Committed => cache.free_slot(slot),
-            State::Writing => cache.slots.orphan(slot),
+            State::Writing => cache.orphan(slot),
             State::Free => debug_assert!(false, "slot {slot} of chunk {id} is free"),
         });
         let world = self.world_of(id);
         self.chunks.destroy(id, world);
+    }
+
+    /// WRITING stays WRITING, but for no chunk.
+    pub(super) fn orphan(&mut self, slot: SlotId) {
+        self.slots.orphan(slot);
+        let (owner, _) = self.slots.writer(slot);
+        self.table.orphaned(slot, self.slots.get(slot).generation(), owner);
     }
 
     /// WRITING, by its writer's word or death, or COMMITTED → FREE.
@@ -139,7 +153,7 @@ impl<T: SlotTable> Cache<T> {
         }
         let generation = self.slots.free(slot);
         self.table.freed(slot, generation);
-        self.slabs.give(slot, &mut self.slots);
+        self.slabs.give(slot, &mut self.slots, &mut self.table);
     }
 
     /// Empties spans of other classes whose chunks are all colder than `colder_than` (`None`: any), so that the

@@ -39,7 +39,7 @@ pub use error::{
 };
 pub use find::ShardRef;
 pub use reserve::{Reservation, Reserve};
-pub use restore::{Restored, Shard};
+pub use restore::{Found, NotRestorable, Restored, Shard};
 pub use stats::Stats;
 pub use table::{
     Key, NAMESPACES, NamespaceId, OWNERS, Owner, PAGE_BYTES, RANKS, Round, ShardHeader, SlotId, SlotTable,
@@ -47,7 +47,7 @@ pub use table::{
 
 use check::Check;
 use chunk::Chunks;
-use find::Found;
+use find::Found as FoundFor;
 use index::{Hash, Index};
 use lease::Leases;
 use slab::Slabs;
@@ -73,9 +73,11 @@ pub struct Cache<T> {
     guard: u32,
     /// Where the search for spans to take from other classes goes on.
     steal_cursor: u32,
+    /// Nothing may be evicted at the moment.
+    evictions_held: bool,
     /// The chunks of the last `find`.
     found: Vec<ChunkId>,
-    found_for: Option<Found>,
+    found_for: Option<FoundFor>,
     /// What a reservation found visible: chunk, index of its key.
     present: Vec<(ChunkId, u32)>,
     counters: Counters,
@@ -155,6 +157,7 @@ impl<T: SlotTable> Cache<T> {
             tick: 0,
             guard: 0,
             steal_cursor: 0,
+            evictions_held: false,
             found: Vec::with_capacity(config.keys_max as usize),
             found_for: None,
             present: Vec::with_capacity(config.keys_max as usize),

@@ -205,7 +205,7 @@ impl<T: SlotTable> Cache<T> {
             None => match self.create_chunk(key, context, before, tick) {
                 Some(id) => id,
                 None => {
-                    self.slabs.give(slot, &mut self.slots);
+                    self.slabs.give(slot, &mut self.slots, &mut self.table);
                     self.counters.no_space += 1;
                     return Reservation::NoSpace;
                 }
@@ -220,6 +220,7 @@ impl<T: SlotTable> Cache<T> {
         let create = |cache: &mut Self| cache.chunks.create(key, hash, namespace as u8, context.world, round);
         let id = match create(self) {
             Some(id) => id,
+            None if self.evictions_held => return None,
             None => {
                 let (_, coldest) = self.coldest(u64::MAX)?;
                 self.evict(coldest);

@@ -1,21 +1,41 @@
-//! A new engine's reading of the slot table that an earlier one left, and clients' claims to what they were writing.
+//! A new engine's reading of the tables that an earlier one left, and clients' claims to what they were writing.
+//!
+//! In this order, after [`Cache::add_slab`] and [`Cache::register`] and before anything else: [`Cache::restore_span`] for
+//! each span, [`Cache::restore`] for each of its slots in use, ascending, and [`Cache::restore_end`]. Then
+//! [`Cache::owner_gone`] for each entry whose owner is dead. Anything that makes no sense is an error, and this cache of no
+//! further use: whoever may still be writing there is not known.
 
 use super::chunk::NO_PARENT;
 use super::slot::State;
 use super::{Cache, Hash, Key, NAMESPACES, OWNERS, Owner, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// A slot that was found WRITING or COMMITTED.
+/// The nonce of what an entry was writing under earlier engines: in which attachment does not matter, for all of it is its
+/// owner's, whose life word has been the same all the time.
+const INHERITED: u64 = 0;
+
+/// A slot that was found in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
     /// What its header says.
     pub header: ShardHeader,
     /// Its generation.
     pub generation: u64,
-    /// COMMITTED, else WRITING.
-    pub committed: bool,
+    /// What its word says.
+    pub found: Found,
     /// Logical time of its last access.
     pub tick: u64,
+}
+
+/// How a slot in use was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Its owner may be writing it.
+    Writing,
+    /// Its owner may be writing it, for no chunk.
+    Orphaned,
+    /// It holds a shard.
+    Committed,
 }
 
 /// What became of the chunks that were found.
@@ -29,43 +49,91 @@ pub struct Restored {
     pub dropped: u32,
 }
 
+/// What an earlier engine left cannot be taken over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotRestorable {
+    /// A span that is not of this arena, or overlaps another.
+    #[error(
+        "a span of {slabs} slabs at slab {first}, in slots of {slot_bytes} bytes, does not fit where it is"
+    )]
+    Span {
+        /// Its first slab.
+        first: u32,
+        /// Slabs.
+        slabs: u32,
+        /// Bytes of a slot.
+        slot_bytes: u64,
+    },
+    /// A slot in use that cannot be where it is.
+    #[error("slot {slot} cannot hold what its header says: {shard:?}")]
+    Slot {
+        /// The slot.
+        slot: SlotId,
+        /// Its header.
+        shard: Box<Shard>,
+    },
+}
+
 impl<T: SlotTable> Cache<T> {
-    /// Takes over one slot. To be called in ascending order of slots, after [`Cache::add_slab`] and
-    /// [`Cache::register`] and before anything else; [`Cache::restore_end`] follows the last.
+    /// Takes over a span: `slabs` slabs from `first` on, cut into slots of `slot_bytes`.
     ///
-    /// A WRITING slot stays its writer's, also where its chunk cannot be kept. False: the header makes no sense here
-    /// (it lies elsewhere, or its span overlaps another), and nothing has changed.
-    pub fn restore(&mut self, slot: SlotId, shard: &Shard) -> bool {
+    /// # Errors
+    ///
+    /// There can be no such span.
+    pub fn restore_span(&mut self, first: u32, slabs: u32, slot_bytes: u64) -> Result<(), NotRestorable> {
         self.change();
-        let Shard { header, generation, committed, tick } = *shard;
-        if slot >= self.slots.len() || usize::from(header.owner) >= OWNERS {
-            return false;
+        // Its headers have memory already; a look at them must not depend on that.
+        if first < self.slabs.count() && self.slabs.restore_span(first, slabs, slot_bytes) {
+            let slots = self.slabs.span(first).slots;
+            if self.table.ensure(self.slabs.first_slot(first), slots) {
+                return Ok(());
+            }
         }
-        let Ok(class) = self.slabs.class_for(header.length, None) else { return false };
-        let attachment =
-            if committed { Some(0) } else { self.slots.attachment_for(header.owner, header.nonce) };
-        let Some(attachment) = attachment else { return false };
-        if !self.slabs.restore(class, slot, header.offset, &mut self.slots, &mut self.table) {
-            return false;
+        Err(NotRestorable::Span { first, slabs, slot_bytes })
+    }
+
+    /// The slots of a restored span.
+    pub fn slots_of_span(&self, first: u32) -> core::ops::Range<SlotId> {
+        let slot = self.slabs.first_slot(first);
+        slot..slot + self.slabs.span(first).slots
+    }
+
+    /// Takes over one slot in use. A WRITING one stays its owner's, also where its chunk cannot be kept.
+    ///
+    /// # Errors
+    ///
+    /// The header makes no sense here.
+    pub fn restore(&mut self, slot: SlotId, shard: &Shard) -> Result<(), NotRestorable> {
+        self.change();
+        let nonsense = || NotRestorable::Slot { slot, shard: Box::new(*shard) };
+        let Shard { header, generation, found, tick } = *shard;
+        if slot >= self.slots.len() || usize::from(header.owner) >= OWNERS {
+            return Err(nonsense());
+        }
+        let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
+        let Self { slabs, slots, table, .. } = self;
+        if !slabs.restore(slot, header.offset, header.length, slots, table) {
+            return Err(nonsense());
         }
         self.slots.raise_generation(slot, generation);
-        let chunk = self.chunk_of(&header, tick);
-        match (chunk, committed) {
-            (Some(id), true) => {
+        let chunk = if found == Found::Orphaned { None } else { self.chunk_of(&header, tick) };
+        match (chunk, found) {
+            (Some(id), Found::Committed) => {
                 self.slots.restore_committed(slot, id, header.rank as u8);
                 self.chunks.get_mut(id).committed += 1;
             }
-            (None, true) => {
+            (None, Found::Committed) => {
                 self.slots.restore_committed(slot, 0, 0);
                 self.free_slot(slot);
             }
-            (chunk, false) => {
+            (chunk, Found::Writing | Found::Orphaned) => {
                 self.slots.begin_writing(slot, attachment, chunk.unwrap_or(0), header.rank as u8);
                 self.slabs.busy(slot);
                 self.charges.of[usize::from(header.owner)] += self.slot_bytes(slot);
                 match chunk {
                     Some(id) => self.chunks.get_mut(id).writing += 1,
-                    None => self.slots.orphan(slot),
+                    None if found == Found::Orphaned => self.slots.orphan(slot),
+                    None => self.orphan(slot),
                 }
             }
         }
@@ -73,7 +141,7 @@ impl<T: SlotTable> Cache<T> {
             let world = self.world_of(id);
             self.chunks.set_shard(id, world, header.rank, Some(slot));
         }
-        true
+        Ok(())
     }
 
     /// The forming chunk that a shard belongs to. `None`: it is of no use to any.
@@ -141,19 +209,16 @@ impl<T: SlotTable> Cache<T> {
                 restored.visible += 1;
             }
         }
+        self.slabs.release_unused(&mut self.table);
         restored
     }
 
-    /// A client that came back names a slot that it was writing as `was`, its entry and nonce then. It goes on writing as
-    /// `owner`. False: it does not write that slot.
-    pub fn adopt(
-        &mut self,
-        (owner, nonce): (Owner, u64),
-        was: (Owner, u64),
-        slot: SlotId,
-        generation: u64,
-        key: Key,
-    ) -> bool {
+    /// A client that came back, under the same entry and this nonce, names a slot that it was writing, and goes on doing
+    /// so. False: it does not write that slot.
+    ///
+    /// Its entry is all the right it needs: the life word has been its own since the slot was given to it, or an engine
+    /// would have freed the slot before anybody else could claim the entry.
+    pub fn adopt(&mut self, owner: Owner, nonce: u64, slot: SlotId, generation: u64, key: Key) -> bool {
         self.change();
         if usize::from(owner) >= OWNERS
             || !matches!(self.state_of(slot, generation), Ok(Some(State::Writing)))
@@ -161,24 +226,11 @@ impl<T: SlotTable> Cache<T> {
             return false;
         }
         let is_key = self.slots.get(slot).chunk().is_none_or(|id| self.chunks.get(id).key == key);
-        if self.slots.writer(slot) != was || !is_key {
+        if self.slots.writer(slot).0 != owner || !is_key {
             return false;
         }
         let Some(attachment) = self.slots.attach(owner, nonce) else { return false };
-        let bytes = self.slot_bytes(slot);
-        self.charges.of[usize::from(was.0)] -= bytes;
-        self.charges.of[usize::from(owner)] += bytes;
         self.slots.hand_over(slot, attachment);
-        // So that an engine after this one knows whose it is. Of an orphan no header is kept here: it stays as it was.
-        if let Some(id) = self.slots.get(slot).chunk() {
-            let (namespace, rank) =
-                (u32::from(self.chunks.get(id).namespace), u32::from(self.slots.get(slot).rank));
-            let length =
-                self.namespace(namespace).map_or(0, |known| known.layouts[rank as usize].shard_bytes);
-            let (round, offset) = (self.chunks.get(id).round(), self.slabs.offset(slot));
-            let header = ShardHeader { owner, nonce, key, namespace, rank, round, offset, length };
-            self.table.writing(slot, generation, &header);
-        }
         true
     }
 }

@@ -12,7 +12,7 @@ use bytemuck::{Pod, Zeroable};
 use super::error::{AddSlabError, RegisterError};
 use super::lazy::Lazy;
 use super::slot::Slots;
-use super::{PAGE_BYTES, SlotId};
+use super::{PAGE_BYTES, SlotId, SlotTable};
 
 /// Different shard sizes at once.
 const CLASSES_MAX: usize = 256;
@@ -262,7 +262,7 @@ impl Slabs {
     }
 
     /// A slot is free again. A span whose last slot that was goes back to the pool.
-    pub(super) fn give(&mut self, slot: SlotId, slots: &mut Slots) {
+    pub(super) fn give<T: SlotTable>(&mut self, slot: SlotId, slots: &mut Slots, table: &mut T) {
         let Some(head) = self.head_of(slot) else { return };
         let span = &mut self.spans[head as usize];
         slots.set_next(slot, span.free);
@@ -274,21 +274,19 @@ impl Slabs {
             self.partial_insert(head);
         }
         if used == 0 {
-            self.release(head);
+            self.release(head, table);
         }
     }
 
     /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard.
-    pub(super) fn assign(&mut self, class: u16, ensure: impl FnOnce(SlotId, u32) -> bool) -> bool {
+    pub(super) fn assign<T: SlotTable>(&mut self, class: u16, table: &mut T) -> bool {
         let Class { ideal, least, .. } = self.classes[class as usize];
         let Some((head, len)) = self.find_run(least, ideal) else { return false };
         let slots = self.slots_in(class, len);
-        if !ensure(self.first_slot(head), slots) {
+        if !table.ensure(self.first_slot(head), slots) {
             return false;
         }
-        for slab in head..head + len {
-            self.pool_remove(slab);
-        }
+        table.span_made(head, len, self.classes[class as usize].bytes);
         self.make_span(class, head, len);
         true
     }
@@ -297,7 +295,11 @@ impl Slabs {
         (self.slab_bytes * u64::from(len) / self.classes[class as usize].bytes) as u32
     }
 
+    /// Of pooled slabs.
     fn make_span(&mut self, class: u16, head: u32, len: u32) {
+        for slab in head..head + len {
+            self.pool_remove(slab);
+        }
         let slots = self.slots_in(class, len);
         let slot_bytes = self.classes[class as usize].bytes as u32;
         for slab in head..head + len {
@@ -310,9 +312,10 @@ impl Slabs {
         self.partial_insert(head);
     }
 
-    fn release(&mut self, head: u32) {
+    fn release<T: SlotTable>(&mut self, head: u32, table: &mut T) {
         let Span { class, len, slots, busy, .. } = *self.span(head);
         debug_assert_eq!(busy, 0);
+        table.span_gone(head);
         self.partial_remove(head);
         self.classes[class as usize].slots -= u64::from(slots);
         self.classes[class as usize].free -= u64::from(slots);

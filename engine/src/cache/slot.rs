@@ -171,6 +171,13 @@ impl Slots {
         attachment.used = attachment.head != 0;
     }
 
+    /// The entry has no current attachment any more.
+    pub(super) fn leave(&mut self, owner: Owner) {
+        if let Some(id) = self.current[owner as usize] {
+            self.retire(id);
+        }
+    }
+
     /// The first slot that an attachment is writing.
     pub(super) fn first_writing(&self, attachment: u8) -> Option<SlotId> {
         self.attachments[attachment as usize].head.checked_sub(1)
@@ -192,6 +199,14 @@ impl Slots {
                 Some((attachment.owner, slot))
             })
         })
+    }
+
+    /// An attachment of this entry that is not its current one, if there is one left.
+    pub(super) fn earlier_attachment(&self, owner: Owner) -> Option<u8> {
+        let current = self.current[owner as usize];
+        let is_earlier =
+            |(id, a): (usize, &Attachment)| a.used && a.owner == owner && current != Some(id as u8);
+        self.attachments.iter().enumerate().position(is_earlier).map(|id| id as u8)
     }
 
     /// Whether `owner`'s current attachment is writing this slot.

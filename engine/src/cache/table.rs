@@ -55,12 +55,15 @@ pub struct ShardHeader {
 /// The cache calls it for ids of ensured spans only, and in an order that is right for readers: a slot is
 /// `freed`, with its next generation, before it is anybody's again.
 pub trait SlotTable {
-    /// The slot belongs to a writer from now on. `generation` is the one that was published last. Repeated, for a
-    /// slot that is being written, where its writer came back as another owner.
+    /// The slot belongs to a writer from now on. `generation` is the one that was published last.
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader);
 
     /// The slot's bytes are complete and will not change while the generation stays.
     fn committed(&mut self, slot: SlotId, generation: u64, owner: Owner, checksum: u64);
+
+    /// The slot is written for no chunk any more: whatever its writer says, nothing in it will be used, by this engine or
+    /// a later one.
+    fn orphaned(&mut self, slot: SlotId, generation: u64, owner: Owner);
 
     /// The slot is nobody's; whoever still reads it sees another generation.
     fn freed(&mut self, slot: SlotId, next_generation: u64);
@@ -70,6 +73,12 @@ pub trait SlotTable {
 
     /// Makes sure that the headers of these ids have memory. False: out of space, and the ids stay unused.
     fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool;
+
+    /// `slabs` slabs from this one on are cut into slots of `slot_bytes`, whose headers are ensured. None is in use yet.
+    fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64);
+
+    /// That span is no more; all of its slots are free.
+    fn span_gone(&mut self, first_slab: u32);
 
     /// The generation in an ensured header: what earlier lives of the engine have left there, or 0.
     fn generation(&self, slot: SlotId) -> u64;

@@ -16,7 +16,10 @@ struct NoTable;
 impl SlotTable for NoTable {
     fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
     fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
+    fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
     fn freed(&mut self, _: SlotId, _: u64) {}
+    fn span_made(&mut self, _: u32, _: u32, _: u64) {}
+    fn span_gone(&mut self, _: u32) {}
     fn touched(&mut self, _: SlotId, _: u64) {}
     fn ensure(&mut self, _: SlotId, _: u32) -> bool {
         true
@@ -113,11 +116,11 @@ fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
     let slots = Slots::new(4096 * 256);
     let class = slabs.class_for(600 * mib, None).unwrap();
     for head in [24, 1024] {
-        assert!(slabs.assign(class, |_, _| true));
+        assert!(slabs.assign(class, &mut NoTable));
         let (slot, fresh) = slabs.take(class, &slots).unwrap();
         assert_eq!((slabs.offset(slot), fresh), (head * mib, true));
     }
-    assert!(!slabs.assign(class, |_, _| true));
+    assert!(!slabs.assign(class, &mut NoTable));
 }
 
 #[test]
@@ -131,7 +134,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
         let mut seen = Vec::new();
         loop {
             let Some((slot, _)) = slabs.take(class, &slots) else {
-                if slabs.assign(class, |_, _| true) {
+                if slabs.assign(class, &mut NoTable) {
                     continue;
                 }
                 break;
@@ -149,7 +152,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
         seen.dedup();
         assert_eq!(seen.len(), count);
         for slot in seen {
-            slabs.give(slot, &mut slots);
+            slabs.give(slot, &mut slots, &mut NoTable);
         }
         assert_eq!(slabs.pool_len, 64);
     }

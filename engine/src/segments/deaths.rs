@@ -1,5 +1,5 @@
 //! Deaths of real processes: this test binary runs itself again ([`child`]) and is killed, at a place that is named in
-//! the code (`checkpoint`), or at random.
+//! the code ([`failpoint`]), or at random.
 
 use super::takeover::Found;
 use super::tests::{Name, client_view};
@@ -10,14 +10,7 @@ use std::process::{Child, Command, Stdio};
 
 const CHILD_NAME: &str = "KVRING_TEST_SEGMENTS";
 const CHILD_MODE: &str = "KVRING_TEST_MODE";
-const CHILD_DIES_AT: &str = "KVRING_TEST_DIES_AT";
-
-/// Kills this process where the environment says so: see [`checkpoint`].
-pub(super) fn die_at(place: &str) {
-    if std::env::var(CHILD_DIES_AT).is_ok_and(|wanted| wanted == place) {
-        let _ = nix::sys::signal::raise(nix::sys::signal::Signal::SIGKILL);
-    }
-}
+const CHILD_DIES_AT: &str = "KVRING_FAIL_POINT";
 
 /// Not a test of its own: what a child process of the tests below does.
 #[test]
@@ -32,7 +25,8 @@ fn child() {
             name.start().unwrap().retire_and_unlink().unwrap();
         }
     }
-    let segments = name.start().unwrap();
+    let cold = (mode == "cold").then_some(ColdStart::Asked);
+    let segments = Segments::open(&Setup { cold, ..name.setup() }).unwrap();
     println!("ready");
     if mode == "live" {
         std::thread::sleep(Duration::from_secs(60));
@@ -78,10 +72,10 @@ fn a_killed_engine_is_noticed_and_succeeded() {
     kill(engine);
     assert_ne!(old.life_words[7].raw(), raw);
     assert!(old.life_words.iter().all(|word| word.life() == Life::Dead));
-    assert_eq!(name.start().unwrap().cold_start(), Some(&ColdStart::Died));
+    assert_eq!(*name.start().unwrap().start(), Start::Warm);
 }
 
-/// Every place that [`checkpoint`] names on the way up, then on the way down.
+/// Every place on the way up, then on the way down.
 const PLACES: [&str; 13] = [
     "opened",
     "claimed",
@@ -109,6 +103,17 @@ const SWEEP_PLACES: [&str; 5] = [
     "predecessor gone",
 ];
 
+/// And where a predecessor is taken over.
+const RECOVERY_PLACES: [&str; 4] = ["recovery.owner", "recovery.odd", "recovery.counted", "recovery.words"];
+
+/// A child that is killed there.
+fn dies(name: &Name, mode: &str, place: &str) {
+    let mut child = spawn_child(name, mode, place);
+    let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
+    child.wait().unwrap();
+    assert!(!output.contains("survived"), "{place} was not reached");
+}
+
 #[test]
 fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
     let name = Name::new("places");
@@ -118,10 +123,7 @@ fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
         if predecessor {
             drop(name.start().unwrap());
         }
-        let mut child = spawn_child(&name, "once", place);
-        let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
-        child.wait().unwrap();
-        assert!(!output.contains("survived"), "{place} was not reached");
+        dies(&name, if predecessor { "cold" } else { "once" }, place);
         if !predecessor && UNTIL_COMPLETE.contains(place) {
             let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadWrite);
             let complete = file.is_ok_and(|file| !matches!(Found::look(&file).unwrap(), Found::Incomplete));
@@ -131,6 +133,23 @@ fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
         assert_eq!(name.files().len(), 3, "{place}");
         segments.retire_and_unlink().unwrap();
         assert_eq!(name.files(), Vec::<String>::new(), "{place}");
+    }
+}
+
+#[test]
+fn a_death_in_the_middle_of_taking_over_leaves_what_the_next_one_takes_over() {
+    let name = Name::new("recovery");
+    for place in RECOVERY_PLACES {
+        drop(name.start().unwrap());
+        let (view, identity) = client_view(&name.0);
+        let before = view.epoch().incarnation();
+        dies(&name, "once", place);
+        assert!(view.life_words.iter().all(|word| word.life() == Life::Dead), "{place}");
+        let segments = name.start().unwrap();
+        assert_eq!((segments.start(), segments.arena_id()), (&Start::Warm, identity.arena_id), "{place}");
+        let now = view.epoch().incarnation();
+        assert!(now % 2 == 1 && now > before, "{place}: {before} {now}");
+        segments.retire_and_unlink().unwrap();
     }
 }
 

@@ -5,8 +5,9 @@
 //! segment keeps it, sees that it is retired, and lets go.
 
 use super::takeover::{Found, acquire};
-use super::{SetupError, arena_superblock, checkpoint};
+use super::{SetupError, arena_superblock};
 use kvring_shm_abi::engine_segment::EngineSegment;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::park;
@@ -104,14 +105,14 @@ pub(super) fn retire_engine(segment: &EngineSegment) {
 pub(super) fn satellites(name: &EngineName) -> Result<Removed, SetupError> {
     retire_lobby(name)?;
     retire_arena(name)?;
-    checkpoint("satellites retired");
+    failpoint::here("satellites retired");
     let mut removed = Removed::default();
     for channel in channels(name) {
         // A channel needs no mark: its client watches the engine, and makes another one.
         removed.unlink(&channel)?;
     }
     removed.unlink(&name.lobby())?;
-    checkpoint("lobby gone");
+    failpoint::here("lobby gone");
     removed.unlink(&name.arena())?;
     Ok(removed)
 }
@@ -160,11 +161,11 @@ fn retire_arena(name: &EngineName) -> Result<(), SetupError> {
 /// Sweeps everything, the engine's segment last. For whoever holds the lock on the current engine file.
 pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupError> {
     found.retire();
-    checkpoint("predecessor retired");
+    failpoint::here("predecessor retired");
     let mut removed = satellites(name)?;
-    checkpoint("predecessor's satellites gone");
+    failpoint::here("predecessor's satellites gone");
     removed.unlink(&name.engine_segment())?;
-    checkpoint("predecessor gone");
+    failpoint::here("predecessor gone");
     Ok(removed)
 }
 

@@ -1,15 +1,18 @@
-//! Getting the name: exactly one start at a time, never beside a living engine.
+//! Getting the name: exactly one start at a time, never beside a living engine. And what is to become of what lies under
+//! it: taken over as it is, or swept.
 //!
 //! The lock belongs to an *inode*, the name may lead to another one by the time it is held; so whoever gets the lock
 //! checks that the file is still current, and begins again if not. While the lock on the current file is held, nobody
 //! else unlinks or replaces the name (a forced removal excepted), and the other segments belong to its holder.
 
-use super::{Setup, SetupError, checkpoint, sweep};
+use super::{ARENA_TRAILER, Setup, SetupError, arena_superblock, sweep};
 use kvring_shm_abi::engine_segment::{EngineSegment, OWNER_WORD, Places};
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::Mapping;
-use kvring_shm_abi::segment::{Access, EngineName, SegmentError, SegmentFile, SegmentLock};
+use kvring_shm_abi::segment::{self, Access, EngineName, SegmentError, SegmentFile, SegmentLock};
 use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id};
 use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
@@ -39,10 +42,25 @@ pub enum ColdStart {
     /// It was half-way through being removed.
     #[error("the segments were retired already")]
     Retired,
-    /// Complete, its engine dead: what a warm start would take over.
-    #[error("the earlier engine has died; this release does not recover its contents")]
-    Died,
+    /// A cold start was asked for.
+    #[error("a cold start was asked for")]
+    Asked,
+    /// Each recovery of it so far has failed.
+    #[error("{0} recoveries of it have failed in a row")]
+    Failed(u32),
+    /// The engine had found its own invariants broken.
+    #[error("the engine had found its own invariants broken")]
+    Unhealthy,
+    /// The lobby or the arena is not there, or not of the same start.
+    #[error("{0}")]
+    Satellite(String),
+    /// What its tables say makes no sense.
+    #[error("what its tables say makes no sense: {0}")]
+    Nonsense(String),
 }
+
+/// So many recoveries in a row may fail; then the next start is a cold one.
+const RECOVERIES_MAX: u32 = 2;
 
 /// What lies under the name, as far as it can be read.
 pub(super) enum Found {
@@ -113,16 +131,28 @@ impl Found {
         }
     }
 
-    fn cold_start(&self, wanted: &Geometry) -> ColdStart {
-        match self {
-            Found::Incomplete => ColdStart::HalfCreated,
-            Found::Foreign { mismatch, .. } => ColdStart::OtherBuild(mismatch.clone()),
-            Found::Known { segment, .. } if segment.superblock().is_retired() => ColdStart::Retired,
-            Found::Known { identity, .. } if other_boot(identity) => ColdStart::OtherBoot,
-            Found::Known { identity, .. } if identity.geometry != *wanted => {
-                ColdStart::OtherGeometry { found: identity.geometry }
-            }
-            Found::Known { .. } => ColdStart::Died,
+    /// Why it is not to be taken over; `None`: nothing speaks against it so far.
+    fn cold_start(&self, setup: &Setup<'_>) -> Option<ColdStart> {
+        let (segment, identity) = match self {
+            Found::Incomplete => return Some(ColdStart::HalfCreated),
+            Found::Foreign { mismatch, .. } => return Some(ColdStart::OtherBuild(mismatch.clone())),
+            Found::Known { segment, identity } => (segment, identity),
+        };
+        let failed = segment.info().recoveries.load(Ordering::Relaxed);
+        if segment.superblock().is_retired() {
+            Some(ColdStart::Retired)
+        } else if other_boot(identity) {
+            Some(ColdStart::OtherBoot)
+        } else if identity.geometry != setup.geometry && !setup.any_geometry {
+            Some(ColdStart::OtherGeometry { found: identity.geometry })
+        } else if let Some(reason) = &setup.cold {
+            Some(reason.clone())
+        } else if segment.info().unhealthy.load(Ordering::Relaxed) != 0 {
+            Some(ColdStart::Unhealthy)
+        } else if failed >= RECOVERIES_MAX {
+            Some(ColdStart::Failed(failed))
+        } else {
+            None
         }
     }
 
@@ -173,7 +203,7 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
             },
             Err(error) => return Err(error.into()),
         };
-        checkpoint("opened");
+        failpoint::here("opened");
         let lock = file.try_lock();
         if !file.is_current() {
             // Unlinked or replaced between the opening and the lock: look again at what the name leads to now.
@@ -197,19 +227,35 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
     }
 }
 
-/// The name is ours: a fresh engine file, locked, and nothing else under the name.
-pub(super) struct Claimed {
-    pub(super) unfinished: Unfinished,
-    pub(super) cold_start: Option<ColdStart>,
+/// The name is ours.
+pub(super) enum Claimed {
+    /// A fresh engine file, locked, and nothing else under the name.
+    Cold {
+        unfinished: Unfinished,
+        /// Why what was there has been swept; `None` where there was nothing.
+        why: Option<ColdStart>,
+    },
+    /// All segments of a dead predecessor, fit to be taken over. Nothing has been changed in them.
+    Warm(Box<Inherited>),
 }
 
-/// Gets the name, after sweeping what a dead predecessor left.
+/// What a dead predecessor left.
+pub(super) struct Inherited {
+    pub(super) file: SegmentFile,
+    pub(super) lock: SegmentLock,
+    pub(super) engine: EngineSegment,
+    pub(super) lobby: Lobby,
+    pub(super) arena: SegmentFile,
+    pub(super) identity: Identity,
+}
+
+/// Gets the name. What a dead predecessor left is taken over if it can be, else swept.
 pub(super) fn claim_name(setup: &Setup<'_>) -> Result<Claimed, SetupError> {
     let mut cold_start = None;
     loop {
-        let held = acquire(setup.name, setup.wait)?;
-        let Some(found) = &held.found else {
-            let unfinished = Unfinished { name: setup.name.clone(), held: Some((held.file, held.lock)) };
+        let Held { file, lock, found } = acquire(setup.name, setup.wait)?;
+        let Some(found) = found else {
+            let unfinished = Unfinished { name: setup.name.clone(), held: Some((file, lock)) };
             // Satellites without an engine file: somebody removed that one by hand.
             let leftovers = sweep::satellites(setup.name)?;
             if leftovers.segments > 0 {
@@ -219,16 +265,76 @@ pub(super) fn claim_name(setup: &Setup<'_>) -> Result<Claimed, SetupError> {
                     "leftovers were swept"
                 );
             }
-            return Ok(Claimed { unfinished, cold_start });
+            return Ok(Claimed::Cold { unfinished, why: cold_start });
         };
-        let why = found.cold_start(&setup.geometry);
-        let removed = sweep::held(setup.name, found)?;
+        let why = match found.cold_start(setup) {
+            Some(why) => why,
+            None => match siblings(setup.name, &found)? {
+                Ok((lobby, arena)) => {
+                    let Found::Known { segment, identity } = found else {
+                        unreachable!("`cold_start` has a reason for everything else")
+                    };
+                    let engine = *segment;
+                    let inherited = Inherited { file, lock, engine, lobby, arena, identity };
+                    return Ok(Claimed::Warm(Box::new(inherited)));
+                }
+                Err(why) => ColdStart::Satellite(why),
+            },
+        };
+        let removed = sweep::held(setup.name, &found)?;
         tracing::warn!(
             name = %setup.name, segments = removed.segments, bytes = removed.bytes, reason = %why, "cold start"
         );
         // The first reason is the one that says something: later rounds only meet other starters' traces.
         cold_start.get_or_insert(why);
     }
+}
+
+/// The lobby and the arena of the same start. The inner error says why there are none: then a cold start it must be.
+///
+/// # Errors
+/// They are not ours, or cannot be written: nothing is swept for that.
+fn siblings(name: &EngineName, found: &Found) -> Result<Result<(Lobby, SegmentFile), String>, SetupError> {
+    let Found::Known { segment, identity } = found else { return Ok(Err("no engine segment".to_owned())) };
+    let unfit = |error: SegmentError| match error {
+        SegmentError::NotFound(_) | SegmentError::TooShort { .. } => Ok(Err(error.to_string())),
+        other => Err(SetupError::from(other)),
+    };
+    let same = |block: &Superblock, kind, bytes| match block.read(kind, bytes) {
+        Err(mismatch) => Err(mismatch.to_string()),
+        Ok(_) if block.is_retired() => Err("it was retired".to_owned()),
+        Ok(other) if (other.arena_id, other.geometry) != (identity.arena_id, identity.geometry) => {
+            Err("it belongs to another start".to_owned())
+        }
+        Ok(_) => Ok(()),
+    };
+    let lobby = match segment::open_shared(&name.lobby(), LOBBY_BYTES) {
+        Ok(mapping) => Lobby::new(Arc::new(mapping))?,
+        Err(error) => return unfit(error),
+    };
+    if let Err(why) = same(lobby.superblock()?, Kind::Lobby, LOBBY_BYTES as u64) {
+        return Ok(Err(format!("segment {}: {why}", name.lobby())));
+    }
+    let bytes = identity.geometry.arena_bytes + ARENA_TRAILER;
+    let arena = match SegmentFile::open(&name.arena(), Access::ReadWrite) {
+        Ok(file) => file,
+        Err(error) => return unfit(error),
+    };
+    let trailer = match arena.map(bytes, Access::ReadWrite) {
+        Ok(mapping) => mapping,
+        Err(error) => return unfit(error),
+    };
+    if let Err(why) = same(arena_superblock(&trailer)?, Kind::Arena, bytes) {
+        return Ok(Err(format!("segment {}: {why}", name.arena())));
+    }
+    // Slots lie in slabs that have memory; were some of it taken away, touching them could be a SIGBUS.
+    let allocated = u64::from(segment.info().slabs_allocated.load(Ordering::Relaxed));
+    let needed = allocated.saturating_mul(identity.geometry.slab_bytes);
+    let held = arena.allocated_bytes()?;
+    if needed > identity.geometry.arena_bytes || held < needed {
+        return Ok(Err(format!("the arena holds {held} bytes, its engine had allocated {needed}")));
+    }
+    Ok(Ok((lobby, arena)))
 }
 
 /// Segments in the making: removed again when the start fails, as long as they are ours.

@@ -21,14 +21,16 @@ impl Name {
         Setup {
             name: &self.0,
             geometry: Geometry::new(4 << 20, 1 << 20).unwrap(),
+            any_geometry: false,
             beat_interval_us: 10_000,
             policy: "lru",
             wait: WAIT,
+            cold: None,
         }
     }
 
     pub(super) fn start(&self) -> Result<Segments, SetupError> {
-        Segments::create(&self.setup())
+        Segments::open(&self.setup())
     }
 
     fn path(&self, segment: &str) -> PathBuf {
@@ -78,7 +80,7 @@ fn arena_identity(name: &EngineName) -> (Mapping, Identity) {
 fn a_start_makes_everything_and_a_clean_end_leaves_nothing() {
     let name = Name::new("clean");
     let segments = name.start().unwrap();
-    assert_eq!(segments.cold_start(), None);
+    assert_eq!(*segments.start(), Start::First);
     let (engine, identity) = client_view(&name.0);
     assert_eq!(engine.epoch().incarnation(), 1, "odd until the loop serves");
     assert!(engine.life_words.iter().all(|word| matches!(word.life(), Life::Alive { .. })));
@@ -116,7 +118,107 @@ fn a_second_engine_is_refused_while_the_first_lives() {
 }
 
 #[test]
-fn a_restart_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
+fn a_start_after_a_death_takes_over_what_there_is() {
+    let name = Name::new("warm");
+    let first = name.start().unwrap();
+    let (view, identity) = client_view(&name.0);
+    let (inodes, lobby) = (name.inodes(), first.lobby.clone());
+    let serving = first.engine.epoch().begin_serving();
+    first.engine.namespaces[3].set_rank(5, 6, 7);
+    drop(first);
+    assert_eq!(view.life_words[7].life(), Life::Dead);
+    let sleeper = std::thread::spawn({
+        let (view, _) = client_view(&name.0);
+        move || {
+            let word = view.epoch().incarnation_word();
+            futex::wait_any(&[(word, serving)], Deadline::after(WAIT))
+        }
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    let second = name.start().unwrap();
+    assert_eq!(sleeper.join().unwrap(), futex::Woken::LookAgain, "the sleeper was not woken");
+    assert_eq!(*second.start(), Start::Warm);
+    assert_eq!((name.inodes(), second.arena_id()), (inodes, identity.arena_id));
+    assert_eq!(view.epoch().incarnation(), serving + 1, "odd until the loop serves");
+    assert!(view.life_words.iter().all(|word| matches!(word.life(), Life::Alive { .. })));
+    assert_eq!(view.namespaces[3].rank_layout(5), Some((6, 7)));
+    assert!(!view.superblock().is_retired() && !lobby.superblock().unwrap().is_retired());
+    // Asked for, or failed twice, it is a cold start all the same.
+    assert_eq!(view.info().recoveries.load(Ordering::Relaxed), 1);
+    drop(second);
+    drop(name.start().unwrap());
+    let fourth = name.start().unwrap();
+    assert_eq!(*fourth.start(), Start::Cold(ColdStart::Failed(2)));
+    assert!(name.inodes().iter().all(|inode| !inodes.contains(inode)));
+    let view = fourth.engine.clone();
+    drop(fourth);
+    view.info().unhealthy.store(1, Ordering::Relaxed);
+    assert_eq!(*name.start().unwrap().start(), Start::Cold(ColdStart::Unhealthy));
+}
+
+#[test]
+fn without_a_size_asked_for_a_predecessors_geometry_will_do() {
+    let name = Name::new("any");
+    let geometry = name.start().unwrap().geometry();
+    let other = Geometry::new(8 << 20, 2 << 20).unwrap();
+    let any = Segments::open(&Setup { geometry: other, any_geometry: true, ..name.setup() }).unwrap();
+    assert_eq!((any.start(), any.geometry()), (&Start::Warm, geometry));
+}
+
+/// What cannot be taken over is swept where it is nobody's, and left alone where it is not ours to judge.
+#[test]
+fn satellites_that_do_not_belong_make_a_cold_start() {
+    let name = Name::new("satellites");
+    let path = |segment: String| name.path(&segment);
+    type Damage<'a> = (&'a str, &'a dyn Fn());
+    let damages: [Damage<'_>; 6] = [
+        ("no lobby", &|| std::fs::remove_file(path(name.0.lobby())).unwrap()),
+        ("no arena", &|| std::fs::remove_file(path(name.0.arena())).unwrap()),
+        ("half an arena", &|| {
+            let file = std::fs::OpenOptions::new().write(true).open(path(name.0.arena())).unwrap();
+            file.set_len(1 << 20).unwrap();
+        }),
+        ("an arena of zeros", &|| {
+            let file = std::fs::OpenOptions::new().write(true).open(path(name.0.arena())).unwrap();
+            let bytes = file.metadata().unwrap().len();
+            file.set_len(0).unwrap();
+            file.set_len(bytes).unwrap();
+        }),
+        ("another start's lobby", &|| {
+            use std::os::unix::fs::FileExt;
+            let file = std::fs::OpenOptions::new().write(true).open(path(name.0.lobby())).unwrap();
+            // The arena id: at offset 32 of every superblock.
+            file.write_all_at(&[9; 8], 32).unwrap();
+        }),
+        ("memory taken from the arena", &|| {
+            let (view, _) = client_view(&name.0);
+            assert_eq!(view.info().slabs_allocated.load(Ordering::Relaxed), 4);
+            std::process::Command::new("fallocate")
+                .args(["--punch-hole", "--offset", "1MiB", "--length", "1MiB"])
+                .arg(path(name.0.arena()))
+                .status()
+                .unwrap();
+        }),
+    ];
+    for (what, damage) in damages {
+        let first = name.start().unwrap();
+        first.arena().allocate(0, 4 << 20).unwrap();
+        first.engine.info().slabs_allocated.store(4, Ordering::Relaxed);
+        drop(first);
+        damage();
+        let second = name.start().unwrap();
+        assert!(
+            matches!(second.start(), Start::Cold(ColdStart::Satellite(_))),
+            "{what}: {:?}",
+            second.start()
+        );
+        assert_eq!(name.files().len(), 3, "{what}");
+        second.retire_and_unlink().unwrap();
+    }
+}
+
+#[test]
+fn a_cold_start_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
     let name = Name::new("restart");
     let first = name.start().unwrap();
     let (old, old_identity) = client_view(&name.0);
@@ -133,9 +235,9 @@ fn a_restart_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
         move || sleep_on(view.epoch().incarnation_word(), &view)
     });
     std::thread::sleep(Duration::from_millis(50));
-    let second = name.start().unwrap();
+    let second = Segments::open(&Setup { cold: Some(ColdStart::Asked), ..name.setup() }).unwrap();
     assert!(sleeper.join().unwrap(), "the sleeper was not woken");
-    assert_eq!(second.cold_start(), Some(&ColdStart::Died));
+    assert_eq!(*second.start(), Start::Cold(ColdStart::Asked));
     assert!(name.inodes().iter().all(|inode| !old_inodes.contains(inode)));
     assert_ne!(second.arena_id(), old_identity.arena_id);
     assert!(old.superblock().is_retired());
@@ -166,12 +268,12 @@ fn a_half_created_segment_is_swept_unless_its_creator_is_still_at_it() {
         drop(SegmentFile::create(&name.0.arena(), 8192).unwrap());
         drop(SegmentFile::create(&name.0.lobby(), 17).unwrap());
         let lock = half.try_lock().unwrap();
-        let error = Segments::create(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
+        let error = Segments::open(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
         assert!(matches!(&error, SetupError::Starting { waited_ms, .. } if *waited_ms >= 60), "{error}");
         assert!(half.is_current(), "a locked one stays");
         drop(lock);
         let segments = name.start().unwrap();
-        assert_eq!(segments.cold_start(), Some(&ColdStart::HalfCreated));
+        assert_eq!(*segments.start(), Start::Cold(ColdStart::HalfCreated));
         assert!(!half.is_current());
         segments.retire_and_unlink().unwrap();
     }
@@ -182,18 +284,18 @@ fn other_geometries_and_other_builds_start_cold() {
     let name = Name::new("other");
     let old = name.start().unwrap().geometry();
     let larger = Setup { geometry: Geometry::new(8 << 20, 2 << 20).unwrap(), ..name.setup() };
-    let segments = Segments::create(&larger).unwrap();
-    assert_eq!(segments.cold_start(), Some(&ColdStart::OtherGeometry { found: old }));
+    let segments = Segments::open(&larger).unwrap();
+    assert_eq!(*segments.start(), Start::Cold(ColdStart::OtherGeometry { found: old }));
     // Another ABI version: at offset 8 of every superblock.
     let view = segments.engine.clone();
     drop(segments);
     write_byte(&name, 8, 99);
     let segments = name.start().unwrap();
-    assert_eq!(segments.cold_start(), Some(&ColdStart::OtherBuild(Mismatch::AbiVersion(99))));
+    assert_eq!(*segments.start(), Start::Cold(ColdStart::OtherBuild(Mismatch::AbiVersion(99))));
     assert!(view.superblock().is_retired(), "what all builds share is marked in theirs as well");
     // While the other build's engine holds its lock, it is left alone.
     write_byte(&name, 8, 98);
-    let refused = Segments::create(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
+    let refused = Segments::open(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
     assert!(matches!(refused, SetupError::OtherBuild { .. }), "{refused}");
     assert!(segments.engine_file.is_current());
 }
@@ -246,7 +348,7 @@ fn an_arena_that_does_not_fit_is_refused_with_numbers_and_leaves_nothing() {
     let name = Name::new("large");
     let bytes = (segment::available_bytes() >> 20 << 20) + (64 << 20);
     let setup = Setup { geometry: Geometry::new(bytes, 1 << 20).unwrap(), ..name.setup() };
-    let error = Segments::create(&setup).err().unwrap();
+    let error = Segments::open(&setup).err().unwrap();
     assert!(matches!(&error, SetupError::NoRoom(no) if no.needed.0 > no.available.0), "{error}");
     let text = error.to_string();
     assert!(text.contains("--arena") && text.contains("GiB"), "{text}");
@@ -265,7 +367,7 @@ fn force_takes_a_living_engines_segments_and_that_one_does_not_touch_its_success
         scope
             .spawn(|| {
                 let second = name.start().unwrap();
-                assert_eq!(second.cold_start(), None);
+                assert_eq!(*second.start(), Start::First);
                 name.inodes()
             })
             .join()
@@ -284,7 +386,7 @@ fn remove_sweeps_leftovers_without_an_engine() {
     assert_eq!(remove(&name.0, false, WAIT).unwrap().segments, 2);
     assert_eq!(name.files(), Vec::<String>::new());
     drop(SegmentFile::create(&name.0.arena(), 4096).unwrap());
-    assert_eq!(name.start().unwrap().cold_start(), None, "a start sweeps them as well");
+    assert_eq!(*name.start().unwrap().start(), Start::First, "a start sweeps them as well");
 }
 
 #[test]

@@ -8,6 +8,7 @@ use super::{Service, Watched};
 use crate::segments::sweep;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, Role};
 use kvring_shm_abi::segment;
@@ -31,13 +32,16 @@ impl Service {
             let raw = self.segments.lobby.life_words[entry].raw();
             match LifeWord::interpret(raw) {
                 // Judged, and yet unclaimed: its owner wrote 0 into its own word, and will never be marked as dead.
-                Life::Unclaimed if self.judged[entry].is_some() => self.reclaim(entry),
+                Life::Unclaimed if self.judged[entry].is_some() || self.awaited.entries >> entry & 1 == 1 => {
+                    self.reclaim(entry);
+                }
                 Life::Unclaimed => {}
                 Life::Dead => self.reclaim(entry),
                 Life::Alive { .. } => {
                     self.watched.push(Watched { entry, raw });
-                    let published = self.segments.lobby.entries[entry].read_nonce().is_some();
-                    if published && self.judged[entry].is_none() {
+                    let nonce = self.segments.lobby.entries[entry].read_nonce();
+                    let is_outdated = nonce == self.outdated[entry] && !failpoint::broken("outdated claims");
+                    if nonce.is_some() && self.judged[entry].is_none() && !is_outdated {
                         self.judge(entry);
                     }
                 }
@@ -45,10 +49,10 @@ impl Service {
         }
     }
 
-    /// Attaches the client in `entry`, or says why not. Each claim is judged once.
+    /// Attaches the client in `entry`, or says why not. Each claim is judged once; one that was meant for another engine
+    /// does not count: its owner tries again.
     fn judge(&mut self, entry: usize) {
         let Some(content) = self.segments.lobby.entries[entry].read() else { return };
-        self.judged[entry] = Some(content.nonce);
         let incarnation = self.segments.engine.epoch().incarnation();
         let status = match Role::from_u32(content.role) {
             None => AttachStatus::BadRole,
@@ -75,15 +79,25 @@ impl Service {
                 }
             }
         };
+        if status == AttachStatus::Stale {
+            self.outdated[entry] = Some(content.nonce);
+        } else {
+            self.judged[entry] = Some(content.nonce);
+        }
         if status == AttachStatus::Attached {
             let role = Role::from_u32(content.role).map_or("", Role::as_str);
             tracing::info!(entry, client = %content.name, role, pid = content.pid, "client attached");
             self.stat(Stat::Attaches, 1);
+            if self.awaited.entries >> entry & 1 == 1 {
+                self.stat(Stat::Reattachments, 1);
+            }
         } else {
             tracing::warn!(entry, client = %content.name, ?status, "client refused");
             self.stat(Stat::Refusals, 1);
         }
+        failpoint::here("attach.answer");
         self.segments.engine.attach[entry].answer(content.nonce, status);
+        failpoint::here("attach.answered");
     }
 
     /// The client asked to leave: everything it had is freed, its entry waits for its life word.
@@ -128,12 +142,19 @@ impl Service {
             // A client that lives, and whose word somebody else has overwritten, finds out and attaches again.
             self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
         }
-        if let Some(nonce) = self.judged[entry].take() {
-            // Also what it left in quarantine when it was detached.
-            self.cache.client_gone(entry as u8, nonce, false);
+        (self.judged[entry], self.outdated[entry]) = (None, None);
+        if failpoint::broken("reclaim before reset") {
+            self.segments.lobby.life_words[entry].reset();
         }
+        failpoint::here("reclaim.slots");
+        // Also what it left in quarantine when it was detached, and what it was writing under an earlier engine.
+        self.cache.owner_gone(entry as u8);
+        self.no_longer_awaited(entry);
+        failpoint::here("reclaim.entry");
         self.segments.lobby.entries[entry].clear();
+        failpoint::here("reclaim.word");
         // Last: from here on somebody else may claim it.
         self.segments.lobby.life_words[entry].reset();
+        failpoint::here("reclaim.done");
     }
 }

@@ -4,21 +4,23 @@
 //! One of another life is ignored. One that no correct client can send (an unknown opcode, a range outside the payload
 //! area, a ring that jumps) is a breach: the client is detached and nobody else notices.
 
+use super::declare::LeaseMessage;
 use super::{BATCH, Service};
 use crate::cache::{self, Aborted, CommitError, Committed, FindError, Reservation, Reserve};
 use crate::stats::Stat;
 use crate::tier::PendingLookup;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{
-    ANY_NAMESPACE, Completion, Ident, KEY_WORDS, KEYS_MAX, Key, Record, Records, Request, ReserveAnswer,
-    ReserveOutcome, ShardAnswer, SlotOutcome, SlotRecord, Status,
+    ANY_NAMESPACE, Completion, Ident, KEY_WORDS, KEYS_MAX, Key, LeaseRecord, Record, Records, Request,
+    ReserveAnswer, ReserveOutcome, ShardAnswer, SlotOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::payload::OutOfArea;
 
 /// Memory for one request's arguments, taken at start.
 pub(super) struct Scratch {
-    keys: Box<[Key]>,
-    slots: Box<[SlotRecord]>,
+    pub(super) keys: Box<[Key]>,
+    pub(super) slots: Box<[SlotRecord]>,
+    pub(super) leases: Box<[LeaseRecord]>,
 }
 
 impl Scratch {
@@ -26,12 +28,14 @@ impl Scratch {
         Scratch {
             keys: vec![[0; 2]; KEYS_MAX].into_boxed_slice(),
             slots: vec![<SlotRecord as bytemuck::Zeroable>::zeroed(); KEYS_MAX].into_boxed_slice(),
+            leases: vec![<LeaseRecord as bytemuck::Zeroable>::zeroed(); KEYS_MAX].into_boxed_slice(),
         }
     }
 }
 
 /// How a request ended, if not in a breach.
-enum Done {
+pub(super) enum Done {
+    /// Now, with these results.
     Answer(Status, [u64; 4]),
     /// The answer comes later.
     Later,
@@ -41,7 +45,7 @@ enum Done {
 
 const OK: Done = Done::Answer(Status::Ok, [0; 4]);
 
-fn refuse(status: Status) -> Done {
+pub(super) fn refuse(status: Status) -> Done {
     Done::Answer(status, [0; 4])
 }
 
@@ -128,6 +132,11 @@ impl Service {
                 let begun = self.begin_clear(entry, operation, ident, which);
                 Ok(if begun { Done::Later } else { refuse(Status::Busy) })
             }
+            Request::DeclareSlots { slots, answer } => self.declare_slots(entry, slots, answer),
+            Request::DeclareLease { session, admission, namespace, chunks } => {
+                self.declare_lease(entry, &LeaseMessage { session, admission, namespace, chunks })
+            }
+            Request::DeclareEnd => Ok(self.declare_end(entry)),
         };
         match done {
             Ok(Done::Answer(status, results)) => self.complete(entry, operation, ident, status, results),

@@ -2,7 +2,6 @@
 
 use super::Service;
 use crate::stats::Stat;
-use kvring_shm_abi::sync::Ordering;
 
 impl Service {
     /// With each tick.
@@ -11,7 +10,6 @@ impl Service {
         let cache = self.cache.stats();
         let slab_bytes = self.segments.geometry().slab_bytes;
         let taken = self.allocator.taken();
-        self.segments.engine.info().slabs_allocated.store(taken, Ordering::Relaxed);
         for (stat, value) in [
             (Stat::Evictions, cache.evicted),
             (Stat::SpansTaken, cache.spans_taken),
@@ -29,6 +27,7 @@ impl Service {
             (Stat::ArenaBytesAllocated, u64::from(taken) * slab_bytes),
             (Stat::ArenaBytesUsed, cache.bytes_used),
             (Stat::SlabsFree, cache.slabs_free),
+            (Stat::ClientsAwaited, u64::from(self.awaited.entries.count_ones())),
             (Stat::AllocationStalled, u64::from(self.allocator.is_stalled())),
         ] {
             stat.of(block).set(value);

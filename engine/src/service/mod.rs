@@ -11,6 +11,7 @@
 mod attach;
 mod clear;
 mod connection;
+mod declare;
 mod dispatch;
 mod gauges;
 mod registry;
@@ -18,17 +19,19 @@ mod slot_table;
 
 use crate::allocator::Allocator;
 use crate::cache::Cache;
+use crate::recovery::Inherited;
 use crate::segments::Segments;
 use crate::stats::Stat;
 use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
 use dispatch::Scratch;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
 use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
-use registry::Registry;
+pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
 
@@ -67,6 +70,19 @@ pub(crate) struct Pace {
     pub(crate) beat_interval_ns: u64,
     /// The longest spin before a sleep; 0 on one CPU.
     pub(crate) spin_ns: u64,
+    /// How long clients of an earlier engine are waited for before anything is evicted.
+    pub(crate) reattach_grace_ns: u64,
+}
+
+/// What a service begins with.
+pub(crate) struct Parts {
+    pub(crate) segments: Segments,
+    pub(crate) cache: Cache<SharedSlots>,
+    pub(crate) registry: Registry,
+    pub(crate) allocator: Allocator,
+    pub(crate) tier: Box<dyn LowerTier>,
+    pub(crate) inherited: Inherited,
+    pub(crate) pace: Pace,
 }
 
 /// A claimed life word, and what it held.
@@ -86,6 +102,9 @@ pub(crate) struct Service {
     /// The nonce by which an entry's claim was judged. Once for each life of its life word: what a client that was thrown
     /// out may still write is known by that nonce, until the entry is reclaimed.
     judged: [Option<u64>; CLIENTS_MAX],
+    /// The nonce of a claim that was meant for an earlier engine: its owner will publish another one.
+    outdated: [Option<u64>; CLIENTS_MAX],
+    awaited: Awaited,
     /// The claimed life words at the last look around the lobby: a change of one ends a sleep.
     watched: Vec<Watched>,
     /// The lobby's count of claims at that look.
@@ -101,6 +120,15 @@ pub(crate) struct Service {
     next_tick_ns: u64,
     /// A self-check failed: nothing is served any more.
     unhealthy: bool,
+}
+
+/// Clients of an earlier engine that live and have not come back yet.
+struct Awaited {
+    /// Bit per entry.
+    entries: u64,
+    /// Until then nothing is evicted while somebody is awaited; set when serving begins.
+    until_ns: u64,
+    grace_ns: u64,
 }
 
 /// How long to spin before sleeping: all of it while sleeps turn out to be short, less and less while they do not.
@@ -128,19 +156,18 @@ impl SpinBudget {
 }
 
 impl Service {
-    pub(crate) fn new(
-        segments: Segments,
-        cache: Cache<SharedSlots>,
-        allocator: Allocator,
-        tier: Box<dyn LowerTier>,
-        pace: Pace,
-    ) -> Service {
+    pub(crate) fn new(parts: Parts) -> Service {
+        let Parts { segments, cache, registry, allocator, tier, inherited, pace } = parts;
+        let awaited =
+            Awaited { entries: inherited.living, until_ns: u64::MAX, grace_ns: pace.reattach_grace_ns };
         Service {
             cache,
-            registry: Registry::new(segments.geometry()),
+            registry,
             connections: (0..CLIENTS_MAX).map(|_| None).collect(),
             active: 0,
             judged: [None; CLIENTS_MAX],
+            outdated: inherited.nonces,
+            awaited,
             watched: Vec::with_capacity(CLIENTS_MAX),
             claims: 0,
             allocator,
@@ -169,8 +196,13 @@ impl Service {
     pub(crate) fn run(mut self, ready: impl FnOnce()) -> Segments {
         // Ready with its first slab: what comes later is taken as it comes.
         self.take_slabs();
+        self.await_clients();
         self.publish_gauges();
+        // The recovery has succeeded, if there was one.
+        self.segments.engine.info().recoveries.store(0, Ordering::Relaxed);
+        failpoint::here("serving.even");
         self.segments.engine.epoch().begin_serving();
+        failpoint::here("serving.begun");
         futex::wake_all(self.segments.engine.epoch().incarnation_word());
         ready();
         // Without a spin (one CPU for both) each idle turn keeps the clients from running.
@@ -231,6 +263,7 @@ impl Service {
         self.next_tick_ns = now + TICK_NS;
         self.segments.engine.epoch().bump_beat();
         self.look_around();
+        self.look_at_grace(now);
         if self.segments.is_retired() {
             // Somebody took our names away: new clients cannot find us, and a successor may run already.
             tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");
@@ -246,6 +279,8 @@ impl Service {
     /// Slabs that the allocator has finished.
     fn take_slabs(&mut self) {
         while let Some(slab) = self.allocator.take() {
+            // Before anything lies in it: a successor believes in as many slabs.
+            self.segments.engine.info().slabs_allocated.store(slab + 1, Ordering::Relaxed);
             if let Err(error) = self.cache.add_slab(slab) {
                 tracing::error!(%error, "a slab was handed over twice");
             }

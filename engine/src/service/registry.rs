@@ -3,13 +3,14 @@
 
 use super::Service;
 use crate::stats::Stat;
-use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
+use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
 use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 
 /// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
-pub(super) struct Registry {
+pub(crate) struct Registry {
     namespaces: Vec<Option<Known>>,
     largest_shard: u64,
 }
@@ -23,12 +24,35 @@ struct Known {
 }
 
 impl Registry {
-    pub(super) fn new(geometry: Geometry) -> Registry {
+    pub(crate) fn new(geometry: Geometry) -> Registry {
         Registry {
             namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
             // A shard is contiguous and does not cross a 1 GiB boundary.
             largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
         }
+    }
+
+    /// A namespace that an earlier engine has registered. What is wrong with it is an error, as in a registration.
+    pub(crate) fn restore(
+        &mut self,
+        id: usize,
+        namespace: &Namespace,
+        info: &NamespaceInfo,
+    ) -> Result<(), Nonsense> {
+        let world = info.world;
+        if !(1..=RANKS_MAX as u32).contains(&world) {
+            return Err(Nonsense { what: "world", expected: "1 to 64", got: u64::from(world) });
+        }
+        let ranks: Vec<Option<(u64, u64)>> =
+            (0..world as usize).map(|rank| namespace.rank_layout(rank)).collect();
+        if let Some((_, bytes)) = ranks.iter().flatten().find(|(_, bytes)| *bytes > self.largest_shard) {
+            return Err(Nonsense { what: "shard_bytes", expected: "what fits the arena", got: *bytes });
+        }
+        let (fingerprint, chunk_tokens) = (info.fingerprint, info.chunk_tokens);
+        if let Some(place) = self.namespaces.get_mut(id) {
+            *place = Some(Known { fingerprint, world, chunk_tokens, ranks });
+        }
+        Ok(())
     }
 
     /// Ranks of a namespace and tokens of a chunk; `None` for one that does not exist.
@@ -50,7 +74,7 @@ impl Registry {
 /// A registration that no correct client sends.
 #[derive(Debug, thiserror::Error)]
 #[error("a registration with {what} {got}: expected {expected}")]
-pub(super) struct Nonsense {
+pub(crate) struct Nonsense {
     what: &'static str,
     expected: &'static str,
     got: u64,
@@ -139,7 +163,9 @@ impl Service {
                     known.ranks[rank] = None;
                     return (Status::TooManyNamespaces, [0; 4]);
                 }
+                failpoint::here("rank.registered");
                 self.segments.engine.namespaces[id].set_rank(rank, registration.layout, bytes);
+                failpoint::here("rank.published");
             }
         }
         if let Some(connection) = &mut self.connections[entry] {
@@ -158,7 +184,9 @@ impl Service {
             })
         })?;
         self.segments.engine.namespaces[id].end();
+        failpoint::here("namespace.ended");
         self.segments.engine.namespaces[id].begin(registration);
+        failpoint::here("namespace.begun");
         self.registry.namespaces[id] = Some(Known {
             fingerprint: registration.fingerprint,
             world: registration.world,

@@ -2,6 +2,8 @@
 
 use crate::cache::{self, ShardHeader, SlotId, SlotTable};
 use crate::segments::{Segments, SlotMemory};
+use kvring_shm_abi::engine_segment::SlabRecord;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::mapping::View;
 use kvring_shm_abi::message::Round;
 use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
@@ -9,12 +11,15 @@ use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
 /// The slot table in shared memory. Sparse: headers get memory when their span gets its class.
 pub(crate) struct SharedSlots {
     headers: View<SlotHeader>,
+    slabs: View<SlabRecord>,
     memory: SlotMemory,
 }
 
 impl SharedSlots {
     pub(crate) fn new(segments: &Segments) -> SharedSlots {
-        SharedSlots { headers: segments.engine.slots.clone(), memory: segments.slot_memory() }
+        let engine = &segments.engine;
+        let (headers, slabs) = (engine.slots.clone(), engine.slabs.clone());
+        SharedSlots { headers, slabs, memory: segments.slot_memory() }
     }
 }
 
@@ -40,6 +45,12 @@ impl SlotTable for SharedSlots {
         self.headers[slot as usize].commit(word(SlotState::Committed, owner, generation), checksum);
     }
 
+    fn orphaned(&mut self, slot: SlotId, generation: u64, owner: cache::Owner) {
+        failpoint::here("orphan.word");
+        self.headers[slot as usize].orphan(word(SlotState::Orphaned, owner, generation));
+        failpoint::here("orphan.done");
+    }
+
     fn freed(&mut self, slot: SlotId, next_generation: u64) {
         self.headers[slot as usize].free(next_generation);
     }
@@ -58,7 +69,19 @@ impl SlotTable for SharedSlots {
         }
     }
 
+    fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64) {
+        failpoint::here("span.record");
+        self.slabs[first_slab as usize].assign(slot_bytes, slabs);
+        failpoint::here("span.done");
+    }
+
+    fn span_gone(&mut self, first_slab: u32) {
+        failpoint::here("span.gone");
+        self.slabs[first_slab as usize].clear();
+        failpoint::here("span.cleared");
+    }
+
     fn generation(&self, slot: SlotId) -> u64 {
-        self.headers[slot as usize].word().map_or(0, |word| word.generation)
+        self.headers[slot as usize].word().generation
     }
 }

@@ -11,6 +11,7 @@ use kvring_engine::cache::{Key, Owner, ShardHeader, SlotId, SlotTable};
 pub(crate) enum State {
     Free,
     Writing(ShardHeader),
+    Orphaned(ShardHeader),
     Committed(ShardHeader),
 }
 
@@ -30,6 +31,8 @@ pub(crate) struct VecTable {
     pub(crate) freed: Vec<SlotId>,
     /// Slots that were touched since this was last taken, in order.
     pub(crate) touches: Vec<SlotId>,
+    /// Spans: first slab, slabs, bytes of a slot.
+    pub(crate) spans: Vec<(u32, u32, u64)>,
     /// `ensure` answers false.
     pub(crate) out_of_space: bool,
 }
@@ -42,6 +45,7 @@ impl VecTable {
             entries: vec![entry; slots],
             freed: Vec::with_capacity(1 << 16),
             touches: Vec::with_capacity(1 << 16),
+            spans: Vec::with_capacity(slots),
             out_of_space: false,
         }
     }
@@ -50,7 +54,7 @@ impl VecTable {
     pub(crate) fn assert_disjoint(&self) {
         let mut used: Vec<(u64, u64)> = Vec::new();
         for entry in &self.entries {
-            if let State::Writing(header) | State::Committed(header) = entry.state {
+            if let State::Writing(header) | State::Orphaned(header) | State::Committed(header) = entry.state {
                 used.push((header.offset, header.offset + header.length));
             }
         }
@@ -73,9 +77,6 @@ impl SlotTable for VecTable {
         assert!(entry.ensured, "slot {slot} has no header yet");
         match entry.state {
             State::Free => {}
-            // A writer that came back under another name.
-            State::Writing(old)
-                if ShardHeader { owner: header.owner, nonce: header.nonce, ..old } == *header => {}
             other => panic!("slot {slot} was {other:?}, and is given to {header:?}"),
         }
         assert_eq!(entry.generation, generation, "slot {slot}: a generation that was not published");
@@ -88,6 +89,13 @@ impl SlotTable for VecTable {
         assert_eq!((entry.generation, header.owner), (generation, owner), "slot {slot}");
         entry.state = State::Committed(header);
         entry.checksum = checksum;
+    }
+
+    fn orphaned(&mut self, slot: SlotId, generation: u64, owner: Owner) {
+        let entry = &mut self.entries[slot as usize];
+        let State::Writing(header) = entry.state else { panic!("slot {slot} was {:?}", entry.state) };
+        assert_eq!((entry.generation, header.owner), (generation, owner), "slot {slot}");
+        entry.state = State::Orphaned(header);
     }
 
     fn freed(&mut self, slot: SlotId, next_generation: u64) {
@@ -114,6 +122,18 @@ impl SlotTable for VecTable {
             entry.ensured = true;
         }
         true
+    }
+
+    fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64) {
+        let overlap =
+            |(first, len, _): &(u32, u32, u64)| *first < first_slab + slabs && first_slab < first + len;
+        assert!(!self.spans.iter().any(overlap), "a span at {first_slab} over another");
+        self.spans.push((first_slab, slabs, slot_bytes));
+    }
+
+    fn span_gone(&mut self, first_slab: u32) {
+        let at = self.spans.iter().position(|(first, ..)| *first == first_slab);
+        self.spans.swap_remove(at.unwrap_or_else(|| panic!("no span at {first_slab}")));
     }
 
     fn generation(&self, slot: SlotId) -> u64 {

@@ -13,8 +13,8 @@ mod request;
 
 pub use completion::{Completion, Disagreement, Status};
 pub use record::{
-    DTYPE_BYTES, MODEL_NAME_BYTES, PAGE_BYTES, Record, Registration, ReserveAnswer, ReserveOutcome,
-    ShardAnswer, SlotOutcome, SlotRecord,
+    DTYPE_BYTES, LeaseRecord, MODEL_NAME_BYTES, PAGE_BYTES, Record, Registration, ReserveAnswer,
+    ReserveOutcome, ShardAnswer, SlotOutcome, SlotRecord,
 };
 pub use request::{ANY_NAMESPACE, Request};
 
@@ -85,7 +85,7 @@ pub struct Records {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// No such operation.
-    #[error("expected an opcode of 1..=11, found {0}")]
+    #[error("expected an opcode of 1..=14, found {0}")]
     Opcode(u8),
     /// No such status.
     #[error("expected a status of 0..={max}, found {0}", max = Status::LAST as u16)]
@@ -155,6 +155,16 @@ mod tests {
             (records(), any::<u32>()).prop_map(|(slots, answer)| Request::Commit { slots, answer }),
             (records(), any::<u32>()).prop_map(|(slots, answer)| Request::Abort { slots, answer }),
             any::<u32>().prop_map(|namespace| Request::Clear { namespace }),
+            (records(), any::<u32>()).prop_map(|(slots, answer)| Request::DeclareSlots { slots, answer }),
+            (any::<u64>(), any::<u32>(), any::<u32>(), records()).prop_map(
+                |(session, admission, namespace, chunks)| Request::DeclareLease {
+                    session,
+                    admission,
+                    namespace,
+                    chunks
+                }
+            ),
+            Just(Request::DeclareEnd),
         ]
     }
 

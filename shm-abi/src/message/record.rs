@@ -125,6 +125,18 @@ pub struct SlotRecord {
 
 impl Record for SlotRecord {}
 
+/// One chunk of a lease that a client held under an earlier engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub struct LeaseRecord {
+    /// The chunk's key.
+    pub key: Key,
+    /// Where its first rank's shard was: the same chunk still, or another one under the same key?
+    pub shard: ShardAnswer,
+}
+
+impl Record for LeaseRecord {}
+
 /// What became of one slot of a commit or abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -181,6 +193,7 @@ const _: () = {
     assert!(size_of::<ShardAnswer>() == 16);
     assert!(size_of::<ReserveAnswer>() == 24);
     assert!(size_of::<SlotRecord>() == 40);
+    assert!(size_of::<LeaseRecord>() == 32);
     assert!(size_of::<Registration>() == 144);
     assert!(ShardAnswer::WORDS * 8 == size_of::<ShardAnswer>());
     assert!(Registration::WORDS * 8 == size_of::<Registration>());

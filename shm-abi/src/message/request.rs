@@ -85,6 +85,29 @@ pub enum Request {
         /// The namespace.
         namespace: u32,
     },
+    /// Worker, after a restart: it still holds these [`SlotRecord`]s that its entry was writing. Answers a
+    /// [`SlotOutcome`] for each.
+    DeclareSlots {
+        /// [`SlotRecord`]s.
+        slots: Records,
+        /// Where the answer goes: one word for each.
+        answer: u32,
+    },
+    /// Scheduler, after a restart: it still holds this lease. Answers how many of its chunks, from the first one on, are
+    /// still there and pinned again.
+    DeclareLease {
+        /// The session.
+        session: u64,
+        /// The admission.
+        admission: u32,
+        /// The namespace.
+        namespace: u32,
+        /// [`LeaseRecord`]s, in chain order.
+        chunks: Records,
+    },
+    /// After a restart: everything has been declared. What this entry was writing under earlier attachments, and did not
+    /// declare, is free.
+    DeclareEnd,
 }
 
 /// No parent key.
@@ -104,6 +127,9 @@ enum Opcode {
     Commit = 9,
     Abort = 10,
     Clear = 11,
+    DeclareSlots = 12,
+    DeclareLease = 13,
+    DeclareEnd = 14,
 }
 
 impl Request {
@@ -161,6 +187,18 @@ impl Request {
                 words[1] = u64::from(namespace);
                 Opcode::Clear
             }
+            Request::DeclareSlots { slots, answer } => {
+                words[1] = slots.pack();
+                words[2] = u64::from(answer);
+                Opcode::DeclareSlots
+            }
+            Request::DeclareLease { session, admission, namespace, chunks } => {
+                words[1] = session;
+                words[2] = join(admission, namespace);
+                words[3] = chunks.pack();
+                Opcode::DeclareLease
+            }
+            Request::DeclareEnd => Opcode::DeclareEnd,
         };
         Body { head: u32::from(operation) | ((opcode as u32) << 16), words }
     }
@@ -211,6 +249,19 @@ impl Request {
                 Request::Abort { slots: Records::unpack(words[1]), answer: low(2) }
             }
             o if o == Opcode::Clear as u8 => Request::Clear { namespace: low(1) },
+            o if o == Opcode::DeclareSlots as u8 => {
+                Request::DeclareSlots { slots: Records::unpack(words[1]), answer: low(2) }
+            }
+            o if o == Opcode::DeclareLease as u8 => {
+                let (admission, namespace) = split(words[2]);
+                Request::DeclareLease {
+                    session: words[1],
+                    admission,
+                    namespace,
+                    chunks: Records::unpack(words[3]),
+                }
+            }
+            o if o == Opcode::DeclareEnd as u8 => Request::DeclareEnd,
             other => return Err(Malformed::Opcode(other)),
         };
         Ok((operation, Ident::unpack(words[0]), request))

@@ -1,31 +1,45 @@
-//! Spans as an earlier life of the engine left them, found again from the slots that were in use.
+//! Spans as an earlier life of the engine left them.
 
 use super::super::slot::Slots;
-use super::super::{SlotId, SlotTable};
-use super::{Class, Slabs};
+use super::super::{PAGE_BYTES, SlotId, SlotTable};
+use super::Slabs;
 
 impl Slabs {
-    /// Puts a slot that an earlier life left in use back into a span of its class, which is made if need be.
-    /// False: no span of the class has this slot at `offset`, or a later slot was restored before.
-    pub(in crate::cache) fn restore<T: SlotTable>(
-        &mut self,
-        class: u16,
-        slot: SlotId,
-        offset: u64,
-        slots: &mut Slots,
-        table: &mut T,
-    ) -> bool {
-        let ensure = |first, count| table.ensure(first, count);
-        if !self.restore_span(class, slot, offset, ensure) || self.offset(slot) != offset {
+    /// Makes a span that an earlier life had: its first slab, its length in slabs, its slot size. False: there is no such
+    /// span in this arena, or it overlaps another.
+    pub(in crate::cache) fn restore_span(&mut self, head: u32, len: u32, slot_bytes: u64) -> bool {
+        let group_end = (head - head % self.group).saturating_add(self.group).min(self.count);
+        let is_inside = len > 0 && head.checked_add(len).is_some_and(|end| end <= group_end);
+        if !is_inside || !slot_bytes.is_multiple_of(PAGE_BYTES) {
             return false;
         }
+        let Ok(class) = self.class_for(slot_bytes, None) else { return false };
+        if len < self.classes[class as usize].least || !(head..head + len).all(|slab| self.is_pooled(slab)) {
+            return false;
+        }
+        self.make_span(class, head, len);
+        true
+    }
+
+    /// Takes the slot of a restored span that an earlier life left in use. False: no span has this slot at `offset` for
+    /// shards of `length` bytes, or a later one was restored before.
+    pub(in crate::cache) fn restore<T: SlotTable>(
+        &mut self,
+        slot: SlotId,
+        offset: u64,
+        length: u64,
+        slots: &mut Slots,
+        table: &T,
+    ) -> bool {
         let Some(head) = self.head_of(slot) else { return false };
+        let span = *self.span(head);
         let i = slot - self.first_slot(head);
-        if self.class_of_span(head) != class || i >= self.span(head).slots || i < self.span(head).fresh {
+        let is_size = length > 0 && length <= u64::from(span.slot_bytes);
+        if !is_size || i >= span.slots || i < span.fresh || self.offset(slot) != offset {
             return false;
         }
         // Those that are skipped were free.
-        for i in self.span(head).fresh..i {
+        for i in span.fresh..i {
             let skipped = self.first_slot(head) + i;
             let free = std::mem::replace(&mut self.spans[head as usize].free, skipped + 1);
             slots.raise_generation(skipped, table.generation(skipped));
@@ -34,44 +48,20 @@ impl Slabs {
         let span = &mut self.spans[head as usize];
         span.fresh = i + 1;
         span.used += 1;
-        if span.used == span.slots {
+        let (is_full, class) = (span.used == span.slots, span.class);
+        if is_full {
             self.partial_remove(head);
         }
         self.classes[class as usize].free -= 1;
         true
     }
 
-    /// Finds the span's first slab from slot id and offset: id = first × 2^shift + i, offset = first × slab + i × class.
-    fn restore_span(
-        &mut self,
-        class: u16,
-        slot: SlotId,
-        offset: u64,
-        ensure: impl FnOnce(SlotId, u32) -> bool,
-    ) -> bool {
-        let Class { bytes, ideal, least, .. } = self.classes[class as usize];
-        let place = slot >> self.shift;
-        if self.head_of_slab(place).is_some() {
-            return true;
+    /// Gives back the restored spans in which nothing was in use.
+    pub(in crate::cache) fn release_unused<T: SlotTable>(&mut self, table: &mut T) {
+        for head in 0..self.count {
+            if self.head_of_slab(head) == Some(head) && self.span(head).used == 0 {
+                self.release(head, table);
+            }
         }
-        // A span is at most `ideal` slabs, so its first is one of the last `ideal`.
-        let earliest = place.saturating_sub(ideal - 1).max(place - place % self.group);
-        let fits = |head: &u32| {
-            u64::from(*head) * self.slab_bytes + u64::from(slot - self.first_slot(*head)) * bytes == offset
-        };
-        let Some(head) = (earliest..=place).rev().find(fits) else { return false };
-        let boundary = (head - head % self.group + self.group).min(self.count);
-        let len = (head..boundary.min(head + ideal)).take_while(|slab| self.is_pooled(*slab)).count() as u32;
-        if len < least || slot - self.first_slot(head) >= self.slots_in(class, len) {
-            return false;
-        }
-        if !ensure(self.first_slot(head), self.slots_in(class, len)) {
-            return false;
-        }
-        for slab in head..head + len {
-            self.pool_remove(slab);
-        }
-        self.make_span(class, head, len);
-        true
     }
 }

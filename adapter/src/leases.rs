@@ -1,0 +1,136 @@
+//! What this scheduler has pinned: the leases that the engine holds for it, so that the keeper can ask a new engine for
+//! them, and so that each is given back exactly once.
+//!
+//! A lease is entered when its lookup's answer is taken, and leaves when it is released. An answer that comes from an
+//! engine that the keeper has already taken stock for a successor of is not accepted: nothing holds what it found.
+//! What is released while the keeper names leases to a new engine is released there, afterwards.
+
+use crate::link::Link;
+use crate::sessions::Found;
+use kvring_shm_abi::message::Request;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// (session, admission)
+type Name = (u64, u32);
+
+/// One lease.
+#[derive(Clone)]
+pub(crate) struct Lease {
+    pub(crate) session: u64,
+    pub(crate) admission: u32,
+    pub(crate) namespace: u32,
+    /// What the lookup found.
+    pub(crate) found: Arc<Found>,
+    /// How many of its chunks are still wanted.
+    pub(crate) keep: u32,
+}
+
+enum At {
+    /// No engine that holds anything for us.
+    Nowhere,
+    /// The keeper names what is here to a new engine.
+    Declaring,
+    /// Releases go through this link. Its engine may be dead.
+    Attached(Arc<Link>),
+}
+
+struct State {
+    at: At,
+    held: HashMap<Name, Lease>,
+    /// Releases that are due once everything has been named.
+    owed: Vec<Request>,
+}
+
+/// See the module's documentation.
+pub(crate) struct Leases {
+    state: Mutex<State>,
+}
+
+impl Default for Leases {
+    fn default() -> Self {
+        Leases { state: Mutex::new(State { at: At::Nowhere, held: HashMap::new(), owed: Vec::new() }) }
+    }
+}
+
+impl Leases {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A lookup's answer came through `link`. False: that engine is history, and nobody holds what it found.
+    pub(crate) fn accept(&self, link: &Arc<Link>, lease: Lease) -> bool {
+        let mut state = self.state();
+        let is_current = matches!(&state.at, At::Attached(at) if Arc::ptr_eq(at, link));
+        if is_current {
+            state.held.insert((lease.session, lease.admission), lease);
+        }
+        is_current
+    }
+
+    /// Gives a lease up beyond its first `keep` chunks. `asked` is the attachment (by nonce) through which its lookup was
+    /// sent: where that is the current one, there may be a lease whose answer nobody has taken.
+    pub(crate) fn release(&self, session: u64, admission: u32, keep: u32, asked: u64) {
+        let mut state = self.state();
+        let known = match state.held.get_mut(&(session, admission)) {
+            Some(lease) if keep > 0 => {
+                lease.keep = lease.keep.min(keep);
+                true
+            }
+            Some(_) => state.held.remove(&(session, admission)).is_some(),
+            None => false,
+        };
+        state.send(known, &[asked], Request::Release { session, admission, keep });
+    }
+
+    /// Gives up everything of a session.
+    pub(crate) fn end_session(&self, session: u64, admissions: &[(u32, u64)]) {
+        let mut state = self.state();
+        let mut known = false;
+        for (admission, _) in admissions {
+            known |= state.held.remove(&(session, *admission)).is_some();
+        }
+        let mut asked = [0u64; 4];
+        // A session has one or two admissions; of more, the latest attachments are the ones that matter.
+        for (to, (_, nonce)) in asked.iter_mut().zip(admissions.iter().rev()) {
+            *to = *nonce;
+        }
+        state.send(known, &asked, Request::EndSession { session });
+    }
+
+    /// Keeper: takes stock for a new engine.
+    pub(crate) fn begin_declaring(&self) -> Vec<Lease> {
+        let mut state = self.state();
+        state.at = At::Declaring;
+        state.owed.clear();
+        state.held.values().cloned().collect()
+    }
+
+    /// Keeper: the new attachment stands; what was released meanwhile is released there.
+    pub(crate) fn attached(&self, link: &Arc<Link>) {
+        let mut state = self.state();
+        state.at = At::Attached(link.clone());
+        for request in state.owed.drain(..) {
+            link.post(request);
+        }
+    }
+
+    /// Keeper: no engine holds any of it any more.
+    pub(crate) fn forget(&self) {
+        let mut state = self.state();
+        state.at = At::Nowhere;
+        state.held.clear();
+        state.owed.clear();
+    }
+}
+
+impl State {
+    fn send(&mut self, known: bool, asked: &[u64], request: Request) {
+        match &self.at {
+            At::Attached(link) if known || asked.contains(&link.nonce) => link.post(request),
+            // It may have been named already.
+            At::Declaring if known => self.owed.push(request),
+            At::Attached(_) | At::Declaring | At::Nowhere => {}
+        }
+    }
+}

@@ -1,0 +1,242 @@
+//! What this worker was granted and has not settled: the slots that the engine believes it is writing.
+//!
+//! A slot that an engine granted stays WRITING until its writer's word, whatever becomes of that engine. So every grant is
+//! entered here before its copy may begin, and leaves when it is settled: committed and acknowledged, or given up. After a
+//! restart the keeper names all that is here to the new engine, which frees the rest.
+//!
+//! **A grant counts only while its attachment is the one that the ledger is at.** From the moment at which the keeper takes
+//! stock for the new engine ([`Ledger::begin_declaring`]), an answer that comes late through the old channel is refused:
+//! its slots are among those that the new engine frees, and may be somebody else's by the time they were written.
+//!
+//! What the mover decides meanwhile (a copy has ended, or is given up) is a *duty*, which the keeper does when the new
+//! attachment stands.
+
+use crate::link::Link;
+use kvring_shm_abi::failpoint;
+use kvring_shm_abi::message::SlotRecord;
+use std::collections::HashMap;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Names a batch of granted slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct BatchId(u64);
+
+/// What became of a batch's commit, in shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Settled {
+    /// Committed, now or before.
+    pub(crate) done: u32,
+    /// No longer wanted: their round had failed, or was replaced.
+    pub(crate) gone: u32,
+}
+
+enum Duty {
+    /// A copy may be running.
+    Writing,
+    /// The copy has ended; the engine is to know.
+    Commit,
+    /// It will not be written, and no copy runs.
+    Abort,
+    /// The commit was answered, and its waiter has not been told.
+    Settled(Settled),
+}
+
+struct Batch {
+    records: Vec<SlotRecord>,
+    duty: Duty,
+    /// Nobody waits for its outcome any more.
+    left: bool,
+}
+
+enum At {
+    /// No engine, or one that knows of nothing here.
+    Nowhere,
+    /// The keeper names what is here to a new engine.
+    Declaring,
+    /// Commits and aborts go through this link. Its engine may be dead.
+    Attached(Arc<Link>),
+}
+
+struct State {
+    at: At,
+    batches: HashMap<BatchId, Batch>,
+    last: u64,
+}
+
+/// See the module's documentation.
+pub(crate) struct Ledger {
+    state: Mutex<State>,
+    /// Notified when a batch was settled.
+    settled: Condvar,
+}
+
+/// What is to be done through a new attachment.
+#[derive(Default)]
+pub(crate) struct Duties {
+    /// To be committed.
+    pub(crate) commits: Vec<(BatchId, Vec<SlotRecord>)>,
+    /// To be aborted.
+    pub(crate) aborts: Vec<SlotRecord>,
+}
+
+impl Default for Ledger {
+    fn default() -> Self {
+        let state = State { at: At::Nowhere, batches: HashMap::new(), last: 0 };
+        Ledger { state: Mutex::new(state), settled: Condvar::new() }
+    }
+}
+
+impl Ledger {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Mover: these slots were granted through `link`. `None`: too late, they are not ours; nothing may be written there.
+    pub(crate) fn hold(&self, link: &Arc<Link>, records: Vec<SlotRecord>) -> Option<BatchId> {
+        let mut state = self.state();
+        let is_current = matches!(&state.at, At::Attached(at) if Arc::ptr_eq(at, link));
+        if !is_current && !failpoint::broken("late grants") {
+            return None;
+        }
+        state.last += 1;
+        let id = BatchId(state.last);
+        state.batches.insert(id, Batch { records, duty: Duty::Writing, left: false });
+        Some(id)
+    }
+
+    /// Mover: the copy has ended. Answers what to commit, and through which link; `None`: the keeper does, once there is
+    /// an engine again.
+    pub(crate) fn commit(&self, id: BatchId, checksums: &[u64]) -> Option<(Arc<Link>, Vec<SlotRecord>)> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        // One that was given up meanwhile, with its arena, is nothing to any engine.
+        let batch = state.batches.get_mut(&id).filter(|batch| matches!(batch.duty, Duty::Writing))?;
+        for (record, checksum) in batch.records.iter_mut().zip(checksums) {
+            record.checksum = *checksum;
+        }
+        batch.duty = Duty::Commit;
+        match &state.at {
+            At::Attached(link) => Some((link.clone(), batch.records.clone())),
+            At::Nowhere | At::Declaring => None,
+        }
+    }
+
+    /// Mover: the batch will not be written, and no copy of it runs. Answers what to abort, and through which link.
+    pub(crate) fn abort(&self, id: BatchId) -> Option<(Arc<Link>, Vec<SlotRecord>)> {
+        let mut guard = self.state();
+        let state = &mut *guard;
+        if matches!(state.batches.get(&id)?.duty, Duty::Settled(_)) {
+            state.batches.remove(&id);
+            return None;
+        }
+        match &state.at {
+            At::Attached(link) => {
+                let batch = state.batches.remove(&id)?;
+                Some((link.clone(), batch.records))
+            }
+            // It is being named at this moment: what was named must be taken back.
+            At::Declaring => {
+                state.batches.get_mut(&id)?.duty = Duty::Abort;
+                None
+            }
+            // Who does not name it frees it.
+            At::Nowhere => {
+                state.batches.remove(&id);
+                None
+            }
+        }
+    }
+
+    /// The engine has answered the batch's commit.
+    pub(crate) fn settle(&self, id: BatchId, outcome: Settled) {
+        let mut state = self.state();
+        let Some(batch) = state.batches.get_mut(&id) else { return };
+        if batch.left {
+            state.batches.remove(&id);
+        } else {
+            batch.duty = Duty::Settled(outcome);
+        }
+        drop(state);
+        self.settled.notify_all();
+    }
+
+    /// Mover: it has seen the answer itself.
+    pub(crate) fn close(&self, id: BatchId) {
+        self.state().batches.remove(&id);
+    }
+
+    /// Mover: waits for the outcome of a commit that somebody else sees through, at most until `until`. After it the
+    /// batch is no longer the caller's. `None`: not known by then; it is committed all the same, when that can be.
+    pub(crate) fn outcome(&self, id: BatchId, until: Instant) -> Option<Settled> {
+        let mut state = self.state();
+        loop {
+            match state.batches.get_mut(&id) {
+                None => return None,
+                Some(Batch { duty: Duty::Settled(outcome), .. }) => {
+                    let outcome = *outcome;
+                    state.batches.remove(&id);
+                    return Some(outcome);
+                }
+                Some(batch) => {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left == Duration::ZERO {
+                        batch.left = true;
+                        return None;
+                    }
+                    state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        }
+    }
+
+    /// Keeper: takes stock for a new engine. Nothing that an earlier one granted is accepted from here on.
+    pub(crate) fn begin_declaring(&self) -> Vec<SlotRecord> {
+        let mut state = self.state();
+        state.at = At::Declaring;
+        // Those that are to be aborted are freed because they are not named.
+        state.batches.retain(|_, batch| !matches!(batch.duty, Duty::Abort));
+        let is_held = |batch: &&Batch| match batch.duty {
+            Duty::Writing => !failpoint::broken("declare running copies"),
+            Duty::Commit => true,
+            Duty::Abort | Duty::Settled(_) => false,
+        };
+        let held = state.batches.values().filter(is_held);
+        held.flat_map(|batch| batch.records.iter().copied()).collect()
+    }
+
+    /// Keeper: the new attachment stands. Answers what was decided before.
+    pub(crate) fn attached(&self, link: &Arc<Link>) -> Duties {
+        let mut state = self.state();
+        state.at = At::Attached(link.clone());
+        let mut duties = Duties::default();
+        state.batches.retain(|id, batch| match batch.duty {
+            Duty::Commit => {
+                duties.commits.push((*id, batch.records.clone()));
+                true
+            }
+            Duty::Abort => {
+                duties.aborts.append(&mut batch.records);
+                false
+            }
+            Duty::Writing | Duty::Settled(_) => true,
+        });
+        duties
+    }
+
+    /// Keeper: the arena and its slots are given up, after the last copy into them has ended. Whoever waits is told that
+    /// nothing was stored.
+    pub(crate) fn forget(&self) {
+        let mut state = self.state();
+        state.at = At::Nowhere;
+        state.batches.retain(|_, batch| {
+            let gone = batch.records.len() as u32;
+            if !matches!(batch.duty, Duty::Settled(_)) {
+                batch.duty = Duty::Settled(Settled { done: 0, gone });
+            }
+            !batch.left
+        });
+        drop(state);
+        self.settled.notify_all();
+    }
+}

@@ -1,0 +1,156 @@
+//! Warm recovery: what a dead predecessor left in the engine's segment becomes the cache of its successor.
+//!
+//! Between the odd incarnation and the even one, on the service thread, by reading alone, but for what is freed. Committed
+//! shards of complete chunks stay; incomplete chunks stay while a living client may be writing a sibling; the rest goes.
+//! A slot that a *living* client was writing stays that client's, whether its chunk does or not: only its word, or its
+//! death, frees it. All of it is derived from the slab table and the slot headers, each of which was published in one
+//! store; so a predecessor's death between any two of its stores leaves tables that make sense. Tables that do not are an
+//! error, and a cold start.
+
+use crate::cache::{Cache, Found, NotRestorable, RegisterError, Round, Shard, ShardHeader};
+use crate::segments::Segments;
+use crate::service::{Registry, SharedSlots};
+use crate::stats::Stat;
+use kvring_shm_abi::failpoint;
+use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::CLIENTS_MAX;
+use kvring_shm_abi::message;
+use kvring_shm_abi::slot::{SlotContent, SlotState};
+use std::time::Instant;
+
+/// Why what there is cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotRecoverable {
+    /// The slab table or a slot header.
+    #[error(transparent)]
+    Tables(#[from] NotRestorable),
+    /// A namespace.
+    #[error("namespace {id}: {why}")]
+    Namespace {
+        /// Its id.
+        id: usize,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// Clients that a predecessor had, and that live: they come back by themselves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Inherited {
+    /// What each entry said then: an attachment to the predecessor, not to be judged.
+    pub(crate) nonces: [Option<u64>; CLIENTS_MAX],
+    /// Bit per entry whose owner lives.
+    pub(crate) living: u64,
+}
+
+impl Inherited {
+    /// None at all.
+    pub(crate) fn nobody() -> Inherited {
+        Inherited { nonces: [None; CLIENTS_MAX], living: 0 }
+    }
+}
+
+/// Reads everything back into an empty cache whose usable slabs have been added.
+pub(crate) fn recover(
+    segments: &Segments,
+    cache: &mut Cache<SharedSlots>,
+    registry: &mut Registry,
+) -> Result<Inherited, NotRecoverable> {
+    let began = Instant::now();
+    namespaces(segments, cache, registry)?;
+    let mut shards = 0u64;
+    for (first, record) in (0u32..).zip(segments.engine.slabs.iter()) {
+        let Some((slot_bytes, slabs)) = record.get() else { continue };
+        cache.restore_span(first, slabs, slot_bytes)?;
+        for slot in cache.slots_of_span(first) {
+            // A span lies inside the arena, and the table has a header for each of its slots.
+            let Some(header) = segments.engine.slot(slot) else { break };
+            if let Some(shard) = shard(&header.read()) {
+                cache.restore(slot, &shard)?;
+                shards += 1;
+            }
+        }
+        failpoint::here("recovery.span");
+    }
+    let restored = cache.restore_end();
+    failpoint::here("recovery.chunks");
+    let inherited = owners(segments, cache);
+    failpoint::here("recovery.owners");
+    let stats = cache.stats();
+    let block = &segments.engine.stats;
+    // Chunks that are forming count as lost once their last writer has turned out to be dead.
+    let kept = stats.chunks_forming;
+    let lost = u64::from(restored.dropped) + u64::from(restored.kept).saturating_sub(kept);
+    for (stat, value) in [
+        (Stat::WarmStart, 1),
+        (Stat::ChunksRecovered, stats.chunks_visible),
+        (Stat::ChunksKept, kept),
+        (Stat::ChunksLost, lost),
+        (Stat::SlotsQuarantined, stats.slots_writing),
+    ] {
+        stat.of(block).set(value);
+    }
+    tracing::info!(
+        name = %segments.name(), recovered = stats.chunks_visible, kept, lost, quarantined = stats.slots_writing,
+        clients = inherited.living.count_ones(), shards, ms = began.elapsed().as_millis() as u64,
+        "recovered what the earlier engine held"
+    );
+    Ok(inherited)
+}
+
+fn namespaces(
+    segments: &Segments,
+    cache: &mut Cache<SharedSlots>,
+    registry: &mut Registry,
+) -> Result<(), NotRecoverable> {
+    for (id, namespace) in segments.engine.namespaces.iter().enumerate() {
+        let Some(info) = namespace.read() else { continue };
+        let wrong = |why: String| NotRecoverable::Namespace { id, why };
+        registry.restore(id, namespace, &info).map_err(|error| wrong(error.to_string()))?;
+        for rank in 0..info.world {
+            let Some((_, bytes)) = namespace.rank_layout(rank as usize) else { continue };
+            let registered = cache.register(id as u32, info.world, rank, bytes);
+            registered.map_err(|error: RegisterError| wrong(error.to_string()))?;
+        }
+    }
+    Ok(())
+}
+
+/// What a slot in use holds; `None` for a free one.
+fn shard(content: &SlotContent) -> Option<Shard> {
+    let found = match content.word.state {
+        SlotState::Free => return None,
+        SlotState::Writing => Found::Writing,
+        SlotState::Orphaned => Found::Orphaned,
+        SlotState::Committed => Found::Committed,
+    };
+    let message::Round { source, number } = message::Round::unpack(content.round);
+    let identity = content.identity;
+    let header = ShardHeader {
+        owner: content.word.owner,
+        nonce: content.nonce,
+        key: identity.key,
+        namespace: identity.namespace,
+        rank: identity.rank,
+        round: if failpoint::broken("rounds") { Round::default() } else { Round { source, number } },
+        offset: identity.offset,
+        length: identity.length,
+    };
+    Some(Shard { header, generation: content.word.generation, found, tick: content.last_touch })
+}
+
+/// Which clients live. What the others were writing is freed, and their rounds are over.
+fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
+    let mut inherited = Inherited::nobody();
+    let lobby = &segments.lobby;
+    for entry in 0..CLIENTS_MAX {
+        let lives = matches!(lobby.life_words[entry].life(), Life::Alive { .. });
+        if lives && !failpoint::broken("quarantine") {
+            inherited.living |= 1 << entry;
+            inherited.nonces[entry] = lobby.entries[entry].read_nonce();
+        } else {
+            cache.owner_gone(entry as u8);
+        }
+    }
+    inherited
+}
