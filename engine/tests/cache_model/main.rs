@@ -79,6 +79,7 @@ impl Model {
                 }
                 self.cache.client_gone(255, generation, slot % 2 == 0);
             }
+            Op::Restart { dead, named } => self.restart(dead, named),
             Op::AddSlab(slab) => {
                 let is_new = slab < SLABS && !self.added.contains(&slab);
                 assert_eq!(self.cache.add_slab(slab).is_ok(), is_new);

@@ -4,7 +4,8 @@
 use std::collections::BTreeMap;
 
 use kvring_engine::cache::{
-    Aborted, Cache, CacheConfig, CommitError, Committed, Key, Reservation, Reserve, Round, ShardRef, SlotId,
+    Aborted, Cache, CacheConfig, CommitError, Committed, Found, Key, Reservation, Reserve, Round,
+    Shard as RestoredShard, ShardRef, SlotId,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -53,6 +54,7 @@ pub(crate) struct Write {
 pub(crate) type LeaseName = (u8, u64, u32);
 
 pub(crate) struct Model {
+    policy: PolicyKind,
     pub(crate) cache: Cache<VecTable>,
     pub(crate) chunks: Vec<Chunk>,
     pub(crate) writes: Vec<Write>,
@@ -63,28 +65,106 @@ pub(crate) struct Model {
     pub(crate) added: Vec<u32>,
 }
 
+fn empty(policy: PolicyKind, table: VecTable, slabs: &[u32]) -> Cache<VecTable> {
+    let config = CacheConfig {
+        policy,
+        keys_max: 64,
+        leases_max: 64,
+        pins_max: 1000,
+        ..CacheConfig::new(SLAB_BYTES, SLABS)
+    };
+    let mut cache = Cache::new(config, table).unwrap();
+    for (namespace, world) in WORLDS.iter().enumerate() {
+        for (rank, bytes) in world.iter().enumerate() {
+            cache.register(namespace as u32, world.len() as u32, rank as u32, *bytes).unwrap();
+        }
+    }
+    for slab in slabs {
+        cache.add_slab(*slab).unwrap();
+    }
+    cache
+}
+
 impl Model {
     pub(crate) fn new(policy: PolicyKind) -> Self {
-        let config = CacheConfig {
-            policy,
-            keys_max: 64,
-            leases_max: 64,
-            pins_max: 1000,
-            ..CacheConfig::new(SLAB_BYTES, SLABS)
-        };
         let slots = (SLAB_BYTES / 4096) as usize * SLABS as usize;
-        let mut cache = Cache::new(config, VecTable::new(slots)).unwrap();
-        for (namespace, world) in WORLDS.iter().enumerate() {
-            for (rank, bytes) in world.iter().enumerate() {
-                cache.register(namespace as u32, world.len() as u32, rank as u32, *bytes).unwrap();
+        let added = vec![0, 1, 2, 3];
+        let cache = empty(policy, VecTable::new(slots), &added);
+        let (chunks, writes, done, quarantined) = Default::default();
+        Self {
+            policy,
+            cache,
+            chunks,
+            writes,
+            done,
+            leases: BTreeMap::new(),
+            nonces: [1; 3],
+            quarantined,
+            added,
+        }
+    }
+
+    /// The engine dies, and its successor reads what was published. Then each owner comes back and names the slots that
+    /// `named` says (by its place in `writes`), or has died.
+    pub(crate) fn restart(&mut self, dead: u8, named: u64) {
+        self.take_freed();
+        let mut table = self.cache.table().clone();
+        table.out_of_space = false;
+        // A clone of an empty log has no room.
+        (table.freed, table.touches) = (Vec::with_capacity(1 << 16), Vec::with_capacity(1 << 16));
+        self.cache = empty(self.policy, table, &self.added);
+        let cache = &mut self.cache;
+        for (first, len, slot_bytes) in cache.table().spans.clone() {
+            cache.restore_span(first, len, slot_bytes).unwrap();
+            for slot in cache.slots_of_span(first) {
+                let entry = cache.table().entries[slot as usize];
+                let (header, found) = match entry.state {
+                    State::Free => continue,
+                    State::Writing(header) => (header, Found::Writing),
+                    State::Orphaned(header) => (header, Found::Orphaned),
+                    State::Committed(header) => (header, Found::Committed),
+                };
+                let shard = RestoredShard { header, generation: entry.generation, found, tick: entry.tick };
+                cache.restore(slot, &shard).unwrap();
             }
         }
-        let added = vec![0, 1, 2, 3];
-        for slab in &added {
-            cache.add_slab(*slab).unwrap();
+        let restored = cache.restore_end();
+        self.leases.clear();
+        let freed = self.take_freed();
+        let lost = |chunk: &Chunk| !chunk.visible && !chunk.is_written();
+        assert_eq!(restored.dropped as usize, self.chunks.iter().filter(|chunk| lost(chunk)).count());
+        while let Some(at) = self.chunks.iter().position(lost) {
+            self.dropped(at, &freed);
         }
-        let (chunks, writes, done, quarantined) = Default::default();
-        Self { cache, chunks, writes, done, leases: BTreeMap::new(), nonces: [1; 3], quarantined, added }
+        assert_eq!(restored.visible as usize, self.chunks.iter().filter(|chunk| chunk.visible).count());
+        assert_eq!(restored.kept as usize, self.chunks.iter().filter(|chunk| !chunk.visible).count());
+        self.cache.check_all().unwrap();
+        for owner in 0..OWNERS {
+            let nonce = self.nonces[usize::from(owner)] + 1;
+            self.nonces[usize::from(owner)] = nonce;
+            // All of its attachments are one now.
+            for write in self.writes.iter_mut().filter(|write| write.owner == owner) {
+                write.nonce = 0;
+            }
+            if dead >> owner & 1 == 1 {
+                self.cache.owner_gone(owner);
+            } else {
+                for (place, write) in self.writes.iter_mut().enumerate() {
+                    let Write { slot, generation, key, .. } = *write;
+                    if write.owner == owner && named >> (place % 64) & 1 == 1 {
+                        assert!(!self.cache.adopt((owner + 1) % OWNERS, 1, slot, generation, key));
+                        assert!(self.cache.adopt(owner, nonce, slot, generation, key));
+                        write.nonce = nonce;
+                    }
+                }
+                let rest =
+                    self.writes.iter().filter(|write| (write.owner, write.nonce) == (owner, 0)).count();
+                assert_eq!(self.cache.declare_end(owner) as usize, rest);
+            }
+            let freed = self.take_freed();
+            self.writer_gone(owner, 0, &freed);
+        }
+        self.quarantined.clear();
     }
 
     pub(crate) fn is_leased(&self, chunk: &Chunk) -> bool {

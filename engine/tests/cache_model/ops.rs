@@ -76,6 +76,11 @@ pub(crate) enum Op {
         generation: u64,
     },
     AddSlab(u32),
+    /// The engine dies and has a successor; which owners die too (a bit each), which slots the others name.
+    Restart {
+        dead: u8,
+        named: u64,
+    },
 }
 
 /// Any of them; what builds something up comes more often than what takes it down.
@@ -115,5 +120,9 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => prop::bool::weighted(0.3).prop_map(Op::OutOfSpace),
         1 => (any::<u32>(), any::<u64>()).prop_map(|(slot, generation)| Op::Hostile { slot, generation }),
         1 => (0..9_u32).prop_map(Op::AddSlab),
+        1 => (0..8_u8, any::<u64>(), any::<u64>()).prop_map(|(dead, one, other)| {
+            // Most are alive, and name most.
+            Op::Restart { dead: dead & (one as u8), named: one | other }
+        }),
     ]
 }
