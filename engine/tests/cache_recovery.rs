@@ -125,6 +125,19 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
     assert_eq!(new.stats().slots_writing, 0);
 }
 
+/// The engine died between making a span and using it, or between freeing its last slot and giving it back.
+#[test]
+fn spans_in_which_nothing_is_in_use_go_back() {
+    let mut old = cache(2, &[70_000]);
+    store(&mut old, 1, &chain(1, 2));
+    let mut new = empty(old.table(), 2);
+    register(&mut new, 0, &[70_000]);
+    new.restore_span(0, 1, 73_728).unwrap();
+    assert_eq!(new.restore_end().visible, 0);
+    assert_eq!(new.stats().slabs_free, 2);
+    new.check_all().unwrap();
+}
+
 #[test]
 fn nothing_is_evicted_while_evictions_are_held() {
     let mut cache = cache(1, &[SLAB_BYTES / 2]);

@@ -5,10 +5,14 @@ use comfy_table::{CellAlignment, LineStyle, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::sync::OnceLock;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// Where a level is taken from when the command line does not say.
 pub(crate) const LOG_ENV: &str = "KVRING_LOG";
+
+/// Lines that wait for an engine's log to be read.
+const LOG_LINES: usize = 4096;
 
 /// The level or filter that the user asked for, if any.
 #[derive(Clone, Debug)]
@@ -28,6 +32,24 @@ impl LogChoice {
 
     /// Starts logging, at `otherwise` if nothing was asked for.
     pub(crate) fn start(&self, otherwise: &str) -> anyhow::Result<()> {
+        self.start_to(otherwise, || BesideBars)
+    }
+
+    /// The same on a thread of its own, which nobody ever waits for: for an engine, whose service thread must not stand
+    /// still because somebody has stopped reading its log. Lines that find no room are lost, and counted in none. What is
+    /// returned writes the rest when it is dropped.
+    pub(crate) fn start_unwaited(&self, otherwise: &str) -> anyhow::Result<WorkerGuard> {
+        let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(LOG_LINES);
+        let (writer, guard) = builder.thread_name("kvring-log").finish(BesideBars);
+        self.start_to(otherwise, move || writer.clone())?;
+        Ok(guard)
+    }
+
+    fn start_to<W: Write + 'static>(
+        &self,
+        otherwise: &str,
+        writer: impl Fn() -> W + Send + Sync + 'static,
+    ) -> anyhow::Result<()> {
         let text = self.asked().unwrap_or(otherwise);
         let filter = EnvFilter::try_new(text).with_context(|| {
             format!(
@@ -37,7 +59,7 @@ impl LogChoice {
         tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_ansi(std::io::stderr().is_terminal())
-            .with_writer(|| BesideBars)
+            .with_writer(writer)
             .try_init()
             .map_err(|error| anyhow!("cannot start logging: {error}"))
     }

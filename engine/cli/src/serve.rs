@@ -176,7 +176,8 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
         None => EngineConfig::default(),
     };
     let config = base.with(args.settings.overrides())?;
-    log.start(&config.log)?;
+    // Written to its end when we return.
+    let _log = log.start_unwaited(&config.log)?;
     if args.print_config {
         let text = toml::to_string(&config).context("cannot print the configuration")?;
         std::io::stdout().write_all(text.as_bytes())?;

@@ -62,6 +62,23 @@ fn whoever_reads_its_log_may_go_away() {
 }
 
 #[test]
+fn whoever_reads_its_log_may_stop_reading() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    // A page of it is full after a few lines.
+    nix::fcntl::fcntl(&writer, nix::fcntl::FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
+    let mut engine = Running::serve_to("unread", writer.into());
+    // Each attachment and each leave is a line of about a hundred bytes.
+    for _ in 0..40 {
+        let cleared = run(&["clear", "--name", &engine.name]);
+        assert_eq!(cleared.code, Some(0), "{}", cleared.stderr);
+    }
+    drop(reader);
+    engine.signal(Signal::SIGTERM);
+    assert_eq!(engine.wait(), Some(0));
+    assert_eq!(segments(&format!("kvring.{}.", engine.name)), Vec::<String>::new());
+}
+
+#[test]
 fn a_second_engine_of_the_same_name_is_refused_and_the_first_goes_on() {
     let engine = Running::serve("second");
     let second = run(&["serve", "--name", &engine.name, "--arena", "8MiB"]);

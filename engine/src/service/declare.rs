@@ -62,6 +62,7 @@ impl Service {
         if count > KEYS_MAX {
             return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
         }
+        self.named += count as u32;
         let records = &mut self.scratch.slots[..count];
         connection.payload().read(slots.offset, bytemuck::cast_slice_mut(records))?;
         let mut writer = connection.payload().writer(answer, count)?;
@@ -92,6 +93,7 @@ impl Service {
         let Some((world, _)) = self.registry.shape(lease.namespace) else {
             return Ok(refuse(Status::UnknownNamespace));
         };
+        self.named += count as u32;
         let records = &mut self.scratch.leases[..count];
         connection.payload().read(lease.chunks.offset, bytemuck::cast_slice_mut(records))?;
         let keys: &mut [Key] = &mut self.scratch.keys[..count];

@@ -5,7 +5,7 @@
 //! area, a ring that jumps) is a breach: the client is detached and nobody else notices.
 
 use super::declare::LeaseMessage;
-use super::{BATCH, Service};
+use super::{BATCH, KEYS_PER_TURN, Service};
 use crate::cache::{self, Aborted, CommitError, Committed, FindError, Reservation, Reserve};
 use crate::stats::Stat;
 use crate::tier::PendingLookup;
@@ -54,7 +54,11 @@ impl Service {
     #[inline]
     pub(super) fn serve(&mut self, entry: usize) -> bool {
         let mut worked = false;
+        self.named = 0;
         for _ in 0..BATCH {
+            if self.named >= KEYS_PER_TURN {
+                break;
+            }
             let Some(connection) = &mut self.connections[entry] else { break };
             let body = match connection.pop() {
                 Ok(Some(body)) => body,
@@ -178,6 +182,7 @@ impl Service {
             return Ok(refuse(Status::UnknownNamespace));
         };
         let count = count.min(lookup.answer.count as usize / world as usize);
+        self.named += count as u32;
         let keys = &mut self.scratch.keys[..count];
         connection.payload().read(lookup.keys.offset, bytemuck::cast_slice_mut(keys))?;
         let answer = lookup.answer.offset;
@@ -277,6 +282,7 @@ impl Service {
         if connection.rank_in(message.namespace) != Some(message.rank) {
             return Ok(refuse(Status::UnknownNamespace));
         }
+        self.named += count as u32;
         let keys = &mut self.scratch.keys[..count];
         connection.payload().read(message.keys.offset, bytemuck::cast_slice_mut(keys))?;
         let mut parent: Key = [0; KEY_WORDS];
@@ -353,6 +359,7 @@ impl Service {
         if count > KEYS_MAX {
             return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
         }
+        self.named += count as u32;
         let records = &mut self.scratch.slots[..count];
         connection.payload().read(slots.offset, bytemuck::cast_slice_mut(records))?;
         let mut writer = connection.payload().writer(answer, count)?;

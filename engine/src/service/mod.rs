@@ -5,8 +5,8 @@
 //! clients at once. About every millisecond, and every `beat_interval` while idle, it *ticks*: the beat, the lobby,
 //! the dead, the background allocator, the statistics, a step of its own invariants.
 //!
-//! No client can hold it up for long: it never waits for one, takes at most [`BATCH`] requests of one ring per turn (of
-//! up to 8192 keys each), and detaches who breaks the protocol.
+//! No client can hold it up for long: it never waits for one, takes at most [`BATCH`] requests of one ring per turn, and no
+//! more once they have named [`KEYS_PER_TURN`] keys, and detaches who breaks the protocol.
 
 mod attach;
 mod clear;
@@ -37,6 +37,8 @@ use std::sync::Arc;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
 const BATCH: u32 = 32;
+/// Keys and slots named by one client's requests, after which it is the next one's turn: one full request's.
+const KEYS_PER_TURN: u32 = kvring_shm_abi::message::KEYS_MAX as u32;
 /// Turns between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
 /// The shortest time between two ticks: the beat moves at most at 1 kHz.
@@ -114,6 +116,8 @@ pub(crate) struct Service {
     pending: PendingLookups,
     clearing: Option<Clearing>,
     scratch: Scratch,
+    /// Keys and slots that the client whose turn it is has named in it.
+    named: u32,
     stop: Arc<AtomicBool>,
     beat_interval_ns: u64,
     spin: SpinBudget,
@@ -175,6 +179,7 @@ impl Service {
             pending: PendingLookups::new(),
             clearing: None,
             scratch: Scratch::new(),
+            named: 0,
             stop: Arc::new(AtomicBool::new(false)),
             beat_interval_ns: pace.beat_interval_ns,
             spin: SpinBudget::new(pace.spin_ns),
