@@ -11,6 +11,7 @@ pub mod fuzz;
 pub mod held;
 pub mod isolate;
 pub mod kv;
+pub mod model;
 pub mod peer;
 pub mod proto;
 pub mod raw;

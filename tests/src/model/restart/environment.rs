@@ -1,0 +1,93 @@
+//! What happens to the processes: deaths, the kernel's marks, cold starts, new work.
+
+use super::bounds::{Break, ENTRIES, SLOTS};
+use super::state::{
+    Answer, Busy, Engine, Entry, Keeper, Loader, Mover, NONE, Phase, Process, Slot, State, Word,
+};
+use super::{NAMES, Restart, Steps};
+
+impl Restart {
+    /// What can happen.
+    pub(super) fn environment_steps(&self, steps: &mut Steps) {
+        let state = steps.from;
+        let phase = state.engine.phase;
+        if state.left.engine_deaths > 0 && !matches!(phase, Phase::Down | Phase::Ended) {
+            steps.may("engine", "DIES", |state| {
+                state.left.engine_deaths -= 1;
+                state.engine = Engine::ended();
+            });
+        }
+        if state.left.cold_starts > 0 && phase == Phase::Down && state.incarnation != 0 {
+            steps.may("engine", "STARTS COLD", |state| self.cold_start(state));
+        }
+        for client in 0..self.bounds.clients {
+            match state.clients[client].process {
+                Process::Alive if state.left.client_deaths > 0 => {
+                    steps.may(NAMES[client], "DIES", |state| {
+                        state.left.client_deaths -= 1;
+                        self.die(state, client);
+                    });
+                }
+                Process::Ended => {
+                    steps.progress("kernel", "marks the client's word", |state| self.mark(state, client));
+                }
+                Process::Alive | Process::Gone => {}
+            }
+            if phase == Phase::Serving && state.engine.busy == Busy::Idle && state.is_current(client) {
+                self.lookup_steps(steps, client);
+            }
+        }
+    }
+
+    /// New segments under the same name; or, where that rule is broken, the old ones zeroed.
+    fn cold_start(&self, state: &mut State) {
+        state.left.cold_starts -= 1;
+        state.slots = [Slot::FRESH; SLOTS].map(|slot| Slot { ..slot });
+        state.owner_alive = true;
+        if self.breaks(Break::ZeroesInPlace) {
+            state.engine.phase = Phase::Owner;
+            return;
+        }
+        state.arena += 1;
+        state.incarnation = 1;
+        (state.words_alive, state.words_by) = (true, 1);
+        state.words = [Word::Unclaimed; ENTRIES];
+        state.entries = [Entry::EMPTY; ENTRIES];
+        state.answers = [Answer::EMPTY; ENTRIES];
+        state.files = [NONE; ENTRIES];
+        state.engine.phase = Phase::Scan(0);
+    }
+
+    /// All threads end; what they had sent stays in its ring.
+    fn die(&self, state: &mut State, client: usize) {
+        let who = &mut state.clients[client];
+        who.process = Process::Ended;
+        who.loader = Loader::Idle;
+        let lingers = self.bounds.threads_linger && matches!(who.mover, Mover::Copying(_));
+        if !lingers && !matches!(who.mover, Mover::Reserving(..) | Mover::Sent(..)) {
+            who.mover = Mover::Idle;
+        }
+    }
+
+    /// The kernel walks the keeper's list, and looks at `list_op_pending`.
+    fn mark(&self, state: &mut State, client: usize) {
+        let who = state.clients[client];
+        let entry = who.entry as usize;
+        let named = match who.keeper {
+            Keeper::Away => false,
+            Keeper::Pending | Keeper::Claimed => !self.breaks(Break::NoPending),
+            _ => true,
+        };
+        let by_me = match state.words[entry] {
+            Word::Alive(owner) => owner as usize == client || self.bounds.equal_tids,
+            Word::Unclaimed | Word::Dead => false,
+        };
+        if named && by_me && state.is_current(client) {
+            state.words[entry] = Word::Dead;
+        }
+        state.clients[client].process = Process::Gone;
+        if !who.owns() || !state.is_current(client) {
+            state.clients[client].forget();
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! Attach, claim, death, restart, declare, reclaim: the protocol by which clients and engines outlive each other.
+//!
+//! It models the protocol, not the code: each step is one access to shared memory that others can see, or something
+//! that happens to a process. What one thread does between two such accesses is one step with the first of them.
+//!
+//! * `S1` nobody writes into a slot that is not his, and no two write into one;
+//! * `S2` what is committed is its key's bytes, and so is what a load brings;
+//! * `S3` an acknowledged commit is there until it is evicted;
+//! * `S4` an entry has one living owner; at rest nothing is left of the dead, and nothing that nobody holds;
+//! * `S5` everybody who lives can always come to be attached, once;
+//! * `S6` nobody believes in an engine of another incarnation.
+//!
+//! What is not modelled: rings (a message is a state of its sender; `shm-abi` has loom models of them), memory orders
+//! (ditto), several ranks (see [`super::rounds`]), devices that write after their process's death.
+
+mod bounds;
+mod client;
+mod engine;
+mod environment;
+mod properties;
+mod state;
+mod threads;
+
+pub use bounds::{Bounds, Break, CLIENTS, ENTRIES, SLOTS};
+pub use state::{Left, State};
+
+use super::{Kind, Model, Step};
+use state::{Answer, Client, Engine, Entry, NONE, Slot, Word};
+
+/// The names of clients in traces.
+const NAMES: [&str; CLIENTS] = ["client 0", "client 1"];
+
+/// The protocol, within bounds.
+#[derive(Clone, Copy, Debug)]
+pub struct Restart {
+    /// How much of everything.
+    pub bounds: Bounds,
+    /// The rule that is broken, if any.
+    pub broken: Option<Break>,
+}
+
+/// Where steps are gathered.
+struct Steps<'a> {
+    from: &'a State,
+    out: &'a mut Vec<Step<State>>,
+}
+
+impl Steps<'_> {
+    fn add(&mut self, kind: Kind, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
+        let mut next = *self.from;
+        change(&mut next);
+        self.out.push(Step { who, what, kind, next });
+    }
+
+    /// What somebody does because it has to.
+    fn progress(&mut self, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
+        self.add(Kind::Progress, who, what, change);
+    }
+
+    /// What may happen.
+    fn may(&mut self, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
+        self.add(Kind::Environment, who, what, change);
+    }
+}
+
+impl Restart {
+    /// Is this the rule that is broken?
+    fn breaks(&self, rule: Break) -> bool {
+        self.broken == Some(rule)
+    }
+}
+
+impl Model for Restart {
+    type State = State;
+
+    fn initial(&self) -> State {
+        let Bounds { clients, stores, loads, left, .. } = self.bounds;
+        let mut all = [Client::new(0, 0); CLIENTS];
+        for client in 0..CLIENTS {
+            all[client] = Client::new(stores[client], loads[client]);
+            if client >= clients {
+                all[client].process = state::Process::Gone;
+            }
+        }
+        State {
+            arena: 0,
+            incarnation: 0,
+            owner_alive: false,
+            words_alive: false,
+            words_by: 0,
+            words: [Word::Unclaimed; ENTRIES],
+            entries: [Entry::EMPTY; ENTRIES],
+            answers: [Answer::EMPTY; ENTRIES],
+            files: [NONE; ENTRIES],
+            slots: [Slot::FRESH; SLOTS],
+            engine: Engine::FRESH,
+            clients: all,
+            left,
+            failed: None,
+        }
+    }
+
+    fn steps(&self, state: &State, out: &mut Vec<Step<State>>) {
+        let mut steps = Steps { from: state, out };
+        self.engine_steps(&mut steps);
+        for client in 0..self.bounds.clients {
+            self.keeper_steps(&mut steps, client);
+            self.mover_steps(&mut steps, client);
+            self.loader_steps(&mut steps, client);
+        }
+        self.environment_steps(&mut steps);
+    }
+
+    fn violation(&self, state: &State) -> Option<&'static str> {
+        properties::violation(&self.bounds, state)
+    }
+
+    fn at_rest(&self, state: &State) -> Option<&'static str> {
+        properties::at_rest(&self.bounds, state)
+    }
+
+    fn describe(&self, state: &State) -> String {
+        let State { incarnation, words_alive, engine, .. } = state;
+        let mut text = format!(
+            "inc {incarnation} life {} {:?} {:?}",
+            if *words_alive { "alive" } else { "dead" },
+            engine.phase,
+            engine.busy
+        );
+        for entry in 0..self.bounds.entries {
+            text += &format!(" | e{entry} {:?}", state.words[entry]);
+        }
+        for slot in &state.slots[..self.bounds.slots] {
+            text += &format!(" | {:?} g{} k{} {:?}", slot.used, slot.generation, slot.key, slot.bytes);
+        }
+        for client in &state.clients[..self.bounds.clients] {
+            text += &format!(" | {:?} {:?} n{}", client.process, client.keeper, client.nonce);
+            if client.mover != state::Mover::Idle {
+                text += &format!(" {:?}", client.mover);
+            }
+            if client.loader != state::Loader::Idle {
+                text += &format!(" {:?}", client.loader);
+            }
+        }
+        text.replace("Grant { slot: ", "(s").replace(", generation: ", " g").replace(", key: ", " k").replace(" }", ")")
+    }
+}
