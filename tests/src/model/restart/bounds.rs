@@ -28,6 +28,11 @@ pub struct Bounds {
     pub left: Left,
     /// The second client names every slot of the table as its own.
     pub liar: bool,
+    /// The clients are attached in the beginning.
+    pub attached: bool,
+    /// Some steps are one with the next, so that more clients fit in: of the start of an engine, a publication, a
+    /// declaration, a commit. Smaller checks see every part of them.
+    pub coarse: bool,
     /// Clients look at the engine's health.
     pub health: bool,
     /// A client's threads do not end at once: a copy may still run when the kernel has marked its keeper's word.
@@ -56,6 +61,8 @@ impl Bounds {
             leaves: 0,
         },
         liar: false,
+        attached: false,
+        coarse: false,
         health: false,
         threads_linger: false,
         waits_for_process: false,

@@ -43,13 +43,16 @@ impl Restart {
                 state.clients[client].keeper = Keeper::Owner;
             }),
             Keeper::Owner if serves(state) => {
-                steps.progress(name, "makes a channel, begins to publish", |state| publish(state, client));
+                steps.progress(name, "makes a channel, begins to publish", |state| {
+                    publish(state, client);
+                    if self.bounds.coarse {
+                        published(state, client);
+                    }
+                });
             }
             Keeper::Owner => {}
             Keeper::Publishing => steps.progress(name, "has published its entry", |state| {
-                let Client { nonce, incarnation, .. } = state.clients[client];
-                state.entries[entry] = Entry { ready: true, nonce, incarnation };
-                state.clients[client].keeper = Keeper::Waiting;
+                published(state, client);
             }),
             Keeper::Waiting => self.wait(steps, client),
             Keeper::Attached => steps.progress(name, "reads its ledger", |state| self.read_ledger(state, client)),
@@ -98,13 +101,13 @@ impl Restart {
         if !serves(state) {
             return;
         }
-        for entry in 0..self.bounds.entries {
-            if state.words[entry] == Word::Unclaimed {
-                steps.progress(NAMES[client], "finds an unclaimed word; sets list_op_pending", |state| {
-                    let who = &mut state.clients[client];
-                    (who.keeper, who.arena, who.entry) = (Keeper::Pending, state.arena, entry as u8);
-                });
-            }
+        // The first: which of them is all the same.
+        let unclaimed = state.words[..self.bounds.entries].iter().position(|word| *word == Word::Unclaimed);
+        if let Some(entry) = unclaimed {
+            steps.progress(NAMES[client], "finds an unclaimed word; sets list_op_pending", |state| {
+                let who = &mut state.clients[client];
+                (who.keeper, who.arena, who.entry) = (Keeper::Pending, state.arena, entry as u8);
+            });
         }
     }
 
@@ -201,15 +204,21 @@ fn publish(state: &mut State, client: usize) {
     state.files[entry] = nonce;
 }
 
+fn published(state: &mut State, client: usize) {
+    let Client { nonce, incarnation, entry, .. } = state.clients[client];
+    state.entries[entry as usize] = Entry { ready: true, nonce, incarnation };
+    state.clients[client].keeper = Keeper::Waiting;
+}
+
 /// A nonce that nothing refers to: as good as one that never was.
 fn fresh_nonce(state: &State) -> u8 {
     let mut used = 0u32;
     for client in &state.clients {
         used |= 1 << client.nonce | 1 << client.accepts;
-        if let Mover::Reserving(_, channel) | Mover::Answered(_, channel) | Mover::Sent(_, _, channel) =
-            client.mover
-        {
-            used |= 1 << channel;
+        match client.mover {
+            Mover::Reserving(_, channel) | Mover::Answered(_, channel) => used |= 1 << channel,
+            Mover::Sent(_, _, channel) | Mover::Acknowledged(_, _, channel) => used |= 1 << channel,
+            Mover::Idle | Mover::Granted(_) | Mover::Copying(_) | Mover::Owing(..) => {}
         }
     }
     for entry in 0..state.entries.len() {

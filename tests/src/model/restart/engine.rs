@@ -19,15 +19,16 @@ impl Restart {
     pub(super) fn engine_steps(&self, steps: &mut Steps) {
         let state = steps.from;
         match state.engine.phase {
+            Phase::Down if self.bounds.coarse => steps.progress(ENGINE, "a new one takes all its words", |state| {
+                state.incarnation = self.next_incarnation(state);
+                (state.owner_alive, state.words_alive, state.words_by) = (true, true, state.incarnation);
+                state.engine.phase = Phase::Scan(0);
+            }),
             Phase::Down => steps.progress(ENGINE, "a new one takes the owner word", |state| {
                 state.owner_alive = true;
                 state.engine.phase = Phase::Owner;
             }),
-            Phase::Ended => steps.progress("kernel", "marks the engine's words", |state| {
-                state.owner_alive = false;
-                state.words_alive = false;
-                state.engine.phase = Phase::Down;
-            }),
+            Phase::Ended => steps.progress("kernel", "marks the engine's words", mark),
             Phase::Owner | Phase::Half => {
                 let first = state.engine.phase == Phase::Owner;
                 let next = if first { Phase::Half } else { Phase::Scan(0) };
@@ -101,16 +102,9 @@ impl Restart {
             Busy::DeclareEnd(entry, from) => {
                 steps.progress(ENGINE, "goes on with declare_end", |state| self.declare_end(state, entry, from));
             }
-            Busy::Acknowledge(client) => steps.progress(ENGINE, "answers the commit or abort", |state| {
-                state.engine.busy = Busy::Idle;
-                if let Mover::Sent(grant, committed, _) = state.clients[client as usize].mover {
-                    let slot = &mut state.slots[grant.slot as usize];
-                    slot.acknowledged |= committed
-                        && slot.used == Use::Committed
-                        && slot.generation == grant.generation;
-                    state.clients[client as usize].mover = Mover::Acknowledged;
-                }
-            }),
+            Busy::Acknowledge(client) => {
+                steps.progress(ENGINE, "answers the commit or abort", |state| acknowledge(state, client as usize));
+            }
         }
     }
 
@@ -134,11 +128,18 @@ impl Restart {
             }
             match who.mover {
                 Mover::Reserving(key, channel) if state.engine.connected[entry] == channel => {
-                    steps.progress(ENGINE, "answers the reservation", |state| reserve(state, client, key, channel));
+                    steps.progress(ENGINE, "answers the reservation", |state| {
+                        self.reserve(state, client, key, channel);
+                    });
                 }
                 Mover::Sent(grant, commits, channel) if state.engine.connected[entry] == channel => {
                     let what = if commits { "commits" } else { "aborts" };
-                    steps.progress(ENGINE, what, |state| self.settle(state, client, grant, commits));
+                    steps.progress(ENGINE, what, |state| {
+                        self.settle(state, client, grant, commits);
+                        if self.bounds.coarse {
+                            acknowledge(state, client);
+                        }
+                    });
                 }
                 _ => {}
             }
@@ -212,16 +213,13 @@ impl Restart {
                     }
                 }
                 state.clients[client].keeper = Keeper::DeclareLeases;
-            }),
-            Keeper::DeclareLeases => steps.progress(ENGINE, "hears which leases are held", |state| {
-                if let Some(handle) = who.pinned
-                    && state.is(handle)
-                    && state.slots[handle.slot as usize].used == Use::Committed
-                {
-                    state.engine.leases[entry] |= 1 << handle.slot;
+                if self.bounds.coarse {
+                    pin(state, client, entry);
                 }
-                state.clients[client].keeper = Keeper::DeclareEnd;
             }),
+            Keeper::DeclareLeases => {
+                steps.progress(ENGINE, "hears which leases are held", |state| pin(state, client, entry));
+            }
             Keeper::DeclareEnd => {
                 steps.progress(ENGINE, "hears declare_end", |state| self.declare_end(state, entry as u8, 0));
             }
@@ -260,6 +258,21 @@ impl Restart {
                 client.wrote = None;
                 client.pinned = None;
             }
+        }
+    }
+
+    /// A slot for that key, unless it is visible already or there is no room.
+    fn reserve(&self, state: &mut State, client: usize, key: u8, channel: u8) {
+        let entry = state.clients[client].entry;
+        let visible = state.slots.iter().any(|slot| slot.used == Use::Committed && slot.key == key);
+        let free = state.slots[..self.bounds.slots].iter().position(|slot| slot.used == Use::Free);
+        state.clients[client].mover = Mover::Idle;
+        if let (false, Some(slot)) = (visible, free) {
+            let to = &mut state.slots[slot];
+            *to = Slot { used: Use::Writing(entry), key, ..*to };
+            let grant = Grant { slot: slot as u8, generation: to.generation, key };
+            state.clients[client].mover = Mover::Answered(grant, channel);
+            state.engine.adopted |= 1 << slot;
         }
     }
 
@@ -332,17 +345,32 @@ fn reclaim_name(at: u8) -> &'static str {
     }
 }
 
-fn reserve(state: &mut State, client: usize, key: u8, channel: u8) {
-    let entry = state.clients[client].entry;
-    let visible = state.slots.iter().any(|slot| slot.used == Use::Committed && slot.key == key);
-    let free = state.slots.iter().position(|slot| slot.used == Use::Free && slot.generation != u8::MAX);
-    state.clients[client].mover = Mover::Idle;
-    if let (false, Some(slot)) = (visible, free) {
-        let to = &mut state.slots[slot];
-        *to = Slot { used: Use::Writing(entry), key, ..*to };
-        let grant = Grant { slot: slot as u8, generation: to.generation, key };
-        state.clients[client].mover = Mover::Answered(grant, channel);
-        state.engine.adopted |= 1 << slot;
+/// The kernel has walked the engine's list.
+pub(super) fn mark(state: &mut State) {
+    (state.owner_alive, state.words_alive) = (false, false);
+    state.engine.phase = Phase::Down;
+}
+
+/// The answer to a commit or an abort.
+fn acknowledge(state: &mut State, client: usize) {
+    state.engine.busy = Busy::Idle;
+    if let Mover::Sent(grant, committed, channel) = state.clients[client].mover {
+        let slot = &mut state.slots[grant.slot as usize];
+        slot.acknowledged |=
+            committed && slot.used == Use::Committed && slot.generation == grant.generation;
+        state.clients[client].mover = Mover::Acknowledged(grant, committed, channel);
+    }
+}
+
+/// The client says what it has pinned: what is still there is pinned again.
+fn pin(state: &mut State, client: usize, entry: usize) {
+    let who = &mut state.clients[client];
+    who.keeper = Keeper::DeclareEnd;
+    if let Some(handle) = who.pinned
+        && state.is(handle)
+        && state.slots[handle.slot as usize].used == Use::Committed
+    {
+        state.engine.leases[entry] |= 1 << handle.slot;
     }
 }
 

@@ -4,7 +4,7 @@ use super::bounds::{Break, ENTRIES, SLOTS};
 use super::state::{
     Answer, Busy, Engine, Entry, Keeper, Loader, Mover, NONE, Phase, Process, Slot, State, Word,
 };
-use super::{NAMES, Restart, Steps};
+use super::{NAMES, Restart, Steps, engine};
 
 impl Restart {
     /// What can happen.
@@ -15,6 +15,9 @@ impl Restart {
             steps.may("engine", "DIES", |state| {
                 state.left.engine_deaths -= 1;
                 state.engine = Engine::ended();
+                if self.bounds.coarse {
+                    engine::mark(state);
+                }
             });
         }
         if state.left.cold_starts > 0 && phase == Phase::Down && state.incarnation != 0 {

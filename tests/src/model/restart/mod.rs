@@ -63,6 +63,22 @@ impl Steps<'_> {
     }
 }
 
+/// As after a first start, with every client attached in the entry of its own number.
+fn begin_attached(state: &mut State, clients: usize) {
+    (state.incarnation, state.owner_alive, state.words_alive, state.words_by) = (2, true, true, 1);
+    state.engine.phase = state::Phase::Serving;
+    for at in 0..clients {
+        let nonce = at as u8 + 1;
+        state.words[at] = Word::Alive(at as u8);
+        state.entries[at] = Entry { ready: true, nonce, incarnation: 2 };
+        state.answers[at] = Answer { nonce, attached: true, by: 2 };
+        (state.engine.connected[at], state.engine.judged[at]) = (nonce, nonce);
+        let who = &mut state.clients[at];
+        (who.keeper, who.entry, who.incarnation) = (state::Keeper::Ready, at as u8, 2);
+        (who.nonce, who.accepts) = (nonce, nonce);
+    }
+}
+
 impl Restart {
     /// Is this the rule that is broken?
     fn breaks(&self, rule: Break) -> bool {
@@ -82,7 +98,7 @@ impl Model for Restart {
                 all[client].process = state::Process::Gone;
             }
         }
-        State {
+        let mut state = State {
             arena: 0,
             incarnation: 0,
             owner_alive: false,
@@ -97,7 +113,11 @@ impl Model for Restart {
             clients: all,
             left,
             failed: None,
+        };
+        if self.bounds.attached {
+            begin_attached(&mut state, clients);
         }
+        state
     }
 
     fn steps(&self, state: &State, out: &mut Vec<Step<State>>) {

@@ -152,8 +152,8 @@ pub enum Mover {
     Owing(Grant, bool),
     /// Has sent it, through a channel.
     Sent(Grant, bool, u8),
-    /// The answer to it lies in the channel.
-    Acknowledged,
+    /// The answer to it lies in that channel.
+    Acknowledged(Grant, bool, u8),
 }
 
 /// The thread that loads.
@@ -360,8 +360,8 @@ impl Client {
     pub(super) fn ledger(&self) -> Option<Grant> {
         match self.mover {
             Mover::Granted(grant) | Mover::Copying(grant) | Mover::Owing(grant, _) => Some(grant),
-            Mover::Sent(grant, _, _) => Some(grant),
-            Mover::Idle | Mover::Reserving(..) | Mover::Answered(..) | Mover::Acknowledged => None,
+            Mover::Sent(grant, _, _) | Mover::Acknowledged(grant, _, _) => Some(grant),
+            Mover::Idle | Mover::Reserving(..) | Mover::Answered(..) => None,
         }
     }
 

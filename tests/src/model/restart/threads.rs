@@ -68,7 +68,12 @@ impl Restart {
                     steps.progress(name, "sends it again", set(Mover::Sent(grant, commits, who.nonce)));
                 }
             }
-            Mover::Acknowledged => steps.progress(name, "drains the answer", set(Mover::Idle)),
+            Mover::Acknowledged(grant, commits, channel) => {
+                steps.progress(name, "drains the answer", set(Mover::Idle));
+                if is_ready && channel != who.nonce {
+                    steps.progress(name, "sends it again", set(Mover::Sent(grant, commits, who.nonce)));
+                }
+            }
         }
     }
 
