@@ -1,44 +1,255 @@
-//! scratch
-#![allow(missing_docs, clippy::unwrap_used)]
-use kvring_tests::model::restart::*;
+//! Every interleaving, within bounds, of attach, claim, death, restart, declare and reclaim: see
+//! `kvring_tests::model::restart` for what is modelled and for the properties S1 to S6.
+//!
+//! Each rule of the protocol has a negative control: a model without it, in bounds in which the protocol holds, where a
+//! counterexample must be found. `cargo test --test model_restart -- --nocapture` shows them.
+#![allow(clippy::unwrap_used, reason = "test code: a panic is how a test fails")]
+
 use kvring_tests::model::check;
-fn run(name: &str, b: Bounds, broken: Option<Break>) {
-    let t = std::time::Instant::now();
-    let r = std::panic::catch_unwind(|| match check(&Restart{bounds:b, broken}, 6_000_000) {
-        Ok(e) => println!("OK   {name} {broken:?} {e:?} {:?}", t.elapsed()),
-        Err(c) => println!("FAIL {name} {broken:?} {:?}\n{c}", t.elapsed()),
-    });
-    if r.is_err() { println!("BIG  {name} {:?}", t.elapsed()); }
-}
-fn left(ed:u8, cd:u8, cold:u8, ev:u8, to:u8, lv:u8)->Left{Left{engine_deaths:ed,client_deaths:cd,cold_starts:cold,evictions:ev,timeouts:to,leaves:lv}}
-#[test] fn all() {
-    println!("state bytes {}", std::mem::size_of::<State>());
-    let l = Bounds::LEAST;
-    let a = Bounds{attached:true, ..l};
-    let c = Bounds{coarse:true, ..a};
-    let scen: Vec<(&str, Bounds)> = vec![
-      ("attach", Bounds{clients:2, left:left(2,2,0,0,0,1), ..l}),
-      ("health", Bounds{left:left(2,1,0,0,1,1), health:true, ..l}),
-      ("store", Bounds{stores:[1,0], left:left(2,1,0,0,1,1), ..a}),
-      ("successor", Bounds{clients:2, entries:1, stores:[1,1], left:left(2,2,0,0,0,1), coarse:true, ..l}),
-      ("stores", Bounds{clients:2, entries:2, stores:[1,1], left:left(1,1,0,0,0,0), ..c}),
-      ("load", Bounds{clients:1, entries:1, stores:[2,0],loads:[1,0],keys:2, left:left(2,1,0,1,0,0), ..a}),
-      ("load2", Bounds{clients:2, entries:2, stores:[2,0],loads:[0,1],keys:2, left:left(1,0,0,1,0,0), ..c}),
-      ("cold", Bounds{clients:2, entries:1, stores:[1,1],loads:[0,0],keys:1, left:left(2,1,1,1,0,1), ..l}),
-      ("coldload", Bounds{clients:1, entries:1, stores:[2,0],loads:[1,0],keys:2, left:left(2,0,1,1,0,0), ..a}),
-      ("liar", Bounds{clients:2, entries:2, stores:[1,0], left:left(1,0,0,0,0,0),liar:true, ..c}),
-    ];
-    use Break::*;
-    for (n,b) in &scen { run(n,*b,None); }
-    for br in [NoGrantFence, OmitsRunningCopy, DeclareEndFreesAdopted, ForgetsOwedCommits, ResetsBeforeReclaim, WordsBeforeOdd, RecoveryFreesLiving, AdoptsOthers, ZeroesInPlace, NoGenerationCheck, NoPending, JudgesOnce, JudgesAnyIncarnation, PlusOne, IncarnationFirst, LeavesWhileCopying, NeverFreesUndeclared, RecyclesGenerations] {
-      for (n,b) in &scen {
-        match check(&Restart{bounds:*b, broken:Some(br)}, 6_000_000) {
-          Ok(_) => {}
-          Err(c) => println!("{br:?} {n}: {} {} steps", c.what, c.trace.len()-1),
-        }
-      }
+use kvring_tests::model::restart::{Bounds, Break, Left, Restart};
+use kvring_tests::soak;
+
+/// States that a check may have.
+const STATES_MAX: usize = 6_000_000;
+
+const NOTHING: Left = Bounds::LEAST.left;
+
+/// One entry, two clients that come, go and die, two lives of the engine that end. Every step of a claim.
+const ATTACH: Bounds = Bounds {
+    clients: 2,
+    left: Left { engine_deaths: 2, client_deaths: 2, leaves: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// Two entries.
+const ATTACH_TWO: Bounds = Bounds {
+    clients: 2,
+    entries: 2,
+    left: Left { engine_deaths: 1, client_deaths: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// A client that looks at the engine's health all the time, and gives up waiting.
+const HEALTH: Bounds = Bounds {
+    health: true,
+    left: Left { engine_deaths: 2, client_deaths: 1, timeouts: 1, leaves: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// One store over three lives of the engine. Every step of it.
+const STORE: Bounds = Bounds {
+    attached: true,
+    stores: [1, 0],
+    left: Left { engine_deaths: 2, client_deaths: 1, timeouts: 1, leaves: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// One client's entry and slot become another's.
+const SUCCESSOR: Bounds = Bounds {
+    clients: 2,
+    coarse: true,
+    stores: [1, 1],
+    left: Left { engine_deaths: 2, client_deaths: 2, leaves: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// Two clients want the same slot.
+const CONTENTION: Bounds = Bounds {
+    clients: 2,
+    entries: 2,
+    attached: true,
+    coarse: true,
+    stores: [1, 1],
+    left: Left { engine_deaths: 1, client_deaths: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// One client stores twice, two keys in two slots.
+const TWO_SLOTS: Bounds = Bounds {
+    slots: 2,
+    keys: 2,
+    attached: true,
+    stores: [2, 0],
+    left: Left { engine_deaths: 2, evictions: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// One client loads what it has stored, while its slot is evicted and stored into again.
+const LOAD: Bounds = Bounds {
+    keys: 2,
+    attached: true,
+    stores: [2, 0],
+    loads: [1, 0],
+    left: Left { engine_deaths: 2, client_deaths: 1, evictions: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// The same with one restart, and a client that loses patience and leaves.
+const LOAD_IMPATIENT: Bounds =
+    Bounds { left: Left { engine_deaths: 1, evictions: 1, timeouts: 1, leaves: 1, ..NOTHING }, ..LOAD };
+
+/// One client loads what another stores.
+const LOAD_OTHERS: Bounds = Bounds {
+    clients: 2,
+    entries: 2,
+    coarse: true,
+    loads: [0, 1],
+    left: Left { engine_deaths: 1, evictions: 1, ..NOTHING },
+    ..LOAD
+};
+
+/// Two clients, one entry, a start on new inodes in between.
+const COLD: Bounds =
+    Bounds { left: Left { engine_deaths: 2, client_deaths: 1, cold_starts: 1, ..NOTHING }, ..SUCCESSOR };
+
+/// A load over a start on new inodes.
+const COLD_LOAD: Bounds =
+    Bounds { left: Left { engine_deaths: 2, evictions: 1, cold_starts: 1, ..NOTHING }, ..LOAD };
+
+/// A client that says that it writes every slot.
+const LIAR: Bounds =
+    Bounds { liar: true, stores: [1, 0], left: Left { engine_deaths: 1, ..NOTHING }, ..CONTENTION };
+
+/// The protocol holds within these bounds.
+#[track_caller]
+fn holds(bounds: Bounds) {
+    match check(&Restart { bounds, broken: None }, STATES_MAX) {
+        Ok(explored) => println!("{explored:?}"),
+        Err(found) => panic!("{found}"),
     }
-    run("linger", Bounds{clients:2, entries:2, stores:[1,1], left:left(0,1,0,0,0,0), threads_linger:true, ..c}, None);
-    run("linger fix", Bounds{clients:2, entries:2, stores:[1,1], left:left(1,1,0,0,0,0), threads_linger:true, waits_for_process:true, ..c}, None);
-    run("tids", Bounds{clients:2, entries:1, left:left(0,1,0,0,0,0), equal_tids:true, ..l}, None);
+}
+
+/// Without that rule, that property does not.
+#[track_caller]
+fn control(broken: Break, bounds: Bounds, property: &str) {
+    caught(Some(broken), bounds, property);
+}
+
+#[track_caller]
+fn caught(broken: Option<Break>, bounds: Bounds, property: &str) {
+    let Err(found) = check(&Restart { bounds, broken }, STATES_MAX) else {
+        panic!("{broken:?}: nothing was found")
+    };
+    println!("{broken:?}: {found}");
+    assert!(found.what.starts_with(property), "{broken:?}: expected {property}, found: {found}");
+}
+
+#[test]
+fn clients_come_and_go_in_one_entry() {
+    holds(ATTACH);
+}
+
+#[test]
+fn clients_come_and_go_in_two_entries() {
+    holds(ATTACH_TWO);
+}
+
+#[test]
+fn health_is_of_the_living_engine() {
+    holds(HEALTH);
+}
+
+#[test]
+fn a_store_outlives_its_engine() {
+    holds(STORE);
+    holds(TWO_SLOTS);
+}
+
+#[test]
+fn an_entry_and_a_slot_change_hands() {
+    holds(SUCCESSOR);
+    holds(CONTENTION);
+}
+
+#[test]
+fn loads_bring_their_keys_bytes() {
+    holds(LOAD);
+    holds(LOAD_IMPATIENT);
+    holds(LOAD_OTHERS);
+}
+
+#[test]
+fn a_cold_start_is_another_world() {
+    holds(COLD);
+    holds(COLD_LOAD);
+}
+
+#[test]
+fn nobody_is_given_what_it_merely_claims() {
+    holds(LIAR);
+}
+
+#[test]
+fn two_clients_and_three_lives() {
+    if soak() > 1 {
+        holds(Bounds { left: Left { engine_deaths: 2, ..NOTHING }, ..CONTENTION });
+    }
+}
+
+#[test]
+fn controls_of_declaring() {
+    control(Break::NoGrantFence, STORE, "S1");
+    control(Break::OmitsRunningCopy, STORE, "S1");
+    control(Break::DeclareEndFreesAdopted, STORE, "S1");
+    control(Break::NeverFreesUndeclared, STORE, "S4");
+    control(Break::EarlyChannel, STORE, "S4");
+    control(Break::ForgetsOwedCommits, STORE, "S4");
+    control(Break::AdoptsOthers, LIAR, "S1");
+    control(Break::NoLeaseFence, LOAD_OTHERS, "S3");
+    control(Break::OmitsLeases, LOAD_OTHERS, "S3");
+    control(Break::EvictsInGrace, LOAD_OTHERS, "S3");
+}
+
+#[test]
+fn controls_of_claiming_and_reclaiming() {
+    control(Break::NoPending, ATTACH, "S4");
+    control(Break::ResetsBeforeReclaim, ATTACH, "S4");
+    control(Break::ResetsBeforeReclaim, STORE, "S5");
+    control(Break::LeavesWhileCopying, STORE, "S1");
+}
+
+#[test]
+fn controls_of_recovering() {
+    control(Break::RecoveryFreesLiving, STORE, "S1");
+    control(Break::WordsBeforeOdd, HEALTH, "S6");
+    control(Break::IncarnationFirst, HEALTH, "S6");
+    control(Break::PlusOne, ATTACH, "S5");
+    control(Break::JudgesOnce, ATTACH, "S5");
+    control(Break::JudgesAnyIncarnation, ATTACH, "S6");
+}
+
+#[test]
+fn controls_of_generations_and_arenas() {
+    control(Break::NoGenerationCheck, LOAD_OTHERS, "S2");
+    control(Break::RecyclesGenerations, LOAD_OTHERS, "S2");
+    control(Break::ZeroesInPlace, COLD_LOAD, "S1");
+    control(Break::ZeroesWhenNobodyWrites, COLD_LOAD, "S3");
+}
+
+/// The protocol assumes that a client's copies have ended when the kernel marks its keeper's word. Where a thread can go
+/// on a little longer, an engine must wait for the process (a pidfd), not for the mark.
+#[test]
+fn a_mark_is_not_yet_the_end_of_a_process() {
+    let lingering = Bounds { threads_linger: true, ..CONTENTION };
+    caught(None, lingering, "S1");
+    holds(Bounds { waits_for_process: true, ..lingering });
+}
+
+/// TIDs are unique in one PID namespace only, and the kernel knows a word's owner by its TID. A client that dies between
+/// its look at an unclaimed word and its CAS takes the word from another with the same TID, who was faster. A file lock on
+/// the entry helps: the kernel releases it after it has walked the robust list.
+#[test]
+fn a_pending_claim_names_what_may_be_anothers() {
+    let equal = Bounds { equal_tids: true, ..ATTACH };
+    caught(None, equal, "S4");
+    holds(Bounds { claim_lock: true, ..equal });
+}
+
+/// The kernel marks what was claimed last first. So the engine claims its owner word before its other words: who finds
+/// it marked finds all marked. Otherwise a new engine of the same TID (PID 1 of the next container, say) takes over words
+/// that its predecessor's death still marks: it lives, and looks dead for ever.
+#[test]
+fn the_owner_word_is_marked_last() {
+    holds(Bounds { equal_tids: true, claim_lock: true, ..STORE });
+    control(Break::OwnerMarkedFirst, Bounds { equal_tids: true, ..HEALTH }, "S5");
 }

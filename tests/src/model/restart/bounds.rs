@@ -39,8 +39,11 @@ pub struct Bounds {
     pub threads_linger: bool,
     /// What would help against that: an engine that reclaims when the process is gone, not when the word is marked.
     pub waits_for_process: bool,
-    /// Clients of different PID namespaces have the same TID.
+    /// Processes of different PID namespaces have the same TIDs.
     pub equal_tids: bool,
+    /// What would help against that: whoever is about to claim an entry holds a file lock on it, which the kernel
+    /// releases after it has walked the robust list.
+    pub claim_lock: bool,
 }
 
 impl Bounds {
@@ -67,6 +70,7 @@ impl Bounds {
         threads_linger: false,
         waits_for_process: false,
         equal_tids: false,
+        claim_lock: false,
     };
 }
 
@@ -79,6 +83,8 @@ pub enum Break {
     OmitsRunningCopy,
     /// `declare_end` frees all WRITING slots of the entry.
     DeclareEndFreesAdopted,
+    /// Everybody may use a new channel before the ledger has been read and declared.
+    EarlyChannel,
     /// Commits that were sent to a dead engine are not sent again.
     ForgetsOwedCommits,
     /// The word is set to 0 first, then the rest is reclaimed.
@@ -107,6 +113,16 @@ pub enum Break {
     LeavesWhileCopying,
     /// `declare_end` clears nothing of what the last engine granted and nobody took.
     NeverFreesUndeclared,
+    /// Leases are taken from an old channel after the ledger has been read.
+    NoLeaseFence,
+    /// Leases are not declared.
+    OmitsLeases,
+    /// The engine evicts before everybody had the time to declare.
+    EvictsInGrace,
+    /// As [`Break::ZeroesInPlace`], but only when nobody writes.
+    ZeroesWhenNobodyWrites,
+    /// The kernel marks the engine's owner word before its other words.
+    OwnerMarkedFirst,
     /// A freed slot keeps its generation.
     RecyclesGenerations,
 }

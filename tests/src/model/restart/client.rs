@@ -1,8 +1,8 @@
 //! The keeper: claims, attaches, notices, declares, gives up.
 
 use super::bounds::Break;
-use super::state::{Client, Entry, Keeper, Mover, NONE, Process, State, Word};
-use super::{NAMES, Restart, Steps};
+use super::state::{Client, Entry, Keeper, Loader, Mover, NONE, Process, State, Word};
+use super::{Restart, Steps, name_of};
 
 /// Does this client see the life and the incarnation that it means?
 pub(super) fn sees_its_engine(state: &State, client: usize) -> bool {
@@ -21,13 +21,19 @@ impl Restart {
         if who.process != Process::Alive {
             return;
         }
-        let name = NAMES[client];
+        let name = name_of(client);
         let entry = who.entry as usize;
         if who.owns() && who.keeper != Keeper::Leaving && !state.is_current(client) {
             steps.progress(name, "finds another arena: closes its writer gate", |state| {
                 state.clients[client].keeper = Keeper::Leaving;
             });
             return;
+        }
+        if who.owns() && who.keeper != Keeper::Leaving && state.left.leaves > 0 {
+            steps.may(name, "leaves: closes its writer gate", |state| {
+                state.left.leaves -= 1;
+                state.clients[client].keeper = Keeper::Leaving;
+            });
         }
         match who.keeper {
             Keeper::Away => self.claim(steps, client),
@@ -55,7 +61,9 @@ impl Restart {
                 published(state, client);
             }),
             Keeper::Waiting => self.wait(steps, client),
-            Keeper::Attached => steps.progress(name, "reads its ledger", |state| self.read_ledger(state, client)),
+            Keeper::Attached => {
+                steps.progress(name, "reads its ledger", |state| self.read_ledger(state, client))
+            }
             Keeper::DeclareSlots | Keeper::DeclareLeases | Keeper::DeclareEnd => {
                 if state.left.timeouts > 0 {
                     steps.may(name, "is tired of waiting", |state| {
@@ -66,12 +74,6 @@ impl Restart {
                 notice(steps, client);
             }
             Keeper::Ready => {
-                if state.left.leaves > 0 {
-                    steps.may(name, "leaves: closes its writer gate", |state| {
-                        state.left.leaves -= 1;
-                        state.clients[client].keeper = Keeper::Leaving;
-                    });
-                }
                 if self.bounds.health {
                     self.look(steps, client);
                 }
@@ -103,8 +105,18 @@ impl Restart {
         }
         // The first: which of them is all the same.
         let unclaimed = state.words[..self.bounds.entries].iter().position(|word| *word == Word::Unclaimed);
-        if let Some(entry) = unclaimed {
-            steps.progress(NAMES[client], "finds an unclaimed word; sets list_op_pending", |state| {
+        let locked = |entry: usize| {
+            self.bounds.claim_lock
+                && state.clients.iter().any(|other| {
+                    other.process != Process::Gone
+                        && other.entry as usize == entry
+                        && matches!(other.keeper, Keeper::Pending | Keeper::Claimed)
+                })
+        };
+        if let Some(entry) = unclaimed
+            && !locked(entry)
+        {
+            steps.progress(name_of(client), "finds an unclaimed word; sets list_op_pending", |state| {
                 let who = &mut state.clients[client];
                 (who.keeper, who.arena, who.entry) = (Keeper::Pending, state.arena, entry as u8);
             });
@@ -114,7 +126,7 @@ impl Restart {
     fn wait(&self, steps: &mut Steps, client: usize) {
         let state = steps.from;
         let who = state.clients[client];
-        let (name, entry) = (NAMES[client], who.entry as usize);
+        let (name, entry) = (name_of(client), who.entry as usize);
         let answer = state.answers[entry];
         let again = |state: &mut State| {
             state.files[entry] = NONE;
@@ -149,7 +161,7 @@ impl Restart {
         let who = &mut state.clients[client];
         who.accepts = who.nonce;
         who.wrote = who.ledger();
-        who.pinned = who.lease();
+        who.pinned = who.lease().filter(|_| !self.breaks(Break::OmitsLeases));
         if self.breaks(Break::OmitsRunningCopy) && matches!(who.mover, Mover::Copying(_)) {
             who.wrote = None;
         }
@@ -160,10 +172,13 @@ impl Restart {
     fn look(&self, steps: &mut Steps, client: usize) {
         let state = steps.from;
         let who = state.clients[client];
-        let name = NAMES[client];
+        let name = name_of(client);
         let meant = state.incarnation == who.incarnation;
-        let (first, second) =
-            if self.breaks(Break::IncarnationFirst) { (meant, state.words_alive) } else { (state.words_alive, meant) };
+        let (first, second) = if self.breaks(Break::IncarnationFirst) {
+            (meant, state.words_alive)
+        } else {
+            (state.words_alive, meant)
+        };
         if who.look == 0 && first {
             steps.may(name, "looks: first load is as it should be", |state| {
                 // Whose life was it? In the wrong order that is seen only by the second load.
@@ -184,7 +199,7 @@ impl Restart {
 
 fn notice(steps: &mut Steps, client: usize) {
     if !sees_its_engine(steps.from, client) {
-        steps.progress(NAMES[client], "notices death or restart", |state| {
+        steps.progress(name_of(client), "notices death or restart", |state| {
             let who = &mut state.clients[client];
             (who.keeper, who.look) = (Keeper::Owner, 0);
             (who.wrote, who.pinned) = (None, None);
@@ -219,6 +234,9 @@ fn fresh_nonce(state: &State) -> u8 {
             Mover::Reserving(_, channel) | Mover::Answered(_, channel) => used |= 1 << channel,
             Mover::Sent(_, _, channel) | Mover::Acknowledged(_, _, channel) => used |= 1 << channel,
             Mover::Idle | Mover::Granted(_) | Mover::Copying(_) | Mover::Owing(..) => {}
+        }
+        if let Loader::Answered(_, channel) = client.loader {
+            used |= 1 << channel;
         }
     }
     for entry in 0..state.entries.len() {

@@ -19,15 +19,24 @@ impl Restart {
     pub(super) fn engine_steps(&self, steps: &mut Steps) {
         let state = steps.from;
         match state.engine.phase {
-            Phase::Down if self.bounds.coarse => steps.progress(ENGINE, "a new one takes all its words", |state| {
-                state.incarnation = self.next_incarnation(state);
-                (state.owner_alive, state.words_alive, state.words_by) = (true, true, state.incarnation);
-                state.engine.phase = Phase::Scan(0);
-            }),
+            Phase::Down if self.bounds.coarse => {
+                steps.progress(ENGINE, "a new one takes all its words", |state| {
+                    state.incarnation = self.next_incarnation(state);
+                    (state.owner_alive, state.words_alive, state.words_by) = (true, true, state.incarnation);
+                    state.engine.phase = Phase::Scan(0);
+                })
+            }
             Phase::Down => steps.progress(ENGINE, "a new one takes the owner word", |state| {
                 state.owner_alive = true;
                 state.engine.phase = Phase::Owner;
             }),
+            Phase::Ended if self.breaks(Break::OwnerMarkedFirst) => {
+                steps.progress("kernel", "marks the engine's owner word", |state| {
+                    state.owner_alive = false;
+                    state.marking = if state.words_alive { state.words_by } else { 0 };
+                    state.engine.phase = Phase::Down;
+                });
+            }
             Phase::Ended => steps.progress("kernel", "marks the engine's words", mark),
             Phase::Owner | Phase::Half => {
                 let first = state.engine.phase == Phase::Owner;
@@ -100,10 +109,14 @@ impl Restart {
                 steps.progress(ENGINE, reclaim_name(at), |state| self.reclaim(state, entry as usize, at));
             }
             Busy::DeclareEnd(entry, from) => {
-                steps.progress(ENGINE, "goes on with declare_end", |state| self.declare_end(state, entry, from));
+                steps.progress(ENGINE, "goes on with declare_end", |state| {
+                    self.declare_end(state, entry, from)
+                });
             }
             Busy::Acknowledge(client) => {
-                steps.progress(ENGINE, "answers the commit or abort", |state| acknowledge(state, client as usize));
+                steps.progress(ENGINE, "answers the commit or abort", |state| {
+                    acknowledge(state, client as usize)
+                });
             }
         }
     }
@@ -152,10 +165,14 @@ impl Restart {
         }
         for slot in 0..self.bounds.slots {
             let leased = state.engine.leases.iter().any(|leases| leases & (1 << slot) != 0);
-            let idle = state.slots[slot].used == Use::Committed && !leased && state.engine.awaited == 0;
-            if idle && state.left.evictions > 0 {
+            let grace = state.engine.awaited != 0 && !self.breaks(Break::EvictsInGrace);
+            if state.slots[slot].used == Use::Committed && !leased && !grace && state.left.evictions > 0 {
                 steps.may(ENGINE, "evicts", |state| {
                     state.left.evictions -= 1;
+                    if is_lease_of_awaited(state, slot) {
+                        state.failed =
+                            Some("S3: evicted what a client holds that has not had time to say so");
+                    }
                     state.slots[slot].acknowledged = false;
                     self.free(state, slot);
                 });
@@ -238,7 +255,8 @@ impl Restart {
     /// Frees the next slot of the entry that was not named; after the last, everybody may go on.
     fn declare_end(&self, state: &mut State, entry: u8, from: u8) {
         for slot in from as usize..self.bounds.slots {
-            let named = state.engine.adopted & (1 << slot) != 0 && !self.breaks(Break::DeclareEndFreesAdopted);
+            let named =
+                state.engine.adopted & (1 << slot) != 0 && !self.breaks(Break::DeclareEndFreesAdopted);
             if state.slots[slot].used == Use::Writing(entry)
                 && !named
                 && !self.breaks(Break::NeverFreesUndeclared)
@@ -331,8 +349,7 @@ impl Restart {
         {
             next += 1;
         }
-        state.engine.busy =
-            if next == RECLAIMED { Busy::Idle } else { Busy::Reclaim(entry as u8, next) };
+        state.engine.busy = if next == RECLAIMED { Busy::Idle } else { Busy::Reclaim(entry as u8, next) };
     }
 }
 
@@ -343,6 +360,16 @@ fn reclaim_name(at: u8) -> &'static str {
         RECLAIM_WORD => "sets a dead life word to 0",
         _ => "reclaims: frees a WRITING slot",
     }
+}
+
+/// Does a client that has not declared since the restart hold this slot?
+fn is_lease_of_awaited(state: &State, slot: usize) -> bool {
+    (0..state.clients.len()).any(|client| {
+        let who = &state.clients[client];
+        let awaited = who.owns() && state.is_current(client) && state.engine.awaited & (1 << who.entry) != 0;
+        let handle = who.lease().filter(|handle| handle.slot as usize == slot && state.is(*handle));
+        awaited && who.process == Process::Alive && handle.is_some()
+    })
 }
 
 /// The kernel has walked the engine's list.
@@ -356,8 +383,7 @@ fn acknowledge(state: &mut State, client: usize) {
     state.engine.busy = Busy::Idle;
     if let Mover::Sent(grant, committed, channel) = state.clients[client].mover {
         let slot = &mut state.slots[grant.slot as usize];
-        slot.acknowledged |=
-            committed && slot.used == Use::Committed && slot.generation == grant.generation;
+        slot.acknowledged |= committed && slot.used == Use::Committed && slot.generation == grant.generation;
         state.clients[client].mover = Mover::Acknowledged(grant, committed, channel);
     }
 }

@@ -4,7 +4,7 @@ use super::bounds::{Break, ENTRIES, SLOTS};
 use super::state::{
     Answer, Busy, Engine, Entry, Keeper, Loader, Mover, NONE, Phase, Process, Slot, State, Word,
 };
-use super::{NAMES, Restart, Steps, engine};
+use super::{Restart, Steps, engine, name_of};
 
 impl Restart {
     /// What can happen.
@@ -20,13 +20,23 @@ impl Restart {
                 }
             });
         }
-        if state.left.cold_starts > 0 && phase == Phase::Down && state.incarnation != 0 {
+        let writes = state.clients.iter().any(|client| client.mover != Mover::Idle);
+        let waits = writes && self.breaks(Break::ZeroesWhenNobodyWrites);
+        if state.left.cold_starts > 0 && phase == Phase::Down && state.incarnation != 0 && !waits {
             steps.may("engine", "STARTS COLD", |state| self.cold_start(state));
+        }
+        if state.marking != 0 {
+            steps.progress("kernel", "marks the dead engine's other words", |state| {
+                if state.words_by == state.marking || self.bounds.equal_tids {
+                    state.words_alive = false;
+                }
+                state.marking = 0;
+            });
         }
         for client in 0..self.bounds.clients {
             match state.clients[client].process {
                 Process::Alive if state.left.client_deaths > 0 => {
-                    steps.may(NAMES[client], "DIES", |state| {
+                    steps.may(name_of(client), "DIES", |state| {
                         state.left.client_deaths -= 1;
                         self.die(state, client);
                     });
@@ -45,9 +55,9 @@ impl Restart {
     /// New segments under the same name; or, where that rule is broken, the old ones zeroed.
     fn cold_start(&self, state: &mut State) {
         state.left.cold_starts -= 1;
-        state.slots = [Slot::FRESH; SLOTS].map(|slot| Slot { ..slot });
+        state.slots = [Slot::FRESH; SLOTS];
         state.owner_alive = true;
-        if self.breaks(Break::ZeroesInPlace) {
+        if self.breaks(Break::ZeroesInPlace) || self.breaks(Break::ZeroesWhenNobodyWrites) {
             state.engine.phase = Phase::Owner;
             return;
         }

@@ -27,8 +27,10 @@ pub use state::{Left, State};
 use super::{Kind, Model, Step};
 use state::{Answer, Client, Engine, Entry, NONE, Slot, Word};
 
-/// The names of clients in traces.
-const NAMES: [&str; CLIENTS] = ["client 0", "client 1"];
+/// A client's name in traces.
+fn name_of(client: usize) -> &'static str {
+    ["client 0", "client 1"][client]
+}
 
 /// The protocol, within bounds.
 #[derive(Clone, Copy, Debug)]
@@ -104,6 +106,7 @@ impl Model for Restart {
             owner_alive: false,
             words_alive: false,
             words_by: 0,
+            marking: 0,
             words: [Word::Unclaimed; ENTRIES],
             entries: [Entry::EMPTY; ENTRIES],
             answers: [Answer::EMPTY; ENTRIES],
@@ -162,6 +165,9 @@ impl Model for Restart {
                 text += &format!(" {:?}", client.loader);
             }
         }
-        text.replace("Grant { slot: ", "(s").replace(", generation: ", " g").replace(", key: ", " k").replace(" }", ")")
+        text.replace("Grant { slot: ", "(s")
+            .replace(", generation: ", " g")
+            .replace(", key: ", " k")
+            .replace(" }", ")")
     }
 }

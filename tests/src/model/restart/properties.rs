@@ -31,6 +31,9 @@ pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> 
                 Use::Writing(_) => {}
             }
         }
+        if is_unknown_lease(state, client) {
+            return Some("S3: a client holds a lease that its engine does not know");
+        }
         let owns = who.process == Process::Alive && who.owns() && state.is_current(client);
         if owns && state.words[who.entry as usize] != Word::Alive(client as u8) {
             return Some("S4: a living client's entry is not its own");
@@ -38,6 +41,19 @@ pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> 
     }
     let torn = |slot: &&super::state::Slot| slot.used == Use::Committed && slot.bytes != Bytes::Of(slot.key);
     state.slots.iter().find(torn).map(|_| "S2: committed, and not its key's bytes")
+}
+
+/// Does it hold a handle that is good, with an engine that does not pin it?
+fn is_unknown_lease(state: &State, client: usize) -> bool {
+    let who = &state.clients[client];
+    let entry = who.entry as usize;
+    let attached = who.process == Process::Alive
+        && who.keeper == Keeper::Ready
+        && state.is_current(client)
+        && state.engine.connected[entry] == who.nonce;
+    let Some(handle) = who.lease().filter(|_| attached) else { return false };
+    let good = state.slots[handle.slot as usize].used == Use::Committed && state.is(handle);
+    good && state.engine.leases[entry] & (1 << handle.slot) == 0
 }
 
 /// Where nobody will do anything any more.

@@ -161,8 +161,8 @@ pub enum Mover {
 pub enum Loader {
     /// Has nothing to do.
     Idle,
-    /// A lookup's answer lies in the channel.
-    Answered(Grant),
+    /// A lookup's answer lies in that channel.
+    Answered(Grant, u8),
     /// Has a handle, and a lease as far as it knows.
     Holding(Grant),
     /// Has found the slot as the handle says.
@@ -228,7 +228,7 @@ pub struct Client {
     pub nonce: u8,
     /// The incarnation that it means.
     pub incarnation: u8,
-    /// The channel from which grants are accepted: set when the ledger is read.
+    /// The channel from which grants and leases are accepted: set when the ledger is read.
     pub accepts: u8,
     /// The ledger as it was read: the slot being written.
     pub wrote: Option<Grant>,
@@ -276,6 +276,8 @@ pub struct State {
     pub words_alive: bool,
     /// Ghost: the odd incarnation of the life that took them over.
     pub words_by: u8,
+    /// The words of the life with that number are still to be marked, though another may have begun.
+    pub marking: u8,
     /// The clients' life words.
     pub words: [Word; ENTRIES],
     /// The lobby's entries.
@@ -369,7 +371,7 @@ impl Client {
     pub(super) fn lease(&self) -> Option<Grant> {
         match self.loader {
             Loader::Holding(handle) | Loader::Validated(handle) | Loader::Copied(handle, _) => Some(handle),
-            Loader::Idle | Loader::Answered(_) | Loader::Releasing(_) => None,
+            Loader::Idle | Loader::Answered(..) | Loader::Releasing(_) => None,
         }
     }
 }

@@ -3,14 +3,14 @@
 use super::bounds::Break;
 use super::client::sees_its_engine;
 use super::state::{Bytes, Keeper, Loader, Mover, Process, State, Use};
-use super::{NAMES, Restart, Steps};
+use super::{Restart, Steps, name_of};
 
 impl Restart {
     /// What a client's mover can do next.
     pub(super) fn mover_steps(&self, steps: &mut Steps, client: usize) {
         let state = steps.from;
         let who = state.clients[client];
-        let name = NAMES[client];
+        let name = name_of(client);
         let set = |mover| move |state: &mut State| state.clients[client].mover = mover;
         if who.process != Process::Alive {
             if matches!(who.mover, Mover::Copying(_)) {
@@ -20,7 +20,9 @@ impl Restart {
             }
             return;
         }
-        let (is_ready, gate_open) = (who.keeper == Keeper::Ready, who.keeper != Keeper::Leaving);
+        let early = matches!(who.keeper, Keeper::Attached | Keeper::DeclareSlots | Keeper::DeclareLeases);
+        let is_ready = who.keeper == Keeper::Ready || early && self.breaks(Break::EarlyChannel);
+        let gate_open = who.keeper != Keeper::Leaving;
         match who.mover {
             Mover::Idle => {
                 for key in 1..=self.bounds.keys {
@@ -84,12 +86,17 @@ impl Restart {
         if who.process != Process::Alive {
             return;
         }
-        let name = NAMES[client];
+        let name = name_of(client);
         let checks = !self.breaks(Break::NoGenerationCheck);
         let set = |loader| move |state: &mut State| state.clients[client].loader = loader;
         match who.loader {
             Loader::Idle | Loader::Releasing(_) => {}
-            Loader::Answered(handle) => steps.progress(name, "takes a handle", set(Loader::Holding(handle))),
+            Loader::Answered(_, channel) if channel != who.accepts && !self.breaks(Break::NoLeaseFence) => {
+                steps.progress(name, "refuses a lease", set(Loader::Idle));
+            }
+            Loader::Answered(handle, _) => {
+                steps.progress(name, "takes a handle", set(Loader::Holding(handle)));
+            }
             Loader::Holding(handle) => {
                 let slot = state.slots[handle.slot as usize];
                 let fits = if checks { state.is(handle) } else { slot.key == handle.key };
@@ -103,16 +110,18 @@ impl Restart {
                 let bytes = state.slots[handle.slot as usize].bytes;
                 steps.progress(name, "copies out", set(Loader::Copied(handle, bytes)));
             }
-            Loader::Copied(handle, bytes) => steps.progress(name, "looks again: loaded or refused", |state| {
-                let slot = state.slots[handle.slot as usize];
-                // The word alone: state and generation.
-                let fits = !checks || slot.generation == handle.generation;
-                let loaded = state.is_current(client) && slot.used == Use::Committed && fits;
-                if loaded && bytes != Bytes::Of(handle.key) {
-                    state.failed = Some("S2: a load returned what is not its key's");
-                }
-                state.clients[client].loader = Loader::Releasing(handle.slot);
-            }),
+            Loader::Copied(handle, bytes) => {
+                steps.progress(name, "looks again: loaded or refused", |state| {
+                    let slot = state.slots[handle.slot as usize];
+                    // The word alone: state and generation.
+                    let fits = !checks || slot.generation == handle.generation;
+                    let loaded = state.is_current(client) && slot.used == Use::Committed && fits;
+                    if loaded && bytes != Bytes::Of(handle.key) {
+                        state.failed = Some("S2: a load returned what is not its key's");
+                    }
+                    state.clients[client].loader = Loader::Releasing(handle.slot);
+                })
+            }
         }
     }
 
@@ -128,14 +137,14 @@ impl Restart {
         for slot in 0..self.bounds.slots {
             let found = state.slots[slot];
             if found.used == Use::Committed {
-                steps.may(NAMES[client], "looks up, and the engine answers", |state| {
+                steps.may(name_of(client), "looks up, and the engine answers", |state| {
                     let handle = super::state::Grant {
                         slot: slot as u8,
                         generation: found.generation,
                         key: found.key,
                     };
                     state.clients[client].loads -= 1;
-                    state.clients[client].loader = Loader::Answered(handle);
+                    state.clients[client].loader = Loader::Answered(handle, who.nonce);
                     state.engine.leases[entry] |= 1 << slot;
                 });
             }
