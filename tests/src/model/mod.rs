@@ -13,6 +13,7 @@
 
 pub mod restart;
 pub mod rounds;
+pub mod wakeups;
 
 use std::fmt::{self, Display, Write};
 use std::hash::{Hash, Hasher};
