@@ -179,11 +179,19 @@ fn nobody_is_given_what_it_merely_claims() {
     holds(LIAR);
 }
 
+/// Minutes, and half a gigabyte: in soaks alone.
 #[test]
-fn two_clients_and_three_lives() {
-    if soak() > 1 {
-        holds(Bounds { left: Left { engine_deaths: 2, ..NOTHING }, ..CONTENTION });
+fn deeper() {
+    if soak() == 1 {
+        return;
     }
+    holds(Bounds { left: Left { engine_deaths: 2, ..NOTHING }, ..CONTENTION });
+    holds(Bounds { stores: [2, 0], left: Left { evictions: 1, ..STORE.left }, ..STORE });
+    holds(Bounds { loads: [1, 0], left: Left { timeouts: 1, ..TWO_SLOTS.left }, ..TWO_SLOTS });
+    holds(Bounds { keys: 2, stores: [2, 1], left: Left { evictions: 1, ..CONTENTION.left }, ..CONTENTION });
+    holds(Bounds { left: Left { engine_deaths: 2, cold_starts: 1, ..NOTHING }, ..CONTENTION });
+    let all_steps = Left { engine_deaths: 2, client_deaths: 1, timeouts: 1, ..NOTHING };
+    holds(Bounds { coarse: false, left: all_steps, ..SUCCESSOR });
 }
 
 #[test]
