@@ -1,7 +1,8 @@
 //! Warm recovery: what a dead predecessor left in the engine's segment becomes the cache of its successor.
 //!
 //! Between the odd incarnation and the even one, on the service thread, by reading alone, but for what is freed. Committed
-//! shards of complete chunks stay; incomplete chunks stay while a living client may be writing a sibling; the rest goes.
+//! shards stay: complete chunks are visible, incomplete ones go on forming. What the dead were writing goes, and their
+//! rounds with it.
 //! A slot that a *living* client was writing stays that client's, whether its chunk does or not: only its word, or its
 //! death, frees it. All of it is derived from the slab table and the slot headers, each of which was published in one
 //! store; so a predecessor's death between any two of its stores leaves tables that make sense. Tables that do not are an
@@ -78,7 +79,7 @@ pub(crate) fn recover(
     failpoint::here("recovery.owners");
     let stats = cache.stats();
     let block = &segments.engine.stats;
-    // Chunks that are forming count as lost once their last writer has turned out to be dead.
+    // Those of whose writers one has turned out to be dead are gone by now.
     let kept = stats.chunks_forming;
     let lost = u64::from(restored.dropped) + u64::from(restored.kept).saturating_sub(kept);
     for (stat, value) in [

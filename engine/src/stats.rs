@@ -93,8 +93,8 @@ stats! {
     StaleRequests Counter "stale_requests" "requests of an earlier attachment, ignored";
     WarmStart Gauge "warm_start" "1 where this engine took over what an earlier one left";
     ChunksRecovered Gauge "chunks_recovered" "chunks that lookups found again after this engine's start";
-    ChunksKept Gauge "chunks_kept" "incomplete chunks kept at the start, because somebody may still write a shard";
-    ChunksLost Gauge "chunks_lost" "incomplete chunks dropped at the start, and those of writers that had died";
+    ChunksKept Gauge "chunks_kept" "incomplete chunks that go on forming after this engine's start";
+    ChunksLost Gauge "chunks_lost" "chunks dropped at the start: a writer of theirs had died";
     SlotsQuarantined Gauge "slots_quarantined" "slots that living clients were writing at the start";
     Reattachments Counter "reattachments" "clients that came back after this engine's start, in the entry they had";
     ClientsAwaited Gauge "clients_awaited" "clients that have not come back yet; until then nothing is evicted, for a while";

@@ -53,7 +53,7 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
     let worlds: &[&[u64]] = &[&[4096, 70_000], &[1_500_000]];
     let mut old = cache(8, worlds[0]);
     register(&mut old, 1, worlds[1]);
-    let (kept, lost, whole) = (key(1, 0), key(2, 0), chain(3, 3));
+    let (kept, late, whole) = (key(1, 0), key(2, 0), chain(3, 3));
     for rank in 0..2 {
         let slots = reserve(&mut old, rank, round(1), &whole);
         for (answer, key) in slots.into_iter().zip(&whole) {
@@ -65,26 +65,29 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
     let first = reserve_one(&mut old, 0, round(1), kept);
     let second = reserve_one(&mut old, 1, round(1), kept);
     commit(&mut old, 0, first, kept);
-    let alone = reserve_one(&mut old, 0, round(1), lost);
-    commit(&mut old, 0, alone, lost);
+    let alone = reserve_one(&mut old, 0, round(1), late);
+    commit(&mut old, 0, alone, late);
 
     let mut new = restored(old.table(), 8, worlds);
     let restored = new.restore_end();
-    assert_eq!((restored.visible, restored.kept, restored.dropped), (4, 1, 1));
+    assert_eq!((restored.visible, restored.kept, restored.dropped), (4, 2, 0));
     new.check_all().unwrap();
     assert_eq!(hits(&mut new, &whole), 3);
     // The writer came back under another nonce, and names what it was writing.
     assert!(!new.adopt(7, 1, second.0, second.1, kept), "somebody else's");
     assert!(!new.adopt(1, 1, second.0, second.1 + 1, kept), "another life of the slot");
-    assert!(!new.adopt(1, 1, second.0, second.1, lost), "another key");
+    assert!(!new.adopt(1, 1, second.0, second.1, late), "another key");
     assert!(!new.adopt(1, 1, first.0, first.1, kept), "committed");
     assert!(new.adopt(1, 1, second.0, second.1, kept));
     assert!(new.adopt(1, 1, second.0, second.1, kept), "repeated");
     assert_eq!(new.declare_end(1), 0);
     assert_eq!(new.commit(1, second.0, second.1, kept, 0), Ok(Committed::Committed));
     assert_eq!(hits(&mut new, &[kept]), 1);
-    // What was dropped has another generation, also for later lives.
-    assert_eq!(new.commit(0, alone.0, alone.1, lost, 0), Ok(Committed::Gone));
+    // What was committed alone waits for its round's other rank, which had not asked for its slot yet.
+    assert_eq!(new.commit(0, alone.0, alone.1, late, 0), Ok(Committed::AlreadyCommitted));
+    let other = reserve_one(&mut new, 1, round(1), late);
+    commit(&mut new, 1, other, late);
+    assert_eq!(hits(&mut new, &[late]), 1);
     new.clear(None);
     new.check_all().unwrap();
     assert_eq!(new.stats().slabs_free, 8);

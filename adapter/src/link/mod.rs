@@ -154,8 +154,11 @@ impl Link {
     /// Everything a client can conclude about this attachment.
     pub(crate) fn health(&self) -> Health {
         let epoch = self.engine.epoch();
+        // The life word first: a successor takes it over only after it has changed the incarnation, so who sees it alive
+        // again sees that too.
+        let life = self.life.life();
         let incarnation = epoch.incarnation();
-        if !matches!(self.life.life(), Life::Alive { .. }) {
+        if !matches!(life, Life::Alive { .. }) {
             Health::Dead
         } else if self.engine.info().unhealthy.load(Ordering::Relaxed) != 0 {
             Health::Unhealthy

@@ -43,9 +43,9 @@ pub enum Found {
 pub struct Restored {
     /// Complete: lookups find them.
     pub visible: u32,
-    /// Incomplete, but somebody may still be writing a shard.
+    /// Incomplete: they go on forming.
     pub kept: u32,
-    /// Incomplete, and nobody writes.
+    /// Complete, beside another round of the same key.
     pub dropped: u32,
 }
 
@@ -173,7 +173,9 @@ impl<T: SlotTable> Cache<T> {
     }
 
     /// The last slot has been restored: complete chunks become visible in the order of their last access. Incomplete
-    /// ones stay while a sibling is WRITING, and are dropped otherwise. Allocates.
+    /// ones go on forming, also those that nobody is writing: another rank of their round may not have asked for its slot
+    /// yet, and what has been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and
+    /// a newer round replaces them. Allocates.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
         let mut restored = Restored::default();
@@ -191,8 +193,7 @@ impl<T: SlotTable> Cache<T> {
             if u32::from(chunk.committed) == self.world_of(id) {
                 complete.push((chunk.tick, id));
             } else {
-                self.drop_chunk(id, false);
-                restored.dropped += 1;
+                restored.kept += 1;
             }
         }
         complete.sort_unstable();

@@ -131,11 +131,7 @@ impl Model {
         let restored = cache.restore_end();
         self.leases.clear();
         let freed = self.take_freed();
-        let lost = |chunk: &Chunk| !chunk.visible && !chunk.is_written();
-        assert_eq!(restored.dropped as usize, self.chunks.iter().filter(|chunk| lost(chunk)).count());
-        while let Some(at) = self.chunks.iter().position(lost) {
-            self.dropped(at, &freed);
-        }
+        assert!(freed.is_empty() && restored.dropped == 0);
         assert_eq!(restored.visible as usize, self.chunks.iter().filter(|chunk| chunk.visible).count());
         assert_eq!(restored.kept as usize, self.chunks.iter().filter(|chunk| !chunk.visible).count());
         self.cache.check_all().unwrap();
