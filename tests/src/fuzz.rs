@@ -70,7 +70,7 @@ impl Random {
         let rank = if self.one_in(4) { self.edgy() } else { 0 };
         let session = if self.one_in(4) { self.bits() } else { self.below(8) };
         let admission = if self.one_in(4) { self.edgy() } else { self.below(4) as u32 };
-        match self.below(16) {
+        match self.below(20) {
             0 => Request::Noop,
             1 => Request::Register { record: self.place() },
             2 => Request::Unregister { namespace },
@@ -93,6 +93,9 @@ impl Random {
             },
             12 | 13 => Request::Commit { slots: self.records(), answer: self.place() },
             14 => Request::Abort { slots: self.records(), answer: self.place() },
+            15 => Request::DeclareSlots { slots: self.records(), answer: self.place() },
+            16 | 17 => Request::DeclareLease { session, admission, namespace, chunks: self.records() },
+            18 => Request::DeclareEnd,
             _ => Request::Clear { namespace },
         }
     }

@@ -11,8 +11,8 @@ use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, Lobby, Role};
 use kvring_shm_abi::message::{
-    Completion, DTYPE_BYTES, Ident, Key, MODEL_NAME_BYTES, Record, Records, Registration, Request,
-    ReserveAnswer, ReserveOutcome, Round, ShardAnswer, SlotOutcome, SlotRecord, Status,
+    Completion, DTYPE_BYTES, Ident, Key, LeaseRecord, MODEL_NAME_BYTES, Record, Records, Registration,
+    Request, ReserveAnswer, ReserveOutcome, Round, ShardAnswer, SlotOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::park;
 use kvring_shm_abi::payload::Payload;
@@ -314,6 +314,32 @@ impl RawClient {
         let mut words = vec![0u64; slots.len()];
         self.payload.read(ANSWER_AT, &mut words).expect("room");
         words.into_iter().map(|word| SlotOutcome::from_word(word).expect("an outcome")).collect()
+    }
+
+    /// Declares slots; what became of each.
+    ///
+    /// # Panics
+    /// When the engine does not answer.
+    pub fn declare(&mut self, slots: &[SlotRecord]) -> Vec<SlotOutcome> {
+        self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(slots)).expect("room");
+        let records = Records { offset: ARGUMENTS_AT, count: slots.len() as u32 };
+        let completion = self.call(Request::DeclareSlots { slots: records, answer: ANSWER_AT });
+        assert_eq!(completion.status, Status::Ok, "{completion:?}");
+        let mut words = vec![0u64; slots.len()];
+        self.payload.read(ANSWER_AT, &mut words).expect("room");
+        words.into_iter().map(|word| SlotOutcome::from_word(word).expect("an outcome")).collect()
+    }
+
+    /// A declaration of a lease on these keys, wherever they are.
+    pub fn declare_request(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
+        let record = |(at, key): (usize, &Key)| LeaseRecord {
+            key: *key,
+            shard: ShardAnswer::new(at as u32, 0, at as u64 % 3),
+        };
+        let records: Vec<LeaseRecord> = keys.iter().enumerate().map(record).collect();
+        let _ = self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(&records));
+        let chunks = Records { offset: ARGUMENTS_AT, count: keys.len() as u32 };
+        Request::DeclareLease { session, admission, namespace, chunks }
     }
 
     /// A lookup of these keys in a namespace of `world` ranks.

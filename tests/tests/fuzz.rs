@@ -131,6 +131,17 @@ fn good_messages_in_a_senseless_order() {
                     let lookup = scheduler.lookup_request(session, admission, namespace, 2, &keys);
                     scheduler.call(lookup);
                 }
+                8 if random.one_in(3) => {
+                    // As if the engine had been restarted: with what it holds, and with what it does not.
+                    let from = random.below(held.len() as u64 + 1) as usize;
+                    worker.declare(&held[from..]);
+                    let (session, admission) = (random.below(5), random.below(3) as u32);
+                    let declared = scheduler.declare_request(session, admission, namespace, &keys);
+                    scheduler.call(declared);
+                    if random.one_in(3) {
+                        worker.call(Request::DeclareEnd);
+                    }
+                }
                 8 => {
                     let (session, admission) = (random.below(5), random.below(3) as u32);
                     scheduler.call(Request::Release { session, admission, keep: random.below(4) as u32 });

@@ -48,6 +48,7 @@ fn more_keys_than_the_limit_is_an_error_with_the_limit() {
             Request::Reserve { round: round(1), namespace, rank: 0, keys: many, answer: 0, parent: None },
             Request::Commit { slots: many, answer: 0 },
             Request::Abort { slots: many, answer: 0 },
+            Request::DeclareSlots { slots: many, answer: 0 },
         ] {
             let completion = worker.call(request);
             assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192), "{request:?}");
@@ -61,6 +62,9 @@ fn more_keys_than_the_limit_is_an_error_with_the_limit() {
         keys: records(0, 8193),
         answer: records(0, 8193),
     };
+    let completion = scheduler.call(many);
+    assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192));
+    let many = Request::DeclareLease { session: 1, admission: 0, namespace, chunks: records(0, 8193) };
     let completion = scheduler.call(many);
     assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192));
     // None of it was a breach.
@@ -93,6 +97,8 @@ fn unknown_namespaces_and_other_roles_are_refused() {
         assert_eq!(worker.call(Request::Unregister { namespace: unknown }).status, Status::UnknownNamespace);
         let lookup = scheduler.lookup_request(1, 0, unknown, 1, &keys);
         assert_eq!(scheduler.call(lookup).status, Status::UnknownNamespace, "{unknown}");
+        let lease = scheduler.declare_request(1, 0, unknown, &keys);
+        assert_eq!(scheduler.call(lease).status, Status::UnknownNamespace, "{unknown}");
     }
     // The bystander's namespace exists, but this worker has not registered it.
     let reserve = worker.reserve_request(0, 0, round(1), &keys);
@@ -110,11 +116,14 @@ fn unknown_namespaces_and_other_roles_are_refused() {
     // What is not for this role.
     let lookup = worker.lookup_request(1, 0, namespace, 2, &keys);
     assert_eq!(worker.call(lookup).status, Status::WrongRole);
+    let lease = worker.declare_request(1, 0, namespace, &keys);
+    assert_eq!(worker.call(lease).status, Status::WrongRole);
     let slots = records(0, 1);
     for request in [
         scheduler.reserve_request(namespace, 1, round(1), &keys),
         Request::Commit { slots, answer: 100 },
         Request::Abort { slots, answer: 100 },
+        Request::DeclareSlots { slots, answer: 100 },
         Request::Register { record: 0 },
     ] {
         assert_eq!(scheduler.call(request).status, Status::WrongRole, "{request:?}");
@@ -141,6 +150,9 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
     for commit in [true, false] {
         assert_eq!(thief.finish(&slots, commit), vec![SlotOutcome::NotYours; 4], "commit: {commit}");
     }
+    // Nor does anybody come back to it, or have it freed by coming back to nothing.
+    assert_eq!(thief.declare(&slots), vec![SlotOutcome::Gone; 4]);
+    assert_eq!(thief.call(Request::DeclareEnd).results[0], 0);
     // The victim itself, with a record of which one part is wrong.
     let good = slots[0];
     for (bad, expected) in [
@@ -267,6 +279,15 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
         thrown_out("slots of a commit", Role::Worker, &mut |raw, _| {
             raw.send(Request::Commit { slots: outside, answer: 0 });
         });
+        thrown_out("slots that are declared", Role::Worker, &mut |raw, _| {
+            raw.send(Request::DeclareSlots { slots: outside, answer: 0 });
+        });
+        if offset != end / 2 {
+            thrown_out("chunks of a lease", Role::Scheduler, &mut |raw, namespace| {
+                let chunks = outside;
+                raw.send(Request::DeclareLease { session: 1, admission: 0, namespace, chunks });
+            });
+        }
         thrown_out("slots of an abort", Role::Worker, &mut |raw, _| {
             raw.send(Request::Abort { slots: outside, answer: 0 });
         });
@@ -286,6 +307,9 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
         });
         thrown_out("the answer of a commit", Role::Worker, &mut |raw, _| {
             raw.send(Request::Commit { slots: records(0, 2), answer });
+        });
+        thrown_out("the answer of a declaration", Role::Worker, &mut |raw, _| {
+            raw.send(Request::DeclareSlots { slots: records(0, 2), answer });
         });
         thrown_out("a registration", Role::Worker, &mut |raw, _| {
             raw.send(Request::Register { record: answer });
