@@ -240,3 +240,80 @@ impl Ledger {
         self.settled.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::tests::pair;
+
+    fn records(slot: u64) -> Vec<SlotRecord> {
+        vec![SlotRecord { slot, generation: 1, key: [slot, 0], checksum: 0 }]
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(5)
+    }
+
+    #[test]
+    fn what_an_earlier_engine_grants_counts_until_stock_is_taken_and_no_longer() {
+        let ledger = Ledger::default();
+        let ((old, _old_engine), (new, _new_engine)) = (pair("grant-old"), pair("grant-new"));
+        assert_eq!(ledger.hold(&old, records(1)), None, "nobody is attached");
+        ledger.attached(&old);
+        assert!(ledger.hold(&old, records(1)).is_some());
+        assert_eq!(ledger.begin_declaring(), records(1));
+        assert_eq!(ledger.hold(&old, records(2)), None, "too late");
+        ledger.attached(&new);
+        assert_eq!(ledger.hold(&old, records(2)), None);
+        assert!(ledger.hold(&new, records(3)).is_some());
+        assert_eq!(ledger.begin_declaring().len(), 2, "also what was declared before, and not settled");
+    }
+
+    #[test]
+    fn what_was_decided_without_an_engine_is_done_through_the_next() {
+        let ledger = Ledger::default();
+        let ((old, _old_engine), (new, _new_engine)) = (pair("duty-old"), pair("duty-new"));
+        ledger.attached(&old);
+        let [commits, aborts, early, writes] =
+            [1, 2, 3, 4].map(|slot| ledger.hold(&old, records(slot)).unwrap());
+        // The engine may be dead: whoever sends finds out, and nothing is settled by that.
+        let (link, sent) = ledger.commit(commits, &[77]).unwrap();
+        assert!(Arc::ptr_eq(&link, &old));
+        assert_eq!(sent[0].checksum, 77);
+        assert!(ledger.abort(early).is_some());
+        assert_eq!(ledger.begin_declaring().len(), 3);
+        assert!(ledger.abort(aborts).is_none(), "it may have been named by now");
+        let duties = ledger.attached(&new);
+        assert_eq!(duties.commits, [(commits, sent)]);
+        assert_eq!(duties.aborts, records(2));
+        assert_eq!(ledger.outcome(commits, soon()), None, "not answered yet");
+        ledger.settle(commits, Settled { done: 1, gone: 0 });
+        assert_eq!(ledger.begin_declaring(), records(4), "what nobody waits for is gone once it is settled");
+        ledger.attached(&new);
+        assert!(ledger.commit(writes, &[]).is_some());
+        ledger.settle(writes, Settled { done: 1, gone: 0 });
+        // Stock is taken between the answer and its waiter's look at it.
+        assert!(ledger.begin_declaring().is_empty());
+        assert_eq!(ledger.outcome(writes, soon()), Some(Settled { done: 1, gone: 0 }));
+    }
+
+    #[test]
+    fn what_was_given_up_with_its_arena_never_reaches_another_engine() {
+        let ledger = Arc::new(Ledger::default());
+        let ((old, _old_engine), (new, _new_engine)) = (pair("forget-old"), pair("forget-new"));
+        ledger.attached(&old);
+        let [writes, waits] = [1, 2].map(|slot| ledger.hold(&old, records(slot)).unwrap());
+        ledger.commit(waits, &[]).unwrap();
+        let waiter = std::thread::spawn({
+            let ledger = ledger.clone();
+            move || ledger.outcome(waits, Instant::now() + Duration::from_secs(20))
+        });
+        ledger.forget();
+        assert_eq!(waiter.join().unwrap(), Some(Settled { done: 0, gone: 1 }));
+        assert!(ledger.commit(writes, &[]).is_none(), "its copy ended after all");
+        let duties = ledger.attached(&new);
+        assert!(duties.commits.is_empty() && duties.aborts.is_empty());
+        assert!(ledger.abort(writes).is_none());
+        assert!(ledger.begin_declaring().is_empty());
+    }
+}

@@ -33,6 +33,6 @@ pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
 pub use scheduler::{PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 pub use sessions::{Hit, Lookup, LookupStats};
 pub use worker::{
-    BlockError, Checksum, Finished, JobId, LayoutError, LoadChunk, LoadReport, PagedKv, Plane, StoreChunk,
-    StoreReport, SubmitError, WorkerAdapter, WorkerOptions,
+    BlockError, Checksum, Drops, Finished, JobId, LayoutError, LoadChunk, LoadFailures, LoadReport, PagedKv,
+    Plane, StoreChunk, StoreReport, SubmitError, WorkerAdapter, WorkerOptions,
 };

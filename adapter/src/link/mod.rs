@@ -381,4 +381,4 @@ pub(crate) fn write_slots(payload: &Payload, region: Region, slots: &[SlotRecord
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

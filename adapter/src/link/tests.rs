@@ -15,7 +15,7 @@ const ENTRY: usize = 3;
 const NONCE: u64 = 0xfeed;
 
 /// The engine's side of one channel, and the life word that says it lives.
-struct FakeEngine {
+pub(crate) struct FakeEngine {
     requests: Consumer,
     completions: Producer,
     payload: Payload,
@@ -23,7 +23,7 @@ struct FakeEngine {
     life: RobustList,
 }
 
-fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
+pub(crate) fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
     let geometry = Geometry::new(1 << 20, 1 << 20).unwrap();
     let mapping = Arc::new(Mapping::private(Places::of(&geometry).bytes as usize));
     let engine = EngineSegment::new(mapping, &geometry).unwrap();
@@ -58,7 +58,7 @@ fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
 }
 
 impl FakeEngine {
-    fn next(&mut self) -> Option<(u16, Request)> {
+    pub(crate) fn next(&mut self) -> Option<(u16, Request)> {
         let body = self.requests.pop().unwrap()?;
         let (operation, ident, request) = Request::decode(&body).unwrap();
         assert_eq!(ident, Ident { incarnation: self.incarnation, nonce: NONCE as u32 });

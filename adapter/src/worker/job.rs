@@ -1,6 +1,7 @@
 //! Jobs: what the caller's thread hands to the mover, and how the two agree on which blocks are being read.
 
 use super::paged::PagedKv;
+use super::report::{LoadReport, StoreReport};
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -25,34 +26,6 @@ pub struct LoadChunk {
     pub shard: ShardHandle,
     /// Where it goes, in order.
     pub blocks: Vec<u32>,
-}
-
-/// What became of a store.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StoreReport {
-    /// Shards written and committed.
-    pub stored: u32,
-    /// Skipped: visible already, or being stored under a newer round.
-    pub skipped: u32,
-    /// Dropped: no room, the engine not available, or the round failed.
-    pub dropped: u32,
-    /// Bytes copied.
-    pub bytes: u64,
-    /// Nanoseconds spent copying.
-    pub copy_ns: u64,
-}
-
-/// What became of a load.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LoadReport {
-    /// Chunks loaded and validated.
-    pub loaded: u32,
-    /// Chunks that could not be loaded; their blocks are among the blocks with load errors.
-    pub failed: u32,
-    /// Bytes copied.
-    pub bytes: u64,
-    /// Nanoseconds spent copying.
-    pub copy_ns: u64,
 }
 
 /// Jobs that have ended since the last call.

@@ -1,8 +1,9 @@
 //! A worker's loads: what the lookup meant is checked before each copy and after it.
 
 use super::Checksum;
-use super::job::{Job, LoadChunk, LoadReport};
+use super::job::{Job, LoadChunk};
 use super::mover::{Ended, Mover};
+use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
 use kvring_gpu_kernels::Direction;
 use kvring_shm_abi::futex::monotonic_ns;
@@ -23,14 +24,15 @@ impl Mover {
     }
 
     fn load_batch(&self, job: &Job, chunks: &[LoadChunk], report: &mut LoadReport, failed: &mut Vec<u32>) {
-        let mut fail = |chunk: &LoadChunk, report: &mut LoadReport, why: &dyn core::fmt::Display| {
+        let mut fail = |chunk: &LoadChunk, report: &mut LoadReport, why: &LoadError| {
             tracing::warn!(request = %job.request, slot = chunk.shard.slot, %why, "load failed; its blocks are recomputed");
-            report.failed += 1;
+            report.fail(why);
             failed.extend_from_slice(&chunk.blocks);
         };
         let (attachment, namespace) = match self.client.to_load(&self.registered) {
             Ok(context) => context,
             Err(error) => {
+                let error = LoadError::Unavailable(error);
                 for chunk in chunks {
                     fail(chunk, report, &error);
                 }
@@ -50,7 +52,7 @@ impl Mover {
         }
         let Some(running) = job.begin_copy() else {
             for (chunk, ..) in good {
-                fail(chunk, report, &"cancelled");
+                fail(chunk, report, &LoadError::Cancelled);
             }
             return;
         };
@@ -63,6 +65,7 @@ impl Mover {
         let checksums = match copied {
             Ok(done) => done.checksums,
             Err(error) => {
+                let error = LoadError::Copy(error);
                 for (chunk, ..) in good {
                     fail(chunk, report, &error);
                 }
@@ -76,15 +79,14 @@ impl Mover {
             let computed = checksums.get(index).copied().unwrap_or(0);
             match still {
                 Some(Ok(())) if verify && stored != 0 && stored != computed => {
-                    let why = format!("expected checksum {stored:#018x}, the bytes have {computed:#018x}");
-                    fail(chunk, report, &why);
+                    fail(chunk, report, &LoadError::Corrupt { stored, computed });
                 }
                 Some(Ok(())) => {
                     report.loaded += 1;
                     report.bytes += job.paged.shard_bytes();
                 }
-                Some(Err(error)) => fail(chunk, report, &error),
-                None => fail(chunk, report, &"no such slot"),
+                Some(Err(error)) => fail(chunk, report, &error.into()),
+                None => fail(chunk, report, &outside(chunk)),
             }
         }
     }
@@ -96,12 +98,12 @@ impl Mover {
         namespace: u32,
         job: &Job,
         chunk: &LoadChunk,
-    ) -> Result<(*mut u8, u64), String> {
+    ) -> Result<(*mut u8, u64), LoadError> {
         let shard = &chunk.shard;
         if shard.arena_id != attachment.identity.arena_id {
-            return Err("the lookup was answered by another start of the engine".to_owned());
+            return Err(LoadError::OtherArena);
         }
-        let header = attachment.link.engine.slot(shard.slot).ok_or_else(|| "no such slot".to_owned())?;
+        let header = attachment.link.engine.slot(shard.slot).ok_or_else(|| outside(chunk))?;
         let expected = ShardIdentity {
             key: shard.key,
             namespace,
@@ -109,11 +111,14 @@ impl Mover {
             offset: shard.offset,
             length: job.paged.shard_bytes(),
         };
-        let checksum = header.validate(&expected, shard.generation).map_err(|error| error.to_string())?;
-        let arena = attachment.arena.as_ref().ok_or_else(|| "this client maps no arena".to_owned())?;
-        let address = arena
-            .address(shard.offset, expected.length)
-            .ok_or_else(|| format!("offset {} is outside the arena", shard.offset))?;
+        let checksum = header.validate(&expected, shard.generation)?;
+        let arena = attachment.arena.as_ref();
+        let address = arena.and_then(|arena| arena.address(shard.offset, expected.length));
+        let address = address.ok_or_else(|| outside(chunk))?;
         Ok((address, checksum))
     }
+}
+
+fn outside(chunk: &LoadChunk) -> LoadError {
+    LoadError::Outside { slot: chunk.shard.slot, offset: chunk.shard.offset }
 }

@@ -5,10 +5,12 @@ mod loading;
 mod mover;
 mod paged;
 mod queue;
+mod report;
 mod storing;
 
-pub use job::{Finished, JobId, LoadChunk, LoadReport, StoreChunk, StoreReport};
+pub use job::{Finished, JobId, LoadChunk, StoreChunk};
 pub use paged::{BlockError, LayoutError, PagedKv, Plane};
+pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
 use crate::client::{Client, Probe, Registered};
 use crate::error::RegisterError;

@@ -4,8 +4,9 @@
 //! engine goes away ends by itself.
 
 use super::WorkerOptions;
-use super::job::{Job, LoadReport, StoreReport, Work};
+use super::job::{Job, Work};
 use super::queue::Queue;
+use super::report::{Dropped, LoadError, LoadReport, StoreReport};
 use crate::client::{Client, Registered};
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyError, Direction, Transfer};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,13 +53,14 @@ impl Mover {
             (Ok(Ended::Load(report, failed)), _) => self.queue.finish_load(job, report, &failed),
             (Err(_), Work::Store { chunks, .. }) => {
                 tracing::error!(request = %job.request, "a store failed inside the mover; it is dropped");
-                let report = StoreReport { dropped: chunks.len() as u32, ..StoreReport::default() };
+                let report = StoreReport::dropped(chunks.len(), Dropped::Failed);
                 self.queue.finish_store(job, report);
             }
             (Err(_), Work::Load { chunks }) => {
                 tracing::error!(request = %job.request, "a load failed inside the mover; its blocks are recomputed");
                 let failed: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.blocks.iter().copied()).collect();
-                let report = LoadReport { failed: chunks.len() as u32, ..LoadReport::default() };
+                let mut report = LoadReport::default();
+                chunks.iter().for_each(|_| report.fail(&LoadError::Copy(CopyError::ThreadFailed)));
                 self.queue.finish_load(job, report, &failed);
             }
         }

@@ -1,6 +1,7 @@
 //! The mover's queue: loads before stores, what has ended, and a clean end.
 
-use super::job::{Finished, Job, LoadReport, StoreReport};
+use super::job::{Finished, Job};
+use super::report::{LoadReport, StoreReport};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 

@@ -5,8 +5,9 @@
 //! engine did not grant, or could not be asked for, is dropped and counted.
 
 use super::Checksum;
-use super::job::{CopyRunning, Job, StoreChunk, StoreReport};
+use super::job::{CopyRunning, Job, StoreChunk};
 use super::mover::Mover;
+use super::report::{Dropped, StoreReport};
 use crate::attachment::Attachment;
 use crate::error::CallError;
 use crate::gate::WriterPass;
@@ -107,7 +108,7 @@ impl Mover {
             Ok(context) => context,
             Err(error) => {
                 tracing::debug!(request = %job.request, %error, "store dropped");
-                return StoreReport { dropped: chunks.len() as u32, ..StoreReport::default() };
+                return StoreReport::dropped(chunks.len(), Dropped::by(&error));
             }
         };
         let mut store = Store {
@@ -146,7 +147,9 @@ impl<'a> Store<'a> {
             let Some((count, reserving)) = asked.pop_front() else { break };
             if self.job.is_cancelled() || !self.attachment.link.is_healthy() {
                 // What has been asked for is given back when it is answered.
-                self.report.dropped += left as u32;
+                let cancelled = self.job.is_cancelled();
+                let why = if cancelled { Dropped::Cancelled } else { Dropped::Unavailable };
+                self.report.drop_shards(left as u32, why);
                 break;
             }
             left -= count;
@@ -154,7 +157,7 @@ impl<'a> Store<'a> {
                 Ok(reserving) => self.granted(reserving),
                 Err(error) => {
                     tracing::debug!(request = %self.job.request, %error, "store dropped");
-                    self.report.dropped += count as u32;
+                    self.report.drop_shards(count as u32, Dropped::by(&error));
                     None
                 }
             };
@@ -261,7 +264,7 @@ impl<'a> Store<'a> {
             Ok(answered) => answered,
             Err(error) => {
                 tracing::debug!(request = %self.job.request, %error, "store dropped");
-                self.report.dropped += chunks.len() as u32;
+                self.report.drop_shards(chunks.len() as u32, Dropped::by(&error));
                 return None;
             }
         };
@@ -290,7 +293,7 @@ impl<'a> Store<'a> {
                                 offset = shard.offset(),
                                 "the engine granted a slot outside the arena"
                             );
-                            self.report.dropped += 1;
+                            self.report.drop_shards(1, Dropped::Failed);
                             useless.push(SlotRecord {
                                 slot: u64::from(shard.slot()),
                                 generation: shard.generation,
@@ -303,7 +306,9 @@ impl<'a> Store<'a> {
                 Some(ReserveOutcome::Present | ReserveOutcome::Held | ReserveOutcome::Superseded) => {
                     self.report.skipped += 1;
                 }
-                Some(ReserveOutcome::NoSpace | ReserveOutcome::Busy) | None => self.report.dropped += 1,
+                Some(ReserveOutcome::NoSpace) => self.report.drop_shards(1, Dropped::NoSpace),
+                Some(ReserveOutcome::Busy) => self.report.drop_shards(1, Dropped::Busy),
+                None => self.report.drop_shards(1, Dropped::Failed),
             }
         }
         drop(answered);
@@ -328,7 +333,7 @@ impl<'a> Store<'a> {
                 Some(Grant { shards, batch, ledger, committed: false })
             }
             None => {
-                self.report.dropped += shards.len() as u32;
+                self.report.drop_shards(shards.len() as u32, Dropped::Unavailable);
                 shared.counters.late_grants.add(shards.len() as u64);
                 None
             }
@@ -339,7 +344,7 @@ impl<'a> Store<'a> {
     fn start_copy(&mut self, grant: Grant<'a>) -> Option<Copying<'a>> {
         let (Some(pass), Some(running)) = (self.attachment.writers.enter(), self.job.begin_copy()) else {
             // Preempted before the copy began, or the attachment is being given up.
-            self.report.dropped += grant.shards.len() as u32;
+            self.report.drop_shards(grant.shards.len() as u32, Dropped::Cancelled);
             return None;
         };
         let started_ns = monotonic_ns();
@@ -382,7 +387,7 @@ impl<'a> Store<'a> {
                 Ok(sent) => Some(sent),
                 Err(error) => {
                     tracing::debug!(request = %self.job.request, %error, "commit not sent; the store is dropped");
-                    self.report.dropped += count;
+                    self.report.drop_shards(count, Dropped::by(&error));
                     return None;
                 }
             },
@@ -396,7 +401,7 @@ impl<'a> Store<'a> {
 
     fn copy_failed(&mut self, grant: &Grant<'_>, error: &CopyError) {
         tracing::error!(request = %self.job.request, %error, "a copy into the arena failed; the store is dropped");
-        self.report.dropped += grant.shards.len() as u32;
+        self.report.drop_shards(grant.shards.len() as u32, Dropped::Failed);
     }
 
     /// Waits for what becomes of a commit, at most until `until`; also through another engine, where this one has gone.
@@ -410,10 +415,10 @@ impl<'a> Store<'a> {
         match self.mover.client.shared.ledger.outcome(commit.batch, until) {
             Some(Settled { done, gone }) => {
                 self.report.stored += done.min(commit.count);
-                self.report.dropped += gone.max(commit.count.saturating_sub(done));
+                self.report.drop_shards(gone.max(commit.count.saturating_sub(done)), Dropped::Gone);
             }
             // Whether it counts is the engine's to know, when it is there again.
-            None => self.report.dropped += commit.count,
+            None => self.report.drop_shards(commit.count, Dropped::Unavailable),
         }
     }
 
@@ -423,10 +428,10 @@ impl<'a> Store<'a> {
             let read = answered.payload().read(answer + index, &mut word);
             match read.ok().and_then(|()| SlotOutcome::from_word(word[0])) {
                 Some(SlotOutcome::Done) => self.report.stored += 1,
-                Some(SlotOutcome::Gone) => self.report.dropped += 1,
+                Some(SlotOutcome::Gone) => self.report.drop_shards(1, Dropped::Gone),
                 Some(SlotOutcome::NotYours) | None => {
                     tracing::error!("the engine does not know a slot that it granted");
-                    self.report.dropped += 1;
+                    self.report.drop_shards(1, Dropped::Failed);
                 }
             }
         }

@@ -115,7 +115,7 @@ impl Worker {
         let job = self.adapter.submit_load(&step.request, step.load.iter().map(chunk).collect())?;
         let report = self.wait_for(job, |finished| find(&finished.loads, job))?;
         let failed: HashSet<u32> = self.adapter.get_block_ids_with_load_errors().into_iter().collect();
-        let LoadReport { loaded, failed: failed_shards, bytes, copy_ns } = report;
+        let LoadReport { loaded, failed: failed_shards, bytes, copy_ns, .. } = report;
         let (loaded, failed_shards) = (loaded.into(), failed_shards.into());
         let mut wrong_bytes = 0;
         if self.verify {
@@ -138,7 +138,7 @@ impl Worker {
         let round = Round { source, number };
         let job = self.adapter.submit_store(&step.request, round, step.parent, chunks.collect())?;
         let report = self.wait_for(job, |finished| find(&finished.stores, job))?;
-        let StoreReport { stored, skipped, dropped, bytes, copy_ns } = report;
+        let StoreReport { stored, skipped, dropped, bytes, copy_ns, .. } = report;
         Ok(Stored { stored: stored.into(), skipped: skipped.into(), dropped: dropped.into(), bytes, copy_ns })
     }
 

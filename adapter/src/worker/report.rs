@@ -1,0 +1,197 @@
+//! What became of jobs, and why.
+
+use crate::error::CallError;
+use kvring_shm_abi::slot::NotServable;
+
+/// What became of a store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoreReport {
+    /// Shards written and committed.
+    pub stored: u32,
+    /// Skipped: visible already, or being stored under a newer round.
+    pub skipped: u32,
+    /// Dropped, for one of the reasons in `why`.
+    pub dropped: u32,
+    /// Why: they add up to `dropped`.
+    pub why: Drops,
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Nanoseconds spent copying.
+    pub copy_ns: u64,
+}
+
+/// Why shards were not stored, in shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drops {
+    /// The arena has no room, even after eviction.
+    pub no_space: u32,
+    /// This client holds or writes as much as it may.
+    pub busy: u32,
+    /// The namespace is not registered with the engine, or not yet again.
+    pub not_registered: u32,
+    /// The engine was not there, or did not answer in time. Those that were copied by then may be committed all the same.
+    pub unavailable: u32,
+    /// Their round had failed, or was replaced, when they were committed; or their arena is gone.
+    pub gone: u32,
+    /// Preempted, or the adapter was shut down, before their copy began.
+    pub cancelled: u32,
+    /// The copy failed, or the engine's answer made no sense.
+    pub failed: u32,
+}
+
+/// Why a shard was not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dropped {
+    NoSpace,
+    Busy,
+    NotRegistered,
+    Unavailable,
+    Gone,
+    Cancelled,
+    Failed,
+}
+
+impl Dropped {
+    /// What a call's error amounts to.
+    pub(super) fn by(error: &CallError) -> Dropped {
+        match error {
+            CallError::NotRegistered => Dropped::NotRegistered,
+            CallError::Busy => Dropped::Busy,
+            CallError::OutOfSpace => Dropped::NoSpace,
+            CallError::Degraded(_)
+            | CallError::Dead
+            | CallError::Restarted
+            | CallError::TimedOut { .. }
+            | CallError::Forked => Dropped::Unavailable,
+            CallError::TooManyKeys { .. } | CallError::Refused(_) => Dropped::Failed,
+        }
+    }
+}
+
+impl StoreReport {
+    pub(super) fn drop_shards(&mut self, shards: u32, why: Dropped) {
+        self.dropped += shards;
+        let count = match why {
+            Dropped::NoSpace => &mut self.why.no_space,
+            Dropped::Busy => &mut self.why.busy,
+            Dropped::NotRegistered => &mut self.why.not_registered,
+            Dropped::Unavailable => &mut self.why.unavailable,
+            Dropped::Gone => &mut self.why.gone,
+            Dropped::Cancelled => &mut self.why.cancelled,
+            Dropped::Failed => &mut self.why.failed,
+        };
+        *count += shards;
+    }
+
+    /// All of them were dropped.
+    pub(super) fn dropped(shards: usize, why: Dropped) -> StoreReport {
+        let mut report = StoreReport::default();
+        report.drop_shards(shards as u32, why);
+        report
+    }
+}
+
+/// What became of a load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadReport {
+    /// Chunks loaded and validated.
+    pub loaded: u32,
+    /// Chunks that could not be loaded, for one of the reasons in `why`; their blocks are among the blocks with load errors.
+    pub failed: u32,
+    /// Why: they add up to `failed`.
+    pub why: LoadFailures,
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Nanoseconds spent copying.
+    pub copy_ns: u64,
+}
+
+/// Why chunks could not be loaded, in chunks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LoadFailures {
+    /// Evicted, or replaced, since the lookup: it was not pinned any more.
+    pub gone: u32,
+    /// The lookup was answered from an arena that is not there any more.
+    pub other_arena: u32,
+    /// There is no arena, or the namespace is not registered.
+    pub unavailable: u32,
+    /// The handle does not fit what it leads to: it belongs to another model, layout or rank.
+    pub mismatch: u32,
+    /// The bytes are not those that were stored.
+    pub corrupt: u32,
+    /// The adapter was shut down before the copy began.
+    pub cancelled: u32,
+    /// The copy itself failed.
+    pub failed: u32,
+}
+
+/// Why a chunk could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LoadError {
+    #[error(transparent)]
+    Slot(#[from] NotServable),
+    #[error("the lookup was answered by another start of the engine")]
+    OtherArena,
+    #[error(transparent)]
+    Unavailable(#[from] CallError),
+    #[error("expected slot {slot} and offset {offset} inside the engine's tables and arena")]
+    Outside { slot: u32, offset: u64 },
+    #[error("expected checksum {stored:#018x}, the bytes have {computed:#018x}")]
+    Corrupt { stored: u64, computed: u64 },
+    #[error("cancelled")]
+    Cancelled,
+    #[error(transparent)]
+    Copy(#[from] kvring_gpu_kernels::CopyError),
+}
+
+impl LoadReport {
+    pub(super) fn fail(&mut self, error: &LoadError) {
+        self.failed += 1;
+        let count = match error {
+            LoadError::Slot(NotServable::Gone { .. }) => &mut self.why.gone,
+            LoadError::Slot(NotServable::OtherShard { .. }) | LoadError::Outside { .. } => {
+                &mut self.why.mismatch
+            }
+            LoadError::OtherArena => &mut self.why.other_arena,
+            LoadError::Unavailable(_) => &mut self.why.unavailable,
+            LoadError::Corrupt { .. } => &mut self.why.corrupt,
+            LoadError::Cancelled => &mut self.why.cancelled,
+            LoadError::Copy(_) => &mut self.why.failed,
+        };
+        *count += 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_add_up() {
+        let mut report = StoreReport::default();
+        let all = [
+            Dropped::NoSpace,
+            Dropped::Busy,
+            Dropped::NotRegistered,
+            Dropped::Unavailable,
+            Dropped::Gone,
+            Dropped::Cancelled,
+            Dropped::Failed,
+        ];
+        for (shards, why) in (1..).zip(all) {
+            report.drop_shards(shards, why);
+        }
+        let Drops { no_space, busy, not_registered, unavailable, gone, cancelled, failed } = report.why;
+        assert_eq!(
+            [no_space, busy, not_registered, unavailable, gone, cancelled, failed],
+            [1, 2, 3, 4, 5, 6, 7]
+        );
+        assert_eq!(report.dropped, 28);
+        let mut report = LoadReport::default();
+        report.fail(&LoadError::OtherArena);
+        report.fail(&LoadError::Slot(NotServable::Gone { expected: 1, found: 2, committed: true }));
+        report.fail(&LoadError::Corrupt { stored: 1, computed: 2 });
+        let why = LoadFailures { gone: 1, other_arena: 1, corrupt: 1, ..LoadFailures::default() };
+        assert_eq!((report.failed, report.why), (3, why));
+    }
+}
