@@ -210,6 +210,44 @@ fn a_load_that_outlives_the_engine_is_validated_and_succeeds() {
     engine.settles(0);
 }
 
+/// The engine dies between two ranks' stores of one round: what the first has committed waits for the second.
+#[test]
+fn a_round_that_one_rank_has_committed_is_completed_under_the_next_engine() {
+    let mut engine = EngineProcess::start("halves", 16);
+    let mut ranks = [0, 1].map(|rank| WorkerSide::start(&WorkerSpec::rank(&engine.name, 2, rank)).unwrap());
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::world(&engine.name, 2));
+    let keys = chain(1, 8);
+    assert_eq!(ranks[0].store("r", round(1), None, &keys, 5), all_stored(8));
+    for _ in 0..2 {
+        engine.kill();
+        engine.restart();
+        ranks.iter().for_each(|worker| worker.wait_ready(LIMIT).unwrap());
+        assert_eq!((engine.stat("chunks_recovered"), engine.stat("chunks_kept")), (0, 8));
+    }
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    assert_eq!(scheduler.lookup("early", 0, &keys).unwrap().chunks, 0, "half of it is nothing");
+    assert_eq!(ranks[1].store("r", round(1), None, &keys, 5), all_stored(8));
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    assert_eq!(found.chunks, 8);
+    for (worker, handles) in ranks.iter_mut().zip(&found.ranks) {
+        assert_eq!(worker.load("r", handles, 5), all_loaded(8));
+    }
+    // Another round of the same source takes the place of a half that nobody completes.
+    let keys = chain(2, 4);
+    assert_eq!(ranks[0].store("r", round(2), None, &keys, 5), all_stored(4));
+    engine.kill();
+    engine.restart();
+    ranks.iter().for_each(|worker| worker.wait_ready(LIMIT).unwrap());
+    for worker in &mut ranks {
+        assert_eq!(worker.store("r", round(3), None, &keys, 6), all_stored(4));
+    }
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let found = scheduler.lookup("again", 0, &keys).unwrap();
+    assert_eq!(ranks[0].load("again", &found.ranks[0], 6), all_loaded(4));
+    drop((ranks, scheduler));
+    engine.settles(0);
+}
+
 #[test]
 fn a_kept_engine_hands_over_what_it_held_when_it_is_asked_to_stop() {
     let mut engine = EngineProcess::configured("keep", 16, &json!({ "keep": true }));

@@ -185,7 +185,7 @@ fn judge(name: &EngineName, view: &EngineView) -> (State, String) {
     }
     if !view.owner_lives() {
         let detail = format!(
-            "its process (pid {pid}) is gone: clients run without it; `kvring serve --name {name}` starts it again, \
+            "its process (pid {pid}) is gone: clients run without it; `kvring serve --name {name}` takes over what it held, \
              `kvring remove --name {name}` frees its memory"
         );
         return (State::Dead, detail);
