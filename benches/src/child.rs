@@ -4,16 +4,20 @@
 //! does, and the kernel kills it with its parent, so none is ever left spinning.
 
 use crate::cores;
+use crate::health::{bare, holder};
 use crate::lookup::busy::{self, BusyJob};
 use crate::pingpong::{self, PeerJob};
+use crate::sweeper;
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Stat;
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::segment::EngineName;
+use nix::sys::signal::Signal;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::process::{ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,6 +49,12 @@ pub(crate) enum Job {
     Nothing,
     /// A process that does nothing but wake up this often, in nanoseconds: what being there costs.
     Naps(u64),
+    /// A process that has a robust futex and nothing else: what noticing a death costs.
+    Bare(bare::BareJob),
+    /// A client that holds leases and half-written slots.
+    Holder(holder::HolderJob),
+    /// Removes what the benchmark's engines leave in shared memory, after the benchmark's end.
+    Sweeper(sweeper::SweeperJob),
 }
 
 /// How the engine's process is set up.
@@ -78,13 +88,20 @@ pub fn child_main() {
 }
 
 fn be(job: &str) -> anyhow::Result<()> {
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")?;
-    match serde_json::from_str(job).context("the job of a benchmark's child")? {
+    let job = serde_json::from_str(job).context("the job of a benchmark's child")?;
+    // Only who cleans up after the benchmark outlives it, by as long as that takes.
+    if !matches!(job, Job::Sweeper(_)) {
+        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")?;
+    }
+    match job {
         Job::Engine(job) => be_engine(job),
         Job::Peer(job) => pingpong::be(job),
         Job::Busy(job) => busy::be(job),
         Job::Nothing => Ok(()),
         Job::Naps(interval_ns) => be_napping(interval_ns),
+        Job::Bare(job) => bare::be(job),
+        Job::Holder(job) => holder::be(job),
+        Job::Sweeper(job) => sweeper::be(job),
     }
 }
 
@@ -124,12 +141,13 @@ impl Child {
     /// Starts one.
     pub(crate) fn spawn(job: &Job) -> anyhow::Result<Child> {
         let program = std::env::current_exe().context("this executable's path")?;
-        let mut process = Command::new(program)
-            .env(CHILD_ENV, serde_json::to_string(job)?)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("starting a child of the benchmark")?;
+        let mut command = Command::new(program);
+        command.env(CHILD_ENV, serde_json::to_string(job)?).stdin(Stdio::piped()).stdout(Stdio::piped());
+        if matches!(job, Job::Sweeper(_)) {
+            // Ctrl-C is for its parent.
+            command.process_group(0);
+        }
+        let mut process = command.spawn().context("starting a child of the benchmark")?;
         let input = process.stdin.take();
         let output = process.stdout.take().context("the child's output")?;
         Ok(Child { process, input, output: BufReader::new(output) })
@@ -156,6 +174,17 @@ impl Child {
         Ok(line.trim_end().to_owned())
     }
 
+    /// Sends it a signal.
+    pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
+        nix::sys::signal::kill(pid, signal).with_context(|| format!("sending {signal} to a child"))
+    }
+
+    /// Waits until nothing is left of one that has been killed.
+    pub(crate) fn reap(&mut self) -> anyhow::Result<()> {
+        self.process.wait().map(|_| ()).context("waiting for a killed child")
+    }
+
     /// Lets it end by itself, and waits for that.
     pub(crate) fn finish(&mut self) -> anyhow::Result<()> {
         self.input = None;
@@ -175,7 +204,8 @@ impl Drop for Child {
 
 /// An engine in a process of its own.
 pub(crate) struct Engine {
-    child: Child,
+    /// Its process.
+    pub(crate) child: Child,
     /// Its name, for clients.
     pub(crate) name: String,
 }
@@ -195,6 +225,11 @@ impl Engine {
     /// Starts one under a name of its own; does not wait for it.
     pub(crate) fn spawn(mut config: EngineConfig, placement: &Placement) -> anyhow::Result<Engine> {
         config.name = unique_name();
+        Engine::spawn_as(config, placement)
+    }
+
+    /// Starts one under the name that its configuration gives it: a successor.
+    pub(crate) fn spawn_as(config: EngineConfig, placement: &Placement) -> anyhow::Result<Engine> {
         let job = Job::Engine(EngineJob {
             config: serde_json::to_value(&config)?,
             cpus: placement.cpus.clone(),
@@ -264,7 +299,12 @@ pub(crate) fn client(engine: &str, role: Role, spin: Option<Duration>) -> anyhow
 pub(crate) fn unique_name() -> String {
     use kvring_shm_abi::sync::{AtomicU32, Ordering};
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    format!("bench-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+    format!("{}{}", name_prefix(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// What all names of this run begin with.
+pub(crate) fn name_prefix() -> String {
+    format!("bench-{}-", std::process::id())
 }
 
 fn be_engine(job: EngineJob) -> anyhow::Result<()> {

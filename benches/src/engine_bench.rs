@@ -114,7 +114,8 @@ fn start_engine() -> anyhow::Result<f64> {
     Ok(spent as f64)
 }
 
-fn start_nothing() -> anyhow::Result<f64> {
+/// How long a process that does nothing takes, from the call that starts it to its end.
+pub(crate) fn start_nothing() -> anyhow::Result<f64> {
     let before = monotonic_ns();
     Child::spawn(&Job::Nothing)?.finish()?;
     Ok((monotonic_ns() - before) as f64)

@@ -12,11 +12,13 @@ mod clock;
 mod copy;
 mod cores;
 mod engine_bench;
+mod health;
 mod lookup;
 mod pingpong;
 mod report;
 mod rtt;
 mod stats;
+mod sweeper;
 
 pub use child::{CHILD_ENV, child_main};
 
@@ -29,7 +31,7 @@ pub struct BenchArgs {
     /// What to measure.
     #[command(subcommand)]
     pub bench: Bench,
-    /// Print JSON: times in nanoseconds, GB/s in 10⁹ bytes a second.
+    /// Print JSON: times in nanoseconds where a name does not say otherwise, GB/s in 10⁹ bytes a second.
     #[arg(long, global = true)]
     pub json: bool,
     /// Windows of each measurement, taken in turn with those of its limit.
@@ -48,6 +50,8 @@ pub enum Bench {
     Copy,
     /// The engine itself: start, idling, memory, the cost of a health check.
     Engine,
+    /// Deaths: how soon they are noticed, how soon a successor serves what was stored, how soon a client's are undone.
+    Health(health::HealthArgs),
 }
 
 /// Runs a benchmark and prints what it found.
@@ -56,10 +60,13 @@ pub enum Bench {
 /// Whatever keeps it from measuring: no room for the arena, a child that does not start, an answer that is not right.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let how = report::How { json: args.json, windows: args.windows as usize };
+    // Dropped when all engines have ended; it also survives us, however we end.
+    let _sweeper = sweeper::Sweeper::start()?;
     match args.bench {
         Bench::Rtt => rtt::run(how),
         Bench::Lookup(lookup) => lookup::run(how, &lookup),
         Bench::Copy => copy::run(how),
         Bench::Engine => engine_bench::run(how),
+        Bench::Health(health) => health::run(how, &health),
     }
 }

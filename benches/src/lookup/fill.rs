@@ -6,13 +6,13 @@ use kvring_adapter::{Key, PagedKv, Plane, Role, Round, StoreChunk, WorkerAdapter
 use std::time::Duration;
 
 /// Chunks of a chain: 131 072 tokens at 256 a chunk.
-pub(super) const CHAIN: usize = 512;
+pub(crate) const CHAIN: usize = 512;
 /// Bytes of a shard: as little as a slot takes.
-pub(super) const SHARD_BYTES: usize = 4096;
+pub(crate) const SHARD_BYTES: usize = 4096;
 /// The benchmark's namespace.
-pub(super) const FINGERPRINT: [u64; 4] = [0x6b76_7269_6e67, 0x62_656e_6368, 1, 1];
+pub(crate) const FINGERPRINT: [u64; 4] = [0x6b76_7269_6e67, 0x62_656e_6368, 1, 1];
 /// Tokens that a chunk stands for.
-const CHUNK_TOKENS: u32 = 256;
+pub(crate) const CHUNK_TOKENS: u32 = 256;
 /// Chains of one store.
 const CHAINS_PER_JOB: u64 = 16;
 /// Longer than storing them can take.
@@ -40,7 +40,7 @@ fn mix(mut value: u64) -> u64 {
 }
 
 /// The key at a place of a chain: distinct, and without a pattern.
-pub(super) fn key(chain: u64, at: u64) -> Key {
+pub(crate) fn key(chain: u64, at: u64) -> Key {
     [mix(chain.wrapping_mul(0x1_0000_0001).wrapping_add(at)), mix(!chain ^ at.rotate_left(32))]
 }
 
@@ -50,7 +50,7 @@ pub(crate) struct Chains {
 }
 
 impl Chains {
-    pub(super) fn new(chunks: u32) -> Chains {
+    pub(crate) fn new(chunks: u32) -> Chains {
         Chains { chunks: chunks.into() }
     }
 
@@ -60,19 +60,19 @@ impl Chains {
     }
 
     /// All chains.
-    pub(super) fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.chunks.div_ceil(CHAIN as u64)
     }
 
     /// The keys of a chain.
-    pub(super) fn keys(&self, chain: u64) -> impl Iterator<Item = Key> {
+    pub(crate) fn keys(&self, chain: u64) -> impl Iterator<Item = Key> {
         let length = (self.chunks - chain * CHAIN as u64).min(CHAIN as u64);
         (0..length).map(move |at| key(chain, at))
     }
 }
 
 /// Stores all chains through a worker. Every chunk has the same bytes: only their number matters here.
-pub(super) fn fill(engine: &Engine, chains: &Chains) -> anyhow::Result<()> {
+pub(crate) fn fill(engine: &Engine, chains: &Chains) -> anyhow::Result<()> {
     let mut page = vec![0u8; SHARD_BYTES].into_boxed_slice();
     let plane = Plane { base: page.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
     // SAFETY: one block, which outlives the adapter (it is shut down below, and declared later) and which nobody

@@ -5,7 +5,7 @@
 
 pub(crate) mod busy;
 mod cpu;
-mod fill;
+pub(crate) mod fill;
 mod print;
 
 use crate::child::{Child, DEFAULT_SPIN, Engine, Job, Placement};

@@ -1,0 +1,151 @@
+//! An engine that is killed and started again under the same name, and what is asked of the kernel about processes.
+
+use crate::child::{Engine, Placement, unique_name};
+use anyhow::{Context, ensure};
+use kvring_adapter::{Client, ClientOptions, Role};
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::config::EngineConfig;
+use kvring_shm_abi::futex::{Deadline, monotonic_ns};
+use kvring_shm_abi::segment::EngineName;
+use nix::sys::signal::Signal;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Longer than a start, an attachment or the change of a process's state takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Between two looks at a process.
+const LOOK_EVERY: Duration = Duration::from_millis(1);
+/// Looks that must find a thread asleep: one alone may have come just before it goes on.
+const ASLEEP_LOOKS: u32 = 3;
+
+/// One name, and the engine that has it now.
+pub(super) struct Life {
+    config: EngineConfig,
+    name: EngineName,
+    engine: Option<Engine>,
+}
+
+impl Life {
+    /// Starts the first one.
+    pub(super) fn start(arena: u64) -> anyhow::Result<Life> {
+        let config =
+            EngineConfig { name: unique_name(), arena: Some(ByteSize(arena)), ..EngineConfig::default() };
+        let name = config.engine_name()?;
+        let mut life = Life { config, name, engine: None };
+        life.restart()?;
+        Ok(life)
+    }
+
+    /// Its name.
+    pub(super) fn name(&self) -> &EngineName {
+        &self.name
+    }
+
+    /// The engine that runs.
+    pub(super) fn engine(&self) -> anyhow::Result<&Engine> {
+        self.engine.as_ref().context("the engine has been killed")
+    }
+
+    /// Starts a successor, and says when its process began to be made. Does not wait for it.
+    pub(super) fn restart(&mut self) -> anyhow::Result<u64> {
+        let before = monotonic_ns();
+        self.engine = Some(Engine::spawn_as(self.config.clone(), &Placement::default())?);
+        Ok(before)
+    }
+
+    /// Stops the process where it is, so that nothing is answered any more, and waits until it stands still.
+    pub(super) fn freeze(&self) -> anyhow::Result<()> {
+        let engine = self.engine()?;
+        engine.child.signal(Signal::SIGSTOP)?;
+        let path = format!("/proc/{}/stat", engine.pid());
+        until(1, || Ok(state(&path)? == 'T')).context("stopping the engine")
+    }
+
+    /// Kills it, and says when. Something of it is left until it is buried.
+    pub(super) fn kill(&self) -> anyhow::Result<u64> {
+        let engine = self.engine()?;
+        let before = monotonic_ns();
+        engine.child.signal(Signal::SIGKILL)?;
+        Ok(before)
+    }
+
+    /// Waits until nothing of the killed process is left.
+    pub(super) fn bury(&mut self) -> anyhow::Result<()> {
+        self.engine.take().map_or(Ok(()), |mut engine| engine.child.reap())
+    }
+
+    /// Waits until `client` is attached to the engine that runs, and that has allocated its whole arena.
+    pub(super) fn settle(&self, client: &Client) -> anyhow::Result<()> {
+        ready(client)?;
+        self.engine()?.wait_allocated()
+    }
+
+    /// Ends it for good.
+    pub(super) fn stop(mut self) -> anyhow::Result<()> {
+        self.engine.take().map_or(Ok(()), Engine::stop)
+    }
+}
+
+/// A client that is not kept from measuring by its pauses between two attempts to attach.
+pub(super) fn eager_client(name: &EngineName) -> anyhow::Result<Arc<Client>> {
+    let options = ClientOptions {
+        engine: name.to_string(),
+        backoff_min: Duration::from_millis(1),
+        backoff_max: Duration::from_millis(10),
+        ..ClientOptions::default()
+    };
+    let client = Client::new(Role::Scheduler, options)?;
+    ready(&client)?;
+    Ok(client)
+}
+
+/// Waits until a client is attached.
+pub(super) fn ready(client: &Client) -> anyhow::Result<()> {
+    client.wait_ready(PATIENCE).map_err(|health| {
+        let why = client.diagnose().map(|error| format!(": {error}")).unwrap_or_default();
+        anyhow::anyhow!("the benchmark's engine is {health}{why}")
+    })
+}
+
+/// Waits until a thread of this process sleeps.
+pub(super) fn asleep(thread: nix::unistd::Pid) -> anyhow::Result<()> {
+    let path = format!("/proc/self/task/{thread}/stat");
+    until(ASLEEP_LOOKS, || Ok(state(&path)? == 'S')).context("waiting for a thread to fall asleep")
+}
+
+/// Waits until a condition has held at `looks` looks in a row.
+pub(super) fn until(looks: u32, condition: impl Fn() -> anyhow::Result<bool>) -> anyhow::Result<()> {
+    let deadline = Deadline::after(PATIENCE);
+    let mut held = 0;
+    loop {
+        held = if condition()? { held + 1 } else { 0 };
+        if held >= looks {
+            return Ok(());
+        }
+        ensure!(!deadline.passed(), "it did not happen within {PATIENCE:?}");
+        std::thread::sleep(LOOK_EVERY);
+    }
+}
+
+/// The state of a process or thread: R running, S asleep, T stopped.
+fn state(path: &str) -> anyhow::Result<char> {
+    let text = std::fs::read_to_string(path).with_context(|| path.to_owned())?;
+    parse_state(&text).with_context(|| format!("{path}: no state in {text:?}"))
+}
+
+/// The third field; the second is a name in brackets, which may contain anything.
+fn parse_state(text: &str) -> Option<char> {
+    text.rsplit_once(") ")?.1.chars().next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_state;
+
+    #[test]
+    fn a_name_with_brackets_does_not_hide_the_state() {
+        assert_eq!(parse_state("12 (kvring) S 1 12"), Some('S'));
+        assert_eq!(parse_state("12 (a) R (b) T 1 12"), Some('T'));
+        assert_eq!(parse_state("12"), None);
+    }
+}

@@ -1,0 +1,186 @@
+//! How soon a successor serves what was stored before it: to a client that was there before it as well.
+
+use super::Times;
+use super::life::{self, Life};
+use crate::engine_bench::start_nothing;
+use crate::lookup::fill::{self, CHAIN, Chains, SHARD_BYTES};
+use anyhow::{Context, ensure};
+use indicatif::ProgressBar;
+use kvring_adapter::{
+    Client, ClientOptions, EngineView, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,
+};
+use kvring_engine::preflight::Room;
+use kvring_engine::segments::ARENA_TRAILER;
+use kvring_engine::stats::Stat;
+use kvring_shm_abi::engine_segment::Places;
+use kvring_shm_abi::futex::{Deadline, monotonic_ns};
+use kvring_shm_abi::mapping::Shared;
+use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
+use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
+use kvring_shm_abi::sync::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A lookup that counts chunks is not hurried.
+pub(super) const PATIENT: Duration = Duration::from_secs(2);
+/// A successor that has not served a full hit by then has forgotten what was stored.
+const FIRST_HIT_MAX: Duration = Duration::from_secs(5);
+/// Between two polls: short beside what is measured, and the CPU is the engine's meanwhile.
+const POLL_EVERY: Duration = Duration::from_micros(100);
+/// The request that is polled for.
+const REQUEST: &str = "first-hit";
+
+/// What restarts with one number of chunks gave.
+#[derive(Default)]
+pub(super) struct Restarts {
+    /// From the making of the successor's process to an earlier client's first full hit.
+    pub(super) to_hit: Times,
+    /// Restarts after which there was none.
+    pub(super) without: usize,
+    /// An empty process from its making to its end.
+    pub(super) process: Times,
+    /// A plain read of as many slot headers, through a fresh mapping.
+    pub(super) read: Times,
+    /// Chunks found after a restart, of those before: the least.
+    pub(super) warm: f64,
+}
+
+/// An engine with `chunks` chunks is killed and started again, `restarts` times or for as long as `budget` allows, and
+/// not again once it has forgotten everything. `None` where there is no room for so many chunks.
+pub(super) fn measure(
+    chunks: u32,
+    restarts: usize,
+    budget: Duration,
+    bar: &ProgressBar,
+) -> anyhow::Result<Option<Restarts>> {
+    bar.set_message(format!("restarting with {chunks} chunks: storing them"));
+    let steps = bar.position() + restarts as u64 + 1;
+    let headers = u64::from(chunks) * SLOT_HEADER_BYTES as u64;
+    let index_bytes = u64::from(chunks) * SHARD_BYTES as u64;
+    // A part of the slots is kept free by eviction, which must have nothing to do.
+    let arena = index_bytes + index_bytes / 10 + (64 << 20);
+    if arena + headers + headers / 10 + ARENA_TRAILER > Room::now().tightest().1 {
+        bar.set_position(steps);
+        return Ok(None);
+    }
+    let mut life = Life::start(arena)?;
+    life.engine()?.wait_allocated()?;
+    let chains = Chains::new(chunks);
+    fill::fill(life.engine()?, &chains).context("storing chunks")?;
+    let evicted = life.engine()?.stat(Stat::Evictions)?;
+    ensure!(evicted == 0, "expected an index that keeps all of {chunks} chunks, but {evicted} were evicted");
+    // As everybody's: what an earlier client waits for is part of the answer.
+    let options = ClientOptions { engine: life.name().to_string(), ..ClientOptions::default() };
+    let client = Client::new(Role::Scheduler, options)?;
+    life::ready(&client)?;
+    let mut poller = Poller::new(&client, &chains);
+    ensure!(poller.poll()?, "a lookup before the death found less than was stored");
+    let found = count(&client, &chains)?;
+    ensure!(found == u64::from(chunks), "expected {chunks} chunks before the death, found {found}");
+    bar.inc(1);
+
+    let mut measured = Restarts { warm: 1.0, ..Restarts::default() };
+    let deadline = Deadline::after(budget);
+    for restart in 0..restarts {
+        if restart > 0 && deadline.passed() {
+            break;
+        }
+        bar.set_message(format!("restarting with {chunks} chunks"));
+        measured.process.push(start_nothing()? as u64);
+        measured.read.push(read_headers(life.name(), headers)?);
+        life.kill()?;
+        life.bury()?;
+        let began = life.restart()?;
+        let hit = poller.until_hit(began)?;
+        life.settle(&client)?;
+        let found = count(&client, &chains)?;
+        measured.warm = measured.warm.min(found as f64 / f64::from(chunks));
+        bar.inc(1);
+        match hit {
+            Some(ns) => measured.to_hit.push(ns),
+            None => {
+                measured.without += 1;
+                break;
+            }
+        }
+    }
+    bar.set_position(steps);
+    client.shutdown();
+    life.stop()?;
+    Ok(Some(measured))
+}
+
+/// A scheduler that asks for the same chain again and again, each time in a new admission.
+struct Poller {
+    adapter: PollingSchedulerAdapter,
+    keys: Vec<Key>,
+    admission: u32,
+}
+
+impl Poller {
+    fn new(client: &std::sync::Arc<Client>, chains: &Chains) -> Poller {
+        let adapter = PollingSchedulerAdapter::new(client, SchedulerOptions::new(fill::FINGERPRINT));
+        Poller { adapter, keys: chains.keys(0).collect(), admission: 0 }
+    }
+
+    /// One lookup. True when all of the chain was found.
+    fn poll(&mut self) -> anyhow::Result<bool> {
+        self.admission += 1;
+        let found = self.adapter.lookup(REQUEST, self.admission, &self.keys)?.chunks;
+        self.adapter.free_lookup_locks(REQUEST, self.admission, 0);
+        Ok(found as usize == self.keys.len())
+    }
+
+    /// Nanoseconds from `began` to the first full hit; `None` when there is none.
+    fn until_hit(&mut self, began: u64) -> anyhow::Result<Option<u64>> {
+        let deadline = Deadline::after_ns(began, FIRST_HIT_MAX);
+        while !deadline.passed() {
+            if self.poll()? {
+                return Ok(Some(monotonic_ns().saturating_sub(began)));
+            }
+            std::thread::sleep(POLL_EVERY);
+        }
+        Ok(None)
+    }
+}
+
+/// How many chunks lookups find.
+fn count(client: &std::sync::Arc<Client>, chains: &Chains) -> anyhow::Result<u64> {
+    let options = SchedulerOptions { lookup_timeout: PATIENT, ..SchedulerOptions::new(fill::FINGERPRINT) };
+    let mut adapter = PollingSchedulerAdapter::new(client, options);
+    let mut found = 0;
+    let mut keys = Vec::with_capacity(CHAIN);
+    for chain in 0..chains.count() {
+        keys.clear();
+        keys.extend(chains.keys(chain));
+        found += u64::from(adapter.lookup("count", chain as u32, &keys)?.chunks);
+        adapter.free_lookup_locks("count", chain as u32, 0);
+    }
+    Ok(found)
+}
+
+/// A line of a slot header, to be read whatever is in it.
+#[repr(C, align(64))]
+struct Line([AtomicU64; 8]);
+
+// SAFETY: atomics.
+unsafe impl Shared for Line {}
+
+/// Nanoseconds for mapping the engine's segment afresh and reading the first `bytes` bytes of its slot headers.
+fn read_headers(name: &EngineName, bytes: u64) -> anyhow::Result<u64> {
+    let view = EngineView::open(name)?;
+    let places = Places::of(&view.identity.geometry);
+    drop(view);
+    let before = monotonic_ns();
+    let mapping =
+        SegmentFile::open(&name.engine_segment(), Access::ReadOnly)?.map(places.bytes, Access::ReadOnly)?;
+    let lines: &[Line] =
+        mapping.slice(places.slots_at as usize, usize::try_from(bytes)? / size_of::<Line>())?;
+    let mut sum = 0u64;
+    for line in lines {
+        for word in &line.0 {
+            sum = sum.wrapping_add(word.load(Ordering::Relaxed));
+        }
+    }
+    core::hint::black_box(sum);
+    Ok(monotonic_ns().saturating_sub(before))
+}
