@@ -1,6 +1,7 @@
 //! The limit of noticing a death: a process with one robust futex in shared memory, and one sleeper on it.
 
 use crate::child::{self, Child, Job};
+use crate::cores;
 use anyhow::ensure;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life, LifeWord, RobustList};
@@ -18,6 +19,8 @@ pub(crate) struct BareJob {
     segment: String,
     /// A file that is held open and not mapped, as an engine holds its arena.
     beside: Option<String>,
+    /// The CPU that it dies on.
+    cpu: Option<usize>,
 }
 
 /// Bytes of the segment.
@@ -29,19 +32,21 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Bare {
     segment: String,
     words: View<LifeWord>,
+    cpu: Option<usize>,
 }
 
 impl Bare {
-    /// Makes the word.
-    pub(super) fn new() -> anyhow::Result<Bare> {
+    /// Makes the word. Its owners die on `cpu`, if one is given.
+    pub(super) fn new(cpu: Option<usize>) -> anyhow::Result<Bare> {
         let segment = format!("kvring-{}", child::unique_name());
         let mapping = Arc::new(segment::create_shared(&segment, BYTES)?);
-        Ok(Bare { segment, words: View::new(&mapping, 0, 1)? })
+        Ok(Bare { segment, words: View::new(&mapping, 0, 1)?, cpu })
     }
 
     /// One death: from just before kill(2) to the return of the sleeper's wait.
     pub(super) fn death(&self, beside: Option<String>) -> anyhow::Result<u64> {
-        let mut child = Child::spawn(&Job::Bare(BareJob { segment: self.segment.clone(), beside }))?;
+        let job = BareJob { segment: self.segment.clone(), beside, cpu: self.cpu };
+        let mut child = Child::spawn(&Job::Bare(job))?;
         child.read()?;
         let word = &self.words[0];
         let noticed = super::notice::after_kill(
@@ -64,8 +69,8 @@ impl Drop for Bare {
     }
 }
 
-/// Sleeps until the word's owner has died.
-fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
+/// Sleeps until the word's owner has died, or has given it up.
+pub(super) fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
     let deadline = Deadline::after(PATIENCE);
     loop {
         let raw = word.raw();
@@ -79,6 +84,9 @@ fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
 
 /// The child's side: claims the word and waits for its death.
 pub(crate) fn be(job: BareJob) -> anyhow::Result<()> {
+    if let Some(cpu) = job.cpu {
+        cores::pin(&[cpu])?;
+    }
     let mapping = Arc::new(segment::open_shared(&job.segment, BYTES)?);
     let mut list = RobustList::register(View::new(&mapping, 0, 1)?)?;
     list.claim(0)?;

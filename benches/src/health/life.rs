@@ -1,6 +1,6 @@
 //! An engine that is killed and started again under the same name, and what is asked of the kernel about processes.
 
-use crate::child::{Engine, Placement, unique_name};
+use crate::child::{DEFAULT_SPIN, Engine, Placement, unique_name};
 use anyhow::{Context, ensure};
 use kvring_adapter::{Client, ClientOptions, Role};
 use kvring_engine::byte_size::ByteSize;
@@ -21,17 +21,23 @@ const ASLEEP_LOOKS: u32 = 3;
 /// One name, and the engine that has it now.
 pub(super) struct Life {
     config: EngineConfig,
+    placement: Placement,
     name: EngineName,
     engine: Option<Engine>,
 }
 
 impl Life {
-    /// Starts the first one.
-    pub(super) fn start(arena: u64) -> anyhow::Result<Life> {
+    /// Starts the first one, with its service thread on `cpu` if one is given.
+    pub(super) fn start(arena: u64, cpu: Option<usize>) -> anyhow::Result<Life> {
         let config =
             EngineConfig { name: unique_name(), arena: Some(ByteSize(arena)), ..EngineConfig::default() };
         let name = config.engine_name()?;
-        let mut life = Life { config, name, engine: None };
+        let mut life = Life {
+            config,
+            placement: Placement { service_cpu: cpu, ..Placement::default() },
+            name,
+            engine: None,
+        };
         life.restart()?;
         Ok(life)
     }
@@ -49,7 +55,7 @@ impl Life {
     /// Starts a successor, and says when its process began to be made. Does not wait for it.
     pub(super) fn restart(&mut self) -> anyhow::Result<u64> {
         let before = monotonic_ns();
-        self.engine = Some(Engine::spawn_as(self.config.clone(), &Placement::default())?);
+        self.engine = Some(Engine::spawn_as(self.config.clone(), &self.placement)?);
         Ok(before)
     }
 
@@ -90,6 +96,8 @@ impl Life {
 pub(super) fn eager_client(name: &EngineName) -> anyhow::Result<Arc<Client>> {
     let options = ClientOptions {
         engine: name.to_string(),
+        // Where its thread is pinned the client would take the machine for one with a single CPU.
+        spin: Some(DEFAULT_SPIN),
         backoff_min: Duration::from_millis(1),
         backoff_max: Duration::from_millis(10),
         ..ClientOptions::default()

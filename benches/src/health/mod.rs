@@ -88,37 +88,29 @@ struct Measured {
     arena_bytes: u64,
     /// Kills under a sleeping caller, of engines with the whole arena.
     large: Option<notice::Notices>,
-    /// The same with a small arena.
-    small: Option<notice::Notices>,
-    /// Kills under an idle client.
-    keeper: Option<notice::Notices>,
+    /// Kills of engines with a small arena.
+    small: Option<notice::Small>,
     few: Option<restart::Restarts>,
     many: Option<restart::Restarts>,
     reclaim: Option<reclaim::Reclaims>,
 }
 
 pub(crate) fn run(how: How, args: &HealthArgs) -> anyhow::Result<()> {
-    let about = Pair::choose()?.describe();
+    let pair = Pair::choose()?;
+    let about = pair.describe();
     let kills = args.kills as usize;
     let arena_bytes = fitting(args.arena.0, SMALL_ARENA, &Room::now());
     let mut parts = 0;
-    parts += if args.wants(Part::Notice) { 3 * kills } else { 0 };
+    parts += if args.wants(Part::Notice) { 4 * kills } else { 0 };
     parts += if args.wants(Part::Restart) { 2 * (how.windows + 1) } else { 0 };
     parts += if args.wants(Part::Reclaim) { kills } else { 0 };
     let bar = how.bar(parts);
-    let mut measured = Measured {
-        arena_bytes,
-        large: None,
-        small: None,
-        keeper: None,
-        few: None,
-        many: None,
-        reclaim: None,
-    };
+    let mut measured =
+        Measured { arena_bytes, large: None, small: None, few: None, many: None, reclaim: None };
     if args.wants(Part::Notice) {
-        let (small, keeper) = notice::small(SMALL_ARENA, kills, &bar)?;
-        (measured.small, measured.keeper) = (Some(small), Some(keeper));
-        measured.large = Some(notice::large(arena_bytes, kills, Duration::from_secs(args.seconds), &bar)?);
+        measured.small = Some(notice::small(SMALL_ARENA, kills, &pair, &bar)?);
+        let budget = Duration::from_secs(args.seconds);
+        measured.large = Some(notice::large(arena_bytes, kills, budget, &pair, &bar)?);
     }
     if args.wants(Part::Reclaim) {
         measured.reclaim = Some(reclaim::measure(kills, &bar)?);

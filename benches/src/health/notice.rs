@@ -1,19 +1,22 @@
 //! How soon an engine's death is noticed: by a caller that sleeps for an answer, and by a client that does nothing.
+//!
+//! The engine dies on one CPU and its client wakes up on another, as in every benchmark here. Left to the kernel, on a
+//! machine with few CPUs, a sleeper may be woken on the CPU on which the engine dies, and a kernel that is not
+//! preempted runs it only when all of the dead process's memory has been given back. That is measured as well.
 
 use super::Times;
-use super::bare::Bare;
+use super::bare::{self, Bare};
 use super::life::{self, Life};
-use anyhow::{Context, bail, ensure};
+use crate::cores::{self, Pair};
+use anyhow::{Context, bail};
 use indicatif::ProgressBar;
 use kvring_adapter::{CallError, Client, EngineView};
 use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life as Word, LifeWord};
 use kvring_shm_abi::lobby::Lobby;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-/// A keeper that has not acted by then never will.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// Fewer kills than this are not worth a median, however long they take.
 const KILLS_MIN: usize = 5;
 
@@ -24,60 +27,120 @@ pub(super) struct Notices {
     pub(super) limit: Times,
 }
 
+/// Kills of engines with a small arena.
+#[derive(Default)]
+pub(super) struct Small {
+    /// Under a caller that sleeps.
+    pub(super) caller: Notices,
+    /// Under a client that does nothing.
+    pub(super) keeper: Notices,
+    /// Under a caller that sleeps, all threads on whichever CPU the kernel likes.
+    pub(super) anywhere: Notices,
+}
+
 /// Kills engines that have allocated `arena` bytes under a caller that sleeps: `kills` of them, or as many as `budget`
 /// allows. Starting one takes seconds where its successor cannot use what it had allocated.
 pub(super) fn large(
     arena: u64,
     kills: usize,
     budget: Duration,
+    pair: &Pair,
     bar: &ProgressBar,
 ) -> anyhow::Result<Notices> {
     bar.set_message("killing large engines under a caller");
     let deadline = Deadline::after(budget);
     let mut notices = Notices::default();
-    let bare = Bare::new()?;
-    let mut life = Life::start(arena)?;
-    let client = life::eager_client(life.name())?;
-    loop {
-        life.settle(&client)?;
-        notices.ours.push(under_a_caller(&mut life, &client)?);
-        // The dead engine's arena is still there: this one holds it open as an engine does.
-        notices.limit.push(bare.death(Some(life.name().arena()))?);
-        bar.inc(1);
-        let killed = notices.ours.count;
-        if killed >= kills || (killed >= KILLS_MIN.min(kills) && deadline.passed()) {
-            bar.inc((kills - killed) as u64);
-            break;
+    cores::on(&[pair.ours], || {
+        let mut scene = Scene::new(arena, Some(pair.theirs))?;
+        loop {
+            // The dead engine's arena is still there: the bare process holds it open as an engine does.
+            scene.round(&mut notices, Scene::under_a_caller, Some(scene.life.name().arena()))?;
+            bar.inc(1);
+            let killed = notices.ours.count;
+            if killed >= kills || (killed >= KILLS_MIN.min(kills) && deadline.passed()) {
+                bar.inc((kills - killed) as u64);
+                return Ok(());
+            }
+            scene.life.restart()?;
         }
-        life.restart()?;
-    }
-    client.shutdown();
+    })?;
     Ok(notices)
 }
 
-/// Kills engines with a small arena: under a caller that sleeps, and under a client that does nothing.
-pub(super) fn small(arena: u64, kills: usize, bar: &ProgressBar) -> anyhow::Result<(Notices, Notices)> {
+/// Kills engines with a small arena, `kills` times in each way.
+pub(super) fn small(arena: u64, kills: usize, pair: &Pair, bar: &ProgressBar) -> anyhow::Result<Small> {
     bar.set_message("killing engines under a caller and under an idle client");
-    let (mut caller, mut keeper) = (Notices::default(), Notices::default());
-    let bare = Bare::new()?;
-    let mut life = Life::start(arena)?;
-    let client = life::eager_client(life.name())?;
+    let mut small = Small::default();
+    cores::on(&[pair.ours], || {
+        let mut scene = Scene::new(arena, Some(pair.theirs))?;
+        for _ in 0..kills {
+            scene.round(&mut small.caller, Scene::under_a_caller, None)?;
+            scene.life.restart()?;
+            bar.inc(1);
+            scene.round(&mut small.keeper, Scene::under_a_keeper, None)?;
+            scene.life.restart()?;
+            bar.inc(1);
+        }
+        scene.life.stop()
+    })?;
+    let mut scene = Scene::new(arena, None)?;
     for _ in 0..kills {
-        life.settle(&client)?;
-        caller.ours.push(under_a_caller(&mut life, &client)?);
-        let limit = bare.death(None)?;
-        caller.limit.push(limit);
-        keeper.limit.push(limit);
-        life.restart()?;
-        bar.inc(1);
-        life.settle(&client)?;
-        keeper.ours.push(under_a_keeper(&mut life)?);
-        life.restart()?;
+        scene.round(&mut small.anywhere, Scene::under_a_caller, None)?;
+        scene.life.restart()?;
         bar.inc(1);
     }
-    client.shutdown();
-    life.stop()?;
-    Ok((caller, keeper))
+    scene.life.stop()?;
+    Ok(small)
+}
+
+/// An engine's name, a client of it that stays while engines come and go, and the limit.
+struct Scene {
+    life: Life,
+    client: Arc<Client>,
+    bare: Bare,
+}
+
+impl Scene {
+    /// Engines die on `cpu`, if one is given.
+    fn new(arena: u64, cpu: Option<usize>) -> anyhow::Result<Scene> {
+        let life = Life::start(arena, cpu)?;
+        let client = life::eager_client(life.name())?;
+        Ok(Scene { life, client, bare: Bare::new(cpu)? })
+    }
+
+    /// One kill of an engine that has settled, and one of a bare process.
+    fn round(
+        &mut self,
+        notices: &mut Notices,
+        kill: impl FnOnce(&mut Scene) -> anyhow::Result<u64>,
+        beside: Option<String>,
+    ) -> anyhow::Result<()> {
+        self.life.settle(&self.client)?;
+        notices.ours.push(kill(self)?);
+        self.life.bury()?;
+        notices.limit.push(self.bare.death(beside)?);
+        Ok(())
+    }
+
+    /// The engine is stopped, a call waits for its answer, the engine is killed: until the call returns.
+    fn under_a_caller(&mut self) -> anyhow::Result<u64> {
+        self.life.freeze()?;
+        let call = || match self.client.noop() {
+            Err(CallError::Dead) => Ok(()),
+            other => bail!("a call under which the engine was killed: expected its death, got {other:?}"),
+        };
+        after_kill(call, || self.life.kill())
+    }
+
+    /// The engine is killed while the client's keeper sleeps and nobody calls: until the keeper has given the client's
+    /// entry up, which it does when everybody who asks is told of the death. (What a call would be told at once: the
+    /// life word is looked at each time.) A sleeper on the entry's word is woken by that.
+    fn under_a_keeper(&mut self) -> anyhow::Result<u64> {
+        let name = self.life.name();
+        let lobby = EngineView::open(name)?.open_lobby(name)?;
+        let entry = entries_of(&lobby, std::process::id()).next().context("the client's entry")?;
+        after_kill(|| bare::until_dead(&lobby.life_words[entry]), || self.life.kill())
+    }
 }
 
 /// Runs `wait` on a thread of its own and, once that sleeps, `kill`, which says when it did. Nanoseconds from there to
@@ -101,44 +164,8 @@ pub(super) fn after_kill(
     })
 }
 
-/// The engine is stopped, a call waits for its answer, the engine is killed: until the call returns.
-fn under_a_caller(life: &mut Life, client: &Client) -> anyhow::Result<u64> {
-    life.freeze()?;
-    let call = || match client.noop() {
-        Err(CallError::Dead) => Ok(()),
-        other => bail!("a call under which the engine was killed: expected its death, got {other:?}"),
-    };
-    let noticed = after_kill(call, || life.kill())?;
-    life.bury()?;
-    Ok(noticed)
-}
-
-/// The engine is killed while the client's keeper sleeps and nobody calls: until the keeper has given the client's
-/// entry up, which it does when everybody who asks is told of the death. (What a call would be told at once: the life
-/// word is looked at each time.)
-fn under_a_keeper(life: &mut Life) -> anyhow::Result<u64> {
-    let lobby = EngineView::open(life.name())?.open_lobby(life.name())?;
-    let entry = entry_of(&lobby, std::process::id()).context("the client's entry in the lobby")?;
-    let word = &lobby.life_words[entry];
-    let killed = life.kill()?;
-    let deadline = Deadline::after(PATIENCE);
-    while is_alive(word) {
-        ensure!(!deadline.passed(), "the keeper has not noticed a death within {PATIENCE:?}");
-        // The engine needs a CPU to die on, and the keeper one to wake up on.
-        std::thread::yield_now();
-    }
-    let noticed = monotonic_ns().saturating_sub(killed);
-    life.bury()?;
-    Ok(noticed)
-}
-
 fn is_alive(word: &LifeWord) -> bool {
     matches!(word.life(), Word::Alive { .. })
-}
-
-/// The entry of a process's only client.
-fn entry_of(lobby: &Lobby, pid: u32) -> Option<usize> {
-    entries_of(lobby, pid).next()
 }
 
 /// The entries of a process's clients.

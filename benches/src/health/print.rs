@@ -1,7 +1,7 @@
 //! What `kvring bench health` prints.
 
 use super::holder::{LEASES, WRITING};
-use super::notice::Notices;
+use super::notice::{Notices, Small};
 use super::restart::Restarts;
 use super::{FEW, MANY, Measured, SMALL_ARENA, Times};
 use crate::lookup::fill::CHAIN;
@@ -38,10 +38,18 @@ struct Health {
     limit_robust_small_p50_us: Option<f64>,
     limit_robust_small_p99_us: Option<f64>,
     ratio_notice_death_small: Option<f64>,
+    /// The same with all threads on whichever CPU the kernel likes: also on the one on which the engine dies.
+    notice_death_anywhere_p50_us: Option<f64>,
+    notice_death_anywhere_p99_us: Option<f64>,
+    notice_death_anywhere_n: usize,
+    limit_robust_anywhere_p50_us: Option<f64>,
+    limit_robust_anywhere_p99_us: Option<f64>,
     /// An idle client's keeper, until it had told everybody and given its entry up.
     notice_keeper_p50_us: Option<f64>,
     notice_keeper_p99_us: Option<f64>,
     notice_keeper_n: usize,
+    limit_robust_keeper_p50_us: Option<f64>,
+    ratio_notice_keeper: Option<f64>,
     restart_to_first_hit_p50_ms: Option<f64>,
     restart_to_first_hit_p99_ms: Option<f64>,
     restart_to_first_hit_n: usize,
@@ -143,8 +151,12 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         goal,
         measured.large.as_mut(),
     );
-    let small = Told::notices(format!("  the same, {small_arena}"), goal, measured.small.as_mut());
-    let keeper = Told::notices("  idle client has let go".to_owned(), None, measured.keeper.as_mut());
+    let mut none = Small::default();
+    let kinds = measured.small.as_mut().unwrap_or(&mut none);
+    let small = Told::notices(format!("  the same, {small_arena}"), goal, Some(&mut kinds.caller));
+    let anywhere = Told::notices("  the same, on any CPU".to_owned(), None, Some(&mut kinds.anywhere));
+    let keeper =
+        Told::notices("engine killed, idle client has let go".to_owned(), None, Some(&mut kinds.keeper));
     let few = Told::restarts(
         "restart to first hit, 10⁵ chunks".to_owned(),
         GOAL_RESTART_MS * MS,
@@ -165,7 +177,7 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         }
     };
     let mut sheet = Sheet::new(&["death", "p50", "p99", "goal of p50", "limit p50", "ratio of p50", "n"]);
-    let told = [&large, &small, &keeper, &reclaim, &few, &many];
+    let told = [&large, &small, &anywhere, &keeper, &reclaim, &few, &many];
     told.iter()
         .filter(|told| told.count > 0 || told.limit.is_finite())
         .for_each(|told| sheet.row(told.row()));
@@ -201,9 +213,16 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         limit_robust_small_p50_us: us(small.limit),
         limit_robust_small_p99_us: us(small.limit_high),
         ratio_notice_death_small: small.ratio(),
+        notice_death_anywhere_p50_us: us(anywhere.p50),
+        notice_death_anywhere_p99_us: us(anywhere.high),
+        notice_death_anywhere_n: anywhere.count,
+        limit_robust_anywhere_p50_us: us(anywhere.limit),
+        limit_robust_anywhere_p99_us: us(anywhere.limit_high),
         notice_keeper_p50_us: us(keeper.p50),
         notice_keeper_p99_us: us(keeper.high),
         notice_keeper_n: keeper.count,
+        limit_robust_keeper_p50_us: us(keeper.limit),
+        ratio_notice_keeper: keeper.ratio(),
         restart_to_first_hit_p50_ms: ms(few.p50),
         restart_to_first_hit_p99_ms: ms(few.high),
         restart_to_first_hit_n: few.count,

@@ -36,8 +36,8 @@ pub(super) struct Reclaims {
 pub(super) fn measure(kills: usize, bar: &ProgressBar) -> anyhow::Result<Reclaims> {
     bar.set_message("killing clients that hold leases and write slots");
     let mut reclaims = Reclaims::default();
-    let bare = Bare::new()?;
-    let life = Life::start(ARENA)?;
+    let bare = Bare::new(None)?;
+    let life = Life::start(ARENA, None)?;
     let engine = life.engine()?;
     engine.wait_allocated()?;
     fill::fill(engine, &Chains::new(CHUNKS)).context("storing what is leased")?;

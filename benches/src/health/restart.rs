@@ -62,7 +62,7 @@ pub(super) fn measure(
         bar.set_position(steps);
         return Ok(None);
     }
-    let mut life = Life::start(arena)?;
+    let mut life = Life::start(arena, None)?;
     life.engine()?.wait_allocated()?;
     let chains = Chains::new(chunks);
     fill::fill(life.engine()?, &chains).context("storing chunks")?;
