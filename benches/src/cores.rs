@@ -59,8 +59,7 @@ impl Pair {
 
     /// What shared the cores, for people.
     pub(crate) fn describe(&self) -> String {
-        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let load = load.split(' ').next().unwrap_or("unknown").to_owned();
+        let load = load_average().map_or_else(|| "unknown".to_owned(), |load| format!("{load:.2}"));
         let siblings = match smt_siblings(self.ours) {
             Some(list) if list.contains(&self.theirs) && self.two() => ", two threads of one core",
             _ => "",
@@ -73,6 +72,11 @@ impl Pair {
             self.theirs
         )
     }
+}
+
+/// How many threads wanted a CPU, on average over the last minute.
+pub(crate) fn load_average() -> Option<f64> {
+    std::fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
 }
 
 /// The hardware threads of a CPU's core.

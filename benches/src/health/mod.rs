@@ -13,7 +13,7 @@ mod print;
 mod reclaim;
 mod restart;
 
-use crate::cores::Pair;
+use crate::cores::{self, Pair};
 use crate::report::How;
 use crate::stats::Samples;
 use kvring_engine::byte_size::ByteSize;
@@ -85,6 +85,8 @@ const RESTARTS_FOR: Duration = Duration::from_secs(25);
 
 /// Everything that was measured; `None` where it was not asked for, or there was no room.
 struct Measured {
+    /// Before the run.
+    load_average: Option<f64>,
     arena_bytes: u64,
     /// Kills under a sleeping caller, of engines with the whole arena.
     large: Option<notice::Notices>,
@@ -105,8 +107,15 @@ pub(crate) fn run(how: How, args: &HealthArgs) -> anyhow::Result<()> {
     parts += if args.wants(Part::Restart) { 2 * (how.windows + 1) } else { 0 };
     parts += if args.wants(Part::Reclaim) { kills } else { 0 };
     let bar = how.bar(parts);
-    let mut measured =
-        Measured { arena_bytes, large: None, small: None, few: None, many: None, reclaim: None };
+    let mut measured = Measured {
+        load_average: cores::load_average(),
+        arena_bytes,
+        large: None,
+        small: None,
+        few: None,
+        many: None,
+        reclaim: None,
+    };
     if args.wants(Part::Notice) {
         measured.small = Some(notice::small(SMALL_ARENA, kills, &pair, &bar)?);
         let budget = Duration::from_secs(args.seconds);

@@ -122,10 +122,14 @@ impl Scene {
         Ok(())
     }
 
-    /// The engine is stopped, a call waits for its answer, the engine is killed: until the call returns.
+    /// The engine is stopped, a call waits for its answer in the way that lookups do, the engine is killed: until the
+    /// call returns.
     fn under_a_caller(&mut self) -> anyhow::Result<u64> {
+        let mut probe = self.client.probe();
+        // Like any but the first call it has the attachment at hand: what a call holds alone it must also unmap.
+        probe.noop().context("a round trip before the death")?;
         self.life.freeze()?;
-        let call = || match self.client.noop() {
+        let call = || match probe.noop() {
             Err(CallError::Dead) => Ok(()),
             other => bail!("a call under which the engine was killed: expected its death, got {other:?}"),
         };

@@ -21,6 +21,8 @@ const GOAL_RECLAIM_MS: f64 = 10.0;
 /// What `--json` prints. Null where nothing was measured; a `_n` says of how many times the percentiles are.
 #[derive(Serialize)]
 struct Health {
+    /// Before the run.
+    load_average: Option<f64>,
     /// Allocated by each engine that was killed for `notice_death`, and not mapped by it.
     arena_bytes: u64,
     notice_death_p50_us: Option<f64>,
@@ -199,6 +201,7 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
     let us = |ns: f64| rounded(ns / US, 1);
     let ms = |ns: f64| rounded(ns / MS, 3);
     let json = Health {
+        load_average: measured.load_average,
         arena_bytes: measured.arena_bytes,
         notice_death_p50_us: us(large.p50),
         notice_death_p99_us: us(large.high),
@@ -260,14 +263,17 @@ fn warm_fraction(measured: &Measured) -> Option<f64> {
 fn notes(measured: &Measured, about: String) -> Vec<String> {
     let mut notes = vec![
         about,
-        "p99 is the longest where n < 100; limits are taken after each kill: a bare process with one robust futex \
-         and one bare sleeper on it, which holds the dead engine's arena open but, as an engine does, not mapped; for a \
-         restart, an empty process and a plain read of as many slot headers"
+        "p99 is the longest where n < 100. Limits, one after each kill: a bare process with one robust futex and one bare \
+         sleeper on it (it holds the dead engine's arena open but, as an engine does, not mapped); for a restart, an \
+         empty process and a plain read of as many slot headers."
+            .to_owned(),
+        "Sleeping caller: the engine is stopped (SIGSTOP), a call sleeps for its answer, the engine is killed. Engines and \
+         bare processes die on one CPU, sleepers wake up on the other; on any CPU: they may wake up where the engine \
+         dies, and wait until that is over. Idle client: until its keeper has given its entry up."
             .to_owned(),
         format!(
-            "sleeping caller: the engine is stopped (SIGSTOP), a call sleeps for its answer, the engine is killed; idle \
-             client: until its keeper has given its entry up; killed client: {LEASES} leases of {CHAIN} chunks and \
-             {WRITING} slots being written, until its entries are free again"
+            "Killed client: {LEASES} leases of {CHAIN} chunks and {WRITING} slots being written, until its entries are \
+             free again. Restart: from the making of the successor's process, a client with default options."
         ),
     ];
     for (chunks, restarts) in [(FEW, &measured.few), (MANY, &measured.many)] {
