@@ -3,11 +3,11 @@
 //! They talk in lines over their standard input and output: a command in, an answer out. A child ends when its input
 //! does, and the kernel kills it with its parent, so none is ever left spinning.
 
-use crate::cores;
 use crate::health::{bare, holder};
 use crate::lookup::busy::{self, BusyJob};
 use crate::pingpong::{self, PeerJob};
 use crate::sweeper;
+use crate::{cores, process};
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
@@ -174,6 +174,11 @@ impl Child {
         Ok(line.trim_end().to_owned())
     }
 
+    /// Its state: R running, S asleep, T stopped, Z dead and not waited for.
+    pub(crate) fn state(&self) -> anyhow::Result<char> {
+        process::state(&format!("/proc/{}/stat", self.pid()))
+    }
+
     /// Sends it a signal.
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
@@ -265,6 +270,9 @@ impl Engine {
                 self.stat(Stat::ArenaBytes).and_then(|all| Ok((all, self.stat(Stat::ArenaBytesAllocated)?)));
             if matches!(seen, Ok((all, allocated)) if all > 0 && all == allocated) {
                 return Ok(());
+            }
+            if matches!(self.child.state()?, 'Z' | 'X') {
+                bail!("the benchmark's engine ended before its arena was allocated");
             }
             std::thread::sleep(ALLOCATION_POLL);
         }

@@ -15,6 +15,7 @@ mod engine_bench;
 mod health;
 mod lookup;
 mod pingpong;
+mod process;
 mod report;
 mod rtt;
 mod stats;

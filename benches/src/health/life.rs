@@ -1,6 +1,7 @@
-//! An engine that is killed and started again under the same name, and what is asked of the kernel about processes.
+//! An engine that is killed and started again under the same name, and waiting for what its clients and threads do.
 
 use crate::child::{DEFAULT_SPIN, Engine, Placement, unique_name};
+use crate::process;
 use anyhow::{Context, ensure};
 use kvring_adapter::{Client, ClientOptions, Role};
 use kvring_engine::byte_size::ByteSize;
@@ -63,8 +64,7 @@ impl Life {
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
         let engine = self.engine()?;
         engine.child.signal(Signal::SIGSTOP)?;
-        let path = format!("/proc/{}/stat", engine.pid());
-        until(1, || Ok(state(&path)? == 'T')).context("stopping the engine")
+        until(1, || Ok(engine.child.state()? == 'T')).context("stopping the engine")
     }
 
     /// Kills it, and says when. Something of it is left until it is buried.
@@ -118,7 +118,7 @@ pub(super) fn ready(client: &Client) -> anyhow::Result<()> {
 /// Waits until a thread of this process sleeps.
 pub(super) fn asleep(thread: nix::unistd::Pid) -> anyhow::Result<()> {
     let path = format!("/proc/self/task/{thread}/stat");
-    until(ASLEEP_LOOKS, || Ok(state(&path)? == 'S')).context("waiting for a thread to fall asleep")
+    until(ASLEEP_LOOKS, || Ok(process::state(&path)? == 'S')).context("waiting for a thread to fall asleep")
 }
 
 /// Waits until a condition has held at `looks` looks in a row.
@@ -132,28 +132,5 @@ pub(super) fn until(looks: u32, condition: impl Fn() -> anyhow::Result<bool>) ->
         }
         ensure!(!deadline.passed(), "it did not happen within {PATIENCE:?}");
         std::thread::sleep(LOOK_EVERY);
-    }
-}
-
-/// The state of a process or thread: R running, S asleep, T stopped.
-fn state(path: &str) -> anyhow::Result<char> {
-    let text = std::fs::read_to_string(path).with_context(|| path.to_owned())?;
-    parse_state(&text).with_context(|| format!("{path}: no state in {text:?}"))
-}
-
-/// The third field; the second is a name in brackets, which may contain anything.
-fn parse_state(text: &str) -> Option<char> {
-    text.rsplit_once(") ")?.1.chars().next()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::parse_state;
-
-    #[test]
-    fn a_name_with_brackets_does_not_hide_the_state() {
-        assert_eq!(parse_state("12 (kvring) S 1 12"), Some('S'));
-        assert_eq!(parse_state("12 (a) R (b) T 1 12"), Some('T'));
-        assert_eq!(parse_state("12"), None);
     }
 }
