@@ -277,6 +277,9 @@ fn notes(measured: &Measured, about: String) -> Vec<String> {
         ),
     ];
     for (chunks, restarts) in [(FEW, &measured.few), (MANY, &measured.many)] {
+        if measured.restarts_wanted && restarts.is_none() {
+            notes.push(format!("{chunks} chunks: no room for them in /dev/shm or memory"));
+        }
         if restarts.as_ref().is_some_and(|restarts| restarts.without > 0) {
             notes.push(format!(
                 "no first hit with {chunks} chunks: the successor did not know what was stored"
