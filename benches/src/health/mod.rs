@@ -42,7 +42,7 @@ pub struct HealthArgs {
     kills: u32,
 
     /// How long to kill engines with the whole arena: each is allocated first, at a GiB a second or less
-    #[arg(long, value_name = "S", default_value_t = 60)]
+    #[arg(long, value_name = "S", default_value_t = 45)]
     seconds: u64,
 
     /// Measure only these, instead of everything
@@ -74,7 +74,7 @@ const FEW: u32 = 100_000;
 /// Many of them.
 const MANY: u32 = 1_000_000;
 /// How long restarts with one number of chunks go on.
-const RESTARTS_FOR: Duration = Duration::from_secs(25);
+const RESTARTS_FOR: Duration = Duration::from_secs(20);
 
 /// Everything that was measured; `None` where it was not asked for, or there was no room.
 struct Measured {
