@@ -209,7 +209,7 @@ impl Segments {
         robust.take_over(OWNER_WORD)?;
         failpoint::here("recovery.owner");
         let words = |robust: &mut RobustList| {
-            (0..LIFE_WORDS).filter(|index| *index != OWNER_WORD).try_for_each(|index| robust.take_over(index))
+            client_words().try_for_each(|index| robust.take_over(index))
         };
         if failpoint::broken("odd before the words") {
             words(&mut robust)?;
@@ -264,7 +264,7 @@ impl Segments {
         // The owner word first: from here on our death is noticed.
         robust.claim(OWNER_WORD)?;
         failpoint::here("owned");
-        for index in (0..LIFE_WORDS).filter(|index| *index != OWNER_WORD) {
+        for index in client_words() {
             robust.claim(index)?;
         }
         describe(&engine, setup);
@@ -432,6 +432,13 @@ fn arena_superblock(mapping: &Mapping) -> Result<&Superblock, OutOfBounds> {
 
 fn arena_id_text(id: [u64; 2]) -> String {
     format!("{:016x}{:016x}", id[1], id[0])
+}
+
+/// The clients' words, in the order in which an engine claims them. At its death the kernel marks the last one first: so
+/// the entries that clients take first hear of it first, and the owner word, which is claimed before all these, is marked
+/// last. (Where a successor has the same TID, in another PID namespace, nothing of its own is left to be marked then.)
+fn client_words() -> impl Iterator<Item = usize> {
+    (0..LIFE_WORDS).rev().filter(|index| *index != OWNER_WORD)
 }
 
 /// What `status` shows.
