@@ -2,9 +2,7 @@
 //!
 //! `cargo run --release -p kvring-engine --example restore_speed [chunks] [world]`
 
-use kvring_engine::cache::{
-    Cache, CacheConfig, Found, Owner, Round, Shard, ShardHeader, SlotId, SlotTable,
-};
+use kvring_engine::cache::{Cache, CacheConfig, Found, Owner, Round, Shard, ShardHeader, SlotId, SlotTable};
 use kvring_shm_abi::mapping::{Mapping, View};
 use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
 use std::sync::Arc;
@@ -68,6 +66,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             cache.restore_span(first, 1, 4096)?;
             for slot in cache.slots_of_span(first) {
                 let Some(header) = headers.get(slot as usize) else { break };
+                if let Some(soon) = headers.get(slot as usize + 8) {
+                    let identity = soon.identity();
+                    cache.restore_soon(identity.namespace, identity.key);
+                }
                 let content = header.read();
                 let identity = content.identity;
                 let header = ShardHeader {

@@ -19,6 +19,9 @@ use kvring_shm_abi::message;
 use kvring_shm_abi::slot::{SlotContent, SlotState};
 use std::time::Instant;
 
+/// Slots whose chunks are asked for in advance.
+const AHEAD: u32 = 8;
+
 /// Why what there is cannot be taken over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotRecoverable {
@@ -63,9 +66,16 @@ pub(crate) fn recover(
     for (first, record) in (0u32..).zip(segments.engine.slabs.iter()) {
         let Some((slot_bytes, slabs)) = record.get() else { continue };
         cache.restore_span(first, slabs, slot_bytes)?;
-        for slot in cache.slots_of_span(first) {
+        let slots = cache.slots_of_span(first);
+        for slot in slots.clone() {
             // A span lies inside the arena, and the table has a header for each of its slots.
             let Some(header) = segments.engine.slot(slot) else { break };
+            if let Some(soon) =
+                slots.contains(&(slot + AHEAD)).then(|| segments.engine.slot(slot + AHEAD)).flatten()
+            {
+                let identity = soon.identity();
+                cache.restore_soon(identity.namespace, identity.key);
+            }
             if let Some(shard) = shard(&header.read()) {
                 cache.restore(slot, &shard)?;
                 shards += 1;

@@ -208,9 +208,7 @@ impl Segments {
         let mut robust = RobustList::register(engine.life_words.clone()).map_err(SetupError::RobustLists)?;
         robust.take_over(OWNER_WORD)?;
         failpoint::here("recovery.owner");
-        let words = |robust: &mut RobustList| {
-            client_words().try_for_each(|index| robust.take_over(index))
-        };
+        let words = |robust: &mut RobustList| client_words().try_for_each(|index| robust.take_over(index));
         if failpoint::broken("odd before the words") {
             words(&mut robust)?;
             failpoint::here("recovery.early words");

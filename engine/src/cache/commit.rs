@@ -95,18 +95,23 @@ impl<T: SlotTable> Cache<T> {
             NO_PARENT => None,
             hash => self.index.any_visible(&self.chunks, hash, namespace),
         };
-        self.chunks.set_visible(id);
-        self.index.set_visible(&self.chunks, id);
+        self.show(id);
         if let Some(registered) = &mut self.namespaces[usize::from(namespace)] {
             registered.policy.insert(id, hash.whole(), parent);
-            if registered.world == 1
-                && let Some(slot) = self.chunks.shard(id, 1, 0)
-            {
-                let page = (self.slabs.offset(slot) / PAGE_BYTES) as u32;
-                self.chunks.get_mut(id).set_single(self.slots.get(slot).generation(), page);
-            }
         }
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
+    }
+
+    /// Lookups find the chunk from now on. Its place in the order of eviction is the caller's to give.
+    pub(super) fn show(&mut self, id: ChunkId) {
+        self.chunks.set_visible(id);
+        self.index.set_visible(&self.chunks, id);
+        if self.world_of(id) == 1
+            && let Some(slot) = self.chunks.shard(id, 1, 0)
+        {
+            let page = (self.slabs.offset(slot) / PAGE_BYTES) as u32;
+            self.chunks.get_mut(id).set_single(self.slots.get(slot).generation(), page);
+        }
     }
 
     /// Bytes of a slot in its span.

@@ -5,9 +5,9 @@
 //! [`Cache::owner_gone`] for each entry whose owner is dead. Anything that makes no sense is an error, and this cache of no
 //! further use: whoever may still be writing there is not known.
 
-use super::chunk::NO_PARENT;
+use super::chunk::{Life, NO_PARENT};
 use super::slot::State;
-use super::{Cache, Hash, Key, NAMESPACES, OWNERS, Owner, ShardHeader, SlotId, SlotTable};
+use super::{Cache, Hash, Key, NamespaceId, OWNERS, Owner, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
 /// The nonce of what an entry was writing under earlier engines: in which attachment does not matter, for all of it is its
@@ -98,7 +98,14 @@ impl<T: SlotTable> Cache<T> {
         slot..slot + self.slabs.span(first).slots
     }
 
-    /// Takes over one slot in use. A WRITING one stays its owner's, also where its chunk cannot be kept.
+    /// A slot of this chunk will be restored soon: asks for what that will look at.
+    #[inline]
+    pub fn restore_soon(&self, namespace: NamespaceId, key: Key) {
+        self.index.prefetch(self.hash(namespace, key));
+    }
+
+    /// Takes over one slot in use. A WRITING one stays its owner's, also where its chunk cannot be kept. The last shard of
+    /// a chunk makes it visible.
     ///
     /// # Errors
     ///
@@ -110,42 +117,47 @@ impl<T: SlotTable> Cache<T> {
         if slot >= self.slots.len() || usize::from(header.owner) >= OWNERS {
             return Err(nonsense());
         }
-        let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
         let Self { slabs, slots, table, .. } = self;
         if !slabs.restore(slot, header.offset, header.length, slots, table) {
             return Err(nonsense());
         }
         self.slots.raise_generation(slot, generation);
+        self.slabs.touch(slot, tick);
         let chunk = if found == Found::Orphaned { None } else { self.chunk_of(&header, tick) };
+        if let Some((id, world, _)) = chunk {
+            self.chunks.set_shard(id, world, header.rank, Some(slot));
+        }
         match (chunk, found) {
-            (Some(id), Found::Committed) => {
+            (Some((id, world, hash)), Found::Committed) => {
                 self.slots.restore_committed(slot, id, header.rank as u8);
-                self.chunks.get_mut(id).committed += 1;
+                let chunk = self.chunks.get_mut(id);
+                chunk.committed += 1;
+                if u32::from(chunk.committed) == world {
+                    self.restore_visible(id, hash);
+                }
             }
             (None, Found::Committed) => {
                 self.slots.restore_committed(slot, 0, 0);
                 self.free_slot(slot);
             }
             (chunk, Found::Writing | Found::Orphaned) => {
-                self.slots.begin_writing(slot, attachment, chunk.unwrap_or(0), header.rank as u8);
+                let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
+                let id = chunk.map(|(id, ..)| id);
+                self.slots.begin_writing(slot, attachment, id.unwrap_or(0), header.rank as u8);
                 self.slabs.busy(slot);
                 self.charges.of[usize::from(header.owner)] += self.slot_bytes(slot);
-                match chunk {
+                match id {
                     Some(id) => self.chunks.get_mut(id).writing += 1,
                     None if found == Found::Orphaned => self.slots.orphan(slot),
                     None => self.orphan(slot),
                 }
             }
         }
-        if let Some(id) = chunk {
-            let world = self.world_of(id);
-            self.chunks.set_shard(id, world, header.rank, Some(slot));
-        }
         Ok(())
     }
 
-    /// The forming chunk that a shard belongs to. `None`: it is of no use to any.
-    fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<ChunkId> {
+    /// The forming chunk that a shard belongs to, its world and hash. `None`: it is of no use to any.
+    fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<(ChunkId, u32, Hash)> {
         let ShardHeader { key, namespace, rank, round, length, .. } = *header;
         let registered = self.namespace(namespace).filter(|registered| registered.has(rank))?;
         let world = registered.world;
@@ -154,6 +166,10 @@ impl<T: SlotTable> Cache<T> {
         }
         let hash = self.hash(namespace, key);
         let matches = self.index.matches(&self.chunks, hash, namespace as u8, key);
+        if matches.visible.is_some() {
+            // Another round of it is complete: the engine died before it had dropped this one.
+            return None;
+        }
         let same = matches.forming().iter().find(|id| self.chunks.get(**id).round() == round);
         let id = match same {
             Some(id) if self.chunks.shard(*id, world, rank).is_some() => return None,
@@ -169,45 +185,60 @@ impl<T: SlotTable> Cache<T> {
         let chunk = self.chunks.get_mut(id);
         chunk.tick = chunk.tick.max(tick);
         self.tick = self.tick.max(tick);
-        Some(id)
+        Some((id, world, hash))
     }
 
-    /// The last slot has been restored: complete chunks become visible in the order of their last access. Incomplete
+    /// All shards of a chunk have been restored: it is visible, and other rounds of it are dropped. Its place in the order
+    /// of eviction is known when all have been.
+    fn restore_visible(&mut self, id: ChunkId, hash: Hash) {
+        let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
+        let matches = self.index.matches(&self.chunks, hash, namespace, key);
+        for other in matches.forming() {
+            if *other != id {
+                self.unform(*other);
+            }
+        }
+        self.show(id);
+        self.restored.push((self.chunks.get(id).tick, id, hash.whole()));
+    }
+
+    /// Drops a chunk that was forming before the lists of forming chunks are made.
+    fn unform(&mut self, id: ChunkId) {
+        if self.chunks.get(id).writing == 0 {
+            self.chunks.idle_insert(id);
+        }
+        self.drop_chunk(id, false);
+        self.restored_dropped += 1;
+    }
+
+    /// The last slot has been restored: visible chunks take their places in the order of their last access. Incomplete
     /// ones go on forming, also those that nobody is writing: another rank of their round may not have asked for its slot
     /// yet, and what has been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and
     /// a newer round replaces them. Allocates.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
-        let mut restored = Restored::default();
-        let mut complete: Vec<(u64, ChunkId)> = Vec::new();
-        for namespace in 0..NAMESPACES {
-            debug_assert_eq!(self.chunks.idle(namespace).count(), 0);
-        }
-        for id in 0..self.chunks.fresh {
-            let chunk = *self.chunks.get(id);
-            if chunk.writing > 0 {
-                restored.kept += 1;
-                continue;
+        let mut order = std::mem::take(&mut self.restored);
+        let mut restored = Restored {
+            visible: order.len() as u32,
+            dropped: std::mem::take(&mut self.restored_dropped),
+            ..Restored::default()
+        };
+        if u64::from(restored.visible) < self.chunks.counts.visible + self.chunks.counts.forming {
+            for id in 0..self.chunks.fresh {
+                let chunk = self.chunks.get(id);
+                if chunk.life() == Life::Forming {
+                    restored.kept += 1;
+                    if chunk.writing == 0 {
+                        self.chunks.idle_insert(id);
+                    }
+                }
             }
-            self.chunks.idle_insert(id);
-            if u32::from(chunk.committed) == self.world_of(id) {
-                complete.push((chunk.tick, id));
-            } else {
-                restored.kept += 1;
-            }
         }
-        complete.sort_unstable();
-        for (_, id) in complete {
-            // Two complete rounds of one key: the engine died between the commit and dropping the other.
-            let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
-            let hash = Hash::new(self.config.seed, u32::from(namespace), key);
-            if self.index.matches(&self.chunks, hash, namespace, key).visible.is_some() {
-                self.drop_chunk(id, false);
-                restored.dropped += 1;
-            } else {
-                self.chunks.idle_remove(id);
-                self.make_visible(id);
-                restored.visible += 1;
+        order.sort_unstable();
+        for (_, id, hash) in order {
+            let namespace = usize::from(self.chunks.get(id).namespace);
+            if let Some(registered) = &mut self.namespaces[namespace] {
+                registered.policy.insert(id, hash, None);
             }
         }
         self.slabs.release_unused(&mut self.table);
