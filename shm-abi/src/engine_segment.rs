@@ -65,7 +65,9 @@ pub struct EngineInfo {
     pub policy: [AtomicU64; 2],
     /// Recoveries that were begun since one was last completed: of what makes each engine fail, the third starts cold.
     pub recoveries: AtomicU32,
-    _pad: Pad<20>,
+    /// What it uses in place of what its kernel lacks: [`Means::to_bits`](crate::probe::Means::to_bits).
+    pub stand_ins: AtomicU32,
+    _pad: Pad<16>,
 }
 
 // SAFETY: atomics and padding.

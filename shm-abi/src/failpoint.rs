@@ -7,6 +7,7 @@
 //! KVRING_FAIL_POINT=commit.word:3      at the third time
 //! KVRING_FAIL_POINT=commit.word:3:stop SIGSTOP instead: somebody else goes on, then this process does
 //! KVRING_BREAK=rounds                  the rule of that name does not hold
+//! KVRING_WITHOUT=robust,waitv          these means of the kernel are not there (see `probe`)
 //! ```
 
 /// Ends (or stops) the process here, if a test asks for it.
@@ -22,6 +23,16 @@ pub fn here(_place: &str) {
 pub fn broken(_rule: &str) -> bool {
     #[cfg(all(feature = "failpoints", not(loom)))]
     return on::broken(_rule);
+    #[cfg(not(all(feature = "failpoints", not(loom))))]
+    false
+}
+
+/// Is this one of the kernel's means to look as if it were not there?
+#[inline(always)]
+#[must_use]
+pub fn without(_means: &str) -> bool {
+    #[cfg(all(feature = "failpoints", not(loom)))]
+    return on::without(_means);
     #[cfg(not(all(feature = "failpoints", not(loom))))]
     false
 }
@@ -62,5 +73,10 @@ mod on {
     pub(super) fn broken(rule: &str) -> bool {
         static BROKEN: OnceLock<Option<String>> = OnceLock::new();
         BROKEN.get_or_init(|| std::env::var("KVRING_BREAK").ok()).as_deref() == Some(rule)
+    }
+
+    /// Not cached: who asks keeps the answer.
+    pub(super) fn without(means: &str) -> bool {
+        std::env::var("KVRING_WITHOUT").is_ok_and(|list| list.split(',').any(|one| one == means))
     }
 }

@@ -54,7 +54,9 @@ pub enum Woken {
 #[cfg(not(loom))]
 mod real {
     use super::{Deadline, Woken};
-    use crate::sync::AtomicU32;
+    use crate::probe;
+    use crate::sync::{AtomicU32, Ordering};
+    use core::time::Duration;
     use rustix::io::Errno;
     use rustix::thread::ClockId;
     use rustix::thread::futex::{self, Flags, Wait, WaitFlags, WaitPtr, WaitvFlags};
@@ -80,32 +82,60 @@ mod real {
 
     /// Sleeps while every word holds its expected value, until one of them is woken or `deadline` passes.
     /// At most [`WAIT_ANY_MAX`] words; more are not looked at, which only costs promptness, never correctness.
+    ///
+    /// Where the kernel cannot wait for several, see [`wait_any_sliced`]: the slices are [`SLICE`] here.
     pub fn wait_any(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
+        wait_any_sliced(words, deadline, SLICE)
+    }
+
+    /// [`wait_any`], and how long a slice is where the kernel cannot wait for several words (no `futex_waitv`: Linux
+    /// before 5.16, gVisor, a seccomp filter). Then this sleeps on the *first* word alone, which should be the one that
+    /// is to be prompt, and compares the others after each slice: they are noticed up to a slice late, and a wake of one
+    /// that has not changed is not noticed at all.
+    pub fn wait_any_sliced(words: &[(&AtomicU32, u32)], deadline: Deadline, slice: Duration) -> Woken {
         let result = match words {
             [(word, expected)] => wait_one(word, *expected, deadline),
+            _ if !probe::can_wait_for_many() => return wait_in_slices(words, deadline, slice),
             // Few words are the rule, and preparing room for many takes longer than the rest of a sleep's way.
             few if few.len() <= 8 => wait_some::<8>(few, deadline),
             many => wait_some::<WAIT_ANY_MAX>(many, deadline),
         };
         match result {
             Err(Errno::TIMEDOUT) => Woken::TimedOut,
-            // No `futex_waitv` (Linux before 5.16, a seccomp filter): never a loop without a sleep.
-            Err(Errno::NOSYS | Errno::PERM) => wait_in_slices(words, deadline),
+            // A filter that this process has got since the probe: never a loop without a sleep.
+            Err(Errno::NOSYS | Errno::PERM) => wait_in_slices(words, deadline, slice),
             _ => Woken::LookAgain,
         }
     }
 
-    /// How late a change of any but the first word is noticed where the kernel cannot wait for several.
-    const SLICE: core::time::Duration = core::time::Duration::from_millis(1);
+    /// How late a change of any but the first word is noticed where the kernel cannot wait for several, and the caller
+    /// has not said anything else. Somebody waits for an answer then, and seldom for so long; a wake-up costs some 60 µs
+    /// of a core.
+    pub const SLICE: Duration = Duration::from_millis(10);
 
-    /// Sleeps on the first word alone, for a moment at most.
-    fn wait_in_slices(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
-        let Some((word, expected)) = words.first() else { return Woken::LookAgain };
-        let slice = Deadline(deadline.0.min(Deadline::after(SLICE).0));
-        match wait_one(word, *expected, slice) {
-            Err(Errno::TIMEDOUT) if deadline.passed() => Woken::TimedOut,
-            _ => Woken::LookAgain,
+    /// Sleeps on the first word alone, slice by slice, until it is woken, another has changed, or the deadline passes.
+    fn wait_in_slices(words: &[(&AtomicU32, u32)], deadline: Deadline, slice: Duration) -> Woken {
+        let Some(((word, expected), others)) = words.split_first() else { return Woken::LookAgain };
+        // A slice of nothing would be a loop without a sleep.
+        let slice = slice.max(Duration::from_millis(1));
+        loop {
+            // Acquire: as the kernel's own comparison, which is a full barrier.
+            if others.iter().any(|(word, expected)| word.load(Ordering::Acquire) != *expected) {
+                return Woken::LookAgain;
+            }
+            match wait_one(word, *expected, Deadline(deadline.0.min(Deadline::after(slice).0))) {
+                Err(Errno::TIMEDOUT) if deadline.passed() => return Woken::TimedOut,
+                Err(Errno::TIMEDOUT) => {}
+                _ => return Woken::LookAgain,
+            }
         }
+    }
+
+    /// Asks the kernel to wait for two words of which one has another value already.
+    pub(crate) fn probe_waitv() -> bool {
+        let (one, two) = (AtomicU32::new(1), AtomicU32::new(2));
+        let result = wait_some::<2>(&[(&one, 1), (&two, 1)], Deadline::after(Duration::from_millis(1)));
+        matches!(result, Err(Errno::AGAIN))
     }
 
     #[inline(never)]
@@ -147,15 +177,44 @@ mod real {
         fn without_waitv_a_wait_still_sleeps_ends_and_is_woken() {
             let (own, other) = (AtomicU32::new(1), AtomicU32::new(2));
             let words = [(&own, 1), (&other, 2)];
-            // Each slice sleeps: so few of them reach a deadline that a loop without a sleep would pass millions of times.
-            let deadline = Deadline::after(SLICE * 20);
-            let mut slices = 0;
-            while wait_in_slices(&words, deadline) != Woken::TimedOut {
-                slices += 1;
+            let (began, cpu) = (monotonic_ns(), thread_cpu_ns());
+            let slice = Duration::from_millis(1);
+            let deadline = Deadline::after(Duration::from_millis(100));
+            assert_eq!(wait_in_slices(&words, deadline, slice), Woken::TimedOut);
+            assert!(monotonic_ns() - began >= 100_000_000, "the deadline holds");
+            // A loop without a sleep would have used all of it.
+            let used = thread_cpu_ns() - cpu;
+            assert!(used < 50_000_000, "{used} ns of CPU time for 100 ms of sleep");
+            own.store(3, Ordering::Relaxed);
+            assert_eq!(wait_in_slices(&words, Deadline::NEVER, slice), Woken::LookAgain);
+            own.store(1, Ordering::Relaxed);
+            other.store(3, Ordering::Relaxed);
+            assert_eq!(wait_in_slices(&words, Deadline::NEVER, slice), Woken::LookAgain, "at once");
+        }
+
+        /// The first word's wake-up ends a slice; a change of another word is found after it.
+        #[test]
+        fn without_waitv_the_first_word_wakes_at_once_and_the_others_after_a_slice() {
+            for first in [true, false] {
+                let (own, other) = (AtomicU32::new(1), AtomicU32::new(2));
+                // Beyond the slice there is only the hour: both ways end long before it.
+                let slice = if first { Duration::from_secs(3600) } else { Duration::from_millis(5) };
+                std::thread::scope(|scope| {
+                    let sleeper = scope.spawn(|| {
+                        wait_in_slices(&[(&own, 1), (&other, 2)], Deadline::NEVER, slice);
+                    });
+                    std::thread::sleep(Duration::from_millis(20));
+                    let word = if first { &own } else { &other };
+                    word.store(7, Ordering::Release);
+                    wake_all(word);
+                    sleeper.join().unwrap();
+                });
             }
-            assert!(slices <= 20, "{slices} slices in 20 ms");
-            own.store(3, crate::sync::Ordering::Relaxed);
-            assert_eq!(wait_in_slices(&words, Deadline::NEVER), Woken::LookAgain);
+        }
+
+        fn thread_cpu_ns() -> u64 {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+            now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
         }
     }
 }
@@ -186,6 +245,15 @@ mod model {
             drop(QUEUE.1.wait(guard).unwrap());
         }
         Woken::LookAgain
+    }
+
+    /// See the real one.
+    pub fn wait_any_sliced(
+        words: &[(&AtomicU32, u32)],
+        deadline: Deadline,
+        _slice: core::time::Duration,
+    ) -> Woken {
+        wait_any(words, deadline)
     }
 
     /// See the real one.

@@ -8,9 +8,12 @@
 //!
 //! A robust list belongs to one thread and names its words by *node address + one fixed offset*; so the nodes live in
 //! private memory at the same stride as the words, where no peer can break the chain.
+//!
+//! Where the kernel has no robust lists, a word says that a *file lock* tells of its owner's death: see `claims`.
 
 use crate::futex;
 use crate::mapping::{Pad, Shared, View};
+use crate::probe::DeathNotice;
 use crate::sync::{AtomicU32, Ordering, fence};
 use core::marker::PhantomData;
 use core::ptr::null_mut;
@@ -18,6 +21,10 @@ use core::ptr::null_mut;
 const WAITERS: u32 = libc::FUTEX_WAITERS;
 const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
 const TID_MASK: u32 = libc::FUTEX_TID_MASK;
+/// The kernel will never mark this word: a file lock tells of its owner's death. A bit that no TID has (they end at
+/// 2²²), but that counts as one: who only asks whether somebody lives need not know of it.
+const FILE_LOCK: u32 = 1 << 29;
+const _: () = assert!(FILE_LOCK & TID_MASK != 0 && FILE_LOCK > 1 << 22);
 
 /// Bytes between life words in a table, and between the list's nodes.
 pub const LIFE_WORD_STRIDE: usize = 64;
@@ -40,10 +47,12 @@ const _: () = assert!(size_of::<LifeWord>() == LIFE_WORD_STRIDE);
 pub enum Life {
     /// Nobody has claimed it.
     Unclaimed,
-    /// Its owner lives, as far as the kernel knows. The TID is for logs: it never identifies a life.
+    /// Its owner lives, as far as the word says. The TID is for logs: it never identifies a life.
     Alive {
         /// Thread id in the owner's PID namespace.
         tid: u32,
+        /// What tells of its death. With a file lock the word may be behind: see [`Locks`](crate::claims::Locks).
+        notice: DeathNotice,
     },
     /// Its owner is dead; the engine has not reclaimed it yet.
     Dead,
@@ -76,8 +85,33 @@ impl LifeWord {
         } else if value & OWNER_DIED != 0 || value & TID_MASK == 0 {
             Life::Dead
         } else {
-            Life::Alive { tid: value & TID_MASK }
+            let notice =
+                if value & FILE_LOCK == 0 { DeathNotice::RobustFutex } else { DeathNotice::FileLock };
+            Life::Alive { tid: value & TID_MASK & !FILE_LOCK, notice }
         }
+    }
+
+    /// What a word holds whose owner's death a file lock tells.
+    pub(crate) fn locked_value(tid: u32) -> u32 {
+        WAITERS | FILE_LOCK | (tid & TID_MASK)
+    }
+
+    /// Claims it for `value`, if it still holds `from`.
+    pub(crate) fn claim_as(&self, from: u32, value: u32) -> Result<(), ClaimError> {
+        // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release and the kernel's mark, Release with `life`'s Acquire.
+        let claimed = self.word.compare_exchange(from, value, Ordering::AcqRel, Ordering::Acquire);
+        claimed.map(|_| ()).map_err(|found| ClaimError::Taken(LifeWord::interpret(found)))
+    }
+
+    /// Marks it as the kernel does, if it still holds `from`, and wakes all sleepers. True when it did.
+    pub(crate) fn mark_dead(&self, from: u32) -> bool {
+        // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
+        let dead = OWNER_DIED | WAITERS;
+        let marked = self.word.compare_exchange(from, dead, Ordering::Release, Ordering::Relaxed).is_ok();
+        if marked {
+            futex::wake_all(&self.word);
+        }
+        marked
     }
 
     /// The raw value, for a sleep: `(word.futex(), word.raw())`.
@@ -151,6 +185,12 @@ pub enum ClaimError {
         /// Words in the table.
         count: usize,
     },
+    /// Nobody has it, but somebody holds its file lock: its last owner is letting go, or its next one takes it.
+    #[error("the file lock of an unclaimed life word is held")]
+    Locked,
+    /// The file lock that goes with it.
+    #[error("the file lock of a life word: {0}")]
+    Lock(nix::errno::Errno),
 }
 
 impl RobustList {
@@ -205,13 +245,7 @@ impl RobustList {
     fn claim_from(&mut self, index: usize, now: u32) -> Result<(), ClaimError> {
         let node: *mut Node = &raw mut self.nodes[index].node;
         self.set_pending(node);
-        // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release and the kernel's mark, Release with `life`'s Acquire.
-        let claimed = self.words[index].word.compare_exchange(
-            now,
-            self.tid | WAITERS,
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
+        let claimed = self.words[index].claim_as(now, self.tid | WAITERS);
         if claimed.is_ok() {
             // SAFETY: `node` is one of our nodes; head and nodes form a circular list that only this thread changes.
             unsafe { (*node).next = self.head.list.next };
@@ -221,7 +255,7 @@ impl RobustList {
             self.nodes[index].linked = true;
         }
         self.set_pending(null_mut());
-        claimed.map(|_| ()).map_err(|found| ClaimError::Taken(LifeWord::interpret(found)))
+        claimed
     }
 
     /// Gives the word up as if this thread had died: marked dead, one sleeper woken. The engine reclaims and resets.
@@ -380,6 +414,13 @@ mod tests {
         let table = words(1);
         for value in
             [0, 1, TID_MASK, WAITERS, WAITERS | 7, OWNER_DIED, OWNER_DIED | 7, OWNER_DIED | WAITERS, u32::MAX]
+                .into_iter()
+                .chain([
+                    FILE_LOCK,
+                    LifeWord::locked_value(1),
+                    LifeWord::locked_value(TID_MASK),
+                    OWNER_DIED | FILE_LOCK,
+                ])
         {
             table[0].word.store(value, Ordering::Relaxed);
             let long = matches!(LifeWord::interpret(value), Life::Alive { .. });

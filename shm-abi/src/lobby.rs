@@ -5,6 +5,7 @@ use crate::engine_segment::{load_text, store_text};
 use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::park;
+use crate::probe::{self, Means};
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
@@ -65,7 +66,8 @@ pub struct Entry {
     incarnation: AtomicU32,
     pid: AtomicU32,
     payload_words: AtomicU32,
-    _pad0: Pad<4>,
+    /// For people: what its process uses in place of what its kernel lacks.
+    stand_ins: AtomicU32,
     name: [AtomicU64; CLIENT_NAME_BYTES / 8],
     _pad1: Pad<48>,
 }
@@ -111,6 +113,7 @@ impl Entry {
         self.incarnation.store(content.incarnation, Ordering::Relaxed);
         self.pid.store(content.pid, Ordering::Relaxed);
         self.payload_words.store(content.payload_words, Ordering::Relaxed);
+        self.stand_ins.store(probe::means().to_bits(), Ordering::Relaxed);
         store_text(&self.name, content.name.as_bytes());
         // SYNC POINT: Release; pairs with the Acquire in `read`.
         self.state.store(writing.wrapping_add(1), Ordering::Release);
@@ -141,6 +144,12 @@ impl Entry {
     #[must_use]
     pub fn read_nonce(&self) -> Option<u64> {
         is_ready(self.state.load(Ordering::Acquire)).then(|| self.nonce.load(Ordering::Relaxed))
+    }
+
+    /// By which means the process of a ready entry waits and is known to have died, as it says itself: for people.
+    #[must_use]
+    pub fn means(&self) -> Means {
+        Means::from_bits(self.stand_ins.load(Ordering::Relaxed))
     }
 
     /// Engine: empty again, before the life word is reset.

@@ -6,11 +6,11 @@
 
 use crate::mapping::Mapping;
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, Flock, FlockArg, OFlag};
+use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
 use nix::sys::stat::Mode;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
 /// Where POSIX shared memory lives on Linux.
@@ -314,11 +314,47 @@ impl SegmentFile {
     /// Is this still the file that the name leads to? False when it was unlinked or replaced.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        let Ok(ours) = nix::sys::stat::fstat(&self.fd) else { return false };
-        SegmentFile::open(&self.name, Access::ReadOnly)
-            .ok()
-            .and_then(|other| nix::sys::stat::fstat(&other.fd).ok())
-            .is_some_and(|theirs| (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino))
+        SegmentFile::open(&self.name, Access::ReadOnly).is_ok_and(|other| other.same_file(self))
+    }
+
+    /// Opens the same segment once more: another open file, so that locks on it are its own.
+    pub fn reopen(&self) -> Result<SegmentFile, SegmentError> {
+        let other = SegmentFile::open(&self.name, Access::ReadWrite)?;
+        if other.same_file(self) { Ok(other) } else { Err(SegmentError::NotFound(self.name.clone())) }
+    }
+
+    fn same_file(&self, other: &SegmentFile) -> bool {
+        let stat =
+            |file: &SegmentFile| nix::sys::stat::fstat(&file.fd).map(|stat| (stat.st_dev, stat.st_ino));
+        matches!((stat(self), stat(other)), (Ok(ours), Ok(theirs)) if ours == theirs)
+    }
+
+    /// Takes an exclusive lock on one byte, without waiting; false when another open file has it. It ends with this open
+    /// file: with the last descriptor of it in any process, so a forked child must close its own. (Not `F_SETLK`: closing
+    /// *any* descriptor of the file would drop that.)
+    pub fn try_lock_byte(&self, at: u64) -> nix::Result<bool> {
+        match nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_SETLK(&byte(at, libc::F_WRLCK))) {
+            Ok(_) => Ok(true),
+            Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Lets go of it.
+    pub fn unlock_byte(&self, at: u64) -> nix::Result<()> {
+        nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_SETLK(&byte(at, libc::F_UNLCK))).map(|_| ())
+    }
+
+    /// Does another open file hold a lock on this byte? Also through one that is open for reading alone; changes nothing.
+    pub fn is_byte_locked(&self, at: u64) -> nix::Result<bool> {
+        let mut asked = byte(at, libc::F_WRLCK);
+        nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_GETLK(&mut asked))?;
+        Ok(i32::from(asked.l_type) != libc::F_UNLCK)
+    }
+
+    /// The descriptor, for who must close it where nothing is dropped.
+    pub(crate) fn raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 
     /// An exclusive lock on the open file, without waiting; `None` when somebody else has it. It orders *creations*;
@@ -326,6 +362,18 @@ impl SegmentFile {
     pub fn try_lock(&self) -> Option<SegmentLock> {
         let fd = self.fd.as_fd().try_clone_to_owned().ok()?;
         Flock::lock(fd, FlockArg::LockExclusiveNonblock).ok().map(SegmentLock)
+    }
+}
+
+/// One byte, for `fcntl`. Types of locks are small numbers, and a length of 0 would mean "to the end".
+fn byte(at: u64, kind: libc::c_int) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: at as libc::off_t,
+        l_len: 1,
+        // Must be 0 for a lock of an open file.
+        l_pid: 0,
     }
 }
 
@@ -465,6 +513,31 @@ mod tests {
         assert_eq!(unsafe { mapping.base().as_ptr().add(5000).read_volatile() }, 77);
         assert!(file.populate(8192, 4096).is_err(), "there is nothing behind the end");
         assert!(file.populate(0, 0).is_err());
+    }
+
+    #[test]
+    fn a_byte_is_locked_by_an_open_file_and_seen_from_every_other() {
+        let name = name("byte");
+        let first = SegmentFile::create(&name, 4096).unwrap();
+        let second = first.reopen().unwrap();
+        let reader = SegmentFile::open(&name, Access::ReadOnly).unwrap();
+        assert!(!reader.is_byte_locked(64).unwrap());
+        assert!(first.try_lock_byte(64).unwrap());
+        assert!(first.try_lock_byte(64).unwrap(), "it is ours already");
+        assert!(!second.try_lock_byte(64).unwrap());
+        assert!(second.try_lock_byte(128).unwrap());
+        assert_eq!(
+            [64, 65, 128, 192].map(|at| reader.is_byte_locked(at).unwrap()),
+            [true, false, true, false]
+        );
+        // A descriptor of the same file that is closed takes no lock with it.
+        drop(first.reopen().unwrap());
+        assert!(reader.is_byte_locked(64).unwrap());
+        first.unlock_byte(64).unwrap();
+        drop(second);
+        assert!(!reader.is_byte_locked(64).unwrap() && !reader.is_byte_locked(128).unwrap());
+        unlink(&name);
+        assert!(first.reopen().is_err());
     }
 
     #[test]

@@ -1,0 +1,167 @@
+//! What this kernel, or the sandbox around this process, has of the two things that kvring builds on: *robust lists*, by
+//! which a death is told at once, and `futex_waitv`, by which one sleep waits for several words. gVisor, seccomp filters
+//! and kernels before Linux 5.16 lack one or both; then something slower stands in (`claims`, `futex`), and `status` says
+//! so.
+//!
+//! Probed once in a process, when it is first asked: not what the kernel calls itself counts, but what it does. Nothing
+//! but a test can switch a probe off (`failpoint::without`).
+
+use crate::failpoint;
+use crate::futex::{self, Deadline};
+use crate::life::{Life, LifeWord, RobustList};
+use crate::mapping::{Mapping, View};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// How long after the end of its thread a word may take to be marked. Linux has marked it before the thread can be
+/// joined; only where nothing marks it is this ever waited for.
+const MARKED_WITHIN: Duration = Duration::from_millis(100);
+
+/// How others learn of a process's death.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeathNotice {
+    /// The kernel marks its life word, and wakes a sleeper: some 50 µs.
+    RobustFutex,
+    /// A file lock ends with it; the others look at it now and then, and mark the word themselves: some 50 ms.
+    FileLock,
+}
+
+impl DeathNotice {
+    /// For people and programs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DeathNotice::RobustFutex => "robust futex",
+            DeathNotice::FileLock => "file lock",
+        }
+    }
+}
+
+/// How a process waits for several words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// For all of them at once.
+    Waitv,
+    /// For the first one alone, and for a slice of time, after which it looks at the others.
+    Slices,
+}
+
+impl Waiting {
+    /// For people and programs.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Waiting::Waitv => "futex_waitv",
+            Waiting::Slices => "slices",
+        }
+    }
+}
+
+/// What a process uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Means {
+    /// How its death is told.
+    pub death_notice: DeathNotice,
+    /// How it waits.
+    pub waiting: Waiting,
+}
+
+const FILE_LOCK: u32 = 1;
+const SLICES: u32 = 2;
+
+impl Means {
+    /// As a word of shared memory: the stand-ins, a bit each; 0 where there is none.
+    #[must_use]
+    pub fn to_bits(self) -> u32 {
+        let lock = if self.death_notice == DeathNotice::FileLock { FILE_LOCK } else { 0 };
+        let slices = if self.waiting == Waiting::Slices { SLICES } else { 0 };
+        lock | slices
+    }
+
+    /// From a word of shared memory; what it says beyond the known is not looked at.
+    #[must_use]
+    pub fn from_bits(bits: u32) -> Means {
+        Means {
+            death_notice: if bits & FILE_LOCK == 0 {
+                DeathNotice::RobustFutex
+            } else {
+                DeathNotice::FileLock
+            },
+            waiting: if bits & SLICES == 0 { Waiting::Waitv } else { Waiting::Slices },
+        }
+    }
+}
+
+/// What this process uses.
+#[must_use]
+pub fn means() -> Means {
+    Means {
+        death_notice: if has_robust_lists() { DeathNotice::RobustFutex } else { DeathNotice::FileLock },
+        waiting: if can_wait_for_many() { Waiting::Waitv } else { Waiting::Slices },
+    }
+}
+
+/// Does the kernel mark the words of a thread that ends?
+#[must_use]
+pub fn has_robust_lists() -> bool {
+    static ROBUST: OnceLock<bool> = OnceLock::new();
+    *ROBUST.get_or_init(|| !failpoint::without("robust") && probe_robust())
+}
+
+/// Can one sleep wait for several words?
+#[inline]
+#[must_use]
+pub fn can_wait_for_many() -> bool {
+    static WAITV: OnceLock<bool> = OnceLock::new();
+    *WAITV.get_or_init(|| !failpoint::without("waitv") && futex::probe_waitv())
+}
+
+/// Lets a thread end that holds a word, and looks at the word. A kernel that only pretends (it takes the list and never
+/// walks it) does not pass.
+fn probe_robust() -> bool {
+    let Ok(words) = View::<LifeWord>::new(&Arc::new(Mapping::private(4096)), 0, 1) else { return false };
+    let theirs = words.clone();
+    let claim = move || {
+        let Ok(mut list) = RobustList::register(theirs) else { return false };
+        let claimed = list.claim(0).is_ok();
+        // Dying, not dropping: the list stays registered. What it and its word lie in is never freed.
+        core::mem::forget(list);
+        claimed
+    };
+    let thread = std::thread::Builder::new().name("kvring-probe".into()).stack_size(64 << 10).spawn(claim);
+    // Without a thread to spare nothing is known. Registering says more, a moment later, and a file lock stands in then.
+    let Ok(thread) = thread else { return true };
+    if !matches!(thread.join(), Ok(true)) {
+        return false;
+    }
+    let deadline = Deadline::after(MARKED_WITHIN);
+    loop {
+        let raw = words[0].raw();
+        if LifeWord::interpret(raw) == Life::Dead {
+            return true;
+        }
+        if deadline.passed() {
+            return false;
+        }
+        futex::wait_any(&[(words[0].futex(), raw)], deadline);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_under_these_tests_needs_no_stand_in() {
+        assert!(probe_robust() && futex::probe_waitv());
+    }
+
+    #[test]
+    fn means_survive_their_word() {
+        for bits in 0..4 {
+            assert_eq!(Means::from_bits(bits).to_bits(), bits);
+        }
+        let none = Means { death_notice: DeathNotice::RobustFutex, waiting: Waiting::Waitv };
+        assert_eq!((none.to_bits(), Means::from_bits(!3)), (0, none));
+    }
+}
