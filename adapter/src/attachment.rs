@@ -11,15 +11,18 @@ use crate::fork::ForkGuard;
 use crate::gate::WriterGate;
 use crate::health::Health;
 use crate::link::{Link, LinkParts};
+use crate::stand_ins;
 use core::mem::ManuallyDrop;
 use kvring_shm_abi::channel::{Channel, ChannelError};
-use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, OWNER_WORD, Places};
+use kvring_shm_abi::claims::{Claims, Locks};
+use kvring_shm_abi::engine_segment::{self, AttachStatus, EngineSegment, OWNER_WORD, Places};
 use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, wait_any};
-use kvring_shm_abi::life::{ClaimError, Life, LifeWord, RobustList};
-use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
+use kvring_shm_abi::life::{ClaimError, Life, LifeWord};
+use kvring_shm_abi::lobby::{self, CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
+use kvring_shm_abi::probe::{DeathNotice, Means};
 use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
     Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
@@ -83,7 +86,7 @@ pub enum AttachError {
     /// The channel could not be made.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// The kernel has no robust lists, or no randomness.
+    /// The kernel has no randomness, or refuses a file lock.
     #[error("{what}: {error}")]
     System {
         /// The call.
@@ -167,6 +170,7 @@ pub struct EngineView {
     pub segment: EngineSegment,
     /// Its superblock.
     pub identity: Identity,
+    file: Arc<SegmentFile>,
 }
 
 impl EngineView {
@@ -190,13 +194,29 @@ impl EngineView {
             return Err(mismatch(Mismatch::Size { expected, found: length }));
         }
         let mapping = Arc::new(file.map(expected, Access::ReadOnly)?);
-        Ok(EngineView { segment: EngineSegment::new(mapping, &identity.geometry)?, identity })
+        let segment = EngineSegment::new(mapping, &identity.geometry)?;
+        Ok(EngineView { segment, identity, file: Arc::new(file) })
     }
 
     /// Does the process that owns the segment live?
     #[must_use]
     pub fn owner_lives(&self) -> bool {
-        matches!(self.segment.life_words[OWNER_WORD].life(), Life::Alive { .. })
+        let locks = Locks::of(&self.file, engine_segment::LIFE_WORDS_AT);
+        matches!(locks.life(&self.segment.life_words, OWNER_WORD), Life::Alive { .. })
+    }
+
+    /// How the engine waits, and what tells of its death, as it says itself.
+    #[must_use]
+    pub fn means(&self) -> Means {
+        Means::from_bits(self.segment.info().stand_ins.load(Ordering::Relaxed))
+    }
+
+    /// The file of that lobby, for the locks of clients whose kernel marks no life word.
+    pub fn open_lobby_file(&self, name: &segment::EngineName) -> Result<SegmentFile, AttachError> {
+        let file = SegmentFile::open(&name.lobby(), Access::ReadWrite)?;
+        let head = file.map(SUPERBLOCK_BYTES as u64, Access::ReadOnly)?;
+        check_sibling(head.at(0)?, Kind::Lobby, file.len()?, &name.lobby(), &self.identity)?;
+        Ok(file)
     }
 
     /// The lobby of the same start of the engine.
@@ -240,7 +260,7 @@ fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, At
 /// was writing. So that is done only after the last copy into the arena has ended (`writers`).
 pub(crate) struct Claim {
     #[allow(dead_code, reason = "held for its Drop")]
-    list: RobustList,
+    claims: Claims,
     entry: usize,
     lobby: Lobby,
     engine: EngineSegment,
@@ -259,12 +279,19 @@ impl Claim {
             Role::Worker => Some(open_arena(name, &view.identity)?),
             Role::Scheduler => None,
         };
-        let system = |error| AttachError::System { what: "set_robust_list", error };
-        let mut list = RobustList::register(lobby.life_words.clone()).map_err(system)?;
-        let entry = claim(&mut list)?;
+        // Of the same lobby, by its arena id: a name may lead to another one by now.
+        let file = || {
+            view.open_lobby_file(name).map_err(|error| match error {
+                AttachError::Segment(error) => error,
+                _ => SegmentError::NotFound(name.lobby()),
+            })
+        };
+        let mut claims = Claims::register(lobby.life_words.clone(), lobby::LIFE_WORDS_AT, file)?;
+        let entry = claim(&mut claims)?;
         failpoint::here("client.claimed");
+        stand_ins::told(claims.notice());
         let (engine, identity) = (view.segment.clone(), view.identity);
-        Ok(Claim { list, entry, lobby, engine, arena, identity, writers: Arc::default(), used: false })
+        Ok(Claim { claims, entry, lobby, engine, arena, identity, writers: Arc::default(), used: false })
     }
 
     /// Has its arena been replaced or removed? Then nobody comes back to it.
@@ -320,11 +347,16 @@ pub(crate) fn attach(shared: &Shared, held: &mut Option<Claim>) -> Result<Attach
         Some(claim) => claim,
         None => held.insert(Claim::new(shared, &view)?),
     };
-    publish(shared, claim, incarnation)
+    publish(shared, claim, &view, incarnation)
 }
 
 /// Publishes a claim to the engine of this incarnation, and waits for its answer.
-fn publish(shared: &Shared, claim: &mut Claim, incarnation: u32) -> Result<Attachment, AttachError> {
+fn publish(
+    shared: &Shared,
+    claim: &mut Claim,
+    view: &EngineView,
+    incarnation: u32,
+) -> Result<Attachment, AttachError> {
     let checked = &shared.checked;
     let (name, entry, identity) = (&checked.name, claim.entry, claim.identity);
     let nonce = random_u64().map_err(|error| AttachError::System { what: "random nonce", error })?;
@@ -342,7 +374,7 @@ fn publish(shared: &Shared, claim: &mut Claim, incarnation: u32) -> Result<Attac
     claim.lobby.claim(entry, &content);
     failpoint::here("client.published");
     let answered = loop {
-        match wait_for_answer(shared, &claim.engine, entry, nonce, incarnation) {
+        match wait_for_answer(shared, view, entry, nonce, incarnation) {
             // What this entry is writing keeps it ours, so there is no other to try with; and a claim is judged once.
             Err(AttachError::TimedOut(_)) if claim.used => shared.set_suspended(Health::Stalled),
             answered => break answered,
@@ -353,10 +385,13 @@ fn publish(shared: &Shared, claim: &mut Claim, incarnation: u32) -> Result<Attac
     answered?;
     failpoint::here("client.attached");
     claim.used = true;
+    let life = claim.engine.life_words[entry].life();
+    let by_lock = matches!(life, Life::Alive { notice: DeathNotice::FileLock, .. });
     let link = Link::new(LinkParts {
         channel,
         lobby: claim.lobby.clone(),
         engine: claim.engine.clone(),
+        lock: by_lock.then(|| view.file.clone()),
         ledger: shared.ledger.clone(),
         entry,
         incarnation,
@@ -370,24 +405,32 @@ fn publish(shared: &Shared, claim: &mut Claim, incarnation: u32) -> Result<Attac
     Ok(Attachment { attached: ManuallyDrop::new(attached), fork: shared.fork })
 }
 
-fn claim(list: &mut RobustList) -> Result<usize, AttachError> {
+fn claim(claims: &mut Claims) -> Result<usize, AttachError> {
     for entry in 0..CLIENTS_MAX {
-        match list.claim(entry) {
+        match claims.claim(entry) {
             Ok(()) => return Ok(entry),
-            Err(ClaimError::Taken(_)) => {}
+            Err(ClaimError::Taken(_) | ClaimError::Locked) => {}
+            Err(ClaimError::Lock(errno)) => {
+                return Err(AttachError::System { what: "a file lock", error: errno.into() });
+            }
             Err(ClaimError::NoSuchWord { .. }) => break,
         }
     }
     Err(AttachError::TableFull)
 }
 
+/// The longest sleep without a look at the file lock of an engine whose kernel marks no words.
+const LOCK_EVERY: Duration = Duration::from_millis(50);
+
 fn wait_for_answer(
     shared: &Shared,
-    engine: &EngineSegment,
+    view: &EngineView,
     entry: usize,
     nonce: u64,
     incarnation: u32,
 ) -> Result<(), AttachError> {
+    // The same inode as the claim's: it has the same arena id.
+    let engine = &view.segment;
     let timeout = shared.checked.options.attach_timeout;
     let deadline = Deadline::after(timeout);
     let life = &engine.life_words[entry];
@@ -403,7 +446,11 @@ fn wait_for_answer(
             refused => return Err(AttachError::Refused(refused)),
         }
         let raw = life.raw();
-        if !matches!(LifeWord::interpret(raw), Life::Alive { .. }) {
+        let (lives, by_lock) = match LifeWord::interpret(raw) {
+            Life::Alive { notice, .. } => (true, notice == DeathNotice::FileLock),
+            Life::Dead | Life::Unclaimed => (false, false),
+        };
+        if !lives || Locks::of(&view.file, engine_segment::LIFE_WORDS_AT).owner_is_dead(entry, raw) {
             return Err(AttachError::Restarted);
         }
         if engine.epoch().incarnation() != incarnation {
@@ -419,7 +466,7 @@ fn wait_for_answer(
                 (engine.epoch().incarnation_word(), incarnation),
                 (&shared.control, control),
             ],
-            deadline,
+            if by_lock { Deadline(deadline.0.min(Deadline::after(LOCK_EVERY).0)) } else { deadline },
         );
     }
 }

@@ -69,7 +69,7 @@ pub(crate) struct StallClock {
     looked_ns: AtomicU64,
     /// How long it has stood still under our eyes.
     still_ns: AtomicU64,
-    /// [`SUSPECT`] and [`BROKEN`]: one word, so that a health check of a well engine is one load of it.
+    /// [`SUSPECT`], [`BROKEN`] and [`GONE`]: one word, so that a health check of a well engine is one load of it.
     trouble: AtomicU32,
 }
 
@@ -77,6 +77,8 @@ pub(crate) struct StallClock {
 const SUSPECT: u32 = 1;
 /// The engine broke the protocol: nothing that comes through this attachment is believed any more.
 const BROKEN: u32 = 2;
+/// The engine has died, as its file lock told: its life word says nothing, and nobody here can write it.
+const GONE: u32 = 4;
 
 impl StallClock {
     pub(crate) fn new(stall_after: Duration, beat: u32) -> StallClock {
@@ -130,6 +132,18 @@ impl StallClock {
         self.trouble.load(Ordering::Relaxed) & BROKEN != 0
     }
 
+    /// The engine has died, and its life word does not say so. True for who says so first.
+    pub(crate) fn engine_gone(&self) -> bool {
+        // Release; pairs with the Acquire in `is_gone`: who sees it finds it when it looks at anything else.
+        self.trouble.fetch_or(GONE, Ordering::Release) & GONE == 0
+    }
+
+    /// Has it?
+    #[inline]
+    pub(crate) fn is_gone(&self) -> bool {
+        self.trouble.load(Ordering::Acquire) & GONE != 0
+    }
+
     /// Does the engine look stalled, or worse? `beat` is asked for only if it might; if that has moved, it is not.
     #[inline]
     pub(crate) fn troubled(&self, beat: impl FnOnce() -> u32) -> bool {
@@ -167,6 +181,15 @@ mod tests {
         assert!(!clock.troubled(|| 8), "a beat that has moved is not stalled, whoever looks first");
         clock.look_at(8, 41 * 50 * MS);
         assert!(!clock.troubled(|| 8));
+    }
+
+    #[test]
+    fn an_engine_that_is_gone_stays_gone_whatever_its_beat_seems_to_do() {
+        let clock = clock();
+        assert!(!clock.is_gone() && !clock.troubled(|| 7));
+        assert!(clock.engine_gone() && !clock.engine_gone(), "one says so first");
+        assert!(clock.is_gone() && clock.troubled(|| 8) && clock.troubled(|| 9));
+        assert!(!clock.is_broken());
     }
 
     #[test]

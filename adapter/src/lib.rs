@@ -18,6 +18,7 @@ mod options;
 mod rejoin;
 mod scheduler;
 mod sessions;
+mod stand_ins;
 mod status;
 mod worker;
 

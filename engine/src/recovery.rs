@@ -153,6 +153,8 @@ fn shard(content: &SlotContent) -> Option<Shard> {
 /// Which clients live. What the others were writing is freed, and their rounds are over.
 fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
     let mut inherited = Inherited::nobody();
+    // Who died while there was no engine, and whose kernel marks nothing.
+    segments.mark_dead_clients();
     let lobby = &segments.lobby;
     for entry in 0..CLIENTS_MAX {
         let lives = matches!(lobby.life_words[entry].life(), Life::Alive { .. });

@@ -53,6 +53,8 @@ pub struct EngineProcess {
     /// Its name.
     pub name: String,
     overrides: Value,
+    /// Environment variables of its own.
+    environment: Vec<(&'static str, String)>,
     child: Child,
     stopped: bool,
     /// Does dropping it remove what it leaves in `/dev/shm`?
@@ -88,6 +90,21 @@ impl EngineProcess {
         engine
     }
 
+    /// Starts an engine with an arena of `arena_mib` MiB in another environment, also for its restarts, and waits until
+    /// it serves all of it.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_in(environment: &[(&'static str, &str)], tag: &str, arena_mib: u64) -> EngineProcess {
+        let environment: Vec<_> =
+            environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+        let engine = EngineProcess::spawn(&overrides(&unique_name(tag), arena_mib), environment);
+        let engine = engine.unwrap_or_else(|error| panic!("the engine did not start: {error}"));
+        engine.is_allocated();
+        engine
+    }
+
     /// Waits until the whole arena has its memory: a store that comes earlier may be dropped.
     pub fn is_allocated(&self) {
         self.stat_becomes("arena_bytes_allocated", self.view().identity.geometry.arena_bytes);
@@ -98,9 +115,19 @@ impl EngineProcess {
     /// # Errors
     /// Its last words.
     pub fn try_start(overrides: &Value) -> Result<EngineProcess, String> {
+        EngineProcess::spawn(overrides, Vec::new())
+    }
+
+    fn spawn(overrides: &Value, environment: Vec<(&'static str, String)>) -> Result<EngineProcess, String> {
         let name = overrides["name"].as_str().expect("a name").to_owned();
-        let child = spawn_engine(overrides)?;
-        Ok(EngineProcess { name, overrides: overrides.clone(), child, stopped: false, sweep: true })
+        let child = spawn_engine(overrides, &environment)?;
+        let overrides = overrides.clone();
+        Ok(EngineProcess { name, overrides, environment, child, stopped: false, sweep: true })
+    }
+
+    /// Another environment, for the next restart.
+    pub fn move_to(&mut self, environment: &[(&'static str, &str)]) {
+        self.environment = environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
     }
 
     /// The same name and configuration again, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
@@ -108,7 +135,8 @@ impl EngineProcess {
     /// # Panics
     /// When it does not start.
     pub fn restart(&mut self) {
-        self.child = spawn_engine(&self.overrides).unwrap_or_else(|error| panic!("no restart: {error}"));
+        let child = spawn_engine(&self.overrides, &self.environment);
+        self.child = child.unwrap_or_else(|error| panic!("no restart: {error}"));
         self.stopped = false;
     }
 
@@ -297,10 +325,11 @@ pub fn stat_of(view: &EngineView, name: &str) -> u64 {
     found.unwrap_or_else(|| panic!("no statistic {name}")).1
 }
 
-fn spawn_engine(overrides: &Value) -> Result<Child, String> {
+fn spawn_engine(overrides: &Value, environment: &[(&'static str, String)]) -> Result<Child, String> {
     let stderr = if std::env::var_os("KVRING_LOG").is_some() { Stdio::inherit() } else { Stdio::piped() };
     let mut child = Command::new(peer_binary())
         .args(["engine", &overrides.to_string()])
+        .envs(environment.iter().map(|(name, value)| (*name, value.as_str())))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(stderr)

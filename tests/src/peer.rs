@@ -25,8 +25,18 @@ impl Peer {
     /// When there is no process to be had.
     #[must_use]
     pub fn spawn() -> Peer {
+        Peer::spawn_in(&[])
+    }
+
+    /// The same, in an environment of its own.
+    ///
+    /// # Panics
+    /// When there is no process to be had.
+    #[must_use]
+    pub fn spawn_in(environment: &[(&'static str, &str)]) -> Peer {
         let mut child = Command::new(peer_binary())
             .arg("client")
+            .envs(environment.iter().copied())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

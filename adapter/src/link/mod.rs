@@ -18,7 +18,8 @@ use crate::fork::ForkGuard;
 use crate::health::{Health, StallClock};
 use crate::ledger::{BatchId, Ledger};
 use kvring_shm_abi::channel::Channel;
-use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment};
+use kvring_shm_abi::claims::Locks;
+use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, LIFE_WORDS_AT};
 use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::life::{Life, LifeWord};
@@ -27,11 +28,15 @@ use kvring_shm_abi::mapping::One;
 use kvring_shm_abi::message::{Ident, Record, Records, Request, SlotRecord};
 use kvring_shm_abi::payload::{Payload, Region};
 use kvring_shm_abi::ring::{Consumer, Producer};
-use kvring_shm_abi::sync::{AtomicU32, Ordering};
+use kvring_shm_abi::segment::SegmentFile;
+use kvring_shm_abi::sync::{AtomicU32, AtomicU64, Ordering};
 use operations::Operations;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// The shortest time between two looks at the engine's file lock, where there is one: a look costs half a microsecond.
+const LOCK_EVERY_NS: u64 = 40_000_000;
 
 /// How an abandoned operation is undone when its completion arrives after all.
 #[derive(Clone, Copy, Debug)]
@@ -76,6 +81,9 @@ pub(crate) struct Link {
     fork: ForkGuard,
     /// The engine's life word for this client.
     life: One<LifeWord>,
+    /// The engine's file, where a file lock tells of its death; and when that was last looked at.
+    lock: Option<Arc<SegmentFile>>,
+    lock_looked_ns: AtomicU64,
     /// The keeper's futex: bumped when something is left for it that nobody else may ever look at.
     left: AtomicU32,
 }
@@ -85,6 +93,8 @@ pub(crate) struct LinkParts {
     pub(crate) channel: Channel,
     pub(crate) lobby: Lobby,
     pub(crate) engine: EngineSegment,
+    /// The engine's file, where a file lock tells of its death.
+    pub(crate) lock: Option<Arc<SegmentFile>>,
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) entry: usize,
     pub(crate) incarnation: u32,
@@ -105,6 +115,8 @@ impl Link {
         let beat = parts.engine.epoch().beat();
         Some(Link {
             life: parts.engine.life_words.one(parts.entry)?,
+            lock: parts.lock,
+            lock_looked_ns: AtomicU64::new(0),
             inner: Mutex::new(Inner {
                 submissions: Producer::new(parts.channel.submissions.clone()),
                 completions: Consumer::new(parts.channel.completions.clone()),
@@ -139,10 +151,10 @@ impl Link {
         &self.channel.payload
     }
 
-    /// The two loads of a health check: is the engine that we attached to still alive?
+    /// Is the engine that we attached to still alive?
     #[inline]
     pub(crate) fn alive(&self) -> Result<(), CallError> {
-        if !self.life.is_alive() {
+        if !self.life.is_alive() || self.stall.is_gone() {
             return Err(CallError::Dead);
         }
         if self.engine.epoch().incarnation() != self.incarnation {
@@ -158,7 +170,7 @@ impl Link {
         // again sees that too.
         let life = self.life.life();
         let incarnation = epoch.incarnation();
-        if !matches!(life, Life::Alive { .. }) {
+        if !matches!(life, Life::Alive { .. }) || self.stall.is_gone() {
             Health::Dead
         } else if self.engine.info().unhealthy.load(Ordering::Relaxed) != 0 {
             Health::Unhealthy
@@ -181,6 +193,27 @@ impl Link {
         self.life.is_alive()
             && epoch.incarnation() == self.incarnation
             && !self.stall.troubled(|| epoch.beat())
+    }
+
+    /// Does a file lock tell of the engine's death? Then somebody must look at it.
+    pub(crate) fn has_lock(&self) -> bool {
+        self.lock.is_some()
+    }
+
+    /// Looks at the engine's file lock, if there is one and nobody has for a while: from the moment that it is found free
+    /// the engine is dead to all threads of this client.
+    pub(crate) fn look_at_lock(&self, now_ns: u64) {
+        let Some(file) = &self.lock else { return };
+        // Relaxed: two that look at once do no harm.
+        if now_ns.saturating_sub(self.lock_looked_ns.load(Ordering::Relaxed)) < LOCK_EVERY_NS {
+            return;
+        }
+        self.lock_looked_ns.store(now_ns, Ordering::Relaxed);
+        let is_dead = Locks::of(file, LIFE_WORDS_AT).owner_is_dead(self.entry, self.life.raw());
+        if is_dead && self.stall.engine_gone() {
+            // Whose sleep nothing else ends.
+            self.rouse();
+        }
     }
 
     pub(crate) fn is_broken(&self) -> bool {

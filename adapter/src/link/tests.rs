@@ -47,6 +47,7 @@ pub(crate) fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
         channel,
         lobby: Lobby::new(Arc::new(Mapping::private(LOBBY_BYTES))).unwrap(),
         engine,
+        lock: None,
         ledger: Arc::default(),
         entry: ENTRY,
         incarnation,

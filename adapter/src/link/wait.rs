@@ -206,6 +206,7 @@ impl Link {
                 continue;
             }
             self.stall.look_at(self.engine.epoch().beat(), now);
+            self.look_at_lock(now);
             let soon = Deadline(deadline.0.min(Deadline::after_ns(now, SLEEP_MAX).0));
             self.sleep(slot, soon);
         }

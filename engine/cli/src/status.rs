@@ -6,9 +6,11 @@ mod show;
 use anyhow::Context;
 use kvring_adapter::{AttachError, DEFAULT_ENGINE, EngineView, Role};
 use kvring_engine::stats::Snapshot;
+use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{EngineSegment, load_text};
 use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::LIFE_WORDS_AT;
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::Ordering;
 use serde::Serialize;
@@ -98,6 +100,10 @@ struct EngineStatus {
     arena_bytes_used: u64,
     slab_bytes: u64,
     beat_interval_us: u32,
+    /// What tells its clients of its death.
+    death_notice: &'static str,
+    /// How it waits for several things at once.
+    waiting: &'static str,
 }
 
 /// A client's entry in the lobby.
@@ -108,6 +114,10 @@ struct ClientStatus {
     name: String,
     pid: u32,
     alive: bool,
+    /// What tells the engine of its death.
+    death_notice: &'static str,
+    /// How it waits for several things at once.
+    waiting: &'static str,
 }
 
 /// A registered namespace.
@@ -244,6 +254,7 @@ fn engine(view: &EngineView, counters: Option<&Snapshot>) -> EngineStatus {
     let uptime_ns = now_ns.saturating_sub(u128::from(started_ns));
     let allocated = u64::from(info.slabs_allocated.load(Ordering::Relaxed)) * geometry.slab_bytes;
     let [low, high] = view.identity.arena_id;
+    let means = view.means();
     EngineStatus {
         pid: info.pid.load(Ordering::Relaxed),
         incarnation: view.segment.epoch().incarnation(),
@@ -256,29 +267,36 @@ fn engine(view: &EngineView, counters: Option<&Snapshot>) -> EngineStatus {
         arena_bytes_used: counters.map_or(0, |counters| counters.get(Stat::ArenaBytesUsed)),
         slab_bytes: geometry.slab_bytes,
         beat_interval_us: info.beat_interval_us.load(Ordering::Relaxed),
+        death_notice: means.death_notice.as_str(),
+        waiting: means.waiting.as_str(),
     }
 }
 
 /// Who claims an entry, as the lobby says; nothing there is believed further than for display.
 fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
-    let lobby = match view.open_lobby(name) {
-        Ok(lobby) => lobby,
+    // The file for its locks: some clients' words may not be marked when they die.
+    let opened = view.open_lobby(name).and_then(|lobby| Ok((lobby, view.open_lobby_file(name)?)));
+    let (lobby, file) = match opened {
+        Ok(opened) => opened,
         Err(error) => {
             tracing::warn!(%error, "no list of clients");
             return Vec::new();
         }
     };
-    let claimed = lobby.life_words.iter().zip(lobby.entries.iter()).enumerate();
-    let shown = claimed.filter_map(|(entry, (word, content))| {
-        let life = word.life();
+    let locks = Locks::of(&file, LIFE_WORDS_AT);
+    let shown = lobby.entries.iter().enumerate().filter_map(|(entry, published)| {
+        let life = locks.life(&lobby.life_words, entry);
         // Claimed but not ready yet: it is attaching.
-        let content = content.read().filter(|_| life != Life::Unclaimed)?;
+        let content = published.read().filter(|_| life != Life::Unclaimed)?;
+        let means = published.means();
         Some(ClientStatus {
             entry,
             role: Role::from_u32(content.role).map_or("unknown", Role::as_str),
             name: content.name,
             pid: content.pid,
             alive: matches!(life, Life::Alive { .. }),
+            death_notice: means.death_notice.as_str(),
+            waiting: means.waiting.as_str(),
         })
     });
     shown.collect()

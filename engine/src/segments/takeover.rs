@@ -6,7 +6,8 @@
 //! else unlinks or replaces the name (a forced removal excepted), and the other segments belong to its holder.
 
 use super::{ARENA_TRAILER, Setup, SetupError, arena_superblock, sweep};
-use kvring_shm_abi::engine_segment::{EngineSegment, OWNER_WORD, Places};
+use kvring_shm_abi::claims::Locks;
+use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
@@ -101,12 +102,21 @@ impl Found {
             return Ok(Found::Foreign { mapping, mismatch });
         }
         match EngineSegment::new(mapping.clone(), &identity.geometry) {
-            Ok(segment) => Ok(Found::Known { segment: Box::new(segment), identity }),
+            Ok(segment) => {
+                // An engine whose kernel marked no words, and that has died: from here on its words say so. This open
+                // file holds none of its locks, so a living one's are seen.
+                let marked = Locks::of(file, LIFE_WORDS_AT).mark_dead(&segment.life_words);
+                if marked > 0 {
+                    tracing::debug!(words = marked, "an engine has died, as its file locks tell");
+                }
+                Ok(Found::Known { segment: Box::new(segment), identity })
+            }
             Err(_) => Ok(Found::Foreign { mapping, mismatch }),
         }
     }
 
-    /// The process id of an engine that lives. The owner word decides; only a segment from before the machine's last
+    /// The process id of an engine that lives. The owner word decides ([`Found::look`] has marked it where only a file lock
+    /// told of its owner's death); only a segment from before the machine's last
     /// start is dead whatever it says (a boot id that cannot be read is unknown, not another).
     pub(super) fn living(&self) -> Option<u32> {
         match self {

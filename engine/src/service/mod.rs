@@ -34,6 +34,7 @@ use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
 const BATCH: u32 = 32;
@@ -43,6 +44,9 @@ const KEYS_PER_TURN: u32 = kvring_shm_abi::message::KEYS_MAX as u32;
 const CLOCK_EVERY: u32 = 32;
 /// The shortest time between two ticks: the beat moves at most at 1 kHz.
 const TICK_NS: u64 = 1_000_000;
+/// The time between two looks at the locks of clients whose kernel marks no life word: so late their deaths are noticed,
+/// and half a microsecond for each it costs.
+const LOCKS_NS: u64 = 50_000_000;
 /// Steps of the self-check in one idle tick.
 const CHECK_STEPS: u32 = 64;
 
@@ -122,6 +126,7 @@ pub(crate) struct Service {
     beat_interval_ns: u64,
     spin: SpinBudget,
     next_tick_ns: u64,
+    next_locks_ns: u64,
     /// A self-check failed: nothing is served any more.
     unhealthy: bool,
 }
@@ -184,6 +189,7 @@ impl Service {
             beat_interval_ns: pace.beat_interval_ns,
             spin: SpinBudget::new(pace.spin_ns),
             next_tick_ns: 0,
+            next_locks_ns: 0,
             unhealthy: false,
             segments,
         }
@@ -267,6 +273,10 @@ impl Service {
     fn tick(&mut self, now: u64, busy: bool) {
         self.next_tick_ns = now + TICK_NS;
         self.segments.engine.epoch().bump_beat();
+        if now >= self.next_locks_ns {
+            self.next_locks_ns = now + LOCKS_NS;
+            self.segments.mark_dead_clients();
+        }
         self.look_around();
         self.look_at_grace(now);
         if self.segments.is_retired() {
@@ -338,7 +348,9 @@ impl Service {
         for (place, watched) in words[1..].iter_mut().zip(&self.watched) {
             *place = (lobby.life_words[watched.entry].futex(), watched.raw);
         }
-        futex::wait_any(&words[..=self.watched.len()], deadline);
+        // Where the kernel waits for one word alone, that is the doorbell, and the tick at the deadline looks at the others:
+        // no wake-up more than there would be.
+        futex::wait_any_sliced(&words[..=self.watched.len()], deadline, Duration::MAX);
     }
 
     fn rings_have_news(&self) -> bool {

@@ -61,6 +61,8 @@ fn engine_table(engine: &EngineStatus, state: State) -> Table {
         ("used", human(engine.arena_bytes_used)),
         ("slab", human(engine.slab_bytes)),
         ("arena id", engine.arena_id.clone()),
+        ("death notice", engine.death_notice.to_owned()),
+        ("waiting", engine.waiting.to_owned()),
     ] {
         table.add_row([name.to_owned(), value]);
     }
@@ -69,7 +71,7 @@ fn engine_table(engine: &EngineStatus, state: State) -> Table {
 
 fn clients_table(clients: &[ClientStatus]) -> Table {
     let mut table = new_table();
-    table.set_header(["entry", "role", "name", "pid", ""]);
+    table.set_header(["entry", "role", "name", "pid", "", "death notice", "waiting"]);
     for client in clients {
         let alive = if client.alive { "alive" } else { "dead" };
         table.add_row([
@@ -78,6 +80,8 @@ fn clients_table(clients: &[ClientStatus]) -> Table {
             client.name.clone(),
             client.pid.to_string(),
             alive.to_owned(),
+            client.death_notice.to_owned(),
+            client.waiting.to_owned(),
         ]);
     }
     align_right(&mut table, &[0, 3]);
