@@ -114,14 +114,22 @@ impl Peer {
         put_down(&mut self.child);
     }
 
+    /// A question whose answer is not waited for: the peer will not come to give it.
+    ///
+    /// # Panics
+    /// When the peer has died.
+    pub fn send(&mut self, ask: &Ask) {
+        let mut line = serde_json::to_string(ask).expect("an ask is JSON");
+        line.push('\n');
+        self.asks.write_all(line.as_bytes()).and_then(|()| self.asks.flush()).expect("a peer that listens");
+    }
+
     /// One question, one answer.
     ///
     /// # Panics
     /// When the peer has died or does not answer.
     pub fn ask(&mut self, ask: &Ask) -> Tell {
-        let mut line = serde_json::to_string(ask).expect("an ask is JSON");
-        line.push('\n');
-        self.asks.write_all(line.as_bytes()).and_then(|()| self.asks.flush()).expect("a peer that listens");
+        self.send(ask);
         let answer = self.tells.recv_timeout(LIMIT * 2);
         let answer = answer.unwrap_or_else(|error| panic!("{ask:?}: the peer did not answer: {error}"));
         serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}"))

@@ -1,0 +1,338 @@
+//! Without robust lists, without `futex_waitv`, or without both; on the engine's side, on the clients', or on both: what a
+//! kernel lacks costs promptness and nothing else. Switched off by `KVRING_WITHOUT`, which only tests can.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::{EngineView, Role, Round};
+use kvring_shm_abi::engine_segment::OWNER_WORD;
+use kvring_shm_abi::life::Life;
+use kvring_shm_abi::lobby::Lobby;
+use kvring_shm_abi::probe::{DeathNotice, Means, Waiting};
+use kvring_shm_abi::segment::EngineName;
+use kvring_shm_abi::sync::Ordering;
+use kvring_tests::engine::{EngineProcess, overrides, stat_of};
+use kvring_tests::isolate::{isolated, segments};
+use kvring_tests::kv::chain;
+use kvring_tests::peer::Peer;
+use kvring_tests::proto::{Ask, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::wait::{LIMIT, SLACK, eventually};
+use kvring_tests::worker::client;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{ForkResult, Pid, fork};
+use serde_json::json;
+use std::time::{Duration, Instant};
+
+const WITHOUT: &str = "KVRING_WITHOUT";
+const BREAK: &str = "KVRING_BREAK";
+const SECOND: Duration = Duration::from_secs(1);
+const CHUNKS: usize = 8;
+
+fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+/// What a process uses that is without these.
+fn means_without(list: &str) -> Means {
+    Means {
+        death_notice: if list.contains("robust") { DeathNotice::FileLock } else { DeathNotice::RobustFutex },
+        waiting: if list.contains("waitv") { Waiting::Slices } else { Waiting::Waitv },
+    }
+}
+
+fn worker_in(environment: &[(&'static str, &str)], engine: &EngineProcess) -> Peer {
+    let mut peer = Peer::spawn_in(environment);
+    peer.add_worker(&WorkerSpec::new(&engine.name)).unwrap();
+    peer.ready();
+    peer
+}
+
+fn scheduler_in(environment: &[(&'static str, &str)], engine: &EngineProcess) -> Peer {
+    let mut peer = Peer::spawn_in(environment);
+    peer.add_scheduler(&SchedulerSpec::new(&engine.name));
+    peer.ready();
+    peer
+}
+
+/// Within a second, give or take what a busy machine takes; [`eventually`] would wait for a hang.
+fn within_a_second(what: &str, mut state: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !state() {
+        assert!(began.elapsed() < SECOND + SLACK, "a second is over, and still not: {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn signal(peer: &Peer, signal: Signal) {
+    kill(Pid::from_raw(peer.pid() as i32), signal).unwrap();
+}
+
+/// How the deaths of the engine and of each client are told, as everybody can see.
+fn notices(view: &EngineView, lobby: &Lobby) -> (Vec<DeathNotice>, Vec<DeathNotice>) {
+    let of = |life: Life| match life {
+        Life::Alive { notice, .. } => Some(notice),
+        Life::Dead | Life::Unclaimed => None,
+    };
+    let engine = view.segment.life_words.iter().filter_map(|word| of(word.life())).collect();
+    (engine, lobby.life_words.iter().filter_map(|word| of(word.life())).collect())
+}
+
+/// Everything that matters, once: with these means missing on the engine's side and on the clients'.
+fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
+    let environment: &[(&'static str, &str)] = &[(WITHOUT, clients_without)];
+    let mut engine = EngineProcess::start_in(&[(WITHOUT, engine_without)], tag, 16);
+    let mut worker = worker_in(environment, &engine);
+    let mut scheduler = scheduler_in(environment, &engine);
+    let (view, lobby) = (engine.view(), engine.lobby());
+
+    // Everybody says what he uses.
+    let (engines, clients) = (means_without(engine_without), means_without(clients_without));
+    let (told_by_engine, told_by_clients) = notices(&view, &lobby);
+    assert_eq!(view.means(), engines);
+    assert_eq!(told_by_engine, vec![engines.death_notice; OWNER_WORD + 1]);
+    assert_eq!(told_by_clients, [clients.death_notice; 2]);
+    for entry in lobby.entries.iter().filter(|entry| entry.read().is_some()) {
+        assert_eq!(entry.means(), clients);
+    }
+
+    // Store, look up, load.
+    let keys = chain(1, CHUNKS);
+    assert_eq!(worker.store(round(1), &keys, 7), all_stored(CHUNKS));
+    let held = scheduler.lookup("held", 0, &keys);
+    assert_eq!(held.chunks, CHUNKS as u32);
+    assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
+
+    // A client that stands still in the middle of a store is not reaped; one that is killed there is, with all it held.
+    let mut victims = [
+        worker_in(&[environment[0], ("KVRING_FAIL_POINT", "client.granted:1:stop")], &engine),
+        scheduler_in(environment, &engine),
+    ];
+    victims[0].send(&Ask::Store {
+        request: "r".to_owned(),
+        round: (1, 2),
+        parent: None,
+        keys: chain(2, CHUNKS),
+        version: 1,
+    });
+    assert_eq!(victims[1].lookup("doomed", 0, &keys).chunks, CHUNKS as u32);
+    engine.stat_becomes("slots_writing", CHUNKS as u64);
+    engine.stat_becomes("leases", 2);
+    signal(&victims[1], Signal::SIGSTOP);
+    // Long enough for several looks.
+    std::thread::sleep(Duration::from_millis(250));
+    let held_by = || ["slots_writing", "leases", "clients", "deaths"].map(|name| stat_of(&view, name));
+    assert_eq!(held_by(), [CHUNKS as u64, 2, 4, 0]);
+    signal(&victims[1], Signal::SIGCONT);
+    assert_eq!(victims[1].lookup("more", 0, &keys).chunks, CHUNKS as u32);
+    victims.iter_mut().for_each(Peer::kill);
+    within_a_second("what the dead held is free", || held_by() == [0, 1, 2, 2]);
+    let claimed = || lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count();
+    within_a_second("their entries are free", || claimed() == 2);
+    drop(victims);
+
+    // An engine that stands still is not dead, and all is well when it moves.
+    engine.stop();
+    std::thread::sleep(Duration::from_millis(250));
+    assert_ne!(scheduler.health(), "dead");
+    assert!(view.owner_lives());
+    let second = json!({ "start_wait_ms": 0 });
+    let again = EngineProcess::try_start(&merged(overrides(&engine.name, 16), &second));
+    assert!(again.as_ref().is_err_and(|said| said.contains("runs already")), "{:?}", again.err());
+    engine.resume();
+    eventually("the scheduler is well", || scheduler.health() == "healthy");
+
+    // An engine that is killed is dead to everybody within a second, and comes back with everything.
+    engine.kill();
+    within_a_second("the worker knows", || worker.health() == "dead");
+    within_a_second("the scheduler knows", || scheduler.health() == "dead");
+    assert!(!view.owner_lives());
+    // Degraded, and what was looked up can be loaded all the same.
+    assert_eq!(scheduler.lookup("nothing", 0, &keys).chunks, 0);
+    assert_eq!(worker.store(round(3), &chain(3, 2), 1), Stored { dropped: 2, ..Stored::default() });
+    assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
+    engine.restart();
+    worker.ready();
+    scheduler.ready();
+    assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, CHUNKS as u64));
+    engine.stat_becomes("leases", 1);
+    assert_eq!(engine.stat("reattachments"), 2);
+    assert_eq!(scheduler.lookup("after", 0, &keys).chunks, CHUNKS as u32);
+    assert_eq!(worker.store(round(4), &chain(4, CHUNKS), 3), all_stored(CHUNKS));
+
+    // A clean end leaves nothing.
+    scheduler.end_session("after");
+    scheduler.end_session("held");
+    worker.shutdown();
+    scheduler.shutdown();
+    engine.settles(0);
+    assert_eq!(engine.terminate(), Some(0));
+    assert!(segments(&engine.name).is_empty());
+}
+
+fn merged(mut base: serde_json::Value, fields: &serde_json::Value) -> serde_json::Value {
+    for (key, value) in fields.as_object().unwrap() {
+        base[key] = value.clone();
+    }
+    base
+}
+
+#[test]
+fn with_everything_neither_stand_in_is_used() {
+    essentials("with", "", "");
+}
+
+#[test]
+fn an_engine_without_robust_lists() {
+    essentials("er", "robust", "");
+}
+
+#[test]
+fn clients_without_robust_lists() {
+    essentials("cr", "", "robust");
+}
+
+#[test]
+fn nobody_has_robust_lists() {
+    essentials("br", "robust", "robust");
+}
+
+#[test]
+fn an_engine_without_waitv() {
+    essentials("ew", "waitv", "");
+}
+
+#[test]
+fn clients_without_waitv() {
+    essentials("cw", "", "waitv");
+}
+
+#[test]
+fn nobody_has_either() {
+    essentials("b", "robust,waitv", "robust,waitv");
+}
+
+/// Clients outlive engines of either kind, whatever kind they are.
+#[test]
+fn engines_with_and_without_robust_lists_follow_one_another() {
+    let mut engine = EngineProcess::start_in(&[(WITHOUT, "robust")], "turns", 16);
+    let mut peers = [worker_in(&[(WITHOUT, "robust")], &engine), worker_in(&[], &engine)];
+    let mut scheduler = scheduler_in(&[(WITHOUT, "robust,waitv")], &engine);
+    let keys = chain(1, CHUNKS);
+    assert_eq!(peers[0].store(round(1), &keys, 7), all_stored(CHUNKS));
+    for (cycle, without) in (2u32..).zip(["", "robust", "robust,waitv", ""]) {
+        // A dead client of either kind that nobody could reclaim.
+        let mut orphans = [worker_in(&[(WITHOUT, "robust")], &engine), worker_in(&[], &engine)];
+        engine.kill();
+        orphans.iter_mut().for_each(Peer::kill);
+        engine.move_to(&[(WITHOUT, without)]);
+        engine.restart();
+        peers.iter_mut().for_each(Peer::ready);
+        scheduler.ready();
+        assert_eq!(engine.view().means(), means_without(without));
+        assert_eq!((engine.stat("warm_start"), engine.stat("reattachments")), (1, 3));
+        let found = scheduler.lookup(&format!("r{cycle}"), 0, &keys);
+        assert_eq!(peers[0].load(&found.ranks[0], 7), all_loaded(CHUNKS));
+        assert_eq!(peers[1].store(round(cycle), &chain(u64::from(cycle), 2), 1), all_stored(2));
+        engine.stat_becomes("clients", 3);
+    }
+    drop((peers, scheduler));
+    engine.settles(0);
+}
+
+/// A lock belongs to an open file, and `fork` copies descriptors: a child that lives on must not keep its parent alive.
+#[test]
+fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
+    const NAME: &str = "a_child_of_fork_does_not_keep_its_dead_parent_alive";
+    isolated(NAME, || {
+        let engine = EngineProcess::start_in(&[], "orphan", 16);
+        let (gone, going) = nix::unistd::pipe().unwrap();
+        // SAFETY: this process has one other thread, the harness's; the child goes on alone (see tests/fork.rs).
+        let parent = match unsafe { fork() }.unwrap() {
+            ForkResult::Parent { child } => child,
+            ForkResult::Child => {
+                // SAFETY: no other thread of this process reads its environment now.
+                unsafe { std::env::set_var(WITHOUT, "robust") };
+                let own = client(Role::Scheduler, &SchedulerSpec::new(&engine.name).client);
+                own.wait_ready(LIMIT).unwrap();
+                // SAFETY: the child calls `read` and `_exit`.
+                if let ForkResult::Child = unsafe { fork() }.unwrap() {
+                    drop(going);
+                    let _ = nix::unistd::read(&gone, &mut [0]);
+                    // SAFETY: ends the process at once.
+                    unsafe { libc::_exit(0) };
+                }
+                loop {
+                    std::thread::sleep(SECOND);
+                }
+            }
+        };
+        engine.stat_becomes("clients", 1);
+        let (_, told) = notices(&engine.view(), &engine.lobby());
+        assert_eq!(told, [DeathNotice::FileLock]);
+        // The grandchild is there when its parent sleeps.
+        let children = format!("/proc/{parent}/task/{parent}/children");
+        eventually("the child has a child", || !std::fs::read_to_string(&children).unwrap().is_empty());
+        kill(parent, Signal::SIGKILL).unwrap();
+        let view = engine.view();
+        within_a_second("the parent is dead", || {
+            (stat_of(&view, "clients"), stat_of(&view, "deaths")) == (0, 1)
+        });
+        nix::sys::wait::waitpid(parent, None).unwrap();
+        drop(going);
+    });
+}
+
+/// Negative control: where nobody looks at locks, a death is never noticed.
+#[test]
+fn without_looks_at_locks_nobody_notices_a_death() {
+    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, "looks at locks")];
+    let mut engine = EngineProcess::start_in(broken, "blind", 16);
+    let mut worker = worker_in(broken, &engine);
+    let mut victim = worker_in(broken, &engine);
+    victim.kill();
+    std::thread::sleep(SECOND);
+    assert_eq!((engine.stat("clients"), engine.stat("deaths")), (2, 0));
+    engine.kill();
+    std::thread::sleep(SECOND);
+    assert_ne!(worker.health(), "dead");
+}
+
+/// Negative control: a claim without its lock is a dead owner's, however alive that is.
+#[test]
+fn without_the_lock_the_living_pass_for_dead() {
+    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, "life lock")];
+    let engine = EngineProcess::start_in(broken, "lockless", 16);
+    assert!(!engine.view().owner_lives());
+    let mut peer = Peer::spawn();
+    peer.add_scheduler(&SchedulerSpec::new(&engine.name));
+    std::thread::sleep(SECOND / 4);
+    assert_eq!(peer.health(), "dead");
+    // And the other way round.
+    let engine = EngineProcess::start("lockless-too", 16);
+    let mut peer = Peer::spawn_in(broken);
+    peer.add_scheduler(&SchedulerSpec::new(&engine.name));
+    let lobby = engine.lobby();
+    eventually("it is reaped", || stat_of(&engine.view(), "deaths") > 0);
+    drop(peer);
+    eventually("all is free", || lobby.life_words.iter().all(|word| word.life() == Life::Unclaimed));
+}
+
+/// What a start needs to know of the dead it learns from their locks, and the living it leaves alone: also under another
+/// name for the same thing, `kvring remove`.
+#[test]
+fn what_a_dead_engine_without_robust_lists_left_is_removed_a_living_ones_is_not() {
+    let mut engine = EngineProcess::start_in(&[(WITHOUT, "robust")], "remove", 16);
+    let name = EngineName::new(&engine.name).unwrap();
+    let refused = kvring_engine::segments::remove(&name, false, Duration::ZERO);
+    assert!(
+        matches!(refused, Err(kvring_engine::segments::SetupError::AlreadyRunning { .. })),
+        "{refused:?}"
+    );
+    engine.kill();
+    let view = engine.view();
+    assert!(view.segment.life_words[OWNER_WORD].is_alive(), "nobody has looked yet");
+    assert!(!view.owner_lives());
+    let removed = kvring_engine::segments::remove(&name, false, SECOND).unwrap();
+    assert_eq!((removed.segments, removed.forced_pid), (3, None));
+    assert!(view.segment.superblock().is_retired());
+    assert_eq!(view.segment.info().unhealthy.load(Ordering::Relaxed), 0);
+    assert!(segments(&engine.name).is_empty());
+}
