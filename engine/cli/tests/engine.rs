@@ -19,8 +19,16 @@ fn an_engine_serves_shows_itself_and_leaves_nothing_behind() {
         (json["engine"]["policy"].as_str(), json["counters"]["clients"].as_u64()),
         (Some("lru"), Some(0))
     );
+    // No stand-in on the systems that this is tested on.
+    let means = [&json["engine"]["death_notice"], &json["engine"]["waiting"]].map(|means| means.as_str());
+    assert_eq!(means, [Some("robust futex"), Some("futex_waitv")]);
     let table = run(&["status", "--name", &engine.name]);
     assert_eq!(table.code, Some(0));
+    assert!(
+        table.stdout.contains("robust futex") && table.stdout.contains("futex_waitv"),
+        "{}",
+        table.stdout
+    );
     assert!(
         table.stdout.contains("is serving") && table.stdout.contains("chunks_visible"),
         "{}",

@@ -135,6 +135,21 @@ mod tests {
     }
 
     #[test]
+    fn a_clients_line_names_what_it_uses() {
+        let client = ClientStatus {
+            entry: 3,
+            role: "worker",
+            name: "vllm".to_owned(),
+            pid: 17,
+            alive: true,
+            death_notice: "file lock",
+            waiting: "slices",
+        };
+        let text = clients_table(&[client]).to_string();
+        assert!(text.contains("file lock") && text.contains("slices"), "{text}");
+    }
+
+    #[test]
     fn an_absent_engine_is_one_line() {
         let status = Status {
             name: "x".to_owned(),
