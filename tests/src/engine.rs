@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 /// The binary that plays the other processes of a test. Cargo builds it with the tests of this package.
@@ -110,6 +110,15 @@ impl EngineProcess {
         self.stat_becomes("arena_bytes_allocated", self.view().identity.geometry.arena_bytes);
     }
 
+    /// The same for an engine that may die before it has.
+    pub fn is_allocated_or_dead(&mut self) {
+        let view = self.view();
+        let bytes = view.identity.geometry.arena_bytes;
+        eventually("the arena is allocated, or its engine dead", || {
+            stat_of(&view, "arena_bytes_allocated") == bytes || self.ended().is_some()
+        });
+    }
+
     /// Starts an engine; the error is what it said.
     ///
     /// # Errors
@@ -138,6 +147,55 @@ impl EngineProcess {
         let child = spawn_engine(&self.overrides, &self.environment);
         self.child = child.unwrap_or_else(|error| panic!("no restart: {error}"));
         self.stopped = false;
+    }
+
+    /// The same name and configuration again, with further variables in its environment.
+    ///
+    /// # Errors
+    /// How it ended, where it did before it served.
+    ///
+    /// # Panics
+    /// When there is no process to be had.
+    pub fn restart_with(&mut self, environment: &[(&str, &str)]) -> Result<(), ExitStatus> {
+        self.launch(environment);
+        self.serves()
+    }
+
+    /// Starts it again without waiting until it serves: [`EngineProcess::serves`] does.
+    ///
+    /// # Panics
+    /// When there is no process to be had.
+    pub fn launch(&mut self, environment: &[(&str, &str)]) {
+        self.child = launch(&self.overrides, &self.environment, environment).expect("an engine process");
+        self.stopped = false;
+    }
+
+    /// Waits until an engine that was launched serves.
+    ///
+    /// # Errors
+    /// How it ended, where it did before that.
+    ///
+    /// # Panics
+    /// When it was not launched, or has been waited for.
+    pub fn serves(&mut self) -> Result<(), ExitStatus> {
+        if says_serving(&mut self.child) {
+            return Ok(());
+        }
+        Err(self.child.wait().expect("our own child"))
+    }
+
+    /// Waits until it has stopped itself, as a fail point asked it to.
+    pub fn has_stopped(&mut self) {
+        self.is_stopped();
+        self.stopped = true;
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Panics
+    /// When it cannot be waited for.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our own child")
     }
 
     /// The same name with another arena, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
@@ -187,12 +245,24 @@ impl EngineProcess {
     /// SIGSTOP, and waits until all its threads stand still.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGSTOP);
+        self.is_stopped();
+        self.stopped = true;
+    }
+
+    fn is_stopped(&self) {
         let tasks = format!("/proc/{}/task", self.child.id());
         eventually("every thread of the engine has stopped", || {
             let tasks = std::fs::read_dir(&tasks).expect("the engine's threads");
             tasks.flatten().all(|task| thread_state(&task.path()).is_none_or(|state| state == 'T'))
         });
-        self.stopped = true;
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn send(&self, signal: Signal) {
+        self.signal(signal);
     }
 
     /// SIGCONT.
@@ -325,20 +395,33 @@ pub fn stat_of(view: &EngineView, name: &str) -> u64 {
     found.unwrap_or_else(|| panic!("no statistic {name}")).1
 }
 
-fn spawn_engine(overrides: &Value, environment: &[(&'static str, String)]) -> Result<Child, String> {
+fn launch(
+    overrides: &Value,
+    environment: &[(&'static str, String)],
+    further: &[(&str, &str)],
+) -> std::io::Result<Child> {
     let stderr = if std::env::var_os("KVRING_LOG").is_some() { Stdio::inherit() } else { Stdio::piped() };
-    let mut child = Command::new(peer_binary())
+    Command::new(peer_binary())
         .args(["engine", &overrides.to_string()])
         .envs(environment.iter().map(|(name, value)| (*name, value.as_str())))
+        .envs(further.iter().copied())
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(stderr)
         .spawn()
-        .map_err(|error| error.to_string())?;
-    let stdout = child.stdout.take().ok_or("no stdout")?;
+}
+
+/// Waits for its first line: false where it ended without.
+fn says_serving(child: &mut Child) -> bool {
+    let stdout = child.stdout.take().expect("an engine that nobody has listened to");
     let mut line = String::new();
     let _ = BufReader::new(stdout).read_line(&mut line);
-    if line.trim() == "serving" {
+    line.trim() == "serving"
+}
+
+fn spawn_engine(overrides: &Value, environment: &[(&'static str, String)]) -> Result<Child, String> {
+    let mut child = launch(overrides, environment, &[]).map_err(|error| error.to_string())?;
+    if says_serving(&mut child) {
         return Ok(child);
     }
     put_down(&mut child);

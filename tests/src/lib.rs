@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 pub mod attempts;
+pub mod crash;
 pub mod engine;
 pub mod fuzz;
 pub mod held;

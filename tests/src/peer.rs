@@ -7,8 +7,8 @@ use crate::wait::LIMIT;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Key, Round};
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::Duration;
 
 /// Another process with a worker, a scheduler, or both.
@@ -25,15 +25,15 @@ impl Peer {
     /// When there is no process to be had.
     #[must_use]
     pub fn spawn() -> Peer {
-        Peer::spawn_in(&[])
+        Peer::spawn_with(&[])
     }
 
-    /// The same, in an environment of its own.
+    /// The same, with further variables in its environment.
     ///
     /// # Panics
     /// When there is no process to be had.
     #[must_use]
-    pub fn spawn_in(environment: &[(&'static str, &str)]) -> Peer {
+    pub fn spawn_with(environment: &[(&str, &str)]) -> Peer {
         let mut child = Command::new(peer_binary())
             .arg("client")
             .envs(environment.iter().copied())
@@ -114,25 +114,62 @@ impl Peer {
         put_down(&mut self.child);
     }
 
-    /// A question whose answer is not waited for: the peer will not come to give it.
-    ///
-    /// # Panics
-    /// When the peer has died.
-    pub fn send(&mut self, ask: &Ask) {
-        let mut line = serde_json::to_string(ask).expect("an ask is JSON");
-        line.push('\n');
-        self.asks.write_all(line.as_bytes()).and_then(|()| self.asks.flush()).expect("a peer that listens");
-    }
-
     /// One question, one answer.
     ///
     /// # Panics
     /// When the peer has died or does not answer.
     pub fn ask(&mut self, ask: &Ask) -> Tell {
-        self.send(ask);
-        let answer = self.tells.recv_timeout(LIMIT * 2);
-        let answer = answer.unwrap_or_else(|error| panic!("{ask:?}: the peer did not answer: {error}"));
-        serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}"))
+        self.try_ask(ask).unwrap_or_else(|| panic!("{ask:?}: the peer has died"))
+    }
+
+    /// One question, one answer; `None` where the peer dies over it, or has.
+    ///
+    /// # Panics
+    /// When it lives and does not answer.
+    pub fn try_ask(&mut self, ask: &Ask) -> Option<Tell> {
+        self.begin(ask);
+        self.end(ask)
+    }
+
+    /// Asks without waiting for the answer, which is [`Peer::end`]'s.
+    ///
+    /// # Panics
+    /// Never: a peer that has died does not answer.
+    pub fn begin(&mut self, ask: &Ask) {
+        let mut line = serde_json::to_string(ask).expect("an ask is JSON");
+        line.push('\n');
+        // Its end of the pipe may be closed: then its end of the other one is, too.
+        let _ = self.asks.write_all(line.as_bytes()).and_then(|()| self.asks.flush());
+    }
+
+    /// The answer to what was asked; `None` where the peer has died instead.
+    ///
+    /// # Panics
+    /// When it lives and does not answer.
+    pub fn end(&mut self, ask: &Ask) -> Option<Tell> {
+        match self.tells.recv_timeout(LIMIT * 2) {
+            Ok(answer) => {
+                Some(serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}")))
+            }
+            Err(RecvTimeoutError::Disconnected) => None,
+            Err(RecvTimeoutError::Timeout) => panic!("{ask:?}: the peer did not answer"),
+        }
+    }
+
+    /// Waits until a peer that has hung up has ended: how. `None` where it has not hung up.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        if matches!(self.tells.try_recv(), Err(TryRecvError::Disconnected)) {
+            return self.child.wait().ok();
+        }
+        self.ended()
+    }
+
+    /// How it ended, if it has.
+    ///
+    /// # Panics
+    /// When it cannot be waited for.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("our own child")
     }
 
     fn done(&mut self, ask: &Ask) -> Result<(), String> {

@@ -22,6 +22,8 @@ pub struct ClientSpec {
     pub stall_ms: u64,
     /// See [`ClientOptions::backoff_max`].
     pub backoff_max_ms: u64,
+    /// See [`ClientOptions::payload_bytes`].
+    pub payload_bytes: usize,
 }
 
 impl ClientSpec {
@@ -36,6 +38,7 @@ impl ClientSpec {
             drain_ms: 20_000,
             stall_ms: 20_000,
             backoff_max_ms: 20,
+            payload_bytes: 4 << 20,
         }
     }
 
@@ -52,6 +55,7 @@ impl ClientSpec {
             stall_after: Duration::from_millis(self.stall_ms),
             backoff_min: Duration::from_millis(2),
             backoff_max: Duration::from_millis(self.backoff_max_ms),
+            payload_bytes: self.payload_bytes,
             ..ClientOptions::default()
         }
     }

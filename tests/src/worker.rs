@@ -21,6 +21,10 @@ pub struct WorkerSide {
     next_block: u32,
     /// Of the last store that was submitted.
     submitted: Vec<u32>,
+    /// Reports of stores that nobody has asked for yet.
+    stores: Vec<(JobId, Stored)>,
+    /// Of loads: loaded and failed.
+    loads: Vec<(JobId, u32, u32)>,
 }
 
 /// A new client of this role.
@@ -56,7 +60,8 @@ impl WorkerSide {
         let mut adapter = WorkerAdapter::with_backend(&client, options, backend)?;
         let kv = Kv::new(spec.shape);
         adapter.register_kv_caches(kv.paged())?;
-        Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted: Vec::new() })
+        let (submitted, stores, loads) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted, stores, loads })
     }
 
     /// The client behind it.
@@ -160,15 +165,29 @@ impl WorkerSide {
     pub fn finished_store(&mut self, job: JobId) -> Stored {
         let began = Instant::now();
         loop {
-            for (id, _, report) in self.adapter.get_finished().stores {
-                if id == job {
-                    let (stored, skipped, dropped) = (report.stored, report.skipped, report.dropped);
-                    return Stored { stored, skipped, dropped };
-                }
+            if let Some(stored) = self.report_of(job) {
+                return stored;
             }
             assert!(began.elapsed() < LIMIT, "store {job:?} was never reported");
             self.adapter.wait_idle(Duration::from_millis(20));
         }
+    }
+
+    /// A store's report, if it has come.
+    pub fn report_of(&mut self, job: JobId) -> Option<Stored> {
+        self.collect();
+        let at = self.stores.iter().position(|(id, _)| *id == job)?;
+        Some(self.stores.swap_remove(at).1)
+    }
+
+    /// Takes the reports that have come.
+    fn collect(&mut self) {
+        let finished = self.adapter.get_finished();
+        for (id, _, report) in finished.stores {
+            let (stored, skipped, dropped) = (report.stored, report.skipped, report.dropped);
+            self.stores.push((id, Stored { stored, skipped, dropped }));
+        }
+        self.loads.extend(finished.loads.into_iter().map(|(id, _, report)| (id, report.loaded, report.failed)));
     }
 
     /// Loads chunks into poisoned blocks, waits for the end, and looks at every byte of those without an error.
@@ -220,10 +239,10 @@ impl WorkerSide {
         let began = Instant::now();
         loop {
             // Errors are there no later than the report: so they are asked for after it.
-            let report = self.adapter.get_finished().loads.into_iter().find(|(id, ..)| *id == job);
-            if let Some((_, _, report)) = report {
-                let errors = self.adapter.get_block_ids_with_load_errors();
-                return (report.loaded, report.failed, errors);
+            self.collect();
+            if let Some(at) = self.loads.iter().position(|(id, ..)| *id == job) {
+                let (_, loaded, failed) = self.loads.swap_remove(at);
+                return (loaded, failed, self.adapter.get_block_ids_with_load_errors());
             }
             assert!(began.elapsed() < LIMIT, "load {job:?} was never reported");
             self.adapter.wait_idle(Duration::from_millis(20));

@@ -39,14 +39,14 @@ fn means_without(list: &str) -> Means {
 }
 
 fn worker_in(environment: &[(&'static str, &str)], engine: &EngineProcess) -> Peer {
-    let mut peer = Peer::spawn_in(environment);
+    let mut peer = Peer::spawn_with(environment);
     peer.add_worker(&WorkerSpec::new(&engine.name)).unwrap();
     peer.ready();
     peer
 }
 
 fn scheduler_in(environment: &[(&'static str, &str)], engine: &EngineProcess) -> Peer {
-    let mut peer = Peer::spawn_in(environment);
+    let mut peer = Peer::spawn_with(environment);
     peer.add_scheduler(&SchedulerSpec::new(&engine.name));
     peer.ready();
     peer
@@ -105,7 +105,7 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
         worker_in(&[environment[0], ("KVRING_FAIL_POINT", "client.granted:1:stop")], &engine),
         scheduler_in(environment, &engine),
     ];
-    victims[0].send(&Ask::Store {
+    victims[0].begin(&Ask::Store {
         request: "r".to_owned(),
         round: (1, 2),
         parent: None,
@@ -307,7 +307,7 @@ fn without_the_lock_the_living_pass_for_dead() {
     assert_eq!(peer.health(), "dead");
     // And the other way round.
     let engine = EngineProcess::start("lockless-too", 16);
-    let mut peer = Peer::spawn_in(broken);
+    let mut peer = Peer::spawn_with(broken);
     peer.add_scheduler(&SchedulerSpec::new(&engine.name));
     let lobby = engine.lobby();
     eventually("it is reaped", || stat_of(&engine.view(), "deaths") > 0);

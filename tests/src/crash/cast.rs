@@ -1,0 +1,444 @@
+//! The clients that live through it all, and their books.
+//!
+//! Two ranks of one namespace whose chunks need both, and two workers of another, one of which has a copy running all the
+//! time; a scheduler for each namespace, with a lease. All of it in this process, so that a copy can be held.
+
+use super::checks::Checks;
+use crate::engine::{EngineProcess, stat_of};
+use crate::held::HeldBackend;
+use crate::isolate::segments;
+use crate::kv::{Shape, chain};
+use crate::proto::{ClientSpec, Found, Loaded, SchedulerSpec, WorkerSpec, all_loaded};
+use crate::scheduler::SchedulerSide;
+use crate::worker::WorkerSide;
+use kvring_adapter::{Client, JobId, Key, Round};
+use kvring_gpu_kernels::CpuBackend;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// 64 KiB a shard, 16 to a slab.
+pub const SHARD: Shape = Shape { pages: [4096, 12288], blocks_per_chunk: 4, blocks: 128 };
+/// 256 KiB a shard, 4 to a slab: another shard size needs slabs of its own.
+pub const LARGE_SHARD: Shape = Shape { pages: [64 << 10, 64 << 10], blocks_per_chunk: 2, blocks: 16 };
+
+/// Whose chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Both ranks of the pair.
+    Pair,
+    /// The second worker beside the one with the running copy.
+    Other,
+    /// The one with the running copy.
+    Solo,
+    /// The pair that comes late.
+    Late,
+}
+
+/// Chunks that were stored together.
+pub struct Group {
+    whose: Whose,
+    keys: Vec<Key>,
+    version: u64,
+    /// Stores that have not been reported: who, and which.
+    open: Vec<(usize, JobId)>,
+    /// Shards that every report so far has called dropped.
+    dropped: u32,
+    /// All ranks have reported all of it as stored, or there already, and nobody has cleared it since.
+    pub acknowledged: bool,
+    /// It may have been cleared, so that nothing need be found of it.
+    void: bool,
+    /// What was found of it, and is pinned for as long as everything lasts.
+    lease: Option<Found>,
+}
+
+/// The clients.
+pub struct Cast {
+    pair: [WorkerSide; 2],
+    solo: [WorkerSide; 1],
+    other: [WorkerSide; 1],
+    late: Vec<WorkerSide>,
+    /// Of the pair's namespace.
+    pub scheduler: SchedulerSide,
+    /// Of the other namespace.
+    pub planner: SchedulerSide,
+    late_planner: Option<SchedulerSide>,
+    /// Holds the solo worker's copies.
+    pub backend: Arc<HeldBackend>,
+    /// What was stored.
+    pub groups: Vec<Group>,
+    engine: String,
+    rounds: u32,
+    asked: u32,
+}
+
+/// A worker's options, as the crash suite wants them: small channels, and a registration that does not hold up the test.
+#[must_use]
+pub fn worker_spec(engine: &str, namespace: u64, world: u32, rank: u32, shape: Shape) -> WorkerSpec {
+    let client = ClientSpec { register_ms: 100, ..client_spec(engine) };
+    WorkerSpec { client, namespace, world, rank, shape, ..WorkerSpec::new(engine) }
+}
+
+fn client_spec(engine: &str) -> ClientSpec {
+    ClientSpec { payload_bytes: 128 << 10, ..ClientSpec::new(engine) }
+}
+
+/// A scheduler's.
+#[must_use]
+pub fn scheduler_spec(engine: &str, namespace: u64, world: u32) -> SchedulerSpec {
+    SchedulerSpec { client: client_spec(engine), namespace, world, ..SchedulerSpec::new(engine) }
+}
+
+/// The pair's namespace.
+pub const PAIR: u64 = 1;
+/// The solo worker's.
+pub const SOLO: u64 = 2;
+const LATE: u64 = 5;
+
+impl Cast {
+    /// Everybody is attached; a copy of the solo worker's is running; both schedulers hold a lease.
+    ///
+    /// # Panics
+    /// Where an engine to which nothing has happened yet does not do its work.
+    #[must_use]
+    pub fn new(engine: &str) -> Cast {
+        let backend = HeldBackend::new();
+        let start = |namespace, world, rank| {
+            let spec = worker_spec(engine, namespace, world, rank, SHARD);
+            WorkerSide::copying_with(&spec, Arc::new(CpuBackend::new(1))).expect("a worker")
+        };
+        let solo = WorkerSide::copying_with(&worker_spec(engine, SOLO, 1, 0, SHARD), backend.clone());
+        let mut cast = Cast {
+            pair: [start(PAIR, 2, 0), start(PAIR, 2, 1)],
+            solo: [solo.expect("a worker")],
+            other: [start(SOLO, 1, 0)],
+            late: Vec::new(),
+            scheduler: SchedulerSide::start(&scheduler_spec(engine, PAIR, 2)),
+            planner: SchedulerSide::start(&scheduler_spec(engine, SOLO, 1)),
+            late_planner: None,
+            backend,
+            groups: Vec::new(),
+            engine: engine.to_owned(),
+            rounds: 0,
+            asked: 0,
+        };
+        let mut checks = Checks::new();
+        cast.is_ready(&mut checks, || false);
+        for (whose, chunks) in [(Whose::Pair, 5), (Whose::Other, 4)] {
+            let group = cast.store(whose, chunks);
+            cast.settle(&mut checks, || false);
+            assert!(cast.groups[group].acknowledged, "{:?}", checks.finish());
+            let keys = cast.groups[group].keys.clone();
+            let scheduler = if whose == Whose::Pair { &mut cast.scheduler } else { &mut cast.planner };
+            let found = scheduler.lookup("held", 0, &keys).expect("a lookup");
+            assert_eq!(found.chunks, chunks as u32);
+            cast.groups[group].lease = Some(found);
+        }
+        cast.backend.hold();
+        cast.store(Whose::Solo, 4);
+        cast.backend.holds(1);
+        assert!(checks.is_clean(), "{:?}", checks.finish());
+        cast
+    }
+
+    fn workers(&mut self, whose: Whose) -> &mut [WorkerSide] {
+        match whose {
+            Whose::Pair => &mut self.pair,
+            Whose::Other => &mut self.other,
+            Whose::Solo => &mut self.solo,
+            Whose::Late => &mut self.late,
+        }
+    }
+
+    /// Every client.
+    #[must_use]
+    pub fn clients(&self) -> Vec<Arc<Client>> {
+        let workers = self.pair.iter().chain(&self.solo).chain(&self.other).chain(&self.late);
+        let schedulers = [&self.scheduler, &self.planner].into_iter().chain(&self.late_planner);
+        workers.map(|w| w.client().clone()).chain(schedulers.map(|s| s.client().clone())).collect()
+    }
+
+    /// Waits until everybody is attached and registered, or `over` says that there is nothing to wait for.
+    pub fn is_ready(&self, checks: &mut Checks, mut over: impl FnMut() -> bool) {
+        for client in self.clients() {
+            let mut is_over = false;
+            checks.becomes("a client that is ready", true, || {
+                is_over = is_over || over();
+                is_over || client.wait_ready(Duration::from_millis(5)).is_ok()
+            });
+        }
+    }
+
+    /// The next round's number: stores of this cast are of source 1.
+    pub fn next_round(&mut self) -> Round {
+        self.rounds += 1;
+        Round { source: 1, number: self.rounds }
+    }
+
+    /// Submits the store of `chunks` new chunks by everybody whose they are.
+    ///
+    /// # Panics
+    /// For a job that makes no sense.
+    pub fn store(&mut self, whose: Whose, chunks: usize) -> usize {
+        let number = self.groups.len();
+        let keys = chain(1000 + number as u64, chunks);
+        self.groups.push(Group {
+            whose,
+            keys,
+            version: 10 + number as u64,
+            open: Vec::new(),
+            dropped: 0,
+            acknowledged: false,
+            void: false,
+            lease: None,
+        });
+        self.submit(number, 0..2);
+        number
+    }
+
+    /// The same by some ranks alone.
+    pub fn store_by(&mut self, whose: Whose, chunks: usize, ranks: core::ops::Range<usize>) -> usize {
+        let number = self.store_nothing(whose, chunks);
+        self.submit(number, ranks);
+        number
+    }
+
+    fn store_nothing(&mut self, whose: Whose, chunks: usize) -> usize {
+        let number = self.groups.len();
+        let (keys, version) = (chain(1000 + number as u64, chunks), 10 + number as u64);
+        let (open, lease) = (Vec::new(), None);
+        self.groups.push(Group { whose, keys, version, open, dropped: 0, acknowledged: false, void: false, lease });
+        number
+    }
+
+    /// A group's keys, and the version of their content.
+    #[must_use]
+    pub fn content(&self, group: usize) -> (Vec<Key>, u64) {
+        (self.groups[group].keys.clone(), self.groups[group].version)
+    }
+
+    fn submit(&mut self, number: usize, ranks: core::ops::Range<usize>) {
+        let round = self.next_round();
+        let Group { whose, version, .. } = self.groups[number];
+        let keys = self.groups[number].keys.clone();
+        let mut open = Vec::new();
+        for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
+            if ranks.contains(&rank) {
+                let job = worker.submit_store("store", round, None, &keys, version).expect("a good job");
+                open.push((rank, job));
+            }
+        }
+        self.groups[number].dropped = 0;
+        self.groups[number].open = open;
+    }
+
+    /// Waits until all stores have been reported but the running copy's, which is as long as it is held; or until `over`.
+    pub fn settle(&mut self, checks: &mut Checks, over: impl FnMut() -> bool) {
+        self.settle_all(checks, false, over);
+    }
+
+    /// Lets the running copy go, and waits until all stores have been reported.
+    pub fn finish_copies(&mut self, checks: &mut Checks) {
+        self.backend.let_go();
+        self.settle_all(checks, true, || false);
+    }
+
+    fn settle_all(&mut self, checks: &mut Checks, solo: bool, mut over: impl FnMut() -> bool) {
+        for number in 0..self.groups.len() {
+            let whose = self.groups[number].whose;
+            if whose == Whose::Solo && !solo {
+                continue;
+            }
+            let mut is_over = false;
+            checks.becomes("stores that are not reported", 0, || {
+                is_over = is_over || over();
+                if is_over { 0 } else { self.poll(number) }
+            });
+        }
+    }
+
+    /// Takes the reports of a group's stores; how many are missing.
+    fn poll(&mut self, number: usize) -> usize {
+        let mut open = core::mem::take(&mut self.groups[number].open);
+        let had = open.len();
+        let mut dropped = 0;
+        let workers = self.workers(self.groups[number].whose);
+        open.retain(|(rank, job)| match workers[*rank].report_of(*job) {
+            Some(stored) => {
+                dropped += stored.dropped;
+                false
+            }
+            None => true,
+        });
+        let group = &mut self.groups[number];
+        group.dropped += dropped;
+        group.open = open;
+        if had > 0 && group.open.is_empty() && group.dropped == 0 {
+            group.acknowledged = true;
+            group.void = false;
+        }
+        group.open.len()
+    }
+
+    /// A pair with another shard size in a namespace of its own. Its registration may not be through yet.
+    ///
+    /// # Panics
+    /// For a registration that was refused.
+    pub fn late_pair_comes(&mut self) {
+        for rank in 0..2 {
+            let spec = worker_spec(&self.engine, LATE, 2, rank, LARGE_SHARD);
+            let worker = WorkerSide::copying_with(&spec, Arc::new(CpuBackend::new(1)));
+            self.late.push(worker.expect("a registration that is not refused"));
+        }
+        self.late_planner = Some(SchedulerSide::start(&scheduler_spec(&self.engine, LATE, 2)));
+    }
+
+    /// All that is not leased has gone, or may have, whatever was said of it before.
+    pub fn clear(&mut self) {
+        for group in self.groups.iter_mut().filter(|group| group.lease.is_none()) {
+            (group.acknowledged, group.void) = (false, true);
+        }
+        // Degraded or not: the engine may die over it.
+        let _ = self.scheduler.client().clear();
+    }
+
+    /// Nothing of an earlier arena is to be found any more.
+    pub fn lost_everything(&mut self) {
+        for group in &mut self.groups {
+            (group.acknowledged, group.void, group.lease) = (false, true, None);
+        }
+        for scheduler in [&mut self.scheduler, &mut self.planner] {
+            scheduler.api().end_session("held");
+        }
+    }
+
+    /// What is leased is loaded, with or without an engine: right bytes, all of it.
+    pub fn loads_what_is_leased(&mut self, checks: &mut Checks, when: &str) {
+        for number in 0..self.groups.len() {
+            if let Some(found) = self.groups[number].lease.clone() {
+                let (whose, version) = (self.groups[number].whose, self.groups[number].version);
+                let expected = all_loaded(found.chunks as usize);
+                for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
+                    let loaded = worker.load("held", &found.ranks[rank], version);
+                    checks.same(format_args!("a leased group, {when}, rank {rank}"), expected, loaded);
+                }
+            }
+        }
+    }
+
+    /// Looks up and loads a group: what was acknowledged is all there; what is there has the right bytes.
+    fn find(&mut self, checks: &mut Checks, number: usize, when: &str) {
+        self.asked += 1;
+        let request = format!("find-{}", self.asked);
+        let Group { whose, version, acknowledged, .. } = self.groups[number];
+        let keys = self.groups[number].keys.clone();
+        let scheduler = match whose {
+            Whose::Pair => &mut self.scheduler,
+            Whose::Other | Whose::Solo => &mut self.planner,
+            Whose::Late => self.late_planner.as_mut().expect("a scheduler that came with its pair"),
+        };
+        let found = scheduler.lookup(&request, 0, &keys).expect("a lookup within the limits");
+        if acknowledged {
+            let what = format!("chunks found of group {number} ({whose:?}), acknowledged, {when}");
+            checks.same(what, keys.len() as u32, found.chunks);
+        }
+        // The running copy's worker would hold its loads, too.
+        let readers = if whose == Whose::Solo { Whose::Other } else { whose };
+        for (rank, worker) in self.workers(readers).iter_mut().enumerate() {
+            let loaded = worker.load(&request, &found.ranks[rank], version);
+            let expected = all_loaded(found.chunks as usize);
+            checks.same(format_args!("loads of group {number} ({whose:?}) rank {rank}, {when}"), expected, loaded);
+        }
+        let scheduler = match whose {
+            Whose::Pair => &mut self.scheduler,
+            Whose::Other | Whose::Solo => &mut self.planner,
+            Whose::Late => self.late_planner.as_mut().expect("just used"),
+        };
+        scheduler.api().end_session(&request);
+    }
+
+    /// Everything that was acknowledged is there, and everything that is there is right.
+    pub fn finds_everything(&mut self, checks: &mut Checks, when: &str) {
+        for number in 0..self.groups.len() {
+            self.find(checks, number, when);
+        }
+    }
+
+    /// What was dropped is stored again, in another round, and now all of it is there.
+    pub fn stores_again_what_was_dropped(&mut self, checks: &mut Checks) {
+        for number in 0..self.groups.len() {
+            if self.groups[number].acknowledged {
+                continue;
+            }
+            if self.workers(self.groups[number].whose).is_empty() {
+                continue;
+            }
+            self.submit(number, 0..2);
+            self.settle_all(checks, true, || false);
+            checks.same(format_args!("group {number}, stored again: dropped"), 0, self.groups[number].dropped);
+            self.groups[number].acknowledged = true;
+        }
+    }
+
+    /// What was leased is given back.
+    pub fn ends_its_sessions(&mut self) {
+        for scheduler in [&mut self.scheduler, &mut self.planner] {
+            scheduler.api().end_session("held");
+        }
+    }
+
+    /// The pair's rank 0 and 1, for what has no method here.
+    pub fn pair(&mut self) -> &mut [WorkerSide; 2] {
+        &mut self.pair
+    }
+
+    /// The second worker of the solo worker's namespace.
+    pub fn other(&mut self) -> &mut WorkerSide {
+        &mut self.other[0]
+    }
+
+    /// Does a load with handles of an arena that is gone come back without a byte?
+    pub fn loads_nothing_of_the_lost(&mut self, checks: &mut Checks, leases: &[(Whose, u64, Found)]) {
+        for (whose, version, found) in leases {
+            for (rank, worker) in self.workers(*whose).iter_mut().enumerate() {
+                let loaded = worker.load("lost", &found.ranks[rank], *version);
+                let expected = Loaded { failed: found.chunks, ..Loaded::default() };
+                checks.same(format_args!("loads of an arena that is gone, rank {rank}"), expected, loaded);
+            }
+        }
+    }
+
+    /// What is leased now, to be asked for later.
+    #[must_use]
+    pub fn leases(&self) -> Vec<(Whose, u64, Found)> {
+        let leased = self.groups.iter().filter_map(|g| Some((g.whose, g.version, g.lease.clone()?)));
+        leased.collect()
+    }
+}
+
+/// Nothing of any client is left but of `clients` that are attached, with `leases` leases and `writing` slots that they
+/// write: no orphan, no channel, no entry. The engine has found nothing wrong with itself, and refused nobody.
+pub fn is_settled(checks: &mut Checks, engine: &EngineProcess, clients: u64, leases: u64, writing: u64) {
+    let view = engine.view();
+    let all = ["leases", "slots_writing", "slots_orphaned", "clients", "breaches", "check_failures"];
+    let expected = [leases, writing, 0, clients, 0, 0];
+    checks.becomes(format!("{all:?}"), expected, || all.map(|name| stat_of(&view, name)));
+    if writing == 0 {
+        checks.becomes("chunks that form for nobody", 0, || stat_of(&view, "chunks_forming"));
+    }
+    let lobby = engine.lobby();
+    let entries = || crate::engine::claimed_entries(&lobby) as u64;
+    checks.becomes("claimed entries", clients, entries);
+    checks.becomes("channels with a name", 0, || {
+        segments(&engine.name).iter().filter(|name| name.contains(".client.")).count()
+    });
+}
+
+/// The engine is asked to stop, after its last client has gone: nothing is left.
+pub fn is_gone(checks: &mut Checks, engine: &mut EngineProcess) {
+    is_settled(checks, engine, 0, 0, 0);
+    // It checks itself while it is idle: twenty ticks are 1280 steps.
+    engine.beats(20);
+    checks.same("failed self-checks", 0, stat_of(&engine.view(), "check_failures"));
+    checks.same("the engine's exit", Some(0), engine.terminate());
+    checks.same("left in /dev/shm", Vec::new(), segments(&engine.name).into_iter().collect());
+}

@@ -1,0 +1,188 @@
+//! An engine dies at a place; the next one goes on.
+
+use super::cast::{Cast, LARGE_SHARD, SHARD, SOLO, Whose, is_gone, is_settled, worker_spec};
+use super::checks::Checks;
+use super::table::Way;
+use super::{FAIL_POINT, was_killed};
+use crate::engine::EngineProcess;
+use crate::kv::chain;
+use crate::peer::Peer;
+use crate::proto::Ask;
+use crate::wait::LIMIT;
+use serde_json::json;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+const _: () = assert!(SHARD.blocks_per_chunk > 0 && LARGE_SHARD.blocks_per_chunk > 0);
+
+/// How an engine of the crash suite is configured: 8 slabs, a fast beat, and patience with who comes back.
+#[must_use]
+pub fn engine(tag: &str) -> EngineProcess {
+    let fields = json!({ "beat_interval_ms": 1, "reattach_grace_ms": 60_000, "client_share": 1.0 });
+    EngineProcess::configured(tag, 8, &fields)
+}
+
+/// An engine dies at the `time`th time that it comes to `place`, and with `twice` its successor does so, too.
+///
+/// # Panics
+/// Where something else goes wrong than what is being tested.
+#[must_use]
+pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
+    let mut checks = Checks::new();
+    let mut engine = engine("point");
+    let mut cast = Cast::new(&engine.name);
+    let leases = cast.leases();
+    engine.kill();
+    let is_cold = matches!(way, Way::ColdStart { .. });
+    engine.reconfigure(&json!({ "cold": is_cold }));
+    for _ in 0..if twice { 2 } else { 1 } {
+        let status = run_until_dead(&mut checks, &mut engine, &mut cast, way, &format!("{place}:{time}"));
+        let Some(status) = status else {
+            checks.holds(false, format_args!("{place}:{time} was not reached"));
+            return checks.finish();
+        };
+        checks.holds(was_killed(status), format_args!("{place}:{time}: the engine ended by itself: {status}"));
+    }
+    let is_kept = match way {
+        Way::Recovery { counted } => !(counted && twice),
+        Way::Serving | Way::Broken(_) => true,
+        Way::ColdStart { untouched } => untouched,
+        Way::Stop | Way::Client => false,
+    };
+    if is_kept {
+        cast.loads_what_is_leased(&mut checks, "without an engine");
+    }
+    for scheduler in [&mut cast.scheduler, &mut cast.planner] {
+        let found = checks.within(Duration::ZERO, "a lookup without an engine", || {
+            scheduler.lookup("dead", 0, &chain(1, 2)).expect("a lookup within the limits")
+        });
+        checks.same("a lookup without an engine", 0, found.chunks);
+        scheduler.api().end_session("dead");
+    }
+    engine.reconfigure(&json!({ "cold": false }));
+    if let Err(status) = engine.restart_with(&[]) {
+        checks.holds(false, format_args!("the next engine did not start: {status}"));
+        return checks.finish();
+    }
+    let is_warm = engine.stat("warm_start") == 1;
+    if is_kept {
+        checks.holds(is_warm, "the next engine kept nothing");
+    } else {
+        // Whoever copies into an arena that is gone keeps its claim on it until the copy has ended.
+        cast.finish_copies(&mut checks);
+        cast.lost_everything();
+    }
+    goes_on(&mut checks, &mut engine, cast);
+    if !is_kept && !is_warm {
+        let _ = leases;
+    }
+    checks.finish()
+}
+
+/// After the last start: everybody is there again, with everything, and in the end nothing is left.
+fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
+    engine.is_allocated();
+    cast.is_ready(checks, || false);
+    cast.finish_copies(checks);
+    cast.loads_what_is_leased(checks, "by the next engine");
+    cast.finds_everything(checks, "by the next engine");
+    cast.store(Whose::Pair, 2);
+    cast.store(Whose::Other, 2);
+    cast.settle(checks, || false);
+    cast.stores_again_what_was_dropped(checks);
+    cast.finds_everything(checks, "in the end");
+    let (clients, leases) = (cast.clients().len() as u64, cast.leases().len() as u64);
+    is_settled(checks, engine, clients, leases, 0);
+    checks.holds(engine.stat("refusals") <= clients, "clients were refused again and again");
+    cast.ends_its_sessions();
+    drop(cast);
+    is_gone(checks, engine);
+}
+
+/// Starts an engine that is to die, and gives it everything to do until it has; `None` where it has not.
+fn run_until_dead(
+    checks: &mut Checks,
+    engine: &mut EngineProcess,
+    cast: &mut Cast,
+    way: Way,
+    point: &str,
+) -> Option<ExitStatus> {
+    if let Err(status) = engine.restart_with(&[(FAIL_POINT, point)]) {
+        return Some(status);
+    }
+    if way != Way::Stop {
+        engine.is_allocated_or_dead();
+    }
+    let steps: [fn(&mut Checks, &mut EngineProcess, &mut Cast); 6] = [
+        |checks, engine, cast| cast.is_ready(checks, || engine.ended().is_some()),
+        |checks, engine, cast| {
+            cast.store(Whose::Pair, 3);
+            cast.settle(checks, || engine.ended().is_some());
+        },
+        |checks, engine, cast| {
+            cast.store(Whose::Other, 3);
+            cast.settle(checks, || engine.ended().is_some());
+        },
+        |checks, engine, cast| {
+            cast.late_pair_comes();
+            cast.is_ready(checks, || engine.ended().is_some());
+            cast.store(Whose::Late, 3);
+            cast.settle(checks, || engine.ended().is_some());
+        },
+        |checks, _, cast| checks.within(LIMIT, "a clear", || cast.clear()),
+        somebody_dies,
+    ];
+    let steps = if way == Way::Stop { &steps[..1] } else { &steps[..] };
+    for step in steps {
+        step(checks, engine, cast);
+        if let Some(status) = engine.ended() {
+            return Some(status);
+        }
+    }
+    if way == Way::Stop {
+        engine.send(nix::sys::signal::Signal::SIGTERM);
+    }
+    let mut status = None;
+    let died = checks_quietly(|| {
+        status = engine.ended();
+        status.is_some()
+    });
+    if died { status } else { None }
+}
+
+/// Does it come to be so within a few seconds? For what has been brought about already.
+fn checks_quietly(mut state: impl FnMut() -> bool) -> bool {
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(5) {
+        if state() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    false
+}
+
+/// A client with a lease, a reservation, and another client's role beside it is killed: what it has is reclaimed.
+fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast) {
+    let mut victim = Peer::spawn_with(&[(FAIL_POINT, "client.granted")]);
+    let worker = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
+    let scheduler = super::cast::scheduler_spec(&engine.name, SOLO, 1);
+    let round = cast.next_round();
+    let ready = Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 };
+    let store = Ask::Store {
+        request: "victim".to_owned(),
+        round: (round.source, round.number),
+        parent: None,
+        keys: chain(77, 3),
+        version: 1,
+    };
+    for ask in [Ask::Scheduler(Box::new(scheduler)), Ask::Worker(Box::new(worker)), ready, store] {
+        if victim.try_ask(&ask).is_none() || engine.ended().is_some() {
+            break;
+        }
+    }
+    checks.holds(
+        victim.has_ended().is_some_and(was_killed) || engine.ended().is_some(),
+        "the victim was to die once it had slots",
+    );
+}
