@@ -166,6 +166,22 @@ impl Ledger {
         self.state().batches.remove(&id);
     }
 
+    /// Mover: waits until the outcome of a commit is there for [`Ledger::outcome`], at most until `until`. True where it is.
+    pub(crate) fn wait_settled(&self, id: BatchId, until: Instant) -> bool {
+        let mut state = self.state();
+        loop {
+            match state.batches.get(&id) {
+                None | Some(Batch { duty: Duty::Settled(_), .. }) => return true,
+                Some(_) => {}
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left == Duration::ZERO {
+                return false;
+            }
+            state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Mover: waits for the outcome of a commit that somebody else sees through, at most until `until`. After it the
     /// batch is no longer the caller's. `None`: not known by then; it is committed all the same, when that can be.
     pub(crate) fn outcome(&self, id: BatchId, until: Instant) -> Option<Settled> {

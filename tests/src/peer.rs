@@ -148,9 +148,9 @@ impl Peer {
     /// When it lives and does not answer.
     pub fn end(&mut self, ask: &Ask) -> Option<Tell> {
         match self.tells.recv_timeout(LIMIT * 2) {
-            Ok(answer) => {
-                Some(serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}")))
-            }
+            Ok(answer) => Some(
+                serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}")),
+            ),
             Err(RecvTimeoutError::Disconnected) => None,
             Err(RecvTimeoutError::Timeout) => panic!("{ask:?}: the peer did not answer"),
         }

@@ -187,7 +187,8 @@ impl WorkerSide {
             let (stored, skipped, dropped) = (report.stored, report.skipped, report.dropped);
             self.stores.push((id, Stored { stored, skipped, dropped }));
         }
-        self.loads.extend(finished.loads.into_iter().map(|(id, _, report)| (id, report.loaded, report.failed)));
+        self.loads
+            .extend(finished.loads.into_iter().map(|(id, _, report)| (id, report.loaded, report.failed)));
     }
 
     /// Loads chunks into poisoned blocks, waits for the end, and looks at every byte of those without an error.

@@ -8,7 +8,9 @@ use std::collections::BTreeSet;
 /// Nobody adds a place, or a rule, without a scenario.
 #[test]
 fn the_table_of_places_is_complete() {
-    let of = |names: &mut dyn Iterator<Item = &'static str>| -> BTreeSet<String> { names.map(str::to_owned).collect() };
+    let of = |names: &mut dyn Iterator<Item = &'static str>| -> BTreeSet<String> {
+        names.map(str::to_owned).collect()
+    };
     assert_eq!(of(&mut PLACES.iter().map(|place| place.name)), names_in_source("failpoint::here"));
     assert_eq!(of(&mut RULES.iter().copied()), names_in_source("failpoint::broken"));
 }
@@ -44,13 +46,19 @@ fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Place, u32) -> Vec<String>
 
 #[test]
 fn an_engine_that_dies_while_it_recovers_is_recovered_from() {
-    each(|way| matches!(way, Way::Recovery { .. }), |place, time| engines::dies_at(place.name, place.way, time, false));
+    each(
+        |way| matches!(way, Way::Recovery { .. }),
+        |place, time| engines::dies_at(place.name, place.way, time, false),
+    );
 }
 
 /// The third start is a cold one by design, if both attempts had been counted.
 #[test]
 fn engines_that_die_twice_in_a_row_while_they_recover_are_recovered_from() {
-    each(|way| matches!(way, Way::Recovery { .. }), |place, time| engines::dies_at(place.name, place.way, time, true));
+    each(
+        |way| matches!(way, Way::Recovery { .. }),
+        |place, time| engines::dies_at(place.name, place.way, time, true),
+    );
 }
 
 #[test]
@@ -60,7 +68,10 @@ fn an_engine_that_dies_at_work_is_recovered_from() {
 
 #[test]
 fn an_engine_that_dies_while_it_starts_anew_is_swept() {
-    each(|way| matches!(way, Way::ColdStart { .. }), |place, time| engines::dies_at(place.name, place.way, time, false));
+    each(
+        |way| matches!(way, Way::ColdStart { .. }),
+        |place, time| engines::dies_at(place.name, place.way, time, false),
+    );
 }
 
 #[test]

@@ -26,6 +26,8 @@ use std::time::{Duration, Instant};
 const RESERVED_AHEAD: usize = 2;
 /// Commits whose answers may be outstanding: each keeps an operation and a piece of the payload area.
 const COMMITS_OPEN: usize = 2;
+/// How often a store that waits for the next engine looks for loads.
+const LOADS_EVERY: Duration = Duration::from_millis(2);
 
 /// A batch whose reservation has been sent.
 struct Reserving<'a> {
@@ -412,7 +414,14 @@ impl<'a> Store<'a> {
                 Err(error) => tracing::debug!(%error, "commit not acknowledged yet"),
             }
         }
-        match self.mover.client.shared.ledger.outcome(commit.batch, until) {
+        let ledger = &self.mover.client.shared.ledger;
+        // It may be long until there is an engine again; a load needs none. No copy of this store runs here.
+        while !ledger.wait_settled(commit.batch, until.min(Instant::now() + LOADS_EVERY))
+            && Instant::now() < until
+        {
+            self.mover.loads_first();
+        }
+        match ledger.outcome(commit.batch, until) {
             Some(Settled { done, gone }) => {
                 self.report.stored += done.min(commit.count);
                 self.report.drop_shards(gone.max(commit.count.saturating_sub(done)), Dropped::Gone);

@@ -206,7 +206,16 @@ impl Cast {
         let number = self.groups.len();
         let (keys, version) = (chain(1000 + number as u64, chunks), 10 + number as u64);
         let (open, lease) = (Vec::new(), None);
-        self.groups.push(Group { whose, keys, version, open, dropped: 0, acknowledged: false, void: false, lease });
+        self.groups.push(Group {
+            whose,
+            keys,
+            version,
+            open,
+            dropped: 0,
+            acknowledged: false,
+            void: false,
+            lease,
+        });
         number
     }
 
@@ -318,7 +327,9 @@ impl Cast {
                 let (whose, version) = (self.groups[number].whose, self.groups[number].version);
                 let expected = all_loaded(found.chunks as usize);
                 for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
-                    let loaded = worker.load("held", &found.ranks[rank], version);
+                    let loaded = checks.within(Duration::ZERO, format_args!("a load {when}"), || {
+                        worker.load("held", &found.ranks[rank], version)
+                    });
                     checks.same(format_args!("a leased group, {when}, rank {rank}"), expected, loaded);
                 }
             }
@@ -346,7 +357,11 @@ impl Cast {
         for (rank, worker) in self.workers(readers).iter_mut().enumerate() {
             let loaded = worker.load(&request, &found.ranks[rank], version);
             let expected = all_loaded(found.chunks as usize);
-            checks.same(format_args!("loads of group {number} ({whose:?}) rank {rank}, {when}"), expected, loaded);
+            checks.same(
+                format_args!("loads of group {number} ({whose:?}) rank {rank}, {when}"),
+                expected,
+                loaded,
+            );
         }
         let scheduler = match whose {
             Whose::Pair => &mut self.scheduler,
@@ -374,7 +389,11 @@ impl Cast {
             }
             self.submit(number, 0..2);
             self.settle_all(checks, true, || false);
-            checks.same(format_args!("group {number}, stored again: dropped"), 0, self.groups[number].dropped);
+            checks.same(
+                format_args!("group {number}, stored again: dropped"),
+                0,
+                self.groups[number].dropped,
+            );
             self.groups[number].acknowledged = true;
         }
     }

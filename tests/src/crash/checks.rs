@@ -56,7 +56,8 @@ impl Checks {
             }
             if began.elapsed() > self.patience {
                 let patience = self.patience;
-                self.violations.push(format!("{what}: expected {expected:?}, after {patience:?} it is {now:?}"));
+                self.violations
+                    .push(format!("{what}: expected {expected:?}, after {patience:?} it is {now:?}"));
                 return false;
             }
             std::thread::sleep(Duration::from_millis(1));

@@ -145,7 +145,8 @@ pub fn names_in_source(call: &str) -> BTreeSet<String> {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let root = tests.parent().expect("the workspace around this package");
     let mut names = BTreeSet::new();
-    let mut left: Vec<PathBuf> = ["shm-abi", "engine", "adapter", "gpu-kernels"].map(|part| root.join(part)).into();
+    let mut left: Vec<PathBuf> =
+        ["shm-abi", "engine", "adapter", "gpu-kernels"].map(|part| root.join(part)).into();
     while let Some(directory) = left.pop() {
         for entry in std::fs::read_dir(&directory).expect("the source").flatten() {
             let path = entry.path();
