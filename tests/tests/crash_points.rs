@@ -1,8 +1,8 @@
 //! Processes are killed at every place that the code names.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_tests::crash::engines;
 use kvring_tests::crash::table::{PLACES, Place, RULES, Way, names_in_source};
+use kvring_tests::crash::{clients, engines};
 use std::collections::BTreeSet;
 
 /// Nobody adds a place, or a rule, without a scenario.
@@ -77,4 +77,9 @@ fn an_engine_that_dies_while_it_starts_anew_is_swept() {
 #[test]
 fn an_engine_that_dies_while_it_gives_everything_up_is_swept() {
     each(|way| *way == Way::Stop, |place, time| engines::dies_at(place.name, place.way, time, false));
+}
+
+#[test]
+fn a_client_that_dies_anywhere_leaves_nothing_and_is_replaced() {
+    each(|way| *way == Way::Client, |place, time| clients::dies_at(place.name, time));
 }

@@ -8,7 +8,7 @@ use crate::engine::{EngineProcess, stat_of};
 use crate::held::HeldBackend;
 use crate::isolate::segments;
 use crate::kv::{Shape, chain};
-use crate::proto::{ClientSpec, Found, Loaded, SchedulerSpec, WorkerSpec, all_loaded};
+use crate::proto::{ClientSpec, Found, SchedulerSpec, WorkerSpec, all_loaded};
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Client, JobId, Key, Round};
@@ -45,8 +45,6 @@ pub struct Group {
     dropped: u32,
     /// All ranks have reported all of it as stored, or there already, and nobody has cleared it since.
     pub acknowledged: bool,
-    /// It may have been cleared, so that nothing need be found of it.
-    void: bool,
     /// What was found of it, and is pinned for as long as everything lasts.
     lease: Option<Found>,
 }
@@ -168,6 +166,12 @@ impl Cast {
         }
     }
 
+    /// The round of the latest store.
+    #[must_use]
+    pub fn latest_round(&self) -> Round {
+        Round { source: 1, number: self.rounds }
+    }
+
     /// The next round's number: stores of this cast are of source 1.
     pub fn next_round(&mut self) -> Round {
         self.rounds += 1;
@@ -179,44 +183,35 @@ impl Cast {
     /// # Panics
     /// For a job that makes no sense.
     pub fn store(&mut self, whose: Whose, chunks: usize) -> usize {
-        let number = self.groups.len();
-        let keys = chain(1000 + number as u64, chunks);
-        self.groups.push(Group {
-            whose,
-            keys,
-            version: 10 + number as u64,
-            open: Vec::new(),
-            dropped: 0,
-            acknowledged: false,
-            void: false,
-            lease: None,
-        });
-        self.submit(number, 0..2);
-        number
+        self.store_by(whose, chunks, 0..2)
     }
 
     /// The same by some ranks alone.
     pub fn store_by(&mut self, whose: Whose, chunks: usize, ranks: core::ops::Range<usize>) -> usize {
-        let number = self.store_nothing(whose, chunks);
+        let number = self.groups.len();
+        let (keys, version) = (chain(1000 + number as u64, chunks), 10 + number as u64);
+        let (open, lease) = (Vec::new(), None);
+        self.groups.push(Group { whose, keys, version, open, dropped: 0, acknowledged: false, lease });
         self.submit(number, ranks);
         number
     }
 
-    fn store_nothing(&mut self, whose: Whose, chunks: usize) -> usize {
-        let number = self.groups.len();
-        let (keys, version) = (chain(1000 + number as u64, chunks), 10 + number as u64);
-        let (open, lease) = (Vec::new(), None);
-        self.groups.push(Group {
-            whose,
-            keys,
-            version,
-            open,
-            dropped: 0,
-            acknowledged: false,
-            void: false,
-            lease,
-        });
-        number
+    /// Another round of a group, by some ranks alone.
+    pub fn store_again_by(&mut self, group: usize, ranks: core::ops::Range<usize>) {
+        self.submit(group, ranks);
+    }
+
+    /// The groups that have not been acknowledged.
+    #[must_use]
+    pub fn unfinished(&self, whose: Whose) -> Vec<usize> {
+        let groups = self.groups.iter().enumerate();
+        groups.filter(|(_, g)| g.whose == whose && !g.acknowledged).map(|(number, _)| number).collect()
+    }
+
+    /// Does the solo worker's copy still run?
+    #[must_use]
+    pub fn is_copying(&self) -> bool {
+        self.groups.iter().any(|group| group.whose == Whose::Solo && !group.open.is_empty())
     }
 
     /// A group's keys, and the version of their content.
@@ -283,7 +278,6 @@ impl Cast {
         group.open = open;
         if had > 0 && group.open.is_empty() && group.dropped == 0 {
             group.acknowledged = true;
-            group.void = false;
         }
         group.open.len()
     }
@@ -304,7 +298,7 @@ impl Cast {
     /// All that is not leased has gone, or may have, whatever was said of it before.
     pub fn clear(&mut self) {
         for group in self.groups.iter_mut().filter(|group| group.lease.is_none()) {
-            (group.acknowledged, group.void) = (false, true);
+            group.acknowledged = false;
         }
         // Degraded or not: the engine may die over it.
         let _ = self.scheduler.client().clear();
@@ -313,7 +307,7 @@ impl Cast {
     /// Nothing of an earlier arena is to be found any more.
     pub fn lost_everything(&mut self) {
         for group in &mut self.groups {
-            (group.acknowledged, group.void, group.lease) = (false, true, None);
+            (group.acknowledged, group.lease) = (false, None);
         }
         for scheduler in [&mut self.scheduler, &mut self.planner] {
             scheduler.api().end_session("held");
@@ -405,43 +399,29 @@ impl Cast {
         }
     }
 
-    /// The pair's rank 0 and 1, for what has no method here.
-    pub fn pair(&mut self) -> &mut [WorkerSide; 2] {
-        &mut self.pair
-    }
-
-    /// The second worker of the solo worker's namespace.
-    pub fn other(&mut self) -> &mut WorkerSide {
-        &mut self.other[0]
-    }
-
-    /// Does a load with handles of an arena that is gone come back without a byte?
-    pub fn loads_nothing_of_the_lost(&mut self, checks: &mut Checks, leases: &[(Whose, u64, Found)]) {
-        for (whose, version, found) in leases {
-            for (rank, worker) in self.workers(*whose).iter_mut().enumerate() {
-                let loaded = worker.load("lost", &found.ranks[rank], *version);
-                let expected = Loaded { failed: found.chunks, ..Loaded::default() };
-                checks.same(format_args!("loads of an arena that is gone, rank {rank}"), expected, loaded);
-            }
-        }
-    }
-
-    /// What is leased now, to be asked for later.
+    /// How many of the schedulers' leases there are.
     #[must_use]
-    pub fn leases(&self) -> Vec<(Whose, u64, Found)> {
-        let leased = self.groups.iter().filter_map(|g| Some((g.whose, g.version, g.lease.clone()?)));
-        leased.collect()
+    pub fn leases(&self) -> usize {
+        self.groups.iter().filter(|group| group.lease.is_some()).count()
     }
 }
 
 /// Nothing of any client is left but of `clients` that are attached, with `leases` leases and `writing` slots that they
-/// write: no orphan, no channel, no entry. The engine has found nothing wrong with itself, and refused nobody.
-pub fn is_settled(checks: &mut Checks, engine: &EngineProcess, clients: u64, leases: u64, writing: u64) {
+/// write: no orphan, no channel, no entry. The engine has found nothing wrong with itself. Where `forming`, rounds may wait
+/// for another one to replace them.
+pub fn is_settled(
+    checks: &mut Checks,
+    engine: &EngineProcess,
+    clients: u64,
+    leases: u64,
+    writing: u64,
+    forming: bool,
+) {
     let view = engine.view();
     let all = ["leases", "slots_writing", "slots_orphaned", "clients", "breaches", "check_failures"];
     let expected = [leases, writing, 0, clients, 0, 0];
     checks.becomes(format!("{all:?}"), expected, || all.map(|name| stat_of(&view, name)));
-    if writing == 0 {
+    if !forming {
         checks.becomes("chunks that form for nobody", 0, || stat_of(&view, "chunks_forming"));
     }
     let lobby = engine.lobby();
@@ -454,7 +434,7 @@ pub fn is_settled(checks: &mut Checks, engine: &EngineProcess, clients: u64, lea
 
 /// The engine is asked to stop, after its last client has gone: nothing is left.
 pub fn is_gone(checks: &mut Checks, engine: &mut EngineProcess) {
-    is_settled(checks, engine, 0, 0, 0);
+    is_settled(checks, engine, 0, 0, 0, false);
     // It checks itself while it is idle: twenty ticks are 1280 steps.
     engine.beats(20);
     checks.same("failed self-checks", 0, stat_of(&engine.view(), "check_failures"));

@@ -1,6 +1,6 @@
 //! An engine dies at a place; the next one goes on.
 
-use super::cast::{Cast, LARGE_SHARD, SHARD, SOLO, Whose, is_gone, is_settled, worker_spec};
+use super::cast::{Cast, SHARD, SOLO, Whose, is_gone, is_settled, worker_spec};
 use super::checks::Checks;
 use super::table::Way;
 use super::{FAIL_POINT, was_killed};
@@ -12,8 +12,6 @@ use crate::wait::LIMIT;
 use serde_json::json;
 use std::process::ExitStatus;
 use std::time::Duration;
-
-const _: () = assert!(SHARD.blocks_per_chunk > 0 && LARGE_SHARD.blocks_per_chunk > 0);
 
 /// How an engine of the crash suite is configured: 8 slabs, a fast beat, and patience with who comes back.
 #[must_use]
@@ -31,7 +29,6 @@ pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("point");
     let mut cast = Cast::new(&engine.name);
-    let leases = cast.leases();
     engine.kill();
     let is_cold = matches!(way, Way::ColdStart { .. });
     engine.reconfigure(&json!({ "cold": is_cold }));
@@ -74,9 +71,6 @@ pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
         cast.lost_everything();
     }
     goes_on(&mut checks, &mut engine, cast);
-    if !is_kept && !is_warm {
-        let _ = leases;
-    }
     checks.finish()
 }
 
@@ -92,8 +86,8 @@ fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
     cast.settle(checks, || false);
     cast.stores_again_what_was_dropped(checks);
     cast.finds_everything(checks, "in the end");
-    let (clients, leases) = (cast.clients().len() as u64, cast.leases().len() as u64);
-    is_settled(checks, engine, clients, leases, 0);
+    let (clients, leases) = (cast.clients().len() as u64, cast.leases() as u64);
+    is_settled(checks, engine, clients, leases, 0, false);
     checks.holds(engine.stat("refusals") <= clients, "clients were refused again and again");
     cast.ends_its_sessions();
     drop(cast);

@@ -7,6 +7,7 @@
 
 pub mod cast;
 pub mod checks;
+pub mod clients;
 
 pub mod engines;
 pub mod table;

@@ -1,0 +1,133 @@
+//! A client dies at a place; everybody else goes on, and somebody takes its part.
+
+use super::cast::{Cast, PAIR, SHARD, Whose, is_gone, is_settled, scheduler_spec, worker_spec};
+use super::checks::Checks;
+use super::engines::engine;
+use super::{FAIL_POINT, was_killed};
+use crate::engine::EngineProcess;
+use crate::peer::Peer;
+use crate::proto::{Ask, Found, Tell, all_stored};
+use crate::wait::LIMIT;
+use kvring_adapter::Key;
+use serde_json::json;
+
+/// What a client in another process has come to.
+type Step = fn(&mut Checks, &mut EngineProcess, &mut Cast, &mut Peer) -> bool;
+
+fn ready() -> Ask {
+    Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 }
+}
+
+fn store(cast: &mut Cast, keys: &[Key], version: u64) -> Ask {
+    let round = cast.latest_round();
+    let round = (round.source, round.number);
+    Ask::Store { request: "store".to_owned(), round, parent: None, keys: keys.to_vec(), version }
+}
+
+/// Both ranks store a group: rank 0 here, rank 1 there. False where the other one dies over it.
+fn stores(checks: &mut Checks, _: &mut EngineProcess, cast: &mut Cast, victim: &mut Peer) -> bool {
+    let group = cast.store_by(Whose::Pair, 3, 0..1);
+    let (keys, version) = cast.content(group);
+    let ask = store(cast, &keys, version);
+    let told = victim.try_ask(&ask);
+    cast.settle(checks, || false);
+    // Whether its commit was done or not, nobody has been told.
+    let done = matches!(told, Some(Tell::Stored(stored)) if stored == all_stored(3));
+    cast.groups[group].acknowledged &= done;
+    checks.holds(told.is_none() || done, format_args!("a store of both ranks: {told:?}"));
+    told.is_some()
+}
+
+fn leases(checks: &mut Checks, _: &mut EngineProcess, cast: &mut Cast, victim: &mut Peer) -> bool {
+    let (keys, _) = cast.content(0);
+    let expected = keys.len() as u32;
+    match victim.try_ask(&Ask::Lookup { request: "theirs".to_owned(), admission: 0, keys }) {
+        Some(Tell::Found(Found { chunks, .. })) => {
+            checks.same("what the other client finds", expected, chunks);
+            true
+        }
+        _ => false,
+    }
+}
+
+fn restarts(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast, victim: &mut Peer) -> bool {
+    engine.kill();
+    engine.restart();
+    cast.is_ready(checks, || false);
+    victim.try_ask(&ready()).is_some()
+}
+
+/// Another arena: whoever had a claim on the old one gives it up.
+fn starts_anew(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast, victim: &mut Peer) -> bool {
+    engine.kill();
+    engine.reconfigure(&json!({ "cold": true }));
+    engine.restart();
+    cast.finish_copies(checks);
+    cast.lost_everything();
+    engine.is_allocated();
+    cast.is_ready(checks, || false);
+    victim.try_ask(&ready()).is_some()
+}
+
+/// A client with a worker (rank 1 of the pair) and a scheduler dies at the `time`th time that it comes to `place`.
+///
+/// # Panics
+/// Where something else goes wrong than what is being tested.
+#[must_use]
+pub fn dies_at(place: &str, time: u32) -> Vec<String> {
+    let mut checks = Checks::new();
+    let mut engine = engine("client");
+    let mut cast = Cast::new(&engine.name);
+    let mut victim = Peer::spawn_with(&[(FAIL_POINT, &format!("{place}:{time}"))]);
+    let worker = worker_spec(&engine.name, PAIR, 2, 1, SHARD);
+    let scheduler = scheduler_spec(&engine.name, PAIR, 2);
+    let comes = [Ask::Worker(Box::new(worker.clone())), Ask::Scheduler(Box::new(scheduler)), ready()];
+    let mut lives = comes.iter().all(|ask| victim.try_ask(ask).is_some());
+    let steps: [Step; 5] = [stores, leases, restarts, stores, starts_anew];
+    for step in steps {
+        lives = lives && step(&mut checks, &mut engine, &mut cast, &mut victim);
+    }
+    checks.holds(!lives, format_args!("{place}:{time} was not reached"));
+    let status = victim.has_ended();
+    checks.holds(
+        status.is_some_and(was_killed),
+        format_args!("{place}:{time}: it ended by itself: {status:?}"),
+    );
+    // Nothing of it is left but a round that somebody has to do again.
+    let (clients, held) = (cast.clients().len() as u64, cast.leases() as u64);
+    let writing = if cast.is_copying() { 4 } else { 0 };
+    is_settled(&mut checks, &engine, clients, held, writing, true);
+    cast.loads_what_is_leased(&mut checks, "beside a client that died");
+    cast.finds_everything(&mut checks, "beside a client that died");
+    takes_its_part(&mut checks, &engine, &mut cast);
+    cast.finish_copies(&mut checks);
+    cast.stores_again_what_was_dropped(&mut checks);
+    cast.finds_everything(&mut checks, "in the end");
+    is_settled(&mut checks, &engine, clients, held, 0, false);
+    cast.ends_its_sessions();
+    drop(cast);
+    is_gone(&mut checks, &mut engine);
+    checks.finish()
+}
+
+/// Another process stores for the same rank what the dead one did not.
+fn takes_its_part(checks: &mut Checks, engine: &EngineProcess, cast: &mut Cast) {
+    let mut heir = Peer::spawn();
+    for ask in [Ask::Worker(Box::new(worker_spec(&engine.name, PAIR, 2, 1, SHARD))), ready()] {
+        let told = heir.try_ask(&ask);
+        checks.holds(matches!(told, Some(Tell::Done)), format_args!("the heir: {told:?}"));
+    }
+    for group in cast.unfinished(Whose::Pair) {
+        cast.store_again_by(group, 0..1);
+        let (keys, version) = cast.content(group);
+        let ask = store(cast, &keys, version);
+        let told = heir.try_ask(&ask);
+        cast.settle(checks, || false);
+        let Some(Tell::Stored(stored)) = told else {
+            checks.holds(false, format_args!("the heir's store: {told:?}"));
+            return;
+        };
+        checks.same("dropped by the heir", 0, stored.dropped);
+    }
+    heir.shutdown();
+}
