@@ -74,6 +74,9 @@ pub enum AttachError {
     /// The client is being shut down.
     #[error("the client is being shut down")]
     Cancelled,
+    /// Somebody has written into the word that makes the entry ours. Mends itself, with another entry.
+    #[error("the claim on entry {0} was overwritten by another process")]
+    ClaimLost(usize),
     /// The engine refused.
     #[error("the engine refused the attachment: {0:?}")]
     Refused(AttachStatus),
@@ -107,6 +110,7 @@ impl AttachError {
             AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
             | AttachError::Restarted
             | AttachError::AnotherStart(_)
+            | AttachError::ClaimLost(_)
             | AttachError::OtherArena(_) => Health::Attaching,
             AttachError::TimedOut(_) => Health::Stalled,
             AttachError::Cancelled => Health::ShutDown,
@@ -259,7 +263,6 @@ fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, At
 /// An entry of the lobby that is ours as long as this lives: dropping it gives the entry up, and the engine frees what it
 /// was writing. So that is done only after the last copy into the arena has ended (`writers`).
 pub(crate) struct Claim {
-    #[allow(dead_code, reason = "held for its Drop")]
     claims: Claims,
     entry: usize,
     lobby: Lobby,
@@ -267,8 +270,8 @@ pub(crate) struct Claim {
     arena: Option<Arena>,
     identity: Identity,
     pub(crate) writers: Arc<WriterGate>,
-    /// Was it ever attached?
-    used: bool,
+    /// Was it ever attached? Then what an engine of this arena has for its entry may be ours.
+    pub(crate) used: bool,
 }
 
 impl Claim {
@@ -306,6 +309,11 @@ impl Claim {
 }
 
 impl AttachError {
+    /// Is there no room for a channel at the moment?
+    pub(crate) fn is_no_room(&self) -> bool {
+        matches!(self, AttachError::Channel(ChannelError::Segment(SegmentError::NoSpace { .. })))
+    }
+
     /// Is the claim of no further use? Else the same one is tried again: with the next engine, or the next moment.
     pub(crate) fn ends_claim(&self) -> bool {
         match self {
@@ -374,7 +382,7 @@ fn publish(
     claim.lobby.claim(entry, &content);
     failpoint::here("client.published");
     let answered = loop {
-        match wait_for_answer(shared, view, entry, nonce, incarnation) {
+        match wait_for_answer(shared, claim, view, nonce, incarnation) {
             // What this entry is writing keeps it ours, so there is no other to try with; and a claim is judged once.
             Err(AttachError::TimedOut(_)) if claim.used => shared.set_suspended(Health::Stalled),
             answered => break answered,
@@ -424,13 +432,13 @@ const LOCK_EVERY: Duration = Duration::from_millis(50);
 
 fn wait_for_answer(
     shared: &Shared,
+    claim: &Claim,
     view: &EngineView,
-    entry: usize,
     nonce: u64,
     incarnation: u32,
 ) -> Result<(), AttachError> {
     // The same inode as the claim's: it has the same arena id.
-    let engine = &view.segment;
+    let (engine, entry) = (&view.segment, claim.entry);
     let timeout = shared.checked.options.attach_timeout;
     let deadline = Deadline::after(timeout);
     let life = &engine.life_words[entry];
@@ -444,6 +452,10 @@ fn wait_for_answer(
             AttachStatus::None => {}
             AttachStatus::Attached => return Ok(()),
             refused => return Err(AttachError::Refused(refused)),
+        }
+        // An engine that finds it unclaimed does not look at what we publish.
+        if !claim.claims.holds(entry) {
+            return Err(AttachError::ClaimLost(entry));
         }
         let raw = life.raw();
         let (lives, by_lock) = match LifeWord::interpret(raw) {

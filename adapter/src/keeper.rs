@@ -61,7 +61,6 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
 fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
     let mut backoff = shared.checked.options.backoff_min;
     let mut last_error = String::new();
-    let mut was_attached = false;
     loop {
         let seen = shared.control.load(Ordering::Acquire);
         if shared.stop.load(Ordering::Acquire) {
@@ -69,12 +68,13 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
         }
         // Before the attempt: what happens during it ends the sleep after it.
         let incarnation = held.as_ref().map(|claim| claim.incarnation().1);
+        // Whoever was attached under this claim is expected to declare, also where it did not come to anything then.
+        let rejoins = held.as_ref().is_some_and(|claim| claim.used);
         match attach(shared, held) {
             Ok(attachment) => {
                 let attachment = Arc::new(attachment);
-                let why = match enter(shared, &attachment, was_attached) {
+                let why = match enter(shared, &attachment, rejoins) {
                     Ok(()) => {
-                        was_attached = true;
                         backoff = shared.checked.options.backoff_min;
                         last_error.clear();
                         shared.set_attached(attachment.clone());
@@ -88,7 +88,6 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
                     Why::Detached => {
                         shared.set_detached(attachment_health(&attachment));
                         give_up(shared, held);
-                        was_attached = false;
                     }
                     Why::Stop => {
                         // No slot of ours may be given away while a copy into it runs.
@@ -100,14 +99,17 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
             }
             Err(error) => {
                 log_once(shared, &error, &mut last_error);
-                if held.is_some() && (!was_attached || error.ends_claim()) {
+                if held.as_ref().is_some_and(|claim| !claim.used || error.ends_claim()) {
                     // Before waiting for the last copy: whoever wants memory wants it now.
                     shared.set_detached(error.health());
                     give_up(shared, held);
-                    was_attached = false;
-                    if matches!(error, AttachError::AnotherStart(_)) {
+                    if matches!(error, AttachError::AnotherStart(_) | AttachError::ClaimLost(_)) {
                         continue;
                     }
+                } else if error.is_no_room() {
+                    // It may be the old channel that takes the room. Loads have to wait for the new one, then.
+                    shared.set_detached(error.health());
+                    rejoin::let_go(shared);
                 }
                 set_health(shared, error.health());
                 sleep(shared, seen, held.as_ref().zip(incarnation), Deadline::after(backoff));

@@ -6,7 +6,7 @@
 //! What is released while the keeper names leases to a new engine is released there, afterwards.
 
 use crate::link::Link;
-use crate::sessions::Found;
+use crate::sessions::{Asking, Found};
 use kvring_shm_abi::message::Request;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -80,37 +80,40 @@ impl Leases {
             Some(_) => state.held.remove(&(session, admission)).is_some(),
             None => false,
         };
-        state.send(known, &[asked], Request::Release { session, admission, keep });
+        state.send(known, |nonce| nonce == asked, Request::Release { session, admission, keep });
     }
 
     /// Gives up everything of a session.
-    pub(crate) fn end_session(&self, session: u64, admissions: &[(u32, u64)]) {
+    pub(crate) fn end_session(&self, session: u64, admissions: &[Asking]) {
         let mut state = self.state();
         let mut known = false;
-        for (admission, _) in admissions {
-            known |= state.held.remove(&(session, *admission)).is_some();
+        for asking in admissions {
+            known |= state.held.remove(&(session, asking.admission)).is_some();
         }
-        let mut asked = [0u64; 4];
-        // A session has one or two admissions; of more, the latest attachments are the ones that matter.
-        for (to, (_, nonce)) in asked.iter_mut().zip(admissions.iter().rev()) {
-            *to = *nonce;
-        }
-        state.send(known, &asked, Request::EndSession { session });
+        let asked = |nonce| admissions.iter().any(|asking| asking.nonce == nonce);
+        state.send(known, asked, Request::EndSession { session });
     }
 
-    /// Keeper: takes stock for a new engine.
+    /// Keeper: takes stock for a new engine. What is owed stays owed: an earlier attempt may have named it to the same one,
+    /// and to any other it is nothing.
     pub(crate) fn begin_declaring(&self) -> Vec<Lease> {
         let mut state = self.state();
-        state.at = At::Declaring;
-        state.owed.clear();
-        state.held.values().cloned().collect()
+        let before = core::mem::replace(&mut state.at, At::Declaring);
+        let held = state.held.values().cloned().collect();
+        drop(state);
+        // Outside the lock: this may unmap a channel.
+        drop(before);
+        held
     }
 
     /// Keeper: the new attachment stands; what was released meanwhile is released there.
     pub(crate) fn attached(&self, link: &Arc<Link>) {
         let mut state = self.state();
         state.at = At::Attached(link.clone());
-        for request in state.owed.drain(..) {
+        let owed = core::mem::take(&mut state.owed);
+        drop(state);
+        // Outside the lock: these are system calls, and a scheduler may be about to release something.
+        for request in owed {
             link.post(request);
         }
     }
@@ -125,9 +128,10 @@ impl Leases {
 }
 
 impl State {
-    fn send(&mut self, known: bool, asked: &[u64], request: Request) {
+    /// `asked`: may the attachment of this nonce hold something that has not been taken?
+    fn send(&mut self, known: bool, asked: impl Fn(u64) -> bool, request: Request) {
         match &self.at {
-            At::Attached(link) if known || asked.contains(&link.nonce) => link.post(request),
+            At::Attached(link) if known || asked(link.nonce) => link.post(request),
             // It may have been named already.
             At::Declaring if known => self.owed.push(request),
             At::Attached(_) | At::Declaring | At::Nowhere => {}

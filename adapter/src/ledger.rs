@@ -15,8 +15,7 @@ use crate::link::Link;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::SlotRecord;
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Names a batch of granted slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,8 +66,6 @@ struct State {
 /// See the module's documentation.
 pub(crate) struct Ledger {
     state: Mutex<State>,
-    /// Notified when a batch was settled.
-    settled: Condvar,
 }
 
 /// What is to be done through a new attachment.
@@ -83,7 +80,7 @@ pub(crate) struct Duties {
 impl Default for Ledger {
     fn default() -> Self {
         let state = State { at: At::Nowhere, batches: HashMap::new(), last: 0 };
-        Ledger { state: Mutex::new(state), settled: Condvar::new() }
+        Ledger { state: Mutex::new(state) }
     }
 }
 
@@ -157,8 +154,6 @@ impl Ledger {
         } else {
             batch.duty = Duty::Settled(outcome);
         }
-        drop(state);
-        self.settled.notify_all();
     }
 
     /// Mover: it has seen the answer itself.
@@ -166,59 +161,48 @@ impl Ledger {
         self.state().batches.remove(&id);
     }
 
-    /// Mover: waits until the outcome of a commit is there for [`Ledger::outcome`], at most until `until`. True where it is.
-    pub(crate) fn wait_settled(&self, id: BatchId, until: Instant) -> bool {
+    /// Mover: what became of a commit that somebody else sees through, once it is known. After that the batch is no longer
+    /// the caller's.
+    pub(crate) fn take_settled(&self, id: BatchId) -> Option<Settled> {
         let mut state = self.state();
-        loop {
-            match state.batches.get(&id) {
-                None | Some(Batch { duty: Duty::Settled(_), .. }) => return true,
-                Some(_) => {}
+        match state.batches.get(&id) {
+            Some(Batch { duty: Duty::Settled(outcome), .. }) => {
+                let outcome = *outcome;
+                state.batches.remove(&id);
+                Some(outcome)
             }
-            let left = until.saturating_duration_since(Instant::now());
-            if left == Duration::ZERO {
-                return false;
-            }
-            state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            Some(_) => None,
+            // Not one of ours any more: nothing of it is known to be stored.
+            None => Some(Settled::default()),
         }
     }
 
-    /// Mover: waits for the outcome of a commit that somebody else sees through, at most until `until`. After it the
-    /// batch is no longer the caller's. `None`: not known by then; it is committed all the same, when that can be.
-    pub(crate) fn outcome(&self, id: BatchId, until: Instant) -> Option<Settled> {
+    /// Mover: it does not wait for the outcome any longer. It is committed all the same, when that can be.
+    pub(crate) fn leave(&self, id: BatchId) {
         let mut state = self.state();
-        loop {
-            match state.batches.get_mut(&id) {
-                None => return None,
-                Some(Batch { duty: Duty::Settled(outcome), .. }) => {
-                    let outcome = *outcome;
-                    state.batches.remove(&id);
-                    return Some(outcome);
-                }
-                Some(batch) => {
-                    let left = until.saturating_duration_since(Instant::now());
-                    if left == Duration::ZERO {
-                        batch.left = true;
-                        return None;
-                    }
-                    state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
-                }
-            }
+        match state.batches.get_mut(&id) {
+            Some(Batch { duty: Duty::Settled(_), .. }) => drop(state.batches.remove(&id)),
+            Some(batch) => batch.left = true,
+            None => {}
         }
     }
 
-    /// Keeper: takes stock for a new engine. Nothing that an earlier one granted is accepted from here on.
+    /// Keeper: takes stock for a new engine. Nothing that an earlier one granted is accepted from here on. What is to be
+    /// aborted stays so: an earlier attempt may have named it to the same engine, and to any other it is nothing.
     pub(crate) fn begin_declaring(&self) -> Vec<SlotRecord> {
         let mut state = self.state();
-        state.at = At::Declaring;
-        // Those that are to be aborted are freed because they are not named.
-        state.batches.retain(|_, batch| !matches!(batch.duty, Duty::Abort));
+        let before = core::mem::replace(&mut state.at, At::Declaring);
         let is_held = |batch: &&Batch| match batch.duty {
             Duty::Writing => !failpoint::broken("declare running copies"),
             Duty::Commit => true,
             Duty::Abort | Duty::Settled(_) => false,
         };
         let held = state.batches.values().filter(is_held);
-        held.flat_map(|batch| batch.records.iter().copied()).collect()
+        let held = held.flat_map(|batch| batch.records.iter().copied()).collect();
+        drop(state);
+        // Outside the lock: this may unmap a channel.
+        drop(before);
+        held
     }
 
     /// Keeper: the new attachment stands. Answers what was decided before.
@@ -247,13 +231,14 @@ impl Ledger {
         state.at = At::Nowhere;
         state.batches.retain(|_, batch| {
             let gone = batch.records.len() as u32;
-            if !matches!(batch.duty, Duty::Settled(_)) {
-                batch.duty = Duty::Settled(Settled { done: 0, gone });
+            match batch.duty {
+                // Nobody waits for it.
+                Duty::Abort => return false,
+                Duty::Writing | Duty::Commit => batch.duty = Duty::Settled(Settled { done: 0, gone }),
+                Duty::Settled(_) => {}
             }
             !batch.left
         });
-        drop(state);
-        self.settled.notify_all();
     }
 }
 
@@ -264,10 +249,6 @@ mod tests {
 
     fn records(slot: u64) -> Vec<SlotRecord> {
         vec![SlotRecord { slot, generation: 1, key: [slot, 0], checksum: 0 }]
-    }
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_millis(5)
     }
 
     #[test]
@@ -302,7 +283,8 @@ mod tests {
         let duties = ledger.attached(&new);
         assert_eq!(duties.commits, [(commits, sent)]);
         assert_eq!(duties.aborts, records(2));
-        assert_eq!(ledger.outcome(commits, soon()), None, "not answered yet");
+        assert_eq!(ledger.take_settled(commits), None, "not answered yet");
+        ledger.leave(commits);
         ledger.settle(commits, Settled { done: 1, gone: 0 });
         assert_eq!(ledger.begin_declaring(), records(4), "what nobody waits for is gone once it is settled");
         ledger.attached(&new);
@@ -310,26 +292,38 @@ mod tests {
         ledger.settle(writes, Settled { done: 1, gone: 0 });
         // Stock is taken between the answer and its waiter's look at it.
         assert!(ledger.begin_declaring().is_empty());
-        assert_eq!(ledger.outcome(writes, soon()), Some(Settled { done: 1, gone: 0 }));
+        assert_eq!(ledger.take_settled(writes), Some(Settled { done: 1, gone: 0 }));
     }
 
     #[test]
     fn what_was_given_up_with_its_arena_never_reaches_another_engine() {
-        let ledger = Arc::new(Ledger::default());
+        let ledger = Ledger::default();
         let ((old, _old_engine), (new, _new_engine)) = (pair("forget-old"), pair("forget-new"));
         ledger.attached(&old);
-        let [writes, waits] = [1, 2].map(|slot| ledger.hold(&old, records(slot)).unwrap());
+        let [writes, waits, aborts] = [1, 2, 3].map(|slot| ledger.hold(&old, records(slot)).unwrap());
         ledger.commit(waits, &[]).unwrap();
-        let waiter = std::thread::spawn({
-            let ledger = ledger.clone();
-            move || ledger.outcome(waits, Instant::now() + Duration::from_secs(20))
-        });
+        ledger.begin_declaring();
+        assert!(ledger.abort(aborts).is_none());
+        assert_eq!(ledger.take_settled(waits), None);
         ledger.forget();
-        assert_eq!(waiter.join().unwrap(), Some(Settled { done: 0, gone: 1 }));
+        assert_eq!(ledger.take_settled(waits), Some(Settled { done: 0, gone: 1 }));
         assert!(ledger.commit(writes, &[]).is_none(), "its copy ended after all");
         let duties = ledger.attached(&new);
         assert!(duties.commits.is_empty() && duties.aborts.is_empty());
         assert!(ledger.abort(writes).is_none());
         assert!(ledger.begin_declaring().is_empty());
+    }
+
+    #[test]
+    fn what_was_named_to_an_engine_once_is_taken_back_there_after_every_further_attempt() {
+        let ledger = Ledger::default();
+        let ((old, _old_engine), (new, _new_engine)) = (pair("twice-old"), pair("twice-new"));
+        ledger.attached(&old);
+        let batch = ledger.hold(&old, records(1)).unwrap();
+        assert_eq!(ledger.begin_declaring(), records(1));
+        assert!(ledger.abort(batch).is_none());
+        assert!(ledger.begin_declaring().is_empty(), "the first attempt did not get through");
+        assert_eq!(ledger.attached(&new).aborts, records(1));
+        assert!(ledger.attached(&new).aborts.is_empty());
     }
 }

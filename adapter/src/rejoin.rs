@@ -18,6 +18,12 @@ use std::time::Duration;
 /// Slots in one message.
 const SLOTS_PER_MESSAGE: usize = 512;
 
+/// Lets go of the old channel, before there is a new one. Late answers are not waited for any longer.
+pub(crate) fn let_go(shared: &Shared) {
+    drop(shared.ledger.begin_declaring());
+    drop(shared.leases.begin_declaring());
+}
+
 /// Names everything, then says that this was all.
 pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), CallError> {
     let link = &attachment.link;
@@ -78,7 +84,9 @@ fn declare_lease(
     let (session, admission, namespace) = (lease.session, lease.admission, lease.namespace);
     let pending = link.submit(
         count * LeaseRecord::WORDS,
-        |_| Undo::ReleaseLease { session, admission },
+        // An answer that comes too late is nothing to undo: the next attempt names the lease again, and what has been
+        // released by then is owed.
+        |_| Undo::Nothing,
         |payload, region| {
             let written = payload.write(region.offset, bytemuck::cast_slice(&records));
             debug_assert!(written.is_ok());

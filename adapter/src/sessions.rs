@@ -128,8 +128,18 @@ pub(crate) struct Session {
     id: u64,
     admission: u32,
     pub(crate) state: State,
-    /// Lookups that were asked, and may have leases: (admission, the attachment's nonce).
-    leases: Vec<(u32, u64)>,
+    /// Lookups that were asked, and may have leases.
+    leases: Vec<Asking>,
+}
+
+/// A lookup that may have a lease.
+#[derive(Clone, Copy)]
+pub(crate) struct Asking {
+    pub(crate) admission: u32,
+    /// The attachment through which it was asked.
+    pub(crate) nonce: u64,
+    /// How many of its chunks are still wanted.
+    keep: u32,
 }
 
 pub(crate) struct Sessions {
@@ -178,7 +188,7 @@ impl Sessions {
         let (state, lease) = match self.submit(id, admission, keys, timeout) {
             Ok(Some(asked)) => {
                 let nonce = asked.parts.link.nonce;
-                (State::Waiting(asked), Some((admission, nonce)))
+                (State::Waiting(asked), Some(Asking { admission, nonce, keep: u32::MAX }))
             }
             Ok(None) => (State::Answered(Hit::default()), None),
             Err(CallError::Forked) => return Err(CallError::Forked),
@@ -261,6 +271,10 @@ impl Sessions {
         if chunks > keys.len() {
             return Err(CallError::Refused("an answer of more chunks than were asked for"));
         }
+        let Some(session) = self.sessions.get(request) else { return Ok(Hit::nothing()) };
+        // What has been released before the answer was taken is not promised any more.
+        let asking = session.leases.iter().find(|asking| asking.admission == session.admission);
+        let chunks = chunks.min(asking.map_or(0, |asking| asking.keep) as usize);
         keys.truncate(chunks);
         let mut shards = vec![ShardAnswer::new(0, 0, 0); chunks * world as usize];
         let offset = u32::try_from(offset).unwrap_or(u32::MAX);
@@ -273,7 +287,6 @@ impl Sessions {
             return Ok(Hit::nothing());
         }
         let found = Arc::new(Found { shards, keys });
-        let Some(session) = self.sessions.get(request) else { return Ok(Hit::nothing()) };
         let lease = Lease {
             session: session.id,
             admission: session.admission,
@@ -301,10 +314,13 @@ impl Sessions {
     /// Drops an admission's lease beyond `keep` chunks. Delivered later where it cannot be delivered now.
     pub(crate) fn release(&mut self, request: &str, admission: u32, keep: u32) {
         let Some(session) = self.sessions.get_mut(request) else { return };
-        let Some(at) = session.leases.iter().position(|(leased, _)| *leased == admission) else { return };
-        let (id, (_, nonce)) = (session.id, session.leases[at]);
+        let Some(at) = session.leases.iter().position(|asking| asking.admission == admission) else { return };
+        let (id, nonce) = (session.id, session.leases[at].nonce);
         if keep == 0 {
             session.leases.swap_remove(at);
+        } else {
+            let asking = &mut session.leases[at];
+            asking.keep = asking.keep.min(keep);
         }
         if self.probe.is_ours() {
             self.probe.client().shared.leases.release(id, admission, keep, nonce);

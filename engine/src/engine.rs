@@ -9,6 +9,7 @@ use crate::recovery::{self, Inherited, NotRecoverable};
 use crate::segments::{ColdStart, Segments, Setup, SetupError, Start};
 use crate::service::{Pace, Parts, Registry, Service, SharedSlots, StopHandle};
 use crate::tier::{LowerTier, NoLowerTier};
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::KEYS_MAX;
 use kvring_shm_abi::superblock::random_u64;
 use kvring_shm_abi::sync::Ordering;
@@ -62,6 +63,9 @@ enum Opened {
 /// A start has failed. Nothing of new segments is left behind; a predecessor's are left as they were.
 fn give_up(segments: Segments) {
     if *segments.start() == Start::Warm {
+        // Nothing is known against what was taken over: the next start tries again, however often this happens.
+        let recoveries = &segments.engine.info().recoveries;
+        recoveries.store(recoveries.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
         return segments.leave();
     }
     if let Err(left) = segments.retire_and_unlink() {
@@ -121,7 +125,9 @@ impl Engine {
         let mut registry = Registry::new(segments.geometry());
         let mut inherited = Inherited::nobody();
         if *segments.start() == Start::Warm {
-            while let Some(slab) = allocator.take() {
+            // Not one more: what the allocator has finished since is the service's to take, which publishes it.
+            let allocated = segments.engine.info().slabs_allocated.load(Ordering::Relaxed);
+            for slab in (0..allocated).map_while(|_| allocator.take()) {
                 cache.add_slab(slab)?;
             }
             match recovery::recover(&segments, &mut cache, &mut registry) {
@@ -177,6 +183,7 @@ impl Furniture {
             Start::First | Start::Cold(_) => 0,
         };
         let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone(), ready)?;
+        failpoint::here("allocator started");
         let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
         let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
         limits.seed = [random()?, random()?];

@@ -224,3 +224,64 @@ fn ten_rounds_of_recovery_never_reuse_a_generation() {
         table = cache.table().clone();
     }
 }
+
+/// A committed shard of no use, first of its span, and a good one behind it.
+#[test]
+fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
+    let mut old = cache(2, &[70_000]);
+    store(&mut old, 1, &chain(1, 2));
+    let mut table = old.table().clone();
+    // As if this one were of a namespace, a rank or a size that is not registered any more, or of one chunk too many.
+    let State::Committed(header) = table.entries[0].state else { panic!("the first slot") };
+    table.entries[0].state = State::Committed(ShardHeader { namespace: 9, ..header });
+    let mut new = empty(&table, 2);
+    register(&mut new, 0, &[70_000]);
+    new.restore_span(0, 1, 73_728).unwrap();
+    for slot in new.slots_of_span(0) {
+        if let Some(shard) = shard(&table, slot) {
+            new.restore(slot, &shard).unwrap();
+        }
+    }
+    assert_eq!(new.restore_end().visible, 1);
+    new.check_all().unwrap();
+}
+
+/// The same by a limit alone: fewer chunks than the earlier engine held.
+#[test]
+fn fewer_chunks_than_before_do_not_end_the_recovery() {
+    let mut old = cache(4, &[70_000]);
+    store(&mut old, 1, &chain(1, 40));
+    let table = old.table().clone();
+    let mut limits = config(4);
+    limits.chunks_max = 10;
+    let mut new = Cache::new(limits, table.clone()).unwrap();
+    (0..4).for_each(|slab| new.add_slab(slab).unwrap());
+    register(&mut new, 0, &[70_000]);
+    for (first, len, slot_bytes) in &table.spans {
+        new.restore_span(*first, *len, *slot_bytes).unwrap();
+        for slot in new.slots_of_span(*first) {
+            if let Some(shard) = shard(&table, slot) {
+                new.restore(slot, &shard).unwrap();
+            }
+        }
+    }
+    assert_eq!(new.restore_end().visible, 10);
+    new.check_all().unwrap();
+}
+
+/// Two complete rounds of one key.
+#[test]
+fn two_complete_rounds_of_one_key() {
+    let mut old = cache(2, &[70_000]);
+    let (a, b) = (round(1), kvring_engine::cache::Round { source: 77, number: 1 });
+    let first = reserve_one(&mut old, 0, a, key(1, 0));
+    let second = reserve_one(&mut old, 0, b, key(1, 0));
+    let mut table = old.table().clone();
+    for slot in [first.0, second.0] {
+        let State::Writing(header) = table.entries[slot as usize].state else { panic!("{slot}") };
+        table.entries[slot as usize].state = State::Committed(header);
+    }
+    let mut new = restored(&table, 2, &[&[70_000]]);
+    assert_eq!(new.restore_end().visible, 1);
+    new.check_all().unwrap();
+}

@@ -92,6 +92,15 @@ impl Claims {
         }
     }
 
+    /// Is the word still as it was claimed? Peers can write there.
+    #[must_use]
+    pub fn holds(&self, index: usize) -> bool {
+        match &self.0 {
+            By::Robust(list) => list.holds(index),
+            By::Lock(locked) => locked.holds(index),
+        }
+    }
+
     /// Gives the word up as if this thread had died.
     pub fn release(&mut self, index: usize) {
         match &mut self.0 {
@@ -162,6 +171,10 @@ impl LockedClaims {
             Err(_) => self.unlock(index),
         }
         claimed
+    }
+
+    fn holds(&self, index: usize) -> bool {
+        self.held.get(index).is_some_and(|held| *held) && self.words[index].raw() == self.value
     }
 
     fn release(&mut self, index: usize) {

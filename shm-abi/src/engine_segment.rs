@@ -133,8 +133,9 @@ impl AttachStatus {
 pub struct AttachRecord {
     /// Counts answers; a client sleeps on it.
     answers: AtomicU32,
-    status: AtomicU32,
-    nonce: AtomicU64,
+    _pad0: Pad<4>,
+    /// Which attachment is answered, and how, in one: its nonce without the low byte, and the status in that.
+    answer: AtomicU64,
     _pad: Pad<48>,
 }
 
@@ -142,12 +143,15 @@ pub struct AttachRecord {
 unsafe impl Shared for AttachRecord {}
 const _: () = assert!(size_of::<AttachRecord>() == 64);
 
+/// The bits of an answer that are its status.
+const STATUS_MASK: u64 = 0xFF;
+
 impl AttachRecord {
     /// Engine: answers the client with this nonce, and wakes it.
     pub fn answer(&self, nonce: u64, status: AttachStatus) {
-        self.nonce.store(nonce, Ordering::Relaxed);
-        self.status.store(status as u32, Ordering::Relaxed);
         // SYNC POINT: Release; pairs with the Acquire in `read`.
+        self.answer.store(nonce & !STATUS_MASK | u64::from(status as u32), Ordering::Release);
+        // SYNC POINT: Release; pairs with the Acquire in `word`: who sees the count sees the answer.
         self.answers.store(self.answers.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
         futex::wake_all(&self.answers);
     }
@@ -155,13 +159,12 @@ impl AttachRecord {
     /// Client: the answer to this nonce, if it is the one that stands.
     #[must_use]
     pub fn read(&self, nonce: u64) -> AttachStatus {
-        // SYNC POINT: Acquire; pairs with the Release in `answer`. A nonce is answered more than once only in the
-        // order attached, left or breach, so a torn pair can at worst be the older answer of the same nonce.
-        let _ = self.answers.load(Ordering::Acquire);
-        if self.nonce.load(Ordering::Relaxed) != nonce {
+        // SYNC POINT: Acquire; pairs with the Release in `answer`.
+        let answer = self.answer.load(Ordering::Acquire);
+        if (answer ^ nonce) & !STATUS_MASK != 0 {
             return AttachStatus::None;
         }
-        AttachStatus::from_u32(self.status.load(Ordering::Relaxed)).unwrap_or(AttachStatus::None)
+        AttachStatus::from_u32((answer & STATUS_MASK) as u32).unwrap_or(AttachStatus::None)
     }
 
     /// For a sleep: the word and its value. Take it before `read`.
@@ -469,4 +472,42 @@ pub struct ShardHandle {
     pub offset: u64,
     /// The chunk's key.
     pub key: Key,
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::sync::AtomicBool;
+
+    /// Nonces are answered with a status that follows from them; a reader must never see another's.
+    #[test]
+    fn an_answer_is_never_torn() {
+        let mapping = std::sync::Arc::new(Mapping::private(4096));
+        let record: One<AttachRecord> = One::new(&mapping, 0).unwrap();
+        let stop = AtomicBool::new(false);
+        let latest = AtomicU64::new(1);
+        let torn = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut nonce = 1 << 8;
+                while !stop.load(Ordering::Relaxed) {
+                    nonce += 1 << 8;
+                    latest.store(nonce, Ordering::Relaxed);
+                    let status =
+                        if nonce >> 8 & 1 == 0 { AttachStatus::Stale } else { AttachStatus::Attached };
+                    record.answer(nonce, status);
+                }
+            });
+            let began = std::time::Instant::now();
+            let mut torn = 0u64;
+            while began.elapsed().as_millis() < 300 {
+                let nonce = latest.load(Ordering::Relaxed);
+                let expected = if nonce >> 8 & 1 == 0 { AttachStatus::Stale } else { AttachStatus::Attached };
+                let read = record.read(nonce);
+                torn += u64::from(read != AttachStatus::None && read != expected);
+            }
+            stop.store(true, Ordering::Relaxed);
+            torn
+        });
+        assert_eq!(torn, 0, "answers with another nonce's status");
+    }
 }

@@ -6,11 +6,12 @@
 //! KVRING_FAIL_POINT=commit.word        SIGKILL at the first time that the process comes there
 //! KVRING_FAIL_POINT=commit.word:3      at the third time
 //! KVRING_FAIL_POINT=commit.word:3:stop SIGSTOP instead: somebody else goes on, then this process does
+//! KVRING_FAIL_POINT=commit.word:3:pause only a pause, of 50 ms
 //! KVRING_BREAK=rounds                  the rule of that name does not hold
 //! KVRING_WITHOUT=robust,waitv          these means of the kernel are not there (see `probe`)
 //! ```
 
-/// Ends (or stops) the process here, if a test asks for it.
+/// Ends (or stops, or delays) the process here, if a test asks for it.
 #[inline(always)]
 pub fn here(_place: &str) {
     #[cfg(all(feature = "failpoints", not(loom)))]
@@ -46,14 +47,19 @@ mod on {
     struct Wanted {
         place: String,
         time: u32,
-        signal: Signal,
+        /// `None`: a pause.
+        signal: Option<Signal>,
     }
 
     fn parse(text: &str) -> Wanted {
         let mut parts = text.split(':');
         let place = parts.next().unwrap_or_default().to_owned();
         let time = parts.next().and_then(|time| time.parse().ok()).unwrap_or(1);
-        let signal = if parts.next() == Some("stop") { Signal::SIGSTOP } else { Signal::SIGKILL };
+        let signal = match parts.next() {
+            Some("stop") => Some(Signal::SIGSTOP),
+            Some("pause") => None,
+            _ => Some(Signal::SIGKILL),
+        };
         Wanted { place, time, signal }
     }
 
@@ -65,8 +71,11 @@ mod on {
             && wanted.place == place
             && TIMES.fetch_add(1, Ordering::Relaxed) + 1 == wanted.time
         {
-            // It can only fail for a signal that does not exist.
-            let _ = raise(wanted.signal);
+            match wanted.signal {
+                // It can only fail for a signal that does not exist.
+                Some(signal) => drop(raise(signal)),
+                None => std::thread::sleep(std::time::Duration::from_millis(50)),
+            }
         }
     }
 

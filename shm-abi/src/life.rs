@@ -258,6 +258,12 @@ impl RobustList {
         claimed
     }
 
+    /// Is the word still as it was claimed? Peers can write there.
+    #[must_use]
+    pub fn holds(&self, index: usize) -> bool {
+        self.nodes.get(index).is_some_and(|node| node.linked) && self.words[index].raw() == self.tid | WAITERS
+    }
+
     /// Gives the word up as if this thread had died: marked dead, one sleeper woken. The engine reclaims and resets.
     pub fn release(&mut self, index: usize) {
         if !self.nodes.get(index).is_some_and(|node| node.linked) {

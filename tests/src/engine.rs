@@ -186,7 +186,7 @@ impl EngineProcess {
 
     /// Waits until it has stopped itself, as a fail point asked it to.
     pub fn has_stopped(&mut self) {
-        self.is_stopped();
+        all_stopped(self.child.id());
         self.stopped = true;
     }
 
@@ -245,16 +245,8 @@ impl EngineProcess {
     /// SIGSTOP, and waits until all its threads stand still.
     pub fn stop(&mut self) {
         self.signal(Signal::SIGSTOP);
-        self.is_stopped();
+        all_stopped(self.child.id());
         self.stopped = true;
-    }
-
-    fn is_stopped(&self) {
-        let tasks = format!("/proc/{}/task", self.child.id());
-        eventually("every thread of the engine has stopped", || {
-            let tasks = std::fs::read_dir(&tasks).expect("the engine's threads");
-            tasks.flatten().all(|task| thread_state(&task.path()).is_none_or(|state| state == 'T'))
-        });
     }
 
     /// Sends it a signal.
@@ -375,6 +367,18 @@ impl EngineProcess {
 #[must_use]
 pub fn claimed_entries(lobby: &Lobby) -> usize {
     lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count()
+}
+
+/// Waits until every thread of a process has stopped.
+///
+/// # Panics
+/// When the process is gone, or does not stop.
+pub fn all_stopped(pid: u32) {
+    let tasks = format!("/proc/{pid}/task");
+    eventually("every thread of a process has stopped", || {
+        let tasks = std::fs::read_dir(&tasks).expect("the process's threads");
+        tasks.flatten().all(|task| thread_state(&task.path()).is_none_or(|state| state == 'T'))
+    });
 }
 
 /// `R`, `S`, `T` …, or `None` when the thread is gone.

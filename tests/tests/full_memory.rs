@@ -87,3 +87,23 @@ fn stores_without_room_for_their_headers_are_dropped() {
         engine.settles(0);
     });
 }
+
+/// A client that comes back has room for its channel, where it had room for the one before.
+#[test]
+fn a_client_comes_back_in_a_full_shm() {
+    let name = "a_client_comes_back_in_a_full_shm";
+    if !is_root(name) {
+        return;
+    }
+    isolated_by(name, &SMALL_SHM, || {
+        let mut engine = EngineProcess::start("full-back", 8);
+        let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+        assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &chain(1, 8), 1), all_stored(8));
+        let _filler = Filler::new();
+        engine.kill();
+        engine.restart();
+        assert_eq!(engine.stat("warm_start"), 1);
+        let ready = worker.wait_ready(std::time::Duration::from_secs(5));
+        assert_eq!(ready, Ok(()), "its own old channel takes the room");
+    });
+}

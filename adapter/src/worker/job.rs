@@ -93,7 +93,7 @@ impl Job {
         Some(CopyRunning(self))
     }
 
-    /// May no copy of its blocks begin any more?
+    /// May no copy of its blocks begin any more, and is nobody interested in what becomes of it?
     pub(crate) fn is_cancelled(&self) -> bool {
         self.phase().cancelled
     }
@@ -122,8 +122,9 @@ impl Job {
         }
     }
 
-    /// Caller: no copy begins any more; waits for one that runs.
+    /// Caller: no copy begins any more, and no answer is waited for; waits for a copy that runs.
     pub(crate) fn cancel(&self) {
+        self.phase().cancelled = true;
         self.wait_copied(std::time::Duration::ZERO);
     }
 }

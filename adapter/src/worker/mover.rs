@@ -5,18 +5,22 @@
 
 use super::WorkerOptions;
 use super::job::{Job, Work};
-use super::queue::Queue;
+use super::queue::{Next, Queue};
 use super::report::{Dropped, LoadError, LoadReport, StoreReport};
+use super::storing::Unsettled;
 use crate::client::{Client, Registered};
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyError, Direction, Transfer};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Bytes of one batch: large enough to hide a round trip, small enough that a load, or a preemption, does not wait long
 /// behind the two that may be in flight.
 const BATCH_BYTES: u64 = 16 << 20;
 /// Chunks of one batch.
 const BATCH_CHUNKS: usize = 512;
+/// How often stores that wait for the next engine are looked at, while there are any.
+const UNSETTLED_EVERY: Duration = Duration::from_millis(2);
 
 pub(super) struct Mover {
     pub(super) client: Arc<Client>,
@@ -29,6 +33,8 @@ pub(super) struct Mover {
 /// How a job ended.
 pub(super) enum Ended {
     Store(StoreReport),
+    /// Its copies have; its commits wait for the next engine.
+    Unsettled(Unsettled),
     /// With the blocks that must be recomputed.
     Load(LoadReport, Vec<u32>),
 }
@@ -36,20 +42,38 @@ pub(super) enum Ended {
 impl Mover {
     /// Works until the queue is closed and empty.
     pub(super) fn run(&self) {
-        while let Some(job) = self.queue.next() {
-            self.carry_out(&job);
+        let mut unsettled: Vec<(Arc<Job>, Unsettled)> = Vec::new();
+        loop {
+            let patience = (!unsettled.is_empty()).then_some(UNSETTLED_EVERY);
+            match self.queue.next(patience) {
+                Next::Job(job) => {
+                    let waits = self.carry_out(&job);
+                    unsettled.extend(waits.map(|store| (job, store)));
+                }
+                Next::Nothing => {}
+                Next::Closed if unsettled.is_empty() => break,
+                Next::Closed => std::thread::sleep(UNSETTLED_EVERY),
+            }
+            unsettled.retain_mut(|(job, store)| {
+                let report = store.look(&self.client.shared.ledger, !job.is_cancelled());
+                report.map(|report| self.stored(job, report)).is_none()
+            });
         }
     }
 
-    /// One job, to its report: whatever happens, it is reported exactly once, or a request would hang.
-    fn carry_out(&self, job: &Arc<Job>) {
+    /// One job, to its report: whatever happens, it is reported exactly once, or a request would hang. A store that waits
+    /// for the next engine is the caller's to report.
+    fn carry_out(&self, job: &Arc<Job>) -> Option<Unsettled> {
         let ran = catch_unwind(AssertUnwindSafe(|| match &job.work {
-            Work::Store { round, parent, chunks } => Ended::Store(self.store(job, *round, *parent, chunks)),
+            Work::Store { round, parent, chunks } => {
+                self.store(job, *round, *parent, chunks).map_or_else(Ended::Unsettled, Ended::Store)
+            }
             Work::Load { chunks } => self.load(job, chunks),
         }));
         job.end_copies();
         match (ran, &job.work) {
-            (Ok(Ended::Store(report)), _) => self.queue.finish_store(job, report),
+            (Ok(Ended::Unsettled(store)), _) => return Some(store),
+            (Ok(Ended::Store(report)), _) => self.stored(job, report),
             (Ok(Ended::Load(report, failed)), _) => self.queue.finish_load(job, report, &failed),
             (Err(_), Work::Store { chunks, .. }) => {
                 tracing::error!(request = %job.request, "a store failed inside the mover; it is dropped");
@@ -64,6 +88,15 @@ impl Mover {
                 self.queue.finish_load(job, report, &failed);
             }
         }
+        None
+    }
+
+    fn stored(&self, job: &Arc<Job>, report: StoreReport) {
+        tracing::debug!(
+            request = %job.request, stored = report.stored, skipped = report.skipped, dropped = report.dropped,
+            bytes = report.bytes, ms = report.copy_ns / 1_000_000, "store"
+        );
+        self.queue.finish_store(job, report);
     }
 
     /// How many chunks of a store, or of a load, make a batch; `words` is the size of the payload area.

@@ -4,6 +4,7 @@ use super::job::{Finished, Job};
 use super::report::{LoadReport, StoreReport};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 #[derive(Default)]
 struct State {
@@ -14,6 +15,22 @@ struct State {
     finished: Finished,
     failed_blocks: Vec<u32>,
     closed: bool,
+}
+
+impl State {
+    fn is_empty(&self) -> bool {
+        self.loads.is_empty() && self.stores.is_empty()
+    }
+}
+
+/// What the mover finds in the queue.
+pub(super) enum Next {
+    /// This is to be done.
+    Job(Arc<Job>),
+    /// There is nothing to do at the moment.
+    Nothing,
+    /// There is nothing to do, and never will be.
+    Closed,
 }
 
 /// Shared by the caller's thread and the mover.
@@ -48,20 +65,21 @@ impl Queue {
         true
     }
 
-    /// Mover: the next job; `None` once the queue is closed and empty.
-    pub(super) fn next(&self) -> Option<Arc<Job>> {
-        let mut state = self.state();
-        loop {
-            if let Some(job) = state.loads.pop_front() {
-                return Some(job);
+    /// Mover: the next job, waited for; at most for `patience`, where there is one.
+    pub(super) fn next(&self, patience: Option<Duration>) -> Next {
+        let state = self.state();
+        let nothing = |state: &mut State| state.is_empty() && !state.closed;
+        let mut state = match patience {
+            Some(patience) => {
+                let waited = self.work.wait_timeout_while(state, patience, nothing);
+                waited.unwrap_or_else(PoisonError::into_inner).0
             }
-            if let Some(job) = state.stores.pop_front() {
-                return Some(job);
-            }
-            if state.closed {
-                return None;
-            }
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            None => self.work.wait_while(state, nothing).unwrap_or_else(PoisonError::into_inner),
+        };
+        match state.loads.pop_front().or_else(|| state.stores.pop_front()) {
+            Some(job) => Next::Job(job),
+            None if state.closed => Next::Closed,
+            None => Next::Nothing,
         }
     }
 
@@ -121,7 +139,7 @@ impl Queue {
     }
 
     /// Waits until at most `left` jobs have not ended, or until `timeout` has passed. True in the first case.
-    pub(super) fn wait_open(&self, left: usize, timeout: std::time::Duration) -> bool {
+    pub(super) fn wait_open(&self, left: usize, timeout: Duration) -> bool {
         let state = self.state();
         let (state, _) = self
             .ended

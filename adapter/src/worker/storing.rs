@@ -26,8 +26,6 @@ use std::time::{Duration, Instant};
 const RESERVED_AHEAD: usize = 2;
 /// Commits whose answers may be outstanding: each keeps an operation and a piece of the payload area.
 const COMMITS_OPEN: usize = 2;
-/// How often a store that waits for the next engine looks for loads.
-const LOADS_EVERY: Duration = Duration::from_millis(2);
 
 /// A batch whose reservation has been sent.
 struct Reserving<'a> {
@@ -84,6 +82,39 @@ struct Commit {
     count: u32,
 }
 
+/// A store that has copied everything, and has commits of which it does not know what became: their engine went away. The
+/// mover goes on with other jobs meanwhile.
+pub(super) struct Unsettled {
+    report: StoreReport,
+    /// Batch, shards.
+    commits: Vec<(BatchId, u32)>,
+    until: Instant,
+}
+
+impl Unsettled {
+    /// What has become of it. `None`: not known yet, and it may still wait.
+    pub(super) fn look(&mut self, ledger: &Ledger, may_wait: bool) -> Option<StoreReport> {
+        let Unsettled { report, commits, until } = self;
+        commits.retain(|(batch, count)| match ledger.take_settled(*batch) {
+            Some(Settled { done, gone }) => {
+                report.stored += done.min(*count);
+                report.drop_shards(gone.max(count.saturating_sub(done)), Dropped::Gone);
+                false
+            }
+            None => true,
+        });
+        if !commits.is_empty() && may_wait && Instant::now() < *until {
+            return None;
+        }
+        for (batch, count) in commits.drain(..) {
+            // Whether it counts is the engine's to know, when it is there again.
+            ledger.leave(batch);
+            report.drop_shards(count, Dropped::Unavailable);
+        }
+        Some(*report)
+    }
+}
+
 /// One store while it is carried out.
 struct Store<'a> {
     mover: &'a Mover,
@@ -94,6 +125,8 @@ struct Store<'a> {
     copying: Option<Copying<'a>>,
     /// Not yet answered, the oldest first.
     commits: VecDeque<Commit>,
+    /// Whose answers will not come from the engine that they were sent to.
+    unsettled: Vec<(BatchId, u32)>,
     /// When the last copy ended: two are in flight at once, and time that both took counts once.
     copied_until_ns: u64,
 }
@@ -105,12 +138,12 @@ impl Mover {
         round: Round,
         parent: Option<Key>,
         chunks: &[StoreChunk],
-    ) -> StoreReport {
+    ) -> Result<StoreReport, Unsettled> {
         let (attachment, namespace) = match self.client.to_store(&self.registered) {
             Ok(context) => context,
             Err(error) => {
                 tracing::debug!(request = %job.request, %error, "store dropped");
-                return StoreReport::dropped(chunks.len(), Dropped::by(&error));
+                return Ok(StoreReport::dropped(chunks.len(), Dropped::by(&error)));
             }
         };
         let mut store = Store {
@@ -120,15 +153,17 @@ impl Mover {
             report: StoreReport::default(),
             copying: None,
             commits: VecDeque::new(),
+            unsettled: Vec::new(),
             copied_until_ns: 0,
         };
         store.carry_out(namespace, round, parent, chunks);
-        let report = store.report;
-        tracing::debug!(
-            request = %job.request, stored = report.stored, skipped = report.skipped, dropped = report.dropped,
-            bytes = report.bytes, ms = report.copy_ns / 1_000_000, "store"
-        );
-        report
+        let Store { report, unsettled: commits, .. } = store;
+        if commits.is_empty() {
+            Ok(report)
+        } else {
+            let until = Instant::now() + self.client.options().operation_timeout;
+            Err(Unsettled { report, commits, until })
+        }
     }
 }
 
@@ -174,6 +209,8 @@ impl<'a> Store<'a> {
             }
         }
         self.finish_running();
+        // Whoever preempts waits for copies, not for answers.
+        self.job.end_copies();
         // One deadline for all of them.
         let until = Instant::now() + self.timeout();
         while let Some(commit) = self.commits.pop_front() {
@@ -406,7 +443,7 @@ impl<'a> Store<'a> {
         self.report.drop_shards(grant.shards.len() as u32, Dropped::Failed);
     }
 
-    /// Waits for what becomes of a commit, at most until `until`; also through another engine, where this one has gone.
+    /// Waits for a commit's answer, at most until `until`, and not at all where its engine has gone.
     fn end_commit(&mut self, mut commit: Commit, until: Instant) {
         if let Some((pending, at)) = commit.sent.take() {
             match pending.wait(until.saturating_duration_since(Instant::now())) {
@@ -414,24 +451,18 @@ impl<'a> Store<'a> {
                 Err(error) => tracing::debug!(%error, "commit not acknowledged yet"),
             }
         }
-        let ledger = &self.mover.client.shared.ledger;
-        // It may be long until there is an engine again; a load needs none. No copy of this store runs here.
-        while !ledger.wait_settled(commit.batch, until.min(Instant::now() + LOADS_EVERY))
-            && Instant::now() < until
-        {
-            self.mover.loads_first();
-        }
-        match ledger.outcome(commit.batch, until) {
-            Some(Settled { done, gone }) => {
-                self.report.stored += done.min(commit.count);
-                self.report.drop_shards(gone.max(commit.count.saturating_sub(done)), Dropped::Gone);
-            }
-            // Whether it counts is the engine's to know, when it is there again.
-            None => self.report.drop_shards(commit.count, Dropped::Unavailable),
-        }
+        self.unsettled.push((commit.batch, commit.count));
     }
 
     fn count_outcomes(&mut self, answered: &Answer, answer: u32, commit: &Commit) {
+        if let Err(error) = crate::status::check(&answered.completion) {
+            tracing::warn!(request = %self.job.request, %error, "a commit was refused; the store is dropped");
+            self.report.drop_shards(commit.count, Dropped::by(&error));
+            if let Some((link, records)) = self.mover.client.shared.ledger.abort(commit.batch) {
+                link.post_abort(records);
+            }
+            return;
+        }
         for index in 0..commit.count {
             let mut word = [0u64; 1];
             let read = answered.payload().read(answer + index, &mut word);

@@ -78,11 +78,8 @@ pub struct Cache<T> {
     /// The chunks of the last `find`.
     found: Vec<ChunkId>,
     found_for: Option<FoundFor>,
-    /// Chunks that a recovery has made visible, until they have their places in the order of eviction: last access, chunk,
-    /// hash.
-    restored: Vec<(u64, ChunkId, u64)>,
-    /// Chunks that it has dropped.
-    restored_dropped: u32,
+    /// What a recovery has put off until its end.
+    restored: restore::Unfinished,
     /// What a reservation found visible: chunk, index of its key.
     present: Vec<(ChunkId, u32)>,
     counters: Counters,
@@ -165,8 +162,7 @@ impl<T: SlotTable> Cache<T> {
             evictions_held: false,
             found: Vec::with_capacity(config.keys_max as usize),
             found_for: None,
-            restored: Vec::new(),
-            restored_dropped: 0,
+            restored: restore::Unfinished::default(),
             present: Vec::with_capacity(config.keys_max as usize),
             counters: Counters::default(),
             check: Check::default(),

@@ -38,6 +38,17 @@ pub enum Found {
     Committed,
 }
 
+/// What is put off until everything has been read.
+#[derive(Debug, Default)]
+pub(super) struct Unfinished {
+    /// Complete chunks: last access, id, hash.
+    visible: Vec<(u64, ChunkId, u64)>,
+    /// Chunks that were forming beside a complete round of theirs.
+    unwanted: Vec<ChunkId>,
+    /// Committed slots of no chunk.
+    useless: Vec<SlotId>,
+}
+
 /// What became of the chunks that were found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
@@ -138,7 +149,7 @@ impl<T: SlotTable> Cache<T> {
             }
             (None, Found::Committed) => {
                 self.slots.restore_committed(slot, 0, 0);
-                self.free_slot(slot);
+                self.restored.useless.push(slot);
             }
             (chunk, Found::Writing | Found::Orphaned) => {
                 let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
@@ -188,42 +199,36 @@ impl<T: SlotTable> Cache<T> {
         Some((id, world, hash))
     }
 
-    /// All shards of a chunk have been restored: it is visible, and other rounds of it are dropped. Its place in the order
-    /// of eviction is known when all have been.
+    /// All shards of a chunk have been restored: it is visible, and other rounds of it are not wanted. Its place in the
+    /// order of eviction is known when all have been.
     fn restore_visible(&mut self, id: ChunkId, hash: Hash) {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
         let matches = self.index.matches(&self.chunks, hash, namespace, key);
-        for other in matches.forming() {
-            if *other != id {
-                self.unform(*other);
-            }
-        }
+        self.restored.unwanted.extend(matches.forming().iter().filter(|other| **other != id));
         self.show(id);
-        self.restored.push((self.chunks.get(id).tick, id, hash.whole()));
+        self.restored.visible.push((self.chunks.get(id).tick, id, hash.whole()));
     }
 
-    /// Drops a chunk that was forming before the lists of forming chunks are made.
-    fn unform(&mut self, id: ChunkId) {
-        if self.chunks.get(id).writing == 0 {
-            self.chunks.idle_insert(id);
-        }
-        self.drop_chunk(id, false);
-        self.restored_dropped += 1;
-    }
-
-    /// The last slot has been restored: visible chunks take their places in the order of their last access. Incomplete
-    /// ones go on forming, also those that nobody is writing: another rank of their round may not have asked for its slot
-    /// yet, and what has been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and
-    /// a newer round replaces them. Allocates.
+    /// The last slot has been restored: what is of no use goes (not before: a span that is empty is given back, and may
+    /// hold more), and visible chunks take their places in the order of their last access. Incomplete ones go on forming,
+    /// also those that nobody is writing: another rank of their round may not have asked for its slot yet, and what has
+    /// been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and a newer round
+    /// replaces them. Allocates.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
-        let mut order = std::mem::take(&mut self.restored);
-        let mut restored = Restored {
-            visible: order.len() as u32,
-            dropped: std::mem::take(&mut self.restored_dropped),
-            ..Restored::default()
-        };
-        if u64::from(restored.visible) < self.chunks.counts.visible + self.chunks.counts.forming {
+        let Unfinished { mut visible, unwanted, useless } = core::mem::take(&mut self.restored);
+        let mut restored =
+            Restored { visible: visible.len() as u32, dropped: unwanted.len() as u32, ..Restored::default() };
+        for slot in useless {
+            self.free_slot(slot);
+        }
+        for id in unwanted {
+            if self.chunks.get(id).writing == 0 {
+                self.chunks.idle_insert(id);
+            }
+            self.drop_chunk(id, false);
+        }
+        if self.chunks.counts.forming > 0 {
             for id in 0..self.chunks.fresh {
                 let chunk = self.chunks.get(id);
                 if chunk.life() == Life::Forming {
@@ -234,8 +239,8 @@ impl<T: SlotTable> Cache<T> {
                 }
             }
         }
-        order.sort_unstable();
-        for (_, id, hash) in order {
+        visible.sort_unstable();
+        for (_, id, hash) in visible {
             let namespace = usize::from(self.chunks.get(id).namespace);
             if let Some(registered) = &mut self.namespaces[namespace] {
                 registered.policy.insert(id, hash, None);

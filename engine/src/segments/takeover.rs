@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// How often a held lock is tried again.
 const POLL: Duration = Duration::from_millis(5);
+/// How long an engine that lives is looked at: one that has just been killed is marked as dead a moment later.
+const DYING: Duration = Duration::from_millis(200);
 
 /// Why what a predecessor left was not kept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -226,7 +228,12 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
         }
         let found = if fresh { Found::Incomplete } else { Found::look(&file)? };
         if let Some(pid) = found.living() {
-            return Err(SetupError::AlreadyRunning { name: name.clone(), pid });
+            drop(lock);
+            if began.elapsed() >= wait.min(DYING) {
+                return Err(SetupError::AlreadyRunning { name: name.clone(), pid });
+            }
+            std::thread::sleep(POLL);
+            continue;
         }
         match lock {
             Some(lock) => return Ok(Held { file, lock, found: (!fresh).then_some(found) }),

@@ -52,6 +52,7 @@ pub const PLACES: &[Place] = &[
     place("recovery.odd", UNCOUNTED, &[1]),
     place("recovery.counted", COUNTED, &[1]),
     place("recovery.words", COUNTED, &[1]),
+    place("allocator started", COUNTED, &[1]),
     place("recovery.span", COUNTED, &[1, 2]),
     place("recovery.chunks", COUNTED, &[1]),
     place("recovery.owners", COUNTED, &[1]),

@@ -1,0 +1,283 @@
+//! Coming back to another engine, where something happens in the middle of it, or comes to nothing the first time.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::Round;
+use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, Transfer};
+use kvring_shm_abi::engine_segment::EngineSegment;
+use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
+use kvring_shm_abi::sync::Ordering;
+use kvring_tests::engine::{EngineProcess, all_stopped, overrides, unique_name};
+use kvring_tests::held::HeldBackend;
+use kvring_tests::kv::chain;
+use kvring_tests::peer::Peer;
+use kvring_tests::proto::{ClientSpec, SchedulerSpec, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::scheduler::SchedulerSide;
+use kvring_tests::wait::{LIMIT, eventually};
+use kvring_tests::worker::WorkerSide;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+fn round(number: u32) -> Round {
+    Round { source: 1, number }
+}
+
+fn impatient(engine: &str) -> ClientSpec {
+    ClientSpec { operation_ms: 300, ..ClientSpec::new(engine) }
+}
+
+/// A lease that ends between two attempts to declare to the same engine.
+#[test]
+fn a_lease_that_ends_between_two_attempts_to_declare_does_not_stay() {
+    let mut engine = EngineProcess::start("rj-lease", 16);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let spec = SchedulerSpec { client: impatient(&engine.name), ..SchedulerSpec::new(&engine.name) };
+    let mut scheduler = SchedulerSide::start(&spec);
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, 8);
+    assert_eq!(worker.store("r", round(0), None, &keys, 7), all_stored(8));
+    for request in ["a", "b"] {
+        assert_eq!(scheduler.lookup(request, 0, &keys).unwrap().chunks, 8);
+    }
+    engine.kill();
+    engine.restart_with(&[("KVRING_FAIL_POINT", "declare.lease:2:stop")]).unwrap();
+    engine.has_stopped();
+    for request in ["a", "b"] {
+        scheduler.api().end_session(request);
+    }
+    // The attempt fails at its deadline, and further ones.
+    std::thread::sleep(Duration::from_millis(1500));
+    engine.resume();
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    engine.beats(50);
+    assert_eq!((engine.stat("leases"), engine.stat("pins")), (0, 0), "every session has ended");
+}
+
+/// A copy that stands still, and then fails.
+#[derive(Default)]
+struct Failing {
+    go: Mutex<bool>,
+    changed: Condvar,
+    begun: Mutex<usize>,
+}
+struct FailingTransfer(Arc<Failing>, #[allow(dead_code)] CopyBatch);
+struct FailingBackend(Arc<Failing>);
+impl CopyBackend for FailingBackend {
+    fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        *self.0.begun.lock().unwrap() += 1;
+        Ok(Box::new(FailingTransfer(self.0.clone(), batch)))
+    }
+    fn name(&self) -> &'static str {
+        "failing"
+    }
+}
+impl Transfer for FailingTransfer {
+    fn poll(&mut self) -> bool {
+        false
+    }
+    fn wait(self: Box<Self>) -> Result<CopyDone, CopyError> {
+        let _go = self.0.changed.wait_while(self.0.go.lock().unwrap(), |go| !*go).unwrap();
+        Err(CopyError::ThreadFailed)
+    }
+}
+
+/// A batch that is given up between two attempts to declare to the same engine.
+#[test]
+fn slots_that_are_given_up_between_two_attempts_to_declare_do_not_stay() {
+    let mut engine = EngineProcess::start("rj-slots", 16);
+    let failing = Arc::new(Failing::default());
+    let spec = WorkerSpec { client: impatient(&engine.name), ..WorkerSpec::new(&engine.name) };
+    let mut worker = WorkerSide::copying_with(&spec, Arc::new(FailingBackend(failing.clone()))).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    let job = worker.submit_store("r", round(1), None, &chain(1, 8), 1).unwrap();
+    eventually("a copy runs", || *failing.begun.lock().unwrap() == 1);
+    engine.kill();
+    engine.restart_with(&[("KVRING_FAIL_POINT", "declare.end:1:stop")]).unwrap();
+    engine.has_stopped();
+    // While the first attempt waits for its end.
+    *failing.go.lock().unwrap() = true;
+    failing.changed.notify_all();
+    assert_eq!(worker.finished_store(job).dropped, 8);
+    std::thread::sleep(Duration::from_millis(1500));
+    engine.resume();
+    worker.wait_ready(LIMIT).unwrap();
+    engine.beats(50);
+    assert_eq!(engine.stat("slots_writing"), 0, "nobody writes them");
+}
+
+/// What waits behind a commit that the engine's death left open.
+#[test]
+fn a_load_does_not_wait_for_a_dead_engine() {
+    let mut engine = EngineProcess::start("rj-load", 16);
+    let backend = HeldBackend::new();
+    let client = ClientSpec { operation_ms: 4000, drain_ms: 100, ..ClientSpec::new(&engine.name) };
+    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
+    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, 8);
+    assert_eq!(worker.store("r", round(0), None, &keys, 7), all_stored(8));
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    backend.hold();
+    worker.submit_store("r", round(1), None, &chain(2, 8), 7).unwrap();
+    backend.holds(1);
+    engine.kill();
+    eventually("the worker knows", || !worker.client().is_healthy());
+    let began = Instant::now();
+    backend.let_go();
+    assert_eq!(worker.load("r", &found.ranks[0], 7), all_loaded(8));
+    let load = began.elapsed();
+    assert!(load < Duration::from_secs(1), "a load that needs no engine took {load:?}");
+}
+
+/// The same for a shutdown with a short drain_timeout.
+#[test]
+fn a_shutdown_does_not_wait_for_a_dead_engine() {
+    let mut engine = EngineProcess::start("rj-down", 16);
+    let backend = HeldBackend::new();
+    let client = ClientSpec { operation_ms: 4000, drain_ms: 100, ..ClientSpec::new(&engine.name) };
+    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
+    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    backend.hold();
+    worker.submit_store("r", round(1), None, &chain(2, 8), 7).unwrap();
+    backend.holds(1);
+    engine.kill();
+    eventually("the worker knows", || !worker.client().is_healthy());
+    backend.let_go();
+    let began = Instant::now();
+    worker.adapter().shutdown();
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(1), "drain_timeout is 100 ms, shutdown took {took:?}");
+}
+
+/// And for a preemption that began while the engine was well.
+#[test]
+fn a_preemption_does_not_wait_for_a_dead_engine() {
+    let mut engine = EngineProcess::start("rj-pre", 16);
+    let backend = HeldBackend::new();
+    let client = ClientSpec { operation_ms: 4000, ..ClientSpec::new(&engine.name) };
+    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
+    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    backend.hold();
+    worker.submit_store("r", round(1), None, &chain(2, 8), 7).unwrap();
+    backend.holds(1);
+    let took = std::thread::scope(|scope| {
+        let adapter = worker.adapter();
+        let flush = scope.spawn(move || {
+            adapter.handle_preemptions(None);
+            Instant::now()
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        engine.kill();
+        let began = Instant::now();
+        backend.let_go();
+        flush.join().unwrap().duration_since(began)
+    });
+    assert!(took < Duration::from_secs(1), "no copy ran, and the flush took {took:?}");
+}
+
+/// Released before its answer is taken.
+#[test]
+fn a_lease_that_was_released_before_its_answer_was_taken_is_not_declared() {
+    let mut engine = EngineProcess::start("rj-early", 16);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let spec = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
+    let mut scheduler = SchedulerSide::start(&spec);
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, 8);
+    assert_eq!(worker.store("r", round(0), None, &keys, 7), all_stored(8));
+    scheduler.api().submit_lookup("a", 0, &keys).unwrap();
+    scheduler.api().free_lookup_locks("a", 0, 0);
+    eventually("answered", || scheduler.check("a").is_some());
+    scheduler.api().end_session("a");
+    engine.stat_becomes("leases", 0);
+    engine.kill();
+    engine.restart();
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    assert_eq!(engine.stat("leases"), 0, "every session has ended");
+}
+
+/// Slabs that a successor's allocator finishes before it serves.
+#[test]
+fn every_slab_in_use_is_published() {
+    let mut fields = overrides(&unique_name("rj-slabs"), 2);
+    fields["beat_interval_ms"] = json!(2);
+    let mut engine = EngineProcess::try_start(&fields).unwrap();
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    engine.is_allocated();
+    // As if it had died when one of its two slabs had memory: the allocator has the other while the tables are made.
+    engine.kill();
+    let segment = EngineName::new(&engine.name).unwrap().engine_segment();
+    let file = SegmentFile::open(&segment, Access::ReadWrite).unwrap();
+    let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadWrite).unwrap());
+    let segment = EngineSegment::new(mapping, &engine.view().identity.geometry).unwrap();
+    segment.info().slabs_allocated.store(1, Ordering::Relaxed);
+    engine.restart_with(&[("KVRING_FAIL_POINT", "allocator started:1:pause")]).unwrap();
+    engine.is_allocated();
+    engine.beats(20);
+    assert_eq!(engine.view().segment.info().slabs_allocated.load(Ordering::Relaxed), 2);
+    worker.wait_ready(LIMIT).unwrap();
+    let stored: u32 =
+        (0..4).map(|at| worker.store("r", round(at), None, &chain(at.into(), 12), 7).stored).sum();
+    engine.kill();
+    engine.restart();
+    assert_eq!(engine.stat("warm_start"), 1);
+    assert!(engine.stat("chunks_recovered") > u64::from(stored) / 2, "{stored} stored");
+}
+
+/// Attached, but not yet entered, when the engine was restarted.
+#[test]
+fn a_client_that_was_only_just_attached_is_not_awaited_for_ever() {
+    let name = unique_name("rj-await");
+    let mut peer = Peer::spawn_with(&[("KVRING_FAIL_POINT", "client.attached:1:stop")]);
+    peer.add_scheduler(&SchedulerSpec::new(&name));
+    let mut fields = overrides(&name, 16);
+    fields["reattach_grace_ms"] = json!(1000);
+    let mut engine = EngineProcess::try_start(&fields).unwrap();
+    engine.stat_becomes("attaches", 1);
+    all_stopped(peer.pid());
+    engine.kill();
+    engine.restart();
+    kill(Pid::from_raw(peer.pid() as i32), Signal::SIGCONT).unwrap();
+    peer.ready();
+    engine.stat_becomes("clients_awaited", 0);
+}
+
+/// A life word that somebody wiped while there was no engine: what is told while there is one, nobody tells here.
+#[test]
+fn a_client_whose_life_word_was_wiped_without_an_engine_attaches_again() {
+    let mut engine = EngineProcess::start("rj-wiped", 8);
+    let client = ClientSpec { attach_ms: 300, ..ClientSpec::new(&engine.name) };
+    let scheduler = SchedulerSide::start(&SchedulerSpec { client, ..SchedulerSpec::new(&engine.name) });
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let lobby = engine.lobby();
+    engine.kill();
+    lobby.life_words[0].futex().store(0, Ordering::Release);
+    engine.restart();
+    let ready = scheduler.client().wait_ready(Duration::from_secs(5));
+    assert_eq!(ready, Ok(()));
+}
+
+/// Two starts that fail for their own configuration are no failed recoveries.
+#[test]
+fn two_starts_with_a_wrong_limit_do_not_cost_the_cache() {
+    let mut engine = EngineProcess::start("rj-limit", 8);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    assert_eq!(worker.store("r", round(0), None, &chain(1, 8), 7), all_stored(8));
+    engine.kill();
+    let mut wrong = overrides(&engine.name, 8);
+    wrong["max_pins"] = json!(1u64 << 30);
+    for _ in 0..2 {
+        let error = EngineProcess::try_start(&wrong).err().expect("a limit that cannot be");
+        assert!(error.contains("pins_max"), "{error}");
+    }
+    engine.restart();
+    assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
+}
