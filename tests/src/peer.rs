@@ -1,11 +1,13 @@
 //! A client in another process, driven over its pipes.
 
-use crate::engine::{peer_binary, put_down};
+use crate::engine::{all_stopped, peer_binary, put_down};
 use crate::proto::{Ask, Found, Handle, Loaded, SchedulerSpec, Stored, Tally, Tell, WorkerSpec};
 use crate::scheduler::SchedulerSide;
 use crate::wait::LIMIT;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Key, Round};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
@@ -107,6 +109,25 @@ impl Peer {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn send(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("a signal to our own child");
+    }
+
+    /// SIGSTOP, and waits until all its threads stand still.
+    pub fn stop(&self) {
+        self.send(Signal::SIGSTOP);
+        all_stopped(self.child.id());
+    }
+
+    /// SIGCONT.
+    pub fn resume(&self) {
+        self.send(Signal::SIGCONT);
     }
 
     /// `kill -9`, and waits until it is gone.

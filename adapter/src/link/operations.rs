@@ -7,6 +7,7 @@
 //! ```
 
 use super::Undo;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::Completion;
 use kvring_shm_abi::payload::{Region, Regions};
 use kvring_shm_abi::ring::DEPTH;
@@ -134,7 +135,10 @@ impl Operations {
     /// region is to be freed after that.
     pub(super) fn abandon(&mut self, slot: u16) -> Option<(Undo, Region, Completion)> {
         match self.table[usize::from(slot)] {
-            Operation::InFlight { region, undo } => {
+            Operation::InFlight { mut region, undo } => {
+                if failpoint::broken("regions until drained") {
+                    self.free_region(core::mem::take(&mut region));
+                }
                 self.table[usize::from(slot)] = Operation::Abandoned { region, undo };
                 None
             }

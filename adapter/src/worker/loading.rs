@@ -6,6 +6,7 @@ use super::mover::{Ended, Mover};
 use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
 use kvring_gpu_kernels::Direction;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::slot::ShardIdentity;
 
@@ -100,7 +101,7 @@ impl Mover {
         chunk: &LoadChunk,
     ) -> Result<(*mut u8, u64), LoadError> {
         let shard = &chunk.shard;
-        if shard.arena_id != attachment.identity.arena_id {
+        if shard.arena_id != attachment.identity.arena_id && !failpoint::broken("arena id") {
             return Err(LoadError::OtherArena);
         }
         let header = attachment.link.engine.slot(shard.slot).ok_or_else(|| outside(chunk))?;

@@ -6,6 +6,7 @@ use super::index::FORMING_MAX;
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::failpoint;
 
 /// Keys whose index lines are asked for in advance.
 const AHEAD: usize = 8;
@@ -162,6 +163,7 @@ impl<T: SlotTable> Cache<T> {
         let (mut same, mut older) = (None, None);
         for id in matches.forming() {
             let forming = self.chunks.get(*id).round();
+            let forming = if failpoint::broken("rounds in a reservation") { round } else { forming };
             if forming.source == round.source {
                 match round.number.wrapping_sub(forming.number) as i32 {
                     0 => same = Some(*id),

@@ -76,7 +76,7 @@ fn starts_anew(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast,
 #[must_use]
 pub fn dies_at(place: &str, time: u32) -> Vec<String> {
     let mut checks = Checks::new();
-    let mut engine = engine("client");
+    let mut engine = engine("client", 8);
     let mut cast = Cast::new(&engine.name);
     let mut victim = Peer::spawn_with(&[(FAIL_POINT, &format!("{place}:{time}"))]);
     let worker = worker_spec(&engine.name, PAIR, 2, 1, SHARD);

@@ -13,11 +13,11 @@ use serde_json::json;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-/// How an engine of the crash suite is configured: 8 slabs, a fast beat, and patience with who comes back.
+/// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with who comes back.
 #[must_use]
-pub fn engine(tag: &str) -> EngineProcess {
+pub fn engine(tag: &str, slabs: u64) -> EngineProcess {
     let fields = json!({ "beat_interval_ms": 1, "reattach_grace_ms": 60_000, "client_share": 1.0 });
-    EngineProcess::configured(tag, 8, &fields)
+    EngineProcess::configured(tag, slabs, &fields)
 }
 
 /// An engine dies at the `time`th time that it comes to `place`, and with `twice` its successor does so, too.
@@ -27,7 +27,7 @@ pub fn engine(tag: &str) -> EngineProcess {
 #[must_use]
 pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
     let mut checks = Checks::new();
-    let mut engine = engine("point");
+    let mut engine = engine("point", 8);
     let mut cast = Cast::new(&engine.name);
     engine.kill();
     let is_cold = matches!(way, Way::ColdStart { .. });

@@ -8,9 +8,11 @@
 pub mod cast;
 pub mod checks;
 pub mod clients;
-
+pub mod copies;
 pub mod engines;
+pub mod rules;
 pub mod table;
+
 use std::process::ExitStatus;
 
 /// The variable that says where a process is to die.

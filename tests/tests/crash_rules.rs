@@ -1,0 +1,64 @@
+//! The rules by which a crash does no harm: with each of them broken the same checks find something.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_tests::crash::table::RULES;
+use kvring_tests::crash::{BREAK, copies, rules};
+use kvring_tests::isolate::isolated_by;
+
+/// For each rule: a scenario without violations, and the violation that it has where the rule does not hold.
+macro_rules! controls {
+    ($($holds:ident $broken:ident: $rule:literal, $scenario:path, $sign:literal;)+) => {
+        $(
+            #[test]
+            fn $holds() {
+                assert_eq!($scenario(), Vec::<String>::new());
+            }
+
+            #[test]
+            fn $broken() {
+                let rule = format!("{BREAK}={}", $rule);
+                // In all processes of the scenario, this one included.
+                isolated_by(stringify!($broken), &["env", &rule], || {
+                    let violations = $scenario();
+                    assert!(
+                        violations.iter().any(|violation| violation.contains($sign)),
+                        "no violation that says {:?}: {violations:#?}",
+                        $sign
+                    );
+                });
+            }
+        )+
+
+        #[test]
+        fn every_rule_has_a_control() {
+            assert_eq!(vec![$($rule),+], RULES);
+        }
+    };
+}
+
+controls! {
+    the_word_of_a_header_comes_last without_the_word_last:
+        "word last", rules::a_header_half_written, "acknowledged";
+    a_load_is_checked_against_its_generation without_generations:
+        "generation", copies::a_copy_out_of_the_arena, "wrong bytes that were called right";
+    a_load_is_checked_against_its_arena without_arena_ids:
+        "arena id", rules::handles_of_another_arena, "wrong bytes that were called right";
+    a_recovery_combines_no_rounds without_rounds_in_a_recovery:
+        "rounds", rules::shards_of_two_rounds_at_a_restart, "wrong bytes that were called right";
+    a_reservation_combines_no_rounds without_rounds_in_a_reservation:
+        "rounds in a reservation", rules::a_round_that_failed, "wrong bytes that were called right";
+    a_region_is_its_operations_until_it_is_drained without_regions_until_drained:
+        "regions until drained", rules::a_lookup_after_one_that_was_given_up, "chunks found that were acknowledged";
+    an_entry_is_free_after_all_of_it_was_reclaimed without_reclaiming_before_the_reset:
+        "reclaim before reset", rules::a_newcomer_during_a_reclaim, "a newcomer that is attached";
+    a_successor_is_odd_before_it_looks_alive without_odd_before_the_words:
+        "odd before the words", rules::a_client_that_wakes_up_during_a_recovery, "passes for a healthy one";
+    what_a_living_client_writes_is_in_quarantine without_quarantine:
+        "quarantine", copies::a_copy_into_the_arena, "wrong bytes of somebody else's";
+    claims_for_an_earlier_engine_are_not_judged without_outdated_claims:
+        "outdated claims", rules::an_entry_that_was_meant_for_an_earlier_engine, "refusals of a client";
+    a_grant_of_an_earlier_engine_is_refused without_refusing_late_grants:
+        "late grants", copies::a_grant_that_comes_too_late, "wrong bytes of somebody else's";
+    running_copies_are_declared without_declaring_running_copies:
+        "declare running copies", copies::a_copy_into_the_arena, "wrong bytes of somebody else's";
+}
