@@ -87,7 +87,10 @@ pub fn dies_at(place: &str, time: u32) -> Vec<String> {
     for step in steps {
         lives = lives && step(&mut checks, &mut engine, &mut cast, &mut victim);
     }
-    checks.holds(!lives, format_args!("{place}:{time} was not reached"));
+    if lives {
+        checks.holds(false, format_args!("{place}:{time} was not reached"));
+        return checks.finish();
+    }
     let status = victim.has_ended();
     checks.holds(
         status.is_some_and(was_killed),

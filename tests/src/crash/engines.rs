@@ -148,7 +148,7 @@ fn run_until_dead(
 /// Does it come to be so within a few seconds? For what has been brought about already.
 fn checks_quietly(mut state: impl FnMut() -> bool) -> bool {
     let began = std::time::Instant::now();
-    while began.elapsed() < Duration::from_secs(5) {
+    while began.elapsed() < Duration::from_secs(3) {
         if state() {
             return true;
         }

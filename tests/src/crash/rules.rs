@@ -159,8 +159,9 @@ pub fn a_lookup_after_one_that_was_given_up() -> Vec<String> {
     let keys = chain(1, 8);
     checks.same("a store", all_stored(8), worker.store("r", round(1, 1), None, &keys, 1));
     engine.stop();
-    scheduler.api().submit_lookup("r", 0, &chain(2, 1)).expect("a lookup within the limits");
-    scheduler.api().submit_lookup("r", 1, &keys).expect("a lookup within the limits");
+    scheduler.api().submit_lookup("given up", 0, &chain(2, 1)).expect("a lookup within the limits");
+    scheduler.api().end_session("given up");
+    scheduler.api().submit_lookup("r", 0, &keys).expect("a lookup within the limits");
     engine.resume();
     let mut found = None;
     checks.becomes("a lookup that is answered", true, || {
