@@ -109,8 +109,8 @@ mod real {
     }
 
     /// How late a change of any but the first word is noticed where the kernel cannot wait for several, and the caller
-    /// has not said anything else. Somebody waits for an answer then, and seldom for so long; a wake-up costs some 60 µs
-    /// of a core.
+    /// has not said anything else. Somebody waits for an answer then, and seldom for so long; each wake-up costs 25 to
+    /// 60 µs of a core.
     pub const SLICE: Duration = Duration::from_millis(10);
 
     /// Sleeps on the first word alone, slice by slice, until it is woken, another has changed, or the deadline passes.

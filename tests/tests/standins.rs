@@ -303,8 +303,7 @@ fn without_the_lock_the_living_pass_for_dead() {
     assert!(!engine.view().owner_lives());
     let mut peer = Peer::spawn();
     peer.add_scheduler(&SchedulerSpec::new(&engine.name));
-    std::thread::sleep(SECOND / 4);
-    assert_eq!(peer.health(), "dead");
+    eventually("its clients think it dead", || peer.health() == "dead");
     // And the other way round.
     let engine = EngineProcess::start("lockless-too", 16);
     let mut peer = Peer::spawn_with(broken);

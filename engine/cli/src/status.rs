@@ -289,13 +289,18 @@ fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
         // Claimed but not ready yet: it is attaching.
         let content = published.read().filter(|_| life != Life::Unclaimed)?;
         let means = published.means();
+        // A living client's word itself says it.
+        let death_notice = match life {
+            Life::Alive { notice, .. } => notice,
+            Life::Dead | Life::Unclaimed => means.death_notice,
+        };
         Some(ClientStatus {
             entry,
             role: Role::from_u32(content.role).map_or("unknown", Role::as_str),
             name: content.name,
             pid: content.pid,
             alive: matches!(life, Life::Alive { .. }),
-            death_notice: means.death_notice.as_str(),
+            death_notice: death_notice.as_str(),
             waiting: means.waiting.as_str(),
         })
     });
