@@ -156,6 +156,46 @@ mod tests {
         assert!(probe_robust() && futex::probe_waitv());
     }
 
+    /// From here on this thread, and those that it starts, get `errno` from both system calls; 0: they seem to succeed, and
+    /// do nothing.
+    fn filter(errno: u32) -> nix::Result<()> {
+        let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+        let is = |number: libc::c_long, jt: u8, jf: u8| libc::sock_filter {
+            code: (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+            jt,
+            jf,
+            k: number as u32,
+        };
+        let mut program = [
+            // The number is the first field of what a filter sees.
+            statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+            is(libc::SYS_set_robust_list, 1, 0),
+            is(libc::SYS_futex_waitv, 0, 1),
+            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ERRNO | errno),
+            statement(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        nix::sys::prctl::set_no_new_privs()?;
+        // SAFETY: a program that outlives the call; the kernel copies and checks it.
+        let done =
+            unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program) };
+        nix::errno::Errno::result(done).map(|_| ())
+    }
+
+    #[test]
+    fn what_a_sandbox_refuses_or_only_pretends_is_not_there() {
+        for errno in [libc::ENOSYS, libc::EPERM, 0] {
+            // A filter is its thread's, and ends with it.
+            let probed = std::thread::spawn(move || {
+                filter(errno as u32).map(|()| (probe_robust(), futex::probe_waitv()))
+            });
+            match probed.join().unwrap() {
+                Ok(found) => assert_eq!(found, (false, false), "errno {errno}"),
+                Err(refused) => eprintln!("SKIPPED: no seccomp filters here: {refused}"),
+            }
+        }
+    }
+
     #[test]
     fn means_survive_their_word() {
         for bits in 0..4 {
