@@ -120,7 +120,8 @@ pub const PLACES: &[Place] = &[
     place("recovery.early words", Way::Broken("odd before the words"), &[1]),
 ];
 
-/// Every rule that a test may break: each has a control in `tests/crash_points.rs`.
+/// Every rule that a test may break: each has a control in `tests/crash_points.rs`, those of the stand-ins in
+/// `tests/standins.rs`.
 pub const RULES: &[&str] = &[
     "word last",
     "generation",
@@ -134,6 +135,8 @@ pub const RULES: &[&str] = &[
     "outdated claims",
     "late grants",
     "declare running copies",
+    "life lock",
+    "looks at locks",
 ];
 
 /// The names in calls of `call` (`failpoint::here`, say) in the product's source: all `.rs` files of the workspace but this
