@@ -9,6 +9,7 @@ mod remove;
 mod replay;
 mod serve;
 mod simulate;
+mod simulated;
 mod status;
 mod trace;
 

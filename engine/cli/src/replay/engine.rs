@@ -1,9 +1,10 @@
 //! The engine of a replay: `kvring serve` in a process of its own, and what its statistics say.
 
-use super::child::{Process, Stderr};
-use super::pipe::{self, Abort};
 use crate::console::{self, LogChoice};
 use crate::serve::READY_LINE;
+use crate::simulated::child::{Process, Stderr};
+use crate::simulated::pipe::{self, Abort};
+use crate::simulated::shm;
 use anyhow::{Context, anyhow, bail};
 use kvring_adapter::EngineView;
 use kvring_engine::byte_size::ByteSize;
@@ -12,13 +13,9 @@ use kvring_engine::policy::PolicyKind;
 use kvring_engine::segments;
 use kvring_engine::stats::{Snapshot, Stat};
 use kvring_shm_abi::segment::EngineName;
-
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -72,7 +69,7 @@ impl Engine {
             Err(error) => {
                 let error = process.explain(error);
                 drop(process);
-                sweep(&name);
+                shm::sweep(&name);
                 Err(error)
             }
         }
@@ -150,15 +147,7 @@ impl Engine {
 
     /// Negative control: flips a bit in every page of the arena, behind everybody's back.
     pub(super) fn corrupt(&self) -> anyhow::Result<()> {
-        let path = PathBuf::from(format!("/dev/shm{}", self.name.arena()));
-        let file =
-            File::options().read(true).write(true).open(&path).context("opening the arena to corrupt it")?;
-        for page in (0..self.view.identity.geometry.arena_bytes).step_by(4096) {
-            let mut byte = [0];
-            file.read_exact_at(&mut byte, page + 123)?;
-            file.write_all_at(&[byte[0] ^ 0x10], page + 123)?;
-        }
-        Ok(())
+        shm::corrupt(&self.name, self.view.identity.geometry.arena_bytes)
     }
 
     /// Negative control: `kill -9`.
@@ -189,10 +178,7 @@ impl Engine {
         if let Some(status) = self.process.ended() {
             return Some(status);
         }
-        // It is our child and has not been waited for: the id is its own.
-        if let Ok(pid) = i32::try_from(self.process.child().id()) {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
-        }
+        self.process.signal(Signal::SIGTERM);
         self.process.wait(STOP_MAX)
     }
 }
@@ -203,15 +189,7 @@ impl Drop for Engine {
             let _ = self.process.child().kill();
             let _ = self.process.child().wait();
         }
-        sweep(&self.name);
-    }
-}
-
-/// Nothing stays behind, also after a `kill -9`.
-fn sweep(name: &EngineName) {
-    match segments::remove(name, true, EngineConfig::default().start_wait()) {
-        Ok(removed) => tracing::debug!(?removed, "swept"),
-        Err(error) => tracing::error!(%error, "the replay's engine may have left segments in /dev/shm"),
+        shm::sweep(&self.name);
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the processes of a replay say to each other: coordinator ↔ scheduler ↔ worker, as vLLM's scheduler tells its
 //! workers with each step what to load and what to store.
 
+use crate::simulated::shape::Shape;
 use kvring_adapter::{Key, LookupStats, ShardHandle};
 use serde::{Deserialize, Serialize};
 
@@ -8,38 +9,6 @@ use serde::{Deserialize, Serialize};
 pub(super) const BLOCK_TOKENS: u32 = 32;
 /// Planes of the simulated paged KV cache: four layers, K and V of each in one plane.
 pub(super) const PLANES: u32 = 4;
-
-/// The shape of one rank's paged KV cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Shape {
-    /// Tokens in a chunk: a block of the trace.
-    pub(super) chunk_tokens: u32,
-    /// Blocks in a chunk.
-    pub(super) blocks_per_chunk: u32,
-    /// Planes.
-    pub(super) planes: u32,
-    /// Words of a page.
-    pub(super) page_words: u32,
-    /// Blocks there are.
-    pub(super) num_blocks: u32,
-}
-
-impl Shape {
-    /// Bytes of a page.
-    pub(super) fn page_bytes(&self) -> usize {
-        self.page_words as usize * 8
-    }
-
-    /// Bytes of one rank's part of a chunk.
-    pub(super) fn shard_bytes(&self) -> u64 {
-        u64::from(self.blocks_per_chunk) * u64::from(self.planes) * self.page_bytes() as u64
-    }
-
-    /// Bytes of the whole paged KV cache of one rank.
-    pub(super) fn kv_bytes(&self) -> u64 {
-        u64::from(self.num_blocks) * u64::from(self.planes) * self.page_bytes() as u64
-    }
-}
 
 /// What a simulated vLLM instance is.
 #[derive(Clone, Debug, Serialize, Deserialize)]

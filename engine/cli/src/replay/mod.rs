@@ -8,16 +8,11 @@
 //! ```
 //!
 //! The coordinator hands the trace's requests, in order, to whichever instance is free. A page's content is a function
-//! of whose page it is ([`content`]), so every byte that comes back can be told right or wrong.
+//! of whose page it is ([`content`](crate::simulated::content)), so every byte that comes back can be told right or wrong.
 
-mod blocks;
-mod child;
-mod content;
 mod drive;
 mod engine;
 mod message;
-mod pages;
-mod pipe;
 mod plan;
 mod report;
 mod scheduler;
@@ -29,6 +24,9 @@ pub(crate) use worker::be_worker;
 use crate::clear;
 use crate::console::{self, LogChoice};
 use crate::simulate;
+use crate::simulated::content;
+use crate::simulated::pipe::Abort;
+use crate::simulated::signals;
 use crate::trace::Trace;
 use anyhow::{Context, anyhow};
 use drive::Driven;
@@ -38,18 +36,14 @@ use kvring_engine::byte_size::ByteSize;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::stats::{Snapshot, Stat};
 use kvring_shm_abi::segment::EngineName;
-use pipe::Abort;
 use plan::Resolved;
 use report::Report;
 use serde::Serialize;
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 /// How long the engine may take to answer the coordinator itself.
@@ -168,7 +162,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
     }
     let resolved = Resolved::new(&args, &trace)?;
     let abort = Abort::default();
-    abort_on_signal(&abort)?;
+    signals::abort_on_signal(&abort)?;
     let (report, said) = replay(&args, &resolved, &trace, log, &abort)?;
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -285,22 +279,6 @@ fn hold_lease(
         return Err(anyhow!("the sabotage needs a chunk that is there: {:?}", adapter.lookup_stats()));
     }
     Ok(adapter)
-}
-
-/// SIGINT and SIGTERM give the replay up, in order; a second one ends this process at once, and the kernel the others.
-fn abort_on_signal(abort: &Abort) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for SIGINT and SIGTERM")?;
-    let abort = abort.clone();
-    let watch = move || {
-        for _ in signals.forever() {
-            if !abort.interrupt() {
-                std::process::exit(1);
-            }
-            console::say("interrupted: stopping the engine and all instances");
-        }
-    };
-    thread::Builder::new().name("kvring-signals".to_owned()).spawn(watch).context("cannot start a thread")?;
-    Ok(())
 }
 
 #[cfg(test)]

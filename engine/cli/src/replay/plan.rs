@@ -1,8 +1,9 @@
 //! What a replay's options come to, for this trace on this machine.
 
 use super::Args;
-use super::content::LANES;
-use super::message::{BLOCK_TOKENS, PLANES, Plan, Shape};
+use super::message::{BLOCK_TOKENS, PLANES, Plan};
+use crate::simulated::content::LANES;
+use crate::simulated::shape::Shape;
 use crate::trace::Trace;
 use anyhow::{Context, bail, ensure};
 use kvring_engine::byte_size::ByteSize;

@@ -1,14 +1,13 @@
 //! One simulated vLLM scheduler: looks each request up, tells its workers what to load and what to store, and gives
 //! the lookup's pins back when all ranks have loaded.
 
-use super::blocks::BlockPool;
-use super::child::{Peer, REPLY_MAX, STEP_MAX, Stderr};
-use super::content::key_of;
-use super::message::{
-    FromScheduler, FromWorker, Plan, RequestReport, Shape, Shard, Step, ToScheduler, ToWorker,
-};
-use super::pipe::{Abort, Pipe};
+use super::message::{FromScheduler, FromWorker, Plan, RequestReport, Shard, Step, ToScheduler, ToWorker};
 use super::worker::ATTACH_MAX;
+use crate::simulated::blocks::BlockPool;
+use crate::simulated::child::{Peer, REPLY_MAX, STEP_MAX, Stderr};
+use crate::simulated::content::key_of;
+use crate::simulated::pipe::{Abort, Pipe};
+use crate::simulated::shape::Shape;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, ClientOptions, Hit, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,
@@ -19,7 +18,7 @@ use std::time::Instant;
 
 /// The scheduler's process: serves requests until the coordinator closes the pipe.
 pub(crate) fn be_scheduler() -> anyhow::Result<()> {
-    super::child::die_with_parent()?;
+    crate::simulated::child::die_with_parent()?;
     let mut pipe = Pipe::to_parent()?;
     let Some(ToScheduler::Start(plan)) = pipe.receive(None)? else { bail!("expected `start` first") };
     let mut scheduler = Scheduler::start(plan)?;

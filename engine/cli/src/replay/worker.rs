@@ -1,9 +1,9 @@
 //! One simulated vLLM worker: a rank with its own paged KV cache, in a process of its own.
 
-use super::child::STEP_MAX;
 use super::message::{FromWorker, Loaded, Plan, Step, Stored, ToWorker};
-use super::pages::Pages;
-use super::pipe::Pipe;
+use crate::simulated::child::STEP_MAX;
+use crate::simulated::pages::Pages;
+use crate::simulated::pipe::Pipe;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, ClientOptions, Finished, JobId, LoadChunk, Role, Round, StoreChunk, WorkerAdapter, WorkerOptions,
@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// The worker's process: does what its scheduler says, until that closes the pipe.
 pub(crate) fn be_worker() -> anyhow::Result<()> {
-    super::child::die_with_parent()?;
+    crate::simulated::child::die_with_parent()?;
     let mut pipe = Pipe::to_parent()?;
     let Some(ToWorker::Start(plan, rank)) = pipe.receive(None)? else { bail!("expected `start` first") };
     let mut worker =

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ const SLICE: Duration = Duration::from_millis(50);
 
 /// Ends all waiting, from another thread.
 #[derive(Clone)]
-pub(super) struct Abort(Arc<AbortFlags>);
+pub(crate) struct Abort(Arc<AbortFlags>);
 
 struct AbortFlags {
     on: AtomicBool,
@@ -38,29 +38,29 @@ impl Default for Abort {
 
 impl Abort {
     /// From here on every wait is an error.
-    pub(super) fn now(&self) {
+    pub(crate) fn now(&self) {
         self.0.on.store(true, Ordering::Relaxed);
     }
 
     /// The same, because the user wants it. False if that was known.
-    pub(super) fn interrupt(&self) -> bool {
+    pub(crate) fn interrupt(&self) -> bool {
         self.now();
         !self.0.interrupted.swap(true, Ordering::Relaxed)
     }
 
     /// Was it called?
-    pub(super) fn is_on(&self) -> bool {
+    pub(crate) fn is_on(&self) -> bool {
         self.0.on.load(Ordering::Relaxed)
     }
 
     /// Does the user want it?
-    pub(super) fn is_interrupted(&self) -> bool {
+    pub(crate) fn is_interrupted(&self) -> bool {
         self.0.interrupted.load(Ordering::Relaxed)
     }
 }
 
 /// Both directions between two processes.
-pub(super) struct Pipe {
+pub(crate) struct Pipe {
     input: File,
     output: File,
     /// Read, but not yet a whole message.
@@ -70,19 +70,19 @@ pub(super) struct Pipe {
 
 impl Pipe {
     /// Reads from `input`, writes to `output`.
-    pub(super) fn new(input: OwnedFd, output: OwnedFd, abort: Abort) -> Pipe {
+    pub(crate) fn new(input: OwnedFd, output: OwnedFd, abort: Abort) -> Pipe {
         Pipe { input: input.into(), output: output.into(), buffer: Vec::new(), abort }
     }
 
     /// A child's end: standard input and output.
-    pub(super) fn to_parent() -> anyhow::Result<Pipe> {
+    pub(crate) fn to_parent() -> anyhow::Result<Pipe> {
         let input = std::io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
         let output = std::io::stdout().as_fd().try_clone_to_owned().context("standard output")?;
         Ok(Pipe::new(input, output, Abort::default()))
     }
 
     /// Sends a message, or gives up at the deadline.
-    pub(super) fn send(&mut self, message: &impl Serialize, deadline: Instant) -> anyhow::Result<()> {
+    pub(crate) fn send(&mut self, message: &impl Serialize, deadline: Instant) -> anyhow::Result<()> {
         let mut bytes = postcard::to_extend(message, vec![0; HEAD]).context("encoding a message")?;
         let length = u32::try_from(bytes.len() - HEAD).context("a message of more than 4 GiB")?;
         bytes[..HEAD].copy_from_slice(&length.to_le_bytes());
@@ -95,7 +95,7 @@ impl Pipe {
 
     /// The next message, or an error at the deadline. `None`: the other side has closed its end between two messages.
     /// Without a deadline it waits for as long as the other side lives.
-    pub(super) fn receive<T: DeserializeOwned>(
+    pub(crate) fn receive<T: DeserializeOwned>(
         &mut self,
         deadline: Option<Instant>,
     ) -> anyhow::Result<Option<T>> {
@@ -118,6 +118,37 @@ impl Pipe {
         }
     }
 
+    /// Where messages come from: to be waited for together with others.
+    pub(crate) fn input(&self) -> BorrowedFd<'_> {
+        self.input.as_fd()
+    }
+
+    /// Whatever has come, or comes within `patience` (rounded up to whole milliseconds); and whether more may come.
+    pub(crate) fn drain<T: DeserializeOwned>(
+        &mut self,
+        patience: Duration,
+    ) -> anyhow::Result<(Vec<T>, bool)> {
+        let timeout = PollTimeout::try_from(patience.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
+        let mut open = true;
+        match poll(&mut [PollFd::new(self.input.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => {
+                let before = self.buffer.len();
+                self.buffer.resize(before + (64 << 10), 0);
+                let read = self.input.read(&mut self.buffer[before..]);
+                self.buffer.truncate(before + read.as_ref().copied().unwrap_or(0));
+                // Who was killed in the middle of a message has closed the pipe like anybody else.
+                open = read.context("reading from the pipe")? > 0;
+            }
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let mut messages = Vec::new();
+        while let Some(message) = self.take()? {
+            messages.push(message);
+        }
+        Ok((messages, open))
+    }
+
     /// A whole message from the buffer, if there is one.
     fn take<T: DeserializeOwned>(&mut self) -> anyhow::Result<Option<T>> {
         let Some(head) = self.buffer.first_chunk::<HEAD>() else { return Ok(None) };
@@ -135,7 +166,7 @@ impl Pipe {
 }
 
 /// Waits until there is something to read, or its end.
-pub(super) fn wait_readable(file: &File, deadline: Instant, abort: &Abort) -> anyhow::Result<()> {
+pub(crate) fn wait_readable(file: &File, deadline: Instant, abort: &Abort) -> anyhow::Result<()> {
     wait(file, PollFlags::POLLIN, Some(deadline), abort)
 }
 
@@ -143,7 +174,7 @@ pub(super) fn wait_readable(file: &File, deadline: Instant, abort: &Abort) -> an
 fn wait(file: &File, events: PollFlags, deadline: Option<Instant>, abort: &Abort) -> anyhow::Result<()> {
     loop {
         if abort.is_on() {
-            bail!("the replay was given up");
+            bail!("the run was given up");
         }
         let now = Instant::now();
         let left = deadline.map_or(SLICE, |deadline| deadline.saturating_duration_since(now));
@@ -209,7 +240,19 @@ mod tests {
         let (mut a, _b, abort) = pair();
         let waiting = std::thread::spawn(move || a.receive::<u32>(None).unwrap_err().to_string());
         abort.now();
-        assert_eq!(waiting.join().unwrap(), "the replay was given up");
+        assert_eq!(waiting.join().unwrap(), "the run was given up");
+    }
+
+    #[test]
+    fn a_drain_takes_what_has_come_and_says_when_nothing_more_will() {
+        let (mut a, mut b, _) = pair();
+        assert_eq!(b.drain::<u32>(Duration::ZERO).unwrap(), (vec![], true));
+        a.send(&1u32, soon()).unwrap();
+        a.send(&2u32, soon()).unwrap();
+        a.output.write_all(&[4, 0]).unwrap();
+        assert_eq!(b.drain::<u32>(Duration::from_secs(20)).unwrap(), (vec![1, 2], true));
+        drop(a);
+        assert_eq!(b.drain::<u32>(Duration::from_secs(20)).unwrap(), (vec![], false), "died while it spoke");
     }
 
     #[test]

@@ -7,33 +7,33 @@
 use kvring_adapter::Key;
 
 /// Words that are done at once; a page is a multiple of it.
-pub(super) const LANES: usize = 8;
+pub(crate) const LANES: usize = 8;
 
 /// An odd number without pattern (2⁶⁴ / the golden ratio): the counter's step.
 const GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Names a page: which chunk's, which rank's, which block of the chunk, which plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct PageId {
+pub(crate) struct PageId {
     /// The chunk's key.
-    pub(super) key: Key,
+    pub(crate) key: Key,
     /// The rank.
-    pub(super) rank: u32,
+    pub(crate) rank: u32,
     /// The block's place in the chunk.
-    pub(super) block: u32,
+    pub(crate) block: u32,
     /// The plane.
-    pub(super) plane: u32,
+    pub(crate) plane: u32,
 }
 
 /// The finaliser of SplitMix64: every bit of the result depends on every bit of `value`.
-pub(super) fn mix(value: u64) -> u64 {
+pub(crate) fn mix(value: u64) -> u64 {
     let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     value ^ (value >> 31)
 }
 
 /// The key of a trace's block. The ids cover the prefix, so the keys do.
-pub(super) fn key_of(block_id: u64) -> Key {
+pub(crate) fn key_of(block_id: u64) -> Key {
     [mix(block_id.wrapping_add(GAMMA)), mix(block_id ^ 0x6b76_7269_6e67_6b65)]
 }
 
@@ -55,7 +55,7 @@ fn counters(seed: u64) -> [u64; LANES] {
 }
 
 /// Writes the page's content; `page` is a multiple of [`LANES`] words.
-pub(super) fn fill(page: &mut [u64], id: PageId) {
+pub(crate) fn fill(page: &mut [u64], id: PageId) {
     let mut counters = counters(id.seed());
     let (groups, rest) = page.as_chunks_mut::<LANES>();
     debug_assert!(rest.is_empty());
@@ -68,14 +68,14 @@ pub(super) fn fill(page: &mut [u64], id: PageId) {
 }
 
 /// The first and the last word of a page of `words` words.
-pub(super) fn ends(words: usize, id: PageId) -> (u64, u64) {
+pub(crate) fn ends(words: usize, id: PageId) -> (u64, u64) {
     let seed = id.seed();
     let last = (words as u64).wrapping_sub(1);
     (scramble(seed), scramble(seed.wrapping_add(GAMMA.wrapping_mul(last))))
 }
 
 /// How many bytes of the page are not the page's.
-pub(super) fn wrong_bytes(page: &[u64], id: PageId) -> u64 {
+pub(crate) fn wrong_bytes(page: &[u64], id: PageId) -> u64 {
     let mut differences = [0u64; LANES];
     let mut counters = counters(id.seed());
     let (groups, rest) = page.as_chunks::<LANES>();
@@ -101,7 +101,7 @@ fn count_wrong_bytes(page: &[u64], seed: u64) -> u64 {
 }
 
 /// The first word that is wrong, for a message: its index, what was expected, what is there.
-pub(super) fn first_wrong(page: &[u64], id: PageId) -> Option<(usize, u64, u64)> {
+pub(crate) fn first_wrong(page: &[u64], id: PageId) -> Option<(usize, u64, u64)> {
     let seed = id.seed();
     page.iter().enumerate().find_map(|(index, word)| {
         let expected = scramble(seed.wrapping_add(GAMMA.wrapping_mul(index as u64)));

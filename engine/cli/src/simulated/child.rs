@@ -1,9 +1,10 @@
-//! The other processes of a replay: this executable again. None outlives us, and none dies unexplained.
+//! The other processes of a run: this executable again. None outlives us, and none dies unexplained.
 
 use super::pipe::{Abort, Pipe};
 use crate::console::{self, LOG_ENV, LogChoice};
 use anyhow::{Context, anyhow, bail};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::VecDeque;
@@ -15,11 +16,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 /// The longest that one load or store of a worker may take. Far above anything real: only a hang reaches it.
-pub(super) const STEP_MAX: Duration = Duration::from_secs(120);
+pub(crate) const STEP_MAX: Duration = Duration::from_secs(120);
 /// The longest that a scheduler waits for a worker: somewhat more, so that who hangs is told by who is nearest.
-pub(super) const REPLY_MAX: Duration = Duration::from_secs(150);
+pub(crate) const REPLY_MAX: Duration = Duration::from_secs(150);
 /// The longest that the coordinator waits for a scheduler: a load and a store.
-pub(super) const REQUEST_MAX: Duration = Duration::from_secs(330);
+pub(crate) const REQUEST_MAX: Duration = Duration::from_secs(330);
 /// How long a process may take to end after it was told to.
 const END_MAX: Duration = Duration::from_secs(30);
 /// How long we wait for what a failed process still has to say.
@@ -28,13 +29,13 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 const TAIL_LINES: usize = 12;
 
 /// In a child: ends with its parent, however that ends.
-pub(super) fn die_with_parent() -> anyhow::Result<()> {
+pub(crate) fn die_with_parent() -> anyhow::Result<()> {
     // If the parent has ended before this, the pipe to it is closed: that ends us as well.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")
 }
 
 /// What becomes of a process's stderr.
-pub(super) enum Stderr<'a> {
+pub(crate) enum Stderr<'a> {
     /// Ours: our parent reads it.
     Ours,
     /// Its end is kept, and shown if the process fails; all of it is shown if the user asked for logs.
@@ -42,7 +43,7 @@ pub(super) enum Stderr<'a> {
 }
 
 /// A process of ours, killed when dropped.
-pub(super) struct Process {
+pub(crate) struct Process {
     name: String,
     child: Child,
     tail: Option<Tail>,
@@ -50,7 +51,7 @@ pub(super) struct Process {
 
 impl Process {
     /// Starts this executable with these arguments; standard input and output as the caller sets them up.
-    pub(super) fn start(
+    pub(crate) fn start(
         name: String,
         stderr: &Stderr<'_>,
         set_up: impl FnOnce(&mut Command) -> &mut Command,
@@ -74,22 +75,32 @@ impl Process {
     }
 
     /// For messages.
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// The process, for its pipes and its id.
-    pub(super) fn child(&mut self) -> &mut Child {
+    pub(crate) fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
+    /// Sends it a signal; that it has ended is fine.
+    pub(crate) fn signal(&mut self, signal: Signal) {
+        // It is our child: as long as it has not been waited for, the id is its own.
+        if self.ended().is_none()
+            && let Ok(pid) = i32::try_from(self.child.id())
+        {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+    }
+
     /// Has it ended?
-    pub(super) fn ended(&mut self) -> Option<ExitStatus> {
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
     /// Waits for its end, at most `timeout`.
-    pub(super) fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
+    pub(crate) fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
         let until = Instant::now() + timeout;
         loop {
             match self.ended() {
@@ -100,7 +111,7 @@ impl Process {
     }
 
     /// Waits for its end; anything but success in time is an error.
-    pub(super) fn succeed(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn succeed(&mut self) -> anyhow::Result<()> {
         match self.wait(END_MAX) {
             Some(status) if status.success() => Ok(()),
             Some(_) => Err(self.explain(anyhow!("it failed at its end"))),
@@ -109,12 +120,12 @@ impl Process {
     }
 
     /// The end of what it said, if that has not been shown.
-    fn last_words(&self) -> Vec<String> {
+    pub(crate) fn last_words(&self) -> Vec<String> {
         self.tail.as_ref().map(Tail::last_words).unwrap_or_default()
     }
 
     /// Adds to an error who it was, how it ended, and what it said last.
-    pub(super) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         let fate = match self.wait(LAST_WORDS) {
             Some(status) => format!("{} has ended ({status})", self.name),
             None => format!("{} still runs", self.name),
@@ -174,7 +185,7 @@ impl Tail {
 }
 
 /// A process that we talk to.
-pub(super) struct Peer {
+pub(crate) struct Peer {
     process: Process,
     /// `None` once it was told to end.
     pipe: Option<Pipe>,
@@ -182,7 +193,7 @@ pub(super) struct Peer {
 
 impl Peer {
     /// Starts `kvring SUBCOMMAND`, with pipes to it.
-    pub(super) fn start(
+    pub(crate) fn start(
         name: String,
         subcommand: &str,
         stderr: &Stderr<'_>,
@@ -199,24 +210,24 @@ impl Peer {
     }
 
     /// For messages.
-    pub(super) fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         self.process.name()
     }
 
     /// Its process.
-    pub(super) fn pid(&mut self) -> u32 {
+    pub(crate) fn pid(&mut self) -> u32 {
         self.process.child().id()
     }
 
     /// Tells it something.
-    pub(super) fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
+    pub(crate) fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
         let Some(pipe) = &mut self.pipe else { bail!("{} was told to end", self.process.name()) };
         let sent = pipe.send(message, Instant::now() + STEP_MAX);
         sent.map_err(|error| self.process.explain(error))
     }
 
     /// Its next message.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self, timeout: Duration) -> anyhow::Result<T> {
+    pub(crate) fn receive<T: DeserializeOwned>(&mut self, timeout: Duration) -> anyhow::Result<T> {
         let Some(pipe) = &mut self.pipe else { bail!("{} was told to end", self.process.name()) };
         match pipe.receive(Some(Instant::now() + timeout)) {
             Ok(Some(message)) => Ok(message),
@@ -225,13 +236,23 @@ impl Peer {
         }
     }
 
+    /// Its process.
+    pub(crate) fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// The pipes to it, until it was told to end.
+    pub(crate) fn pipe(&mut self) -> Option<&mut Pipe> {
+        self.pipe.as_mut()
+    }
+
     /// Tells it to end.
-    pub(super) fn close(&mut self) {
+    pub(crate) fn close(&mut self) {
         self.pipe = None;
     }
 
     /// Tells it to end, and waits until it has, well. Answers what it said last, if that has not been shown.
-    pub(super) fn finish(mut self) -> anyhow::Result<Vec<String>> {
+    pub(crate) fn finish(mut self) -> anyhow::Result<Vec<String>> {
         self.close();
         self.process.succeed()?;
         Ok(self.process.last_words())

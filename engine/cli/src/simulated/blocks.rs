@@ -4,19 +4,19 @@ use anyhow::bail;
 use std::collections::VecDeque;
 
 /// Free blocks, the longest unused first.
-pub(super) struct BlockPool {
+pub(crate) struct BlockPool {
     free: VecDeque<u32>,
 }
 
 impl BlockPool {
     /// All blocks are free. Their order is not that of their ids: a shard's pages are never one run of memory.
-    pub(super) fn new(num_blocks: u32) -> BlockPool {
+    pub(crate) fn new(num_blocks: u32) -> BlockPool {
         let (even, odd) = ((0..num_blocks).step_by(2), (1..num_blocks).step_by(2));
         BlockPool { free: odd.rev().chain(even).collect() }
     }
 
     /// Blocks for `chunks` chunks.
-    pub(super) fn take(&mut self, chunks: usize, blocks_per_chunk: u32) -> anyhow::Result<Vec<Vec<u32>>> {
+    pub(crate) fn take(&mut self, chunks: usize, blocks_per_chunk: u32) -> anyhow::Result<Vec<Vec<u32>>> {
         let wanted = chunks * blocks_per_chunk as usize;
         if wanted > self.free.len() {
             bail!("expected at most {} free blocks to be asked for, got {wanted}", self.free.len());
@@ -25,7 +25,7 @@ impl BlockPool {
     }
 
     /// They are free again.
-    pub(super) fn give(&mut self, blocks: Vec<Vec<u32>>) {
+    pub(crate) fn give(&mut self, blocks: Vec<Vec<u32>>) {
         self.free.extend(blocks.into_iter().flatten());
     }
 }

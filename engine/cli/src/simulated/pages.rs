@@ -1,7 +1,7 @@
 //! A worker's paged KV cache: planes of pages, in this process's own memory.
 
 use super::content::{self, PageId};
-use super::message::Shape;
+use super::shape::Shape;
 use anyhow::{Context, bail};
 use kvring_adapter::{Key, PagedKv, Plane};
 use std::alloc::{Layout, alloc_zeroed, dealloc};
@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 const ALIGN: usize = 4096;
 
 /// The memory. The adapter's threads read and write it too: each access here says why none of them does so now.
-pub(super) struct Pages {
+pub(crate) struct Pages {
     shape: Shape,
     rank: u32,
     planes: Vec<NonNull<u64>>,
@@ -20,7 +20,7 @@ pub(super) struct Pages {
 
 impl Pages {
     /// Zeroed pages of this shape.
-    pub(super) fn new(shape: Shape, rank: u32) -> anyhow::Result<Pages> {
+    pub(crate) fn new(shape: Shape, rank: u32) -> anyhow::Result<Pages> {
         let bytes = shape.num_blocks as usize * shape.page_bytes();
         if bytes == 0 || !shape.page_bytes().is_multiple_of(content::LANES * 8) {
             bail!("expected blocks of a multiple of {} bytes, got {shape:?}", content::LANES * 8);
@@ -43,7 +43,7 @@ impl Pages {
     /// # Safety
     /// The adapter that gets it is shut down before `self` is dropped; blocks that a job names are left alone until
     /// the job has been reported.
-    pub(super) unsafe fn describe(&self) -> anyhow::Result<PagedKv> {
+    pub(crate) unsafe fn describe(&self) -> anyhow::Result<PagedKv> {
         let page_bytes = self.shape.page_bytes();
         let plane = |plane: &NonNull<u64>| Plane {
             base: plane.as_ptr().cast(),
@@ -76,7 +76,7 @@ impl Pages {
     ///
     /// # Safety
     /// No open job names these blocks.
-    pub(super) unsafe fn compute(&mut self, key: Key, blocks: &[u32]) {
+    pub(crate) unsafe fn compute(&mut self, key: Key, blocks: &[u32]) {
         for (page, id) in self.of_chunk(key, blocks) {
             // SAFETY: a page of ours; by our caller's promise nobody else uses it, and `self` is borrowed mutably.
             let page = unsafe { std::slice::from_raw_parts_mut(page, self.shape.page_words as usize) };
@@ -89,7 +89,7 @@ impl Pages {
     ///
     /// # Safety
     /// No open job names these blocks.
-    pub(super) unsafe fn spoil(&mut self, key: Key, blocks: &[u32]) {
+    pub(crate) unsafe fn spoil(&mut self, key: Key, blocks: &[u32]) {
         for (page, id) in self.of_chunk(key, blocks) {
             // SAFETY: as in `compute`.
             let page = unsafe { std::slice::from_raw_parts_mut(page, self.shape.page_words as usize) };
@@ -107,7 +107,7 @@ impl Pages {
     ///
     /// # Safety
     /// No open job names these blocks.
-    pub(super) unsafe fn wrong_bytes(&self, key: Key, blocks: &[u32]) -> u64 {
+    pub(crate) unsafe fn wrong_bytes(&self, key: Key, blocks: &[u32]) -> u64 {
         let mut wrong_bytes = 0;
         for (page, id) in self.of_chunk(key, blocks) {
             // SAFETY: a page of ours, which by our caller's promise nobody writes.
