@@ -3,6 +3,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve.
 
+mod chaos;
 mod clear;
 mod console;
 mod remove;
@@ -54,6 +55,8 @@ enum Command {
     Remove(remove::Args),
     /// Drive a real trace through an engine and simulated vLLM instances, and verify every byte
     Replay(replay::Args),
+    /// Kill, stop and restart everything under load, and verify what comes back
+    Chaos(chaos::Args),
     /// Measure, each number beside the machine's own limit
     Bench(kvring_benches::BenchArgs),
     /// Simulate the hit rate of each eviction policy by capacity
@@ -64,6 +67,15 @@ enum Command {
     /// One simulated vLLM worker; started by a replay's scheduler
     #[command(hide = true)]
     ReplayWorker,
+    /// One simulated vLLM scheduler; started by `chaos`
+    #[command(hide = true)]
+    ChaosScheduler,
+    /// One simulated vLLM worker; started by `chaos`
+    #[command(hide = true)]
+    ChaosWorker,
+    /// Takes everything away if `chaos` is killed; started by it
+    #[command(hide = true)]
+    ChaosGuard,
 }
 
 fn main() -> ExitCode {
@@ -101,6 +113,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             log.start("warn")?;
             return replay::run(args, &log);
         }
+        Command::Chaos(args) => {
+            log.start("off")?;
+            return chaos::run(&args, &log);
+        }
         Command::Bench(args) => {
             // Its engines come and go: what their clients say of that is not news.
             log.start("error")?;
@@ -117,6 +133,19 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::ReplayWorker => {
             log.start("warn")?;
             replay::be_worker()?;
+        }
+        // That the engine dies, and loads fail, is what they are there for: only errors are news.
+        Command::ChaosScheduler => {
+            log.start("error")?;
+            chaos::be_scheduler()?;
+        }
+        Command::ChaosWorker => {
+            log.start("error")?;
+            chaos::be_worker()?;
+        }
+        Command::ChaosGuard => {
+            log.start("error")?;
+            chaos::be_guard()?;
         }
     }
     Ok(ExitCode::SUCCESS)

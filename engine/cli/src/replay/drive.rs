@@ -1,13 +1,14 @@
 //! The coordinator's work: requests to whichever instance is free, and what comes back.
 
 use super::engine::Engine;
-use super::message::{FromScheduler, Loaded, Lookups, Plan, RequestReport, Stored, ToScheduler};
+use super::message::{FromScheduler, Loaded, Plan, RequestReport, Stored, ToScheduler};
 use super::plan::Resolved;
 use super::worker::ATTACH_MAX;
 use super::{Args, Sabotage, Speed};
 use crate::console::{self, LogChoice};
 use crate::simulated::child::{Peer, REQUEST_MAX, Stderr};
 use crate::simulated::pipe::Abort;
+use crate::simulated::wire::Lookups;
 use crate::trace::Trace;
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;

@@ -2,7 +2,8 @@
 //! workers with each step what to load and what to store.
 
 use crate::simulated::shape::Shape;
-use kvring_adapter::{Key, LookupStats, ShardHandle};
+use crate::simulated::wire::{Lookups, Shard};
+use kvring_adapter::Key;
 use serde::{Deserialize, Serialize};
 
 /// Tokens in a block of the simulated paged KV cache.
@@ -67,37 +68,6 @@ pub(super) struct RequestReport {
     pub(super) ranks: Vec<(Loaded, Stored)>,
 }
 
-/// [`LookupStats`], to be sent.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
-pub(super) struct Lookups {
-    /// Answered by the engine.
-    pub(super) answered: u64,
-    /// Answered 0 because the engine was not fit to be asked.
-    pub(super) degraded: u64,
-    /// Answered 0 because no answer came in time.
-    pub(super) timed_out: u64,
-    /// Answered 0 because the engine refused.
-    pub(super) refused: u64,
-}
-
-impl From<LookupStats> for Lookups {
-    fn from(stats: LookupStats) -> Lookups {
-        let LookupStats { answered, degraded, timed_out, refused } = stats;
-        Lookups { answered, degraded, timed_out, refused }
-    }
-}
-
-impl Lookups {
-    /// Sums.
-    pub(super) fn add(&mut self, other: &Lookups) {
-        let Lookups { answered, degraded, timed_out, refused } = other;
-        self.answered += answered;
-        self.degraded += degraded;
-        self.timed_out += timed_out;
-        self.refused += refused;
-    }
-}
-
 impl Loaded {
     /// Sums.
     pub(super) fn add(&mut self, other: &Loaded) {
@@ -148,30 +118,6 @@ pub(super) struct Step {
     pub(super) round: (u32, u32),
     /// The key just before the first one to be stored.
     pub(super) parent: Option<Key>,
-}
-
-/// [`ShardHandle`] without its arena, which is the same for all of a lookup.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(super) struct Shard {
-    slot: u32,
-    generation: u64,
-    offset: u64,
-    /// The chunk's key.
-    pub(super) key: Key,
-}
-
-impl Shard {
-    /// To be sent.
-    pub(super) fn of(handle: ShardHandle) -> Shard {
-        let ShardHandle { slot, generation, offset, key, .. } = handle;
-        Shard { slot, generation, offset, key }
-    }
-
-    /// As the worker's adapter takes it.
-    pub(super) fn handle(self, arena_id: [u64; 2]) -> ShardHandle {
-        let Shard { slot, generation, offset, key } = self;
-        ShardHandle { arena_id, slot, generation, offset, key }
-    }
 }
 
 /// From a worker to its scheduler.

@@ -1,13 +1,14 @@
 //! One simulated vLLM scheduler: looks each request up, tells its workers what to load and what to store, and gives
 //! the lookup's pins back when all ranks have loaded.
 
-use super::message::{FromScheduler, FromWorker, Plan, RequestReport, Shard, Step, ToScheduler, ToWorker};
+use super::message::{FromScheduler, FromWorker, Plan, RequestReport, Step, ToScheduler, ToWorker};
 use super::worker::ATTACH_MAX;
 use crate::simulated::blocks::BlockPool;
 use crate::simulated::child::{Peer, REPLY_MAX, STEP_MAX, Stderr};
 use crate::simulated::content::key_of;
 use crate::simulated::pipe::{Abort, Pipe};
 use crate::simulated::shape::Shape;
+use crate::simulated::wire::Shard;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, ClientOptions, Hit, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,

@@ -108,7 +108,7 @@ impl Worker {
                 unsafe { self.pages.spoil(shard.key, blocks) };
             }
         }
-        let chunk = |(shard, blocks): &(super::message::Shard, Vec<u32>)| LoadChunk {
+        let chunk = |(shard, blocks): &(crate::simulated::wire::Shard, Vec<u32>)| LoadChunk {
             shard: shard.handle(step.arena_id),
             blocks: blocks.clone(),
         };

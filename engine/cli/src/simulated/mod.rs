@@ -9,3 +9,4 @@ pub(crate) mod pipe;
 pub(crate) mod shape;
 pub(crate) mod shm;
 pub(crate) mod signals;
+pub(crate) mod wire;

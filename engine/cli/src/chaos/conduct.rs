@@ -1,0 +1,399 @@
+//! The coordinator: strikes as planned, passes on what the processes say to each other, and keeps the books.
+
+use super::engine::{Engine, Event};
+use super::fleet::{Fleet, Said};
+use super::message::{FromScheduler, FromWorker, ToScheduler, ToWorker};
+use super::oracle::Oracle;
+use super::plan::{Action, INSTANCES, Phase, Plan, RANKS, Who};
+use super::random::Random;
+use super::report::Counts;
+use super::{Args, LOOK, Sabotage};
+use crate::console::LogChoice;
+use crate::simulated::pipe::Abort;
+use anyhow::bail;
+use indicatif::ProgressBar;
+use kvring_shm_abi::futex::monotonic_ns;
+use kvring_shm_abi::segment::EngineName;
+use std::time::{Duration, Instant};
+
+/// A clear whose scheduler has died may still be done: until an engine has served undisturbed for so long.
+const CLEAR_MAX: Duration = Duration::from_secs(1);
+/// Findings that are told in words.
+const TOLD: usize = 12;
+
+/// Everything, while it runs.
+pub(super) struct Conductor<'a> {
+    pub(super) seed: u64,
+    pub(super) engine: Engine,
+    pub(super) fleet: Fleet,
+    pub(super) oracle: Oracle,
+    pub(super) counts: Counts,
+    /// What was found, in words: the first few.
+    pub(super) found: Vec<String>,
+    pub(super) abort: &'a Abort,
+    pub(super) sabotage: Option<Sabotage>,
+    bar: &'a ProgressBar,
+    phase: Phase,
+    /// The next cold start was asked for.
+    expect_cold: bool,
+    /// Requests of each instance in this phase.
+    requests: [u32; INSTANCES as usize],
+    /// Who clears, and since when an engine has served undisturbed.
+    clearing: Option<(u32, Option<Instant>)>,
+    finishing: bool,
+}
+
+impl<'a> Conductor<'a> {
+    /// Nothing is started yet.
+    pub(super) fn new(
+        args: &Args,
+        name: &EngineName,
+        first: &Phase,
+        log: &LogChoice,
+        abort: &'a Abort,
+        bar: &'a ProgressBar,
+    ) -> anyhow::Result<Conductor<'a>> {
+        let (seed, hang_limit) = (args.seed, Duration::from_millis(args.hang_limit_ms));
+        Ok(Conductor {
+            seed,
+            engine: Engine::new(name.clone(), first.clone(), log, hang_limit)?,
+            fleet: Fleet::new(name, seed, log, abort, hang_limit),
+            oracle: Oracle::new(seed),
+            counts: Counts::default(),
+            found: Vec::new(),
+            abort,
+            sabotage: args.sabotage,
+            bar,
+            phase: first.clone(),
+            expect_cold: true,
+            requests: [0; INSTANCES as usize],
+            clearing: None,
+            finishing: false,
+        })
+    }
+
+    /// Something that must not be, in words.
+    pub(super) fn find(&mut self, text: String) {
+        tracing::error!("{text}");
+        if self.found.len() < TOLD {
+            self.found.push(text);
+        }
+    }
+
+    /// A phase begins: cold, with another arena, and with keys of its own.
+    pub(super) fn begin_phase(&mut self, phase: &Phase) -> anyhow::Result<()> {
+        self.phase = phase.clone();
+        self.expect_cold = true;
+        self.oracle.forget(monotonic_ns());
+        self.oracle.roomy = phase.roomy;
+        self.clearing = None;
+        let way = Random::new(self.seed, u64::from(phase.number)).next();
+        self.engine.begin_phase(phase, way)?;
+        if phase.number > 0 {
+            self.counts.restarts += 1;
+        }
+        self.await_all("the engine to serve, and all clients to be ready", Fleet::all_ready)?;
+        self.finishing = false;
+        self.requests = [0; INSTANCES as usize];
+        self.fleet.stir();
+        (0..INSTANCES).for_each(|instance| self.introduce(instance));
+        Ok(())
+    }
+
+    /// Tells a scheduler what it needs to know: its workers and its work.
+    fn introduce(&mut self, instance: u32) {
+        for rank in 0..RANKS {
+            let life = self.fleet.life(Who::Worker { instance, rank });
+            self.fleet.tell_scheduler(instance, &ToScheduler::Rank(rank, life));
+        }
+        let requests = self.requests[instance as usize];
+        self.fleet.tell_scheduler(instance, &ToScheduler::Work { phase: self.phase.number, requests });
+        if self.finishing {
+            self.fleet.tell_scheduler(instance, &ToScheduler::Finish);
+        }
+    }
+
+    /// Strikes as planned, for as long as the phase lasts.
+    pub(super) fn run_phase(&mut self, phase: &Phase) -> anyhow::Result<()> {
+        let mut plan = Plan::new(self.seed, phase);
+        let ends = Instant::now() + phase.duration;
+        let (wait, mut action) = plan.next();
+        let mut due = Instant::now() + wait;
+        while Instant::now() < ends {
+            self.turn()?;
+            if Instant::now() >= due {
+                self.strike(action)?;
+                let (wait, next) = plan.next();
+                (due, action) = (Instant::now() + wait, next);
+            }
+        }
+        Ok(())
+    }
+
+    fn strike(&mut self, action: Action) -> anyhow::Result<()> {
+        tracing::info!(?action, "chaos");
+        match action {
+            Action::KillEngine { pause, again } => {
+                if self.engine.runs() {
+                    self.engine.kill(pause, again)?;
+                    self.counts.engine_kills += 1;
+                    self.counts.restarts += u64::from(pause.is_zero());
+                    self.disturbed();
+                }
+            }
+            Action::StopEngine(pause) => {
+                self.counts.stops += u64::from(self.engine.stop(pause));
+                self.disturbed();
+            }
+            Action::Kill(who, pause) => {
+                if let Some(who) = self.fleet.target(who) {
+                    self.fleet.kill(who, pause);
+                    match who {
+                        Who::Scheduler { .. } => self.counts.scheduler_kills += 1,
+                        Who::Worker { .. } => self.counts.worker_kills += 1,
+                    }
+                    self.gone(who);
+                }
+            }
+            Action::Stop(who, pause) => {
+                if let Some(who) = self.fleet.target(who) {
+                    self.fleet.stop(who, Some(pause));
+                    self.counts.stops += 1;
+                }
+            }
+            Action::End(who) => {
+                if let Some(who) = self.fleet.target(who) {
+                    self.fleet.end(who, true);
+                    self.gone(who);
+                }
+            }
+            Action::Clear(instance) => {
+                let who = Who::Scheduler { instance };
+                if self.clearing.is_none() && self.fleet.target(who) == Some(who) {
+                    self.oracle.begin_clear();
+                    self.clearing = Some((instance, None));
+                    self.counts.clears += 1;
+                    self.fleet.tell_scheduler(instance, &ToScheduler::Clear);
+                }
+            }
+        }
+        self.bar.set_message(format!("{} kills, {} stops", self.counts.kills(), self.counts.stops));
+        Ok(())
+    }
+
+    /// A client takes messages no more: what others know of it ends.
+    fn gone(&mut self, who: Who) {
+        match who {
+            Who::Worker { instance, rank } => {
+                self.fleet.tell_scheduler(instance, &ToScheduler::Rank(rank, None));
+            }
+            Who::Scheduler { instance } => {
+                if let Some((clears, since)) = &mut self.clearing
+                    && *clears == instance
+                {
+                    *since = Some(Instant::now());
+                }
+            }
+        }
+    }
+
+    /// The engine is not what it was a moment ago.
+    fn disturbed(&mut self) {
+        if let Some((_, Some(since))) = &mut self.clearing {
+            *since = Instant::now();
+        }
+    }
+
+    /// One look at everything.
+    pub(super) fn turn(&mut self) -> anyhow::Result<()> {
+        if self.abort.is_interrupted() {
+            bail!("interrupted");
+        }
+        let mut said = Vec::new();
+        self.fleet.listen(LOOK, &mut said)?;
+        for said in said {
+            self.heard(said)?;
+        }
+        let mut events = Vec::new();
+        let (starts, kills) = self.engine.tick(&mut events)?;
+        self.counts.restarts += starts + self.fleet.tick()?;
+        self.counts.engine_kills += kills;
+        for event in events {
+            self.engine_event(event);
+        }
+        if !self.engine.serves() {
+            self.disturbed();
+        }
+        if let Some((_, Some(since))) = self.clearing
+            && since.elapsed() > CLEAR_MAX
+        {
+            self.cleared();
+        }
+        self.bar.set_position((self.bar.elapsed().as_millis() as u64).min(self.bar.length().unwrap_or(0)));
+        Ok(())
+    }
+
+    fn cleared(&mut self) {
+        self.clearing = None;
+        self.oracle.end_clear(monotonic_ns());
+    }
+
+    fn engine_event(&mut self, event: Event) {
+        match event {
+            Event::Serves { warm: true } => self.counts.warm_restarts += 1,
+            Event::Serves { warm: false } => {
+                self.counts.cold_restarts += 1;
+                if !self.expect_cold {
+                    self.counts.unasked_cold_restarts += 1;
+                    self.oracle.cold_start(monotonic_ns());
+                }
+            }
+            Event::Ended(said) => {
+                self.counts.crashes += 1;
+                self.find(said);
+            }
+            Event::Hangs(why) => {
+                self.counts.hangs += 1;
+                self.find(why);
+            }
+        }
+        self.expect_cold = false;
+    }
+
+    fn heard(&mut self, said: Said) -> anyhow::Result<()> {
+        match said {
+            Said::Scheduler(instance, message) => self.from_scheduler(instance, message),
+            Said::Worker(instance, rank, message) => self.from_worker(instance, rank, message),
+            Said::Ended(who, None) => self.gone(who),
+            Said::Ended(who, Some(said)) => {
+                self.counts.crashes += 1;
+                self.find(said);
+                self.gone(who);
+            }
+            Said::Hangs(who, why) => {
+                self.counts.hangs += 1;
+                self.find(format!("{who} hangs: {why}"));
+                self.fleet.kill(who, Duration::ZERO);
+                self.gone(who);
+            }
+        }
+        Ok(())
+    }
+
+    fn from_scheduler(&mut self, instance: u32, message: FromScheduler) {
+        match message {
+            FromScheduler::Ready => self.introduce(instance),
+            FromScheduler::To(rank, life, message) => {
+                self.fleet.tell_worker(instance, rank, life, &message);
+            }
+            FromScheduler::Looked { turn, began_ns, found } => {
+                if turn.phase == self.phase.number {
+                    self.requests[instance as usize] += 1;
+                    self.oracle.looked(turn, began_ns, found);
+                }
+            }
+            FromScheduler::Acknowledged { turn, from, began_ns, ended_ns } => {
+                if turn.phase == self.phase.number {
+                    self.oracle.acknowledge(turn, from, began_ns, ended_ns);
+                }
+            }
+            FromScheduler::Cleared => {
+                if self.clearing.is_some_and(|(clears, _)| clears == instance) {
+                    self.cleared();
+                }
+            }
+            FromScheduler::Quiet | FromScheduler::Beat(_) => {}
+        }
+    }
+
+    fn from_worker(&mut self, instance: u32, rank: u32, message: FromWorker) {
+        match message {
+            FromWorker::Ready => {
+                let life = self.fleet.life(Who::Worker { instance, rank });
+                self.fleet.tell_scheduler(instance, &ToScheduler::Rank(rank, life));
+            }
+            // To a scheduler of another life it means nothing: the name of the request says so.
+            FromWorker::Reply(reply) => {
+                self.fleet.tell_scheduler(instance, &ToScheduler::From(rank, reply));
+            }
+            FromWorker::Quiet | FromWorker::Beat(_) => {}
+        }
+    }
+
+    /// Turns until it is so, and an engine serves. Nothing that is waited for here takes long, unless somebody hangs; and
+    /// whoever hangs is killed and started again.
+    pub(super) fn await_all(&mut self, what: &str, done: impl Fn(&Fleet) -> bool) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            self.turn()?;
+            if self.engine.serves() && done(&self.fleet) {
+                return Ok(());
+            }
+            if began.elapsed() > super::WAIT_MAX {
+                bail!("waited {} s in vain for {what}", began.elapsed().as_secs());
+            }
+        }
+    }
+
+    /// Everybody goes on and is there; no new requests, everything is looked at once more, all sessions end.
+    pub(super) fn come_to_rest(&mut self) -> anyhow::Result<()> {
+        self.engine.calm();
+        self.fleet.calm();
+        self.await_all("everybody to go on", Fleet::all_ready)?;
+        if self.sabotage == Some(Sabotage::Corrupt) {
+            self.engine.corrupt()?;
+        }
+        self.finishing = true;
+        (0..INSTANCES).for_each(|instance| self.fleet.tell_scheduler(instance, &ToScheduler::Finish));
+        let scheduler = |who| matches!(who, Who::Scheduler { .. });
+        self.await_all("the schedulers to finish", |fleet| fleet.all_quiet(scheduler))?;
+        for instance in 0..INSTANCES {
+            for rank in 0..RANKS {
+                if let Some(life) = self.fleet.life(Who::Worker { instance, rank }) {
+                    self.fleet.tell_worker(instance, rank, life, &ToWorker::Drain);
+                }
+            }
+        }
+        self.await_all("the workers to finish", |fleet| fleet.all_quiet(|_| true))
+    }
+
+    /// Negative controls that strike at the end of a roomy phase.
+    pub(super) fn sabotage(&mut self, phase: &Phase) -> anyhow::Result<()> {
+        match self.sabotage.filter(|_| phase.roomy) {
+            Some(Sabotage::Hang) => self.fleet.stop(Who::Worker { instance: 0, rank: 0 }, None),
+            Some(Sabotage::Lose) => {
+                // Something has to be there to be lost.
+                let began = Instant::now();
+                self.engine.calm();
+                self.fleet.calm();
+                while self.oracle.promised() == 0 && began.elapsed() < super::WAIT_MAX {
+                    self.turn()?;
+                }
+                self.engine.kill_and_remove()?;
+            }
+            // At the end.
+            Some(Sabotage::Corrupt | Sabotage::Leak) | None => {}
+        }
+        Ok(())
+    }
+
+    /// Turns for a while.
+    pub(super) fn rest(&mut self, pause: Duration) -> anyhow::Result<()> {
+        let until = Instant::now() + pause;
+        while Instant::now() < until {
+            self.turn()?;
+        }
+        Ok(())
+    }
+
+    /// Everybody ends, politely.
+    pub(super) fn end_all(&mut self) -> anyhow::Result<()> {
+        Who::all().into_iter().for_each(|who| self.fleet.end(who, false));
+        self.await_all("everybody to end", Fleet::all_ended)?;
+        if !self.engine.end()? {
+            self.counts.hangs += 1;
+            self.find("the engine does not end".to_owned());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,176 @@
+//! `kvring chaos`: a verified workload while everything dies, stands still, and comes back.
+//!
+//! ```text
+//! coordinator ──┬── engine (kvring serve)        each of them a process, and each but the coordinator and the guard
+//! (this one)    ├── scheduler 0, worker 0.0, 0.1 is killed, stopped and started again at random; all that they say
+//!               ├── scheduler 1, worker 1.0, 1.1 to each other goes through the coordinator, which keeps the books
+//!               └── guard                        takes everything away if the coordinator itself is killed
+//! ```
+//!
+//! A run is a sequence of phases, each with an arena of its own: roomy ones, in which nothing is ever evicted and
+//! every acknowledged chunk must be found for ever ([`oracle`]), and small ones, in which room is short. At the end of
+//! each phase everybody goes on, everything is looked up and loaded once more, all sessions end, and nothing may be
+//! left ([`check`]).
+
+mod check;
+mod conduct;
+mod engine;
+mod fleet;
+mod guard;
+mod lives;
+mod message;
+mod oracle;
+mod plan;
+mod random;
+mod report;
+mod requests;
+mod scheduler;
+mod watch;
+mod work;
+mod worker;
+
+pub(crate) use guard::be_guard;
+pub(crate) use scheduler::be_scheduler;
+pub(crate) use worker::be_worker;
+
+use crate::console::{self, LogChoice};
+use crate::simulated::pipe::Abort;
+use crate::simulated::signals;
+use anyhow::Context;
+use conduct::Conductor;
+use indicatif::ProgressBar;
+use kvring_shm_abi::segment::EngineName;
+use plan::Phase;
+use report::Report;
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// The deadline of a lookup.
+const LOOKUP: Duration = Duration::from_millis(5);
+/// How long a client waits for the answer to an operation.
+const OPERATION: Duration = Duration::from_millis(500);
+/// How long a client waits for a registration.
+const REGISTER: Duration = Duration::from_millis(500);
+/// How long an attempt to attach may take.
+const ATTACH: Duration = Duration::from_secs(1);
+/// How long a client waits for the end of its copies, and for the engine's goodbye.
+const DRAIN: Duration = Duration::from_secs(1);
+/// How often a client says that it lives.
+const BEAT: Duration = Duration::from_millis(100);
+/// How long a client may take to tell the coordinator something.
+const TELL: Duration = Duration::from_secs(60);
+/// How long the coordinator waits for news.
+const LOOK: Duration = Duration::from_millis(2);
+/// The longest that a client is busy with calls before it says something; what is silent for longer is late.
+const HANG_AFTER: Duration = Duration::from_secs(5);
+/// The longest that a job may take: each of its reservations, copies and commits has a deadline.
+const JOB_MAX: Duration = Duration::from_secs(5);
+/// How long everything together may take to come to rest, hangs included.
+const WAIT_MAX: Duration = Duration::from_secs(180);
+/// How long nobody does anything before leaks are looked for.
+const QUIET: Duration = Duration::from_secs(1);
+
+/// Kill, stop and restart everything under load, and verify what comes back.
+///
+/// It starts an engine of its own, two schedulers, and two workers for each, all real clients in processes of their own,
+/// and lets them store, look up and load without a pause. Meanwhile it kills (SIGKILL), stops (SIGSTOP), continues and
+/// restarts them at random: the engine too, and all of them at the worst moments that chance can find, more than 20
+/// kills a minute. Then it says what was done, and what was found. These must be 0, else the exit code is 1:
+///
+/// - wrong bytes: every loaded byte is compared with what was stored.
+///
+/// - lost chunks: acknowledged by all ranks, neither evicted nor cleared, and not found.
+///
+/// - leaks: leases, slots and segments that are held when nobody uses anything.
+///
+/// - hangs and deadline misses: calls that return 30 s after their deadline, or later than by as much as the
+///   machine itself was late at that time.
+///
+/// The seed fixes what is done to whom and in which order, and what every process chooses; it does not fix the timing,
+/// so two runs of one seed differ. A failure says what was found, and the seed.
+#[derive(clap::Args, Debug)]
+#[command(after_long_help = "Examples:
+  kvring chaos                            a minute of it
+  kvring chaos --seconds 600 --seed 7     longer, and another plan
+  kvring chaos --json                     one JSON object, for programs
+
+It needs about 400 MiB in /dev/shm, and leaves nothing there, also when it is
+interrupted or killed.")]
+pub(crate) struct Args {
+    /// How long things are killed; the checks at the end of each phase come on top
+    #[arg(long, value_name = "S", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    seconds: u64,
+
+    /// Fixes the plan and all choices, but not the timing
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+
+    /// Negative control: do something that the checks must find
+    #[arg(long, hide = true)]
+    sabotage: Option<Sabotage>,
+
+    /// How long after its deadline something counts as hanging, in milliseconds
+    #[arg(long, hide = true, default_value_t = 30_000)]
+    hang_limit_ms: u64,
+}
+
+/// What a negative control does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Sabotage {
+    /// Flips a bit in every page of the arena, before everything is looked at once more.
+    Corrupt,
+    /// Holds a lease at the end.
+    Leak,
+    /// Removes the segments between a death of the engine and its next life.
+    Lose,
+    /// Stops a worker for ever.
+    Hang,
+}
+
+/// Runs the command.
+pub(crate) fn run(args: &Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
+    let abort = Abort::default();
+    signals::abort_on_signal(&abort)?;
+    let bar = console::count_bar("chaos", args.seconds * 1000);
+    let report = chaos(args, log, &abort, &bar)?;
+    bar.finish_and_clear();
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{}", serde_json::to_string(&report).context("cannot print the report")?)?;
+    } else {
+        write!(out, "{}", report.table())?;
+    }
+    report.found().iter().for_each(|line| console::say(&format!("found: {line}")));
+    let failures = report.failures();
+    failures.iter().for_each(|failure| console::say(&format!("failed (seed {}): {failure}", args.seed)));
+    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The whole of it.
+fn chaos(args: &Args, log: &LogChoice, abort: &Abort, bar: &ProgressBar) -> anyhow::Result<Report> {
+    let name = EngineName::new(&format!("chaos-{}", std::process::id()))?;
+    let phases = plan::phases(args.seed, args.seconds);
+    // Whatever happens below, all processes end and all segments go when it is dropped.
+    let mut run = Conductor::new(args, &name, &phases[0], log, abort, bar)?;
+    for phase in &phases {
+        carry_out(&mut run, phase)?;
+    }
+    run.end_all()?;
+    let (seconds, count) = (args.seconds, phases.len() as u64);
+    let mut report = Report::new(&run, seconds, count);
+    report.count_left(run.engine.finish()?);
+    Ok(report)
+}
+
+fn carry_out(run: &mut Conductor<'_>, phase: &Phase) -> anyhow::Result<()> {
+    run.begin_phase(phase)?;
+    run.run_phase(phase)?;
+    run.sabotage(phase)?;
+    run.come_to_rest()?;
+    run.check_leaks(phase.number)
+}

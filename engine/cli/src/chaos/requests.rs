@@ -1,0 +1,164 @@
+//! A scheduler's requests: where each of them is, and whom it waits for.
+
+use super::message::{Job, Life, Outcome};
+use super::plan::RANKS;
+use super::work::Turn;
+use kvring_adapter::Key;
+use std::time::Instant;
+
+/// Every rank.
+const ALL: u32 = (1 << RANKS) - 1;
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    /// The ranks' loads.
+    Loading,
+    /// The ranks' stores.
+    Storing,
+    /// Nothing: its client has gone away, and somebody will notice then.
+    Abandoned(Instant),
+}
+
+/// A request whose session is open, or of which workers still have work.
+#[derive(Clone, Debug)]
+pub(super) struct Request {
+    /// Its name for the workers.
+    pub(super) job: Job,
+    /// What it asks for.
+    pub(super) turn: Turn,
+    /// The turn's keys.
+    pub(super) keys: Vec<Key>,
+    /// Chunks that its lookup found.
+    pub(super) hit: usize,
+    /// Where it is.
+    pub(super) state: State,
+    /// When that began.
+    pub(super) since: Instant,
+    /// Is it part of the last look at everything?
+    pub(super) audit: bool,
+    /// When it is preempted.
+    pub(super) preempt: Option<Instant>,
+    /// When its store began.
+    pub(super) store_ns: u64,
+    /// Another request of this scheduler stores some of the same chunks: the newer round replaces the older one, and
+    /// what was skipped for it is not there yet.
+    contested: bool,
+    /// Ranks that have not answered.
+    waiting: u32,
+    /// Something of the load or store went wrong.
+    failed: bool,
+    /// The engine's life, as far as it is one.
+    life: Option<Life>,
+}
+
+impl Request {
+    /// A request that has been looked up.
+    pub(super) fn new(job: Job, turn: Turn, keys: Vec<Key>, hit: usize) -> Request {
+        let (state, since) = (State::Loading, Instant::now());
+        Request {
+            job,
+            turn,
+            keys,
+            hit,
+            state,
+            since,
+            audit: false,
+            preempt: None,
+            store_ns: 0,
+            contested: false,
+            waiting: 0,
+            failed: false,
+            life: None,
+        }
+    }
+
+    /// All ranks have been told something.
+    pub(super) fn begin(&mut self, state: State) {
+        (self.state, self.since, self.waiting, self.failed) = (state, Instant::now(), ALL, false);
+    }
+
+    /// The store begins.
+    pub(super) fn begin_store(&mut self, now_ns: u64, life: Option<Life>) {
+        self.begin(State::Storing);
+        (self.store_ns, self.life) = (now_ns, life);
+    }
+
+    /// What is stored: nothing unless it is.
+    pub(super) fn storing(&self) -> &[Key] {
+        if self.state == State::Storing { &self.keys[self.hit..] } else { &[] }
+    }
+
+    /// If both store the same chunks, neither is believed what it skips.
+    pub(super) fn contest(&mut self, other: &mut Request) {
+        if self.storing().iter().any(|key| other.storing().contains(key)) {
+            (self.contested, other.contested) = (true, true);
+        }
+    }
+
+    /// Does it wait for this rank?
+    pub(super) fn waits_for(&self, rank: u32) -> bool {
+        self.waiting & 1 << rank != 0
+    }
+
+    /// A rank has answered. True once all have.
+    pub(super) fn answered(&mut self, rank: u32, outcome: Outcome) -> bool {
+        let waited = self.waiting != 0;
+        self.waiting &= !(1 << rank);
+        match (outcome, self.state) {
+            (Outcome::Stored { acknowledged, life }, State::Storing) => {
+                let whole = acknowledged as usize == self.keys.len() - self.hit;
+                self.failed |= !whole || life.is_none() || life != self.life;
+            }
+            (Outcome::Loaded, State::Loading) => {}
+            _ => self.failed = true,
+        }
+        waited && self.waiting == 0
+    }
+
+    /// Have all ranks committed all of it, in one round and in one life of the engine?
+    pub(super) fn acknowledged(&self) -> bool {
+        self.state == State::Storing && self.waiting == 0 && !self.failed && !self.contested
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIFE: Option<Life> = Some(Life { arena_id: [1, 2], incarnation: 4 });
+
+    fn storing(conversation: u32, number: u32) -> Request {
+        let turn = Turn { phase: 0, conversation, chunks: 6 };
+        let mut request = Request::new(Job { life: 1, number }, turn, turn.keys(1), 2);
+        request.begin_store(7, LIFE);
+        request
+    }
+
+    fn stored(acknowledged: u32, life: Option<Life>) -> Outcome {
+        Outcome::Stored { acknowledged, life }
+    }
+
+    #[test]
+    fn only_what_all_ranks_committed_in_one_life_is_acknowledged() {
+        let mut request = storing(1, 1);
+        assert!(!request.answered(0, stored(4, LIFE)) && !request.acknowledged());
+        assert!(request.answered(1, stored(4, LIFE)) && request.acknowledged());
+        for (acknowledged, life) in
+            [(3, LIFE), (4, None), (4, Some(Life { arena_id: [1, 2], incarnation: 6 }))]
+        {
+            let mut request = storing(1, 1);
+            request.answered(0, stored(4, LIFE));
+            assert!(request.answered(1, stored(acknowledged, life)) && !request.acknowledged());
+        }
+    }
+
+    #[test]
+    fn who_stores_the_same_chunks_at_once_is_not_believed() {
+        let (mut one, mut other, mut third) = (storing(1, 1), storing(7, 2), storing(2, 3));
+        one.contest(&mut third);
+        assert!(!one.contested && !third.contested);
+        one.contest(&mut other);
+        assert!(one.contested && other.contested, "chunks 2 and 3 are the family's");
+    }
+}

@@ -1,0 +1,264 @@
+//! A worker's process: one rank, which serves whatever life of its scheduler there is.
+
+use super::lives::Lives;
+use super::message::{FINGERPRINT, FromWorker, Job, Life, Outcome, Reply, Start, ToWorker};
+use super::watch::Watch;
+use super::work::SHAPE;
+use super::{BEAT, DRAIN, OPERATION, REGISTER, TELL};
+use crate::simulated::blocks::BlockPool;
+use crate::simulated::child;
+use crate::simulated::pages::Pages;
+use crate::simulated::pipe::Pipe;
+use crate::simulated::wire::Shard;
+use anyhow::{Context, bail};
+use kvring_adapter::{
+    Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk, StoreReport, WorkerAdapter,
+    WorkerOptions,
+};
+use kvring_shm_abi::segment::EngineName;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a look for messages sleeps while jobs are open, and while none is.
+const LOOK: (Duration, Duration) = (Duration::from_millis(1), Duration::from_millis(20));
+
+/// The process: does what it is told until it is told to end, or its parent has ended.
+pub(crate) fn be_worker() -> anyhow::Result<()> {
+    child::die_with_parent()?;
+    let mut pipe = Pipe::to_parent()?;
+    let Some(ToWorker::Start(start)) = pipe.receive(None)? else { bail!("expected `start` first") };
+    let mut worker = Worker::start(&start, pipe)?;
+    worker.tell(&FromWorker::Ready)?;
+    worker.serve()
+}
+
+/// A job of the adapter's that has not been reported.
+struct Open {
+    job: Job,
+    since: Instant,
+    keys: Vec<Key>,
+    blocks: Vec<Vec<u32>>,
+    /// The engine's life when it began.
+    life: Option<Life>,
+    is_store: bool,
+}
+
+struct Worker {
+    // Dropped first: it shuts the adapter down, which uses the pages.
+    adapter: WorkerAdapter,
+    client: Arc<Client>,
+    pages: Pages,
+    pool: BlockPool,
+    jobs: HashMap<JobId, Open>,
+    lives: Lives,
+    watch: Watch,
+    pipe: Pipe,
+    beaten: Instant,
+    draining: bool,
+}
+
+impl Worker {
+    fn start(start: &Start, pipe: Pipe) -> anyhow::Result<Worker> {
+        let rank = start.rank.unwrap_or(0);
+        let mut watch = Watch::start()?;
+        let pages = Pages::new(SHAPE, rank)?;
+        let client = Client::new(Role::Worker, start.client_options())?;
+        let options = WorkerOptions {
+            model: "chaos".to_owned(),
+            dtype: "counter".to_owned(),
+            copy_threads: Some(1 + (start.life % 2) as usize),
+            ..WorkerOptions::new(FINGERPRINT, super::plan::RANKS, rank, SHAPE.chunk_tokens)
+        };
+        let mut adapter = WorkerAdapter::new(&client, options)?;
+        // SAFETY: `adapter` is dropped before `pages`, and blocks are left alone while a job names them.
+        let paged = unsafe { pages.describe()? };
+        watch.call("register_kv_caches", REGISTER, || adapter.register_kv_caches(paged))?;
+        let lives = Lives::new(EngineName::new(&start.engine)?);
+        let pool = BlockPool::new(SHAPE.num_blocks);
+        let (jobs, beaten) = (HashMap::new(), Instant::now());
+        Ok(Worker { adapter, client, pages, pool, jobs, lives, watch, pipe, beaten, draining: false })
+    }
+
+    fn tell(&mut self, message: &FromWorker) -> anyhow::Result<()> {
+        self.pipe.send(message, Instant::now() + TELL).context("telling the coordinator")
+    }
+
+    fn reply(&mut self, job: Job, what: Outcome) -> anyhow::Result<()> {
+        self.tell(&FromWorker::Reply(Reply { job, what }))
+    }
+
+    fn serve(&mut self) -> anyhow::Result<()> {
+        loop {
+            let patience = if self.jobs.is_empty() { LOOK.1 } else { LOOK.0 };
+            let (messages, open) = self.pipe.drain(patience)?;
+            for message in messages {
+                match message {
+                    ToWorker::Start(_) => bail!("expected `start` once"),
+                    ToWorker::Load { job, arena_id, shards } => self.load(job, arena_id, &shards)?,
+                    ToWorker::Store { job, round, parent, keys } => self.store(job, round, parent, keys)?,
+                    ToWorker::Preempt(job) => self.preempt(job),
+                    ToWorker::Drain => self.draining = true,
+                    ToWorker::End => return self.end(),
+                }
+            }
+            if !open {
+                return Ok(());
+            }
+            self.look_for_finished()?;
+            self.beat()?;
+            self.come_to_rest()?;
+        }
+    }
+
+    fn beat(&mut self) -> anyhow::Result<()> {
+        if self.beaten.elapsed() >= BEAT || self.watch.tally().deadline_misses > 0 {
+            self.beaten = Instant::now();
+            self.watch.call("is_healthy", Duration::ZERO, || self.adapter.is_healthy());
+            let oldest = self.jobs.values().map(|open| open.since.elapsed()).max().unwrap_or_default();
+            let mut tally = self.watch.take();
+            tally.oldest_job_ms = u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX);
+            self.tell(&FromWorker::Beat(tally))?;
+        }
+        Ok(())
+    }
+
+    fn take_blocks(&mut self, chunks: usize) -> Option<Vec<Vec<u32>>> {
+        self.pool.take(chunks, SHAPE.blocks_per_chunk).ok()
+    }
+
+    fn load(&mut self, job: Job, arena_id: [u64; 2], shards: &[Shard]) -> anyhow::Result<()> {
+        let Some(blocks) = self.take_blocks(shards.len()) else { return self.reply(job, Outcome::Refused) };
+        let keys: Vec<Key> = shards.iter().map(|shard| shard.key).collect();
+        for (key, blocks) in keys.iter().zip(&blocks) {
+            // SAFETY: blocks fresh from the pool: no job names them.
+            unsafe { self.pages.spoil(*key, blocks) };
+        }
+        let chunk = |(shard, blocks): (&Shard, &Vec<u32>)| LoadChunk {
+            shard: shard.handle(arena_id),
+            blocks: blocks.clone(),
+        };
+        let chunks = shards.iter().zip(&blocks).map(chunk).collect();
+        let (adapter, name) = (&mut self.adapter, name_of(job));
+        let id = self.watch.call("submit_load", Duration::ZERO, || adapter.submit_load(&name, chunks))?;
+        let open = Open { job, since: Instant::now(), keys, blocks, life: None, is_store: false };
+        self.jobs.insert(id, open);
+        Ok(())
+    }
+
+    fn store(
+        &mut self,
+        job: Job,
+        round: (u32, u32),
+        parent: Option<Key>,
+        keys: Vec<Key>,
+    ) -> anyhow::Result<()> {
+        let Some(blocks) = self.take_blocks(keys.len()) else { return self.reply(job, Outcome::Refused) };
+        for (key, blocks) in keys.iter().zip(&blocks) {
+            // SAFETY: blocks fresh from the pool: no job names them.
+            unsafe { self.pages.compute(*key, blocks) };
+        }
+        let chunk = |(key, blocks): (&Key, &Vec<u32>)| StoreChunk { key: *key, blocks: blocks.clone() };
+        let chunks = keys.iter().zip(&blocks).map(chunk).collect();
+        let (source, number) = round;
+        let life = self.lives.now();
+        let (adapter, name, round) = (&mut self.adapter, name_of(job), Round { source, number });
+        let submit = || adapter.submit_store(&name, round, parent, chunks);
+        let id = self.watch.call("submit_store", Duration::ZERO, submit)?;
+        self.jobs.insert(id, Open { job, since: Instant::now(), keys, blocks, life, is_store: true });
+        Ok(())
+    }
+
+    /// The request's blocks are given to somebody else at once: a store that still reads them would commit what that
+    /// one writes, and a later load would see it.
+    fn preempt(&mut self, job: Job) {
+        let (adapter, name) = (&mut self.adapter, name_of(job));
+        let preempt = || adapter.handle_preemptions(Some(&[&name]));
+        self.watch.call("handle_preemptions", OPERATION, preempt);
+        self.watch.tally().preemptions += 1;
+        for open in self.jobs.values().filter(|open| open.job == job && open.is_store) {
+            for (key, blocks) in open.keys.iter().zip(&open.blocks) {
+                let [low, high] = *key;
+                // SAFETY: a store of these blocks is open, but by the call above nothing reads them any more.
+                unsafe { self.pages.compute([!low, !high], blocks) };
+            }
+        }
+    }
+
+    fn look_for_finished(&mut self) -> anyhow::Result<()> {
+        let adapter = &mut self.adapter;
+        let Finished { stores, loads } =
+            self.watch.call("get_finished", Duration::ZERO, || adapter.get_finished());
+        for (id, _, report) in stores {
+            self.stored(id, report)?;
+        }
+        if loads.is_empty() {
+            return Ok(());
+        }
+        let failed = || adapter_errors(&mut self.adapter);
+        let failed = self.watch.call("get_block_ids_with_load_errors", Duration::ZERO, failed);
+        for (id, _, report) in loads {
+            self.loaded(id, report, &failed)?;
+        }
+        Ok(())
+    }
+
+    fn stored(&mut self, id: JobId, report: StoreReport) -> anyhow::Result<()> {
+        let Some(open) = self.jobs.remove(&id) else { bail!("{id:?} was reported, and never submitted") };
+        let tally = self.watch.tally();
+        tally.stored += u64::from(report.stored);
+        tally.skipped += u64::from(report.skipped);
+        tally.dropped += u64::from(report.dropped);
+        self.pool.give(open.blocks);
+        let life = open.life.filter(|life| self.lives.now() == Some(*life));
+        let acknowledged = report.stored + report.skipped;
+        self.reply(open.job, Outcome::Stored { acknowledged, life })
+    }
+
+    fn loaded(&mut self, id: JobId, report: LoadReport, failed: &HashSet<u32>) -> anyhow::Result<()> {
+        let Some(open) = self.jobs.remove(&id) else { bail!("{id:?} was reported, and never submitted") };
+        let mut wrong_bytes = 0;
+        for (key, blocks) in open.keys.iter().zip(&open.blocks) {
+            if !blocks.iter().any(|block| failed.contains(block)) {
+                // SAFETY: the load has been reported.
+                wrong_bytes += unsafe { self.pages.wrong_bytes(*key, blocks) };
+            }
+        }
+        let tally = self.watch.tally();
+        tally.wrong_bytes += wrong_bytes;
+        tally.loaded += u64::from(report.loaded);
+        tally.failed += u64::from(report.failed);
+        self.pool.give(open.blocks);
+        self.reply(open.job, Outcome::Loaded)
+    }
+
+    /// Says that it is quiet once it is: no job, and the engine has heard everything.
+    fn come_to_rest(&mut self) -> anyhow::Result<()> {
+        if self.draining && self.jobs.is_empty() {
+            let client = &self.client;
+            if self.watch.call("noop", OPERATION, || client.noop()).is_ok() {
+                self.draining = false;
+                self.tell(&FromWorker::Quiet)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn end(&mut self) -> anyhow::Result<()> {
+        let adapter = &mut self.adapter;
+        // It waits for its jobs, for answers that they still wait for, for a registration, and for the engine's goodbye.
+        self.watch.call("shutdown", DRAIN * 2 + REGISTER + OPERATION * 2, || adapter.shutdown());
+        let tally = self.watch.take();
+        self.tell(&FromWorker::Beat(tally))
+    }
+}
+
+/// Blocks whose load has failed since the last call.
+fn adapter_errors(adapter: &mut WorkerAdapter) -> HashSet<u32> {
+    adapter.get_block_ids_with_load_errors().into_iter().collect()
+}
+
+/// A request's name in the adapter.
+fn name_of(job: Job) -> String {
+    format!("life {} request {}", job.life, job.number)
+}
