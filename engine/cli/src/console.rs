@@ -30,6 +30,11 @@ impl LogChoice {
         self.0.as_deref()
     }
 
+    /// The same, and `otherwise` where nothing was asked for.
+    pub(crate) fn or(&self, otherwise: &str) -> LogChoice {
+        LogChoice(Some(self.asked().unwrap_or(otherwise).to_owned()))
+    }
+
     /// Starts logging, at `otherwise` if nothing was asked for.
     pub(crate) fn start(&self, otherwise: &str) -> anyhow::Result<()> {
         self.start_to(otherwise, || BesideBars)

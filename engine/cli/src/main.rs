@@ -114,6 +114,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             return replay::run(args, &log);
         }
         Command::Chaos(args) => {
+            // Everything that it logs is in its report as well.
             log.start("off")?;
             return chaos::run(&args, &log);
         }

@@ -2,7 +2,7 @@
 
 use super::guard::Guard;
 use super::plan::Phase;
-use crate::console::{self, LogChoice};
+use crate::console::LogChoice;
 use crate::serve::READY_LINE;
 use crate::simulated::child::{Process, Stderr};
 use crate::simulated::shm;
@@ -110,9 +110,8 @@ impl Engine {
     /// Starts a life of it.
     pub(super) fn start(&mut self) -> anyhow::Result<()> {
         let arguments = arguments(&self.name, &self.phase);
-        let level = self.log.asked().unwrap_or("error").to_owned();
         let mut process = Process::start("the engine".to_owned(), &Stderr::Kept(&self.log), |command| {
-            command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).env(console::LOG_ENV, level)
+            command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped())
         })?;
         if let Some(guard) = &mut self.guard {
             guard.engine_is(process.child().id())?;
@@ -134,14 +133,20 @@ impl Engine {
         self.process.is_some()
     }
 
-    /// `kill -9`; started again after `pause`. With none it is started before the dead one has been waited for.
+    /// `kill -9`; started again after `pause`. With none it is started as soon as it is dead, which is long before
+    /// what is left of its process has gone.
     pub(super) fn kill(&mut self, pause: Duration, again: Option<Duration>) -> anyhow::Result<()> {
         let now = Instant::now();
-        let old = self.process.take();
-        let old = old.map(|mut process| {
+        let mut old = self.process.take();
+        if let Some(process) = &mut old {
             process.signal(Signal::SIGKILL);
-            process
-        });
+        }
+        match &self.view {
+            // The kernel says when: a start before that is refused, and rightfully.
+            Some(view) => while view.owner_lives() && now.elapsed() < START_MAX {},
+            // It had not come so far: nobody but the kernel knows when it is dead.
+            None => drop(old.take()),
+        }
         self.end_of_life();
         if pause.is_zero() {
             self.start()?;

@@ -136,6 +136,8 @@ pub(crate) enum Sabotage {
 pub(crate) fn run(args: &Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let abort = Abort::default();
     signals::abort_on_signal(&abort)?;
+    // An error of any process is shown as it comes: that one dies is none.
+    let log = &log.or("error");
     let bar = console::count_bar("chaos", args.seconds * 1000);
     let report = chaos(args, log, &abort, &bar)?;
     bar.finish_and_clear();

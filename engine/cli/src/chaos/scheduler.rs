@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Requests under way at once.
-const AT_ONCE: usize = 3;
+const AT_ONCE: usize = 4;
 /// How long a request may wait for a worker that stands still.
 const PATIENCE: Duration = Duration::from_secs(4);
 /// How often a clear, a last lookup, or a last word to the engine is tried again.
@@ -193,7 +193,7 @@ impl Scheduler {
         if busy >= AT_ONCE {
             return Ok(());
         }
-        self.next_at = Instant::now() + self.random.ms(0..12);
+        self.next_at = Instant::now() + self.random.ms(0..6);
         let turn = Turn::random(&mut self.random, self.phase, self.made);
         self.made += 1;
         self.watch.tally().requests += 1;
