@@ -3,8 +3,8 @@
 use super::engine::{Engine, Event};
 use super::fleet::{Fleet, Said};
 use super::message::{FromScheduler, FromWorker, ToScheduler, ToWorker};
-use super::oracle::Oracle;
-use super::plan::{Action, INSTANCES, Phase, Plan, RANKS, Who};
+use super::oracle::{Oracle, Promise};
+use super::plan::{Action, INSTANCES, Phase, Plan, RANKS, Strike, Who};
 use super::random::Random;
 use super::report::Counts;
 use super::{Args, LOOK, Sabotage};
@@ -18,6 +18,10 @@ use std::time::{Duration, Instant};
 
 /// A clear whose scheduler has died may still be done: until an engine has served undisturbed for so long.
 const CLEAR_MAX: Duration = Duration::from_secs(1);
+/// How long an action waits for a store that it may interrupt.
+const AMBUSH_MAX: Duration = Duration::from_millis(300);
+/// Processes that end by themselves before the run is given up.
+const CRASHES_MAX: u64 = 20;
 /// Findings that are told in words.
 const TOLD: usize = 12;
 
@@ -41,6 +45,8 @@ pub(super) struct Conductor<'a> {
     /// Who clears, and since when an engine has served undisturbed.
     clearing: Option<(u32, Option<Instant>)>,
     finishing: bool,
+    /// An action that waits for a store: whose, if not anybody's; how long after its beginning; since when it waits.
+    ambush: Option<(Action, Option<Who>, Duration, Instant)>,
 }
 
 impl<'a> Conductor<'a> {
@@ -54,10 +60,11 @@ impl<'a> Conductor<'a> {
         bar: &'a ProgressBar,
     ) -> anyhow::Result<Conductor<'a>> {
         let (seed, hang_limit) = (args.seed, Duration::from_millis(args.hang_limit_ms));
+        let careless = args.sabotage == Some(Sabotage::Careless);
         Ok(Conductor {
             seed,
             engine: Engine::new(name.clone(), first.clone(), log, hang_limit)?,
-            fleet: Fleet::new(name, seed, log, abort, hang_limit),
+            fleet: Fleet::new(name, seed, log, abort, hang_limit, careless),
             oracle: Oracle::new(seed),
             counts: Counts::default(),
             found: Vec::new(),
@@ -69,6 +76,7 @@ impl<'a> Conductor<'a> {
             requests: [0; INSTANCES as usize],
             clearing: None,
             finishing: false,
+            ambush: None,
         })
     }
 
@@ -117,24 +125,59 @@ impl<'a> Conductor<'a> {
     pub(super) fn run_phase(&mut self, phase: &Phase) -> anyhow::Result<()> {
         let mut plan = Plan::new(self.seed, phase);
         let ends = Instant::now() + phase.duration;
-        let (wait, mut action) = plan.next();
-        let mut due = Instant::now() + wait;
+        let mut strike = plan.next();
+        let mut due = Instant::now() + strike.wait;
         while Instant::now() < ends {
             self.turn()?;
-            if Instant::now() >= due {
-                self.strike(action)?;
-                let (wait, next) = plan.next();
-                (due, action) = (Instant::now() + wait, next);
+            self.end_ambush(AMBUSH_MAX)?;
+            if Instant::now() >= due && self.ambush.is_none() {
+                self.prepare(strike)?;
+                strike = plan.next();
+                due = Instant::now() + strike.wait;
             }
         }
-        Ok(())
+        self.end_ambush(Duration::ZERO)
+    }
+
+    /// Strikes, or lies in wait for a store.
+    fn prepare(&mut self, strike: Strike) -> anyhow::Result<()> {
+        let Strike { action, aim, .. } = strike;
+        match (aim, action.prey()) {
+            (Some(aim), Some(prey)) => {
+                // Whoever is struck in its stead, if it is not there.
+                let prey = prey.and_then(|who| self.fleet.target(who));
+                self.ambush = Some((action, prey, aim, Instant::now()));
+                Ok(())
+            }
+            _ => self.strike(action),
+        }
+    }
+
+    /// Strikes without a store, if none has come for so long.
+    fn end_ambush(&mut self, after: Duration) -> anyhow::Result<()> {
+        match self.ambush.take_if(|(.., since)| since.elapsed() >= after) {
+            Some((action, ..)) => self.strike(action),
+            None => Ok(()),
+        }
+    }
+
+    /// This worker has just been told to store something.
+    fn store_begins(&mut self, worker: Who) -> anyhow::Result<()> {
+        match self.ambush.take_if(|(_, prey, ..)| prey.is_none_or(|prey| prey == worker)) {
+            Some((action, _, aim, _)) => {
+                std::thread::sleep(aim);
+                self.strike(action)
+            }
+            None => Ok(()),
+        }
     }
 
     fn strike(&mut self, action: Action) -> anyhow::Result<()> {
         tracing::info!(?action, "chaos");
         match action {
             Action::KillEngine { pause, again } => {
-                if self.engine.runs() {
+                if self.engine.may_be_killed() {
+                    self.counts.caught_writing += u64::from(self.engine.writing() > 0);
                     self.engine.kill(pause, again)?;
                     self.counts.engine_kills += 1;
                     self.counts.restarts += u64::from(pause.is_zero());
@@ -209,6 +252,12 @@ impl<'a> Conductor<'a> {
         if self.abort.is_interrupted() {
             bail!("interrupted");
         }
+        if self.counts.crashes > CRASHES_MAX {
+            bail!(
+                "{CRASHES_MAX} processes have ended by themselves; the first said:\n{}",
+                self.found.join("\n")
+            );
+        }
         let mut said = Vec::new();
         self.fleet.listen(LOOK, &mut said)?;
         for said in said {
@@ -216,7 +265,11 @@ impl<'a> Conductor<'a> {
         }
         let mut events = Vec::new();
         let (starts, kills) = self.engine.tick(&mut events)?;
-        self.counts.restarts += starts + self.fleet.tick()?;
+        let (clients, resumed) = self.fleet.tick()?;
+        if resumed > 0 && self.engine.serves() {
+            self.counts.caught_writing += u64::from(self.engine.writing() > 0);
+        }
+        self.counts.restarts += starts + clients;
         self.counts.engine_kills += kills;
         for event in events {
             self.engine_event(event);
@@ -248,10 +301,12 @@ impl<'a> Conductor<'a> {
                     self.oracle.cold_start(monotonic_ns());
                 }
             }
-            Event::Ended(said) => {
-                self.counts.crashes += 1;
-                self.find(said);
+            // What was acknowledged before that may have been evicted since: there was less room.
+            Event::Settled => {
+                self.oracle.forget(monotonic_ns());
+                return;
             }
+            Event::Ended(said) => self.crashed(said),
             Event::Hangs(why) => {
                 self.counts.hangs += 1;
                 self.find(why);
@@ -260,14 +315,18 @@ impl<'a> Conductor<'a> {
         self.expect_cold = false;
     }
 
+    fn crashed(&mut self, said: String) {
+        self.counts.crashes += 1;
+        self.find(said);
+    }
+
     fn heard(&mut self, said: Said) -> anyhow::Result<()> {
         match said {
-            Said::Scheduler(instance, message) => self.from_scheduler(instance, message),
+            Said::Scheduler(instance, message) => self.from_scheduler(instance, message)?,
             Said::Worker(instance, rank, message) => self.from_worker(instance, rank, message),
             Said::Ended(who, None) => self.gone(who),
             Said::Ended(who, Some(said)) => {
-                self.counts.crashes += 1;
-                self.find(said);
+                self.crashed(said);
                 self.gone(who);
             }
             Said::Hangs(who, why) => {
@@ -280,11 +339,14 @@ impl<'a> Conductor<'a> {
         Ok(())
     }
 
-    fn from_scheduler(&mut self, instance: u32, message: FromScheduler) {
+    fn from_scheduler(&mut self, instance: u32, message: FromScheduler) -> anyhow::Result<()> {
         match message {
             FromScheduler::Ready => self.introduce(instance),
             FromScheduler::To(rank, life, message) => {
                 self.fleet.tell_worker(instance, rank, life, &message);
+                if matches!(message, ToWorker::Store { .. }) {
+                    self.store_begins(Who::Worker { instance, rank })?;
+                }
             }
             FromScheduler::Looked { turn, began_ns, found } => {
                 if turn.phase == self.phase.number {
@@ -292,9 +354,10 @@ impl<'a> Conductor<'a> {
                     self.oracle.looked(turn, began_ns, found);
                 }
             }
-            FromScheduler::Acknowledged { turn, from, began_ns, ended_ns } => {
+            FromScheduler::Acknowledged { turn, from, began_ns, ended_ns, job, skipped } => {
                 if turn.phase == self.phase.number {
-                    self.oracle.acknowledge(turn, from, began_ns, ended_ns);
+                    let promise = Promise { began_ns, ended_ns, instance, job, skipped };
+                    self.oracle.acknowledge(turn, from, promise);
                 }
             }
             FromScheduler::Cleared => {
@@ -304,6 +367,7 @@ impl<'a> Conductor<'a> {
             }
             FromScheduler::Quiet | FromScheduler::Beat(_) => {}
         }
+        Ok(())
     }
 
     fn from_worker(&mut self, instance: u32, rank: u32, message: FromWorker) {
@@ -326,7 +390,7 @@ impl<'a> Conductor<'a> {
         let began = Instant::now();
         loop {
             self.turn()?;
-            if self.engine.serves() && done(&self.fleet) {
+            if self.engine.has_settled() && done(&self.fleet) {
                 return Ok(());
             }
             if began.elapsed() > super::WAIT_MAX {
@@ -372,7 +436,7 @@ impl<'a> Conductor<'a> {
                 self.engine.kill_and_remove()?;
             }
             // At the end.
-            Some(Sabotage::Corrupt | Sabotage::Leak) | None => {}
+            Some(Sabotage::Corrupt | Sabotage::Leak | Sabotage::Careless) | None => {}
         }
         Ok(())
     }

@@ -35,6 +35,8 @@ pub(super) enum Event {
     },
     /// It ended, and nobody had killed it: what it said.
     Ended(String),
+    /// After a cold start: all of the arena is there.
+    Settled,
     /// It neither serves nor beats.
     Hangs(String),
 }
@@ -68,6 +70,10 @@ pub(super) struct Engine {
     /// The statistics when it began to serve: a warm start may go on counting.
     base: Option<Snapshot>,
     arena_id: Option<[u64; 2]>,
+    /// Began cold, and its arena is not wholly allocated yet: until then there is less room than there will be.
+    settling: bool,
+    /// Lives in a row that were killed before they served: after two of them a start is cold, by design.
+    unborn: u32,
     restart_at: Option<Instant>,
     kill_at: Option<Instant>,
     stopped_until: Option<Instant>,
@@ -98,6 +104,8 @@ impl Engine {
             view: None,
             base: None,
             arena_id: None,
+            settling: false,
+            unborn: 0,
             restart_at: None,
             kill_at: None,
             stopped_until: None,
@@ -123,14 +131,25 @@ impl Engine {
         Ok(())
     }
 
+    /// Does it serve with all of its arena?
+    pub(super) fn has_settled(&self) -> bool {
+        self.serves() && !self.settling
+    }
+
     /// Does it serve, and is it not standing still?
     pub(super) fn serves(&self) -> bool {
         self.view.is_some() && self.stopped_until.is_none()
     }
 
-    /// Is there a process?
-    pub(super) fn runs(&self) -> bool {
-        self.process.is_some()
+    /// May it be killed? One that does not serve yet only once in a row.
+    pub(super) fn may_be_killed(&self) -> bool {
+        self.process.is_some() && (self.view.is_some() || self.unborn == 0)
+    }
+
+    /// Slots that somebody was writing at its last beat.
+    pub(super) fn writing(&self) -> u64 {
+        let stats = self.view.as_ref().and_then(|view| Snapshot::read(&view.segment.stats).ok());
+        stats.map_or(0, |stats| stats.get(Stat::SlotsWriting))
     }
 
     /// `kill -9`; started again after `pause`. With none it is started as soon as it is dead, which is long before
@@ -162,13 +181,15 @@ impl Engine {
     /// What the life that has ended had counted.
     fn end_of_life(&mut self) {
         self.stopped_until = None;
+        self.unborn = if self.view.is_some() { 0 } else { self.unborn + u32::from(self.stdout.is_some()) };
         self.stdout = None;
         let view = self.view.take();
         if let (Some(view), Some(base)) = (view, self.base.take())
             && let Ok(stats) = Snapshot::read(&view.segment.stats)
         {
             let since = stats.since(&base);
-            let evictions = if self.phase.roomy { since.get(Stat::Evictions) } else { 0 };
+            let roomy = self.phase.roomy && !self.settling;
+            let evictions = if roomy { since.get(Stat::Evictions) } else { 0 };
             self.sums.roomy_evictions += evictions;
             self.sums.evictions += since.get(Stat::Evictions);
             self.sums.breaches += since.get(Stat::Breaches);
@@ -210,7 +231,7 @@ impl Engine {
             self.start()?;
             starts += 1;
         }
-        if self.process.is_some() && self.kill_at.take_if(|at| *at <= now).is_some() {
+        if self.process.is_some() && self.kill_at.take_if(|at| *at <= now).is_some() && self.may_be_killed() {
             self.kill(Duration::ZERO, None)?;
             (starts, kills) = (starts + 1, kills + 1);
         }
@@ -233,6 +254,14 @@ impl Engine {
         }
         if let Some(view) = &self.view {
             let beat = view.segment.epoch().beat();
+            if self.settling {
+                let stats = Snapshot::read(&view.segment.stats)?;
+                if stats.get(Stat::ArenaBytesAllocated) >= view.identity.geometry.arena_bytes {
+                    self.settling = false;
+                    self.base = Some(stats);
+                    events.push(Event::Settled);
+                }
+            }
             if beat != self.beat.0 {
                 self.beat = (beat, now);
             } else if now - self.beat.1 > BEAT_MAX + self.hang_limit {
@@ -244,9 +273,11 @@ impl Engine {
                 EngineView::open(&self.name).context("the engine serves, and its segment cannot be read")?;
             let warm = self.arena_id == Some(view.identity.arena_id);
             self.arena_id = Some(view.identity.arena_id);
+            self.settling = !warm;
             self.base = Some(Snapshot::read(&view.segment.stats)?);
             self.beat = (view.segment.epoch().beat(), now);
             self.view = Some(view);
+            self.unborn = 0;
             events.push(Event::Serves { warm });
         } else if now - self.started > START_MAX + self.hang_limit {
             events.push(Event::Hangs("the engine was started, and does not serve".to_owned()));

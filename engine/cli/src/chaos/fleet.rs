@@ -50,6 +50,8 @@ pub(super) struct Fleet {
     log: LogChoice,
     abort: Abort,
     hang_limit: Duration,
+    /// Negative control of the workers.
+    careless: bool,
     clients: Vec<Client>,
     /// What all of them have done, in all their lives.
     pub(super) tally: Tally,
@@ -63,6 +65,7 @@ impl Fleet {
         log: &LogChoice,
         abort: &Abort,
         hang_limit: Duration,
+        careless: bool,
     ) -> Fleet {
         let client = |who| Client {
             who,
@@ -81,6 +84,7 @@ impl Fleet {
             log: log.clone(),
             abort: abort.clone(),
             hang_limit,
+            careless,
             clients: Who::all().into_iter().map(client).collect(),
             tally: Tally::default(),
         }
@@ -192,14 +196,15 @@ impl Fleet {
         self.clients.iter_mut().for_each(|client| client.quiet = false);
     }
 
-    /// What is due. The number of lives that began.
-    pub(super) fn tick(&mut self) -> anyhow::Result<u64> {
+    /// What is due. The numbers of lives that began, and of workers that go on after a stop.
+    pub(super) fn tick(&mut self) -> anyhow::Result<(u64, u64)> {
         let now = Instant::now();
-        let mut starts = 0;
+        let (mut starts, mut resumed) = (0, 0);
         for at in 0..self.clients.len() {
             let client = &mut self.clients[at];
             if client.stopped_until.take_if(|until| *until <= now).is_some() {
                 client.heard = now;
+                resumed += u64::from(matches!(client.who, Who::Worker { .. }));
                 if let Some(peer) = &mut client.peer {
                     peer.process().signal(Signal::SIGCONT);
                 }
@@ -209,7 +214,7 @@ impl Fleet {
                 starts += 1;
             }
         }
-        Ok(starts)
+        Ok((starts, resumed))
     }
 
     fn start(&mut self, at: usize) -> anyhow::Result<()> {
@@ -228,6 +233,7 @@ impl Fleet {
             life: client.life,
             // Mostly as it is by default; else so short that a stopped engine counts as stalled.
             stall_ms: if random.percent(50) { 2000 } else { 300 },
+            careless: self.careless,
         };
         let name = client.who.to_string();
         let mut peer = Peer::start(name, subcommand, &Stderr::Kept(&self.log), self.abort.clone())?;

@@ -28,6 +28,8 @@ pub(super) struct Start {
     pub(super) life: u32,
     /// `stall_after` of its client.
     pub(super) stall_ms: u64,
+    /// Negative control: blocks of preempted requests are overwritten without a word to the adapter.
+    pub(super) careless: bool,
 }
 
 impl Start {
@@ -100,6 +102,10 @@ pub(super) enum FromScheduler {
         began_ns: u64,
         /// When the last rank had reported.
         ended_ns: u64,
+        /// By which request.
+        job: Job,
+        /// Of all ranks' shards, those that were there already.
+        skipped: u32,
     },
     /// The cache has been cleared.
     Cleared,
@@ -178,8 +184,10 @@ pub(super) enum Outcome {
     Loaded,
     /// The store has ended: shards acknowledged, and which life of the engine it was in, if only one.
     Stored {
-        /// Committed, or there already.
-        acknowledged: u32,
+        /// Committed.
+        stored: u32,
+        /// There already.
+        skipped: u32,
         /// The engine's life.
         life: Option<Life>,
     },

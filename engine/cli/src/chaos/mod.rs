@@ -36,9 +36,11 @@ pub(crate) use worker::be_worker;
 use crate::console::{self, LogChoice};
 use crate::simulated::pipe::Abort;
 use crate::simulated::signals;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use conduct::Conductor;
 use indicatif::ProgressBar;
+use kvring_engine::byte_size::ByteSize;
+use kvring_engine::preflight::Room;
 use kvring_shm_abi::segment::EngineName;
 use plan::Phase;
 use report::Report;
@@ -95,7 +97,7 @@ const QUIET: Duration = Duration::from_secs(1);
   kvring chaos --seconds 600 --seed 7     longer, and another plan
   kvring chaos --json                     one JSON object, for programs
 
-It needs about 400 MiB in /dev/shm, and leaves nothing there, also when it is
+It needs about 700 MiB in /dev/shm, and leaves nothing there, also when it is
 interrupted or killed.")]
 pub(crate) struct Args {
     /// How long things are killed; the checks at the end of each phase come on top
@@ -130,6 +132,8 @@ pub(crate) enum Sabotage {
     Lose,
     /// Stops a worker for ever.
     Hang,
+    /// Overwrites the blocks of preempted requests without a word to the adapter.
+    Careless,
 }
 
 /// Runs the command.
@@ -157,6 +161,15 @@ pub(crate) fn run(args: &Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
 fn chaos(args: &Args, log: &LogChoice, abort: &Abort, bar: &ProgressBar) -> anyhow::Result<Report> {
     let name = EngineName::new(&format!("chaos-{}", std::process::id()))?;
     let phases = plan::phases(args.seed, args.seconds);
+    // After a cold start the arena before it lives on until its last client has let go.
+    let needed = 2 * phases.iter().map(|phase| phase.arena_bytes).max().unwrap_or(0);
+    let left = Room::now().tightest().1;
+    ensure!(
+        left >= needed,
+        "expected room for {} in /dev/shm, {} are left; in a container: docker run --shm-size=2g",
+        ByteSize(needed).human(),
+        ByteSize(left).human()
+    );
     // Whatever happens below, all processes end and all segments go when it is dropped.
     let mut run = Conductor::new(args, &name, &phases[0], log, abort, bar)?;
     for phase in &phases {

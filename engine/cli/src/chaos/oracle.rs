@@ -4,16 +4,30 @@
 //! be found by it. Whatever might have been forgotten rightfully (cleared, or gone with a cold start that was asked for) is
 //! forgotten here as well; a store that began before that is not believed, whenever it ends.
 
+use super::message::Job;
 use super::work::Turn;
 use kvring_adapter::Key;
 use std::collections::HashMap;
+
+/// Who has said that a chunk is there.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Promise {
+    /// When the store began, and when the last rank had reported.
+    pub(super) began_ns: u64,
+    pub(super) ended_ns: u64,
+    /// Which scheduler, and which of its requests.
+    pub(super) instance: u32,
+    pub(super) job: Job,
+    /// Of the request's shards of all ranks, those that were there already.
+    pub(super) skipped: u32,
+}
 
 /// The judge of one run.
 #[derive(Debug)]
 pub(super) struct Oracle {
     seed: u64,
-    /// Chunks that every rank has committed, and when the last of them had said so.
-    promised: HashMap<Key, u64>,
+    /// Chunks that every rank has committed.
+    promised: HashMap<Key, Promise>,
     /// Stores that began before this are not believed.
     forgotten_ns: u64,
     /// Nothing is evicted in this phase: what is promised is kept.
@@ -55,14 +69,14 @@ impl Oracle {
     }
 
     /// All ranks have committed a turn's chunks from `from` on.
-    pub(super) fn acknowledge(&mut self, turn: Turn, from: u32, began_ns: u64, ended_ns: u64) {
-        let believed = self.roomy && !self.clearing && began_ns > self.forgotten_ns;
+    pub(super) fn acknowledge(&mut self, turn: Turn, from: u32, promise: Promise) {
+        let believed = self.roomy && !self.clearing && promise.began_ns > self.forgotten_ns;
         if !believed {
             return;
         }
         for key in turn.keys(self.seed).into_iter().skip(from as usize) {
             self.acknowledged += 1;
-            self.promised.entry(key).or_insert(ended_ns);
+            self.promised.entry(key).or_insert(promise);
         }
     }
 
@@ -72,14 +86,19 @@ impl Oracle {
             return;
         }
         let keys = turn.keys(self.seed);
-        let known = |key: &&Key| self.promised.get(*key).is_some_and(|at| *at < began_ns);
+        let known = |key: &&Key| self.promised.get(*key).is_some_and(|promise| promise.ended_ns < began_ns);
         let expected = keys.iter().take_while(known).count();
         self.judged += expected as u64;
         let found = found as usize;
         if found < expected {
+            let promise = self.promised.get(&keys[found]);
+            let ago = promise.map_or(0, |promise| (began_ns - promise.ended_ns) / 1000);
             self.lose(
                 expected - found,
-                &format!("{turn:?}: the first {expected} chunks were acknowledged, a lookup found {found}"),
+                &format!(
+                    "{turn:?}: the first {expected} chunks were acknowledged, a lookup found {found}; the next one \
+                     {ago} µs before: {promise:?}"
+                ),
             );
             // Once is enough.
             for key in &keys[found..expected] {
@@ -130,9 +149,13 @@ mod tests {
 
     const TURN: Turn = Turn { phase: 0, conversation: 3, chunks: 10 };
 
+    fn promise(began_ns: u64, ended_ns: u64) -> Promise {
+        Promise { began_ns, ended_ns, instance: 0, job: Job { life: 1, number: 1 }, skipped: 0 }
+    }
+
     fn oracle() -> Oracle {
         let mut oracle = Oracle { roomy: true, ..Oracle::new(1) };
-        oracle.acknowledge(Turn { chunks: 8, ..TURN }, 0, 10, 20);
+        oracle.acknowledge(Turn { chunks: 8, ..TURN }, 0, promise(10, 20));
         oracle
     }
 
@@ -153,7 +176,7 @@ mod tests {
     #[test]
     fn a_hole_in_what_was_promised_hides_what_comes_after_it() {
         let mut oracle = Oracle { roomy: true, ..Oracle::new(1) };
-        oracle.acknowledge(TURN, 4, 10, 20);
+        oracle.acknowledge(TURN, 4, promise(10, 20));
         oracle.looked(TURN, 30, 0);
         assert_eq!(oracle.lost, 0);
     }
@@ -162,11 +185,11 @@ mod tests {
     fn what_may_be_forgotten_is_and_an_unasked_cold_start_is_a_loss() {
         let mut cleared = oracle();
         cleared.begin_clear();
-        cleared.acknowledge(TURN, 0, 25, 26);
+        cleared.acknowledge(TURN, 0, promise(25, 26));
         cleared.looked(TURN, 30, 0);
         cleared.end_clear(40);
         // It began before the clear had ended.
-        cleared.acknowledge(TURN, 0, 39, 50);
+        cleared.acknowledge(TURN, 0, promise(39, 50));
         assert_eq!((cleared.lost, cleared.promised()), (0, 0));
         let mut restarted = oracle();
         restarted.cold_start(50);

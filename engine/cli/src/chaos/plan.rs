@@ -41,9 +41,9 @@ pub(super) fn phases(seed: u64, seconds: u64) -> Vec<Phase> {
     let phase = |number| {
         // The first two are one of each kind; then two of three have room.
         let roomy = number == 0 || (number > 1 && random.percent(66));
-        let arena = if roomy { [192, 224, 256, 320] } else { [6, 8, 12, 24] }[random.of(0..4) as usize];
+        let arena = if roomy { [224, 256, 288, 320] } else { [8, 12, 16, 32] }[random.of(0..4) as usize];
         let policy = if random.percent(50) { PolicyKind::Lru } else { PolicyKind::Arc };
-        let client_share = if roomy { 50 } else { [25, 50, 100][random.of(0..3) as usize] };
+        let client_share = if roomy { 100 } else { [25, 50, 100][random.of(0..3) as usize] };
         Phase { number, roomy, arena_bytes: arena * MIB, policy, client_share, duration }
     };
     (0..count as u32).map(phase).collect()
@@ -108,6 +108,30 @@ pub(super) enum Action {
     Clear(u32),
 }
 
+impl Action {
+    /// Whose store it may wait for, if any store at all: the engine's every worker, or one worker.
+    pub(super) fn prey(self) -> Option<Option<Who>> {
+        match self {
+            Action::KillEngine { .. } | Action::StopEngine(_) => Some(None),
+            Action::Kill(who @ Who::Worker { .. }, _) | Action::Stop(who @ Who::Worker { .. }, _) => {
+                Some(Some(who))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// An action, and when it strikes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Strike {
+    /// How long after the last one.
+    pub(super) wait: Duration,
+    /// What.
+    pub(super) action: Action,
+    /// It waits for a store that it may interrupt, and strikes this long after its beginning.
+    pub(super) aim: Option<Duration>,
+}
+
 /// The endless plan of one phase.
 #[derive(Debug)]
 pub(super) struct Plan {
@@ -120,8 +144,8 @@ impl Plan {
         Plan { random: Random::new(seed, u64::from(phase.number) << 32 | 0xac7) }
     }
 
-    /// What comes next, and how long after the last.
-    pub(super) fn next(&mut self) -> (Duration, Action) {
+    /// What comes next.
+    pub(super) fn next(&mut self) -> Strike {
         let random = &mut self.random;
         let wait = random.ms(120..800);
         let pause = if random.percent(30) { Duration::ZERO } else { random.ms(0..300) };
@@ -140,7 +164,8 @@ impl Plan {
             92..97 => Action::End(who),
             _ => Action::Clear(random.of(0..INSTANCES.into()) as u32),
         };
-        (wait, action)
+        let aim = Duration::from_micros(random.of(0..1500));
+        Strike { wait, action, aim: random.percent(60).then_some(aim) }
     }
 }
 
@@ -176,7 +201,7 @@ mod tests {
             let mut plan = Plan::new(seed, &phases(seed, 60)[0]);
             let (mut time, mut kills) = (Duration::ZERO, 0);
             while time < Duration::from_secs(60) {
-                let (wait, action) = plan.next();
+                let Strike { wait, action, .. } = plan.next();
                 time += wait;
                 kills += u32::from(matches!(action, Action::KillEngine { .. } | Action::Kill(..)));
             }

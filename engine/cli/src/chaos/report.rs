@@ -22,6 +22,7 @@ pub(super) struct Counts {
     pub(super) leaked_slots: u64,
     pub(super) leaked_segments: u64,
     pub(super) forming_left: u64,
+    pub(super) caught_writing: u64,
 }
 
 impl Counts {
@@ -53,6 +54,8 @@ pub(super) struct Report {
     /// Of those, the ones that nobody had asked for.
     unasked_cold_restarts: u64,
     clears: u64,
+    /// Workers that stood still, and engines that died, while slots were being written.
+    caught_writing: u64,
     preemptions: u64,
     /// Calls into the adapter.
     operations: u64,
@@ -114,6 +117,7 @@ impl Report {
             cold_restarts: counts.cold_restarts,
             unasked_cold_restarts: counts.unasked_cold_restarts,
             clears: counts.clears,
+            caught_writing: counts.caught_writing,
             preemptions: tally.preemptions,
             operations: tally.operations,
             requests: tally.requests,
@@ -187,7 +191,12 @@ impl Report {
         };
         let (engine, workers, schedulers) = (self.engine_kills, self.worker_kills, self.scheduler_kills);
         row("kills", self.kills, format!("{engine} engines, {workers} workers, {schedulers} schedulers"));
-        row("stops", self.stops, "stood still for a while, and went on".to_owned());
+        let caught = self.caught_writing;
+        row(
+            "stops",
+            self.stops,
+            format!("{caught} times in the middle of a store, or a kill of the engine was"),
+        );
         let unasked = self.unasked_cold_restarts;
         row(
             "restarts",

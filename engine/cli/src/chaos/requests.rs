@@ -18,6 +18,8 @@ pub(super) enum State {
     Storing,
     /// Nothing: its client has gone away, and somebody will notice then.
     Abandoned(Instant),
+    /// Nothing: its session has ended already, and its load is sent only then.
+    Stale(Instant),
 }
 
 /// A request whose session is open, or of which workers still have work.
@@ -44,6 +46,8 @@ pub(super) struct Request {
     /// Another request of this scheduler stores some of the same chunks: the newer round replaces the older one, and
     /// what was skipped for it is not there yet.
     contested: bool,
+    /// Shards of its store that were there already.
+    pub(super) skipped: u32,
     /// Ranks that have not answered.
     waiting: u32,
     /// Something of the load or store went wrong.
@@ -67,6 +71,7 @@ impl Request {
             preempt: None,
             store_ns: 0,
             contested: false,
+            skipped: 0,
             waiting: 0,
             failed: false,
             life: None,
@@ -96,6 +101,11 @@ impl Request {
         }
     }
 
+    /// Does somebody work for it?
+    pub(super) fn is_busy(&self) -> bool {
+        !matches!(self.state, State::Abandoned(_) | State::Stale(_))
+    }
+
     /// Does it wait for this rank?
     pub(super) fn waits_for(&self, rank: u32) -> bool {
         self.waiting & 1 << rank != 0
@@ -106,8 +116,9 @@ impl Request {
         let waited = self.waiting != 0;
         self.waiting &= !(1 << rank);
         match (outcome, self.state) {
-            (Outcome::Stored { acknowledged, life }, State::Storing) => {
-                let whole = acknowledged as usize == self.keys.len() - self.hit;
+            (Outcome::Stored { stored, skipped, life }, State::Storing) => {
+                self.skipped += skipped;
+                let whole = (stored + skipped) as usize == self.keys.len() - self.hit;
                 self.failed |= !whole || life.is_none() || life != self.life;
             }
             (Outcome::Loaded, State::Loading) => {}
@@ -135,8 +146,8 @@ mod tests {
         request
     }
 
-    fn stored(acknowledged: u32, life: Option<Life>) -> Outcome {
-        Outcome::Stored { acknowledged, life }
+    fn stored(stored: u32, life: Option<Life>) -> Outcome {
+        Outcome::Stored { stored, skipped: 0, life }
     }
 
     #[test]

@@ -13,15 +13,21 @@ use crate::simulated::child;
 use crate::simulated::pipe::Pipe;
 use crate::simulated::wire::{Lookups, Shard};
 use anyhow::{Context, bail};
-use kvring_adapter::{Client, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions};
+use kvring_adapter::{
+    Client, Hit, Lookup, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
+};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::segment::EngineName;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Requests under way at once.
 const AT_ONCE: usize = 4;
+/// How long an asynchronous lookup may be pending.
+const PENDING: Duration = Duration::from_millis(100);
+/// How long it is left alone meanwhile.
+const ASK_AGAIN: Duration = Duration::from_micros(200);
 /// How long a request may wait for a worker that stands still.
 const PATIENCE: Duration = Duration::from_secs(4);
 /// How often a clear, a last lookup, or a last word to the engine is tried again.
@@ -51,7 +57,11 @@ enum Mode {
 }
 
 struct Scheduler {
-    adapter: PollingSchedulerAdapter,
+    adapter: Box<dyn SchedulerApi>,
+    /// A lookup may be pending.
+    asynchronous: bool,
+    /// What requests in the state `Stale` load.
+    stale: HashMap<Job, Hit>,
     client: Arc<Client>,
     seed: u64,
     instance: u32,
@@ -78,12 +88,25 @@ struct Scheduler {
 impl Scheduler {
     fn start(start: &Start, pipe: Pipe) -> anyhow::Result<Scheduler> {
         let client = Client::new(Role::Scheduler, start.client_options())?;
-        let options = SchedulerOptions { lookup_timeout: LOOKUP, ..SchedulerOptions::new(FINGERPRINT) };
+        let options = SchedulerOptions {
+            lookup_timeout: LOOKUP,
+            pending_timeout: PENDING,
+            ..SchedulerOptions::new(FINGERPRINT)
+        };
+        // Every third life looks up asynchronously.
+        let asynchronous = start.life.is_multiple_of(3);
+        let adapter: Box<dyn SchedulerApi> = if asynchronous {
+            Box::new(SchedulerAdapter::new(&client, options))
+        } else {
+            Box::new(PollingSchedulerAdapter::new(&client, options))
+        };
         let name = u64::from(start.instance) << 32 | u64::from(start.life);
         let mut random = Random::new(start.seed, name ^ u64::from_le_bytes(*b"schedule"));
         let now = Instant::now();
         Ok(Scheduler {
-            adapter: PollingSchedulerAdapter::new(&client, options),
+            adapter,
+            asynchronous,
+            stale: HashMap::new(),
             client,
             seed: start.seed,
             instance: start.instance,
@@ -189,7 +212,7 @@ impl Scheduler {
         if Instant::now() < self.next_at || self.requests.len() >= AT_ONCE + 8 {
             return Ok(());
         }
-        let busy = self.requests.iter().filter(|r| !matches!(r.state, State::Abandoned(_))).count();
+        let busy = self.requests.iter().filter(|r| r.is_busy()).count();
         if busy >= AT_ONCE {
             return Ok(());
         }
@@ -235,10 +258,17 @@ impl Scheduler {
         let (adapter, name) = (&mut self.adapter, name_of(job));
         let answered = adapter.lookup_stats().answered;
         let began_ns = monotonic_ns();
-        let found = self.watch.call("lookup", LOOKUP, || {
-            adapter.lookup(&name, admission, &keys).map(|hit| (hit.chunks, hit.world))
+        let (deadline, pending) =
+            if self.asynchronous { (Duration::ZERO, PENDING) } else { (LOOKUP, Duration::ZERO) };
+        self.watch.call("submit_lookup", deadline, || adapter.submit_lookup(&name, admission, &keys))?;
+        let (found, world) = self.watch.call("check_lookup", pending, || {
+            loop {
+                match adapter.check_lookup(&name) {
+                    Lookup::Hit(hit) => return (hit.chunks, hit.world),
+                    Lookup::Pending => std::thread::sleep(ASK_AGAIN),
+                }
+            }
         });
-        let (found, world) = found?;
         if found > 0 && world != RANKS {
             bail!("expected a hit of {RANKS} ranks, got {world}");
         }
@@ -260,20 +290,39 @@ impl Scheduler {
             return self.store(request);
         }
         // A known admission: its answer again, and no work.
-        let hit = self.adapter.lookup(&name_of(job), admission, &request.keys)?.clone();
-        self.to_all(|rank| ToWorker::Load {
-            job,
-            arena_id: hit.arena_id,
-            shards: hit.shards_of(rank).map(Shard::of).collect(),
-        })?;
-        if !request.audit && self.random.percent(10) {
+        self.adapter.submit_lookup(&name_of(job), admission, &request.keys)?;
+        let Lookup::Hit(hit) = self.adapter.check_lookup(&name_of(job)) else {
+            bail!("an answer was forgotten")
+        };
+        let hit = hit.clone();
+        match self.random.of(0..100) {
             // Aborted with its load under way: what it loads may be evicted under its hands.
-            self.end_session(job);
-            return Ok(());
+            0..10 if !request.audit => {
+                self.send_load(job, &hit)?;
+                self.end_session(job);
+                return Ok(());
+            }
+            // Somebody loads long after nobody has a right to it any more: what it means, or an error.
+            10..18 if !request.audit => {
+                self.end_session(job);
+                request.state = State::Stale(Instant::now() + self.random.ms(0..1500));
+                self.stale.insert(job, hit);
+                self.requests.push(request);
+                return Ok(());
+            }
+            _ => self.send_load(job, &hit)?,
         }
         request.begin(State::Loading);
         self.requests.push(request);
         Ok(())
+    }
+
+    fn send_load(&mut self, job: Job, hit: &Hit) -> anyhow::Result<()> {
+        self.to_all(|rank| ToWorker::Load {
+            job,
+            arena_id: hit.arena_id,
+            shards: hit.shards_of(rank).map(Shard::of).collect(),
+        })
     }
 
     fn store(&mut self, mut request: Request) -> anyhow::Result<()> {
@@ -287,8 +336,11 @@ impl Scheduler {
         let round = (self.source, job.number);
         let parent = request.hit.checked_sub(1).map(|last| request.keys[last]);
         self.to_all(|_| ToWorker::Store { job, round, parent, keys: keys.clone() })?;
-        if self.random.percent(15) {
-            request.preempt = Some(Instant::now() + self.random.ms(0..4));
+        match self.random.of(0..100) {
+            // At once, or somewhat later.
+            0..12 => self.to_all(|_| ToWorker::Preempt(job))?,
+            12..18 => request.preempt = Some(Instant::now() + self.random.ms(0..4)),
+            _ => {}
         }
         for other in &mut self.requests {
             request.contest(other);
@@ -314,14 +366,14 @@ impl Scheduler {
             }
             State::Storing => {
                 if request.acknowledged() {
-                    let (turn, from, began_ns) = (request.turn, request.hit as u32, request.store_ns);
-                    let ended_ns = monotonic_ns();
-                    self.tell(&FromScheduler::Acknowledged { turn, from, began_ns, ended_ns })?;
+                    let Request { turn, hit, store_ns, skipped, .. } = request;
+                    let (from, began_ns, ended_ns) = (hit as u32, store_ns, monotonic_ns());
+                    self.tell(&FromScheduler::Acknowledged { turn, from, began_ns, ended_ns, job, skipped })?;
                 }
                 self.end_session(job);
                 Ok(())
             }
-            State::Abandoned(_) => Ok(()),
+            State::Abandoned(_) | State::Stale(_) => Ok(()),
         }
     }
 
@@ -336,12 +388,17 @@ impl Scheduler {
         }
         let finishing = matches!(self.mode, Mode::Finishing(_));
         let over = |request: &Request| match request.state {
-            State::Abandoned(until) => finishing || until <= now,
+            State::Abandoned(until) | State::Stale(until) => finishing || until <= now,
             _ => request.since.elapsed() > PATIENCE,
         };
         let over: Vec<Job> = self.requests.iter().filter(|r| over(r)).map(|r| r.job).collect();
         self.requests.retain(|request| !over.contains(&request.job));
-        over.into_iter().for_each(|job| self.end_session(job));
+        for job in over {
+            match self.stale.remove(&job) {
+                Some(hit) => self.send_load(job, &hit)?,
+                None => self.end_session(job),
+            }
+        }
         Ok(())
     }
 
