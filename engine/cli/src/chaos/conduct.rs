@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const CLEAR_MAX: Duration = Duration::from_secs(1);
 /// How long an action waits for a store that it may interrupt.
 const AMBUSH_MAX: Duration = Duration::from_millis(300);
+/// How long such a store may take until it has its slots.
+const RESERVE_MAX: Duration = Duration::from_millis(5);
 /// Processes that end by themselves before the run is given up.
 const CRASHES_MAX: u64 = 20;
 /// Findings that are told in words.
@@ -44,8 +46,10 @@ pub(super) struct Conductor<'a> {
     requests: [u32; INSTANCES as usize],
     /// Who clears, and since when an engine has served undisturbed.
     clearing: Option<(u32, Option<Instant>)>,
+    /// The phase has begun: there are requests to be made.
+    working: bool,
     finishing: bool,
-    /// An action that waits for a store: whose, if not anybody's; how long after its beginning; since when it waits.
+    /// An action that waits for a store: whose, if not anybody's; how long after it has its slots; since when it waits.
     ambush: Option<(Action, Option<Who>, Duration, Instant)>,
 }
 
@@ -75,6 +79,7 @@ impl<'a> Conductor<'a> {
             expect_cold: true,
             requests: [0; INSTANCES as usize],
             clearing: None,
+            working: false,
             finishing: false,
             ambush: None,
         })
@@ -95,13 +100,14 @@ impl<'a> Conductor<'a> {
         self.oracle.forget(monotonic_ns());
         self.oracle.roomy = phase.roomy;
         self.clearing = None;
+        self.working = false;
         let way = Random::new(self.seed, u64::from(phase.number)).next();
         self.engine.begin_phase(phase, way)?;
         if phase.number > 0 {
             self.counts.restarts += 1;
         }
         self.await_all("the engine to serve, and all clients to be ready", Fleet::all_ready)?;
-        self.finishing = false;
+        (self.working, self.finishing) = (true, false);
         self.requests = [0; INSTANCES as usize];
         self.fleet.stir();
         (0..INSTANCES).for_each(|instance| self.introduce(instance));
@@ -113,6 +119,9 @@ impl<'a> Conductor<'a> {
         for rank in 0..RANKS {
             let life = self.fleet.life(Who::Worker { instance, rank });
             self.fleet.tell_scheduler(instance, &ToScheduler::Rank(rank, life));
+        }
+        if !self.working {
+            return;
         }
         let requests = self.requests[instance as usize];
         self.fleet.tell_scheduler(instance, &ToScheduler::Work { phase: self.phase.number, requests });
@@ -165,6 +174,8 @@ impl<'a> Conductor<'a> {
     fn store_begins(&mut self, worker: Who) -> anyhow::Result<()> {
         match self.ambush.take_if(|(_, prey, ..)| prey.is_none_or(|prey| prey == worker)) {
             Some((action, _, aim, _)) => {
+                let (before, began) = (self.engine.reserved(), Instant::now());
+                while self.engine.reserved() == before && began.elapsed() < RESERVE_MAX {}
                 std::thread::sleep(aim);
                 self.strike(action)
             }
@@ -296,6 +307,7 @@ impl<'a> Conductor<'a> {
             Event::Serves { warm: true } => self.counts.warm_restarts += 1,
             Event::Serves { warm: false } => {
                 self.counts.cold_restarts += 1;
+                self.oracle.settled = false;
                 if !self.expect_cold {
                     self.counts.unasked_cold_restarts += 1;
                     self.oracle.cold_start(monotonic_ns());
@@ -303,6 +315,7 @@ impl<'a> Conductor<'a> {
             }
             // What was acknowledged before that may have been evicted since: there was less room.
             Event::Settled => {
+                self.oracle.settled = true;
                 self.oracle.forget(monotonic_ns());
                 return;
             }

@@ -146,6 +146,12 @@ impl Engine {
         self.process.is_some() && (self.view.is_some() || self.unborn == 0)
     }
 
+    /// Shards for which a slot was given, in this life so far.
+    pub(super) fn reserved(&self) -> u64 {
+        let stats = self.view.as_ref().map(|view| &view.segment.stats);
+        stats.map_or(0, |stats| Stat::ShardsReserved.of(stats).get())
+    }
+
     /// Slots that somebody was writing at its last beat.
     pub(super) fn writing(&self) -> u64 {
         let stats = self.view.as_ref().and_then(|view| Snapshot::read(&view.segment.stats).ok());

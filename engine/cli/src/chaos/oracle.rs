@@ -22,6 +22,13 @@ pub(super) struct Promise {
     pub(super) skipped: u32,
 }
 
+impl std::fmt::Display for Promise {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Promise { instance, job, skipped, .. } = self;
+        write!(f, "request {} of life {} of scheduler {instance} ({skipped} skipped)", job.number, job.life)
+    }
+}
+
 /// The judge of one run.
 #[derive(Debug)]
 pub(super) struct Oracle {
@@ -32,6 +39,8 @@ pub(super) struct Oracle {
     forgotten_ns: u64,
     /// Nothing is evicted in this phase: what is promised is kept.
     pub(super) roomy: bool,
+    /// All of the arena is there: until it is after a cold start, chunks are evicted in any phase.
+    pub(super) settled: bool,
     /// A clear is under way: nobody knows what is there.
     clearing: bool,
     /// Chunks that were promised and not there.
@@ -55,6 +64,7 @@ impl Oracle {
             promised: HashMap::new(),
             forgotten_ns: 0,
             roomy: false,
+            settled: false,
             clearing: false,
             lost: 0,
             acknowledged: 0,
@@ -68,10 +78,13 @@ impl Oracle {
         self.promised.len()
     }
 
+    fn judges(&self) -> bool {
+        self.roomy && self.settled && !self.clearing
+    }
+
     /// All ranks have committed a turn's chunks from `from` on.
     pub(super) fn acknowledge(&mut self, turn: Turn, from: u32, promise: Promise) {
-        let believed = self.roomy && !self.clearing && promise.began_ns > self.forgotten_ns;
-        if !believed {
+        if !self.judges() || promise.began_ns <= self.forgotten_ns {
             return;
         }
         for key in turn.keys(self.seed).into_iter().skip(from as usize) {
@@ -82,7 +95,7 @@ impl Oracle {
 
     /// A lookup that the engine answered.
     pub(super) fn looked(&mut self, turn: Turn, began_ns: u64, found: u32) {
-        if !self.roomy || self.clearing {
+        if !self.judges() {
             return;
         }
         let keys = turn.keys(self.seed);
@@ -96,8 +109,9 @@ impl Oracle {
             self.lose(
                 expected - found,
                 &format!(
-                    "{turn:?}: the first {expected} chunks were acknowledged, a lookup found {found}; the next one \
-                     {ago} µs before: {promise:?}"
+                    "{turn:?}: the first {expected} chunks were acknowledged, a lookup found {found}; the next one was \
+                     acknowledged {ago} µs before by {}",
+                    promise.map(Promise::to_string).unwrap_or_default()
                 ),
             );
             // Once is enough.
@@ -154,7 +168,7 @@ mod tests {
     }
 
     fn oracle() -> Oracle {
-        let mut oracle = Oracle { roomy: true, ..Oracle::new(1) };
+        let mut oracle = Oracle { roomy: true, settled: true, ..Oracle::new(1) };
         oracle.acknowledge(Turn { chunks: 8, ..TURN }, 0, promise(10, 20));
         oracle
     }
@@ -175,7 +189,7 @@ mod tests {
 
     #[test]
     fn a_hole_in_what_was_promised_hides_what_comes_after_it() {
-        let mut oracle = Oracle { roomy: true, ..Oracle::new(1) };
+        let mut oracle = Oracle { roomy: true, settled: true, ..Oracle::new(1) };
         oracle.acknowledge(TURN, 4, promise(10, 20));
         oracle.looked(TURN, 30, 0);
         assert_eq!(oracle.lost, 0);

@@ -128,7 +128,7 @@ pub(super) struct Strike {
     pub(super) wait: Duration,
     /// What.
     pub(super) action: Action,
-    /// It waits for a store that it may interrupt, and strikes this long after its beginning.
+    /// It waits for a store that it may interrupt, and strikes this long after slots were given for it.
     pub(super) aim: Option<Duration>,
 }
 
@@ -164,7 +164,7 @@ impl Plan {
             92..97 => Action::End(who),
             _ => Action::Clear(random.of(0..INSTANCES.into()) as u32),
         };
-        let aim = Duration::from_micros(random.of(0..1500));
+        let aim = Duration::from_micros(random.of(0..400));
         Strike { wait, action, aim: random.percent(60).then_some(aim) }
     }
 }
