@@ -11,7 +11,7 @@ use support::{Running, Said, eventually, run, segments};
 const RESTARTS_ARE_WARM: bool = false;
 
 /// What must be 0 in any case.
-const ZEROS: [&str; 9] = [
+const ZEROS: [&str; 10] = [
     "wrong_bytes",
     "leaked_slots",
     "leaked_leases",
@@ -21,6 +21,7 @@ const ZEROS: [&str; 9] = [
     "crashes",
     "breaches",
     "check_failures",
+    "roomy_evictions",
 ];
 
 /// One run at a time: each keeps a small machine busy by itself.
@@ -96,6 +97,15 @@ fn negative_control_a_worker_that_stops_for_ever_hangs() {
     assert_eq!(said.code, Some(1));
     assert!(number(&json, "hangs") > 0, "{json}");
     assert!(said.stderr.contains("worker 0.0 hangs: it has said nothing for"), "{}", said.stderr);
+}
+
+#[test]
+fn negative_control_a_preemption_without_a_word_to_the_adapter_is_found_out() {
+    let said = chaos(&["--seconds", "4", "--sabotage", "careless"]);
+    let json = said.json();
+    assert_eq!(said.code, Some(1));
+    assert!(number(&json, "wrong_bytes") > 0, "{json}");
+    only(&json, &["wrong_bytes"], &said);
 }
 
 #[test]

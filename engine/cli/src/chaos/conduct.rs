@@ -1,10 +1,13 @@
 //! The coordinator: strikes as planned, passes on what the processes say to each other, and keeps the books.
 
+mod rest;
+mod strike;
+
 use super::engine::{Engine, Event};
 use super::fleet::{Fleet, Said};
 use super::message::{FromScheduler, FromWorker, ToScheduler, ToWorker};
 use super::oracle::{Oracle, Promise};
-use super::plan::{Action, INSTANCES, Phase, Plan, RANKS, Strike, Who};
+use super::plan::{Action, INSTANCES, Phase, RANKS, Who};
 use super::random::Random;
 use super::report::Counts;
 use super::{Args, LOOK, Sabotage};
@@ -18,10 +21,6 @@ use std::time::{Duration, Instant};
 
 /// A clear whose scheduler has died may still be done: until an engine has served undisturbed for so long.
 const CLEAR_MAX: Duration = Duration::from_secs(1);
-/// How long an action waits for a store that it may interrupt.
-const AMBUSH_MAX: Duration = Duration::from_millis(300);
-/// How long such a store may take until it has its slots.
-const RESERVE_MAX: Duration = Duration::from_millis(5);
 /// Processes that end by themselves before the run is given up.
 const CRASHES_MAX: u64 = 20;
 /// Findings that are told in words.
@@ -130,111 +129,6 @@ impl<'a> Conductor<'a> {
         }
     }
 
-    /// Strikes as planned, for as long as the phase lasts.
-    pub(super) fn run_phase(&mut self, phase: &Phase) -> anyhow::Result<()> {
-        let mut plan = Plan::new(self.seed, phase);
-        let ends = Instant::now() + phase.duration;
-        let mut strike = plan.next();
-        let mut due = Instant::now() + strike.wait;
-        while Instant::now() < ends {
-            self.turn()?;
-            self.end_ambush(AMBUSH_MAX)?;
-            if Instant::now() >= due && self.ambush.is_none() {
-                self.prepare(strike)?;
-                strike = plan.next();
-                due = Instant::now() + strike.wait;
-            }
-        }
-        self.end_ambush(Duration::ZERO)
-    }
-
-    /// Strikes, or lies in wait for a store.
-    fn prepare(&mut self, strike: Strike) -> anyhow::Result<()> {
-        let Strike { action, aim, .. } = strike;
-        match (aim, action.prey()) {
-            (Some(aim), Some(prey)) => {
-                // Whoever is struck in its stead, if it is not there.
-                let prey = prey.and_then(|who| self.fleet.target(who));
-                self.ambush = Some((action, prey, aim, Instant::now()));
-                Ok(())
-            }
-            _ => self.strike(action),
-        }
-    }
-
-    /// Strikes without a store, if none has come for so long.
-    fn end_ambush(&mut self, after: Duration) -> anyhow::Result<()> {
-        match self.ambush.take_if(|(.., since)| since.elapsed() >= after) {
-            Some((action, ..)) => self.strike(action),
-            None => Ok(()),
-        }
-    }
-
-    /// This worker has just been told to store something.
-    fn store_begins(&mut self, worker: Who) -> anyhow::Result<()> {
-        match self.ambush.take_if(|(_, prey, ..)| prey.is_none_or(|prey| prey == worker)) {
-            Some((action, _, aim, _)) => {
-                let (before, began) = (self.engine.reserved(), Instant::now());
-                while self.engine.reserved() == before && began.elapsed() < RESERVE_MAX {}
-                std::thread::sleep(aim);
-                self.strike(action)
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn strike(&mut self, action: Action) -> anyhow::Result<()> {
-        tracing::info!(?action, "chaos");
-        match action {
-            Action::KillEngine { pause, again } => {
-                if self.engine.may_be_killed() {
-                    self.counts.caught_writing += u64::from(self.engine.writing() > 0);
-                    self.engine.kill(pause, again)?;
-                    self.counts.engine_kills += 1;
-                    self.counts.restarts += u64::from(pause.is_zero());
-                    self.disturbed();
-                }
-            }
-            Action::StopEngine(pause) => {
-                self.counts.stops += u64::from(self.engine.stop(pause));
-                self.disturbed();
-            }
-            Action::Kill(who, pause) => {
-                if let Some(who) = self.fleet.target(who) {
-                    self.fleet.kill(who, pause);
-                    match who {
-                        Who::Scheduler { .. } => self.counts.scheduler_kills += 1,
-                        Who::Worker { .. } => self.counts.worker_kills += 1,
-                    }
-                    self.gone(who);
-                }
-            }
-            Action::Stop(who, pause) => {
-                if let Some(who) = self.fleet.target(who) {
-                    self.fleet.stop(who, Some(pause));
-                    self.counts.stops += 1;
-                }
-            }
-            Action::End(who) => {
-                if let Some(who) = self.fleet.target(who) {
-                    self.fleet.end(who, true);
-                    self.gone(who);
-                }
-            }
-            Action::Clear(instance) => {
-                let who = Who::Scheduler { instance };
-                if self.clearing.is_none() && self.fleet.target(who) == Some(who) {
-                    self.oracle.begin_clear();
-                    self.clearing = Some((instance, None));
-                    self.counts.clears += 1;
-                    self.fleet.tell_scheduler(instance, &ToScheduler::Clear);
-                }
-            }
-        }
-        self.bar.set_message(format!("{} kills, {} stops", self.counts.kills(), self.counts.stops));
-        Ok(())
-    }
-
     /// A client takes messages no more: what others know of it ends.
     fn gone(&mut self, who: Who) {
         match who {
@@ -335,8 +229,8 @@ impl<'a> Conductor<'a> {
 
     fn heard(&mut self, said: Said) -> anyhow::Result<()> {
         match said {
-            Said::Scheduler(instance, message) => self.from_scheduler(instance, message)?,
-            Said::Worker(instance, rank, message) => self.from_worker(instance, rank, message),
+            Said::Scheduler(instance, message) => self.scheduler_said(instance, message)?,
+            Said::Worker(instance, rank, message) => self.worker_said(instance, rank, message),
             Said::Ended(who, None) => self.gone(who),
             Said::Ended(who, Some(said)) => {
                 self.crashed(said);
@@ -352,7 +246,7 @@ impl<'a> Conductor<'a> {
         Ok(())
     }
 
-    fn from_scheduler(&mut self, instance: u32, message: FromScheduler) -> anyhow::Result<()> {
+    fn scheduler_said(&mut self, instance: u32, message: FromScheduler) -> anyhow::Result<()> {
         match message {
             FromScheduler::Ready => self.introduce(instance),
             FromScheduler::To(rank, life, message) => {
@@ -383,7 +277,7 @@ impl<'a> Conductor<'a> {
         Ok(())
     }
 
-    fn from_worker(&mut self, instance: u32, rank: u32, message: FromWorker) {
+    fn worker_said(&mut self, instance: u32, rank: u32, message: FromWorker) {
         match message {
             FromWorker::Ready => {
                 let life = self.fleet.life(Who::Worker { instance, rank });
@@ -395,82 +289,5 @@ impl<'a> Conductor<'a> {
             }
             FromWorker::Quiet | FromWorker::Beat(_) => {}
         }
-    }
-
-    /// Turns until it is so, and an engine serves. Nothing that is waited for here takes long, unless somebody hangs; and
-    /// whoever hangs is killed and started again.
-    pub(super) fn await_all(&mut self, what: &str, done: impl Fn(&Fleet) -> bool) -> anyhow::Result<()> {
-        let began = Instant::now();
-        loop {
-            self.turn()?;
-            if self.engine.has_settled() && done(&self.fleet) {
-                return Ok(());
-            }
-            if began.elapsed() > super::WAIT_MAX {
-                bail!("waited {} s in vain for {what}", began.elapsed().as_secs());
-            }
-        }
-    }
-
-    /// Everybody goes on and is there; no new requests, everything is looked at once more, all sessions end.
-    pub(super) fn come_to_rest(&mut self) -> anyhow::Result<()> {
-        self.engine.calm();
-        self.fleet.calm();
-        self.await_all("everybody to go on", Fleet::all_ready)?;
-        if self.sabotage == Some(Sabotage::Corrupt) {
-            self.engine.corrupt()?;
-        }
-        self.finishing = true;
-        (0..INSTANCES).for_each(|instance| self.fleet.tell_scheduler(instance, &ToScheduler::Finish));
-        let scheduler = |who| matches!(who, Who::Scheduler { .. });
-        self.await_all("the schedulers to finish", |fleet| fleet.all_quiet(scheduler))?;
-        for instance in 0..INSTANCES {
-            for rank in 0..RANKS {
-                if let Some(life) = self.fleet.life(Who::Worker { instance, rank }) {
-                    self.fleet.tell_worker(instance, rank, life, &ToWorker::Drain);
-                }
-            }
-        }
-        self.await_all("the workers to finish", |fleet| fleet.all_quiet(|_| true))
-    }
-
-    /// Negative controls that strike at the end of a roomy phase.
-    pub(super) fn sabotage(&mut self, phase: &Phase) -> anyhow::Result<()> {
-        match self.sabotage.filter(|_| phase.roomy) {
-            Some(Sabotage::Hang) => self.fleet.stop(Who::Worker { instance: 0, rank: 0 }, None),
-            Some(Sabotage::Lose) => {
-                // Something has to be there to be lost.
-                let began = Instant::now();
-                self.engine.calm();
-                self.fleet.calm();
-                while self.oracle.promised() == 0 && began.elapsed() < super::WAIT_MAX {
-                    self.turn()?;
-                }
-                self.engine.kill_and_remove()?;
-            }
-            // At the end.
-            Some(Sabotage::Corrupt | Sabotage::Leak | Sabotage::Careless) | None => {}
-        }
-        Ok(())
-    }
-
-    /// Turns for a while.
-    pub(super) fn rest(&mut self, pause: Duration) -> anyhow::Result<()> {
-        let until = Instant::now() + pause;
-        while Instant::now() < until {
-            self.turn()?;
-        }
-        Ok(())
-    }
-
-    /// Everybody ends, politely.
-    pub(super) fn end_all(&mut self) -> anyhow::Result<()> {
-        Who::all().into_iter().for_each(|who| self.fleet.end(who, false));
-        self.await_all("everybody to end", Fleet::all_ended)?;
-        if !self.engine.end()? {
-            self.counts.hangs += 1;
-            self.find("the engine does not end".to_owned());
-        }
-        Ok(())
     }
 }

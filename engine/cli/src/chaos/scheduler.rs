@@ -1,39 +1,33 @@
 //! A scheduler's process: several requests at once, each from its lookup to the end of its session. Its workers come
 //! and go, and so does the engine: a request that they fail is aborted, and its session ends.
 
+mod rest;
+mod turns;
+
 use super::lives::Lives;
-use super::message::{FINGERPRINT, FromScheduler, Job, Outcome, Start, ToScheduler, ToWorker};
+use super::message::{FINGERPRINT, FromScheduler, Job, Start, ToScheduler, ToWorker};
 use super::plan::RANKS;
 use super::random::Random;
 use super::requests::{Request, State};
 use super::watch::Watch;
 use super::work::Turn;
-use super::{BEAT, DRAIN, LOOKUP, OPERATION, TELL};
+use super::{BEAT, LOOKUP, TELL};
 use crate::simulated::child;
 use crate::simulated::pipe::Pipe;
-use crate::simulated::wire::{Lookups, Shard};
+use crate::simulated::wire::Lookups;
 use anyhow::{Context, bail};
 use kvring_adapter::{
-    Client, Hit, Lookup, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
+    Client, Hit, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
 };
-use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::segment::EngineName;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Requests under way at once.
-const AT_ONCE: usize = 4;
 /// How long an asynchronous lookup may be pending.
 const PENDING: Duration = Duration::from_millis(100);
-/// How long it is left alone meanwhile.
-const ASK_AGAIN: Duration = Duration::from_micros(200);
 /// How long a request may wait for a worker that stands still.
 const PATIENCE: Duration = Duration::from_secs(4);
-/// How often a clear, a last lookup, or a last word to the engine is tried again.
-const RETRY: Duration = Duration::from_millis(20);
-/// How often a last lookup is tried before it counts as not answered.
-const RETRIES: u32 = 80;
 
 /// The process: makes requests until it is told to end, or its parent has ended.
 pub(crate) fn be_scheduler() -> anyhow::Result<()> {
@@ -194,7 +188,7 @@ impl Scheduler {
         }
     }
 
-    fn to_all(&mut self, message: impl Fn(u32) -> ToWorker) -> anyhow::Result<()> {
+    fn tell_all(&mut self, message: impl Fn(u32) -> ToWorker) -> anyhow::Result<()> {
         for rank in 0..RANKS {
             // Without a worker the message is for nobody: the request ends when the next one comes.
             let life = self.ranks[rank as usize].unwrap_or(0);
@@ -208,175 +202,6 @@ impl Scheduler {
         self.watch.call("end_session", Duration::ZERO, || self.adapter.end_session(&name));
     }
 
-    fn work(&mut self) -> anyhow::Result<()> {
-        if Instant::now() < self.next_at || self.requests.len() >= AT_ONCE + 8 {
-            return Ok(());
-        }
-        let busy = self.requests.iter().filter(|r| r.is_busy()).count();
-        if busy >= AT_ONCE {
-            return Ok(());
-        }
-        self.next_at = Instant::now() + self.random.ms(0..6);
-        let turn = Turn::random(&mut self.random, self.phase, self.made);
-        self.made += 1;
-        self.watch.tally().requests += 1;
-        let job = self.next_job();
-        let (found, _) = self.look_up(job, 0, turn)?;
-        let mut request = Request::new(job, turn, turn.keys(self.seed), found);
-        match self.random.of(0..100) {
-            // Somebody only looked.
-            0..8 => self.end_session(job),
-            // Somebody went away, and it takes a while until that is noticed.
-            8..16 => {
-                request.state = State::Abandoned(Instant::now() + self.random.ms(50..3000));
-                self.requests.push(request);
-            }
-            // Preempted before it had begun: it comes back with the next admission, its first lease given back or not.
-            choice @ 16..26 => {
-                if choice < 21 {
-                    let (adapter, name) = (&mut self.adapter, name_of(job));
-                    let release = || adapter.free_lookup_locks(&name, 0, 0);
-                    self.watch.call("free_lookup_locks", Duration::ZERO, release);
-                }
-                let (found, _) = self.look_up(job, 1, turn)?;
-                request.hit = found;
-                self.begin(request, 1)?;
-            }
-            _ => self.begin(request, 0)?,
-        }
-        Ok(())
-    }
-
-    fn next_job(&mut self) -> Job {
-        self.number += 1;
-        Job { life: self.life, number: self.number }
-    }
-
-    /// Chunks found, and whether the engine said so.
-    fn look_up(&mut self, job: Job, admission: u32, turn: Turn) -> anyhow::Result<(usize, bool)> {
-        let keys = turn.keys(self.seed);
-        let (adapter, name) = (&mut self.adapter, name_of(job));
-        let answered = adapter.lookup_stats().answered;
-        let began_ns = monotonic_ns();
-        let (deadline, pending) =
-            if self.asynchronous { (Duration::ZERO, PENDING) } else { (LOOKUP, Duration::ZERO) };
-        self.watch.call("submit_lookup", deadline, || adapter.submit_lookup(&name, admission, &keys))?;
-        let (found, world) = self.watch.call("check_lookup", pending, || {
-            loop {
-                match adapter.check_lookup(&name) {
-                    Lookup::Hit(hit) => return (hit.chunks, hit.world),
-                    Lookup::Pending => std::thread::sleep(ASK_AGAIN),
-                }
-            }
-        });
-        if found > 0 && world != RANKS {
-            bail!("expected a hit of {RANKS} ranks, got {world}");
-        }
-        let answered = adapter.lookup_stats().answered > answered;
-        if answered {
-            self.tell(&FromScheduler::Looked { turn, began_ns, found })?;
-        }
-        Ok((found as usize, answered))
-    }
-
-    /// Loads what was found, or stores what was not, or ends.
-    fn begin(&mut self, mut request: Request, admission: u32) -> anyhow::Result<()> {
-        let job = request.job;
-        if self.ranks.contains(&None) {
-            self.end_session(job);
-            return Ok(());
-        }
-        if request.hit == 0 {
-            return self.store(request);
-        }
-        // A known admission: its answer again, and no work.
-        self.adapter.submit_lookup(&name_of(job), admission, &request.keys)?;
-        let Lookup::Hit(hit) = self.adapter.check_lookup(&name_of(job)) else {
-            bail!("an answer was forgotten")
-        };
-        let hit = hit.clone();
-        match self.random.of(0..100) {
-            // Aborted with its load under way: what it loads may be evicted under its hands.
-            0..10 if !request.audit => {
-                self.send_load(job, &hit)?;
-                self.end_session(job);
-                return Ok(());
-            }
-            // Somebody loads long after nobody has a right to it any more: what it means, or an error.
-            10..18 if !request.audit => {
-                self.end_session(job);
-                request.state = State::Stale(Instant::now() + self.random.ms(0..1500));
-                self.stale.insert(job, hit);
-                self.requests.push(request);
-                return Ok(());
-            }
-            _ => self.send_load(job, &hit)?,
-        }
-        request.begin(State::Loading);
-        self.requests.push(request);
-        Ok(())
-    }
-
-    fn send_load(&mut self, job: Job, hit: &Hit) -> anyhow::Result<()> {
-        self.to_all(|rank| ToWorker::Load {
-            job,
-            arena_id: hit.arena_id,
-            shards: hit.shards_of(rank).map(Shard::of).collect(),
-        })
-    }
-
-    fn store(&mut self, mut request: Request) -> anyhow::Result<()> {
-        let job = request.job;
-        let keys = request.keys[request.hit..].to_vec();
-        if keys.is_empty() || request.audit || self.ranks.contains(&None) {
-            self.end_session(job);
-            return Ok(());
-        }
-        request.begin_store(monotonic_ns(), self.lives.now());
-        let round = (self.source, job.number);
-        let parent = request.hit.checked_sub(1).map(|last| request.keys[last]);
-        self.to_all(|_| ToWorker::Store { job, round, parent, keys: keys.clone() })?;
-        match self.random.of(0..100) {
-            // At once, or somewhat later.
-            0..12 => self.to_all(|_| ToWorker::Preempt(job))?,
-            12..18 => request.preempt = Some(Instant::now() + self.random.ms(0..4)),
-            _ => {}
-        }
-        for other in &mut self.requests {
-            request.contest(other);
-        }
-        self.requests.push(request);
-        Ok(())
-    }
-
-    fn reply(&mut self, rank: u32, job: Job, outcome: Outcome) -> anyhow::Result<()> {
-        // Of a request that was aborted, or of an earlier life of ours.
-        let Some(at) = self.requests.iter().position(|request| request.job == job) else { return Ok(()) };
-        if !self.requests[at].answered(rank, outcome) {
-            return Ok(());
-        }
-        let request = self.requests.swap_remove(at);
-        match request.state {
-            State::Loading => {
-                // All ranks have reported: nobody needs the pins any more. (An unknown admission is fine.)
-                let (adapter, name) = (&mut self.adapter, name_of(job));
-                let release = || (0..2).for_each(|admission| adapter.free_lookup_locks(&name, admission, 0));
-                self.watch.call("free_lookup_locks", Duration::ZERO, release);
-                self.store(request)
-            }
-            State::Storing => {
-                if request.acknowledged() {
-                    let Request { turn, hit, store_ns, skipped, .. } = request;
-                    let (from, began_ns, ended_ns) = (hit as u32, store_ns, monotonic_ns());
-                    self.tell(&FromScheduler::Acknowledged { turn, from, began_ns, ended_ns, job, skipped })?;
-                }
-                self.end_session(job);
-                Ok(())
-            }
-            State::Abandoned(_) | State::Stale(_) => Ok(()),
-        }
-    }
-
     /// Requests whose time has come: to be preempted, to be given up, to be noticed as abandoned.
     fn preempt_and_give_up(&mut self) -> anyhow::Result<()> {
         let now = Instant::now();
@@ -384,7 +209,7 @@ impl Scheduler {
         let preempted: Vec<Job> =
             self.requests.iter_mut().filter_map(|request| due(request).then_some(request.job)).collect();
         for job in preempted {
-            self.to_all(|_| ToWorker::Preempt(job))?;
+            self.tell_all(|_| ToWorker::Preempt(job))?;
         }
         let finishing = matches!(self.mode, Mode::Finishing(_));
         let over = |request: &Request| match request.state {
@@ -400,73 +225,6 @@ impl Scheduler {
             }
         }
         Ok(())
-    }
-
-    /// Asks until the answer is yes: what timed out may still be done, and must not be done after we said "done".
-    fn clear(&mut self) -> anyhow::Result<()> {
-        if self.clear_at.is_some_and(|at| at <= Instant::now()) {
-            let adapter = &mut self.adapter;
-            let cleared = self.watch.call("reset_cache", OPERATION, || adapter.reset_cache());
-            self.clear_at = if cleared.is_ok() { None } else { Some(Instant::now() + RETRY) };
-            if cleared.is_ok() {
-                self.tell(&FromScheduler::Cleared)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Looks everything up once more, loads it, and comes to rest.
-    fn finish(&mut self) -> anyhow::Result<()> {
-        let busy = self.requests.len();
-        let (phase, made, instance) = (self.phase, self.made, self.instance);
-        let Mode::Finishing(left) = &mut self.mode else { return Ok(()) };
-        let Some(left) = left else {
-            if busy == 0 {
-                let mine = |turn: &Turn| turn.conversation % super::plan::INSTANCES == instance;
-                // The other instance may have got further.
-                *left = Some(Turn::all(phase, made * 2 + 64).filter(mine).collect());
-            }
-            return Ok(());
-        };
-        if busy >= AT_ONCE {
-            return Ok(());
-        }
-        if let Some(turn) = left.pop_front() {
-            return self.audit(turn);
-        }
-        if busy == 0 && Instant::now() >= self.next_at {
-            self.next_at = Instant::now() + RETRY;
-            let client = &self.client;
-            if self.watch.call("noop", OPERATION, || client.noop()).is_ok() {
-                self.mode = Mode::Idle;
-                let tally = self.take_tally();
-                self.tell(&FromScheduler::Beat(tally))?;
-                self.tell(&FromScheduler::Quiet)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn audit(&mut self, turn: Turn) -> anyhow::Result<()> {
-        let job = self.next_job();
-        for admission in 0..RETRIES {
-            let (found, answered) = self.look_up(job, admission, turn)?;
-            if answered {
-                let mut request = Request::new(job, turn, turn.keys(self.seed), found);
-                request.audit = true;
-                return self.begin(request, admission);
-            }
-            std::thread::sleep(RETRY);
-        }
-        self.end_session(job);
-        Ok(())
-    }
-
-    fn end(&mut self) -> anyhow::Result<()> {
-        let adapter = &mut self.adapter;
-        self.watch.call("shutdown", DRAIN, || adapter.shutdown());
-        let tally = self.take_tally();
-        self.tell(&FromScheduler::Beat(tally))
     }
 }
 
