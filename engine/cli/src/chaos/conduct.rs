@@ -48,6 +48,8 @@ pub(super) struct Conductor<'a> {
     /// The phase has begun: there are requests to be made.
     working: bool,
     finishing: bool,
+    /// The schedulers have finished: workers come to rest, whoever is started now too.
+    draining: bool,
     /// An action that waits for a store: whose, if not anybody's; how long after it has its slots; since when it waits.
     ambush: Option<(Action, Option<Who>, Duration, Instant)>,
 }
@@ -80,6 +82,7 @@ impl<'a> Conductor<'a> {
             clearing: None,
             working: false,
             finishing: false,
+            draining: false,
             ambush: None,
         })
     }
@@ -106,7 +109,7 @@ impl<'a> Conductor<'a> {
             self.counts.restarts += 1;
         }
         self.await_all("the engine to serve, and all clients to be ready", Fleet::all_ready)?;
-        (self.working, self.finishing) = (true, false);
+        (self.working, self.finishing, self.draining) = (true, false, false);
         self.requests = [0; INSTANCES as usize];
         self.fleet.stir();
         (0..INSTANCES).for_each(|instance| self.introduce(instance));
@@ -277,11 +280,21 @@ impl<'a> Conductor<'a> {
         Ok(())
     }
 
+    /// A worker is to come to rest.
+    fn drain(&mut self, instance: u32, rank: u32) {
+        if let Some(life) = self.fleet.life(Who::Worker { instance, rank }) {
+            self.fleet.tell_worker(instance, rank, life, &ToWorker::Drain);
+        }
+    }
+
     fn worker_said(&mut self, instance: u32, rank: u32, message: FromWorker) {
         match message {
             FromWorker::Ready => {
                 let life = self.fleet.life(Who::Worker { instance, rank });
                 self.fleet.tell_scheduler(instance, &ToScheduler::Rank(rank, life));
+                if self.draining {
+                    self.drain(instance, rank);
+                }
             }
             // To a scheduler of another life it means nothing: the name of the request says so.
             FromWorker::Reply(reply) => {

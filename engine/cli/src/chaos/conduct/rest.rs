@@ -2,7 +2,7 @@
 
 use super::Conductor;
 use crate::chaos::fleet::Fleet;
-use crate::chaos::message::{ToScheduler, ToWorker};
+use crate::chaos::message::ToScheduler;
 use crate::chaos::plan::{INSTANCES, Phase, RANKS, Who};
 use crate::chaos::{Sabotage, WAIT_MAX};
 use anyhow::bail;
@@ -40,12 +40,9 @@ impl Conductor<'_> {
         (0..INSTANCES).for_each(|instance| self.fleet.tell_scheduler(instance, &ToScheduler::Finish));
         let scheduler = |who| matches!(who, Who::Scheduler { .. });
         self.await_all("the schedulers to finish", |fleet| fleet.all_quiet(scheduler))?;
+        self.draining = true;
         for instance in 0..INSTANCES {
-            for rank in 0..RANKS {
-                if let Some(life) = self.fleet.life(Who::Worker { instance, rank }) {
-                    self.fleet.tell_worker(instance, rank, life, &ToWorker::Drain);
-                }
-            }
+            (0..RANKS).for_each(|rank| self.drain(instance, rank));
         }
         self.await_all("the workers to finish", |fleet| fleet.all_quiet(|_| true))
     }
