@@ -195,7 +195,7 @@ impl Report {
         row(
             "stops",
             self.stops,
-            format!("{caught} times in the middle of a store, or a kill of the engine was"),
+            format!("stood still and went on; {caught} stops or engine kills hit a store"),
         );
         let unasked = self.unasked_cold_restarts;
         row(
