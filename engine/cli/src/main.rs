@@ -55,7 +55,7 @@ enum Command {
     Remove(remove::Args),
     /// Drive a real trace through an engine and simulated vLLM instances, and verify every byte
     Replay(replay::Args),
-    /// Kill, stop and restart everything under load, and verify what comes back
+    // Its help is all of its arguments' documentation: a line here would take its place.
     Chaos(chaos::Args),
     /// Measure, each number beside the machine's own limit
     Bench(kvring_benches::BenchArgs),
