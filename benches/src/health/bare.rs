@@ -70,7 +70,7 @@ impl Drop for Bare {
 }
 
 /// Sleeps until the word's owner has died, or has given it up.
-pub(super) fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
+fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
     let deadline = Deadline::after(PATIENCE);
     loop {
         let raw = word.raw();

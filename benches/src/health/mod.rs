@@ -97,7 +97,7 @@ pub(crate) fn run(how: How, args: &HealthArgs) -> anyhow::Result<()> {
     let kills = args.kills as usize;
     let arena_bytes = fitting(args.arena.0, SMALL_ARENA, &Room::now());
     let mut parts = 0;
-    parts += if args.wants(Part::Notice) { 4 * kills } else { 0 };
+    parts += if args.wants(Part::Notice) { 3 * kills } else { 0 };
     parts += if args.wants(Part::Restart) { 2 * (how.windows + 1) } else { 0 };
     parts += if args.wants(Part::Reclaim) { kills } else { 0 };
     let bar = how.bar(parts);

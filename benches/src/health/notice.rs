@@ -1,16 +1,16 @@
-//! How soon an engine's death is noticed: by a caller that sleeps for an answer, and by a client that does nothing.
+//! How soon an engine's death is noticed by a caller that sleeps for an answer.
 //!
 //! The engine dies on one CPU and its client wakes up on another, as in every benchmark here. Left to the kernel, on a
 //! machine with few CPUs, a sleeper may be woken on the CPU on which the engine dies, and a kernel that is not
 //! preempted runs it only when all of the dead process's memory has been given back. That is measured as well.
 
 use super::Times;
-use super::bare::{self, Bare};
+use super::bare::Bare;
 use super::life::{self, Life};
 use crate::cores::{self, Pair};
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use kvring_adapter::{CallError, Client, EngineView};
+use kvring_adapter::{CallError, Client};
 use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life as Word, LifeWord};
 use kvring_shm_abi::lobby::Lobby;
@@ -32,8 +32,6 @@ pub(super) struct Notices {
 pub(super) struct Small {
     /// Under a caller that sleeps.
     pub(super) caller: Notices,
-    /// Under a client that does nothing.
-    pub(super) keeper: Notices,
     /// Under a caller that sleeps, all threads on whichever CPU the kernel likes.
     pub(super) anywhere: Notices,
 }
@@ -54,7 +52,7 @@ pub(super) fn large(
         let mut scene = Scene::new(arena, Some(pair.theirs))?;
         loop {
             // The dead engine's arena is still there: the bare process holds it open as an engine does.
-            scene.round(&mut notices, Scene::under_a_caller, Some(scene.life.name().arena()))?;
+            scene.round(&mut notices, Some(scene.life.name().arena()))?;
             bar.inc(1);
             let killed = notices.ours.count;
             if killed >= kills || (killed >= KILLS_MIN.min(kills) && deadline.passed()) {
@@ -69,15 +67,12 @@ pub(super) fn large(
 
 /// Kills engines with a small arena, `kills` times in each way.
 pub(super) fn small(arena: u64, kills: usize, pair: &Pair, bar: &ProgressBar) -> anyhow::Result<Small> {
-    bar.set_message("killing engines under a caller and under an idle client");
+    bar.set_message("killing engines under a caller");
     let mut small = Small::default();
     cores::on(&[pair.ours], || {
         let mut scene = Scene::new(arena, Some(pair.theirs))?;
         for _ in 0..kills {
-            scene.round(&mut small.caller, Scene::under_a_caller, None)?;
-            scene.life.restart()?;
-            bar.inc(1);
-            scene.round(&mut small.keeper, Scene::under_a_keeper, None)?;
+            scene.round(&mut small.caller, None)?;
             scene.life.restart()?;
             bar.inc(1);
         }
@@ -85,7 +80,7 @@ pub(super) fn small(arena: u64, kills: usize, pair: &Pair, bar: &ProgressBar) ->
     })?;
     let mut scene = Scene::new(arena, None)?;
     for _ in 0..kills {
-        scene.round(&mut small.anywhere, Scene::under_a_caller, None)?;
+        scene.round(&mut small.anywhere, None)?;
         scene.life.restart()?;
         bar.inc(1);
     }
@@ -109,14 +104,9 @@ impl Scene {
     }
 
     /// One kill of an engine that has settled, and one of a bare process.
-    fn round(
-        &mut self,
-        notices: &mut Notices,
-        kill: impl FnOnce(&mut Scene) -> anyhow::Result<u64>,
-        beside: Option<String>,
-    ) -> anyhow::Result<()> {
+    fn round(&mut self, notices: &mut Notices, beside: Option<String>) -> anyhow::Result<()> {
         self.life.settle(&self.client)?;
-        notices.ours.push(kill(self)?);
+        notices.ours.push(self.under_a_caller()?);
         self.life.bury()?;
         notices.limit.push(self.bare.death(beside)?);
         Ok(())
@@ -134,16 +124,6 @@ impl Scene {
             other => bail!("a call under which the engine was killed: expected its death, got {other:?}"),
         };
         after_kill(call, || self.life.kill())
-    }
-
-    /// The engine is killed while the client's keeper sleeps and nobody calls: until the keeper has given the client's
-    /// entry up, which it does when everybody who asks is told of the death. (What a call would be told at once: the
-    /// life word is looked at each time.) A sleeper on the entry's word is woken by that.
-    fn under_a_keeper(&mut self) -> anyhow::Result<u64> {
-        let name = self.life.name();
-        let lobby = EngineView::open(name)?.open_lobby(name)?;
-        let entry = entries_of(&lobby, std::process::id()).next().context("the client's entry")?;
-        after_kill(|| bare::until_dead(&lobby.life_words[entry]), || self.life.kill())
     }
 }
 

@@ -46,12 +46,6 @@ struct Health {
     notice_death_anywhere_n: usize,
     limit_robust_anywhere_p50_us: Option<f64>,
     limit_robust_anywhere_p99_us: Option<f64>,
-    /// An idle client's keeper, until it had told everybody and given its entry up.
-    notice_keeper_p50_us: Option<f64>,
-    notice_keeper_p99_us: Option<f64>,
-    notice_keeper_n: usize,
-    limit_robust_keeper_p50_us: Option<f64>,
-    ratio_notice_keeper: Option<f64>,
     restart_to_first_hit_p50_ms: Option<f64>,
     restart_to_first_hit_p99_ms: Option<f64>,
     restart_to_first_hit_n: usize,
@@ -157,8 +151,6 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
     let kinds = measured.small.as_mut().unwrap_or(&mut none);
     let small = Told::notices(format!("  the same, {small_arena}"), goal, Some(&mut kinds.caller));
     let anywhere = Told::notices("  the same, on any CPU".to_owned(), None, Some(&mut kinds.anywhere));
-    let keeper =
-        Told::notices("engine killed, idle client has let go".to_owned(), None, Some(&mut kinds.keeper));
     let few = Told::restarts(
         "restart to first hit, 10⁵ chunks".to_owned(),
         GOAL_RESTART_MS * MS,
@@ -179,7 +171,7 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         }
     };
     let mut sheet = Sheet::new(&["death", "p50", "p99", "goal of p50", "limit p50", "ratio of p50", "n"]);
-    let told = [&large, &small, &anywhere, &keeper, &reclaim, &few, &many];
+    let told = [&large, &small, &anywhere, &reclaim, &few, &many];
     told.iter()
         .filter(|told| told.count > 0 || told.limit.is_finite())
         .for_each(|told| sheet.row(told.row()));
@@ -221,11 +213,6 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         notice_death_anywhere_n: anywhere.count,
         limit_robust_anywhere_p50_us: us(anywhere.limit),
         limit_robust_anywhere_p99_us: us(anywhere.limit_high),
-        notice_keeper_p50_us: us(keeper.p50),
-        notice_keeper_p99_us: us(keeper.high),
-        notice_keeper_n: keeper.count,
-        limit_robust_keeper_p50_us: us(keeper.limit),
-        ratio_notice_keeper: keeper.ratio(),
         restart_to_first_hit_p50_ms: ms(few.p50),
         restart_to_first_hit_p99_ms: ms(few.high),
         restart_to_first_hit_n: few.count,
@@ -269,7 +256,7 @@ fn notes(measured: &Measured, about: String) -> Vec<String> {
             .to_owned(),
         "Sleeping caller: the engine is stopped (SIGSTOP), a call sleeps for its answer, the engine is killed. Engines and \
          bare processes die on one CPU, sleepers wake up on the other; on any CPU: they may wake up where the engine \
-         dies, and wait until that is over. Idle client: until its keeper has given its entry up."
+         dies, and wait until that is over."
             .to_owned(),
         format!(
             "Killed client: {LEASES} leases of {CHAIN} chunks and {WRITING} slots being written, until its entries are \
