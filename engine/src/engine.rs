@@ -147,6 +147,18 @@ impl Engine {
         self.service.stop_handle()
     }
 
+    /// From now on a panic of this process means that what the engine holds is not to be trusted: the next start is a
+    /// cold one. Without this, tables that make an engine panic would be taken over again and again. For a process that
+    /// is an engine and nothing else.
+    pub fn doubt_after_a_panic(&self) {
+        let segment = self.service.segment();
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            segment.info().unhealthy.store(1, Ordering::Relaxed);
+            before(panic);
+        }));
+    }
+
     /// How the allocation of the arena stands, for a progress bar.
     #[must_use]
     pub fn progress(&self) -> Progress {

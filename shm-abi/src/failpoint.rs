@@ -7,6 +7,7 @@
 //! KVRING_FAIL_POINT=commit.word:3      at the third time
 //! KVRING_FAIL_POINT=commit.word:3:stop SIGSTOP instead: somebody else goes on, then this process does
 //! KVRING_FAIL_POINT=commit.word:3:pause only a pause, of 50 ms
+//! KVRING_FAIL_POINT=commit.word:3:panic a panic
 //! KVRING_BREAK=rounds                  the rule of that name does not hold
 //! KVRING_WITHOUT=robust,waitv          these means of the kernel are not there (see `probe`)
 //! ```
@@ -44,23 +45,29 @@ mod on {
     use nix::sys::signal::{Signal, raise};
     use std::sync::OnceLock;
 
+    enum Act {
+        Signal(Signal),
+        Pause,
+        Panic,
+    }
+
     struct Wanted {
         place: String,
         time: u32,
-        /// `None`: a pause.
-        signal: Option<Signal>,
+        act: Act,
     }
 
     fn parse(text: &str) -> Wanted {
         let mut parts = text.split(':');
         let place = parts.next().unwrap_or_default().to_owned();
         let time = parts.next().and_then(|time| time.parse().ok()).unwrap_or(1);
-        let signal = match parts.next() {
-            Some("stop") => Some(Signal::SIGSTOP),
-            Some("pause") => None,
-            _ => Some(Signal::SIGKILL),
+        let act = match parts.next() {
+            Some("stop") => Act::Signal(Signal::SIGSTOP),
+            Some("pause") => Act::Pause,
+            Some("panic") => Act::Panic,
+            _ => Act::Signal(Signal::SIGKILL),
         };
-        Wanted { place, time, signal }
+        Wanted { place, time, act }
     }
 
     pub(super) fn here(place: &str) {
@@ -71,10 +78,11 @@ mod on {
             && wanted.place == place
             && TIMES.fetch_add(1, Ordering::Relaxed) + 1 == wanted.time
         {
-            match wanted.signal {
+            match wanted.act {
                 // It can only fail for a signal that does not exist.
-                Some(signal) => drop(raise(signal)),
-                None => std::thread::sleep(std::time::Duration::from_millis(50)),
+                Act::Signal(signal) => drop(raise(signal)),
+                Act::Pause => std::thread::sleep(std::time::Duration::from_millis(50)),
+                Act::Panic => panic!("fail point {place}"),
             }
         }
     }

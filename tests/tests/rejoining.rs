@@ -281,3 +281,17 @@ fn two_starts_with_a_wrong_limit_do_not_cost_the_cache() {
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
 }
+
+/// Tables over which an engine panics are not taken over again and again.
+#[test]
+fn after_a_panic_the_next_start_is_a_cold_one() {
+    let mut engine = EngineProcess::start("rj-panic", 8);
+    let worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    worker.wait_ready(LIMIT).unwrap();
+    engine.kill();
+    engine.restart_with(&[("KVRING_FAIL_POINT", "attach.answer:1:panic")]).unwrap();
+    eventually("it has panicked", || engine.ended().is_some());
+    engine.restart();
+    assert_eq!(engine.stat("warm_start"), 0);
+    worker.wait_ready(LIMIT).unwrap();
+}

@@ -188,6 +188,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     }
     let stop = StopOnSignal::install(args.stop_with_parent.is_some())?;
     let engine = Engine::create(&config).with_context(|| format!("cannot start engine `{}`", config.name))?;
+    engine.doubt_after_a_panic();
     stop.stops(engine.stop_handle());
     show_allocation(engine.progress());
     engine.run(|| {

@@ -26,6 +26,7 @@ use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
 use dispatch::Scratch;
+use kvring_shm_abi::engine_segment::EngineSegment;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
@@ -193,6 +194,11 @@ impl Service {
             unhealthy: false,
             segments,
         }
+    }
+
+    /// The engine's segment, for somebody else.
+    pub(crate) fn segment(&self) -> EngineSegment {
+        self.segments.engine.clone()
     }
 
     pub(crate) fn stop_handle(&self) -> StopHandle {

@@ -43,6 +43,7 @@ fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
     signals.add(Signal::SIGTERM);
     signals.thread_block()?;
     let engine = Engine::create(&config)?;
+    engine.doubt_after_a_panic();
     let stop = engine.stop_handle();
     std::thread::spawn(move || {
         if signals.wait().is_ok() {
