@@ -7,6 +7,7 @@
 
 pub mod attempts;
 pub mod crash;
+pub mod ends;
 pub mod engine;
 pub mod fuzz;
 pub mod held;

@@ -1,11 +1,13 @@
 //! A client in another process, driven over its pipes.
 
+use crate::ends;
 use crate::engine::{all_stopped, peer_binary, put_down};
+use crate::held::HeldBackend;
 use crate::proto::{Ask, Found, Handle, Loaded, SchedulerSpec, Stored, Tally, Tell, WorkerSpec};
 use crate::scheduler::SchedulerSide;
 use crate::wait::LIMIT;
 use crate::worker::WorkerSide;
-use kvring_adapter::{Key, Round};
+use kvring_adapter::{JobId, Key, Round};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Write};
@@ -296,9 +298,40 @@ impl Drop for Peer {
 pub fn serve() {
     let mut worker: Option<WorkerSide> = None;
     let mut scheduler: Option<SchedulerSide> = None;
+    let backend = HeldBackend::new();
+    let mut held: Option<JobId> = None;
     for line in std::io::stdin().lines().map_while(Result::ok) {
         let ask: Ask = serde_json::from_str(&line).expect("an ask");
-        let tell = answer(ask, &mut worker, &mut scheduler);
+        let tell = match (ask, worker.as_mut(), held) {
+            (Ask::HeldWorker(spec), ..) => match WorkerSide::copying_with(&spec, backend.clone()) {
+                Ok(side) => {
+                    worker = Some(side);
+                    Tell::Done
+                }
+                Err(error) => Tell::Failed(error.to_string()),
+            },
+            (Ask::HoldAStore { round: (source, number), keys, version }, Some(worker), _) => {
+                backend.hold();
+                let round = Round { source, number };
+                held = Some(worker.submit_store("held", round, None, &keys, version).expect("a good job"));
+                backend.holds(1);
+                Tell::Done
+            }
+            (Ask::FinishTheStore, Some(worker), Some(job)) => {
+                backend.let_go();
+                Tell::Stored(worker.finished_store(job))
+            }
+            (Ask::End { how }, ..) => {
+                ends::end(how);
+                Tell::Done
+            }
+            (Ask::EndKeepers, ..) => {
+                ends::end_threads("kvring-keeper");
+                Tell::Done
+            }
+            (Ask::Fork, ..) => Tell::Count(ends::fork_idle() as u64),
+            (ask, ..) => answer(ask, &mut worker, &mut scheduler),
+        };
         let mut text = serde_json::to_string(&tell).expect("an answer is JSON");
         text.push('\n');
         let mut out = std::io::stdout().lock();

@@ -251,6 +251,12 @@ pub struct Tally {
 pub enum Ask {
     BecomeUser { uid: u32 },
     Worker(Box<WorkerSpec>),
+    HeldWorker(Box<WorkerSpec>),
+    HoldAStore { round: (u32, u32), keys: Vec<Key>, version: u64 },
+    FinishTheStore,
+    End { how: u32 },
+    EndKeepers,
+    Fork,
     Scheduler(Box<SchedulerSpec>),
     WaitReady { limit_ms: u64 },
     Health,

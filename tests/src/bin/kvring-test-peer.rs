@@ -42,6 +42,8 @@ fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
     let mut signals = nix::sys::signal::SigSet::empty();
     signals.add(Signal::SIGTERM);
     signals.thread_block()?;
+    // No thread but this one, the service thread, is to be ended by a test.
+    kvring_tests::ends::block();
     let engine = Engine::create(&config)?;
     engine.doubt_after_a_panic();
     let stop = engine.stop_handle();
@@ -50,6 +52,8 @@ fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
             stop.stop();
         }
     });
+    kvring_tests::ends::install();
+    kvring_tests::ends::unblock();
     engine.run(|| {
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "serving");

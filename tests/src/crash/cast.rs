@@ -406,6 +406,13 @@ impl Cast {
     }
 }
 
+impl Drop for Cast {
+    fn drop(&mut self) {
+        // A worker ends after its copies; a test that fails is not to hang in one.
+        self.backend.let_go();
+    }
+}
+
 /// Nothing of any client is left but of `clients` that are attached, with `leases` leases and `writing` slots that they
 /// write: no orphan, no channel, no entry. The engine has found nothing wrong with itself. Where `forming`, rounds may wait
 /// for another one to replace them.

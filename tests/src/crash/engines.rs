@@ -38,8 +38,10 @@ pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
             checks.holds(false, format_args!("{place}:{time} was not reached"));
             return checks.finish();
         };
-        checks
-            .holds(was_killed(status), format_args!("{place}:{time}: the engine ended by itself: {status}"));
+        if !was_killed(status) {
+            checks.holds(false, format_args!("{place}:{time} was not reached: the engine ended, {status}"));
+            return checks.finish();
+        }
     }
     let is_kept = match way {
         Way::Recovery { counted } => !(counted && twice),
