@@ -39,6 +39,9 @@ impl End {
     }
 }
 
+/// Seconds after which a forked child ends by itself: a test that fails leaves nobody behind.
+const CHILD_LIVES: u32 = 120;
+
 static END: AtomicU32 = AtomicU32::new(0);
 static GO: AtomicBool = AtomicBool::new(false);
 
@@ -53,7 +56,6 @@ pub fn install() {
     on(Signal::SIGUSR2, go);
 }
 
-/// A panic in the handler below must not take the harness's way, nor write to a pipe that is full.
 fn on(signal: Signal, handler: extern "C" fn(libc::c_int)) {
     let action = SigAction::new(SigHandler::Handler(handler), SaFlags::SA_RESTART, SigSet::empty());
     // SAFETY: both handlers call what may be called in one, but for the panic, which ends the process.
@@ -117,7 +119,7 @@ pub fn end(how: u32) {
         // SAFETY: the child calls nothing but a sleep.
         6 => unsafe {
             if libc::fork() == 0 {
-                libc::prctl(libc::PR_SET_PDEATHSIG, 0);
+                libc::alarm(CHILD_LIVES);
                 loop {
                     libc::pause();
                 }
@@ -159,6 +161,7 @@ pub fn fork_idle() -> i32 {
     unsafe {
         let pid = libc::fork();
         if pid == 0 {
+            libc::alarm(CHILD_LIVES);
             loop {
                 libc::pause();
             }

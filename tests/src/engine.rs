@@ -381,6 +381,12 @@ pub fn all_stopped(pid: u32) {
     });
 }
 
+/// Has this process stopped?
+#[must_use]
+pub fn has_stopped(pid: u32) -> bool {
+    thread_state(Path::new(&format!("/proc/{pid}/task/{pid}"))) == Some('T')
+}
+
 /// `R`, `S`, `T` …, or `None` when the thread is gone.
 #[must_use]
 pub fn thread_state(task: &Path) -> Option<char> {

@@ -179,6 +179,20 @@ impl Peer {
         }
     }
 
+    /// The answer to what was asked, if it comes within `limit`.
+    ///
+    /// # Panics
+    /// When the peer has died, or says what makes no sense.
+    pub fn end_within(&mut self, ask: &Ask, limit: Duration) -> Option<Tell> {
+        match self.tells.recv_timeout(limit) {
+            Ok(answer) => Some(
+                serde_json::from_str(&answer).unwrap_or_else(|error| panic!("{ask:?}: {answer}: {error}")),
+            ),
+            Err(RecvTimeoutError::Disconnected) => panic!("{ask:?}: the peer has died"),
+            Err(RecvTimeoutError::Timeout) => None,
+        }
+    }
+
     /// Waits until a peer that has hung up has ended: how. `None` where it has not hung up.
     pub fn has_ended(&mut self) -> Option<ExitStatus> {
         if matches!(self.tells.try_recv(), Err(TryRecvError::Disconnected)) {

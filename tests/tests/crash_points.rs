@@ -105,3 +105,16 @@ fn an_engine_that_dies_while_it_gives_everything_up_is_swept() {
 fn a_client_that_dies_anywhere_leaves_nothing_and_is_replaced() {
     each(|way| *way == Way::Client, |place, time| clients::dies_at(place.name, time));
 }
+
+/// A client dies while the engine is there: as if it had died at any moment of the engine's.
+#[test]
+fn an_engine_that_stops_while_a_client_dies_goes_on() {
+    let places = |way: &Way| matches!(way, Way::Recovery { .. } | Way::Serving);
+    each(places, |place, time| engines::stops_at(place.name, place.way, time));
+}
+
+/// Engines come and go while a client is there: as if they had at any moment of the client's.
+#[test]
+fn a_client_that_stops_while_engines_die_goes_on() {
+    each(|way| *way == Way::Client, |place, time| clients::stops_at(place.name, time, 1 + time % 2));
+}

@@ -10,6 +10,7 @@ use crate::proto::{Ask, Found, Tell, all_stored};
 use crate::wait::LIMIT;
 use kvring_adapter::Key;
 use serde_json::json;
+use std::time::{Duration, Instant};
 
 /// What a client in another process has come to.
 type Step = fn(&mut Checks, &mut EngineProcess, &mut Cast, &mut Peer) -> bool;
@@ -106,6 +107,95 @@ pub fn dies_at(place: &str, time: u32) -> Vec<String> {
     cast.finish_copies(&mut checks);
     cast.stores_again_what_was_dropped(&mut checks);
     cast.finds_everything(&mut checks, "in the end");
+    is_settled(&mut checks, &engine, clients, held, 0, false);
+    cast.ends_its_sessions();
+    drop(cast);
+    is_gone(&mut checks, &mut engine);
+    checks.finish()
+}
+
+/// The same client stops there instead, and engines die until it goes on: it finds the latest one, with all that it holds.
+///
+/// # Panics
+/// Where something else goes wrong than what is being tested.
+#[must_use]
+pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
+    let mut checks = Checks::new();
+    let mut engine = engine("client-stop", 8);
+    let mut cast = Cast::new(&engine.name);
+    let mut victim = Peer::spawn_with(&[(FAIL_POINT, &format!("{place}:{time}:stop"))]);
+    let mut has_stopped = false;
+    let mut ask = |checks: &mut Checks, engine: &mut EngineProcess, cast: &Cast, ask: &Ask| {
+        victim.begin(ask);
+        let began = Instant::now();
+        loop {
+            if let Some(told) = victim.end_within(ask, Duration::from_millis(1)) {
+                return Some(told);
+            }
+            if !has_stopped && crate::engine::has_stopped(victim.pid()) {
+                has_stopped = true;
+                for _ in 0..restarts {
+                    engine.kill();
+                    engine.restart();
+                    cast.is_ready(checks, || false);
+                }
+                victim.resume();
+            }
+            if began.elapsed() > checks.patience() {
+                checks.holds(false, format_args!("{ask:?} was not answered"));
+                return None;
+            }
+        }
+    };
+    let worker = worker_spec(&engine.name, PAIR, 2, 1, SHARD);
+    let scheduler = scheduler_spec(&engine.name, PAIR, 2);
+    for comes in [Ask::Worker(Box::new(worker)), Ask::Scheduler(Box::new(scheduler)), ready()] {
+        let told = ask(&mut checks, &mut engine, &cast, &comes);
+        checks.holds(matches!(told, Some(Tell::Done)), format_args!("{comes:?}: {told:?}"));
+    }
+    let mut is_warm = true;
+    for step in 0..4 {
+        if step == 1 {
+            engine.kill();
+            engine.restart();
+        } else if step == 2 {
+            engine.kill();
+            engine.reconfigure(&json!({ "cold": true }));
+            engine.restart();
+            engine.reconfigure(&json!({ "cold": false }));
+            cast.finish_copies(&mut checks);
+            cast.lost_everything();
+            engine.is_allocated();
+            is_warm = false;
+        }
+        cast.is_ready(&mut checks, || false);
+        ask(&mut checks, &mut engine, &cast, &ready());
+        if step == 3 {
+            break;
+        }
+        let group = cast.store_by(Whose::Pair, 3, 0..1);
+        let (keys, version) = cast.content(group);
+        let store = store(&mut cast, &keys, version);
+        let told = ask(&mut checks, &mut engine, &cast, &store);
+        cast.settle(&mut checks, || false);
+        let done = matches!(told, Some(Tell::Stored(stored)) if stored == all_stored(3));
+        cast.groups[group].acknowledged &= done;
+        checks.holds(matches!(told, Some(Tell::Stored(_))), format_args!("a store: {told:?}"));
+        let lookup = Ask::Lookup { request: format!("theirs-{step}"), admission: 0, keys };
+        let told = ask(&mut checks, &mut engine, &cast, &lookup);
+        let expected = if cast.groups[group].acknowledged { 3 } else { 0 };
+        let found = matches!(&told, Some(Tell::Found(found)) if found.chunks >= expected);
+        checks.holds(found, format_args!("{expected} chunks were stored: {told:?}"));
+    }
+    checks.holds(has_stopped, format_args!("{place}:{time} was not reached"));
+    if is_warm {
+        cast.loads_what_is_leased(&mut checks, "in the end");
+    }
+    victim.shutdown();
+    cast.finish_copies(&mut checks);
+    cast.stores_again_what_was_dropped(&mut checks);
+    cast.finds_everything(&mut checks, "in the end");
+    let (clients, held) = (cast.clients().len() as u64, cast.leases() as u64);
     is_settled(&mut checks, &engine, clients, held, 0, false);
     cast.ends_its_sessions();
     drop(cast);

@@ -4,14 +4,18 @@ use super::cast::{Cast, SHARD, SOLO, Whose, is_gone, is_settled, worker_spec};
 use super::checks::Checks;
 use super::table::Way;
 use super::{FAIL_POINT, was_killed};
-use crate::engine::EngineProcess;
+use crate::engine::{EngineProcess, has_stopped, thread_state};
 use crate::kv::chain;
 use crate::peer::Peer;
 use crate::proto::Ask;
-use crate::wait::LIMIT;
+use crate::wait::{LIMIT, eventually};
+use kvring_adapter::Key;
+use kvring_shm_abi::sync::{AtomicBool, Ordering};
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::json;
 use std::process::ExitStatus;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with who comes back.
 #[must_use]
@@ -76,6 +80,81 @@ pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
     checks.finish()
 }
 
+/// An engine that takes over stops at the `time`th time that it comes to `place`; a client of its predecessor's, with a copy
+/// that runs and a lease, is killed meanwhile. The engine goes on, and nothing of that client is left.
+///
+/// # Panics
+/// Where something else goes wrong than what is being tested.
+#[must_use]
+pub fn stops_at(place: &str, way: Way, time: u32) -> Vec<String> {
+    let mut checks = Checks::new();
+    let mut engine = engine("stop", 8);
+    let mut cast = Cast::new(&engine.name);
+    let (keys, _) = cast.content(1);
+    let victim = busy_peer(&engine.name, &keys);
+    engine.kill();
+    engine.launch(&[(FAIL_POINT, &format!("{place}:{time}:stop"))]);
+    let (pid, theirs, over) = (engine.pid(), victim.pid(), AtomicBool::new(false));
+    let was_reached = std::thread::scope(|scope| {
+        let killer = scope.spawn(|| {
+            // Also a moment after the last step: what that leads to may be still to come.
+            let mut since_over = None;
+            while since_over.is_none_or(|since: Instant| since.elapsed() < LATE) {
+                if since_over.is_none() && over.load(Ordering::Acquire) {
+                    since_over = Some(Instant::now());
+                }
+                if has_stopped(pid) {
+                    let kill = |pid, signal| nix::sys::signal::kill(Pid::from_raw(pid as i32), signal);
+                    kill(theirs, Signal::SIGKILL).expect("a signal to our own child");
+                    eventually("the client has died", || {
+                        thread_state(&task_of(theirs)).is_none_or(|state| state == 'Z')
+                    });
+                    kill(pid, Signal::SIGCONT).expect("a signal to our own child");
+                    return true;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            false
+        });
+        let started = engine.serves();
+        checks.holds(started.is_ok(), format_args!("{place}: {started:?}"));
+        engine.is_allocated();
+        for step in STEPS.iter().take(if way == Way::Stop { 1 } else { STEPS.len() }) {
+            step(&mut checks, &mut engine, &mut cast);
+        }
+        over.store(true, Ordering::Release);
+        killer.join().expect("a thread that watches")
+    });
+    drop(victim);
+    checks.holds(was_reached, format_args!("{place}:{time} was not reached"));
+    if was_reached {
+        goes_on(&mut checks, &mut engine, cast);
+    }
+    checks.finish()
+}
+
+/// How much later than the last step an engine may come to a place.
+const LATE: Duration = Duration::from_secs(3);
+
+fn task_of(pid: u32) -> std::path::PathBuf {
+    format!("/proc/{pid}/task/{pid}").into()
+}
+
+/// A worker whose copy stands still, and a scheduler with a lease, in another process.
+fn busy_peer(engine: &str, keys: &[Key]) -> Peer {
+    let mut peer = Peer::spawn();
+    for ask in [
+        Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
+        Ask::Scheduler(Box::new(super::cast::scheduler_spec(engine, SOLO, 1))),
+        Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 },
+        Ask::HoldAStore { round: (2, 1), keys: chain(66, 4), version: 2 },
+        Ask::Lookup { request: "theirs".to_owned(), admission: 0, keys: keys.to_vec() },
+    ] {
+        peer.ask(&ask);
+    }
+    peer
+}
+
 /// After the last start: everybody is there again, with everything, and in the end nothing is left.
 fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
     engine.is_allocated();
@@ -96,6 +175,27 @@ fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
     is_gone(checks, engine);
 }
 
+/// What leads an engine to each of its places, in the order in which it is done.
+const STEPS: [fn(&mut Checks, &mut EngineProcess, &mut Cast); 6] = [
+    |checks, engine, cast| cast.is_ready(checks, || engine.ended().is_some()),
+    |checks, engine, cast| {
+        cast.store(Whose::Pair, 3);
+        cast.settle(checks, || engine.ended().is_some());
+    },
+    |checks, engine, cast| {
+        cast.store(Whose::Other, 3);
+        cast.settle(checks, || engine.ended().is_some());
+    },
+    |checks, engine, cast| {
+        cast.late_pair_comes();
+        cast.is_ready(checks, || engine.ended().is_some());
+        cast.store(Whose::Late, 3);
+        cast.settle(checks, || engine.ended().is_some());
+    },
+    |checks, _, cast| checks.within(LIMIT, "a clear", || cast.clear()),
+    somebody_dies,
+];
+
 /// Starts an engine that is to die, and gives it everything to do until it has; `None` where it has not.
 fn run_until_dead(
     checks: &mut Checks,
@@ -110,26 +210,7 @@ fn run_until_dead(
     if way != Way::Stop {
         engine.is_allocated_or_dead();
     }
-    let steps: [fn(&mut Checks, &mut EngineProcess, &mut Cast); 6] = [
-        |checks, engine, cast| cast.is_ready(checks, || engine.ended().is_some()),
-        |checks, engine, cast| {
-            cast.store(Whose::Pair, 3);
-            cast.settle(checks, || engine.ended().is_some());
-        },
-        |checks, engine, cast| {
-            cast.store(Whose::Other, 3);
-            cast.settle(checks, || engine.ended().is_some());
-        },
-        |checks, engine, cast| {
-            cast.late_pair_comes();
-            cast.is_ready(checks, || engine.ended().is_some());
-            cast.store(Whose::Late, 3);
-            cast.settle(checks, || engine.ended().is_some());
-        },
-        |checks, _, cast| checks.within(LIMIT, "a clear", || cast.clear()),
-        somebody_dies,
-    ];
-    let steps = if way == Way::Stop { &steps[..1] } else { &steps[..] };
+    let steps = if way == Way::Stop { &STEPS[..1] } else { &STEPS[..] };
     for step in steps {
         step(checks, engine, cast);
         if let Some(status) = engine.ended() {
@@ -140,7 +221,7 @@ fn run_until_dead(
         engine.send(nix::sys::signal::Signal::SIGTERM);
     }
     let mut status = None;
-    let died = checks_quietly(|| {
+    let died = soon(|| {
         status = engine.ended();
         status.is_some()
     });
@@ -148,9 +229,9 @@ fn run_until_dead(
 }
 
 /// Does it come to be so within a few seconds? For what has been brought about already.
-fn checks_quietly(mut state: impl FnMut() -> bool) -> bool {
-    let began = std::time::Instant::now();
-    while began.elapsed() < Duration::from_secs(3) {
+fn soon(mut state: impl FnMut() -> bool) -> bool {
+    let began = Instant::now();
+    while began.elapsed() < LATE {
         if state() {
             return true;
         }
@@ -178,8 +259,7 @@ fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cas
             break;
         }
     }
-    checks.holds(
-        victim.has_ended().is_some_and(was_killed) || engine.ended().is_some(),
-        "the victim was to die once it had slots",
-    );
+    // An engine that has died over it may not have been seen to, by the kernel.
+    let has_died = soon(|| victim.has_ended().is_some_and(was_killed) || engine.ended().is_some());
+    checks.holds(has_died, "the victim was to die once it had slots");
 }
