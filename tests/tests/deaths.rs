@@ -162,13 +162,13 @@ fn an_engine_that_ends_in_any_other_way_is_noticed() {
 }
 
 /// A worker with a copy that runs and a scheduler with a lease, in another process.
-fn busy_peer(engine: &str) -> Peer {
+fn busy_peer(engine: &str, source: u32) -> Peer {
     let mut peer = Peer::spawn();
     for ask in [
         Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
         Ask::Scheduler(Box::new(scheduler_spec(engine, SOLO, 1))),
         Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 },
-        Ask::HoldAStore { round: (2, 1), keys: chain(2, 8), version: 2 },
+        Ask::HoldAStore { round: (source, 1), keys: chain(source.into(), 8), version: source.into() },
     ] {
         let told = peer.ask(&ask);
         assert!(matches!(told, Tell::Done), "{ask:?}: {told:?}");
@@ -197,7 +197,7 @@ fn a_client_that_dies_in_any_way_leaves_nothing() {
         ("the end of its keepers", |peer| assert!(matches!(peer.ask(&Ask::EndKeepers), Tell::Done))),
     ];
     for (number, (how, death)) in (0..).zip(deaths) {
-        let mut peer = busy_peer(&engine.name);
+        let mut peer = busy_peer(&engine.name, 2);
         assert_eq!(peer.lookup("theirs", number, &keys).chunks, 4);
         engine.stat_becomes("slots_writing", 8);
         assert_eq!((engine.stat("leases"), engine.stat("clients")), (1, 3), "{how}");
@@ -209,10 +209,50 @@ fn a_client_that_dies_in_any_way_leaves_nothing() {
     engine.settles(0);
 }
 
+/// The kernel marks their words all the same; the next engine finds them so.
+#[test]
+fn clients_that_die_while_there_is_no_engine_leave_nothing() {
+    let mut engine = EngineProcess::configured("nobody", 4, &fast());
+    let mut worker = WorkerSide::start(&worker_spec(&engine.name, SOLO, 1, 0, SHARD)).unwrap();
+    let mut scheduler = SchedulerSide::start(&scheduler_spec(&engine.name, SOLO, 1));
+    worker.wait_ready(LIMIT).unwrap();
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 1), all_stored(4));
+    for number in 0..4 {
+        let mut peers = [busy_peer(&engine.name, 2), busy_peer(&engine.name, 3)];
+        for peer in &mut peers {
+            assert_eq!(peer.lookup("theirs", number, &chain(1, 4)).chunks, 4);
+        }
+        assert_eq!((engine.stat("slots_writing"), engine.stat("leases")), (16, 2));
+        let [first, second] = &mut peers;
+        if number % 2 == 0 {
+            engine.kill();
+            first.kill();
+        } else {
+            first.kill();
+            engine.kill();
+        }
+        engine.restart();
+        if number >= 2 {
+            // While its word is being looked at, perhaps.
+            second.kill();
+        }
+        worker.wait_ready(LIMIT).unwrap();
+        scheduler.client().wait_ready(LIMIT).unwrap();
+        second.kill();
+        engine.settles(2);
+        let found = scheduler.lookup("r", number, &chain(1, 4)).unwrap();
+        assert_eq!(worker.load("r", &found.ranks[0], 1), all_loaded(4));
+        scheduler.api().end_session("r");
+    }
+    drop((worker, scheduler));
+    engine.settles(0);
+}
+
 #[test]
 fn a_forked_child_does_not_keep_its_parents_entry_alive() {
     let engine = EngineProcess::configured("client-fork", 4, &fast());
-    let mut peer = busy_peer(&engine.name);
+    let mut peer = busy_peer(&engine.name, 2);
     let Tell::Count(child) = peer.ask(&Ask::Fork) else { panic!("no child") };
     let child = Pid::from_raw(child as i32);
     engine.stat_becomes("slots_writing", 8);
@@ -262,7 +302,7 @@ fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     worker.wait_ready(LIMIT).unwrap();
     scheduler.client().wait_ready(LIMIT).unwrap();
     assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 1), all_stored(4));
-    let mut peer = busy_peer(&engine.name);
+    let mut peer = busy_peer(&engine.name, 2);
     let theirs = peer.lookup("theirs", 0, &chain(1, 4));
     assert_eq!(theirs.chunks, 4);
     engine.stat_becomes("slots_writing", 8);

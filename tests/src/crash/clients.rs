@@ -189,11 +189,13 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
         let found = matches!(&told, Some(Tell::Found(found)) if found.chunks >= expected);
         checks.holds(found, format_args!("{expected} chunks were stored: {told:?}"));
     }
+    let told = ask(&mut checks, &mut engine, &cast, &Ask::Shutdown);
+    checks.holds(matches!(told, Some(Tell::Done)), format_args!("a client's end: {told:?}"));
     checks.holds(has_stopped, format_args!("{place}:{time} was not reached"));
+    cast.is_ready(&mut checks, || false);
     if is_warm {
         cast.loads_what_is_leased(&mut checks, "in the end");
     }
-    victim.shutdown();
     cast.finish_copies(&mut checks);
     cast.stores_again_what_was_dropped(&mut checks);
     cast.finds_everything(&mut checks, "in the end");
