@@ -1,8 +1,9 @@
 //! A client dies at a place; everybody else goes on, and somebody takes its part.
 
-use super::cast::{Cast, PAIR, SHARD, Whose, is_gone, is_settled, scheduler_spec, worker_spec};
+use super::cast::{Cast, PAIR, SHARD, Whose, scheduler_spec, worker_spec};
 use super::checks::Checks;
 use super::engines::engine;
+use super::settled::{is_gone, is_settled};
 use super::{FAIL_POINT, was_killed};
 use crate::engine::EngineProcess;
 use crate::peer::Peer;
@@ -153,12 +154,13 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
         let told = ask(&mut checks, &mut engine, &cast, &comes);
         checks.holds(matches!(told, Some(Tell::Done)), format_args!("{comes:?}: {told:?}"));
     }
-    let mut is_warm = true;
     for step in 0..4 {
         if step == 1 {
             engine.kill();
             engine.restart();
         } else if step == 2 {
+            cast.loads_what_is_leased(&mut checks, "beside a client that stopped");
+            cast.finds_everything(&mut checks, "beside a client that stopped");
             engine.kill();
             engine.reconfigure(&json!({ "cold": true }));
             engine.restart();
@@ -166,7 +168,6 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
             cast.finish_copies(&mut checks);
             cast.lost_everything();
             engine.is_allocated();
-            is_warm = false;
         }
         cast.is_ready(&mut checks, || false);
         ask(&mut checks, &mut engine, &cast, &ready());
@@ -193,9 +194,6 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
     checks.holds(matches!(told, Some(Tell::Done)), format_args!("a client's end: {told:?}"));
     checks.holds(has_stopped, format_args!("{place}:{time} was not reached"));
     cast.is_ready(&mut checks, || false);
-    if is_warm {
-        cast.loads_what_is_leased(&mut checks, "in the end");
-    }
     cast.finish_copies(&mut checks);
     cast.stores_again_what_was_dropped(&mut checks);
     cast.finds_everything(&mut checks, "in the end");

@@ -4,6 +4,7 @@ use super::FAIL_POINT;
 use super::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
 use super::checks::Checks;
 use super::engines::engine;
+use super::settled::is_gone;
 use crate::engine::EngineProcess;
 use crate::held::HeldBackend;
 use crate::kv::{Shape, chain};
@@ -97,7 +98,7 @@ pub fn a_copy_into_the_arena() -> Vec<String> {
     checks.same("the store whose copy ran on", all_stored(8), worker.finished_store(job));
     filler.finds(&mut checks, 32);
     drop((worker, filler));
-    super::cast::is_gone(&mut checks, &mut engine);
+    is_gone(&mut checks, &mut engine);
     checks.finish()
 }
 
@@ -144,7 +145,7 @@ pub fn a_grant_that_comes_too_late() -> Vec<String> {
     filler.finds(&mut checks, 64);
     checks.same("late grants", BATCH as u64, worker.client().stats().late_grants);
     drop((worker, filler));
-    super::cast::is_gone(&mut checks, &mut engine);
+    is_gone(&mut checks, &mut engine);
     checks.finish()
 }
 
@@ -180,6 +181,6 @@ pub fn a_copy_out_of_the_arena() -> Vec<String> {
     checks.same("the overtaken load", Loaded { failed: 8, ..Loaded::default() }, loaded);
     filler.finds(&mut checks, 32);
     drop((worker, scheduler, filler));
-    super::cast::is_gone(&mut checks, &mut engine);
+    is_gone(&mut checks, &mut engine);
     checks.finish()
 }

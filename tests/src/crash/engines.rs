@@ -1,7 +1,8 @@
 //! An engine dies at a place; the next one goes on.
 
-use super::cast::{Cast, SHARD, SOLO, Whose, is_gone, is_settled, worker_spec};
+use super::cast::{Cast, SHARD, SOLO, Whose, worker_spec};
 use super::checks::Checks;
+use super::settled::{is_gone, is_settled};
 use super::table::Way;
 use super::{FAIL_POINT, was_killed};
 use crate::engine::{EngineProcess, has_stopped, thread_state};

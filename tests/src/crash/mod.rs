@@ -11,6 +11,7 @@ pub mod clients;
 pub mod copies;
 pub mod engines;
 pub mod rules;
+pub mod settled;
 pub mod table;
 
 use std::process::ExitStatus;

@@ -1,8 +1,9 @@
 //! What the other rules are for: each of these scenarios goes wrong where one is broken.
 
-use super::cast::{PAIR, SHARD, SOLO, is_gone, scheduler_spec, worker_spec};
+use super::cast::{PAIR, SHARD, SOLO, scheduler_spec, worker_spec};
 use super::checks::Checks;
 use super::engines::{dies_at, engine};
+use super::settled::is_gone;
 use super::table::Way;
 use super::{BREAK, FAIL_POINT};
 use crate::kv::chain;
