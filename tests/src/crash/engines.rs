@@ -130,6 +130,9 @@ pub fn stops_at(place: &str, way: Way, time: u32) -> Vec<String> {
     checks.holds(was_reached, format_args!("{place}:{time} was not reached"));
     if was_reached {
         goes_on(&mut checks, &mut engine, cast);
+    } else {
+        // It would stop while the clients leave it.
+        engine.kill();
     }
     checks.finish()
 }
