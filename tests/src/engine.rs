@@ -144,9 +144,17 @@ impl EngineProcess {
     /// # Panics
     /// When it does not start.
     pub fn restart(&mut self) {
-        let child = spawn_engine(&self.overrides, &self.environment);
-        self.child = child.unwrap_or_else(|error| panic!("no restart: {error}"));
+        self.try_restart().unwrap_or_else(|error| panic!("no restart: {error}"));
+    }
+
+    /// The same where it may not start; the error is what it said.
+    ///
+    /// # Errors
+    /// Its last words.
+    pub fn try_restart(&mut self) -> Result<(), String> {
+        self.child = spawn_engine(&self.overrides, &self.environment)?;
         self.stopped = false;
+        Ok(())
     }
 
     /// The same name and configuration again, with further variables in its environment.

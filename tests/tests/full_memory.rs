@@ -107,3 +107,32 @@ fn a_client_comes_back_in_a_full_shm() {
         assert_eq!(ready, Ok(()), "its own old channel takes the room");
     });
 }
+
+/// A `/dev/shm` that has become read-only: nothing starts, nothing attaches anew, and nothing is lost.
+#[test]
+fn a_read_only_shm_is_an_error_and_costs_nothing() {
+    let name = "a_read_only_shm_is_an_error_and_costs_nothing";
+    if !is_root(name) {
+        return;
+    }
+    isolated_by(name, &SMALL_SHM, || {
+        let mut engine = EngineProcess::start("read-only", 8);
+        let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+        assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &chain(1, 8), 1), all_stored(8));
+        engine.kill();
+        let remount = |how: &str| {
+            let done = std::process::Command::new("mount").args(["-o", how, "/dev/shm"]).status();
+            done.unwrap().success()
+        };
+        // While somebody maps the arena to write the kernel refuses.
+        drop(worker);
+        assert!(remount("remount,bind,ro"));
+        for _ in 0..3 {
+            let error = engine.try_restart().unwrap_err();
+            assert!(error.contains("Read-only file system"), "{error}");
+        }
+        assert!(remount("remount,bind,rw"));
+        engine.restart();
+        assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
+    });
+}

@@ -337,10 +337,36 @@ fn a_segment_that_others_may_read_is_refused_and_can_be_removed() {
         );
         mode(0o600).unwrap();
     }
+    // Nothing has been destroyed: what was there is taken over as if nothing had been tried.
+    let warm = name.start().unwrap();
+    assert_eq!((warm.start(), warm.engine.info().recoveries.load(Ordering::Relaxed)), (&Start::Warm, 1));
+    drop(warm);
     std::fs::set_permissions(name.path(&name.0.lobby()), std::fs::Permissions::from_mode(0o666)).unwrap();
     let removed = remove(&name.0, false, WAIT).unwrap();
     assert_eq!((removed.segments, name.files()), (3, vec![]));
     assert!(removed.bytes >= LOBBY_BYTES as u64);
+}
+
+#[test]
+fn somebody_elses_segments_are_refused_and_left_as_they_are() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: only root can give files away");
+        return;
+    }
+    let name = Name::new("owner");
+    drop(name.start().unwrap());
+    let before = name.inodes();
+    for segment in [name.0.engine_segment(), name.0.lobby(), name.0.arena()] {
+        let give_to = |user| std::os::unix::fs::chown(name.path(&segment), Some(user), None).unwrap();
+        give_to(4711);
+        let error = name.start().err().unwrap();
+        assert!(
+            matches!(&error, SetupError::Segment(SegmentError::WrongOwner { found: 4711, .. })),
+            "{segment}: {error}"
+        );
+        give_to(0);
+    }
+    assert_eq!((name.start().unwrap().start(), name.inodes()), (&Start::Warm, before));
 }
 
 #[test]
