@@ -6,6 +6,7 @@
 //! What is released while the keeper names leases to a new engine is released there, afterwards.
 
 use crate::link::Link;
+use crate::rejoin::At;
 use crate::sessions::{Asking, Found};
 use kvring_shm_abi::message::Request;
 use std::collections::HashMap;
@@ -24,15 +25,6 @@ pub(crate) struct Lease {
     pub(crate) found: Arc<Found>,
     /// How many of its chunks are still wanted.
     pub(crate) keep: u32,
-}
-
-enum At {
-    /// No engine that holds anything for us.
-    Nowhere,
-    /// The keeper names what is here to a new engine.
-    Declaring,
-    /// Releases go through this link. Its engine may be dead.
-    Attached(Arc<Link>),
 }
 
 struct State {
@@ -61,7 +53,7 @@ impl Leases {
     /// A lookup's answer came through `link`. False: that engine is history, and nobody holds what it found.
     pub(crate) fn accept(&self, link: &Arc<Link>, lease: Lease) -> bool {
         let mut state = self.state();
-        let is_current = matches!(&state.at, At::Attached(at) if Arc::ptr_eq(at, link));
+        let is_current = state.at.is(link);
         if is_current {
             state.held.insert((lease.session, lease.admission), lease);
         }

@@ -12,6 +12,7 @@
 //! attachment stands.
 
 use crate::link::Link;
+use crate::rejoin::At;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::SlotRecord;
 use std::collections::HashMap;
@@ -46,15 +47,6 @@ struct Batch {
     duty: Duty,
     /// Nobody waits for its outcome any more.
     left: bool,
-}
-
-enum At {
-    /// No engine, or one that knows of nothing here.
-    Nowhere,
-    /// The keeper names what is here to a new engine.
-    Declaring,
-    /// Commits and aborts go through this link. Its engine may be dead.
-    Attached(Arc<Link>),
 }
 
 struct State {
@@ -92,7 +84,7 @@ impl Ledger {
     /// Mover: these slots were granted through `link`. `None`: too late, they are not ours; nothing may be written there.
     pub(crate) fn hold(&self, link: &Arc<Link>, records: Vec<SlotRecord>) -> Option<BatchId> {
         let mut state = self.state();
-        let is_current = matches!(&state.at, At::Attached(at) if Arc::ptr_eq(at, link));
+        let is_current = state.at.is(link);
         if !is_current && !failpoint::broken("late grants") {
             return None;
         }

@@ -18,6 +18,23 @@ use std::time::Duration;
 /// Slots in one message.
 const SLOTS_PER_MESSAGE: usize = 512;
 
+/// Which engine knows of what is held (in the ledger, among the leases).
+pub(crate) enum At {
+    /// None knows of any of it.
+    Nowhere,
+    /// The keeper names it to a new one.
+    Declaring,
+    /// The one behind this link, through which everything goes. It may be dead.
+    Attached(Arc<Link>),
+}
+
+impl At {
+    /// Is it the engine behind this link?
+    pub(crate) fn is(&self, link: &Arc<Link>) -> bool {
+        matches!(self, At::Attached(at) if Arc::ptr_eq(at, link))
+    }
+}
+
 /// Lets go of the old channel, before there is a new one. Late answers are not waited for any longer.
 pub(crate) fn let_go(shared: &Shared) {
     drop(shared.ledger.begin_declaring());
