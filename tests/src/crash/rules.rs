@@ -110,6 +110,15 @@ pub fn shards_of_two_rounds_at_a_restart() -> Vec<String> {
         let loaded = worker.load("r", &found.ranks[rank], 1);
         checks.same("wrong bytes that were called right", 0, loaded.wrong);
     }
+    // In one round they are one.
+    for worker in &mut pair {
+        checks.same("a store", all_stored(4), worker.store("r", round(2, 1), None, &keys, 7));
+    }
+    let found = scheduler.lookup("r", 1, &keys).expect("a lookup within the limits");
+    checks.same("chunks that both have stored", 4, found.chunks);
+    for (rank, worker) in pair.iter_mut().enumerate() {
+        checks.same("loads", all_loaded(found.chunks as usize), worker.load("r", &found.ranks[rank], 7));
+    }
     scheduler.api().end_session("r");
     drop((pair, scheduler));
     is_gone(&mut checks, &mut engine);
