@@ -84,6 +84,17 @@ pub(crate) struct Shared {
 }
 
 impl Registered {
+    /// What the attachment of this nonce, which is healthy, is to whoever needs this registration.
+    pub(crate) fn health(&self, nonce: u64) -> Health {
+        match self.outcome().as_ref() {
+            Some(outcome) if outcome.nonce == nonce => match &outcome.namespace {
+                Ok(_) => Health::Healthy,
+                Err(refused) => Health::Refused(refused.to_string()),
+            },
+            _ => Health::Attaching,
+        }
+    }
+
     pub(crate) fn outcome(&self) -> MutexGuard<'_, Option<Outcome>> {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -271,6 +282,14 @@ impl Client {
             .registrations()
             .iter()
             .all(|registered| registered.outcome().as_ref().is_some_and(|outcome| outcome.nonce == nonce))
+    }
+
+    /// The nonce of the current attachment, if the engine is fit to be asked.
+    pub(crate) fn attached_nonce(&self) -> Result<u64, Health> {
+        self.usable().map(|attachment| attachment.link.nonce).map_err(|error| match error {
+            CallError::Degraded(health) => health,
+            _ => Health::ShutDown,
+        })
     }
 
     /// The current attachment, if the engine is fit to be asked.

@@ -381,7 +381,7 @@ fn answer(ask: Ask, worker: &mut Option<WorkerSide>, scheduler: &mut Option<Sche
             }
             Tell::Done
         }
-        (Ask::Health, Some(worker), _) => Tell::Health(worker.client().health().to_string()),
+        (Ask::Health, Some(worker), _) => Tell::Health(worker.adapter().health().to_string()),
         (Ask::Health, _, Some(scheduler)) => Tell::Health(scheduler.client().health().to_string()),
         (Ask::Store { request, round: (source, number), parent, keys, version }, Some(worker), _) => {
             Tell::Stored(worker.store(&request, Round { source, number }, parent, &keys, version))

@@ -10,11 +10,12 @@ use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
 use kvring_shm_abi::message::{Disagreement, Status};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
+use kvring_tests::peer::Peer;
 use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
 use kvring_tests::raw::{RawClient, registration};
 use kvring_tests::scheduler::SchedulerSide;
 use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::LIMIT;
+use kvring_tests::wait::{LIMIT, eventually};
 use kvring_tests::worker::{WorkerSide, client};
 
 fn round(number: u32) -> Round {
@@ -66,6 +67,32 @@ fn ranks_that_disagree_are_told_about_what() {
     drop((first, second, scheduler));
     bystander.was_undisturbed();
     engine.settles(0);
+}
+
+/// A registration that is refused later on, when the keeper repeats it: that rank is degraded, and says why, until an engine
+/// accepts it.
+#[test]
+fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
+    let mut engine = EngineProcess::start("later", 16);
+    let right = WorkerSpec::new(&engine.name);
+    let mut peer = Peer::worker(&right);
+    assert_eq!(peer.health(), "healthy");
+    peer.stop();
+    engine.kill();
+    // Another arena: a cold start.
+    engine.restart_with_arena(8);
+    // Somebody else was first.
+    let other = WorkerSide::start(&WorkerSpec { chunk_tokens: 128, ..right }).unwrap();
+    peer.resume();
+    eventually("it is told", || peer.health().starts_with("refused: "));
+    assert!(peer.health().contains("128"), "{}", peer.health());
+    assert_eq!(peer.store(round(1), &chain(1, 4), 1).dropped, 4);
+    assert_eq!(engine.stat("clients"), 2, "it stays attached: its other ranks may be welcome");
+    drop(other);
+    engine.kill();
+    engine.restart_with_arena(16);
+    eventually("another engine accepts it", || peer.health() == "healthy");
+    assert_eq!(peer.store(round(1), &chain(1, 4), 1), all_stored(4));
 }
 
 #[test]

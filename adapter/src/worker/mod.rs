@@ -280,15 +280,23 @@ impl WorkerAdapter {
         self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().len().saturating_sub(1), timeout))
     }
 
-    /// Is the engine there and well? A few loads.
+    /// Is the engine there and well, and has it this rank's registration? A few loads, and a lock that nobody holds for long.
     pub fn is_healthy(&mut self) -> bool {
-        self.probe.is_healthy()
+        let Self { probe, running, .. } = self;
+        let Ok(link) = probe.link() else { return false };
+        let nonce = link.nonce;
+        running.as_ref().is_some_and(|running| running.registered.health(nonce).is_healthy())
     }
 
-    /// How the engine looks.
+    /// How the engine looks from this rank. An engine that has refused its registration is of no use to it: *refused*, until
+    /// the keeper has asked again, which it does at its next attachment.
     #[must_use]
     pub fn health(&self) -> Health {
-        self.client.health()
+        match (self.client.attached_nonce(), &self.running) {
+            (Ok(nonce), Some(running)) => running.registered.health(nonce),
+            (Ok(_), None) => Health::Attaching,
+            (Err(health), _) => health,
+        }
     }
 
     /// Finishes what is open (up to `drain_timeout`; copies that run are always waited for), then ends the client.
