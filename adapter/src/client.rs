@@ -352,7 +352,8 @@ impl Client {
             .retain(|other| !Arc::ptr_eq(other, registered));
     }
 
-    /// Waits for a registration's first outcome, at most `timeout`. `Ok(None)`: not yet; the keeper goes on trying.
+    /// Waits until a registration has its first outcome and can be used, at most `timeout`. `Ok(None)`: not yet; the keeper
+    /// goes on trying.
     pub(crate) fn wait_registered(
         &self,
         registered: &Registered,
@@ -361,8 +362,12 @@ impl Client {
         let until = Instant::now() + timeout;
         let mut current = self.shared.current();
         loop {
-            if let Some(outcome) = registered.outcome().clone() {
-                return outcome.namespace.map(Some);
+            if let Some(Outcome { nonce, namespace, .. }) = registered.outcome().clone() {
+                // Who is told that it is registered stores at once: the keeper must be through with that attachment.
+                let is_current = current.attached().is_ok_and(|attachment| attachment.link.nonce == nonce);
+                if namespace.is_err() || is_current {
+                    return namespace.map(Some);
+                }
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || !self.shared.fork.is_ours() {

@@ -162,6 +162,7 @@ fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> R
         match done {
             Ok(()) => {
                 rejoin::settle(shared, attachment, rejoins);
+                failpoint::here("client.entered");
                 return Ok(());
             }
             Err(error) => tracing::debug!(%error, "not through yet with a new attachment"),

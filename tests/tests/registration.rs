@@ -95,6 +95,15 @@ fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
     assert_eq!(peer.store(round(1), &chain(1, 4), 1), all_stored(4));
 }
 
+/// Registered means fit to store: also while the keeper is not yet through with everything else.
+#[test]
+fn the_first_store_after_a_registration_is_not_dropped() {
+    let engine = EngineProcess::start("first", 16);
+    let mut peer = Peer::spawn_with(&[("KVRING_FAIL_POINT", "client.entered:1:pause")]);
+    peer.add_worker(&WorkerSpec::new(&engine.name)).unwrap();
+    assert_eq!(peer.store(round(1), &chain(1, 4), 1), all_stored(4));
+}
+
 #[test]
 fn numbers_that_cannot_be_are_errors_at_construction() {
     let engine = EngineProcess::start("numbers", 4);

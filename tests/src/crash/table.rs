@@ -115,6 +115,7 @@ pub const PLACES: &[Place] = &[
     place("client.commit sent", Way::Client, &[1, 2]),
     place("client.took stock", Way::Client, &[1, 2]),
     place("client.declared", Way::Client, &[1, 2]),
+    place("client.entered", Way::Client, &[1, 2]),
     place("client.gives up", Way::Client, &[1, 2]),
     place("writing.fields", Way::Broken("word last"), &[1]),
     place("recovery.early words", Way::Broken("odd before the words"), &[1]),
