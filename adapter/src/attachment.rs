@@ -318,6 +318,8 @@ impl AttachError {
     pub(crate) fn ends_claim(&self) -> bool {
         match self {
             AttachError::Dead(_)
+            // What it holds is not believed, but can be loaded: each load is checked. Its successor starts cold.
+            | AttachError::Unhealthy(_)
             | AttachError::Recovering(_)
             | AttachError::Restarted
             | AttachError::TimedOut(_)
