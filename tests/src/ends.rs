@@ -46,11 +46,23 @@ static END: AtomicU32 = AtomicU32::new(0);
 static GO: AtomicBool = AtomicBool::new(false);
 
 /// Installs what [`ENDS`] asks for: SIGUSR1 makes the thread hang, in the middle of whatever it does, until SIGUSR2 ends it.
+/// A fork needs SIGUSR2 alone.
 ///
 /// # Panics
 /// When a handler cannot be installed.
 pub fn install() {
     let Some(end) = std::env::var(ENDS).ok().and_then(|end| end.parse().ok()) else { return };
+    if end == End::Fork as u32 {
+        // Not in a handler: `fork` waits for the allocator, which the thread may be in the middle of.
+        on(Signal::SIGUSR2, go);
+        std::thread::spawn(|| {
+            while !GO.swap(false, Ordering::Relaxed) {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            fork_idle();
+        });
+        return;
+    }
     END.store(end, Ordering::Relaxed);
     on(Signal::SIGUSR1, hang);
     on(Signal::SIGUSR2, go);
@@ -116,15 +128,6 @@ pub fn end(how: u32) {
             libc::syscall(libc::SYS_exit, 0);
         },
         5 => panic!("a test asked for a panic in the service thread"),
-        // SAFETY: the child calls nothing but a sleep.
-        6 => unsafe {
-            if libc::fork() == 0 {
-                libc::alarm(CHILD_LIVES);
-                loop {
-                    libc::pause();
-                }
-            }
-        },
         _ => {}
     }
 }
@@ -155,7 +158,6 @@ pub fn end_threads(name: &str) {
 }
 
 /// Forks a child that does nothing, for as long as it is let; its id.
-#[must_use]
 pub fn fork_idle() -> i32 {
     // SAFETY: the child calls nothing but a sleep.
     unsafe {
