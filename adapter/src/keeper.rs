@@ -104,7 +104,9 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
                     // Before waiting for the last copy: whoever wants memory wants it now.
                     shared.set_detached(error.health());
                     give_up(shared, held);
-                    if matches!(error, AttachError::AnotherStart(_) | AttachError::ClaimLost(_)) {
+                    // Another claim, at once. Not where somebody overwrites ours: who does so again and again must not keep
+                    // this thread busy.
+                    if matches!(error, AttachError::AnotherStart(_)) {
                         continue;
                     }
                 } else if error.is_no_room() {
