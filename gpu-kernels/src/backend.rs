@@ -24,9 +24,12 @@ pub enum CopyError {
     /// A thread that copied has failed.
     #[error("a copy thread failed")]
     ThreadFailed,
+    /// A page of a store has no address: there is nothing to copy from.
+    #[error("expected the address of every page of a store, got none for one")]
+    NothingToStore,
 }
 
-/// One contiguous piece of the paged side.
+/// One contiguous piece of the paged side. A null address in a load: these bytes of the shard go nowhere.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Page {
     pub(crate) address: *mut u8,
@@ -50,6 +53,8 @@ pub struct CopyBatch {
     pub(crate) after: Option<ComputeStream>,
     pub(crate) shards: Vec<Shard>,
     pub(crate) pages: Vec<Page>,
+    /// A store with a page that has no address.
+    pub(crate) nothing_to_store: bool,
 }
 
 // SAFETY: addresses only; `CopyBatch::shard` states who may touch the memory behind them, from any thread.
@@ -61,7 +66,14 @@ impl CopyBatch {
     /// An empty batch. With `checksum`, each shard's checksum is computed in the copy (see [`crate::checksum`]).
     #[must_use]
     pub fn new(direction: Direction, checksum: bool) -> CopyBatch {
-        CopyBatch { direction, checksum, after: None, shards: Vec::new(), pages: Vec::new() }
+        CopyBatch {
+            direction,
+            checksum,
+            after: None,
+            shards: Vec::new(),
+            pages: Vec::new(),
+            nothing_to_store: false,
+        }
     }
 
     /// Orders the batch after the work that is on `stream` when it is submitted.
@@ -73,8 +85,11 @@ impl CopyBatch {
 
     /// Adds a shard: the range of the arena from `arena` on, made of `pages` (address, bytes) in order.
     ///
+    /// A page of a *load* whose address is null is skipped: nothing is written for these bytes of the shard, which count in
+    /// its checksum all the same. In a store it makes the batch an error ([`CopyError::NothingToStore`]).
+    ///
     /// # Safety
-    /// Until the batch's transfer has completed, `arena` up to the sum of the pages' bytes and every page are mapped;
+    /// Until the batch's transfer has completed, `arena` up to the sum of the pages' bytes and every page with an address are mapped;
     /// the destination is writable, and nobody else accesses it; the pages of a store are not written by anybody. The
     /// arena side of a *load* may be written by another process meanwhile: then the bytes loaded are meaningless, and
     /// the caller finds that out by looking at the slot's word again.
@@ -83,6 +98,9 @@ impl CopyBatch {
         self.pages.extend(pages.into_iter().map(|(address, bytes)| Page { address, bytes }));
         let pages = &self.pages[first_page..];
         let bytes = pages.iter().map(|page| page.bytes).sum();
+        if self.direction == Direction::Store {
+            self.nothing_to_store |= pages.iter().any(|page| page.address.is_null());
+        }
         self.shards.push(Shard { arena, first_page, pages: pages.len(), bytes });
     }
 

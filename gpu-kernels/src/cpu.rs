@@ -102,6 +102,8 @@ impl Job {
         let (mut page, mut skip, mut position, mut left) =
             (piece.page as usize, piece.skip, piece.position, piece.bytes);
         let mut sum = 0u64;
+        // What skipped pages are summed in: private memory, because the arena may be written meanwhile.
+        let mut scratch = Vec::new();
         while left > 0 {
             let here = self.batch.pages[page];
             let mut bytes = left.min(here.bytes - skip);
@@ -109,10 +111,18 @@ impl Job {
                 // Cut where a checksum may be cut: at a multiple of 8 of the position.
                 bytes = TILE - position % 8;
             }
-            let paged = here.address.wrapping_add(skip);
             let arena = shard.arena.wrapping_add(position);
-            // SAFETY: `CopyBatch::shard` promised both ranges; pieces of a batch do not overlap.
-            sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
+            if !here.address.is_null() {
+                let paged = here.address.wrapping_add(skip);
+                // SAFETY: `CopyBatch::shard` promised both ranges; pieces of a batch do not overlap.
+                sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
+            } else if self.batch.checksum {
+                scratch.resize(TILE, 0);
+                // SAFETY: as above for the arena; a stretch of a checksummed batch is not longer than a tile.
+                sum = sum.wrapping_add(unsafe {
+                    self.tile(scratch[..bytes].as_mut_ptr(), arena, bytes, position as u64)
+                });
+            }
             (position, skip, left) = (position + bytes, skip + bytes, left - bytes);
             if skip == here.bytes {
                 (page, skip) = (page + 1, 0);
@@ -233,6 +243,9 @@ impl CpuBackend {
 
 impl CopyBackend for CpuBackend {
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        if batch.nothing_to_store {
+            return Err(CopyError::NothingToStore);
+        }
         let job = Arc::new(Job::new(batch));
         if !self.workers.is_empty() && job.pieces.len() > 1 {
             self.apart.keep_off_this_cpu();

@@ -98,6 +98,57 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+    #[test]
+    fn a_skipped_page_is_not_written_and_counts_in_the_checksum(
+        lengths in lengths(),
+        skips in prop::collection::vec(any::<bool>(), 40),
+        threads in 1usize..4,
+    ) {
+        let whole = run(&[lengths.clone()], Direction::Load, threads, true);
+        for checksum in [false, true] {
+            let backend = CpuBackend::new(threads);
+            let mut case = Case::new(1, &lengths, Direction::Load);
+            let skips = |page: usize| skips[page % skips.len()];
+            for page in (0..lengths.len()).filter(|page| skips(*page)) {
+                case.pages[page].fill(POISON);
+            }
+            let mut batch = CopyBatch::new(Direction::Load, checksum);
+            let pages: Vec<_> = case.pages.iter_mut().enumerate().map(|(page, memory)| {
+                let at = memory.as_mut_ptr().wrapping_add(GUARD);
+                (if skips(page) { core::ptr::null_mut() } else { at }, memory.len() - 2 * GUARD)
+            }).collect();
+            // SAFETY: as in `add_to`; pages that are skipped have no address.
+            unsafe { batch.shard(case.arena.as_mut_ptr().wrapping_add(GUARD), pages) };
+            let sums = backend.submit(batch).unwrap().wait().unwrap().checksums;
+            prop_assert_eq!(sums, if checksum { whole.clone() } else { Vec::new() });
+            let expected = content(1, lengths.iter().sum());
+            let mut at = 0;
+            for (page, bytes) in lengths.iter().enumerate() {
+                let memory = &case.pages[page];
+                if skips(page) {
+                    prop_assert!(memory.iter().all(|byte| *byte == POISON), "page {} was written", page);
+                } else {
+                    prop_assert!(guards_hold(memory), "around page {}", page);
+                    prop_assert!(memory[GUARD..GUARD + bytes] == expected[at..at + bytes], "page {}", page);
+                }
+                at += bytes;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_of_a_page_without_address_is_refused() {
+    let mut arena = vec![0u8; 64];
+    let mut batch = CopyBatch::new(Direction::Store, true);
+    // SAFETY: the arena's side is there; nothing is copied.
+    unsafe { batch.shard(arena.as_mut_ptr(), [(core::ptr::null_mut(), 64)]) };
+    let refused = CpuBackend::new(1).submit(batch).map(|_| ()).unwrap_err();
+    assert_eq!(refused, CopyError::NothingToStore);
+}
+
 #[test]
 fn a_transfer_that_is_only_polled_gets_on() {
     for threads in [1, 2] {
