@@ -29,11 +29,11 @@ pub use error::{CallError, RegisterError};
 pub use health::Health;
 pub use kvring_shm_abi::engine_segment::ShardHandle;
 pub use kvring_shm_abi::lobby::Role;
-pub use kvring_shm_abi::message::{Key, Round};
+pub use kvring_shm_abi::message::{KEYS_MAX, Key, Round};
 pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
 pub use scheduler::{PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 pub use sessions::{Hit, Lookup, LookupStats};
 pub use worker::{
-    BlockError, Checksum, Drops, Finished, JobId, LayoutError, LoadChunk, LoadFailures, LoadReport, PagedKv,
-    Plane, StoreChunk, StoreReport, SubmitError, WorkerAdapter, WorkerOptions,
+    BlockError, Checksum, Drops, Finished, JobId, Jobs, KvGroup, LayoutError, LoadChunk, LoadFailures,
+    LoadReport, PagedKv, Plane, SKIP, StoreChunk, StoreReport, SubmitError, WorkerAdapter, WorkerOptions,
 };

@@ -7,7 +7,7 @@ use crate::sessions::{Asked, Hit, Lookup, LookupStats, Sessions, State};
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::message::Key;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a scheduler's lookups need to know.
 #[derive(Clone, Debug)]
@@ -79,6 +79,19 @@ static NOTHING: Hit = Hit::nothing();
 pub struct Adapter<const POLLING: bool> {
     sessions: Sessions,
     options: SchedulerOptions,
+    /// How long the lookups of this step may still wait, where somebody says when a step begins.
+    left: Option<Duration>,
+}
+
+/// How to wait for an answer.
+#[derive(Clone, Copy)]
+enum Patience {
+    /// Not at all, but it may become late.
+    Look,
+    /// Spinning.
+    Spin(Duration),
+    /// For a definite answer.
+    Wait(Duration),
 }
 
 /// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
@@ -96,22 +109,68 @@ impl<const POLLING: bool> Adapter<POLLING> {
     /// An adapter on a client of the scheduler's role.
     #[must_use]
     pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> Self {
-        Adapter { sessions: Sessions::new(client, options.fingerprint), options }
+        Adapter { sessions: Sessions::new(client, options.fingerprint), options, left: None }
     }
 
-    /// How long a call waits for an answer.
-    fn patience(&self) -> Option<Duration> {
-        POLLING.then_some(self.options.lookup_timeout)
+    /// How long a call may wait for an answer now.
+    fn left(&self) -> Duration {
+        self.left.unwrap_or(self.options.lookup_timeout)
+    }
+
+    /// How long a lookup may take that begins now.
+    fn begin_timeout(&self) -> Option<Duration> {
+        // A polling one is ended by whoever waits for it; only whether there is any time matters.
+        if POLLING { self.left.filter(Duration::is_zero) } else { Some(self.options.pending_timeout) }
+    }
+
+    /// Looks for the answer, and counts the time that this takes.
+    fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
+        match &mut self.left {
+            Some(left) if !matches!(patience, Patience::Look) && self.sessions.is_waiting(request) => {
+                let began = Instant::now();
+                let is_pending = matches!(self.sessions.settle(request, patience), Lookup::Pending);
+                *left = left.saturating_sub(began.elapsed());
+                if is_pending { Lookup::Pending } else { Lookup::Hit(self.sessions.answer(request)) }
+            }
+            _ => self.sessions.settle(request, patience),
+        }
     }
 }
 
 impl PollingSchedulerAdapter {
+    /// A scheduling step begins: from here on all lookups together may wait for `lookup_timeout`. When they have, further ones
+    /// answer 0 at once, without asking the engine, and that is their admission's answer. Without it each lookup may wait
+    /// that long.
+    pub fn begin_step(&mut self) {
+        self.left = Some(self.options.lookup_timeout);
+    }
+
+    /// [`PollingSchedulerAdapter::lookup`] without sleeping: looks at least once, and spins for `spin`. `None`: not known yet;
+    /// the same call of `lookup` waits for it.
+    ///
+    /// # Errors
+    /// As [`SchedulerApi::submit_lookup`].
+    pub fn try_lookup(
+        &mut self,
+        request: &str,
+        admission: u32,
+        keys: &[Key],
+        spin: Duration,
+    ) -> Result<Option<&Hit>, CallError> {
+        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
+        let spin = spin.min(self.left());
+        Ok(match self.settle(request, Patience::Spin(spin)) {
+            Lookup::Hit(hit) => Some(hit),
+            Lookup::Pending => None,
+        })
+    }
+
     /// The longest visible prefix of `keys`, pinned for this request and admission: a definite answer.
     ///
     /// # Errors
     /// As [`SchedulerApi::submit_lookup`].
     pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<&Hit, CallError> {
-        self.sessions.begin(request, admission, keys, None)?;
+        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
         match self.check_lookup(request) {
             Lookup::Hit(hit) => Ok(hit),
             // It waits: this is not reached, and an empty answer is always right.
@@ -122,8 +181,7 @@ impl PollingSchedulerAdapter {
 
 impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
     fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
-        let pending_for = (!POLLING).then_some(self.options.pending_timeout);
-        self.sessions.begin(request, admission, keys, pending_for)?;
+        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
         if POLLING {
             self.check_lookup(request);
         }
@@ -131,7 +189,8 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
     }
 
     fn check_lookup(&mut self, request: &str) -> Lookup<'_> {
-        self.sessions.settle(request, self.patience())
+        let patience = if POLLING { Patience::Wait(self.left()) } else { Patience::Look };
+        self.settle(request, patience)
     }
 
     fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
@@ -168,8 +227,21 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
 }
 
 impl Sessions {
-    /// The answer of a request's current admission; waits for it for `patience`, if there is any.
-    fn settle(&mut self, request: &str, patience: Option<Duration>) -> Lookup<'_> {
+    /// Has this request's lookup been asked, and its answer not been taken?
+    fn is_waiting(&mut self, request: &str) -> bool {
+        self.get(request).is_some_and(|session| matches!(session.state, State::Waiting(_)))
+    }
+
+    /// The answer, as far as it is known.
+    fn answer(&mut self, request: &str) -> &Hit {
+        match self.get(request).map(|session| &session.state) {
+            Some(State::Answered(hit)) => hit,
+            _ => &NOTHING,
+        }
+    }
+
+    /// The answer of a request's current admission; waits for it with `patience`.
+    fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
         let Some(session) = self.get(request) else { return Lookup::Hit(&NOTHING) };
         if let State::Waiting(_) = &session.state {
             let State::Waiting(asked) =
@@ -200,10 +272,7 @@ impl Sessions {
                 }
             }
         }
-        match self.get(request).map(|session| &session.state) {
-            Some(State::Answered(hit)) => Lookup::Hit(hit),
-            _ => Lookup::Hit(&NOTHING),
-        }
+        Lookup::Hit(self.answer(request))
     }
 
     fn reset_cache(&mut self) -> Result<u64, CallError> {
@@ -222,14 +291,18 @@ enum Taken {
     Failed(CallError),
 }
 
-fn take(pending: crate::link::Pending, until: Option<Deadline>, patience: Option<Duration>) -> Taken {
-    if let Some(timeout) = patience {
-        return match pending.wait(timeout) {
-            Ok(answer) => Taken::Answer(answer),
-            Err(error) => Taken::Failed(error),
-        };
-    }
-    match pending.try_take() {
+fn take(pending: crate::link::Pending, until: Option<Deadline>, patience: Patience) -> Taken {
+    let looked = match patience {
+        Patience::Wait(timeout) => {
+            return match pending.wait(timeout) {
+                Ok(answer) => Taken::Answer(answer),
+                Err(error) => Taken::Failed(error),
+            };
+        }
+        Patience::Spin(time) => pending.spin(time),
+        Patience::Look => pending.try_take(),
+    };
+    match looked {
         Ok(answer) => Taken::Answer(answer),
         Err(pending) => match pending.hopeless(until.unwrap_or(Deadline::NEVER)) {
             Some(error) => Taken::Failed(error),

@@ -167,7 +167,7 @@ impl Sessions {
     }
 
     /// Starts the lookup of this admission, unless it has been started already. It may stay pending for `timeout`, if
-    /// one is given.
+    /// one is given; where that is zero, the engine is not asked.
     pub(crate) fn begin(
         &mut self,
         request: &str,
@@ -223,6 +223,9 @@ impl Sessions {
         let link = self.probe.link()?;
         if keys.is_empty() {
             return Ok(None);
+        }
+        if timeout == Some(Duration::ZERO) {
+            return Err(CallError::TimedOut { waited_ms: 0 });
         }
         let link = link.clone();
         let (namespace, world) = self.resolve(&link)?;

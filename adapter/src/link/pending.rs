@@ -58,6 +58,17 @@ impl Pending {
         }
     }
 
+    /// The answer, if it arrives while this spins for `patience`: one look at least, no sleep.
+    pub(crate) fn spin(self, patience: Duration) -> Result<Answer, Pending> {
+        if !self.held.link.fork.is_ours() {
+            return Err(self);
+        }
+        match self.held.link.spin(self.held.slot, patience) {
+            Some(done) => Ok(self.answer(done)),
+            None => Err(self),
+        }
+    }
+
     /// Why no answer is to be expected any more, if so: without waiting.
     pub(crate) fn hopeless(&self, deadline: Deadline) -> Option<CallError> {
         let link = &self.held.link;

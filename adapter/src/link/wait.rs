@@ -183,6 +183,22 @@ impl Link {
         found
     }
 
+    /// Looks for the completion of `slot` for `patience`, without sleeping.
+    pub(super) fn spin(&self, slot: u16, patience: Duration) -> Option<Done> {
+        let mut until = None;
+        loop {
+            let looks = if patience.is_zero() { 1 } else { BURST };
+            let found = self.poll(slot, looks);
+            if found.is_some() || patience.is_zero() {
+                return found;
+            }
+            let now = monotonic_ns();
+            if now >= until.get_or_insert(Deadline::after_ns(now, patience)).0 {
+                return None;
+            }
+        }
+    }
+
     /// Waits at most `timeout` for the completion of `slot`, which was submitted under the engine's beat `beat`.
     pub(super) fn wait(&self, slot: u16, beat: u32, timeout: Duration) -> Result<Done, CallError> {
         // Where spinning is pointless (one CPU for both), every look beyond the first keeps the engine from running.

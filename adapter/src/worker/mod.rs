@@ -1,6 +1,7 @@
 //! The worker's adapter: stores and loads of one rank's paged KV cache, in the background.
 
 mod job;
+mod jobs;
 mod loading;
 mod mover;
 mod paged;
@@ -9,7 +10,8 @@ mod report;
 mod storing;
 
 pub use job::{Finished, JobId, LoadChunk, StoreChunk};
-pub use paged::{BlockError, LayoutError, PagedKv, Plane};
+pub use jobs::Jobs;
+pub use paged::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
 use crate::client::{Client, Probe, Registered};
@@ -22,10 +24,9 @@ use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration, Round};
 use mover::Mover;
-use queue::Queue;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Checksums of shards: computed and verified by workers only, in the copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,16 +103,15 @@ struct Running {
     mover: Option<JoinHandle<()>>,
 }
 
-/// Stores and loads of one rank. Every call returns at once, except `handle_preemptions`, which waits for copies that
-/// read the blocks concerned, and `shutdown`.
+/// Stores and loads of one rank. Every call returns at once, except `handle_preemptions` and `flush`, which wait for copies
+/// that read the blocks concerned, and `shutdown`.
 pub struct WorkerAdapter {
     client: Arc<Client>,
     probe: Probe,
     options: WorkerOptions,
     backend: Arc<dyn CopyBackend>,
     running: Option<Running>,
-    /// Outlives the mover: what has ended is reported whenever it is asked for.
-    queue: Arc<Queue>,
+    jobs: Jobs,
     next_job: u64,
 }
 
@@ -148,7 +148,7 @@ impl WorkerAdapter {
             options,
             backend,
             running: None,
-            queue: Arc::default(),
+            jobs: Jobs::new(client),
             next_job: 0,
         })
     }
@@ -172,11 +172,11 @@ impl WorkerAdapter {
         let mover = Mover {
             client: self.client.clone(),
             registered: registered.clone(),
-            queue: self.queue.clone(),
+            queue: self.jobs.queue.clone(),
             backend: self.backend.clone(),
             options: self.options.clone(),
         };
-        self.queue.reopen();
+        self.jobs.queue.reopen();
         let thread = std::thread::Builder::new().name("kvring-mover".into()).spawn(move || mover.run());
         let thread = thread.map_err(|_| {
             self.client.remove_registration(&registered);
@@ -212,20 +212,24 @@ impl WorkerAdapter {
         parent: Option<Key>,
         chunks: Vec<StoreChunk>,
     ) -> Result<JobId, SubmitError> {
-        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]))?;
+        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]), false)?;
         self.submit(request, Work::Store { round, parent, chunks })
     }
 
-    /// Loads chunks in the background. The blocks belong to the job until it is reported by `get_finished`.
+    /// Loads chunks in the background. The blocks belong to the job until it is reported by `get_finished`; what [`SKIP`] names
+    /// is not written.
     pub fn submit_load(&mut self, request: &str, chunks: Vec<LoadChunk>) -> Result<JobId, SubmitError> {
-        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]))?;
+        self.check(chunks.iter().map(|chunk| &chunk.blocks[..]), true)?;
         self.submit(request, Work::Load { chunks })
     }
 
-    fn check<'a>(&self, chunks: impl Iterator<Item = &'a [u32]>) -> Result<(), SubmitError> {
+    fn check<'a>(&self, chunks: impl Iterator<Item = &'a [u32]>, may_skip: bool) -> Result<(), SubmitError> {
         let running = self.running.as_ref().ok_or(SubmitError::NoKvCache)?;
         for (chunk, blocks) in chunks.enumerate() {
-            running.paged.check_blocks(blocks).map_err(|error| SubmitError::Blocks { chunk, error })?;
+            running
+                .paged
+                .check_blocks(blocks, may_skip)
+                .map_err(|error| SubmitError::Blocks { chunk, error })?;
         }
         Ok(())
     }
@@ -238,46 +242,54 @@ impl WorkerAdapter {
         self.next_job += 1;
         let id = JobId(self.next_job);
         let job = Arc::new(Job::new(id, request, work, running.paged.clone()));
-        if self.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
+        if self.jobs.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
     }
 
-    /// Jobs that have ended since the last call; each is reported exactly once.
+    /// The jobs that have been submitted, for threads that wait while this one goes on.
+    #[must_use]
+    pub fn jobs(&self) -> Jobs {
+        self.jobs.clone()
+    }
+
+    /// See [`Jobs::get_finished`].
     pub fn get_finished(&mut self) -> Finished {
-        self.queue().map(Queue::take_finished).unwrap_or_default()
+        self.jobs.get_finished()
     }
 
-    /// Blocks whose load has failed since the last call: to be recomputed. A load's blocks are here no later than its
-    /// report is in `get_finished`.
+    /// See [`Jobs::get_block_ids_with_load_errors`].
     pub fn get_block_ids_with_load_errors(&mut self) -> Vec<u32> {
-        self.queue().map(Queue::take_failed_blocks).unwrap_or_default()
+        self.jobs.get_block_ids_with_load_errors()
     }
 
-    /// Before the blocks of these requests (of all, for `None`) are given to somebody else: when this returns, no
-    /// store reads them any more. Stores are finished first as long as the engine answers; a copy that runs is always
-    /// waited for, also when the engine is not there.
+    /// See [`Jobs::handle_preemptions`].
     pub fn handle_preemptions(&mut self, requests: Option<&[&str]>) {
-        let fit = self.probe.is_healthy();
-        let patience = if fit { self.client.options().operation_timeout } else { Duration::ZERO };
-        // One deadline for all of them.
-        let until = Instant::now() + patience;
-        let Some(queue) = self.queue() else { return };
-        for job in queue.preempt(requests) {
-            job.wait_copied(until.saturating_duration_since(Instant::now()));
-        }
+        self.jobs.handle_preemptions(requests);
     }
 
-    fn queue(&self) -> Option<&Queue> {
-        self.client.shared.fork.is_ours().then_some(&*self.queue)
+    /// See [`Jobs::flush`].
+    pub fn flush(&mut self, jobs: &[JobId]) {
+        self.jobs.flush(jobs);
     }
 
-    /// Waits until no job is open, at most `timeout`. True when none is.
+    /// See [`Jobs::wait_idle`].
     pub fn wait_idle(&self, timeout: Duration) -> bool {
-        self.queue().is_none_or(|queue| queue.wait_open(0, timeout))
+        self.jobs.wait_idle(timeout)
     }
 
-    /// Waits until fewer jobs than now are open, at most `timeout`: for callers that have nothing else to do.
+    /// See [`Jobs::wait_some`].
     pub fn wait_some(&self, timeout: Duration) -> bool {
-        self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().len().saturating_sub(1), timeout))
+        self.jobs.wait_some(timeout)
+    }
+
+    /// See [`Jobs::wait_job`].
+    pub fn wait_job(&self, job: JobId, timeout: Duration) -> bool {
+        self.jobs.wait_job(job, timeout)
+    }
+
+    /// The KV cache that is registered, if one is.
+    #[must_use]
+    pub fn kv_cache(&self) -> Option<&PagedKv> {
+        self.running.as_ref().map(|running| &*running.paged)
     }
 
     /// Is the engine there and well, and has it this rank's registration? A few loads, and a lock that nobody holds for long.
@@ -314,9 +326,9 @@ impl WorkerAdapter {
             core::mem::forget(running);
             return;
         }
-        self.queue.close();
-        if !self.queue.wait_open(0, self.client.options().drain_timeout) {
-            for job in self.queue.open_jobs() {
+        self.jobs.queue.close();
+        if !self.jobs.queue.wait_open(0, self.client.options().drain_timeout) {
+            for job in self.jobs.queue.open_jobs() {
                 job.cancel();
             }
         }

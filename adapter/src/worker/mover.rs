@@ -125,7 +125,7 @@ impl Mover {
         let mut batch = CopyBatch::new(direction, checksum);
         for (address, blocks) in shards {
             // SAFETY: the address has been checked against the arena for a whole shard, and the attachment that maps
-            // it is held by the caller; the pages are as `PagedKv::new` was promised, for as long as the job runs. A
+            // it is held by the caller; the pages are as `PagedKv::grouped` was promised, for as long as the job runs. A
             // store's slot is ours (WRITING, under a writer pass); a load's bytes are not believed before its slot's
             // word has been looked at again.
             unsafe { batch.shard(address, job.paged.pages(blocks)) };

@@ -1,10 +1,15 @@
 //! A paged KV cache on the host, as vLLM's CPU backend has it: planes (one per layer, or per layer and K/V) of pages,
-//! one page per block, at a base address and a stride.
+//! one page per block, at a base address and a stride. Layers that share a block table are a *group*; most models have one,
+//! those that mix kinds of attention have several.
 //!
-//! A shard holds page bytes verbatim, block-major and plane-minor: `[block of chunk][plane][page bytes]`. So the order
-//! of planes and their page sizes belong to the namespace: they go into the layout digest.
+//! A shard holds page bytes verbatim, group after group, and in each block-major and plane-minor: `[block of
+//! chunk][plane][page bytes]`. So the groups, the order of planes and their page sizes belong to the namespace: they go into
+//! the layout digest.
 
 use core::fmt;
+
+/// As a block id of a load: these pages are not written. vLLM holds them already, or has no block there.
+pub const SKIP: u32 = u32::MAX;
 
 /// One plane: page `b` is at `base + b × block_stride`, `page_bytes` long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +22,51 @@ pub struct Plane {
     pub page_bytes: usize,
 }
 
+impl Plane {
+    fn page(&self, block: u32) -> (*mut u8, usize) {
+        let address = match block {
+            SKIP => core::ptr::null_mut(),
+            block => self.base.wrapping_add(block as usize * self.block_stride),
+        };
+        (address, self.page_bytes)
+    }
+}
+
+/// Layers that share a block table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KvGroup {
+    /// What a block is made of.
+    pub planes: Vec<Plane>,
+    /// Blocks there are.
+    pub num_blocks: u32,
+    /// Of these, how many make a chunk.
+    pub blocks_per_chunk: u32,
+}
+
+impl KvGroup {
+    /// Bytes of a chunk's blocks of this group, the `group`th.
+    fn chunk_bytes(&self, group: usize) -> Result<u64, LayoutError> {
+        let &KvGroup { ref planes, num_blocks, blocks_per_chunk } = self;
+        if planes.is_empty() {
+            return Err(LayoutError::Empty("plane"));
+        }
+        if num_blocks == 0 {
+            return Err(LayoutError::Empty("block"));
+        }
+        if blocks_per_chunk == 0 {
+            return Err(LayoutError::Empty("block per chunk"));
+        }
+        for (plane, &Plane { base, block_stride, page_bytes }) in planes.iter().enumerate() {
+            if base.is_null() || page_bytes == 0 || page_bytes > block_stride {
+                let base = base as usize;
+                return Err(LayoutError::Plane { group, plane, base, page_bytes, block_stride });
+            }
+        }
+        let bytes = planes.iter().map(|plane| plane.page_bytes as u128).sum::<u128>();
+        u64::try_from(bytes * u128::from(blocks_per_chunk)).map_err(|_| LayoutError::TooLarge { group })
+    }
+}
+
 /// A paged KV cache that cannot be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
@@ -25,10 +75,12 @@ pub enum LayoutError {
     Empty(&'static str),
     /// A plane whose pages overlap or are empty, or whose address is null.
     #[error(
-        "plane {plane}: expected a non-null base and a page of 1 to block_stride bytes, got base {base:#x}, page of \
-         {page_bytes} bytes, stride {block_stride}"
+        "group {group}, plane {plane}: expected a non-null base and a page of 1 to block_stride bytes, got base \
+         {base:#x}, page of {page_bytes} bytes, stride {block_stride}"
     )]
     Plane {
+        /// Of which group.
+        group: usize,
         /// Which.
         plane: usize,
         /// Its base address.
@@ -38,13 +90,11 @@ pub enum LayoutError {
         /// Bytes between pages.
         block_stride: usize,
     },
-    /// The shard's size does not fit into the address space.
-    #[error("a shard of {blocks} blocks of {page_bytes} bytes each does not fit into 64 bits")]
+    /// The shard's size, or the number of a chunk's blocks, cannot be counted.
+    #[error("expected a chunk of at most 2^64 - 1 bytes and 2^32 - 1 blocks, got more with group {group}")]
     TooLarge {
-        /// Blocks of a chunk.
-        blocks: u32,
-        /// Bytes of one block over all planes.
-        page_bytes: usize,
+        /// The group that made it too much.
+        group: usize,
     },
 }
 
@@ -67,27 +117,32 @@ pub enum BlockError {
         /// Given.
         got: usize,
     },
+    /// [`SKIP`] in a store.
+    #[error("expected blocks to store, got SKIP as the chunk's block {at}")]
+    NothingToStore {
+        /// Which of the chunk's block ids.
+        at: usize,
+    },
 }
 
 /// A worker's paged KV cache.
 #[derive(Clone)]
 pub struct PagedKv {
-    planes: Vec<Plane>,
-    num_blocks: u32,
+    groups: Vec<KvGroup>,
     blocks_per_chunk: u32,
     shard_bytes: u64,
 }
 
-// SAFETY: addresses only. Who reads and writes them when is the contract of `PagedKv::new`.
+// SAFETY: addresses only. Who reads and writes them when is the contract of `PagedKv::grouped`.
 unsafe impl Send for PagedKv {}
 // SAFETY: as above.
 unsafe impl Sync for PagedKv {}
 
 impl fmt::Debug for PagedKv {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let planes: Vec<usize> = self.groups.iter().map(|group| group.planes.len()).collect();
         f.debug_struct("PagedKv")
-            .field("planes", &self.planes.len())
-            .field("num_blocks", &self.num_blocks)
+            .field("planes", &planes)
             .field("blocks_per_chunk", &self.blocks_per_chunk)
             .field("shard_bytes", &self.shard_bytes)
             .finish()
@@ -95,41 +150,37 @@ impl fmt::Debug for PagedKv {
 }
 
 impl PagedKv {
-    /// Describes a paged KV cache of `num_blocks` blocks, of which `blocks_per_chunk` make a chunk.
+    /// Describes a paged KV cache of one group: `num_blocks` blocks, of which `blocks_per_chunk` make a chunk.
     ///
     /// # Safety
-    /// Until the worker adapter that gets it has been shut down, every page of every plane is readable and writable
-    /// memory. While a store that names a block runs, nobody writes that block; while a load that names it runs,
-    /// nobody else reads or writes it.
+    /// As [`PagedKv::grouped`].
     pub unsafe fn new(
         planes: Vec<Plane>,
         num_blocks: u32,
         blocks_per_chunk: u32,
     ) -> Result<PagedKv, LayoutError> {
-        if planes.is_empty() {
-            return Err(LayoutError::Empty("plane"));
+        // SAFETY: the caller's.
+        unsafe { PagedKv::grouped(vec![KvGroup { planes, num_blocks, blocks_per_chunk }]) }
+    }
+
+    /// Describes a paged KV cache. A chunk's block ids are those of the first group, then those of the second, and so on.
+    ///
+    /// # Safety
+    /// Until the worker adapter that gets it has been shut down, every page of every plane is readable and writable
+    /// memory. While a store that names a block runs, nobody writes that block; while a load that names it runs,
+    /// nobody else reads or writes it.
+    pub unsafe fn grouped(groups: Vec<KvGroup>) -> Result<PagedKv, LayoutError> {
+        if groups.is_empty() {
+            return Err(LayoutError::Empty("group"));
         }
-        if num_blocks == 0 {
-            return Err(LayoutError::Empty("block"));
+        let (mut blocks_per_chunk, mut shard_bytes) = (0u32, 0u64);
+        for (index, group) in groups.iter().enumerate() {
+            let too_large = LayoutError::TooLarge { group: index };
+            let bytes = group.chunk_bytes(index)?;
+            shard_bytes = shard_bytes.checked_add(bytes).ok_or(too_large.clone())?;
+            blocks_per_chunk = blocks_per_chunk.checked_add(group.blocks_per_chunk).ok_or(too_large)?;
         }
-        if blocks_per_chunk == 0 {
-            return Err(LayoutError::Empty("block per chunk"));
-        }
-        for (plane, Plane { base, block_stride, page_bytes }) in planes.iter().enumerate() {
-            if base.is_null() || *page_bytes == 0 || page_bytes > block_stride {
-                return Err(LayoutError::Plane {
-                    plane,
-                    base: *base as usize,
-                    page_bytes: *page_bytes,
-                    block_stride: *block_stride,
-                });
-            }
-        }
-        let page_bytes: usize = planes.iter().map(|plane| plane.page_bytes).sum();
-        let shard_bytes = (page_bytes as u64)
-            .checked_mul(u64::from(blocks_per_chunk))
-            .ok_or(LayoutError::TooLarge { blocks: blocks_per_chunk, page_bytes })?;
-        Ok(PagedKv { planes, num_blocks, blocks_per_chunk, shard_bytes })
+        Ok(PagedKv { groups, blocks_per_chunk, shard_bytes })
     }
 
     /// Bytes of one shard: what one chunk of this rank takes in the arena.
@@ -138,7 +189,7 @@ impl PagedKv {
         self.shard_bytes
     }
 
-    /// Blocks of a chunk.
+    /// Blocks of a chunk, over all groups.
     #[must_use]
     pub fn blocks_per_chunk(&self) -> u32 {
         self.blocks_per_chunk
@@ -150,31 +201,55 @@ impl PagedKv {
         // FNV-1a: not a secret, only a check that two runs of one rank mean the same.
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         let mut mix = |value: u64| hash = (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
-        mix(u64::from(self.blocks_per_chunk));
-        for plane in &self.planes {
-            mix(plane.page_bytes as u64);
+        for group in &self.groups {
+            mix(u64::from(group.blocks_per_chunk));
+            // The count too, or a group's last plane could be taken for the next group's number of blocks.
+            mix(group.planes.len() as u64);
+            for plane in &group.planes {
+                mix(plane.page_bytes as u64);
+            }
         }
         hash
     }
 
-    /// Checks one chunk's block ids.
-    pub fn check_blocks(&self, blocks: &[u32]) -> Result<(), BlockError> {
+    /// Checks one chunk's block ids; `may_skip`: for a load.
+    pub fn check_blocks(&self, blocks: &[u32], may_skip: bool) -> Result<(), BlockError> {
         if blocks.len() != self.blocks_per_chunk as usize {
             return Err(BlockError::WrongCount { expected: self.blocks_per_chunk, got: blocks.len() });
         }
-        match blocks.iter().find(|block| **block >= self.num_blocks) {
-            Some(block) => Err(BlockError::OutOfRange { block: *block, num_blocks: self.num_blocks }),
-            None => Ok(()),
+        let mut at = 0;
+        for (group, blocks) in self.by_group(blocks) {
+            let num_blocks = group.num_blocks;
+            for &block in blocks {
+                match block {
+                    SKIP if may_skip => {}
+                    SKIP => return Err(BlockError::NothingToStore { at }),
+                    block if block >= num_blocks => {
+                        return Err(BlockError::OutOfRange { block, num_blocks });
+                    }
+                    _ => {}
+                }
+                at += 1;
+            }
         }
+        Ok(())
     }
 
-    /// The pages of one chunk's blocks in shard order: address and length. The ids have been checked.
+    /// A chunk's block ids, group by group. Their number has been checked.
+    fn by_group<'a>(&'a self, blocks: &'a [u32]) -> impl Iterator<Item = (&'a KvGroup, &'a [u32])> {
+        let mut rest = blocks;
+        self.groups.iter().map(move |group| {
+            let (own, others) = rest.split_at(group.blocks_per_chunk as usize);
+            rest = others;
+            (group, own)
+        })
+    }
+
+    /// The pages of one chunk's blocks in shard order: address and length. A skipped page's address is null. The ids have
+    /// been checked.
     pub(crate) fn pages<'a>(&'a self, blocks: &'a [u32]) -> impl Iterator<Item = (*mut u8, usize)> + 'a {
-        blocks.iter().flat_map(move |block| {
-            self.planes.iter().map(move |plane| {
-                let address = plane.base.wrapping_add(*block as usize * plane.block_stride);
-                (address, plane.page_bytes)
-            })
+        self.by_group(blocks).flat_map(|(group, blocks)| {
+            blocks.iter().flat_map(|block| group.planes.iter().map(|plane| plane.page(*block)))
         })
     }
 }
@@ -192,6 +267,28 @@ mod tests {
         unsafe { PagedKv::new(planes, num_blocks, per_chunk) }
     }
 
+    fn group(planes: Vec<Plane>, num_blocks: u32, blocks_per_chunk: u32) -> KvGroup {
+        KvGroup { planes, num_blocks, blocks_per_chunk }
+    }
+
+    fn grouped(groups: Vec<KvGroup>) -> Result<PagedKv, LayoutError> {
+        // SAFETY: as above.
+        unsafe { PagedKv::grouped(groups) }
+    }
+
+    #[test]
+    fn groups_follow_one_another_with_blocks_of_their_own() {
+        let first = group(vec![plane(0x1000, 64, 32), plane(0x2000, 64, 8)], 8, 2);
+        let second = group(vec![plane(0x9000, 128, 100)], 4, 1);
+        let kv = grouped(vec![first, second]).unwrap();
+        assert_eq!((kv.blocks_per_chunk(), kv.shard_bytes()), (3, 2 * 40 + 100));
+        let pages: Vec<_> = kv.pages(&[7, SKIP, 3]).map(|(a, n)| (a as usize, n)).collect();
+        assert_eq!(pages, [(0x11c0, 32), (0x21c0, 8), (0, 32), (0, 8), (0x9180, 100)]);
+        assert_eq!(kv.check_blocks(&[7, SKIP, 3], true), Ok(()));
+        let outside = BlockError::OutOfRange { block: 7, num_blocks: 4 };
+        assert_eq!(kv.check_blocks(&[7, 7, 7], true), Err(outside), "each by its own group");
+    }
+
     #[test]
     fn pages_come_block_major_and_plane_minor() {
         let kv = paged(vec![plane(0x1000, 64, 32), plane(0x9000, 128, 100)], 8, 2).unwrap();
@@ -207,9 +304,18 @@ mod tests {
         assert!(matches!(paged(vec![plane(0, 1, 1)], 1, 1), Err(LayoutError::Plane { plane: 0, .. })));
         assert!(matches!(paged(vec![plane(8, 4, 5)], 1, 1), Err(LayoutError::Plane { page_bytes: 5, .. })));
         let kv = paged(vec![plane(8, 8, 8)], 4, 2).unwrap();
-        assert_eq!(kv.check_blocks(&[0]), Err(BlockError::WrongCount { expected: 2, got: 1 }));
-        assert_eq!(kv.check_blocks(&[0, 4]), Err(BlockError::OutOfRange { block: 4, num_blocks: 4 }));
-        assert_eq!(kv.check_blocks(&[0, 3]), Ok(()));
+        assert_eq!(kv.check_blocks(&[0], true), Err(BlockError::WrongCount { expected: 2, got: 1 }));
+        assert_eq!(kv.check_blocks(&[0, 4], true), Err(BlockError::OutOfRange { block: 4, num_blocks: 4 }));
+        assert_eq!(kv.check_blocks(&[0, 3], false), Ok(()));
+        assert_eq!(kv.check_blocks(&[SKIP, SKIP], true), Ok(()));
+        assert_eq!(kv.check_blocks(&[0, SKIP], false), Err(BlockError::NothingToStore { at: 1 }));
+        assert_eq!(grouped(vec![]).unwrap_err(), LayoutError::Empty("group"));
+        let huge = group(vec![plane(8, usize::MAX, usize::MAX)], 1, 1);
+        assert!(grouped(vec![huge.clone()]).is_ok());
+        assert_eq!(grouped(vec![huge.clone(), huge]).unwrap_err(), LayoutError::TooLarge { group: 1 });
+        let wrong =
+            vec![group(vec![plane(8, 8, 8)], 1, 1), group(vec![plane(8, 8, 8), plane(8, 4, 8)], 1, 1)];
+        assert!(matches!(grouped(wrong), Err(LayoutError::Plane { group: 1, plane: 1, .. })));
     }
 
     #[test]
@@ -223,5 +329,23 @@ mod tests {
             digest(vec![plane(16, 128, 32), plane(24, 64, 16)], 2),
             "where it lies does not matter"
         );
+        let of = |groups: &[(&[usize], u32)]| {
+            let groups = groups.iter().map(|(pages, per_chunk)| {
+                group(pages.iter().map(|bytes| plane(8, 64, *bytes)).collect(), 8, *per_chunk)
+            });
+            grouped(groups.collect()).unwrap().layout_digest()
+        };
+        assert_eq!(base, of(&[(&[32, 16], 2)]));
+        let structures = [
+            of(&[(&[32, 16], 2)]),
+            of(&[(&[32], 2), (&[16], 2)]),
+            of(&[(&[16], 2), (&[32], 2)]),
+            of(&[(&[32, 2, 16], 2)]),
+            of(&[(&[32, 16], 1), (&[32, 16], 1)]),
+            of(&[(&[32, 2, 1, 16], 2)]),
+        ];
+        for (index, digest) in structures.iter().enumerate() {
+            assert!(!structures[..index].contains(digest), "structure {index}");
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! The mover's queue: loads before stores, what has ended, and a clean end.
 
-use super::job::{Finished, Job};
+use super::job::{Finished, Job, JobId};
+use super::paged::SKIP;
 use super::report::{LoadReport, StoreReport};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -104,7 +105,7 @@ impl Queue {
     pub(super) fn finish_load(&self, job: &Arc<Job>, report: LoadReport, failed: &[u32]) {
         let mut state = self.state();
         // Before or together with the report of the load, never after it.
-        state.failed_blocks.extend_from_slice(failed);
+        state.failed_blocks.extend(failed.iter().filter(|block| **block != SKIP));
         state.open.retain(|other| !Arc::ptr_eq(other, job));
         state.finished.loads.push((job.id, job.request.clone(), report));
         drop(state);
@@ -121,11 +122,10 @@ impl Queue {
         core::mem::take(&mut self.state().failed_blocks)
     }
 
-    /// Stores of these requests (all, for `None`) that have not ended; those that wait go to the front of the queue.
-    pub(super) fn preempt(&self, requests: Option<&[&str]>) -> Vec<Arc<Job>> {
+    /// The stores among these jobs that have not ended; those that wait go to the front of the queue.
+    pub(super) fn preempt(&self, concerned: impl Fn(&Job) -> bool) -> Vec<Arc<Job>> {
         let mut state = self.state();
-        let concerned =
-            |job: &Arc<Job>| requests.is_none_or(|requests| requests.contains(&job.request.as_str()));
+        let concerned = |job: &Arc<Job>| concerned(job);
         let stores = core::mem::take(&mut state.stores);
         let (first, rest): (VecDeque<_>, VecDeque<_>) = stores.into_iter().partition(concerned);
         state.stores = first;
@@ -140,12 +140,19 @@ impl Queue {
 
     /// Waits until at most `left` jobs have not ended, or until `timeout` has passed. True in the first case.
     pub(super) fn wait_open(&self, left: usize, timeout: Duration) -> bool {
+        self.wait_until(timeout, |open| open.len() <= left)
+    }
+
+    /// Waits until this job has ended, or until `timeout` has passed. True in the first case, and for a job that never was.
+    pub(super) fn wait_job(&self, job: JobId, timeout: Duration) -> bool {
+        self.wait_until(timeout, |open| open.iter().all(|other| other.id != job))
+    }
+
+    fn wait_until(&self, timeout: Duration, enough: impl Fn(&[Arc<Job>]) -> bool) -> bool {
         let state = self.state();
-        let (state, _) = self
-            .ended
-            .wait_timeout_while(state, timeout, |state| state.open.len() > left)
-            .unwrap_or_else(PoisonError::into_inner);
-        state.open.len() <= left
+        let waited = self.ended.wait_timeout_while(state, timeout, |state| !enough(&state.open));
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        enough(&state.open)
     }
 
     /// Takes jobs again, for another mover.
