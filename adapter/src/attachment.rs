@@ -101,7 +101,8 @@ pub enum AttachError {
 
 impl AttachError {
     /// The health that this amounts to.
-    pub(crate) fn health(&self) -> Health {
+    #[must_use]
+    pub fn health(&self) -> Health {
         match self {
             AttachError::NoEngine(_) => Health::Absent,
             AttachError::Dead(_) => Health::Dead,
@@ -207,6 +208,21 @@ impl EngineView {
     pub fn owner_lives(&self) -> bool {
         let locks = Locks::of(&self.file, engine_segment::LIFE_WORDS_AT);
         matches!(locks.life(&self.segment.life_words, OWNER_WORD), Life::Alive { .. })
+    }
+
+    /// The incarnation of an engine that serves; why it does not, else. `name`: its own.
+    pub fn serving(&self, name: &segment::EngineName) -> Result<u32, AttachError> {
+        if !self.owner_lives() {
+            return Err(AttachError::Dead(name.to_string()));
+        }
+        let incarnation = self.segment.epoch().incarnation();
+        if self.segment.info().unhealthy.load(Ordering::Relaxed) != 0 {
+            return Err(AttachError::Unhealthy(name.to_string()));
+        }
+        if !Epoch::serves(incarnation) {
+            return Err(AttachError::Recovering(incarnation));
+        }
+        Ok(incarnation)
     }
 
     /// How the engine waits, and what tells of its death, as it says itself.
@@ -343,16 +359,7 @@ pub(crate) fn attach(shared: &Shared, held: &mut Option<Claim>) -> Result<Attach
     if held.as_ref().is_some_and(|claim| claim.identity.arena_id != view.identity.arena_id) {
         return Err(AttachError::AnotherStart(name.to_string()));
     }
-    if !view.owner_lives() {
-        return Err(AttachError::Dead(name.to_string()));
-    }
-    let incarnation = view.segment.epoch().incarnation();
-    if view.segment.info().unhealthy.load(Ordering::Relaxed) != 0 {
-        return Err(AttachError::Unhealthy(name.to_string()));
-    }
-    if !Epoch::serves(incarnation) {
-        return Err(AttachError::Recovering(incarnation));
-    }
+    let incarnation = view.serving(name)?;
     let claim = match held {
         Some(claim) => claim,
         None => held.insert(Claim::new(shared, &view)?),

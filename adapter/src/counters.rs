@@ -11,6 +11,13 @@ macro_rules! counters {
             $(#[doc = $help] pub $name: u64,)+
         }
 
+        impl ClientStats {
+            /// Each count with its name.
+            pub fn iter(&self) -> impl Iterator<Item = (&'static str, u64)> {
+                [$((stringify!($name), self.$name),)+].into_iter()
+            }
+        }
+
         /// The counts themselves. Relaxed throughout: numbers for people.
         #[derive(Debug)]
         pub(crate) struct Counters {

@@ -31,7 +31,7 @@ pub use kvring_shm_abi::engine_segment::ShardHandle;
 pub use kvring_shm_abi::lobby::Role;
 pub use kvring_shm_abi::message::{KEYS_MAX, Key, Round};
 pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
-pub use scheduler::{PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
+pub use scheduler::{Adapter, PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 pub use sessions::{Hit, Lookup, LookupStats};
 pub use worker::{
     BlockError, Checksum, Drops, Finished, JobId, Jobs, KvGroup, LayoutError, LoadChunk, LoadFailures,

@@ -92,6 +92,8 @@ enum Patience {
     Spin(Duration),
     /// For a definite answer.
     Wait(Duration),
+    /// For a definite answer, but not for as long as an engine may take for it.
+    WaitShort(Duration),
 }
 
 /// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
@@ -189,7 +191,13 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
     }
 
     fn check_lookup(&mut self, request: &str) -> Lookup<'_> {
-        let patience = if POLLING { Patience::Wait(self.left()) } else { Patience::Look };
+        let left = self.left();
+        let patience = match POLLING {
+            false => Patience::Look,
+            // What is left of a step may be a few microseconds.
+            true if left < self.options.lookup_timeout / 2 => Patience::WaitShort(left),
+            true => Patience::Wait(left),
+        };
         self.settle(request, patience)
     }
 
@@ -292,13 +300,13 @@ enum Taken {
 }
 
 fn take(pending: crate::link::Pending, until: Option<Deadline>, patience: Patience) -> Taken {
+    let waited = |pending: crate::link::Pending, timeout| match pending.wait(timeout) {
+        Ok(answer) => Taken::Answer(answer),
+        Err(error) => Taken::Failed(error),
+    };
     let looked = match patience {
-        Patience::Wait(timeout) => {
-            return match pending.wait(timeout) {
-                Ok(answer) => Taken::Answer(answer),
-                Err(error) => Taken::Failed(error),
-            };
-        }
+        Patience::Wait(timeout) => return waited(pending, timeout),
+        Patience::WaitShort(timeout) => return waited(pending.forgiving(), timeout),
         Patience::Spin(time) => pending.spin(time),
         Patience::Look => pending.try_take(),
     };

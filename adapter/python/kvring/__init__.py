@@ -1,0 +1,63 @@
+"""kvring: vLLM's KV cache in shared memory, kept when GPU memory is needed for something else.
+
+Words: a *chunk* is the KV of some tokens, named by a *key* that covers its whole prefix (`bytes`, of which the first 16
+count); a *shard* is one rank's part of a chunk; an *admission* is one life of a request in the scheduler; a *fingerprint* (32
+bytes) names a namespace: a digest of everything that keys do not cover.
+
+* `SchedulerAdapter`, `PollingSchedulerAdapter`: which chunks of a prompt are there?
+* `WorkerAdapter`: stores and loads one rank's paged KV cache, described by `KvGroup`.
+* `Engine`: starts and stops an engine; `engine_state`: how one looks.
+
+No engine, a dead one or a stopped one is never an exception: lookups answer 0 chunks, and stores are dropped. What the adapters
+say goes to `logging`, below the logger `kvring`; `set_log_level` says from which level on.
+"""
+
+from importlib.metadata import PackageNotFoundError as _NotFound
+from importlib.metadata import version as _version
+
+from ._native import (
+    KEY_BYTES,
+    KEYS_MAX,
+    SKIP,
+    ConfigError,
+    EngineError,
+    Finished,
+    Hit,
+    KvGroup,
+    KvringError,
+    LayoutError,
+    PollingSchedulerAdapter,
+    RegisterError,
+    SchedulerAdapter,
+    WorkerAdapter,
+    engine_state,
+    set_log_level,
+)
+from .engine import Engine, binary_path
+
+try:
+    __version__ = _version("kvring")
+except _NotFound:  # The directory alone, without its installation.
+    __version__ = "0"
+
+__all__ = [
+    "KEY_BYTES",
+    "KEYS_MAX",
+    "SKIP",
+    "ConfigError",
+    "Engine",
+    "EngineError",
+    "Finished",
+    "Hit",
+    "KvGroup",
+    "KvringError",
+    "LayoutError",
+    "PollingSchedulerAdapter",
+    "RegisterError",
+    "SchedulerAdapter",
+    "WorkerAdapter",
+    "__version__",
+    "binary_path",
+    "engine_state",
+    "set_log_level",
+]

@@ -1,0 +1,169 @@
+"""Starts and stops engines: the command `kvring serve`, which this package brings along."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import IO
+
+from ._native import EngineError
+
+_READY = "serving"
+
+
+def binary_path() -> str:
+    """The command `kvring`: `KVRING_BINARY`, else what this package has installed, else what lies beside the interpreter or
+    in `PATH`."""
+    chosen = os.environ.get("KVRING_BINARY")
+    if chosen:
+        if not os.access(chosen, os.X_OK):
+            raise EngineError(f"KVRING_BINARY: expected an executable file, got {chosen}")
+        return chosen
+    try:
+        installed = importlib.metadata.files("kvring") or []
+    except importlib.metadata.PackageNotFoundError:
+        installed = []
+    candidates = [str(file.locate()) for file in installed if file.name == "kvring"]
+    candidates.append(os.path.join(os.path.dirname(sys.executable), "kvring"))
+    for candidate in candidates:
+        if os.path.isfile(candidate) and os.access(candidate, os.X_OK):
+            return os.path.realpath(candidate)
+    found = shutil.which("kvring")
+    if found is None:
+        raise EngineError("there is no command kvring here: pip install kvring, or set KVRING_BINARY to where it is")
+    return found
+
+
+class Engine:
+    """An engine of ours: `with Engine("name", "8GiB"): …`.
+
+    It ends with us, unless `detach`: then it runs in a session of its own and outlives us. `extra_args` go to `kvring serve`.
+    """
+
+    def __init__(
+        self,
+        name: str = "default",
+        arena: str | int = "1GiB",
+        *,
+        extra_args: Sequence[str] = (),
+        start_timeout_s: float = 30,
+        detach: bool = False,
+    ) -> None:
+        self.name = name
+        self.arena = str(arena)
+        self.extra_args = list(extra_args)
+        self.start_timeout_s = start_timeout_s
+        self.detach = detach
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        return f"Engine({self.name!r}, {self.arena!r}, pid={self.pid})"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, while it runs."""
+        return self._process.pid if self.is_running and self._process else None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log(self) -> str:
+        """What it has written to stderr; the file is removed when the next one starts."""
+        if self._log is None:
+            return ""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def start(self) -> Engine:
+        """Starts it and waits until clients can attach. Raises `EngineError`, with its own words, where it refuses."""
+        if self.is_running:
+            raise EngineError(f"the engine {self.name} runs already, as process {self.pid}")
+        command = [binary_path(), "serve", "--name", self.name, "--arena", self.arena, *self.extra_args]
+        if not self.detach and threading.current_thread() is threading.main_thread():
+            # The kernel tells it of our end, however we end: of that of the thread that started it, to be exact.
+            command += ["--stop-with-parent", str(os.getpid())]
+        # stderr goes to a file: nobody has to read it, and it is never full.
+        self._close_log()
+        self._log = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                start_new_session=self.detach,
+            )
+        except OSError as error:
+            raise EngineError(f"cannot run {command[0]}: {error}") from error
+        self._wait_ready(self._process)
+        return self
+
+    def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        # One that says nothing is killed; then its stdout ends.
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(self.start_timeout_s, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            lines = iter(process.stdout.readline, b"")
+            ready = any(line.decode(errors="replace").strip() == _READY for line in lines)
+        finally:
+            timer.cancel()
+            # It says nothing more on stdout.
+            process.stdout.close()
+        if ready and not late.is_set():
+            return
+        code = process.wait()
+        said = self.log.strip() or "it said nothing"
+        self._close_log()
+        why = f"was not ready within {self.start_timeout_s} s" if late.is_set() else f"ended with code {code}"
+        raise EngineError(f"the engine {self.name} {why}:\n{said}")
+
+    def stop(self, timeout_s: float = 30) -> None:
+        """SIGTERM, and SIGKILL where that does not end it within `timeout_s`. Fine if it does not run."""
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            # One that has been stopped by a signal could not hear it.
+            process.send_signal(signal.SIGCONT)
+            try:
+                process.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._close_log()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it: for tests."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None

@@ -1,0 +1,76 @@
+//! `KvGroup`: layers that share a block table, from the tensors that they are.
+
+use crate::errors::{self, guarded};
+use crate::planes::{Piece, Tensor, planes};
+use pyo3::exceptions::PyOverflowError;
+use pyo3::prelude::*;
+
+/// Layers that share a block table.
+#[pyclass(frozen, module = "kvring._native")]
+pub(crate) struct KvGroup {
+    pieces: Vec<Piece>,
+    num_blocks: u32,
+    blocks_per_chunk: u32,
+}
+
+impl KvGroup {
+    /// As the adapter takes it.
+    pub(crate) fn group(&self) -> kvring_adapter::KvGroup {
+        let plane = |piece: &Piece| kvring_adapter::Plane {
+            base: core::ptr::with_exposed_provenance_mut(piece.address as usize),
+            block_stride: piece.stride as usize,
+            page_bytes: piece.bytes as usize,
+        };
+        kvring_adapter::KvGroup {
+            planes: self.pieces.iter().map(plane).collect(),
+            num_blocks: self.num_blocks,
+            blocks_per_chunk: self.blocks_per_chunk,
+        }
+    }
+}
+
+#[pymethods]
+impl KvGroup {
+    #[new]
+    fn new(num_blocks: u32, blocks_per_chunk: u32, tensors: &Bound<'_, PyAny>) -> PyResult<KvGroup> {
+        let py = tensors.py();
+        guarded(py, || {
+            let mut described = Vec::new();
+            for (index, tensor) in tensors.try_iter()?.enumerate() {
+                let parts = tensor?.extract::<(u64, Vec<u64>, Vec<i64>, u64)>().map_err(|error| {
+                    if !error.is_instance_of::<PyOverflowError>(py) {
+                        return error;
+                    }
+                    errors::layout(
+                        py,
+                        format_args!("tensors[{index}]: expected address, shape, strides and itemsize of 64 bits: {error}"),
+                    )
+                })?;
+                let (address, shape, strides, itemsize) = parts;
+                described.push(Tensor { address, shape, strides, itemsize });
+            }
+            if described.is_empty() || blocks_per_chunk == 0 {
+                let got = described.len();
+                return Err(errors::layout(
+                    py,
+                    format_args!(
+                        "expected at least one tensor and one block per chunk, got {got} and {blocks_per_chunk}"
+                    ),
+                ));
+            }
+            let pieces =
+                py.detach(|| planes(num_blocks, &described)).map_err(|text| errors::layout(py, text))?;
+            Ok(KvGroup { pieces, num_blocks, blocks_per_chunk })
+        })
+    }
+
+    #[getter]
+    fn planes(&self) -> Vec<(u64, u64, u64)> {
+        self.pieces.iter().map(|piece| (piece.address, piece.stride, piece.bytes)).collect()
+    }
+
+    #[getter]
+    fn block_bytes(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.bytes).sum()
+    }
+}

@@ -1,0 +1,54 @@
+//! The Rust side of the Python package `kvring`: `adapter/python/kvring/_native.pyi` says what it offers.
+//!
+//! Rules of this crate: nothing waits while it is attached to the interpreter (but for a lookup's spinning), nothing waits
+//! for the interpreter while it holds a lock, and no panic reaches Python.
+
+mod errors;
+mod group;
+mod handles;
+mod held;
+mod keys;
+mod logs;
+mod options;
+mod planes;
+mod scheduler;
+mod worker;
+
+use kvring_adapter::{EngineView, Health};
+use kvring_shm_abi::segment::EngineName;
+use pyo3::prelude::*;
+
+/// How the engine of this name looks from outside.
+#[pyfunction]
+#[pyo3(signature = (name = "default"))]
+fn engine_state(py: Python<'_>, name: &str) -> PyResult<String> {
+    errors::guarded(py, || {
+        let name = EngineName::new(name).map_err(|error| errors::config(py, error))?;
+        let state = py.detach(|| EngineView::open(&name).and_then(|view| view.serving(&name)));
+        Ok(match state.map_err(|error| error.health()) {
+            Ok(_) => "serving".to_owned(),
+            // Half created.
+            Err(Health::Attaching) => Health::Recovering.to_string(),
+            Err(health) => health.to_string(),
+        })
+    })
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("SKIP", kvring_adapter::SKIP)?;
+    module.add("KEY_BYTES", keys::KEY_BYTES)?;
+    module.add("KEYS_MAX", kvring_adapter::KEYS_MAX)?;
+    errors::add_to(module)?;
+    module.add_function(wrap_pyfunction!(engine_state, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::next_logs, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::close_logs, module)?)?;
+    module.add_function(wrap_pyfunction!(logs::set_log_level, module)?)?;
+    module.add_class::<scheduler::Hit>()?;
+    module.add_class::<scheduler::SchedulerAdapter>()?;
+    module.add_class::<scheduler::PollingSchedulerAdapter>()?;
+    module.add_class::<group::KvGroup>()?;
+    module.add_class::<worker::Finished>()?;
+    module.add_class::<worker::WorkerAdapter>()?;
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! What the adapters say, on its way to Python's `logging`.
+//!
+//! A subscriber puts records into a queue; a thread of Python's takes them out. So nobody who logs waits for the interpreter.
+
+use crate::errors::guarded;
+use crate::options::milliseconds;
+use core::fmt::Write;
+use kvring_shm_abi::sync::{AtomicU64, Ordering};
+use pyo3::prelude::*;
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
+use tracing::field::{Field, Visit};
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Metadata, Subscriber, span};
+
+/// Records kept for a reader that does not come; the oldest goes first.
+const RECORDS_MAX: usize = 4096;
+
+/// `logging` level, logger, text.
+type Record = (i32, String, String);
+
+#[derive(Default)]
+struct State {
+    records: VecDeque<Record>,
+    dropped: u64,
+    closed: bool,
+}
+
+/// The queue of one process.
+struct Queue {
+    pid: u32,
+    state: Mutex<State>,
+    news: Condvar,
+}
+
+/// The address of the queue of this process, or of the parent of the fork that it comes from; 0: none yet.
+static QUEUE: AtomicU64 = AtomicU64::new(0);
+/// The lowest `logging` level that is wanted.
+static LEVEL: AtomicU64 = AtomicU64::new(INFO);
+const INFO: u64 = 20;
+
+/// This process's queue. A forked child begins with an empty one: its parent's may be locked for ever.
+fn queue() -> &'static Queue {
+    let pid = std::process::id();
+    let mut known = QUEUE.load(Ordering::Acquire);
+    let mut fresh: Option<Box<Queue>> = None;
+    loop {
+        if known != 0 {
+            // SAFETY: the address of a queue that was leaked, whose content the Release below published.
+            let queue: &'static Queue = unsafe { &*core::ptr::with_exposed_provenance(known as usize) };
+            if queue.pid == pid {
+                return queue;
+            }
+        }
+        let made = fresh
+            .take()
+            .unwrap_or_else(|| Box::new(Queue { pid, state: Mutex::default(), news: Condvar::new() }));
+        let made = Box::into_raw(made);
+        match QUEUE.compare_exchange(
+            known,
+            made.expose_provenance() as u64,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        ) {
+            // SAFETY: leaked: it lives for ever.
+            Ok(_) => return unsafe { &*made },
+            Err(now) => {
+                known = now;
+                // SAFETY: from `into_raw` above; nobody else has seen it.
+                fresh = Some(unsafe { Box::from_raw(made) });
+            }
+        }
+    }
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, record: Record) {
+        let mut state = self.state();
+        if state.closed {
+            return;
+        }
+        if state.records.len() >= RECORDS_MAX {
+            state.records.pop_front();
+            state.dropped += 1;
+        }
+        state.records.push_back(record);
+        drop(state);
+        self.news.notify_one();
+    }
+
+    fn take(&self, timeout: Duration) -> Vec<Record> {
+        let empty = |state: &mut State| state.records.is_empty() && !state.closed;
+        let waited = self.news.wait_timeout_while(self.state(), timeout, empty);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut records: Vec<Record> = state.records.drain(..).collect();
+        let dropped = core::mem::take(&mut state.dropped);
+        if let Some((_, _, text)) = records.first_mut()
+            && dropped > 0
+        {
+            // Writing to a string does not fail.
+            let _ = write!(text, " ({dropped} earlier log records were dropped)");
+        }
+        records
+    }
+}
+
+/// Python's number for a level.
+fn number(level: &Level) -> u64 {
+    match *level {
+        Level::ERROR => 40,
+        Level::WARN => 30,
+        Level::INFO => INFO,
+        Level::DEBUG | Level::TRACE => 10,
+    }
+}
+
+struct Forward;
+
+impl Subscriber for Forward {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event()
+            && metadata.target().starts_with("kvring")
+            && *metadata.level() <= Level::DEBUG
+            && number(metadata.level()) >= LEVEL.load(Ordering::Relaxed)
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(match LEVEL.load(Ordering::Relaxed) {
+            ..=10 => LevelFilter::DEBUG,
+            11..=20 => LevelFilter::INFO,
+            21..=30 => LevelFilter::WARN,
+            31..=40 => LevelFilter::ERROR,
+            _ => LevelFilter::OFF,
+        })
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut text = Text::default();
+        event.record(&mut text);
+        // kvring_adapter::client → kvring.adapter.client
+        let logger = event.metadata().target().replace("::", ".").replacen('_', ".", 1);
+        let level = number(event.metadata().level()) as i32;
+        queue().push((level, logger, text.0));
+    }
+
+    // No spans.
+    fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
+        span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &span::Id, _: &span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &span::Id, _: &span::Id) {}
+
+    fn enter(&self, _: &span::Id) {}
+
+    fn exit(&self, _: &span::Id) {}
+}
+
+/// "message key=value …".
+#[derive(Default)]
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn core::fmt::Debug) {
+        // Writing to a string does not fail.
+        let _ = match field.name() {
+            // It comes first in the text, wherever it comes here.
+            "message" => {
+                let rest = core::mem::take(&mut self.0);
+                write!(self.0, "{value:?}{rest}")
+            }
+            name => write!(self.0, " {name}={value:?}"),
+        };
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.record_debug(field, &format_args!("{value}"));
+    }
+}
+
+/// Before the first client of a process: from now on its records are kept, and a thread of Python's forwards them.
+pub(crate) fn begin(py: Python<'_>) -> PyResult<()> {
+    static INSTALL: Once = Once::new();
+    // Who is first waits for nobody: this is quick.
+    INSTALL.call_once(|| {
+        // Only an extension that shares our statics could have set one before: there is none.
+        let _ = tracing::subscriber::set_global_default(Forward);
+    });
+    py.import("kvring._logs")?.call_method0("ensure")?;
+    Ok(())
+}
+
+/// Log records of this process's adapters; waits for the first one.
+#[pyfunction]
+pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>> {
+    guarded(py, || {
+        let timeout = milliseconds(py, "timeout_ms", timeout_ms)?;
+        Ok(py.detach(|| queue().take(timeout)))
+    })
+}
+
+/// Ends `next_logs`, for good.
+#[pyfunction]
+pub(crate) fn close_logs(py: Python<'_>) -> PyResult<()> {
+    guarded(py, || {
+        py.detach(|| {
+            let queue = queue();
+            queue.state().closed = true;
+            queue.news.notify_all();
+        });
+        Ok(())
+    })
+}
+
+/// Which records are kept, by `logging` level.
+#[pyfunction]
+pub(crate) fn set_log_level(py: Python<'_>, level: u32) -> PyResult<()> {
+    guarded(py, || {
+        LEVEL.store(level.into(), Ordering::Relaxed);
+        py.detach(tracing::callsite::rebuild_interest_cache);
+        Ok(())
+    })
+}

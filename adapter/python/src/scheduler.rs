@@ -1,0 +1,329 @@
+//! The scheduler's adapters.
+
+use crate::errors::{self, guarded};
+use crate::handles::{pack, packed_bytes};
+use crate::held::Held;
+use crate::options::{self, Shared, microseconds, milliseconds};
+use crate::{keys, logs};
+use kvring_adapter::{
+    CallError, Client, KEYS_MAX, Key, Lookup, LookupStats, Role, SchedulerApi, SchedulerOptions,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a lookup found.
+#[pyclass(frozen, module = "kvring._native")]
+pub(crate) struct Hit(kvring_adapter::Hit);
+
+#[pymethods]
+impl Hit {
+    #[getter]
+    fn chunks(&self) -> u32 {
+        self.0.chunks
+    }
+
+    #[getter]
+    fn world(&self) -> u32 {
+        self.0.world
+    }
+
+    fn shards<'py>(
+        &self,
+        py: Python<'py>,
+        rank: u32,
+        start: usize,
+        stop: usize,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        guarded(py, || {
+            let (chunks, world) = (self.0.chunks as usize, self.0.world);
+            if start > stop || stop > chunks || (rank >= world && start < stop) {
+                return Err(errors::config(
+                    py,
+                    format_args!(
+                        "expected a rank below {world} and 0 <= start <= stop <= {chunks}, got rank {rank}, start {start}, \
+                         stop {stop}"
+                    ),
+                ));
+            }
+            let count = stop - start;
+            PyBytes::new_with(py, packed_bytes(count), |bytes| {
+                pack(self.0.shards_of(rank).skip(start).take(count), bytes);
+                Ok(())
+            })
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        format!("Hit(chunks={}, world={})", self.0.chunks, self.0.world)
+    }
+}
+
+/// An adapter of either kind.
+struct Adapter<const POLLING: bool> {
+    held: Held<kvring_adapter::Adapter<POLLING>>,
+    client: Arc<Client>,
+    /// How long a lookup may spin while attached to the interpreter.
+    spin: Duration,
+}
+
+impl<const POLLING: bool> Adapter<POLLING> {
+    fn new(py: Python<'_>, options: SchedulerOptions, shared: Shared, spin: Duration) -> PyResult<Self> {
+        let shared = shared.options(py)?;
+        logs::begin(py)?;
+        let client = py.detach(|| Client::new(Role::Scheduler, shared));
+        let client = client.map_err(|error| errors::config(py, error))?;
+        let held = Held::new(kvring_adapter::Adapter::new(&client, options));
+        Ok(Adapter { held, client, spin })
+    }
+
+    fn is_healthy(&self, py: Python<'_>) -> bool {
+        let now = self.held.try_now(|adapter| adapter.is_healthy());
+        now.unwrap_or_else(|| py.detach(|| self.client.is_healthy()))
+    }
+
+    fn reset_cache(&self, py: Python<'_>) -> PyResult<u64> {
+        self.held.wait(py, |adapter| adapter.reset_cache()).map_err(|error| match error {
+            CallError::Forked => errors::kvring(py, error),
+            error => errors::engine(py, error),
+        })
+    }
+
+    fn lookup_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.held.now(py, |adapter| adapter.lookup_stats());
+        let LookupStats { answered, degraded, timed_out, refused } = stats;
+        let all =
+            [("answered", answered), ("degraded", degraded), ("timed_out", timed_out), ("refused", refused)];
+        dict(py, all.into_iter())
+    }
+}
+
+/// Counts by their names.
+pub(crate) fn dict<'py>(
+    py: Python<'py>,
+    counts: impl Iterator<Item = (&'static str, u64)>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, count) in counts {
+        dict.set_item(name, count)?;
+    }
+    Ok(dict)
+}
+
+/// A class with the methods of its own, and those that both have: PyO3 takes one block of methods for each class.
+macro_rules! scheduler_class {
+    ($name:ident, $polling:literal, $doc:literal, { $($own:tt)* }) => {
+        #[doc = $doc]
+        #[pyclass(frozen, module = "kvring._native")]
+        pub(crate) struct $name(Adapter<$polling>);
+
+        #[pymethods]
+        impl $name {
+            $($own)*
+
+            #[pyo3(signature = (request, admission, keep = 0))]
+            fn free_lookup_locks(&self, py: Python<'_>, request: &str, admission: u32, keep: u32) -> PyResult<()> {
+                guarded(py, || {
+                    self.0.held.now(py, |adapter| adapter.free_lookup_locks(request, admission, keep));
+                    Ok(())
+                })
+            }
+
+            fn end_session(&self, py: Python<'_>, request: &str) -> PyResult<()> {
+                guarded(py, || {
+                    self.0.held.now(py, |adapter| adapter.end_session(request));
+                    Ok(())
+                })
+            }
+
+            fn reset_cache(&self, py: Python<'_>) -> PyResult<u64> {
+                guarded(py, || self.0.reset_cache(py))
+            }
+
+            fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {
+                guarded(py, || Ok(self.0.is_healthy(py)))
+            }
+
+            fn health(&self, py: Python<'_>) -> PyResult<String> {
+                guarded(py, || Ok(py.detach(|| self.0.client.health().to_string())))
+            }
+
+            fn lookup_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+                guarded(py, || self.0.lookup_stats(py))
+            }
+
+            fn client_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+                guarded(py, || dict(py, self.0.client.stats().iter()))
+            }
+
+            fn open_sessions(&self, py: Python<'_>) -> PyResult<usize> {
+                guarded(py, || Ok(self.0.held.now(py, |adapter| adapter.open_sessions())))
+            }
+
+            fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
+                guarded(py, || {
+                    py.detach(|| self.0.client.shutdown());
+                    Ok(())
+                })
+            }
+        }
+    };
+}
+
+scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answered later.", {
+    #[new]
+    #[pyo3(signature = (
+        fingerprint, *, pending_timeout_ms = 30_000.0, name = "default".to_owned(), client = None,
+        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
+        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
+    fn new(
+        py: Python<'_>,
+        fingerprint: &[u8],
+        pending_timeout_ms: f64,
+        name: String,
+        client: Option<String>,
+        attach_timeout_ms: f64,
+        register_timeout_ms: f64,
+        operation_timeout_ms: f64,
+        drain_timeout_ms: f64,
+        stall_after_ms: f64,
+        spin_us: Option<f64>,
+    ) -> PyResult<Self> {
+        guarded(py, || {
+            let options = SchedulerOptions {
+                pending_timeout: milliseconds(py, "pending_timeout_ms", pending_timeout_ms)?,
+                ..SchedulerOptions::new(options::fingerprint(py, fingerprint)?)
+            };
+            let shared = Shared {
+                name,
+                client,
+                attach_timeout_ms,
+                register_timeout_ms,
+                operation_timeout_ms,
+                drain_timeout_ms,
+                stall_after_ms,
+                spin_us,
+            };
+            Adapter::new(py, options, shared, Duration::ZERO).map(Self)
+        })
+    }
+
+    #[pyo3(signature = (request, admission, keys, every = 1))]
+    fn submit_lookup(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        admission: u32,
+        keys: &Bound<'_, PyAny>,
+        every: usize,
+    ) -> PyResult<()> {
+        guarded(py, || {
+            let keys = keys::every(keys, every, KEYS_MAX)?;
+            let submitted = self.0.held.now(py, |adapter| adapter.submit_lookup(request, admission, &keys));
+            submitted.map_err(|error| errors::kvring(py, error))
+        })
+    }
+
+    fn check_lookup(&self, py: Python<'_>, request: &str) -> PyResult<Option<Hit>> {
+        guarded(py, || {
+            Ok(self.0.held.now(py, |adapter| match adapter.check_lookup(request) {
+                Lookup::Pending => None,
+                Lookup::Hit(hit) => Some(Hit(hit.clone())),
+            }))
+        })
+    }
+});
+
+/// As long as an answer of an engine that is awake takes; nothing on one CPU, where the engine would wait for us.
+fn poll_interval() -> Duration {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    if cpus > 1 { Duration::from_micros(20) } else { Duration::ZERO }
+}
+
+impl Adapter<true> {
+    fn lookup(&self, py: Python<'_>, request: &str, admission: u32, keys: &[Key]) -> PyResult<Hit> {
+        let now = self.held.try_now(|adapter| {
+            adapter.try_lookup(request, admission, keys, self.spin).map(|hit| hit.cloned())
+        });
+        let answer = match now {
+            Some(Ok(Some(hit))) => Ok(hit),
+            Some(Err(error)) => Err(error),
+            Some(Ok(None)) | None => {
+                self.held.wait(py, |adapter| adapter.lookup(request, admission, keys).cloned())
+            }
+        };
+        answer.map(Hit).map_err(|error| errors::kvring(py, error))
+    }
+}
+
+scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer at once.", {
+    #[new]
+    #[pyo3(signature = (
+        fingerprint, *, lookup_timeout_ms = 5.0, poll_interval_us = None, name = "default".to_owned(), client = None,
+        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
+        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
+    fn new(
+        py: Python<'_>,
+        fingerprint: &[u8],
+        lookup_timeout_ms: f64,
+        poll_interval_us: Option<f64>,
+        name: String,
+        client: Option<String>,
+        attach_timeout_ms: f64,
+        register_timeout_ms: f64,
+        operation_timeout_ms: f64,
+        drain_timeout_ms: f64,
+        stall_after_ms: f64,
+        spin_us: Option<f64>,
+    ) -> PyResult<Self> {
+        guarded(py, || {
+            let options = SchedulerOptions {
+                lookup_timeout: milliseconds(py, "lookup_timeout_ms", lookup_timeout_ms)?,
+                ..SchedulerOptions::new(options::fingerprint(py, fingerprint)?)
+            };
+            let shared = Shared {
+                name,
+                client,
+                attach_timeout_ms,
+                register_timeout_ms,
+                operation_timeout_ms,
+                drain_timeout_ms,
+                stall_after_ms,
+                // It has spun already when it begins to wait.
+                spin_us: spin_us.or(Some(0.0)),
+            };
+            let spin = match poll_interval_us {
+                Some(interval) => microseconds(py, "poll_interval_us", interval)?,
+                None => poll_interval(),
+            };
+            Adapter::new(py, options, shared, spin).map(Self)
+        })
+    }
+
+    fn begin_step(&self, py: Python<'_>) -> PyResult<()> {
+        guarded(py, || {
+            self.0.held.now(py, |adapter| adapter.begin_step());
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (request, admission, keys, every = 1))]
+    fn lookup(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        admission: u32,
+        keys: &Bound<'_, PyAny>,
+        every: usize,
+    ) -> PyResult<Hit> {
+        guarded(py, || {
+            let keys = keys::every(keys, every, KEYS_MAX)?;
+            self.0.lookup(py, request, admission, &keys)
+        })
+    }
+});

@@ -1,0 +1,404 @@
+//! The worker's adapter.
+
+use crate::errors::{self, guarded};
+use crate::group::KvGroup;
+use crate::handles::unpack;
+use crate::held::Held;
+use crate::options::{self, Shared, milliseconds};
+use crate::scheduler::dict;
+use crate::{keys, logs};
+use kvring_adapter::{
+    Checksum, Client, Drops, JobId, Jobs, LoadChunk, LoadFailures, PagedKv, RegisterError, Role, Round,
+    StoreChunk, SubmitError, WorkerOptions,
+};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a wait goes on before Python may look for a signal.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// A job that has ended.
+#[pyclass(frozen, get_all, module = "kvring._native")]
+pub(crate) struct Finished {
+    job: u64,
+    request: String,
+    is_store: bool,
+    done: u32,
+    skipped: u32,
+    failed: u32,
+    why: std::collections::BTreeMap<&'static str, u32>,
+    bytes: u64,
+    seconds: f64,
+}
+
+#[pymethods]
+impl Finished {
+    fn __repr__(&self) -> String {
+        let Finished { job, request, is_store, done, skipped, failed, why, .. } = self;
+        let is_store = if *is_store { "True" } else { "False" };
+        format!(
+            "Finished(job={job}, request={request:?}, is_store={is_store}, done={done}, skipped={skipped}, failed={failed}, \
+             why={why:?})"
+        )
+    }
+}
+
+fn finished(ended: kvring_adapter::Finished) -> Vec<Finished> {
+    let seconds = |ns: u64| ns as f64 / 1e9;
+    let stores = ended.stores.into_iter().map(|(job, request, report)| {
+        let Drops { no_space, busy, not_registered, unavailable, gone, cancelled, failed } = report.why;
+        let why = [
+            ("no_space", no_space),
+            ("busy", busy),
+            ("not_registered", not_registered),
+            ("unavailable", unavailable),
+            ("gone", gone),
+            ("cancelled", cancelled),
+            ("failed", failed),
+        ];
+        Finished {
+            job: job.0,
+            request,
+            is_store: true,
+            done: report.stored,
+            skipped: report.skipped,
+            failed: report.dropped,
+            why: why.into_iter().filter(|(_, count)| *count > 0).collect(),
+            bytes: report.bytes,
+            seconds: seconds(report.copy_ns),
+        }
+    });
+    let loads = ended.loads.into_iter().map(|(job, request, report)| {
+        let LoadFailures { gone, other_arena, unavailable, mismatch, corrupt, cancelled, failed } =
+            report.why;
+        let why = [
+            ("gone", gone),
+            ("other_arena", other_arena),
+            ("unavailable", unavailable),
+            ("mismatch", mismatch),
+            ("corrupt", corrupt),
+            ("cancelled", cancelled),
+            ("failed", failed),
+        ];
+        Finished {
+            job: job.0,
+            request,
+            is_store: false,
+            done: report.loaded,
+            skipped: 0,
+            failed: report.failed,
+            why: why.into_iter().filter(|(_, count)| *count > 0).collect(),
+            bytes: report.bytes,
+            seconds: seconds(report.copy_ns),
+        }
+    });
+    stores.chain(loads).collect()
+}
+
+/// The adapter, and what owns the memory that it touches.
+struct Worker {
+    // Dropped first: after that nothing touches the memory.
+    adapter: kvring_adapter::WorkerAdapter,
+    owner: Option<Py<PyAny>>,
+}
+
+impl Worker {
+    fn blocks_per_chunk(&self) -> Result<usize, SubmitError> {
+        self.adapter.kv_cache().map(|paged| paged.blocks_per_chunk() as usize).ok_or(SubmitError::NoKvCache)
+    }
+}
+
+/// Why a job was not taken.
+enum NotTaken {
+    Count { chunks: usize, blocks_per_chunk: usize, got: usize },
+    Submit(SubmitError),
+}
+
+impl From<SubmitError> for NotTaken {
+    fn from(error: SubmitError) -> NotTaken {
+        NotTaken::Submit(error)
+    }
+}
+
+impl NotTaken {
+    fn raised(self, py: Python<'_>) -> PyErr {
+        match self {
+            NotTaken::Count { chunks, blocks_per_chunk, got } => errors::layout(
+                py,
+                format_args!(
+                    "expected {blocks_per_chunk} block ids for each of {chunks} chunks, {} in all, got {got}",
+                    chunks * blocks_per_chunk
+                ),
+            ),
+            NotTaken::Submit(error @ SubmitError::Blocks { .. }) => errors::layout(py, error),
+            NotTaken::Submit(error) => errors::kvring(py, error),
+        }
+    }
+}
+
+/// The blocks of one chunk after the other.
+fn by_chunk(
+    blocks: &[u32],
+    chunks: usize,
+    blocks_per_chunk: usize,
+) -> Result<std::slice::Chunks<'_, u32>, NotTaken> {
+    if blocks.len() == chunks * blocks_per_chunk {
+        Ok(blocks.chunks(blocks_per_chunk))
+    } else {
+        Err(NotTaken::Count { chunks, blocks_per_chunk, got: blocks.len() })
+    }
+}
+
+/// Stores and loads of one rank's paged KV cache, in the background.
+#[pyclass(frozen, module = "kvring._native")]
+pub(crate) struct WorkerAdapter {
+    held: Held<Worker>,
+    jobs: Jobs,
+    client: Arc<Client>,
+}
+
+impl WorkerAdapter {
+    /// Waits in slices, so that Ctrl-C ends it.
+    fn wait_for(
+        &self,
+        py: Python<'_>,
+        timeout_ms: f64,
+        wait: impl Fn(&Jobs, Duration) -> bool + Sync,
+    ) -> PyResult<bool> {
+        let until = Instant::now() + milliseconds(py, "timeout_ms", timeout_ms)?;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if py.detach(|| wait(&self.jobs, left.min(SLICE))) {
+                return Ok(true);
+            }
+            if left <= SLICE {
+                return Ok(false);
+            }
+            py.check_signals()?;
+        }
+    }
+}
+
+#[pymethods]
+impl WorkerAdapter {
+    #[new]
+    #[pyo3(signature = (
+        fingerprint, *, world, rank, chunk_tokens, model = String::new(), dtype = String::new(),
+        checksum = "off", copy_threads = None, name = "default".to_owned(), client = None,
+        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
+        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+    ))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
+    fn new(
+        py: Python<'_>,
+        fingerprint: &[u8],
+        world: u32,
+        rank: u32,
+        chunk_tokens: u32,
+        model: String,
+        dtype: String,
+        checksum: &str,
+        copy_threads: Option<usize>,
+        name: String,
+        client: Option<String>,
+        attach_timeout_ms: f64,
+        register_timeout_ms: f64,
+        operation_timeout_ms: f64,
+        drain_timeout_ms: f64,
+        stall_after_ms: f64,
+        spin_us: Option<f64>,
+    ) -> PyResult<Self> {
+        guarded(py, || {
+            let checksum = match checksum {
+                "off" => Checksum::Off,
+                "store" => Checksum::Store,
+                "verify" => Checksum::Verify,
+                got => {
+                    let text = format!("checksum: expected off, store or verify, got {got:?}");
+                    return Err(errors::config(py, text));
+                }
+            };
+            let fingerprint = options::fingerprint(py, fingerprint)?;
+            let options = WorkerOptions {
+                model,
+                dtype,
+                checksum,
+                copy_threads,
+                ..WorkerOptions::new(fingerprint, world, rank, chunk_tokens)
+            };
+            let shared = Shared {
+                name,
+                client,
+                attach_timeout_ms,
+                register_timeout_ms,
+                operation_timeout_ms,
+                drain_timeout_ms,
+                stall_after_ms,
+                spin_us,
+            };
+            let shared = shared.options(py)?;
+            logs::begin(py)?;
+            let made = py.detach(|| {
+                let client = Client::new(Role::Worker, shared).map_err(|error| error.to_string())?;
+                let adapter = kvring_adapter::WorkerAdapter::new(&client, options);
+                adapter.map(|adapter| (client, adapter)).map_err(|error| error.to_string())
+            });
+            let (client, adapter) = made.map_err(|text| errors::config(py, text))?;
+            let jobs = adapter.jobs();
+            Ok(WorkerAdapter { held: Held::new(Worker { adapter, owner: None }), jobs, client })
+        })
+    }
+
+    #[pyo3(signature = (groups, owner = None))]
+    fn register_kv_caches(
+        &self,
+        py: Python<'_>,
+        groups: Vec<Py<KvGroup>>,
+        owner: Option<Py<PyAny>>,
+    ) -> PyResult<()> {
+        guarded(py, || {
+            let groups = groups.iter().map(|group| group.get().group()).collect();
+            // SAFETY: the caller describes its own memory, keeps it by `owner` and keeps to who may touch which block when;
+            // from Python nothing more can be had.
+            let paged = unsafe { PagedKv::grouped(groups) }.map_err(|error| errors::layout(py, error))?;
+            let (registered, before) = self.held.wait(py, |worker| {
+                // The mover that touched the earlier memory ends in this call.
+                let registered = worker.adapter.register_kv_caches(paged);
+                let owner = if registered.is_ok() { owner } else { None };
+                (registered, core::mem::replace(&mut worker.owner, owner))
+            });
+            drop(before);
+            registered.map_err(|error| match error {
+                RegisterError::Call(error) => errors::kvring(py, error),
+                error => errors::register(py, error),
+            })
+        })
+    }
+
+    #[getter]
+    fn shard_bytes(&self, py: Python<'_>) -> PyResult<u64> {
+        guarded(py, || {
+            Ok(self.held.now(py, |worker| worker.adapter.kv_cache().map_or(0, PagedKv::shard_bytes)))
+        })
+    }
+
+    #[getter]
+    fn blocks_per_chunk(&self, py: Python<'_>) -> PyResult<u32> {
+        guarded(py, || {
+            Ok(self.held.now(py, |worker| worker.adapter.kv_cache().map_or(0, PagedKv::blocks_per_chunk)))
+        })
+    }
+
+    #[pyo3(signature = (request, round, keys, blocks, parent = None))]
+    fn submit_store(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        round: (u32, u32),
+        keys: &Bound<'_, PyAny>,
+        blocks: &Bound<'_, PyAny>,
+        parent: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<u64> {
+        guarded(py, || {
+            let keys = keys::every(keys, 1, usize::MAX)?;
+            let blocks = keys::blocks(blocks)?;
+            let parent = parent.map(|parent| keys::one(parent, "parent")).transpose()?;
+            let round = Round { source: round.0, number: round.1 };
+            let job = self.held.now(py, |worker| {
+                let by_chunk = by_chunk(&blocks, keys.len(), worker.blocks_per_chunk()?)?;
+                let chunks = keys.iter().zip(by_chunk);
+                let chunks = chunks.map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.to_vec() });
+                Ok(worker.adapter.submit_store(request, round, parent, chunks.collect())?)
+            });
+            job.map(|job| job.0).map_err(|error: NotTaken| error.raised(py))
+        })
+    }
+
+    fn submit_load(
+        &self,
+        py: Python<'_>,
+        request: &str,
+        shards: &Bound<'_, PyAny>,
+        blocks: &Bound<'_, PyAny>,
+    ) -> PyResult<u64> {
+        guarded(py, || {
+            let Ok(bytes) = shards.extract::<&[u8]>() else {
+                let got = shards.get_type().name()?;
+                return Err(PyTypeError::new_err(format!("shards: expected bytes, got {got}")));
+            };
+            let shards = unpack(bytes).map_err(|error| errors::config(py, error))?;
+            let blocks = keys::blocks(blocks)?;
+            let job = self.held.now(py, |worker| {
+                let by_chunk = by_chunk(&blocks, shards.len(), worker.blocks_per_chunk()?)?;
+                let chunks = shards.iter().zip(by_chunk);
+                let chunks =
+                    chunks.map(|(shard, blocks)| LoadChunk { shard: *shard, blocks: blocks.to_vec() });
+                Ok(worker.adapter.submit_load(request, chunks.collect())?)
+            });
+            job.map(|job| job.0).map_err(|error: NotTaken| error.raised(py))
+        })
+    }
+
+    fn get_finished(&self, py: Python<'_>) -> PyResult<Vec<Finished>> {
+        guarded(py, || Ok(finished(self.jobs.get_finished())))
+    }
+
+    fn get_block_ids_with_load_errors(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        guarded(py, || Ok(self.jobs.get_block_ids_with_load_errors()))
+    }
+
+    fn flush(&self, py: Python<'_>, jobs: Vec<u64>) -> PyResult<()> {
+        guarded(py, || {
+            let jobs: Vec<JobId> = jobs.into_iter().map(JobId).collect();
+            py.detach(|| self.jobs.flush(&jobs));
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (requests = None))]
+    fn handle_preemptions(&self, py: Python<'_>, requests: Option<Vec<String>>) -> PyResult<()> {
+        guarded(py, || {
+            let requests = requests.as_ref().map(|all| all.iter().map(String::as_str).collect::<Vec<_>>());
+            py.detach(|| self.jobs.handle_preemptions(requests.as_deref()));
+            Ok(())
+        })
+    }
+
+    fn wait_some(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
+        guarded(py, || self.wait_for(py, timeout_ms, Jobs::wait_some))
+    }
+
+    fn wait_job(&self, py: Python<'_>, job: u64, timeout_ms: f64) -> PyResult<bool> {
+        guarded(py, || self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout)))
+    }
+
+    fn wait_idle(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
+        guarded(py, || self.wait_for(py, timeout_ms, Jobs::wait_idle))
+    }
+
+    fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {
+        guarded(py, || Ok(self.held.now(py, |worker| worker.adapter.is_healthy())))
+    }
+
+    fn health(&self, py: Python<'_>) -> PyResult<String> {
+        guarded(py, || Ok(self.held.now(py, |worker| worker.adapter.health().to_string())))
+    }
+
+    fn client_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        guarded(py, || dict(py, self.client.stats().iter()))
+    }
+
+    fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
+        guarded(py, || {
+            let owner = self.held.wait(py, |worker| {
+                worker.adapter.shutdown();
+                worker.owner.take()
+            });
+            drop(owner);
+            Ok(())
+        })
+    }
+}
