@@ -23,6 +23,9 @@ pub struct ClientOptions {
     /// How long `shutdown` waits for running copies and for the engine's goodbye. Copies themselves are never
     /// abandoned half-way. Default 5 s.
     pub drain_timeout: Duration,
+    /// How long a flush (before blocks are reused) waits for stores that have not been copied yet; what has not begun by then
+    /// is dropped, and a copy that runs is always waited for. Default 200 ms.
+    pub flush_timeout: Duration,
     /// How long the engine's beat may stand still, under this client's own eyes, until it counts as stalled.
     /// Default 2 s.
     pub stall_after: Duration,
@@ -50,6 +53,7 @@ impl Default for ClientOptions {
             register_timeout: Duration::from_secs(5),
             operation_timeout: Duration::from_secs(2),
             drain_timeout: Duration::from_secs(5),
+            flush_timeout: Duration::from_millis(200),
             stall_after: Duration::from_secs(2),
             spin: None,
             backoff_min: Duration::from_millis(5),

@@ -67,11 +67,16 @@ class SchedulerAdapter:
         register_timeout_ms: float = 5_000,
         operation_timeout_ms: float = 2_000,
         drain_timeout_ms: float = 5_000,
+        flush_timeout_ms: float = 200,
         stall_after_ms: float = 2_000,
         spin_us: float | None = None,
     ) -> None: ...
-    def submit_lookup(self, request: str, admission: int, keys: Sequence[bytes], every: int = 1) -> None:
-        """Asks for the longest visible prefix of `keys[every - 1::every]`, once per request and admission."""
+    def submit_lookup(
+        self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
+    ) -> None:
+        """Asks for the longest visible prefix of `keys[every - 1::every]`, once per request and admission.
+
+        `salt`: 16 bytes that every key is XORed with, as what was stored under them must have been."""
 
     def check_lookup(self, request: str) -> Hit | None:
         """The answer; `None` while it is pending. A request that was never submitted has 0 chunks."""
@@ -120,6 +125,7 @@ class PollingSchedulerAdapter:
         register_timeout_ms: float = 5_000,
         operation_timeout_ms: float = 2_000,
         drain_timeout_ms: float = 5_000,
+        flush_timeout_ms: float = 200,
         stall_after_ms: float = 2_000,
         spin_us: float | None = None,
     ) -> None: ...
@@ -127,7 +133,9 @@ class PollingSchedulerAdapter:
         """From here on all lookups together may wait for `lookup_timeout_ms`: a sick engine slows a scheduling step down
         by that much at most, however many requests ask. Without it each lookup may wait that long."""
 
-    def lookup(self, request: str, admission: int, keys: Sequence[bytes], every: int = 1) -> Hit:
+    def lookup(
+        self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
+    ) -> Hit:
         """The longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission.
 
         Asked again for the same admission it is the same answer and no work; a timed-out 0 is an answer too."""
@@ -215,6 +223,7 @@ class WorkerAdapter:
         register_timeout_ms: float = 5_000,
         operation_timeout_ms: float = 2_000,
         drain_timeout_ms: float = 5_000,
+        flush_timeout_ms: float = 200,
         stall_after_ms: float = 2_000,
         spin_us: float | None = None,
     ) -> None: ...
@@ -251,6 +260,9 @@ class WorkerAdapter:
     def get_block_ids_with_load_errors(self) -> list[int]:
         """Blocks whose load has failed since the last call. A load's blocks are here no later than its report is there:
         call `get_finished` first."""
+
+    def is_reading(self, job: int) -> bool:
+        """May this store still read its blocks? Not when it only waits for the engine's answer, nor when it has ended."""
 
     def flush(self, jobs: Sequence[int]) -> None:
         """Before the blocks that these stores read are given to somebody else: when this returns they read them no more,

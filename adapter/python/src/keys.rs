@@ -45,6 +45,19 @@ pub(crate) fn every(keys: &Bound<'_, PyAny>, every: usize, limit: usize) -> PyRe
     places.map(|index| key(py, &sequence.get_item(index)?, at(index))).collect()
 }
 
+/// Keys that nobody finds or stores without the same salt: they are digests, so a fixed difference keeps them apart.
+pub(crate) fn salt(py: Python<'_>, keys: &mut [Key], salt: Option<&[u8]>) -> PyResult<()> {
+    let Some(salt) = salt else { return Ok(()) };
+    match salt.as_chunks::<8>() {
+        ([low, high], []) => {
+            let (low, high) = (u64::from_le_bytes(*low), u64::from_le_bytes(*high));
+            keys.iter_mut().for_each(|key| *key = [key[0] ^ low, key[1] ^ high]);
+            Ok(())
+        }
+        _ => Err(errors::config(py, format_args!("salt: expected {KEY_BYTES} bytes, got {}", salt.len()))),
+    }
+}
+
 /// One key.
 pub(crate) fn one(item: &Bound<'_, PyAny>, name: &str) -> PyResult<Key> {
     key(item.py(), item, || name.to_owned())

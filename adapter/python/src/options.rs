@@ -32,6 +32,7 @@ pub(crate) struct Shared {
     pub(crate) register_timeout_ms: f64,
     pub(crate) operation_timeout_ms: f64,
     pub(crate) drain_timeout_ms: f64,
+    pub(crate) flush_timeout_ms: f64,
     pub(crate) stall_after_ms: f64,
     pub(crate) spin_us: Option<f64>,
 }
@@ -47,6 +48,7 @@ impl Shared {
             register_timeout: ms("register_timeout_ms", self.register_timeout_ms)?,
             operation_timeout: ms("operation_timeout_ms", self.operation_timeout_ms)?,
             drain_timeout: ms("drain_timeout_ms", self.drain_timeout_ms)?,
+            flush_timeout: ms("flush_timeout_ms", self.flush_timeout_ms)?,
             stall_after: ms("stall_after_ms", self.stall_after_ms)?,
             spin: self.spin_us.map(|spin| microseconds(py, "spin_us", spin)).transpose()?,
             ..defaults

@@ -176,7 +176,7 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
     #[pyo3(signature = (
         fingerprint, *, pending_timeout_ms = 30_000.0, name = "default".to_owned(), client = None,
         attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn new(
@@ -189,6 +189,7 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
         register_timeout_ms: f64,
         operation_timeout_ms: f64,
         drain_timeout_ms: f64,
+        flush_timeout_ms: f64,
         stall_after_ms: f64,
         spin_us: Option<f64>,
     ) -> PyResult<Self> {
@@ -204,6 +205,7 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
                 register_timeout_ms,
                 operation_timeout_ms,
                 drain_timeout_ms,
+                flush_timeout_ms,
                 stall_after_ms,
                 spin_us,
             };
@@ -211,7 +213,7 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
         })
     }
 
-    #[pyo3(signature = (request, admission, keys, every = 1))]
+    #[pyo3(signature = (request, admission, keys, every = 1, salt = None))]
     fn submit_lookup(
         &self,
         py: Python<'_>,
@@ -219,9 +221,11 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
         admission: u32,
         keys: &Bound<'_, PyAny>,
         every: usize,
+        salt: Option<&[u8]>,
     ) -> PyResult<()> {
         guarded(py, || {
-            let keys = keys::every(keys, every, KEYS_MAX)?;
+            let mut keys = keys::every(keys, every, KEYS_MAX)?;
+            keys::salt(py, &mut keys, salt)?;
             let submitted = self.0.held.now(py, |adapter| adapter.submit_lookup(request, admission, &keys));
             submitted.map_err(|error| errors::kvring(py, error))
         })
@@ -264,7 +268,7 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
     #[pyo3(signature = (
         fingerprint, *, lookup_timeout_ms = 5.0, poll_interval_us = None, name = "default".to_owned(), client = None,
         attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn new(
@@ -278,6 +282,7 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
         register_timeout_ms: f64,
         operation_timeout_ms: f64,
         drain_timeout_ms: f64,
+        flush_timeout_ms: f64,
         stall_after_ms: f64,
         spin_us: Option<f64>,
     ) -> PyResult<Self> {
@@ -293,6 +298,7 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
                 register_timeout_ms,
                 operation_timeout_ms,
                 drain_timeout_ms,
+                flush_timeout_ms,
                 stall_after_ms,
                 // It has spun already when it begins to wait.
                 spin_us: spin_us.or(Some(0.0)),
@@ -312,7 +318,7 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
         })
     }
 
-    #[pyo3(signature = (request, admission, keys, every = 1))]
+    #[pyo3(signature = (request, admission, keys, every = 1, salt = None))]
     fn lookup(
         &self,
         py: Python<'_>,
@@ -320,9 +326,11 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
         admission: u32,
         keys: &Bound<'_, PyAny>,
         every: usize,
+        salt: Option<&[u8]>,
     ) -> PyResult<Hit> {
         guarded(py, || {
-            let keys = keys::every(keys, every, KEYS_MAX)?;
+            let mut keys = keys::every(keys, every, KEYS_MAX)?;
+            keys::salt(py, &mut keys, salt)?;
             self.0.lookup(py, request, admission, &keys)
         })
     }

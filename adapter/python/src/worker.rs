@@ -189,7 +189,7 @@ impl WorkerAdapter {
         fingerprint, *, world, rank, chunk_tokens, model = String::new(), dtype = String::new(),
         checksum = "off", copy_threads = None, name = "default".to_owned(), client = None,
         attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, stall_after_ms = 2_000.0, spin_us = None
+        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn new(
@@ -208,6 +208,7 @@ impl WorkerAdapter {
         register_timeout_ms: f64,
         operation_timeout_ms: f64,
         drain_timeout_ms: f64,
+        flush_timeout_ms: f64,
         stall_after_ms: f64,
         spin_us: Option<f64>,
     ) -> PyResult<Self> {
@@ -236,6 +237,7 @@ impl WorkerAdapter {
                 register_timeout_ms,
                 operation_timeout_ms,
                 drain_timeout_ms,
+                flush_timeout_ms,
                 stall_after_ms,
                 spin_us,
             };
@@ -348,6 +350,10 @@ impl WorkerAdapter {
 
     fn get_block_ids_with_load_errors(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
         guarded(py, || Ok(self.jobs.get_block_ids_with_load_errors()))
+    }
+
+    fn is_reading(&self, py: Python<'_>, job: u64) -> PyResult<bool> {
+        guarded(py, || Ok(self.jobs.is_reading(JobId(job))))
     }
 
     fn flush(&self, py: Python<'_>, jobs: Vec<u64>) -> PyResult<()> {

@@ -98,6 +98,12 @@ impl Job {
         self.phase().cancelled
     }
 
+    /// Does a copy of its blocks run, or may one begin?
+    pub(crate) fn may_copy(&self) -> bool {
+        let phase = self.phase();
+        phase.copying > 0 || !(phase.copied || phase.cancelled)
+    }
+
     /// Mover: its blocks are not looked at any more.
     pub(crate) fn end_copies(&self) {
         self.phase().copied = true;

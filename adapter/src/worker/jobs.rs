@@ -38,8 +38,8 @@ impl Jobs {
     }
 
     /// Before the blocks of these requests (of all, for `None`) are given to somebody else: when this returns, no
-    /// store reads them any more. Stores are finished first as long as the engine answers; a copy that runs is always
-    /// waited for, also when the engine is not there.
+    /// store reads them any more. Stores are finished first as long as the engine answers, and for `flush_timeout` at most;
+    /// a copy that runs is always waited for, also when the engine is not there.
     pub fn handle_preemptions(&self, requests: Option<&[&str]>) {
         self.flush_those(|job| requests.is_none_or(|requests| requests.contains(&job.request.as_str())));
     }
@@ -49,6 +49,12 @@ impl Jobs {
         self.flush_those(|job| jobs.contains(&job.id));
     }
 
+    /// May this store still read its blocks? Not when it only waits for the engine's answer, nor when it has ended.
+    #[must_use]
+    pub fn is_reading(&self, job: JobId) -> bool {
+        self.queue().is_some_and(|queue| queue.is_reading(job))
+    }
+
     fn flush_those(&self, concerned: impl Fn(&Job) -> bool) {
         let Some(queue) = self.queue() else { return };
         let stores = queue.preempt(concerned);
@@ -56,7 +62,7 @@ impl Jobs {
             return;
         }
         let fit = self.client.is_healthy();
-        let patience = if fit { self.client.options().operation_timeout } else { Duration::ZERO };
+        let patience = if fit { self.client.options().flush_timeout } else { Duration::ZERO };
         // One deadline for all of them.
         let until = Instant::now() + patience;
         for job in stores {

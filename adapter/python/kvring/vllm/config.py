@@ -1,0 +1,174 @@
+"""What `kv_connector_extra_config` may say: one table, from which parsing, defaults and the README's table come.
+
+A wrong or unknown key is an error when vLLM starts, and names the key; an engine that is not there is not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from kvring import ConfigError
+
+PREFIX = "kvring."
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
+_SIZE = re.compile(r"(\d+)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
+_UNITS = {"b": 1} | {
+    f"{letter}{i}b": (1024 if i else 1000) ** (power + 1)
+    for power, letter in enumerate("kmgt")
+    for i in ("", "i")
+}
+
+
+def _wrong(key: str, expected: str, got: object) -> ConfigError:
+    return ConfigError(f"{PREFIX}{key}: expected {expected}, got {got!r}")
+
+
+def _name(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise _wrong(key, "a name of 1 to 32 letters, digits, '-' or '_'", value)
+    return value
+
+
+def _choice(*choices: str) -> Callable[[str, Any], str]:
+    def parse(key: str, value: Any) -> str:
+        if value not in choices:
+            raise _wrong(key, " or ".join(f'"{choice}"' for choice in choices), value)
+        return value
+
+    return parse
+
+
+def _count(least: int, most: int) -> Callable[[str, Any], int]:
+    def parse(key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise _wrong(key, f"a whole number from {least} to {most}", value)
+        return value
+
+    return parse
+
+
+def _above_zero(key: str, value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
+        raise _wrong(key, "a number above 0", value)
+    return float(value)
+
+
+def _zero_or_more(key: str, value: Any) -> float:
+    return 0.0 if value == 0 and not isinstance(value, bool) else _above_zero(key, value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(key, "true or false", value)
+    return value
+
+
+def _size(key: str, value: Any) -> str:
+    """A size as `kvring serve` takes it; kept as text."""
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or int(match[1]) * _UNITS[(match[2] or "B").lower()] == 0:
+        raise _wrong(key, 'a size such as "32GiB"', value)
+    return value.strip()
+
+
+def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The connector's options. Times that end in `_ms` are milliseconds, `_us` microseconds."""
+
+    name: str = _option("default", _name, "the engine's name, as in `kvring serve --name`")
+    chunk_blocks: int = _option(1, _count(1, 1024), "vLLM blocks that make a chunk, the unit of looking up and storing")
+    lookup: str = _option(
+        "poll", _choice("poll", "async"), "`poll`: an answer in the same scheduling step; `async`: in a later one"
+    )
+    load: str = _option(
+        "async", _choice("async", "sync"), "`async`: between steps, beside other requests; `sync`: before the forward pass"
+    )
+    lookup_timeout_ms: float = _option(
+        5.0, _above_zero, "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)"
+    )
+    poll_interval_us: float | None = _option(
+        None, _zero_or_more, "how long a lookup spins before it sleeps; unset: 20, or 0 on a single CPU"
+    )
+    pending_timeout_ms: float = _option(30_000.0, _above_zero, "how long a lookup may stay pending (`async`)")
+    attach_timeout_ms: float = _option(5_000.0, _above_zero, "one attempt to attach to an engine")
+    register_timeout_ms: float = _option(
+        5_000.0, _above_zero, "how long vLLM's start waits for the engine; later it attaches by itself"
+    )
+    operation_timeout_ms: float = _option(
+        2_000.0, _above_zero, "how long a store waits for the engine's answer, in the background"
+    )
+    drain_timeout_ms: float = _option(5_000.0, _zero_or_more, "how long shutting down waits for stores")
+    flush_timeout_ms: float = _option(
+        200.0, _zero_or_more, "how long blocks that vLLM needs again are kept for stores that have not been copied yet"
+    )
+    stall_after_ms: float = _option(2_000.0, _above_zero, "an engine that does not move for this long counts as stalled")
+    checksum: str = _option(
+        "off",
+        _choice("off", "store", "verify"),
+        "`store`: computed when storing; `verify`: checked when loading as well, a mismatch is a failed load",
+    )
+    copy_threads: int | None = _option(None, _count(1, 64), "threads that copy, for each worker; unset: 2, or 1 on one CPU")
+    autostart: bool = _option(False, _flag, "start an engine where none runs, and again when it has died")
+    arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")
+
+    @classmethod
+    def parse(cls, extra: Mapping[str, Any]) -> Config:
+        """From `kv_connector_extra_config`. Keys without our prefix that look like ours are errors too."""
+        options = {option.name: option for option in fields(cls)}
+        values = {}
+        for key, value in extra.items():
+            name = key.removeprefix(PREFIX)
+            if key == name or name not in options:
+                close = difflib.get_close_matches(name, options, n=1)
+                hint = f"did you mean {PREFIX}{close[0]}?" if close else "there are: " + ", ".join(PREFIX + o for o in options)
+                raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}; {hint}")
+            if value is not None:
+                values[name] = options[name].metadata["parse"](name, value)
+        config = cls(**values)
+        if config.autostart and config.arena is None:
+            raise ConfigError(f'{PREFIX}arena: expected the size of the engine to start, such as "32GiB", with {PREFIX}autostart')
+        if config.arena is not None and not config.autostart:
+            raise ConfigError(f"{PREFIX}arena: expected {PREFIX}autostart with it: an engine that runs has its own size")
+        return config
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """What every native adapter is told."""
+        return {
+            "name": self.name,
+            "attach_timeout_ms": self.attach_timeout_ms,
+            "register_timeout_ms": self.register_timeout_ms,
+            "operation_timeout_ms": self.operation_timeout_ms,
+            "drain_timeout_ms": self.drain_timeout_ms,
+            "flush_timeout_ms": self.flush_timeout_ms,
+            "stall_after_ms": self.stall_after_ms,
+        }
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return ""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def table() -> str:
+    """The options as a Markdown table."""
+    rows = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for option in fields(Config):
+        rows.append(f"| `{PREFIX}{option.name}` | {_shown(option.default)} | {option.metadata['meaning']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

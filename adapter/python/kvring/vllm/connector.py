@@ -1,0 +1,249 @@
+"""The glue: vLLM's connector interface on one side, `SchedulerSide` and `WorkerSide` on the other. No decisions here.
+
+What is wrong with the configuration is raised while vLLM starts. From then on nothing is raised: see `guard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+from . import autostart
+from .config import Config
+from .events import Events
+from .geometry import Geometry
+from .guard import fail_open
+from .metadata import KvringMetadata, KvringWorkerMetadata
+from .namespace import describe, fingerprint
+from .scheduler import NOTHING, SchedulerSide
+from .stats import KvringPromMetrics, KvringStats
+from .worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class KvringConnector(KVConnectorBase_V1, SupportsHMA):
+    """Keeps vLLM's KV cache in a kvring engine on the same node. Configured by `kv_connector_extra_config`: see `Config`."""
+
+    _cache_hit_source = CacheHitSource.HOST
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = Config.parse(self._kv_transfer_config.kv_connector_extra_config)
+        geometry = Geometry.of(vllm_config, kv_cache_config, config.chunk_blocks)
+        name = fingerprint(describe(vllm_config, kv_cache_config, geometry))
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        self._autostart = autostart.Keeper(config.name, config.arena) if config.autostart and config.arena else None
+        if self._autostart is not None:
+            self._autostart.ensure()
+        if role == KVConnectorRole.SCHEDULER:
+            wants_events = vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
+            events = Events(geometry) if wants_events else None
+            self._scheduler = SchedulerSide(config, geometry, name, vllm_config.model_config.max_model_len, events)
+            if self._autostart is not None:
+                self._autostart.watch()
+        else:
+            model = vllm_config.model_config
+            self._worker = WorkerSide(
+                config,
+                geometry,
+                name,
+                vllm_config.parallel_config.rank % geometry.ranks,
+                model=str(model.model).rstrip("/").rsplit("/", 1)[-1],
+                dtype=str(model.dtype if vllm_config.cache_config.cache_dtype == "auto" else vllm_config.cache_config.cache_dtype)
+                .removeprefix("torch."),
+            )  # fmt: skip
+
+    @property
+    def scheduler(self) -> SchedulerSide:
+        """Of the connector in the scheduler."""
+        assert self._scheduler is not None, "this connector is a worker's"
+        return self._scheduler
+
+    @property
+    def worker(self) -> WorkerSide:
+        """Of the connector in a worker."""
+        assert self._worker is not None, "this connector is the scheduler's"
+        return self._worker
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is a miss later on, and no reason to compute anything twice."""
+        return False
+
+    def count_error(self) -> None:
+        """For `guard`."""
+        side = self._scheduler or self._worker
+        if side is not None:
+            side.stats.add("errors")
+
+    @property
+    def _meta(self) -> KvringMetadata:
+        meta = self._get_connector_metadata()
+        assert isinstance(meta, KvringMetadata)
+        return meta
+
+    # The scheduler's side.
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        """vLLM's block tables: who owns which block."""
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self.scheduler.kv_cache_manager = kv_cache_manager
+
+    @fail_open(lambda self, *_: NOTHING)
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """See `SchedulerSide`."""
+        return self.scheduler.get_num_new_matched_tokens(request, num_computed_tokens)
+
+    def _no_load(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if num_external_tokens > 0:
+            self.scheduler.load_cannot_be(request.request_id, blocks)
+
+    @fail_open(_no_load)
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """See `SchedulerSide`."""
+        self.scheduler.update_state_after_alloc(request, blocks, num_external_tokens)
+
+    def _flush_all(self, _output: SchedulerOutput) -> KvringMetadata:
+        return self.scheduler.emergency_meta()
+
+    @fail_open(_flush_all)
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """See `SchedulerSide`."""
+        return self.scheduler.build_connector_meta(scheduler_output)
+
+    @fail_open(lambda self, *_: None)
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """See `SchedulerSide`."""
+        meta = connector_output.kv_connector_worker_meta
+        assert meta is None or isinstance(meta, KvringWorkerMetadata)
+        self.scheduler.update_connector_output(meta)
+
+    @fail_open(lambda self, *_: (False, None))
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """See `SchedulerSide`."""
+        return self.scheduler.request_finished(request.request_id), None
+
+    @fail_open(lambda self, *_: (False, None))
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """See `SchedulerSide`."""
+        return self.scheduler.request_finished(request.request_id), None
+
+    @fail_open(lambda self: ())
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """See `Events`."""
+        events = self.scheduler.events
+        return events.take() if events is not None else ()
+
+    @fail_open(lambda self: True)
+    def reset_cache(self) -> bool | None:
+        """See `SchedulerSide`."""
+        self.scheduler.reset_cache()
+        return True
+
+    def get_finished_count(self) -> int | None:
+        """Every rank reports every job."""
+        return self._vllm_config.parallel_config.world_size
+
+    # A worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """See `WorkerSide`. The last call that may raise."""
+        self.worker.register_kv_caches(kv_caches, self._kv_cache_config)
+
+    @fail_open(lambda self, *_: self.worker.adapter.handle_preemptions(None))
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """See `WorkerSide`."""
+        assert isinstance(kv_connector_metadata, KvringMetadata)
+        self.worker.flush(kv_connector_metadata)
+
+    @fail_open(lambda self, *_, **__: None)
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """See `WorkerSide`."""
+        self.worker.start_loads(self._meta)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads bring all layers of a block at once."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Stores take all layers of a block at once, when it is full."""
+
+    @fail_open(lambda self: None)
+    def wait_for_save(self) -> None:
+        """See `WorkerSide`: stores are started here, and nobody waits for them."""
+        self.worker.start_stores(self._meta)
+
+    @fail_open(lambda self, *_: KVConnectorTransferResults())
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """See `WorkerSide`."""
+        self.worker.collect(self._meta)
+        saved, received, failed = self.worker.take_transfer_results()
+        return KVConnectorTransferResults(finished_sending=saved, finished_recving=received, failed_recving=failed)
+
+    @fail_open(lambda self: set())
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """See `WorkerSide`."""
+        return self.worker.take_invalid_blocks()
+
+    @fail_open(lambda self: None)
+    def build_connector_worker_meta(self) -> KvringWorkerMetadata | None:
+        """See `WorkerSide`."""
+        return self.worker.take_worker_meta()
+
+    # Both.
+
+    @fail_open(lambda self: None)
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counts since the last call."""
+        side = self._scheduler or self._worker
+        return side.take_stats() if side is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        """As vLLM makes them anew in the process that logs."""
+        return KvringStats(data=data) if data is not None else KvringStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: VllmConfig, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KvringPromMetrics:
+        """The counters for `/metrics`."""
+        return KvringPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """One piece per block, where the backend can: fewer, larger copies. On CPU there is one layout only."""
+        from vllm.platforms import current_platform
+
+        return "BLHNC" if current_platform.is_cuda() else None
+
+    @fail_open(lambda self: None)
+    def shutdown(self) -> None:
+        """Ends the clients; an engine that was started for us lives on."""
+        if self._autostart is not None:
+            self._autostart.close()
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.shutdown()

@@ -1,0 +1,176 @@
+"""How vLLM's blocks make chunks, and who holds which part of one. The same on the scheduler's side and on the workers'.
+
+A chunk covers `chunk_tokens` tokens in *every* KV group. Its block ids are those of group 0, then those of group 1, and so
+on; each rank's *shard* holds the pages of those blocks. So one key, one lease and one round cover a hybrid model as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.v1.kv_cache_interface import (
+    KVCacheSpecKind,
+    get_kv_cache_spec_kind,
+    get_kv_cache_spec_sliding_window,
+    iter_layer_specs,
+)
+
+from kvring import SKIP, LayoutError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+NULL_BLOCK = 0
+"""vLLM's block for tokens that a sliding window does not look at any more: nobody's, and never to be read or written."""
+
+_WHOLE_PREFIX = {KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION}
+_WINDOW = {KVCacheSpecKind.SLIDING_WINDOW, KVCacheSpecKind.SLIDING_WINDOW_MLA}
+
+BlockTable = Sequence[Sequence[int]]
+"""One request's block ids, for each group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that share a block table."""
+
+    kind: str
+    tokens: int
+    """Of a block."""
+    blocks: int
+    """Of a chunk."""
+    window: int | None
+    """Tokens that its attention looks back; `None`: all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Blocks, chunks, ranks."""
+
+    groups: tuple[Group, ...]
+    chunk_tokens: int
+    hash_tokens: int
+    """Of one of `request.block_hashes`."""
+    ranks: int
+    """vLLM's workers: each reports every job."""
+    replicas: int
+    """Consecutive ranks that hold the same bytes (MLA): the first of them stores."""
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_blocks: int) -> Geometry:
+        """Raises `LayoutError` for what is not supported, with the reason: before anything was half-supported."""
+        _check_parallel(vllm_config)
+        _check_speculation(vllm_config, kv_cache_config)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        if not specs:
+            raise LayoutError("expected a model with a KV cache, got one without: kvring has nothing to keep")
+        for index, spec in enumerate(specs):
+            _check_spec(index, spec)
+        chunk_tokens = math.lcm(*(spec.block_size for spec in specs)) * chunk_blocks
+        groups = tuple(
+            Group(
+                kind=get_kv_cache_spec_kind(spec).value,
+                tokens=spec.block_size,
+                blocks=chunk_tokens // spec.block_size,
+                window=get_kv_cache_spec_sliding_window(spec) if get_kv_cache_spec_kind(spec) in _WINDOW else None,
+            )
+            for spec in specs
+        )
+        for index, group in enumerate(groups):
+            if group.window is not None and group.window < chunk_tokens:
+                raise LayoutError(
+                    f"kvring.chunk_blocks: KV group {index} keeps a window of {group.window} tokens, so no whole chunk of "
+                    f"{chunk_tokens} tokens ever lies in it; expected chunks of at most {group.window} tokens"
+                )
+        hash_tokens = kv_cache_config.hash_block_size or math.gcd(*(spec.block_size for spec in specs))
+        if chunk_tokens % hash_tokens:
+            raise LayoutError(
+                f"a chunk of {chunk_tokens} tokens is no multiple of the {hash_tokens} tokens of a prefix-cache hash"
+            )
+        ranks, replicas = vllm_config.parallel_config.world_size, kv_cache_config.kv_tp_replicas
+        if replicas < 1 or ranks % replicas:
+            raise LayoutError(f"expected a divisor of the {ranks} ranks as kv_tp_replicas, got {replicas}")
+        return cls(groups, chunk_tokens, hash_tokens, ranks, replicas)
+
+    @property
+    def world(self) -> int:
+        """Shards of a chunk."""
+        return self.ranks // self.replicas
+
+    @property
+    def hashes_per_chunk(self) -> int:
+        """Every so manyth of `request.block_hashes` is a chunk's key."""
+        return self.chunk_tokens // self.hash_tokens
+
+    @property
+    def has_windows(self) -> bool:
+        """Can a running request lose blocks?"""
+        return any(group.window is not None for group in self.groups)
+
+    def shard_of(self, rank: int) -> int:
+        """The part of a chunk that this rank holds."""
+        return rank // self.replicas
+
+    def stores(self, rank: int) -> bool:
+        """Does this rank store its part, or another one that holds the same bytes?"""
+        return rank % self.replicas == 0
+
+    def to_store(self, table: BlockTable, chunk: int) -> list[int] | None:
+        """A chunk's block ids; `None` where one of them is not there (any more)."""
+        blocks: list[int] = []
+        for group, ids in zip(self.groups, table, strict=True):
+            blocks += ids[chunk * group.blocks : (chunk + 1) * group.blocks]
+        whole = len(blocks) == sum(group.blocks for group in self.groups)
+        return blocks if whole and NULL_BLOCK not in blocks else None
+
+    def to_load(self, table: BlockTable, chunks: Iterable[int], start: int, end: int) -> list[int]:
+        """The block ids that loading tokens `start` to `end` writes, chunk after chunk. Blocks below `start` are vLLM's
+        own already, and may be shared: they are never written; nor is what the table does not have."""
+        blocks: list[int] = []
+        for chunk in chunks:
+            for group, ids in zip(self.groups, table, strict=True):
+                for index in range(chunk * group.blocks, (chunk + 1) * group.blocks):
+                    wanted = start <= index * group.tokens < end and index < len(ids) and ids[index] != NULL_BLOCK
+                    blocks.append(ids[index] if wanted else SKIP)
+        return blocks
+
+    def places(self, chunk: int) -> Iterator[tuple[int, int]]:
+        """Where a chunk's blocks are in a table: group and index, in the order of `to_store`."""
+        for index, group in enumerate(self.groups):
+            for block in range(chunk * group.blocks, (chunk + 1) * group.blocks):
+                yield index, block
+
+
+def _check_parallel(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise LayoutError(f"kvring does not support {name} > 1 yet: a block's tokens are spread over ranks")
+    if getattr(parallel, "nnodes", 1) > 1:
+        raise LayoutError("kvring keeps the KV cache of one node: expected all ranks of one vLLM on it, got nnodes > 1")
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.data_parallel_size > 1:
+        raise LayoutError("kvring does not support the external launcher with data parallelism: ranks are not numbered by it")
+
+
+def _check_speculation(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    speculative = vllm_config.speculative_config
+    if (speculative is not None and speculative.use_eagle()) or any(g.is_eagle_group for g in kv_cache_config.kv_cache_groups):
+        raise LayoutError(
+            "kvring does not support draft models with a KV cache of their own (EAGLE, MTP) yet: they rewrite the KV of "
+            "tokens that have been accepted; n-gram speculation is fine"
+        )
+
+
+def _check_spec(index: int, spec: object) -> None:
+    kinds = {get_kv_cache_spec_kind(layer) for layer in iter_layer_specs(spec)}
+    unsupported = kinds - _WHOLE_PREFIX - _WINDOW
+    if unsupported or not getattr(spec, "prefix_cacheable", True):
+        what = ", ".join(sorted(kind.value for kind in unsupported)) or type(spec).__name__
+        raise LayoutError(
+            f"KV group {index}: expected full, MLA or sliding-window attention, got {what}, whose state is not a function of "
+            "whole blocks of the prefix"
+        )

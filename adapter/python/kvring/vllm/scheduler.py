@@ -1,0 +1,369 @@
+"""The scheduler's side: what is looked up, loaded and stored, and when blocks may be reused.
+
+Invariants (P0–P5 of the obligations that preemption brings; the harness under `tests/vllm` checks them):
+
+* One lookup per admission, over *all* tokens; asked again the answer is the same and costs nothing. What it found stays leased
+  until vLLM has decided, and until every rank has reported the load.
+* Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from what was added up.
+* A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, once per admission.
+* A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
+  the next forward pass; one that finishes keeps its blocks until they have been read.
+* Nothing that a synchronous load may have spoilt is stored before every rank has reported that load as good.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+from kvring import KEYS_MAX, EngineError, PollingSchedulerAdapter, SchedulerAdapter
+
+from .config import Config
+from .geometry import Geometry
+from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Store
+from .namespace import SALT_BYTES, joined, lora_salt, salted
+from .stats import KvringStats
+from .tracker import OpenLoad, OpenStore, Tracker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from .events import Events
+
+logger = logging.getLogger("vllm.kvring.scheduler")
+
+NOTHING = (0, False)
+"""No tokens, and nothing to wait for."""
+
+
+class SchedulerSide:
+    """All decisions. Every method is called from vLLM's scheduler thread, and returns without waiting for anybody but, in
+    `poll` mode and for `lookup_timeout_ms` per step, the engine."""
+
+    def __init__(self, config: Config, geometry: Geometry, fingerprint: bytes, max_tokens: int, events: Events | None = None):
+        self.config = config
+        self.geometry = geometry
+        self.events = events
+        self.stats = KvringStats()
+        self.trackers: dict[str, Tracker] = {}
+        self.kv_cache_manager: KVCacheManager | None = None
+        # vLLM maps flat ids of blocks whose load failed to requests only where there is one group: a synchronous load of a
+        # hybrid model could not be reported as failed.
+        self.load_waits = config.load == "sync" and len(geometry.groups) == 1
+        if config.load == "sync" and not self.load_waits:
+            logger.warning("kvring.load: vLLM cannot be told of a failed synchronous load of a hybrid model; loading between steps")
+        if max_tokens > KEYS_MAX * geometry.chunk_tokens:
+            logger.warning(
+                "a lookup finds at most %d chunks: the first %d tokens of a prompt of %d; raise kvring.chunk_blocks for all of it",
+                KEYS_MAX, KEYS_MAX * geometry.chunk_tokens, max_tokens,
+            )  # fmt: skip
+        client = config.client | {"client": f"vllm-scheduler:{os.getpid()}"}
+        self.adapter: PollingSchedulerAdapter | SchedulerAdapter
+        if config.lookup == "poll":
+            self.adapter = PollingSchedulerAdapter(
+                fingerprint,
+                lookup_timeout_ms=config.lookup_timeout_ms,
+                poll_interval_us=config.poll_interval_us,
+                **client,
+            )
+            self.adapter.begin_step()
+        else:
+            self.adapter = SchedulerAdapter(fingerprint, pending_timeout_ms=config.pending_timeout_ms, **client)
+        self._source = random.SystemRandom().getrandbits(32)
+        self._next_job = 0
+        self._salt: bytes | None = None
+        self._loads: list[Load] = []
+        self._open_loads: dict[int, OpenLoad] = {}
+        self._open_stores: dict[int, OpenStore] = {}
+        self._saved: list[tuple[str, list[int]]] = []
+
+    # Lookups and loads.
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Tokens beyond `num_computed_tokens` that the cache can bring; `None`: not known yet."""
+        tracker = self._track(request)
+        tracker.local_tokens = num_computed_tokens
+        if tracker.settled or request.skip_reading_prefix_cache:
+            return NOTHING
+        hit_tokens = self._lookup(tracker, request)
+        if hit_tokens is None:
+            return None, False
+        external = hit_tokens - num_computed_tokens
+        if self.load_waits and hit_tokens >= request.num_tokens:
+            # The last token must be computed, or there is nothing to sample from.
+            external = request.num_tokens - 1 - num_computed_tokens
+        return (external, not self.load_waits) if external > 0 else NOTHING
+
+    def _track(self, request: Request) -> Tracker:
+        tracker = self.trackers.get(request.request_id)
+        if tracker is None:
+            tracker = Tracker(request.request_id, request.block_hashes)
+            if self.events is not None:
+                tracker.tokens = request.all_token_ids
+                tracker.lora_name = request.lora_request.lora_name if request.lora_request else None
+            self.trackers[request.request_id] = tracker
+        elif tracker.admission == request.num_preemptions:
+            return tracker
+        tracker.begin(request.num_preemptions, joined(self._salt, lora_salt(request.lora_request)))
+        return tracker
+
+    def _lookup(self, tracker: Tracker, request: Request) -> int | None:
+        """Tokens of the longest prefix that the cache has."""
+        geometry = self.geometry
+        if tracker.hit is None:
+            if len(tracker.hashes) < geometry.hashes_per_chunk:
+                return 0
+            # Also where vLLM has it all itself: what it uses stays warm, and what is missing is stored.
+            tracker.hit = self._ask(tracker)
+            if tracker.hit is None:
+                return None
+            tracker.stored_chunks = tracker.hit.chunks
+            found = tracker.hit.chunks * geometry.chunk_tokens
+            self.stats.add("lookups")
+            self.stats.add("lookup_tokens", request.num_tokens)
+            self.stats.add("hit_tokens", found)
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug(
+                    "lookup %s: tokens %d, hit %d, local %d, to load %d",
+                    request.request_id, request.num_tokens, found, tracker.local_tokens, max(0, found - tracker.local_tokens),
+                )  # fmt: skip
+        return tracker.hit.chunks * geometry.chunk_tokens
+
+    def _ask(self, tracker: Tracker) -> Any:
+        keys = (tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt)
+        if isinstance(self.adapter, SchedulerAdapter):
+            self.adapter.submit_lookup(*keys)
+            return self.adapter.check_lookup(tracker.request)
+        return self.adapter.lookup(*keys)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """vLLM has allocated blocks, for `num_external_tokens` that the cache brings."""
+        tracker = self.trackers.get(request.request_id)
+        if tracker is None or tracker.settled:
+            return
+        tracker.settled = True
+        hit = tracker.hit
+        if hit is None or hit.chunks == 0:
+            return
+        if num_external_tokens == 0:
+            self.adapter.free_lookup_locks(tracker.request, tracker.admission, 0)
+            return
+        chunk_tokens = self.geometry.chunk_tokens
+        start, end = tracker.local_tokens, tracker.local_tokens + num_external_tokens
+        first, last = start // chunk_tokens, min(-(-end // chunk_tokens), hit.chunks)
+        self.adapter.free_lookup_locks(tracker.request, tracker.admission, last)
+        table = blocks.get_block_ids()
+        load = Load(
+            job=self._job(),
+            request=tracker.request,
+            tokens=num_external_tokens,
+            wait=self.load_waits,
+            shards=tuple(hit.shards(rank, first, last) for rank in range(self.geometry.world)),
+            blocks=self.geometry.to_load(table, range(first, last), start, end),
+        )
+        tracker.load = OpenLoad(load.job, load.request, tracker.admission, load.wait, first, num_external_tokens)
+        self._open_loads[load.job] = tracker.load
+        self._loads.append(load)
+        self.stats.add("load_tokens", num_external_tokens)
+
+    def load_cannot_be(self, request_id: str, blocks: KVCacheBlocks) -> None:
+        """vLLM waits for a load of which nothing will come, because of an error of ours: the workers report it as failed."""
+        job = self._job()
+        ids = [block for group in blocks.get_block_ids() for block in group]
+        self._loads.append(Load(job, request_id, 0, self.load_waits, (), ids))
+
+    # Stores.
+
+    def build_connector_meta(self, output: SchedulerOutput) -> KvringMetadata:
+        """This step's work for the workers."""
+        meta = KvringMetadata(loads=self._loads, saved=self._saved, idle=output.total_num_scheduled_tokens == 0)
+        try:
+            self._fence(meta, output.preempted_req_ids or ())
+            if output.num_scheduled_tokens and self.adapter.is_healthy():
+                self._store_all(meta, output)
+        except Exception:
+            for store in meta.stores:
+                # Nobody will ever report it.
+                self._store_ended(self._open_stores[store.job])
+            raise
+        if isinstance(self.adapter, PollingSchedulerAdapter):
+            self.adapter.begin_step()
+        self._loads, self._saved = [], []
+        return meta
+
+    def emergency_meta(self) -> KvringMetadata:
+        """After an error of ours: no store may read on, and what vLLM waits for is still asked for."""
+        meta = KvringMetadata(loads=self._loads, saved=self._saved, flush_all=True)
+        self._loads, self._saved = [], []
+        return meta
+
+    def _store_all(self, meta: KvringMetadata, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            self._store(meta, output, new.req_id, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._store(meta, output, request_id, computed)
+
+    def _store(self, meta: KvringMetadata, output: SchedulerOutput, request_id: str, computed: int) -> None:
+        """Announces the chunks that are complete once this step's tokens are computed."""
+        tracker = self.trackers.get(request_id)
+        if tracker is None or tracker.has_hole:
+            return
+        geometry = self.geometry
+        computed += output.num_scheduled_tokens[request_id]
+        complete = min(computed // geometry.chunk_tokens, len(tracker.hashes) // geometry.hashes_per_chunk)
+        if complete <= tracker.stored_chunks or (tracker.load is not None and tracker.load.wait):
+            return
+        table = output.kv_connector_block_state.get_block_ids(request_id) if output.kv_connector_block_state else None
+        if table is None:
+            return
+        first, keys, blocks = tracker.stored_chunks, [], []
+        for chunk in range(first, complete):
+            ids = geometry.to_store(table, chunk)
+            if ids is None:
+                tracker.has_hole = True
+                break
+            keys.append(self._key(tracker, chunk))
+            blocks += ids
+        tracker.stored_chunks = first + len(keys)
+        if not keys:
+            return
+        job = self._job()
+        parent = self._key(tracker, first - 1) if first else None
+        meta.stores.append(Store(job, request_id, (self._source, job), parent, keys, blocks))
+        store = OpenStore(job, request_id, first, keys, blocks)
+        tracker.stores[job] = self._open_stores[job] = store
+        if self.events is not None:
+            self.events.announce(job, tracker, first, len(keys))
+
+    def _key(self, tracker: Tracker, chunk: int) -> bytes:
+        return salted(tracker.hashes[(chunk + 1) * self.geometry.hashes_per_chunk - 1], tracker.salt)
+
+    # Fences.
+
+    def _fence(self, meta: KvringMetadata, preempted: Collection[str]) -> None:
+        """Before blocks that a store reads get another owner."""
+        if preempted:
+            # By the stores' own account: a request may have been preempted, and aborted, between two steps.
+            self._flush(meta, [store for store in self._open_stores.values() if store.request in preempted])
+        if self.geometry.has_windows:
+            self._flush(meta, [store for store in self._open_stores.values() if not self._owns_blocks(store)])
+
+    def _flush(self, meta: KvringMetadata, stores: Iterable[OpenStore]) -> None:
+        for store in stores:
+            if not store.flushed:
+                store.flushed = True
+                meta.flush.append(store.job)
+
+    def _owns_blocks(self, store: OpenStore) -> bool:
+        """Does the request still own every block that this store reads?"""
+        if store.flushed or self.kv_cache_manager is None:
+            return store.flushed
+        table = self.kv_cache_manager.get_block_ids(store.request)
+        at = iter(store.blocks)
+        for chunk in range(store.first_chunk, store.first_chunk + len(store.keys)):
+            for group, index in self.geometry.places(chunk):
+                ids = table[group]
+                if index >= len(ids) or ids[index] != next(at):
+                    return False
+        return True
+
+    # Ends.
+
+    def request_finished(self, request_id: str) -> bool:
+        """A request has ended. True: its blocks are being read, vLLM keeps them until the workers have reported `saved`."""
+        tracker = self.trackers.get(request_id)
+        if tracker is None:
+            return False
+        tracker.finished = True
+        # While a load runs vLLM keeps the blocks by itself.
+        keeps = tracker.reads_blocks and tracker.load is None
+        if keeps:
+            self._saved.append((request_id, [job for job, store in tracker.stores.items() if not store.flushed]))
+        self._forget_if_over(tracker)
+        return keeps
+
+    def _forget_if_over(self, tracker: Tracker) -> None:
+        """The session ends with the request, but not before a load that rests on it."""
+        if not tracker.finished or tracker.load is not None:
+            return
+        if self.trackers.get(tracker.request) is tracker:
+            del self.trackers[tracker.request]
+        self.adapter.end_session(tracker.request)
+
+    def update_connector_output(self, worker_meta: KvringWorkerMetadata | None) -> None:
+        """What the workers have reported."""
+        if worker_meta is None:
+            return
+        for job, outcome in worker_meta.outcomes.items():
+            if (load := self._open_loads.get(job)) is not None:
+                load.outcome.add(outcome)
+                if load.outcome.ranks >= self.geometry.ranks:
+                    self._load_ended(load)
+            elif (store := self._open_stores.get(job)) is not None:
+                store.outcome.add(outcome)
+                if store.outcome.ranks >= self.geometry.world:
+                    self._store_ended(store)
+
+    def _load_ended(self, load: OpenLoad) -> None:
+        del self._open_loads[load.job]
+        self.adapter.free_lookup_locks(load.request, load.admission, 0)
+        tracker = self.trackers.get(load.request)
+        if tracker is None or tracker.load is not load:
+            return
+        tracker.load = None
+        if load.outcome.ranks_failed:
+            # What is computed in place of it is stored again: the engine skips what it still has.
+            tracker.stored_chunks = min(tracker.stored_chunks, load.first_chunk)
+        self._forget_if_over(tracker)
+
+    def _store_ended(self, store: OpenStore) -> None:
+        del self._open_stores[store.job]
+        tracker = self.trackers.get(store.request)
+        if tracker is not None:
+            tracker.stores.pop(store.job, None)
+        if self.events is not None:
+            self.events.stored(store.job, failed=store.outcome.chunks_failed > 0)
+
+    # The rest.
+
+    def reset_cache(self) -> None:
+        """Nothing that was stored before is found any more, whether or not the engine can be asked now: weights may have changed,
+        and a dead engine comes back with what it held. So from here on this vLLM's keys are different ones."""
+        self._salt = os.urandom(SALT_BYTES)
+        for tracker in self.trackers.values():
+            # Their blocks hold the KV of before, and what waits has been promised it.
+            tracker.has_hole = True
+            if not tracker.settled:
+                tracker.settled = True
+                self.adapter.free_lookup_locks(tracker.request, tracker.admission, 0)
+        try:
+            dropped = self.adapter.reset_cache()
+        except EngineError as error:
+            logger.warning("the engine could not be asked to clear its cache (%s); what it holds is not used any more", error)
+        else:
+            logger.info("cache reset: %d chunks dropped", dropped)
+        if self.events is not None:
+            self.events.cleared()
+
+    def take_stats(self) -> KvringStats | None:
+        """Counts since the last call."""
+        return self.stats.take()
+
+    def open_jobs(self) -> int:
+        """Loads and stores that not every rank has reported."""
+        return len(self._open_loads) + len(self._open_stores)
+
+    def shutdown(self) -> None:
+        """Ends the client."""
+        self.adapter.shutdown()
+
+    def _job(self) -> int:
+        self._next_job += 1
+        return self._next_job
+

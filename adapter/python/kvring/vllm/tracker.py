@@ -1,0 +1,81 @@
+"""What is remembered of a request. Nothing of vLLM's `Request` is kept but its list of hashes, which vLLM extends in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvring import Hit
+
+from .metadata import Outcome
+
+
+@dataclass(slots=True)
+class OpenLoad:
+    """A load that not every rank has reported."""
+
+    job: int
+    request: str
+    admission: int
+    wait: bool
+    first_chunk: int
+    tokens: int
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+@dataclass(slots=True)
+class OpenStore:
+    """A store that not every rank has reported. It reads blocks: they must not get another owner before it has."""
+
+    job: int
+    request: str
+    first_chunk: int
+    keys: list[bytes]
+    blocks: list[int]
+    flushed: bool = False
+    outcome: Outcome = field(default_factory=Outcome)
+
+
+@dataclass(slots=True)
+class Tracker:
+    """One request, from its first lookup to the end of its last job."""
+
+    request: str
+    hashes: Sequence[bytes]
+    tokens: Sequence[int] = ()
+    lora_name: str | None = None
+    """Both only where KV events are wanted, which carry them."""
+    salt: bytes | None = None
+    """What its keys are salted with, in this admission."""
+    admission: int = -1
+    """How often vLLM has preempted it: a lookup, a lease and a load belong to one admission."""
+
+    hit: Hit | None = None
+    """The answer to this admission's lookup. Asked again, it is given again."""
+    local_tokens: int = 0
+    """What vLLM had itself when it asked last."""
+    settled: bool = False
+    """vLLM has allocated blocks: this admission loads, or does not; there is no second load in it."""
+    load: OpenLoad | None = None
+
+    stored_chunks: int = 0
+    """Chunks before this one need no storing: they were found, or have been handed to the workers."""
+    has_hole: bool = False
+    """A chunk could not be stored, so those behind it could never be found."""
+    stores: dict[int, OpenStore] = field(default_factory=dict)
+    finished: bool = False
+
+    def begin(self, admission: int, salt: bytes | None) -> None:
+        """The next admission: nothing of the earlier one's answer counts any more."""
+        self.admission = admission
+        self.salt = salt
+        self.hit = None
+        self.local_tokens = 0
+        self.settled = False
+        self.stored_chunks = 0
+        self.has_hole = False
+
+    @property
+    def reads_blocks(self) -> bool:
+        """May a worker still be reading its blocks?"""
+        return any(not store.flushed for store in self.stores.values())

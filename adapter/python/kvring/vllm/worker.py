@@ -1,0 +1,239 @@
+"""A worker's side: one rank's paged KV cache, its copies in the background, and what is reported of them.
+
+Each rank reports each job exactly once, in the `KvringWorkerMetadata` of some step, and each request of which vLLM waits for
+something exactly once, in the transfer results. Whatever fails is reported as failed: nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvring import SKIP, KvGroup, KvringError, LayoutError, WorkerAdapter
+
+from .config import Config
+from .geometry import Geometry
+from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Outcome, Store
+from .stats import KvringStats
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from kvring import Finished
+
+logger = logging.getLogger("vllm.kvring.worker")
+
+_IDLE_WAIT_MS = 1.0
+"""How long a step without a forward pass waits for a load: it has nothing else to do, and would only ask again."""
+
+
+@dataclass(slots=True)
+class _Saving:
+    request: str
+    jobs: set[int]
+    """Stores of it that may still read its blocks."""
+
+
+class WorkerSide:
+    """Carries out what the scheduler's side decided. Every method is called from vLLM's worker thread; none waits for the
+    engine, and only `flush` and synchronous loads wait for copies."""
+
+    def __init__(
+        self, config: Config, geometry: Geometry, fingerprint: bytes, rank: int, model: str = "", dtype: str = ""
+    ) -> None:
+        self.geometry = geometry
+        self.rank = rank
+        self.stats = KvringStats()
+        self.adapter = WorkerAdapter(
+            fingerprint,
+            world=geometry.world,
+            rank=geometry.shard_of(rank),
+            chunk_tokens=geometry.chunk_tokens,
+            model=model,
+            dtype=dtype,
+            checksum=config.checksum,
+            copy_threads=config.copy_threads,
+            **config.client,
+            client=f"vllm-worker-{rank}:{os.getpid()}",
+        )
+        self._loads: dict[int, Load] = {}
+        """By the adapter's job."""
+        self._stores: dict[int, int] = {}
+        """The scheduler's job, by the adapter's."""
+        self._reading: dict[int, int] = {}
+        """The adapter's job, by the scheduler's, of stores that may still read their blocks."""
+        self._saving: list[_Saving] = []
+        self._saved: set[str] = set()
+        self._received: set[str] = set()
+        self._failed: set[str] = set()
+        self._invalid_blocks: set[int] = set()
+        self._outcomes: dict[int, Outcome] = {}
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
+        """Hands the engine the shape of this rank's cache. Raises `LayoutError` or `RegisterError`: vLLM is just starting."""
+        num_blocks = kv_cache_config.num_blocks
+        groups = []
+        for index, (group, spec) in enumerate(zip(self.geometry.groups, kv_cache_config.kv_cache_groups, strict=True)):
+            tensors = []
+            for name in spec.layer_names:
+                tensor = kv_caches.get(name)
+                if tensor is None:
+                    # Shares another layer's cache.
+                    continue
+                if tensor.device.type != "cpu":
+                    raise LayoutError(f"KV group {index}, layer {name}: expected a CPU tensor, got one on {tensor.device}: this version of kvring copies from and to CPU memory only")  # fmt: skip
+                tensors.append((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()))
+            if not tensors:
+                raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
+            groups.append(KvGroup(num_blocks, group.blocks, tensors))
+        self.adapter.register_kv_caches(groups, owner=dict(kv_caches))
+        logger.info(
+            "registered rank %d of %d: %d KV groups, chunks of %d tokens and %d bytes; engine %s",
+            self.rank, self.geometry.ranks, len(groups), self.geometry.chunk_tokens, self.adapter.shard_bytes, self.adapter.health(),
+        )  # fmt: skip
+
+    # One step, in the order of the calls.
+
+    def flush(self, meta: KvringMetadata) -> None:
+        """Before anything of this step writes blocks: fenced stores read none of theirs any more."""
+        if meta.flush_all:
+            self.adapter.handle_preemptions(None)
+        elif meta.flush:
+            self.adapter.flush([self._reading[job] for job in meta.flush if job in self._reading])
+
+    def start_loads(self, meta: KvringMetadata) -> None:
+        """Starts this step's loads; waits for those that its forward pass needs."""
+        for load in meta.loads:
+            try:
+                self._start_load(load)
+            except KvringError as error:
+                logger.warning("load %s: %s; its tokens are recomputed", load.request, error)
+                self._load_failed(load)
+
+    def _start_load(self, load: Load) -> None:
+        if not load.shards:
+            self._load_failed(load)
+            return
+        job = self.adapter.submit_load(load.request, load.shards[self.geometry.shard_of(self.rank)], load.blocks)
+        self._loads[job] = load
+        if load.wait:
+            # Its report comes for certain, and until then it may write: there is no giving up.
+            while not self.adapter.wait_job(job, 1_000.0):
+                logger.warning("load %s has been running for more than a second", load.request)
+
+    def _load_failed(self, load: Load) -> None:
+        self._load_ended(load, chunks_failed=1)
+        self._invalidate(block for block in load.blocks if block != SKIP)
+
+    def start_stores(self, meta: KvringMetadata) -> None:
+        """Starts this step's stores: what they read has been computed."""
+        if not self.geometry.stores(self.rank):
+            return
+        for store in meta.stores:
+            try:
+                self._start_store(store)
+            except KvringError as error:
+                logger.warning("store %s: %s; it is dropped", store.request, error)
+                self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
+
+    def _start_store(self, store: Store) -> None:
+        job = self.adapter.submit_store(store.request, store.round, store.keys, store.blocks, store.parent)
+        self._stores[job] = store.job
+        self._reading[store.job] = job
+
+    def collect(self, meta: KvringMetadata) -> None:
+        """Takes what has ended, for the calls that follow."""
+        for request, jobs in meta.saved:
+            self._saving.append(_Saving(request, set(jobs)))
+        if meta.idle and self._loads:
+            self.adapter.wait_some(_IDLE_WAIT_MS)
+        for finished in self.adapter.get_finished():
+            if finished.is_store:
+                self._store_finished(finished)
+            else:
+                self._load_finished(finished)
+        # After `get_finished`: the blocks of a load that it reported are among these.
+        self._invalidate(self.adapter.get_block_ids_with_load_errors())
+        for saving in self._saving:
+            saving.jobs = {job for job in saving.jobs if job in self._reading and self.adapter.is_reading(self._reading[job])}
+            if not saving.jobs:
+                self._saved.add(saving.request)
+        self._saving = [saving for saving in self._saving if saving.jobs]
+
+    def _store_finished(self, finished: Finished) -> None:
+        job = self._stores.pop(finished.job, None)
+        if job is None:
+            return
+        self._reading.pop(job, None)
+        self._outcomes[job] = Outcome(ranks=1, chunks_failed=finished.failed, ranks_failed=int(finished.failed > 0))
+        stats = self.stats
+        stats.add("stores")
+        stats.add("store_chunks", finished.done)
+        stats.add("store_chunks_skipped", finished.skipped)
+        stats.add("store_chunks_dropped", finished.failed)
+        stats.add("store_bytes", finished.bytes)
+        stats.add("store_seconds", finished.seconds)
+        self._log("store", finished, finished.done * self.geometry.chunk_tokens)
+
+    def _load_finished(self, finished: Finished) -> None:
+        load = self._loads.pop(finished.job, None)
+        if load is None:
+            return
+        self._load_ended(load, chunks_failed=finished.failed)
+        self.stats.add("load_bytes", finished.bytes)
+        self.stats.add("load_seconds", finished.seconds)
+        self._log("load", finished, load.tokens)
+
+    def _load_ended(self, load: Load, *, chunks_failed: int) -> None:
+        self._outcomes[load.job] = Outcome(ranks=1, chunks_failed=chunks_failed, ranks_failed=int(chunks_failed > 0))
+        self.stats.add("loads")
+        if chunks_failed:
+            self.stats.add("loads_failed")
+        if not load.wait:
+            self._received.add(load.request)
+            if chunks_failed and len(self.geometry.groups) > 1:
+                self._failed.add(load.request)
+
+    def _invalidate(self, blocks: Iterable[int]) -> None:
+        # With several groups vLLM wants to know the request instead: the same number may be a block of each.
+        if len(self.geometry.groups) == 1:
+            self._invalid_blocks.update(blocks)
+
+    def _log(self, what: str, finished: Finished, tokens: int) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            seconds = finished.seconds
+            logger.debug(
+                "%s %s: tokens %d, chunks %d (skipped %d, failed %d %s), %d bytes in %.3f ms, %.2f GB/s",
+                what, finished.request, tokens, finished.done, finished.skipped, finished.failed, finished.why or "",
+                finished.bytes, seconds * 1e3, finished.bytes / seconds / 1e9 if seconds else 0.0,
+            )  # fmt: skip
+
+    def take_transfer_results(self) -> tuple[set[str], set[str], set[str]]:
+        """Requests whose blocks have been read, whose load has ended, and of these, whose load has failed. Each once."""
+        results = self._saved, self._received, self._failed
+        self._saved, self._received, self._failed = set(), set(), set()
+        return results
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Blocks that could not be loaded."""
+        blocks, self._invalid_blocks = self._invalid_blocks, set()
+        return blocks
+
+    def take_worker_meta(self) -> KvringWorkerMetadata | None:
+        """What has become of jobs."""
+        if not self._outcomes:
+            return None
+        outcomes, self._outcomes = self._outcomes, {}
+        return KvringWorkerMetadata(outcomes)
+
+    def take_stats(self) -> KvringStats | None:
+        """Counts since the last call."""
+        return self.stats.take()
+
+    def shutdown(self) -> None:
+        """After this nothing touches the KV cache any more."""
+        self.adapter.shutdown()

@@ -1,0 +1,74 @@
+"""Wrong options are errors that name the key; right ones mean what the table says."""
+
+from pathlib import Path
+
+import pytest
+
+from kvring import ConfigError
+from kvring.vllm.config import Config, table
+
+
+def test_defaults_need_nothing() -> None:
+    config = Config.parse({})
+    assert (config.name, config.lookup, config.load, config.chunk_blocks) == ("default", "poll", "async", 1)
+    assert config.client["name"] == "default"
+
+
+def test_values_are_taken() -> None:
+    config = Config.parse(
+        {
+            "kvring.name": "b",
+            "kvring.chunk_blocks": 4,
+            "kvring.lookup": "async",
+            "kvring.lookup_timeout_ms": 2,
+            "kvring.poll_interval_us": 0,
+            "kvring.autostart": True,
+            "kvring.arena": "32 GiB",
+        }
+    )
+    assert (config.name, config.chunk_blocks, config.lookup) == ("b", 4, "async")
+    assert config.lookup_timeout_ms == 2.0 and config.poll_interval_us == 0.0
+    assert config.autostart and config.arena == "32 GiB"
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"kvring.nmae": "x"}, "kvring.name?"),
+        ({"name": "x"}, "unknown key 'name'; did you mean kvring.name?"),
+        ({"lmcache.chunk": 1}, "unknown key 'lmcache.chunk'"),
+        ({"kvring.name": "a/b"}, "kvring.name: expected a name"),
+        ({"kvring.name": 3}, "kvring.name"),
+        ({"kvring.chunk_blocks": 0}, "kvring.chunk_blocks: expected a whole number from 1 to 1024, got 0"),
+        ({"kvring.chunk_blocks": 1.5}, "got 1.5"),
+        ({"kvring.chunk_blocks": True}, "got True"),
+        ({"kvring.lookup": "pool"}, 'kvring.lookup: expected "poll" or "async", got \'pool\''),
+        ({"kvring.load": "maybe"}, "kvring.load"),
+        ({"kvring.checksum": "crc"}, "kvring.checksum"),
+        ({"kvring.lookup_timeout_ms": 0}, "kvring.lookup_timeout_ms: expected a number above 0"),
+        ({"kvring.lookup_timeout_ms": "5"}, "got '5'"),
+        ({"kvring.stall_after_ms": float("inf")}, "kvring.stall_after_ms"),
+        ({"kvring.attach_timeout_ms": float("nan")}, "kvring.attach_timeout_ms"),
+        ({"kvring.autostart": "yes"}, "kvring.autostart: expected true or false"),
+        ({"kvring.autostart": True}, "kvring.arena: expected the size"),
+        ({"kvring.arena": "1GiB"}, "kvring.autostart with it"),
+        ({"kvring.autostart": True, "kvring.arena": "many"}, "kvring.arena: expected a size"),
+        ({"kvring.autostart": True, "kvring.arena": "0"}, "kvring.arena"),
+    ],
+)
+def test_what_is_wrong_is_named(extra: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Config.parse(extra)
+    assert named in str(error.value)
+
+
+def test_the_table_has_every_key() -> None:
+    text = table()
+    for name in Config.__dataclass_fields__:
+        assert f"| `kvring.{name}` |" in text
+
+
+def test_the_readme_has_this_table() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    for row in table().splitlines()[2:]:
+        assert row in readme.read_text(), "python -m kvring.vllm.config prints the table"

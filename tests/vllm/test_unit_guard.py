@@ -1,0 +1,65 @@
+"""Nothing that goes wrong inside is raised, and what vLLM would wait for is answered."""
+
+import logging
+
+import pytest
+
+from kvring.vllm import guard
+from kvring.vllm.guard import fail_open
+
+
+class Connector:
+    """As the real one, in small."""
+
+    errors = 0
+
+    def count_error(self) -> None:
+        self.errors += 1
+
+    @fail_open(lambda self, number: -number)
+    def call(self, number: int) -> int:
+        return 10 // number if number else self.missing  # type: ignore[attr-defined]
+
+    @fail_open(lambda self: 1 / 0)
+    def hopeless(self) -> object:
+        raise ValueError("x")
+
+    @fail_open(lambda self: None)
+    def stopped(self) -> None:
+        raise KeyboardInterrupt
+
+
+def test_answers_instead_of_raising(caplog: pytest.LogCaptureFixture) -> None:
+    guard._told.clear()
+    connector = Connector()
+    assert connector.call(5) == 2 and connector.errors == 0
+    with caplog.at_level(logging.INFO, logger="vllm.kvring"):
+        assert [connector.call(0) for _ in range(3)] == [0, 0, 0]
+        assert connector.hopeless() is None
+    assert connector.errors == 4
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("AttributeError" in line for line in told) == 1, "once for each kind"
+    assert any("ValueError: x" in line for line in told) and any("ZeroDivisionError" in line for line in told)
+    assert not any("Traceback" in line for line in told)
+
+
+def test_who_interrupts_interrupts() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        Connector().stopped()
+
+
+def test_every_method_that_vllm_calls_after_start_is_guarded() -> None:
+    """Or harmless by itself: those are listed here, with the reason in their own docstring."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
+
+    from kvring.vllm import KvringConnector
+
+    harmless = {
+        "bind_kv_cache_manager", "wait_for_layer_load", "save_kv_layer", "register_kv_caches", "requires_kv_delivery",
+        "get_finished_count", "build_kv_connector_stats", "build_prom_metrics", "get_required_kvcache_layout",
+    }  # fmt: skip
+    calls = {name for base in (KVConnectorBase_V1, SupportsHMA) for name in vars(base) if not name.startswith("_")}
+    ours = {name: value for name, value in vars(KvringConnector).items() if name in calls}
+    assert harmless <= set(ours)
+    unguarded = {name for name, value in ours.items() if not hasattr(value, "__wrapped__")} - harmless
+    assert unguarded == set()
