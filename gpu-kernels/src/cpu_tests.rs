@@ -106,7 +106,7 @@ proptest! {
         skips in prop::collection::vec(any::<bool>(), 40),
         threads in 1usize..4,
     ) {
-        let whole = run(&[lengths.clone()], Direction::Load, threads, true);
+        let whole = run(core::slice::from_ref(&lengths), Direction::Load, threads, true);
         for checksum in [false, true] {
             let backend = CpuBackend::new(threads);
             let mut case = Case::new(1, &lengths, Direction::Load);

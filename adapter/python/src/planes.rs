@@ -249,7 +249,7 @@ mod tests {
         let refused = |num_blocks, tensors: &[Tensor]| planes(num_blocks, tensors).unwrap_err();
         let good = tensor(4096, &[4, 8], &[8, 1], 2);
         assert!(refused(0, &[]).contains("got 0"));
-        assert!(refused(3, &[good.clone()]).contains("multiple of 3 blocks, got 4"));
+        assert!(refused(3, core::slice::from_ref(&good)).contains("multiple of 3 blocks, got 4"));
         assert!(refused(4, &[tensor(0, &[4], &[1], 1)]).contains("got address 0x0"));
         assert!(refused(4, &[tensor(8, &[4], &[], 1)]).contains("strides []"));
         assert!(refused(4, &[tensor(8, &[4, 0], &[1, 1], 1)]).contains("shape [4, 0]"));

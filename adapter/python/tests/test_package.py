@@ -1,0 +1,211 @@
+"""The package around the adapters: the stub, the engine's process, logs, and the end of the interpreter."""
+
+import ast
+import inspect
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import FINGERPRINT, LIMIT_S, eventually, unique_name
+
+import kvring
+from kvring import _native
+
+
+def test_the_stub_says_what_there_is():
+    stub = pathlib.Path(kvring.__file__).with_name("_native.pyi")
+    assert stub.with_name("py.typed").exists()
+    nodes = ast.parse(stub.read_text()).body
+    functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    constants = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign)}
+    said = {*functions, *classes, *constants}
+    assert said == {name for name in dir(_native) if not name.startswith("__")}
+    for name, node in functions.items():
+        assert same(node, getattr(_native, name), 0), name
+    for name, node in classes.items():
+        found = getattr(_native, name)
+        members = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
+        there = {member for member in vars(found) if not member.startswith("_")}
+        assert there == {member for member in members if member != "__init__"}, name
+        for member, item in members.items():
+            if any(isinstance(decorator, ast.Name) for decorator in item.decorator_list):
+                assert inspect.isgetsetdescriptor(vars(found)[member]), (name, member)
+            elif member == "__init__":
+                assert same(item, found, 1), name
+            else:
+                assert same(item, vars(found)[member], 0), (name, member)
+        if issubclass(found, Exception):
+            assert [base.__name__ for base in found.__bases__] == [base.id for base in node.bases]
+        else:
+            # `final`.
+            with pytest.raises(TypeError):
+                type("Sub", (found,), {})
+
+
+def same(node, found, skipped):
+    """Names, kinds and defaults of the parameters."""
+    arguments = node.args
+    plain = arguments.args[skipped:]
+    defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
+    said = [(argument.arg, False, default) for argument, default in zip(plain, defaults)]
+    said += [(argument.arg, True, default) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    there = inspect.signature(found).parameters.values()
+    names = [(name, keyword) for name, keyword, _ in said]
+    if names != [(parameter.name, parameter.kind is parameter.KEYWORD_ONLY) for parameter in there]:
+        return False
+    for (_, _, default), parameter in zip(said, there):
+        required = parameter.default is parameter.empty
+        if required != (default is None):
+            return False
+        # PyO3 writes some defaults as `...`.
+        if not required and parameter.default is not ... and ast.literal_eval(default) != parameter.default:
+            return False
+    return True
+
+
+def test_versions_and_names():
+    assert set(kvring.__all__) <= set(dir(kvring))
+    assert kvring.KvringError.__module__ == "kvring"
+    assert "Usage" in subprocess.check_output([kvring.binary_path(), "--help"], text=True)
+
+
+def test_an_engine_starts_and_stops_and_says_why_not():
+    engine = kvring.Engine(unique_name(), "16MiB")
+    assert (engine.pid, engine.is_running) == (None, False)
+    engine.stop()
+    with engine:
+        assert engine.is_running and kvring.engine_state(engine.name) == "serving"
+        pid = engine.pid
+        with pytest.raises(kvring.EngineError, match=f"runs already, as process {pid}"):
+            engine.start()
+        with pytest.raises(kvring.EngineError, match=engine.name):
+            kvring.Engine(engine.name, "16MiB", extra_args=["--start-wait-ms", "1"]).start()
+    assert not engine.is_running and kvring.engine_state(engine.name) == "absent"
+    with pytest.raises(kvring.EngineError, match="ended with code"):
+        kvring.Engine(unique_name(), "nonsense").start()
+    with pytest.raises(kvring.EngineError, match="was not ready within 0.0"):
+        kvring.Engine(unique_name(), "64MiB", start_timeout_s=0.0).start()
+
+
+def test_a_detached_engine_outlives_who_started_it():
+    name = unique_name()
+    script = "import kvring, sys; print(kvring.Engine(sys.argv[1], '16MiB', detach=True).start().pid)"
+    pid = int(subprocess.check_output([sys.executable, "-c", script, name], timeout=LIMIT_S))
+    assert kvring.engine_state(name) == "serving"
+    assert os.getsid(pid) == pid
+    os.kill(pid, 15)
+    eventually(lambda: kvring.engine_state(name) == "absent")
+
+
+def test_the_binary_is_found(monkeypatch, tmp_path):
+    installed = kvring.binary_path()
+    assert os.access(installed, os.X_OK)
+    monkeypatch.setenv("KVRING_BINARY", str(tmp_path / "none"))
+    with pytest.raises(kvring.EngineError, match="KVRING_BINARY"):
+        kvring.binary_path()
+    (tmp_path / "kvring").symlink_to(installed)
+    monkeypatch.setenv("KVRING_BINARY", str(tmp_path / "kvring"))
+    assert kvring.binary_path() == str(tmp_path / "kvring")
+    monkeypatch.delenv("KVRING_BINARY")
+    monkeypatch.setattr("importlib.metadata.files", lambda name: [])
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert os.path.realpath(kvring.binary_path()) == installed
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(kvring.EngineError, match="pip install kvring"):
+        kvring.binary_path()
+
+
+class Collect(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.records = []
+        self.news = threading.Condition()
+
+    def emit(self, record):
+        with self.news:
+            self.records.append(record)
+            self.news.notify_all()
+
+    def wait(self, wanted):
+        with self.news:
+            assert self.news.wait_for(lambda: any(wanted(record) for record in self.records), LIMIT_S), self.records
+
+
+def test_what_the_adapters_say_goes_to_logging(engine):
+    collect = Collect()
+    logger = logging.getLogger("kvring")
+    logger.addHandler(collect)
+    logger.setLevel(logging.DEBUG)
+    try:
+        scheduler = kvring.PollingSchedulerAdapter(FINGERPRINT, name=engine.name)
+        collect.wait(
+            lambda record: record.name == "kvring.adapter.client"
+            and record.levelno == logging.INFO
+            and record.getMessage().startswith("attached to the engine engine=" + engine.name)
+        )
+        assert not [record for record in collect.records if record.levelno == logging.DEBUG]
+        kvring.set_log_level(logging.DEBUG)
+        scheduler.shutdown()
+        collect.wait(lambda record: record.levelno == logging.DEBUG and "shut down" in record.getMessage())
+    finally:
+        kvring.set_log_level(logging.INFO)
+        logger.removeHandler(collect)
+
+
+EXITS = {
+    "by itself": "",
+    "with an exception": "raise SystemExit(0)",
+    "with a dead engine": "engine.kill()",
+    "with a stopped engine": "import os, signal; os.kill(engine.pid, signal.SIGSTOP)",
+    "with a thread that waits": (
+        "import threading; worker.submit_store('r', (1, 1), [bytes(16)], [0])\n"
+        "threading.Thread(target=worker.wait_idle, args=(50,)).start()\n"
+        "threading.Thread(target=worker.wait_job, args=(77, 1e9), daemon=True).start()"
+    ),
+    "with a daemon that waits for ever": (
+        "import os, signal, threading; os.kill(engine.pid, signal.SIGSTOP)\n"
+        "worker.submit_store('r', (1, 1), [bytes(16)], [0])\n"
+        "threading.Thread(target=worker.wait_idle, args=(1e9,), daemon=True).start()"
+    ),
+    "with a forked child": "import os; pid = os.fork()\nif pid: os.waitpid(pid, 0)",
+    "without its adapters": "del worker, scheduler",
+    "twice shut down": "worker.shutdown(); scheduler.shutdown(); worker.shutdown()",
+}
+
+
+@pytest.mark.parametrize("how", EXITS)
+def test_the_interpreter_ends(how):
+    name = unique_name()
+    script = f"""
+import atexit, ctypes, logging, sys, kvring
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+engine = kvring.Engine({name!r}, "16MiB", extra_args=["--slab", "1MiB"]).start()
+atexit.register(engine.kill)
+memory = ctypes.create_string_buffer(1 << 16)
+options = dict(name={name!r}, operation_timeout_ms=200, drain_timeout_ms=200)
+worker = kvring.WorkerAdapter(bytes(32), world=1, rank=0, chunk_tokens=1, **options)
+group = kvring.KvGroup(16, 1, [(ctypes.addressof(memory), (16, 4096), (4096, 1), 1)])
+worker.register_kv_caches([group], owner=memory)
+scheduler = kvring.PollingSchedulerAdapter(bytes(32), **options)
+scheduler.lookup("r", 0, [bytes(16)])
+{EXITS[how]}
+"""
+    ended = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True, timeout=LIMIT_S)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended
+    assert "attached to the engine" in ended.stdout
+
+
+def test_next_logs_ends():
+    script = """
+from kvring import _native
+assert _native.next_logs(1) == []
+_native.close_logs()
+assert _native.next_logs(1e9) == []
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=LIMIT_S)
