@@ -18,9 +18,12 @@ use std::time::{Duration, Instant};
 const POISON: u8 = 0xa5;
 const BLOCKS: u32 = 8;
 
+/// Bytes of a page, and a plane's memory.
+type Planes = Vec<(usize, Vec<u8>)>;
+
 /// A cache of several groups: in each plane, pages with room after them.
 struct Cache {
-    groups: Vec<(Vec<(usize, Vec<u8>)>, u32)>,
+    groups: Vec<(Planes, u32)>,
 }
 
 impl Cache {
@@ -36,7 +39,7 @@ impl Cache {
             block_stride: *page + 5,
             page_bytes: *page,
         };
-        let group = |(planes, per_chunk): &mut (Vec<(usize, Vec<u8>)>, u32)| KvGroup {
+        let group = |(planes, per_chunk): &mut (Planes, u32)| KvGroup {
             planes: planes.iter_mut().map(plane).collect(),
             num_blocks: BLOCKS,
             blocks_per_chunk: *per_chunk,

@@ -40,8 +40,8 @@ def _forget() -> None:
 
 
 def _forward() -> None:
-    while not _closing.is_set():
-        for level, target, text in _native.next_logs(_HOUR_MS):
+    while (records := _native.next_logs(_HOUR_MS)) or not _closing.is_set():
+        for level, target, text in records:
             try:
                 logging.getLogger(target).log(level, "%s", text.strip())
             except Exception:  # noqa: BLE001, S110

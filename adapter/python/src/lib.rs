@@ -11,6 +11,7 @@ mod keys;
 mod logs;
 mod options;
 mod planes;
+mod records;
 mod scheduler;
 mod worker;
 

