@@ -8,6 +8,7 @@ use crate::{keys, logs};
 use kvring_adapter::{
     CallError, Client, KEYS_MAX, Key, Lookup, LookupStats, Role, SchedulerApi, SchedulerOptions,
 };
+use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use std::sync::Arc;
@@ -66,7 +67,12 @@ struct Adapter<const POLLING: bool> {
     client: Arc<Client>,
     /// How long a lookup may spin while attached to the interpreter.
     spin: Duration,
+    /// Lookups since spinning last brought an answer.
+    in_vain: AtomicU32,
 }
+
+/// Where spinning brings nothing, because the engine sleeps or waits for our CPU, one lookup of so many tries it again.
+const SPIN_EVERY: u32 = 16;
 
 impl<const POLLING: bool> Adapter<POLLING> {
     fn new(py: Python<'_>, options: SchedulerOptions, shared: Shared, spin: Duration) -> PyResult<Self> {
@@ -75,7 +81,7 @@ impl<const POLLING: bool> Adapter<POLLING> {
         let client = py.detach(|| Client::new(Role::Scheduler, shared));
         let client = client.map_err(|error| errors::config(py, error))?;
         let held = Held::new(kvring_adapter::Adapter::new(&client, options));
-        Ok(Adapter { held, client, spin })
+        Ok(Adapter { held, client, spin, in_vain: AtomicU32::new(0) })
     }
 
     fn is_healthy(&self, py: Python<'_>) -> bool {
@@ -249,9 +255,15 @@ fn poll_interval() -> Duration {
 
 impl Adapter<true> {
     fn lookup(&self, py: Python<'_>, request: &str, admission: u32, keys: &[Key]) -> PyResult<Hit> {
-        let now = self.held.try_now(|adapter| {
-            adapter.try_lookup(request, admission, keys, self.spin).map(|hit| hit.cloned())
-        });
+        // Relaxed: a guess. Spinning in vain costs the interpreter's other threads as long as it lasts, and on a busy machine
+        // the engine too.
+        let in_vain = self.in_vain.load(Ordering::Relaxed);
+        let spin = if in_vain.is_multiple_of(SPIN_EVERY) { self.spin } else { Duration::ZERO };
+        let now = self
+            .held
+            .try_now(|adapter| adapter.try_lookup(request, admission, keys, spin).map(|hit| hit.cloned()));
+        let came = matches!(now, Some(Ok(Some(_))));
+        self.in_vain.store(if came { 0 } else { in_vain.wrapping_add(1) }, Ordering::Relaxed);
         let answer = match now {
             Some(Ok(Some(hit))) => Ok(hit),
             Some(Err(error)) => Err(error),
