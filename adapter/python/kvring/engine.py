@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,8 @@ def binary_path() -> str:
 class Engine:
     """An engine of ours: `with Engine("name", "8GiB"): …`.
 
-    It ends with us, unless `detach`: then it runs in a session of its own and outlives us. `extra_args` go to `kvring serve`.
+    It ends with us, unless `detach`: then it runs in a session of its own and outlives us, and writes its log to `log_path`.
+    `extra_args` go to `kvring serve`.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Engine:
             command += ["--stop-with-parent", str(os.getpid())]
         # stderr goes to a file: nobody has to read it, and it is never full.
         self._close_log()
-        self._log = tempfile.TemporaryFile()
+        self._log = self._open_log()
         try:
             self._process = subprocess.Popen(
                 command,
@@ -113,6 +115,29 @@ class Engine:
             raise EngineError(f"cannot run {command[0]}: {error}") from error
         self._wait_ready(self._process)
         return self
+
+    @property
+    def log_path(self) -> str | None:
+        """Where an engine that outlives us writes its log; it begins anew at each start."""
+        if not self.detach:
+            return None
+        return os.path.join(tempfile.gettempdir(), f"kvring-{os.getuid()}-{self.name}.log")
+
+    def _open_log(self) -> IO[bytes]:
+        path = self.log_path
+        if path is not None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                file = os.fdopen(os.open(path, flags, 0o600), "r+b")
+            except OSError:
+                # Somebody else's, in a directory that everybody may write.
+                return tempfile.TemporaryFile()
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
+                file.truncate()
+                return file
+            file.close()
+        return tempfile.TemporaryFile()
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None

@@ -21,6 +21,7 @@ class Keeper:
         self._name = name
         self._arena = arena
         self._closed = threading.Event()
+        self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
 
     def ensure(self) -> None:
@@ -35,7 +36,9 @@ class Keeper:
                 raise
             # Somebody else was faster.
         else:
-            logger.info("started the engine %s, pid %d, with an arena of %s", self._name, engine.pid, self._arena)
+            # Kept: it is our child, and somebody must notice when it ends.
+            self._engine = engine
+            logger.info("started the engine %s, pid %s, with an arena of %s; its log is %s", self._name, engine.pid, self._arena, engine.log_path)  # fmt: skip
 
     def _is_missing(self) -> bool:
         return engine_state(self._name) in ("absent", "dead")
@@ -49,6 +52,8 @@ class Keeper:
         pause = _LOOK_EVERY_S
         while not self._closed.wait(pause):
             try:
+                if self._engine is not None and not self._engine.is_running:
+                    self._engine = None
                 self.ensure()
                 pause = _LOOK_EVERY_S
             except Exception as error:
