@@ -137,7 +137,7 @@ fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
     let num_blocks = Shape::SMALL.blocks;
     for (blocks, expected) in [
         (vec![0, 1, 2, num_blocks], BlockError::OutOfRange { block: num_blocks, num_blocks }),
-        (vec![u32::MAX, 1, 2, 3], BlockError::OutOfRange { block: u32::MAX, num_blocks }),
+        (vec![u32::MAX - 1, 1, 2, 3], BlockError::OutOfRange { block: u32::MAX - 1, num_blocks }),
         (vec![0, 1, 2], BlockError::WrongCount { expected: 4, got: 3 }),
         (vec![], BlockError::WrongCount { expected: 4, got: 0 }),
     ] {
