@@ -58,6 +58,7 @@ class CallMonitor:
         """Requests whose load has failed: the connector may rightly answer 0 from now on."""
         self.short: set[str] = set()
         """Requests for which a lookup has found too little: said once."""
+        self.salt: Callable[[str], bytes | None] = lambda request: None
         self._lookup = connector.get_num_new_matched_tokens
         self._alloc = connector.update_state_after_alloc
         connector.get_num_new_matched_tokens = self.lookup
@@ -89,6 +90,7 @@ class CallMonitor:
         name, total = request.request_id, request.num_tokens
         where = f"lookup of {name} ({total} tokens, {local} local) answered {answer}"
         asked = self.asked.setdefault(name, Asked())
+        self.ledger.learn_salt(name, self.salt(name))
         if tokens is None:
             self.ledger.count("pending_lookups")
             if asked.expected is None:
@@ -131,6 +133,12 @@ class CallMonitor:
         if local + tokens < asked.expected and name not in self.short:
             self.ledger.blame("P5", f"{where}: {asked.expected} tokens were there")
             self.short.add(name)
+
+    def cache_was_reset(self) -> None:
+        """Who waits may be told that there is nothing any more, or keep what it was promised."""
+        for asked in self.asked.values():
+            asked.hit = asked.at_most = None
+            asked.expected = 0
 
     def _expected(self, name: str, total: int) -> int:
         ledger = self.ledger

@@ -56,6 +56,8 @@ class Setup:
     failure_policy: str = "recompute"
     v2_runner: bool = False
     async_scheduling: bool = False
+    nonce: str = ""
+    """Part of the model's configuration: no two scenarios are the same model, so none finds another one's KV."""
 
 
 @cache
@@ -111,6 +113,7 @@ def vllm_config(setup: Setup) -> VllmConfig:
             "kv_connector_extra_config": dict(setup.extra),
         },
     ).create_engine_config()
+    config.model_config.hf_config.kvring_harness = setup.nonce
     config.cache_config.block_size = setup.block_size
     config.cache_config.kv_cache_layout = setup.layout
     config.scheduler_config.async_scheduling = setup.async_scheduling

@@ -1,6 +1,8 @@
 """The engine core: vLLM's real scheduler, fake workers, and the checks of every step."""
 
+import pickle
 import random
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -59,6 +61,11 @@ class Plug:
     scheduler_adapter: Callable[[Any], tuple[Any, str]]
     slack: int = 0
     """Steps from the report of a store until lookups must find it."""
+    idle_s: float = 0.0
+    """How long an empty step takes: jobs need time to run in."""
+    salt: Callable[[Any, str], bytes | None] = lambda connector, request: None
+    """Of a scheduler-side connector: what it adds to the keys of a request, beside vLLM's hash."""
+    salted: Callable[[bytes, bytes | None], bytes] = lambda key, salt: key
 
 
 @dataclass
@@ -136,7 +143,9 @@ class Harness:
         self.sessions = RecordingSchedulerAdapter(getattr(owner, name), self.ledger)
         setattr(owner, name, self.sessions)
         self.ledger.watch(self.scheduler)
+        self.ledger.salted = plug.salted
         self.calls = CallMonitor(connector, self.ledger, strict=strict, slack=plug.slack)
+        self.calls.salt = lambda request: plug.salt(connector, request)
         self.aggregator = KVOutputAggregator.from_connector(connector, setup.tp)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.blocks_at_start = self.pool.get_num_free_blocks()
@@ -151,6 +160,9 @@ class Harness:
         self.excused = False
         self.arrivals = 0
         self.stuck = False
+        self.plug = plug
+        self.last_was_empty = False
+        self.longest_wait = 0.0
         self.standstill = 0
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -207,7 +219,7 @@ class Harness:
         self.ledger.count("resets")
         if connector:
             self.ledger.forget_stored()
-            self.calls.asked.clear()
+            self.calls.cache_was_reset()
         self.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=connector)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -220,6 +232,7 @@ class Harness:
             output = self.scheduler.schedule()
             now = self.ledger.snapshot(self.scheduler)
             self._describe(output)
+            self.last_was_empty = not output.num_scheduled_tokens
             result = None if self.late_workers else self._execute(output, now)
             self.in_flight.append((output, now, result))
             if len(self.in_flight) < depth and self.scheduler.has_requests():
@@ -229,6 +242,7 @@ class Harness:
         output, now, result = self.in_flight.popleft()
         if result is None:
             result = self._execute(output, now)
+        self._judge_reports(result.result)
         updates = self.scheduler.update_from_output(output, result.result)
         self.ledger.learn_stored(result.reported)
         for outputs in updates.values():
@@ -264,7 +278,10 @@ class Harness:
         try:
             results: list[ModelRunnerOutput | None] = []
             for worker in self.workers:
-                results.append(worker.execute(output, now, self.calls.call))
+                # Between processes outputs are pickled. (vLLM shares one object for all empty ones, and joining ranks
+                # writes into it.)
+                done = worker.execute(output, now, self.calls.call)
+                results.append(pickle.loads(pickle.dumps(done)))
         finally:
             self.ledger.running = None
         result = self.aggregator.aggregate(results)
@@ -306,6 +323,23 @@ class Harness:
                 self.spoilt.add(wrong.request)
                 self.ledger.blame("P3", text)
 
+    def _judge_reports(self, result: ModelRunnerOutput) -> None:
+        """P0: what is reported as received or sent, vLLM waits for; anything else it answers with an assertion."""
+        output = result.kv_connector_output
+        if output is None:
+            return
+        requests = self.scheduler.requests
+        for name in output.finished_recving or ():
+            request = requests.get(name)
+            if request is None or not (request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or request.is_finished()):
+                status = "unknown" if request is None else request.status.name
+                self.ledger.blame("P0", f"{name} was reported as received, but it is {status}")
+        for name in output.finished_sending or ():
+            if name not in requests or not requests[name].is_finished():
+                self.ledger.blame("P0", f"{name} was reported as sent, but vLLM does not keep its blocks")
+            if name in (output.finished_recving or ()):
+                self.ledger.blame("P0", f"{name} was reported as received and as sent: its blocks would be freed twice")
+
     def _load_failed(self, name: str) -> None:
         if name in self.wanted:
             self.wanted[name].load_failed = True
@@ -332,17 +366,32 @@ class Harness:
         """Nothing is left to do."""
         return not self.in_flight and not self.scheduler.has_requests()
 
-    def run(self, limit: int, each: Callable[[], None] | None = None) -> None:
-        """Until everything is done; P0 if that takes too long."""
-        for _ in range(limit):
-            if self.idle():
-                return
+    def run(self, limit: int, each: Callable[[], None] | None = None, patience_s: float = 20.0) -> None:
+        """Until everything is done; P0 if that takes too many steps that do something, or too long with steps that do not:
+        jobs run in real time, and a thousand empty steps take none."""
+        busy, since = 0, time.monotonic()
+        while not self.idle():
             if each is not None:
                 each()
+            done = sum(len(wanted.output) for wanted in self.wanted.values())
+            before = self.ledger.step
             self.step()
+            if self.last_was_empty:
+                time.sleep(self.plug.idle_s)
+                self.ledger.count("empty_steps")
+            else:
+                busy += self.ledger.step - before
+            if done != sum(len(wanted.output) for wanted in self.wanted.values()) or not self.last_was_empty:
+                since = time.monotonic()
+            waited = time.monotonic() - since
+            self.longest_wait = max(self.longest_wait, waited)
+            if busy > limit or waited > patience_s:
+                break
+        else:
+            return
         self.stuck = True
         stuck = {name: request.status.name for name, request in self.scheduler.requests.items()}
-        self.ledger.blame("P0", f"not finished after {limit} steps: {stuck}")
+        self.ledger.blame("P0", f"not finished after {busy} busy steps, the last {waited:.1f} s without one: {stuck}")
 
     def check_outputs(self) -> None:
         """P4: the closed form."""

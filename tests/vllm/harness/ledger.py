@@ -5,7 +5,7 @@ the connector's worker side makes (`jobs.py`). A block that the pool hands out a
 *generation*. So "no source of an open store has changed its owner" is a comparison of two numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,8 @@ class Ledger:
         """Keys that every rank has stored, with the step in which the last one was reported."""
         self._stored_ranks: dict[bytes, set[int]] = {}
         self._reported: list[tuple[bytes, int]] = []
+        self.salts: dict[str, list[bytes | None]] = {}
+        self.salted: Callable[[bytes, bytes | None], bytes] = lambda key, salt: key
         self.writers: set[int] = {0}
         self._rounds: dict[tuple[int, int], tuple[str, tuple[bytes, ...], tuple[int, ...]]] = {}
         self.running: Snapshot | None = None
@@ -166,10 +168,27 @@ class Ledger:
     # -- what the connector's worker side does -------------------------------------------------------------------------
 
     def chunk_key(self, request: str, chunk: int) -> bytes | None:
-        """The key of a request's chunk: the hash of its last block."""
+        """The key of a request's chunk: the hash of its last block, changed by what the connector adds to it just now."""
         index = (chunk + 1) * self.chunk_blocks - 1
         hashes = self.requests[request].block_hashes
-        return bytes(hashes[index])[:KEY_BYTES] if index < len(hashes) else None
+        if index >= len(hashes):
+            return None
+        return self.salted(bytes(hashes[index]), self.salts.get(request, [None])[-1])[:KEY_BYTES]
+
+    def is_key(self, request: str, chunk: int, key: bytes) -> bool:
+        """Is this the key of that chunk, now or in an earlier admission?"""
+        index = (chunk + 1) * self.chunk_blocks - 1
+        hashes = self.requests[request].block_hashes
+        if index >= len(hashes):
+            return False
+        salts = self.salts.get(request, [None])
+        return any(self.salted(bytes(hashes[index]), salt)[:KEY_BYTES] == key[:KEY_BYTES] for salt in salts)
+
+    def learn_salt(self, request: str, salt: bytes | None) -> None:
+        """What the connector adds to the keys of this request."""
+        known = self.salts.setdefault(request, [salt])
+        if known[-1] != salt:
+            known.append(salt)
 
     def store(
         self,
@@ -194,9 +213,9 @@ class Ledger:
         if first is None:
             return self.blame("P1", f"{where}: its first key is none of the request's")
         for offset, key in enumerate(keys):
-            if self.chunk_key(request, first + offset) != key[:KEY_BYTES]:
+            if not self.is_key(request, first + offset, key):
                 return self.blame("P1", f"{where}: key {offset} is not that of chunk {first + offset}")
-        if first > 0 and parent is not None and parent[:KEY_BYTES] != self.chunk_key(request, first - 1):
+        if first > 0 and parent is not None and not self.is_key(request, first - 1, parent):
             self.blame("P1", f"{where}: its parent is not the key of chunk {first - 1}")
         stop = first + len(keys)
         if stop * self.chunk_tokens > computed:
@@ -327,7 +346,7 @@ class Ledger:
 
     def _find(self, request: str, key: bytes) -> int | None:
         for chunk in range(len(self.requests[request].block_hashes) // self.chunk_blocks):
-            if self.chunk_key(request, chunk) == key[:KEY_BYTES]:
+            if self.is_key(request, chunk, key):
                 return chunk
         return None
 

@@ -1,5 +1,7 @@
 """Random scenarios: a seed is a workload, a configuration and a list of mishaps."""
 
+import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +15,9 @@ from .jobs import Faults
 from .ledger import Violation
 
 
+_runs = itertools.count()
+
+
 @dataclass
 class Target:
     """A connector under test."""
@@ -24,6 +29,8 @@ class Target:
     """`kv_connector_extra_config` from a scenario's choices."""
     kill: Callable[[], None] | None = None
     restart: Callable[[], None] | None = None
+    watch: Callable[[Harness], None] = lambda harness: None
+    """Called once an engine is built."""
 
 
 @dataclass
@@ -59,7 +66,7 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
     dice = random.Random(seed)
     # Of eight seeds one each is about failed loads, resets, engine faults; the others mix the rest.
     theme = dice.choice(["plain", "plain", "plain", "plain", "fail", "reset", "abort", "engine"])
-    window = dice.choice([None, None, None, 6, 9])
+    window = dice.choice([None, None, None, 6, 9, 13])
     sync = dice.random() < 0.4
     choices: dict[str, Any] = {
         "theme": theme,
@@ -89,9 +96,13 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
         "down_for": dice.randint(1, 30),
         "second_pass": True,
         "max_model_len": 96,
-        "step_limit": 3000,
+        "step_limit": 1000,
+        "patience_s": 10.0,
     }
     choices.update(overrides or {})
+    if choices["window"] is not None and "chunk_blocks" not in (overrides or {}):
+        # A connector may refuse chunks that are longer than a window.
+        choices["chunk_blocks"] = min(choices["chunk_blocks"], choices["window"] // 4)
     if choices["parallel"][0] == 1 and choices["fail_rank"] == 1:
         choices["fail_rank"] = 0
     if choices["window"] is not None:
@@ -156,6 +167,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         failure_policy=choices["failure_policy"],
         v2_runner=choices["v2_runner"],
         async_scheduling=choices["async_scheduling"],
+        nonce=f"{os.getpid()}-{next(_runs)}",
     )
     engine_faults = choices["kill_at"] is not None and target.kill is not None
     faults = Faults(hold=choices["hold"], fail_load=choices["fail_load"], fail_rank=choices["fail_rank"], budget=6)
@@ -168,6 +180,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         strict=not engine_faults,
         late_workers=choices["late_workers"] and choices["async_scheduling"],
     )
+    target.watch(harness)
     report = Report(seed, choices)
     try:
         _drive(harness, target, dice, choices, engine_faults)
@@ -193,6 +206,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
     report.counters = harness.ledger.counters
     report.counters["steps"] = harness.ledger.step
     report.slowest_ms = {name: 1000 * spent for name, spent in harness.calls.slowest.items()}
+    report.slowest_ms["longest wait without progress"] = 1000 * harness.longest_wait
     report.log = harness.ledger.log
     report.seconds = time.perf_counter() - start
     return report
@@ -233,7 +247,7 @@ def _drive(
             if harness.stuck:
                 return
             arrive_and_mishap()
-            harness.run(choices["step_limit"], arrive_and_mishap)
+            harness.run(choices["step_limit"], arrive_and_mishap, choices["patience_s"])
             if not waiting:
                 break
             harness.ledger.step += 1

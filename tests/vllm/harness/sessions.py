@@ -17,6 +17,11 @@ class RecordingSchedulerAdapter:
         self._asked: dict[str, tuple[int, int]] = {}
         """Request -> (our admission, the connector's)."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """A connector may ask which of the two it has."""
+        return type(self._inner)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 

@@ -120,6 +120,7 @@ class ToyScheduler:
             # Blocks were lost. This call may come before anything says so (a reset preempts outside of a step).
             tracker.allocated = False
             tracker.asked = 0
+            tracker.loading = set()
             if self.mistake != "stale_hit":
                 tracker.admission += 1
         if tracker.useless:

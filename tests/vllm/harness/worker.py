@@ -136,6 +136,13 @@ class FakeWorker:
             result.finished_sending = transfers.finished_sending
             result.finished_recving = transfers.finished_recving
             result.failed_recving = transfers.failed_recving
+            for what, names in (
+                ("received", transfers.finished_recving),
+                ("failed", transfers.failed_recving),
+                ("sent", transfers.finished_sending),
+            ):
+                if names:
+                    self.ledger.note(f"rank {self.rank} reports {what}: {sorted(names)}")
             result.invalid_block_ids = call("get_block_ids_with_load_errors", connector.get_block_ids_with_load_errors)
             result.kv_connector_stats = call("get_kv_connector_stats", connector.get_kv_connector_stats)
             result.kv_cache_events = call("get_kv_cache_events", connector.get_kv_connector_kv_cache_events)
