@@ -1,11 +1,77 @@
-"""Tests of the vLLM connector. They need vLLM; without it they are skipped, and `tests/run` says so."""
+"""Fixtures of the tests that drive the real vLLM. Those of the harness with fake workers are in `harness/`."""
 
-import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore: list[str] = []
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore += ["test_harness_self.py", "test_harness_kvring.py"]
+from real.baseline import Baseline
+from real.engine import binary
+from real.models import model
+from real.scene import Scene
+from real.vllm import Zygote
+
+
+def pytest_addoption(parser):
+    parser.addoption("--standin", action="store_true", help="try the tests themselves: without kvring, on a connector that is right")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "no_engine: needs nothing of kvring but a connector, so it runs with --standin too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--standin"):
+        skip = pytest.mark.skip(reason="needs kvring")
+        for item in items:
+            if "scene" in item.fixturenames and "no_engine" not in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    made = Zygote()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def baseline(zygote, tmp_path_factory):
+    made = Baseline(zygote, tmp_path_factory.mktemp("baseline"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return model("llama")
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    return model("swa")
+
+
+@pytest.fixture
+def cold_scene(request, zygote, baseline, tmp_path):
+    """A scene without a running engine."""
+    standin = request.config.getoption("--standin")
+    if not standin and shutil.which(binary()) is None:
+        pytest.fail(f"there is no {binary()}: set KVRING_BINARY, or install the wheel")
+    made = Scene(zygote, baseline, tmp_path, standin)
+    yield made
+    try:
+        made.check()
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def scene(cold_scene):
+    """A scene with a running engine."""
+    if not cold_scene.standin:
+        cold_scene.engine.start()
+    return cold_scene

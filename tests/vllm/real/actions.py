@@ -1,0 +1,84 @@
+"""What a step or a hook can do inside vLLM's process: things done to the engine, or to the connector under test."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from real import tap
+
+
+def state(pid: int) -> str:
+    """The state letter of a process; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return ""
+
+
+def wait_for(condition, what: str, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {seconds} s")
+        time.sleep(0.001)
+
+
+def kill(pid: int) -> None:
+    """`kill -9`, and returns when the process is really dead."""
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: state(pid) in ("", "Z", "X"), f"process {pid} is not dead")
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and returns when the process has really stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: state(pid) in ("T", ""), f"process {pid} has not stopped")
+
+
+def resume(pid: int) -> None:
+    os.kill(pid, signal.SIGCONT)
+
+
+def flip(path: str, offset: int = 0, length: int | None = None) -> int:
+    """Inverts every byte of a file that is not 0, from `offset` on; how many. Headers must not be among them."""
+    import mmap
+
+    changed = 0
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+        end = len(content) if length is None else min(len(content), offset + length)
+        step = 1 << 20
+        inverted = bytes(value and (value ^ 0x40) for value in range(256))
+        # An arena is sparse: what was never written is 0 and stays so.
+        for start in range(offset, end, step):
+            piece = content[start : min(end, start + step)]
+            if piece.count(0) != len(piece):
+                changed += len(piece) - piece.count(0)
+                content[start : start + len(piece)] = piece.translate(inverted)
+    return changed
+
+
+def instances() -> list[str]:
+    """The roles of the connectors in this process."""
+    return [connector.role.name for connector in tap.record.instances]
+
+
+def worker_idle(seconds: float = 10.0) -> int:
+    """Waits until kvring's workers in this process have no open job; the number of workers."""
+    adapters = [
+        side.adapter
+        for connector in tap.record.instances
+        for side in vars(connector).values()
+        if hasattr(getattr(side, "adapter", None), "wait_idle")
+    ]
+    for adapter in adapters:
+        if not adapter.wait_idle(seconds * 1e3):
+            raise TimeoutError(f"a worker still has open jobs after {seconds} s")
+    return len(adapters)
+
+
+def spoil_standin() -> int:
+    """Spoils what the stand-in connector holds."""
+    from real import standin
+
+    return standin.spoil()

@@ -1,0 +1,118 @@
+"""The kvring engine of a test: the binary itself, run, killed, stopped and asked from outside."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from real import actions
+from real.actions import wait_for
+
+_numbers = itertools.count()
+
+
+def binary() -> str:
+    """The `kvring` to test: `KVRING_BINARY`, else the installed one."""
+    return os.environ.get("KVRING_BINARY", "kvring")
+
+
+def bytes_of(size: str) -> int:
+    """`256MiB` in bytes."""
+    return int(size[:-3]) << {"MiB": 20, "GiB": 30}[size[-3:]]
+
+
+class Engine:
+    """One engine, under a name that no other test has. It need not run."""
+
+    def __init__(self, arena: str = "128MiB", directory: Path | None = None) -> None:
+        self.name = f"t{os.getpid()}-{next(_numbers)}"
+        self.arena = arena
+        self.log_path = (directory or Path("/tmp")) / f"engine-{self.name}.log"
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> float:
+        """Starts it, and waits until it serves; the seconds that took."""
+        began = time.monotonic()
+        with self.log_path.open("a") as log:
+            command = [binary(), "serve", "--name", self.name, "--arena", self.arena]
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        wait_for(self.serves, f"the engine does not serve: {self.log_path.read_text()[-2000:]}")
+        return time.monotonic() - began
+
+    def serves(self) -> bool:
+        if self.process is not None and self.process.poll() is not None:
+            raise RuntimeError(f"the engine ended: {self.log_path.read_text()[-2000:]}")
+        return self.state() == "serving"
+
+    def state(self) -> str:
+        return self.status().get("state", "absent")
+
+    def status(self) -> dict[str, Any]:
+        """`kvring status --json`, whatever state it is in; `{}` when there is no engine of this name."""
+        asked = subprocess.run([binary(), "status", "--name", self.name, "--json"], capture_output=True, text=True)
+        return json.loads(asked.stdout) if asked.stdout.startswith("{") else {}
+
+    def counters(self) -> dict[str, int]:
+        return self.status()["counters"]
+
+    @property
+    def pid(self) -> int:
+        """Also of an engine that somebody else started (`kvring.autostart`)."""
+        return self.process.pid if self.process is not None else self.status()["engine"]["pid"]
+
+    def kill(self) -> None:
+        actions.kill(self.pid)
+        self.reap()
+
+    def reap(self) -> None:
+        """Takes notice of a death that a hook brought about."""
+        if self.process is not None:
+            self.process.wait(10)
+
+    def pause(self) -> None:
+        actions.stop(self.pid)
+
+    def resume(self) -> None:
+        actions.resume(self.pid)
+
+    def settle(self, seconds: float = 10.0) -> dict[str, int]:
+        """Waits until nothing is being stored and no counter of stores moves; the counters."""
+        moving = ("shards_reserved", "shards_skipped", "shards_dropped", "shards_committed", "shards_aborted")
+        seen, last, still = {}, None, 0
+
+        def quiet() -> bool:
+            nonlocal seen, last, still
+            seen = self.counters()
+            now = [seen[name] for name in moving]
+            still = still + 1 if now == last and seen["slots_writing"] == 0 else 0
+            last = now
+            time.sleep(0.005)
+            return still >= 4
+
+        wait_for(quiet, "the engine's stores do not come to rest", seconds)
+        return seen
+
+    def spoil(self) -> int:
+        """Changes every byte that is stored; how many. The arena's superblock lies behind its slots."""
+        return actions.flip(f"/dev/shm/kvring.{self.name}.arena", length=bytes_of(self.arena))
+
+    def close(self) -> None:
+        """Ends it, and leaves nothing in /dev/shm."""
+        status = self.status()
+        pid = (status.get("engine") or {}).get("pid")
+        if pid and actions.state(pid) not in ("", "Z"):
+            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGTERM)
+        if self.process is not None:
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        elif pid:
+            wait_for(lambda: actions.state(pid) in ("", "Z"), "an engine that was started by vLLM does not end")
+        subprocess.run([binary(), "remove", "--name", self.name, "--force"], capture_output=True)

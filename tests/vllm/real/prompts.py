@@ -1,0 +1,35 @@
+"""Prompts by seed. The model has no tokenizer: a prompt is a list of token ids."""
+
+import random
+
+BLOCK = 32
+"""Tokens of a block in all these tests: the smallest that vLLM's CPU backend takes."""
+
+VOCABULARY = 2048
+
+EDGES = (1, 31, 32, 33, 64, 100, 320, 321, 700, 4096)
+"""Prompt lengths around block edges, and one that takes several chunks of prefill."""
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """`length` token ids; a longer prompt of the same seed begins with the shorter one."""
+    draw = random.Random(seed)
+    return [draw.randrange(3, VOCABULARY) for _ in range(length)]
+
+
+def whole_blocks(tokens: int) -> int:
+    """The tokens of `tokens` that fill blocks."""
+    return tokens // BLOCK * BLOCK
+
+
+def most_loadable(prompt_tokens: int) -> int:
+    """What a cache that holds all of a prompt's whole blocks can bring at most: one token is always computed.
+
+    A synchronous load leaves out the last token (so vLLM gets 31 tokens of the last block), an asynchronous one may bring
+    it and vLLM computes it again; connectors may also leave out the whole last block. See `at_least_loadable`."""
+    return min(whole_blocks(prompt_tokens), prompt_tokens)
+
+
+def least_loadable(prompt_tokens: int) -> int:
+    """What such a cache must bring at least: all whole blocks before the last token."""
+    return whole_blocks(prompt_tokens - 1)

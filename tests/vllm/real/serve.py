@@ -1,0 +1,222 @@
+"""What a child of the zygote does: makes one `LLM` and does steps with it until it is told to end.
+
+The first line it reads says how to make it (`vllm.Vllm` writes it); every further line is a step: `{"do": NAME, …}`. Each is
+answered by a line `{"ok": …}` or `{"error": …}`. The `LLM` is driven by `add_request` and `step`, not by `generate`: so a
+test can count engine steps, abort in the middle, and see what the scheduler sees.
+"""
+
+import json
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from real import actions, tap
+
+
+@dataclass
+class Running:
+    """A request between its start and its end."""
+
+    name: str
+    internal: str
+    started: float
+    steps_before: int
+    request: Any = None
+    answer: dict[str, Any] = field(default_factory=dict)
+
+
+def fork_workers() -> None:
+    """Has vLLM fork its own processes as well: on CPU it spawns them, and each would import for ten seconds.
+
+    There is nothing yet that a fork could break: no thread, no compute, no connector."""
+    import os
+
+    from vllm.platforms.cpu import CpuPlatform
+
+    configure = CpuPlatform.check_and_update_config.__func__
+
+    def and_fork(cls, config):
+        configure(cls, config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(and_fork)
+
+
+class Driver:
+    """One `LLM`, and the steps."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        fork_workers()
+        self.llm = LLM(**spec["llm"])
+        self.engine = self.llm.llm_engine
+        core = getattr(self.engine.engine_core, "engine_core", None)
+        # In a process of its own the engine core is out of reach; its tokens are all that is seen of it then.
+        self.scheduler = core.scheduler if core is not None else None
+        self.running: dict[str, Running] = {}
+        self.finished: dict[str, dict[str, Any]] = {}
+        self.steps = 0
+        self.count = 0
+
+    def generate(self, prompts: list[list[int]], together: bool = False, **params) -> list[dict[str, Any]]:
+        """Answers to prompts, one after the other or all at once."""
+        names = []
+        for prompt in prompts:
+            names += self.add([prompt], **params)
+            if not together:
+                self.finish()
+        self.finish()
+        return [self.finished.pop(name) for name in names]
+
+    def add(self, prompts: list[list[int]], salt: str | None = None, **params) -> list[str]:
+        """Starts requests; the names that the other steps know them by."""
+        from vllm import SamplingParams
+
+        names = []
+        for prompt in prompts:
+            self.count += 1
+            name = f"r{self.count}"
+            told = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
+            settings = SamplingParams(
+                **{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params}
+            )
+            internal = self.engine.add_request(name, told, settings)
+            started = Running(name, internal, time.perf_counter(), self.steps)
+            if self.scheduler is not None:
+                started.request = self.scheduler.requests[internal]
+            self.running[name] = started
+            names.append(name)
+        return names
+
+    def step(self, times: int = 1) -> int:
+        """Engine steps; the number of requests that are still running."""
+        for _ in range(times):
+            if not self.engine.has_unfinished_requests():
+                break
+            self.steps += 1
+            for output in self.engine.step():
+                self.note(output)
+        return len(self.running)
+
+    def note(self, output: Any) -> None:
+        running = self.running[output.request_id]
+        running.answer.setdefault("ttft_ms", (time.perf_counter() - running.started) * 1e3)
+        running.answer.setdefault("first_steps", self.steps - running.steps_before)
+        if output.finished:
+            self.end(running, output)
+
+    def end(self, running: Running, output: Any) -> None:
+        completion = output.outputs[0]
+        answer = running.answer
+        answer["tokens"] = list(completion.token_ids)
+        answer["logprobs"] = [
+            [choice[token].logprob, *sorted((other.logprob for other in choice.values()), reverse=True)[:5]]
+            for token, choice in zip(completion.token_ids, completion.logprobs or [], strict=False)
+        ]
+        answer["finish_reason"] = completion.finish_reason
+        answer["cached"] = output.num_cached_tokens
+        answer["seconds"] = time.perf_counter() - running.started
+        answer["external"] = tap.record.admissions.get(running.internal, [])
+        answer["lookups"] = [
+            lookup._asdict() for lookup in tap.record.lookups if lookup.request == running.internal
+        ]
+        answer["preemptions"] = running.request.num_preemptions if running.request is not None else None
+        self.finished[running.name] = answer
+        del self.running[running.name]
+
+    def finish(self, patience: float = 60.0) -> dict[str, dict[str, Any]]:
+        """Steps until nothing is running. A request that hangs is an error, with what the scheduler says of it."""
+        deadline = time.monotonic() + patience
+        while self.running:
+            self.step()
+            if time.monotonic() > deadline:
+                state = {name: str(r.request.status if r.request else "?") for name, r in self.running.items()}
+                raise TimeoutError(f"requests did not end in {patience} s: {state}")
+        return {}
+
+    def take(self) -> dict[str, dict[str, Any]]:
+        """The answers of requests that were started by `add` and have ended, by name."""
+        finished, self.finished = self.finished, {}
+        return finished
+
+    def abort(self, names: list[str]) -> int:
+        """Aborts requests; the number still running."""
+        for name in names:
+            self.engine.abort_request([name])
+            self.running.pop(name, None)
+        return len(self.running)
+
+    def reset(self, connector: bool = False) -> bool:
+        """Forgets vLLM's own prefix cache, and on demand what the connector holds."""
+        return self.engine.reset_prefix_cache(reset_connector=connector)
+
+    def calls(self, clear: bool = False) -> dict[str, Any]:
+        """What the tap has seen in this process."""
+        seen = {
+            "calls": dict(tap.record.calls),
+            "lookup_ms": [lookup.seconds * 1e3 for lookup in tap.record.lookups],
+            "failed_blocks": tap.record.failed_blocks,
+            "failed_requests": tap.record.failed_requests,
+            "hooks_left": sum(not hook.done for hook in tap.record.hooks),
+        }
+        if clear:
+            tap.record.clear()
+        return seen
+
+    def hook(self, method: str, action: str, nth: int = 1, when: str = "before", **arguments) -> None:
+        """Has `actions.ACTION(**arguments)` run at a call of the connector."""
+        chosen = getattr(actions, action)
+        tap.record.hooks.append(tap.Hook(method, lambda: chosen(**arguments), nth, when))
+
+    def act(self, action: str, **arguments) -> Any:
+        """Runs an action now."""
+        return getattr(actions, action)(**arguments)
+
+    def scheduler_state(self) -> dict[str, int] | None:
+        """What is left in the scheduler: all 0 after every request has ended (obligation P0). `None`: out of reach."""
+        if self.scheduler is None:
+            return None
+        # Blocks of a request that has ended may be held for a store until the next step.
+        for _ in range(1000):
+            if not self.scheduler.requests:
+                break
+            self.engine.step()
+            time.sleep(0.001)
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return {
+            "requests": len(self.scheduler.requests),
+            "waiting": len(self.scheduler.waiting),
+            "running": len(self.scheduler.running),
+            "blocks_used": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
+        }
+
+
+def serve(steps: TextIO, answers: TextIO) -> int:
+    """Answers steps until end of input."""
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    driver = None
+    for line in steps:
+        asked = json.loads(line)
+        try:
+            if driver is None:
+                driver = Driver(asked)
+                say({"ok": None})
+            else:
+                say({"ok": getattr(driver, asked.pop("do"))(**asked)})
+        except BaseException as error:
+            traceback.print_exc()
+            say({"error": f"{type(error).__name__}: {error}"})
+            if driver is None:
+                return 1
+    # vLLM ends its own worker processes and calls the connector's `shutdown`.
+    if driver is not None:
+        driver.engine.engine_core.shutdown()
+    sys.stderr.flush()
+    return 0
