@@ -28,10 +28,10 @@ def bytes_of(size: str) -> int:
 class Engine:
     """One engine, under a name that no other test has. It need not run."""
 
-    def __init__(self, arena: str = "128MiB", directory: Path | None = None) -> None:
+    def __init__(self, directory: Path, arena: str = "128MiB") -> None:
         self.name = f"t{os.getpid()}-{next(_numbers)}"
         self.arena = arena
-        self.log_path = (directory or Path("/tmp")) / f"engine-{self.name}.log"
+        self.log_path = directory / f"engine-{self.name}.log"
         self.process: subprocess.Popen | None = None
 
     def start(self) -> float:

@@ -102,4 +102,5 @@ class Scene:
     def close(self) -> None:
         for vllm in self.vllms:
             vllm.close()
-        self.engine.close()
+        if not self.standin:
+            self.engine.close()

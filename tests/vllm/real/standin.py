@@ -15,9 +15,8 @@ held: dict[bytes, list[torch.Tensor]] = {}
 
 def spoil() -> int:
     """Inverts the sign of everything that is held; the number of blocks."""
-    for pages in held.values():
-        for page in pages:
-            page.neg_()
+    for key, pages in held.items():
+        held[key] = [-page for page in pages]
     return len(held)
 
 
@@ -36,6 +35,7 @@ class StandIn(KVConnectorBase_V1):
         self.waits = self._kv_transfer_config.get_from_extra_config("load", "async") == "async"
         self.fails = bool(self._kv_transfer_config.get_from_extra_config("fail", False))
         self.requests: dict[str, Any] = {}
+        self.local: dict[str, int] = {}
         self.loads: list[tuple[str, list[tuple[bytes, int]]]] = []
         self.saved: dict[str, int] = {}
         self.received: set[str] = set()
@@ -50,6 +50,7 @@ class StandIn(KVConnectorBase_V1):
 
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         self.requests[request.request_id] = request
+        self.local[request.request_id] = num_computed_tokens
         found = 0
         while found < len(request.block_hashes) and bytes(request.block_hashes[found]) in held:
             found += 1
@@ -60,7 +61,7 @@ class StandIn(KVConnectorBase_V1):
         self.saved[request.request_id] = 0
         if num_external_tokens:
             ids = blocks.get_block_ids()[0]
-            local = request.num_computed_tokens
+            local = self.local[request.request_id]
             hashes = [bytes(value) for value in request.block_hashes]
             first = next((i for i in range(len(ids)) if i * self.block >= local), 0)
             last = -(-(local + num_external_tokens) // self.block)
@@ -81,6 +82,7 @@ class StandIn(KVConnectorBase_V1):
     def request_finished(self, request, block_ids):
         self.requests.pop(request.request_id, None)
         self.saved.pop(request.request_id, None)
+        self.local.pop(request.request_id, None)
         return False, None
 
     def reset_cache(self):

@@ -202,7 +202,8 @@ class Vllm:
         return self.log()[self.mark :]
 
     def tail(self) -> str:
-        return self.log()[-6000:] if self.log_path.exists() else ""
+        """The end of the log; once it runs, without how it started."""
+        return self.log_since_ready()[-6000:] if self.log_path.exists() else ""
 
     def close(self, patience: float = 20) -> None:
         """Ends it, gently and then not."""

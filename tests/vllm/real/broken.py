@@ -1,0 +1,153 @@
+"""Connectors that are wrong on purpose, and failures on demand: patches of kvring's classes in vLLM's process.
+
+A *broken variant* is a mistake that a connector could make; the suite must notice each (`test_broken.py`). A *failure* is
+something that happens to a connector that is right. Both are named in `Vllm(broken=…)` and applied in every process of that
+vLLM before it makes its connector. They know the insides of `kvring.vllm`, and break loudly when those change.
+"""
+
+from typing import Any
+
+
+class OtherTable:
+    """A `KVConnectorBlockState` that answers with block tables of our own."""
+
+    def __init__(self, tables: dict[str, list[list[int]]], real: Any) -> None:
+        self.tables, self.real = tables, real
+
+    def get_block_ids(self, request: str) -> Any:
+        return tuple(self.tables[request]) if request in self.tables else self.real.get_block_ids(request)
+
+
+# Broken variants.
+
+
+def prompt_only_lookup() -> None:
+    """A lookup over the prompt: what a preempted request had generated is computed again."""
+    from kvring.vllm.scheduler import SchedulerSide
+
+    lookup = SchedulerSide._lookup
+
+    def of_prompt(self, tracker, request):
+        hashes = tracker.hashes
+        tracker.hashes = list(hashes[: request.num_prompt_tokens // self.geometry.hash_tokens])
+        try:
+            return lookup(self, tracker, request)
+        finally:
+            tracker.hashes = hashes
+
+    SchedulerSide._lookup = of_prompt
+
+
+def consumed_lookup() -> None:
+    """A lookup whose answer is used up by reading it: vLLM asks again every step while a request waits for room."""
+    from kvring.vllm.scheduler import SchedulerSide
+
+    ask = SchedulerSide.get_num_new_matched_tokens
+    given: set[tuple[str, int]] = set()
+
+    def once(self, request, num_computed_tokens):
+        admission = (request.request_id, request.num_preemptions)
+        if admission in given:
+            return 0, False
+        answer = ask(self, request, num_computed_tokens)
+        if answer[0] is not None:
+            given.add(admission)
+        return answer
+
+    SchedulerSide.get_num_new_matched_tokens = once
+
+
+def appended_block_ids() -> None:
+    """A block table of one's own, extended by what each step brings: on a resume vLLM sends the whole table, not a delta."""
+    from kvring.vllm.scheduler import SchedulerSide
+
+    build = SchedulerSide.build_connector_meta
+    tables: dict[str, list[list[int]]] = {}
+
+    def appended(self, output):
+        for new in output.scheduled_new_reqs:
+            tables[new.req_id] = [list(group) for group in new.block_ids]
+        cached = output.scheduled_cached_reqs
+        for request, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            for table, more in zip(tables[request], blocks or (), strict=False):
+                table.extend(more)
+        real = output.kv_connector_block_state
+        output.kv_connector_block_state = OtherTable(tables, real)
+        try:
+            return build(self, output)
+        finally:
+            output.kv_connector_block_state = real
+
+    SchedulerSide.build_connector_meta = appended
+
+
+def stores_after_a_failed_load() -> None:
+    """One rank's failed synchronous load is ignored: what the step computed from it is stored, and the engine is not told."""
+    from kvring.vllm.scheduler import SchedulerSide
+
+    store = SchedulerSide._store
+
+    def at_once(self, meta, output, request_id, computed):
+        tracker = self.trackers.get(request_id)
+        load = tracker.load if tracker is not None else None
+        if tracker is not None:
+            tracker.load = None
+        try:
+            store(self, meta, output, request_id, computed)
+        finally:
+            if tracker is not None:
+                tracker.load = load
+
+    SchedulerSide._store = at_once
+
+
+def without_fences() -> None:
+    """Stores are not flushed before their blocks have another owner, and take their time."""
+    from kvring.vllm.worker import WorkerSide
+
+    start, collect = WorkerSide.start_stores, WorkerSide.collect
+    late: list[Any] = []
+
+    def later(self, meta):
+        # What was to be stored in this step is read after the next one's forward pass.
+        for earlier in late:
+            start(self, earlier)
+        late[:] = [meta]
+
+    WorkerSide.start_stores = later
+    WorkerSide.flush = lambda self, meta: None
+    WorkerSide.collect = collect
+
+
+# Failures.
+
+
+def _loads_fail(rank: int | None, every: bool) -> None:
+    from kvring.vllm.worker import WorkerSide
+
+    start = WorkerSide._start_load
+    failed: list[int] = []
+
+    def fails(self, load):
+        if (rank is None or self.rank == rank) and (every or not failed):
+            failed.append(load.job)
+            self._load_failed(load)
+        else:
+            start(self, load)
+
+    WorkerSide._start_load = fails
+
+
+def first_load_fails() -> None:
+    """The first load fails, on every rank."""
+    _loads_fail(None, every=False)
+
+
+def first_load_of_rank_one_fails() -> None:
+    """The first load fails on rank 1, and only there."""
+    _loads_fail(1, every=False)
+
+
+def every_load_fails() -> None:
+    """No load ever brings anything."""
+    _loads_fail(None, every=True)

@@ -1,0 +1,106 @@
+"""What several tests do: the test that it is right, and the test that a broken connector does not pass it.
+
+Each asserts as it goes, so a broken variant fails with an `AssertionError`.
+"""
+
+import random
+from typing import Any
+
+from real.compare import assert_same
+from real.models import model as make_model
+from real.prompts import BLOCK, least_loadable, prompt, whole_blocks
+from real.scene import Scene
+from real.vllm import Vllm
+
+TIGHT = {"num_gpu_blocks_override": 11, "max_model_len": 320}
+"""Room for ten blocks (one is vLLM's null block): two requests of 207 tokens need fourteen, so one preempts the other."""
+
+TIGHT_OUTPUT = 197
+
+
+def preempted(answers: list[dict[str, Any]]) -> int:
+    return sum(answer["preemptions"] for answer in answers)
+
+
+def check_lookups(answer: dict[str, Any]) -> None:
+    """P5: within an admission every question has the same answer, whatever came before it."""
+    by_admission: dict[int, set[int]] = {}
+    for lookup in answer["lookups"]:
+        if lookup["found"] is not None:
+            by_admission.setdefault(lookup["admission"], set()).add(lookup["local"] + lookup["found"])
+    changed = {admission: found for admission, found in by_admission.items() if len(found) > 1}
+    assert not changed, f"a lookup's answer changed within an admission: {changed}"
+
+
+def check_resumed(answer: dict[str, Any], local: bool = False) -> None:
+    """P5: a preempted request loads every whole block that it had computed, generated tokens included."""
+    check_lookups(answer)
+    for lookup in answer["lookups"]:
+        if lookup["admission"] > 0 and lookup["found"] is not None:
+            # The last token was sampled and not computed yet.
+            least = least_loadable(lookup["tokens"])
+            have = lookup["found"] + lookup["local"]
+            assert have >= least, f"resumed with {have} of {lookup['tokens']} tokens, at least {least} were stored: {lookup}"
+
+
+def continued(prompts: list[list[int]], answers: list[dict[str, Any]], left: int) -> list[list[int]]:
+    """Each prompt with what was generated, but for the last `left` tokens: a later turn of the conversation."""
+    return [ask + answer["tokens"][: len(answer["tokens"]) - left] for ask, answer in zip(prompts, answers, strict=True)]
+
+
+def preemption(scene: Scene, vllm: Vllm, prompts: list[list[int]], output: int, model: str | None = None) -> None:
+    """All prompts at once, more than fit: P4 now, P5 when they resume, and P4 again in a second pass from the cache."""
+    model = model or make_model()
+    expected = scene.baseline.answers(model, prompts, max_tokens=output)
+    answers = vllm.generate(prompts, together=True, max_tokens=output)
+    assert preempted(answers) > 0, "nothing was preempted: this test tests nothing"
+    for answer in answers:
+        check_resumed(answer)
+    resumed = [sum(a["external"]) for a in answers if a["preemptions"]]
+    assert any(resumed), f"no resumed request loaded anything: {[a['external'] for a in answers]}"
+    assert_same(answers, expected, "under preemption")
+
+    scene.settle(vllm)
+    vllm.reset()
+    second = continued(prompts, expected, left=4)
+    expected = scene.baseline.answers(model, second, max_tokens=8)
+    answers = vllm.generate(second, max_tokens=8)
+    for ask, answer in zip(second, answers, strict=True):
+        assert answer["cached"] >= least_loadable(len(ask)) - BLOCK, f"a second pass had {answer['cached']} of {len(ask)} tokens"
+    assert_same(answers, expected, "second pass")
+
+
+def minimal_preemption(scene: Scene, seed: int = 1000, **vllm: Any) -> None:
+    """The minimal case: two requests of 10 tokens that each want 197, and room for one of them and a half."""
+    prompts = [prompt(seed + i, 10) for i in range(2)]
+    preemption(scene, scene.vllm(**{**TIGHT, **vllm}), prompts, TIGHT_OUTPUT)
+
+
+def random_preemption(scene: Scene, vllm: Vllm, seed: int, blocks: int) -> None:
+    """Requests of random lengths, each of which fits alone, all of them at once."""
+    draw = random.Random(seed)
+    output = draw.randrange(60, 200)
+    most = (blocks - 1) * BLOCK - output - 1
+    prompts = [prompt(seed * 100 + i, draw.randrange(2, min(most, 200))) for i in range(draw.randrange(4, 8))]
+    preemption(scene, vllm, prompts, output)
+
+
+def poisoning(scene: Scene, vllm: Vllm, seed: int) -> None:
+    """A synchronous load fails (somebody has arranged for that), and what is computed in that very step is garbage.
+
+    The request itself is computed again and right in any case. What must not happen is that the garbage is stored: only
+    a later request that hits it would show that."""
+    whole = prompt(seed, 10 * BLOCK + 5)
+    head = whole[: 4 * BLOCK]
+    expected = scene.baseline.answers(make_model(), [head, whole], max_tokens=8)
+    assert_same(vllm.generate([head], max_tokens=8), expected[:1], "cold")
+    scene.settle(vllm)
+    vllm.reset()
+    first = vllm.generate([whole], max_tokens=8)
+    assert first[0]["external"][0] >= least_loadable(len(head)), f"no load that could fail: {first[0]['external']}"
+    assert_same(first, expected[1:], "with a failed load")
+    scene.settle(vllm)
+    vllm.reset()
+    again = vllm.generate([whole], max_tokens=8)
+    assert_same(again, expected[1:], "after a failed load")
+    assert again[0]["cached"] >= whole_blocks(len(head)), "nothing was stored after a failed load"

@@ -1,0 +1,40 @@
+"""Gemma-3: sliding windows beside full attention, so two KV groups, blocks that are nobody's, and blocks that are reused."""
+
+import pytest
+from real.compare import assert_same
+from real.models import WINDOW
+from real.prompts import least_loadable, prompt
+from real.scenarios import preemption
+
+LENGTHS = (1, 31, 33, WINDOW, WINDOW + 1, 3 * WINDOW, 321, 700, 2500)
+
+
+@pytest.mark.parametrize("prefix_caching", [False, True], ids=["alone", "prefix-caching"])
+@pytest.mark.parametrize("load", ["async", "sync"])
+def test_cold_and_warm(scene, baseline, gemma, load, prefix_caching):
+    prompts = [prompt(length, length) for length in LENGTHS]
+    expected = baseline.answers(gemma, prompts, max_tokens=40)
+    vllm = scene.vllm(gemma, kvring={"load": load}, enable_prefix_caching=prefix_caching)
+    assert_same(vllm.generate(prompts, max_tokens=40), expected, "cold")
+    scene.settle(vllm)
+    vllm.reset()
+    warm = vllm.generate(prompts, max_tokens=40)
+    assert_same(warm, expected, "warm")
+    for ask, answer in zip(prompts, warm, strict=True):
+        assert sum(answer["external"]) >= least_loadable(len(ask)), f"{len(ask)} tokens: {answer['external']}"
+
+
+def test_preemption(scene, gemma):
+    """The window's blocks of a request are given away while it runs: a store of them must not be late."""
+    vllm = scene.vllm(gemma, num_gpu_blocks_override=16, max_model_len=320)
+    preemption(scene, vllm, [prompt(3000 + i, 10) for i in range(3)], output=197, model=gemma)
+
+
+def test_failed_loads(scene, baseline, gemma):
+    prompts = [prompt(length, length) for length in LENGTHS]
+    expected = baseline.answers(gemma, prompts, max_tokens=8)
+    vllm = scene.vllm(gemma, broken=("every_load_fails",))
+    for pass_ in ("cold", "warm"):
+        assert_same(vllm.generate(prompts, max_tokens=8), expected, pass_)
+        scene.settle(vllm)
+    assert vllm.calls()["failed_requests"] > 0, "nothing failed"
