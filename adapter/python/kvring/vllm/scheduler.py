@@ -94,8 +94,9 @@ class SchedulerSide:
         if hit_tokens is None:
             return None, False
         external = hit_tokens - num_computed_tokens
-        if self.load_waits and hit_tokens >= request.num_tokens:
-            # The last token must be computed, or there is nothing to sample from.
+        if (self.load_waits or self.geometry.has_windows) and hit_tokens >= request.num_tokens:
+            # The last token must be computed, or there is nothing to sample from. After an asynchronous load vLLM sees to that
+            # itself, but has by then dropped the block of a sliding window that this token begins to look at.
             external = request.num_tokens - 1 - num_computed_tokens
         return (external, not self.load_waits) if external > 0 else NOTHING
 
