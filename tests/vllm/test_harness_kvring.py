@@ -3,6 +3,7 @@
 `KVRING_SOAK=N` runs N seeds instead of the quick suite's; `KVRING_SEED=S` runs one, with its step log.
 """
 
+import itertools
 import logging
 import os
 import time
@@ -18,13 +19,18 @@ pytest.importorskip("kvring.vllm", exc_type=ImportError)
 import kvring.vllm.guard as guard  # noqa: E402
 from harness.driver import Harness, Plug  # noqa: E402
 from harness.scenario import Target, run_scenario  # noqa: E402
+from kvring.vllm import scheduler as scheduler_module  # noqa: E402
 from kvring.vllm.namespace import salted  # noqa: E402
+from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
+from kvring.vllm.tracker import Tracker  # noqa: E402
 
 QUICK = 40
 BATCH = 10
 SEEDS = int(os.environ.get("KVRING_SOAK", QUICK))
 ONE = os.environ.get("KVRING_SEED")
-NAME = f"harness-{os.getpid()}"
+
+
+_numbers = itertools.count()
 
 
 def _salt(connector: Any, request: str) -> bytes | None:
@@ -33,15 +39,17 @@ def _salt(connector: Any, request: str) -> bytes | None:
 
 
 class Engines:
-    """The engine under all scenarios of this process; killed and started anew where a scenario wants it."""
+    """The engine under a batch of scenarios; killed and started anew where one wants it. Each scenario has a namespace of
+    its own, and an engine has room for so many."""
 
     def __init__(self) -> None:
+        self.name = f"harness-{os.getpid()}-{next(_numbers)}"
         self.engine: Any = None
 
     def start(self) -> None:
         """Starts one, unless one runs."""
         if self.engine is None or not self.engine.is_running:
-            self.engine = kvring.Engine(NAME, "64MiB").start()
+            self.engine = kvring.Engine(self.name, "64MiB").start()
 
     def kill(self) -> None:
         """As `kill -9`."""
@@ -57,9 +65,9 @@ class Engines:
             self.engine.stop()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def engines() -> Iterator[Engines]:
-    """One engine for all scenarios: each has a namespace of its own."""
+    """For a batch."""
     engines = Engines()
     engines.start()
     yield engines
@@ -77,7 +85,7 @@ def target(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Target:
 
     def extra(choices: dict[str, Any]) -> dict[str, Any]:
         return {
-            "kvring.name": NAME,
+            "kvring.name": engines.name,
             "kvring.chunk_blocks": choices["chunk_blocks"],
             "kvring.load": choices["load"],
             "kvring.lookup": choices["lookup"],
@@ -121,3 +129,101 @@ def test_scenarios(first: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
     print(f"seeds from {first}: {totals}")
     assert not failed, "\n\n".join(str(report) for report in failed[:3]) + f"\n\nseeds {[one.seed for one in failed]}"
     assert ONE is not None or (totals.get("hits") and totals.get("stores")), totals
+
+
+PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail_load": 0.0, "hold": 0.7}
+
+
+def _no_fence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SchedulerSide, "_fence", lambda self, meta, preempted: None)
+
+
+def _no_window_fence(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SchedulerSide, "_owns_blocks", lambda self, store: True)
+
+
+def _blocks_given_back_early(patch: pytest.MonkeyPatch) -> None:
+    finished = SchedulerSide.request_finished
+
+    def too_early(self: SchedulerSide, request: str) -> bool:
+        finished(self, request)
+        self._saved.clear()
+        return False
+
+    patch.setattr(SchedulerSide, "request_finished", too_early)
+
+
+def _stale_hit(patch: pytest.MonkeyPatch) -> None:
+    begin = Tracker.begin
+
+    def keeps(self: Tracker, *arguments: Any) -> None:
+        hit = self.hit
+        begin(self, *arguments)
+        self.hit = hit
+
+    patch.setattr(Tracker, "begin", keeps)
+
+
+def _poison(patch: pytest.MonkeyPatch) -> None:
+    open_load = scheduler_module.OpenLoad
+
+    def unaware(*arguments: Any, **named: Any) -> Any:
+        load = open_load(*arguments, **named)
+        load.wait = False
+        return load
+
+    patch.setattr(scheduler_module, "OpenLoad", unaware)
+
+
+def _whole_prompt(patch: pytest.MonkeyPatch) -> None:
+    ask = SchedulerSide.get_num_new_matched_tokens
+
+    def all_of_it(self: SchedulerSide, request: Any, local: int) -> tuple[int | None, bool]:
+        tokens, is_async = ask(self, request, local)
+        whole = tokens and local + tokens == request.num_tokens - 1 and request.num_tokens % self.geometry.chunk_tokens == 0
+        return (tokens + 1 if whole and tokens else tokens), is_async
+
+    patch.setattr(SchedulerSide, "get_num_new_matched_tokens", all_of_it)
+
+
+MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no fence": (_no_fence, PLAIN | {"window": None, "slack_blocks": 0}, "P2"),
+    "no fence for window blocks": (_no_window_fence, PLAIN | {"window": 6, "chunk_blocks": 1}, "P2"),
+    "blocks given back while they are read": (_blocks_given_back_early, PLAIN | {"window": None}, "P2"),
+    "an earlier admission's hit": (_stale_hit, PLAIN | {"window": None, "prefix_caching": False, "slack_blocks": 0}, "P5"),
+    "one rank's failed synchronous load ignored": (
+        _poison,
+        PLAIN
+        | {
+            "theme": "fail",
+            "window": None,
+            "load": "sync",
+            "fail_load": 0.5,
+            "fail_rank": 1,
+            "parallel": (2, 1),
+            "failure_policy": "recompute",
+            "prefix_caching": False,
+            "async_scheduling": False,
+            "max_batched": 48,
+            "policy": "fcfs",
+            "hold": 0.0,
+        },
+        "P3",
+    ),
+    "the whole prompt, with a window": (_whole_prompt, PLAIN | {"window": 9, "chunk_blocks": 1}, "P3"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_it_is_caught(mistake: str, engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the connector itself, not only in the toy."""
+    spoil, overrides, rule = MISTAKES[mistake]
+    spoil(monkeypatch)
+    seen: set[str] = set()
+    for seed in range(40):
+        engines.start()
+        report = run_scenario(target(engines, monkeypatch), seed, overrides | {"patience_s": 2.0})
+        seen |= report.rules
+        if rule in report.rules:
+            return
+    raise AssertionError(f"not caught as {rule} in 40 seeds, only as {sorted(seen)}")

@@ -24,7 +24,7 @@ from . import config as configs
 from .calls import CallMonitor
 from .jobs import Faults, RecordingWorkerAdapter
 from .ledger import Ledger, Snapshot
-from .model import expected_output, extend, seed_of
+from .model import expected_output, seed_of
 from .sessions import RecordingSchedulerAdapter
 from .worker import FakeWorker
 
@@ -424,12 +424,6 @@ class Harness:
         if self.scheduler.requests:
             self.ledger.blame("P0", f"requests are left: {sorted(self.scheduler.requests)}")
         self.sessions.check()
-
-    def hashes_of(self, name: str) -> list[int]:
-        """The fake model's hashes of all tokens of a request."""
-        hashes: list[int] = []
-        extend(hashes, self.seeds[name], list(self.ledger.requests[name].all_token_ids))
-        return hashes
 
     def shutdown(self) -> None:
         """As vLLM: the workers last."""

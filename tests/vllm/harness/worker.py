@@ -247,13 +247,3 @@ class FakeWorker:
         positions = np.arange(begin, end)
         table = np.asarray(state.blocks[group], dtype=np.int64)
         return table[positions // self.block_size], positions % self.block_size
-
-    def holds(self, request: str, hashes: list[int], group: int, index: int, block: int) -> bool:
-        """Does this block hold the KV of these tokens of the request, in every layer of the group?"""
-        begin = index * self.block_size
-        for number, name in enumerate(self.memory.layers):
-            if self.memory.group_of[name] == group:
-                want = kv(hashes[begin : begin + self.block_size], number, self.shard)
-                if not np.array_equal(self.memory.words[name][block][: len(want)], want):
-                    return False
-        return True
