@@ -23,7 +23,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from . import config as configs
 from .calls import CallMonitor
 from .jobs import Faults, RecordingWorkerAdapter
-from .ledger import Ledger, Snapshot
+from .ledger import Ledger, Reported, Snapshot
 from .model import expected_output, seed_of
 from .sessions import RecordingSchedulerAdapter
 from .worker import FakeWorker
@@ -73,7 +73,7 @@ class Done:
     """A step that the workers have run."""
 
     result: ModelRunnerOutput
-    reported: list[tuple[bytes, int]]
+    reported: list[Reported]
     """Stores that were reported in it, see `Ledger.learn_stored`."""
 
 

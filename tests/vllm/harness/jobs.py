@@ -182,7 +182,7 @@ class RecordingWorkerAdapter:
                 )
             )
         for one in ended:
-            self._ledger.finished(self._rank, one.job, one.failed)
+            self._ledger.finished(self._rank, one.job, not one.failed and not one.skipped)
             if one.failed and "injected" not in one.why:
                 self._ledger.count("jobs_failed_by_engine")
         return ended

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 KEY_BYTES = 16
 
+Reported = tuple[tuple[int, int], bytes, int]
+"""A chunk that a rank has stored: (round, key, rank)."""
+
 
 @dataclass
 class Violation:
@@ -68,6 +71,7 @@ class Job:
     sources: list[tuple[int, int]]
     """(block id, generation): what it reads or writes."""
     step: int
+    round: tuple[int, int] = (0, 0)
     keys: list[bytes] = field(default_factory=list)
     pages: list[tuple[int, int, int]] = field(default_factory=list)
     """Of a load: (group, block index, block id)."""
@@ -97,8 +101,8 @@ class Ledger:
         self.open: dict[tuple[int, int], Job] = {}
         self.stored: dict[bytes, int] = {}
         """Keys that every rank has stored, with the step in which the last one was reported."""
-        self._stored_ranks: dict[bytes, set[int]] = {}
-        self._reported: list[tuple[bytes, int]] = []
+        self._stored_ranks: dict[tuple[tuple[int, int], bytes], set[int]] = {}
+        self._reported: list[Reported] = []
         self.salts: dict[str, list[bytes | None]] = {}
         self.salted: Callable[[bytes, bytes | None], bytes] = lambda key, salt: key
         self.writers: set[int] = {0}
@@ -248,7 +252,7 @@ class Ledger:
         self.count("stores")
         self.count("stored_chunks", len(keys))
         self.note(f"rank {rank} store {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
-        self.open[rank, job] = Job(rank, job, request, True, sources, self.step, [key[:KEY_BYTES] for key in keys])
+        self.open[rank, job] = Job(rank, job, request, True, sources, self.step, round_, [key[:KEY_BYTES] for key in keys])
 
     def load(self, rank: int, job: int, request: str, blocks: Sequence[int]) -> None:
         """P1 of a load: exactly the blocks of the external hit, none that vLLM already held."""
@@ -297,23 +301,22 @@ class Ledger:
         self.note(f"rank {rank} load {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
         self.open[rank, job] = Job(rank, job, request, False, sources, self.step, pages=pages)
 
-    def finished(self, rank: int, job: int, failed: int) -> Job | None:
-        """The connector has learned that a job has ended."""
+    def finished(self, rank: int, job: int, complete: bool) -> None:
+        """The connector has learned that a job has ended. `complete`: a store has written all of its chunks itself; of one
+        that somebody else is storing nobody knows whether it will ever be there."""
         record = self.open.pop((rank, job), None)
-        if record is not None and record.is_store and not failed:
-            for key in record.keys:
-                self._reported.append((key, rank))
-        return record
+        if record is not None and record.is_store and complete:
+            self._reported += [(record.round, key, rank) for key in record.keys]
 
-    def take_reported(self) -> list[tuple[bytes, int]]:
-        """Keys whose stores the workers have reported in this step."""
+    def take_reported(self) -> "list[Reported]":
+        """Chunks whose stores the workers have reported in this step."""
         reported, self._reported = self._reported, []
         return reported
 
-    def learn_stored(self, reported: list[tuple[bytes, int]]) -> None:
+    def learn_stored(self, reported: "list[Reported]") -> None:
         """The scheduler side has got these reports: from now on lookups may be expected to find the keys."""
-        for key, rank in reported:
-            ranks = self._stored_ranks.setdefault(key, set())
+        for round_, key, rank in reported:
+            ranks = self._stored_ranks.setdefault((round_, key), set())
             ranks.add(rank)
             if ranks >= self.writers:
                 self.stored.setdefault(key, self.step)

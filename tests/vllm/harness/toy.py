@@ -123,6 +123,7 @@ class ToyScheduler:
             tracker.loading = set()
             if self.mistake != "stale_hit":
                 tracker.admission += 1
+        tracker.local = local
         if tracker.useless:
             return 0, False
         hashes = list(request.block_hashes)
@@ -138,7 +139,6 @@ class ToyScheduler:
         careful |= self.groups > 1 and self.mistake != "whole_prompt_window"
         most = request.num_tokens - careful
         tokens = max(0, min(hit.chunks * self.tokens, most) - local)
-        tracker.local = local
         return tokens, tokens > 0 and not self.synchronous
 
     def allocated(self, request: Any, blocks: Any, tokens: int) -> None:
