@@ -192,6 +192,17 @@ class RecordingWorkerAdapter:
         bad, self._bad_blocks = self._bad_blocks, []
         return bad + list(self._inner.get_block_ids_with_load_errors())
 
+    def is_reading(self, job: int) -> bool:
+        """See `WorkerAdapter.is_reading`."""
+        if job in self._held:
+            return True
+        theirs = self._theirs.get(job)
+        reading = theirs is not None and self._inner.is_reading(theirs)
+        if not reading:
+            # Told so, the connector may let go of the blocks.
+            self._ledger.flushed(self._rank, [job])
+        return reading
+
     def flush(self, jobs: Sequence[int]) -> None:
         """See `WorkerAdapter.flush`."""
         jobs = list(jobs)
