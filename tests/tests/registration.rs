@@ -187,3 +187,27 @@ fn the_table_of_namespaces_is_finite_and_unused_ones_make_room() {
     bystander.was_undisturbed();
     engine.settles(0);
 }
+
+#[test]
+fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
+    let engine = EngineProcess::start("models", 64);
+    let mut workers = Vec::new();
+    for model in 0..2 * NAMESPACES_MAX as u64 {
+        let mut spec = WorkerSpec::new(&engine.name);
+        spec.namespace = 100 + model;
+        let mut worker = WorkerSide::start(&spec).unwrap();
+        assert_eq!(worker.store("r", round(1), None, &chain(1, 2), 0), all_stored(2), "model {model}");
+        // The first one is used all the time, each of the others until the next one comes.
+        workers.truncate(1);
+        workers.push(worker);
+        engine.stat_becomes("clients", workers.len() as u64);
+    }
+    let namespaces = engine.stat("namespaces");
+    assert!((48..=NAMESPACES_MAX as u64 - 8).contains(&namespaces), "{namespaces} namespaces");
+    assert_eq!(engine.stat("chunks_visible"), 2 * namespaces, "what is kept is whole");
+    // The first one's chunks are still there: a second store finds them.
+    let again = workers[0].store("again", round(2), None, &chain(1, 2), 0);
+    assert_eq!(again.skipped, 2, "{again:?}");
+    drop(workers);
+    engine.settles(0);
+}

@@ -7,11 +7,17 @@ use kvring_shm_abi::message::{Ident, Status};
 /// Chunks looked at in one turn.
 const CHUNKS_PER_TURN: u32 = 256;
 
-/// A clear that is under way.
-pub(super) struct Clearing {
+/// Who waits for the end of a clear.
+struct Asker {
     entry: usize,
     operation: u16,
     ident: Ident,
+}
+
+/// A clear that is under way.
+pub(super) struct Clearing {
+    /// Nobody: a namespace that nobody uses is cleared to be forgotten.
+    asker: Option<Asker>,
     namespace: Option<u32>,
     /// The chunk to go on with.
     from: u32,
@@ -30,9 +36,17 @@ impl Service {
         let free = self.clearing.is_none();
         if free {
             self.stat(Stat::Clears, 1);
-            self.clearing = Some(Clearing { entry, operation, ident, namespace, from: 0, dropped: 0 });
+            let asker = Some(Asker { entry, operation, ident });
+            self.clearing = Some(Clearing { asker, namespace, from: 0, dropped: 0 });
         }
         free
+    }
+
+    /// Begins to clear a namespace that nobody uses, so that it can be forgotten; not while another clear is under way.
+    pub(super) fn begin_retiring(&mut self, namespace: u32) {
+        if self.clearing.is_none() {
+            self.clearing = Some(Clearing { asker: None, namespace: Some(namespace), from: 0, dropped: 0 });
+        }
     }
 
     /// The next piece. True while there was something to do.
@@ -45,7 +59,11 @@ impl Service {
         match next {
             Some(from) => self.clearing = Some(Clearing { from, ..clearing }),
             None => {
-                let Clearing { entry, operation, ident, dropped, .. } = clearing;
+                let Clearing { asker, dropped, namespace, .. } = clearing;
+                let Some(Asker { entry, operation, ident }) = asker else {
+                    self.retire(namespace, dropped);
+                    return true;
+                };
                 // A client that has left meanwhile, and whoever has its entry now, is not answered.
                 if self.connections[entry].as_ref().is_some_and(|connection| connection.ident == ident) {
                     self.complete(entry, operation, ident, Status::Ok, [dropped, 0, 0, 0]);

@@ -13,7 +13,12 @@ use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 pub(crate) struct Registry {
     namespaces: Vec<Option<Known>>,
     largest_shard: u64,
+    /// Registrations so far.
+    registrations: u64,
 }
+
+/// Places of the table that are kept free for namespaces to come.
+const SPARE: usize = 8;
 
 struct Known {
     fingerprint: [u64; 4],
@@ -21,6 +26,8 @@ struct Known {
     chunk_tokens: u32,
     /// Layout digest and bytes per shard, by rank.
     ranks: Vec<Option<(u64, u64)>>,
+    /// The count of registrations at its last one.
+    registered: u64,
 }
 
 impl Registry {
@@ -29,6 +36,7 @@ impl Registry {
             namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
             // A shard is contiguous and does not cross a 1 GiB boundary.
             largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
+            registrations: 0,
         }
     }
 
@@ -50,7 +58,7 @@ impl Registry {
         }
         let (fingerprint, chunk_tokens) = (info.fingerprint, info.chunk_tokens);
         if let Some(place) = self.namespaces.get_mut(id) {
-            *place = Some(Known { fingerprint, world, chunk_tokens, ranks });
+            *place = Some(Known { fingerprint, world, chunk_tokens, ranks, registered: 0 });
         }
         Ok(())
     }
@@ -168,21 +176,54 @@ impl Service {
                 failpoint::here("rank.published");
             }
         }
+        self.registry.registrations += 1;
+        known.registered = self.registry.registrations;
         if let Some(connection) = &mut self.connections[entry] {
             connection.set_rank(id, registration.rank);
         }
+        self.make_room();
         self.stat(Stat::Registrations, 1);
         (Status::Ok, [id as u64, 0, 0, 0])
     }
 
+    fn is_used(&self, namespace: usize) -> bool {
+        self.connections.iter().flatten().any(|connection| connection.uses(namespace))
+    }
+
+    /// Each change of a model's weights or of vLLM's version makes a namespace, so the table fills up over the months. Before it
+    /// is full, the one that nobody uses and that was registered longest ago goes, in the background.
+    fn make_room(&mut self) {
+        if self.registry.len() + SPARE <= NAMESPACES_MAX {
+            return;
+        }
+        let known = self.registry.namespaces.iter().enumerate();
+        let unused = known
+            .filter_map(|(id, known)| known.as_ref().map(|known| (known.registered, id)))
+            .filter(|(_, id)| !self.is_used(*id));
+        if let Some((_, id)) = unused.min() {
+            self.begin_retiring(id as u32);
+        }
+    }
+
+    /// A namespace has been cleared to be forgotten, unless somebody uses it by now, or has leased some of it.
+    pub(super) fn retire(&mut self, namespace: Option<u32>, dropped: u64) {
+        let Some(id) = namespace else { return };
+        if !self.is_used(id as usize) && self.cache.forget(id) {
+            self.segments.engine.namespaces[id as usize].end();
+            self.registry.namespaces[id as usize] = None;
+            tracing::info!(
+                namespace = id,
+                dropped,
+                "namespace forgotten: nobody uses it, and the table is nearly full"
+            );
+        }
+    }
+
     /// A place for a new namespace: a free one, or one that nobody uses and that holds nothing.
     fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
-        let id = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none()).or_else(|| {
-            (0..NAMESPACES_MAX).find(|id| {
-                !self.connections.iter().flatten().any(|connection| connection.uses(*id))
-                    && self.cache.forget(*id as u32)
-            })
-        })?;
+        let id = (0..NAMESPACES_MAX)
+            .find(|id| self.registry.namespaces[*id].is_none())
+            .or_else(|| (0..NAMESPACES_MAX).find(|id| !self.is_used(*id) && self.cache.forget(*id as u32)))?;
         self.segments.engine.namespaces[id].end();
         failpoint::here("namespace.ended");
         self.segments.engine.namespaces[id].begin(registration);
@@ -192,6 +233,7 @@ impl Service {
             world: registration.world,
             chunk_tokens: registration.chunk_tokens,
             ranks: vec![None; registration.world as usize],
+            registered: 0,
         });
         let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
         tracing::info!(
