@@ -18,15 +18,21 @@ def test_cold_and_warm(scene, baseline, gemma, load, prefix_caching):
     assert_same(vllm.generate(prompts, max_tokens=40), expected, "cold")
     scene.settle(vllm)
     vllm.reset()
-    warm = vllm.generate(prompts, max_tokens=40)
-    assert_same(warm, expected, "warm")
-    for ask, answer in zip(prompts, warm, strict=True):
-        assert sum(answer["external"]) >= least_loadable(len(ask)), f"{len(ask)} tokens: {answer['external']}"
+    # A store may be dropped: when a window slides on before its block has been read. It is stored again then.
+    for pass_ in ("warm", "warmer", "warm at last"):
+        warm = vllm.generate(prompts, max_tokens=40)
+        assert_same(warm, expected, pass_)
+        scene.settle(vllm)
+        vllm.reset()
+        loaded = [sum(answer["external"]) for answer in warm]
+        if all(tokens >= least_loadable(len(ask)) for ask, tokens in zip(prompts, loaded, strict=True)):
+            return
+    raise AssertionError(f"prompts of {LENGTHS} tokens, and {loaded} loaded after three passes")
 
 
 def test_preemption(scene, gemma):
     """The window's blocks of a request are given away while it runs: a store of them must not be late."""
-    vllm = scene.vllm(gemma, num_gpu_blocks_override=16, max_model_len=320)
+    vllm = scene.vllm(gemma, num_gpu_blocks_override=16, max_model_len=224)
     preemption(scene, vllm, [prompt(3000 + i, 10) for i in range(3)], output=197, model=gemma)
 
 

@@ -162,7 +162,11 @@ class Vllm:
     def ready(self) -> "Vllm":
         """Waits until the `LLM` is made; from here on its log counts."""
         if self.waiting:
-            self.receive(120)
+            try:
+                self.receive(120)
+            except (StepFailed, VllmDied):
+                self.close(0)
+                raise
             self.waiting = False
             # vLLM itself logs a traceback while it starts without a tokenizer.
             self.mark = len(self.log())
