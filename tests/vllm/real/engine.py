@@ -79,8 +79,8 @@ class Engine:
     def resume(self) -> None:
         actions.resume(self.pid)
 
-    def settle(self, seconds: float = 10.0) -> dict[str, int]:
-        """Waits until nothing is being stored and no counter of stores moves; the counters."""
+    def settle(self, quiet_reads: int = 4, seconds: float = 10.0) -> dict[str, int]:
+        """Waits until nothing is being stored and no counter of stores has moved for a while; the counters."""
         moving = ("shards_reserved", "shards_skipped", "shards_dropped", "shards_committed", "shards_aborted")
         seen, last, still = {}, None, 0
 
@@ -88,10 +88,10 @@ class Engine:
             nonlocal seen, last, still
             seen = self.counters()
             now = [seen[name] for name in moving]
-            still = still + 1 if now == last and seen["slots_writing"] == 0 else 0
+            still = still + 1 if now == last and not seen["slots_writing"] and not seen["chunks_forming"] else 0
             last = now
             time.sleep(0.005)
-            return still >= 4
+            return still >= quiet_reads
 
         wait_for(quiet, "the engine's stores do not come to rest", seconds)
         return seen
