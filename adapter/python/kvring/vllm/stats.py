@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -31,6 +31,8 @@ COUNTERS = {
 @dataclass
 class KvringStats(KVConnectorStats):
     """Counts since the last step; they add up."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, by: float = 1) -> None:
         """Counts."""
