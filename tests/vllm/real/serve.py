@@ -151,7 +151,20 @@ class Driver:
 
     def reset(self, connector: bool = False) -> bool:
         """Forgets vLLM's own prefix cache, and on demand what the connector holds."""
-        return self.engine.reset_prefix_cache(reset_connector=connector)
+        self.drain()
+        done = self.engine.reset_prefix_cache(reset_connector=connector)
+        if not done and not connector:
+            raise RuntimeError("vLLM did not reset its prefix cache: somebody holds blocks")
+        return done
+
+    def drain(self, patience: float = 5.0) -> None:
+        """Empty steps while blocks of requests that have ended are held for a store, as vLLM's own loop does them."""
+        deadline = time.monotonic() + patience
+        while self.scheduler is not None and len(self.scheduler.requests) > len(self.running):
+            self.engine.step()
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.0005)
 
     def calls(self, clear: bool = False) -> dict[str, Any]:
         """What the tap has seen in this process."""
@@ -179,12 +192,7 @@ class Driver:
         """What is left in the scheduler: all 0 after every request has ended (obligation P0). `None`: out of reach."""
         if self.scheduler is None:
             return None
-        # Blocks of a request that has ended may be held for a store until the next step.
-        for _ in range(1000):
-            if not self.scheduler.requests:
-                break
-            self.engine.step()
-            time.sleep(0.001)
+        self.drain()
         pool = self.scheduler.kv_cache_manager.block_pool
         return {
             "requests": len(self.scheduler.requests),

@@ -107,8 +107,12 @@ class Clock:
 
     def __init__(self) -> None:
         self.thread = threading.local()
+        self.plain = False
+        """For measurements: the time of day, which costs less to read."""
 
     def now(self) -> float:
+        if self.plain:
+            return time.perf_counter()
         if getattr(self.thread, "process", None) != os.getpid():  # a fork needs a file of its own
             self.thread.process = os.getpid()
             try:
@@ -147,14 +151,16 @@ def wrapped(name: str, method: Callable) -> Callable:
     return call
 
 
-def tapped(connector: type) -> type:
-    """A subclass of `connector` that behaves the same and is recorded."""
+def tapped(connector: type, only: list[str] | None = None) -> type:
+    """A subclass of `connector` that behaves the same and is recorded: all its methods, or `only` some."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
     methods: dict[str, Callable] = {}
     for base in reversed(connector.__mro__):
         if issubclass(base, KVConnectorBase_V1) and base is not KVConnectorBase_V1:
             for name, value in vars(base).items():
+                if only is not None and name not in only:
+                    continue
                 if callable(value) and not name.startswith("_") and not isinstance(value, type):
                     methods[name] = wrapped(name, value)
 
@@ -177,7 +183,8 @@ def load(name: str) -> type:
 
         for variant in settings["broken"]:
             getattr(broken, variant)()
-    return tapped(connector)
+    clock.plain = bool(settings.get("plain_clock"))
+    return tapped(connector, settings.get("only"))
 
 
 def __getattr__(name: str) -> type:

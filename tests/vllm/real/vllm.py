@@ -88,8 +88,12 @@ class Zygote:
 class Connector:
     """Which connector, and how it is configured."""
 
-    def __init__(self, name: str, module: str, extra: dict[str, Any], policy: str = "recompute") -> None:
+    def __init__(
+        self, name: str, module: str, extra: dict[str, Any], policy: str = "recompute", tap: dict[str, Any] | None = None
+    ) -> None:
         self.name, self.module, self.extra, self.policy = name, module, extra, policy
+        self.tap = tap or {}
+        """What else the tap is told: `only` these methods, a `plain_clock`."""
 
     def config(self) -> dict[str, Any]:
         return {
@@ -121,7 +125,7 @@ class Vllm:
         if connector is not None:
             settings["kv_transfer_config"] = connector.config()
             child[tap.VARIABLE] = json.dumps(
-                {"module": connector.module, "broken": list(broken), "directory": self.scratch.name}
+                {"module": connector.module, "broken": list(broken), "directory": self.scratch.name, **connector.tap}
             )
         steps_theirs, steps_ours = os.pipe()
         answers_ours, answers_theirs = os.pipe()

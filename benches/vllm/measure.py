@@ -1,0 +1,180 @@
+"""What is measured, and how: several vLLMs side by side that take turns, so that a change of the machine hits all alike."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from real.engine import Engine
+from real.models import model
+from real.prompts import prompt
+from real.vllm import Connector, Vllm, Zygote
+
+LENGTH = 4096
+LLM: dict[str, Any] = {"max_num_batched_tokens": 8192, "num_gpu_blocks_override": 1024, "enable_prefix_caching": True}
+"""As users run it: with vLLM's own prefix cache, which is reset where kvring's hits are wanted."""
+
+Found = dict[str, dict[str, list[float]]]
+
+
+class Bench:
+    """The engine, the vLLMs, and prompts that nobody has seen."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.engine = Engine(scratch, arena="1GiB")
+        self.zygote = Zygote()
+        self.fresh = itertools.count(1_000_000)
+        self.vllms: list[Vllm] = []
+
+    def __enter__(self) -> "Bench":
+        self.engine.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_all()
+        self.zygote.close()
+        self.engine.close()
+
+    def plain(self, **llm: Any) -> Vllm:
+        """A vLLM without a connector."""
+        return self.keep(Vllm(self.zygote, model(), **LLM, **llm))
+
+    def kvring(self, watched: bool = False, **options: Any) -> Vllm:
+        """A vLLM with kvring: as users run it, or with its lookups `watched`."""
+        extra = {"kvring.name": self.engine.name, **{f"kvring.{key}": value for key, value in options.items()}}
+        only = ["get_num_new_matched_tokens"] if watched else ["update_state_after_alloc"]
+        connector = Connector("KvringConnector", "kvring.vllm", extra, tap={"only": only, "plain_clock": True})
+        return self.keep(Vllm(self.zygote, model(), connector, **LLM))
+
+    def nothing(self) -> Vllm:
+        """A vLLM with a connector that does nothing."""
+        connector = Connector("Nothing", "real.nothing", {}, tap={"only": [], "plain_clock": True})
+        return self.keep(Vllm(self.zygote, model(), connector, **LLM))
+
+    def keep(self, vllm: Vllm) -> Vllm:
+        self.vllms.append(vllm)
+        return vllm
+
+    def end_all(self) -> None:
+        for vllm in self.vllms:
+            vllm.close()
+        self.vllms.clear()
+
+    def new_prompt(self, length: int = LENGTH) -> list[int]:
+        return prompt(next(self.fresh), length)
+
+    def stored(self, vllm: Vllm) -> None:
+        vllm.act(action="worker_idle")
+        self.engine.settle()
+
+
+def ask(vllm: Vllm, prompts: list[list[int]], output: int = 1, together: bool = False) -> list[dict[str, Any]]:
+    return vllm.generate(prompts, max_tokens=output, logprobs=None, together=together)
+
+
+def turns(count: int, variants: dict[str, Callable[[], Any]]) -> list[dict[str, Any]]:
+    """Each variant once in each turn, in alternating order. The first turn warms up and does not count."""
+    made = []
+    for turn in range(count + 1):
+        names = list(variants) if turn % 2 else list(reversed(variants))
+        found = {name: variants[name]() for name in names}
+        if turn:
+            made.append(found)
+    return made
+
+
+def lookups(bench: Bench, count: int) -> Found:
+    """Time of `get_num_new_matched_tokens`, Python included, for 128 chunks that are all there or all missing."""
+    vllm = bench.kvring(watched=True)
+    known = [bench.new_prompt() for _ in range(4)]
+    ask(vllm, known)
+    bench.stored(vllm)
+    vllm.calls(clear=True)
+    answers = []
+    for _ in range(5 * count):
+        vllm.reset()
+        answers += ask(vllm, known)
+    hit = vllm.calls(clear=True)["lookup_ms"]
+    assert all(answer["cached"] >= LENGTH - 32 for answer in answers), "a lookup that should hit missed"
+    ask(vllm, [bench.new_prompt() for _ in range(count)])
+    miss = vllm.calls(clear=True)["lookup_ms"]
+    bench.end_all()
+    return {"lookup_us": {"hit": [ms * 1e3 for ms in hit], "miss": [ms * 1e3 for ms in miss]}}
+
+
+def ttft(bench: Bench, count: int) -> Found:
+    """Time to the first token of 4096: cold, from vLLM's own prefix cache, from kvring."""
+    none, own = bench.plain(), bench.plain()
+    hits = {
+        "poll, async load": bench.kvring(),
+        "poll, sync load": bench.kvring(load="sync"),
+        "async lookup, async load": bench.kvring(lookup="async"),
+    }
+    known = bench.new_prompt()
+    ask(own, [known])
+    for vllm in hits.values():
+        ask(vllm, [known])
+        bench.stored(vllm)
+
+    def hitting(vllm: Vllm, own_cache: bool = False) -> Callable[[], Any]:
+        def once() -> Any:
+            if not own_cache:
+                vllm.reset()
+            answer = ask(vllm, [known])[0]
+            loaded = LENGTH if own_cache else 0
+            assert sum(answer["external"]) + loaded >= LENGTH - 32, f"no hit in kvring: {answer['external']}"
+            assert answer["cached"] >= LENGTH - 32, f"a hit was expected: {answer['cached']} of {LENGTH} tokens"
+            return answer
+
+        return once
+
+    variants: dict[str, Callable[[], Any]] = {
+        "none cold": lambda: ask(none, [bench.new_prompt()])[0],
+        "kvring cold": lambda: ask(hits["poll, async load"], [bench.new_prompt()])[0],
+        "prefix cache": hitting(own, own_cache=True),
+        **{name: hitting(vllm) for name, vllm in hits.items()},
+    }
+    made = turns(count, variants)
+    bench.end_all()
+    return {
+        "ttft_ms": {name: [turn[name]["ttft_ms"] for turn in made] for name in variants},
+        "first_steps": {name: [turn[name]["first_steps"] for turn in made] for name in variants},
+        "ttft_ratio": {
+            name: [turn[name]["ttft_ms"] / turn["prefix cache"]["ttft_ms"] for turn in made] for name in variants
+        },
+    }
+
+
+def decode(bench: Bench, count: int) -> Found:
+    """Time of a step that decodes one request, over 256 of them: eight blocks fill and are stored."""
+    vllms = {"none": bench.plain(), "nothing": bench.nothing(), "kvring": bench.kvring()}
+    output = 257
+
+    def step_ms(vllm: Vllm) -> float:
+        answer = ask(vllm, [bench.new_prompt(64)], output=output)[0]
+        return (answer["seconds"] * 1e3 - answer["ttft_ms"]) / (output - 1)
+
+    made = turns(count, {name: (lambda vllm=vllm: step_ms(vllm)) for name, vllm in vllms.items()})
+    bench.end_all()
+    return {
+        "decode_ms": {name: [turn[name] for turn in made] for name in vllms},
+        "decode_ratio": {name: [turn[name] / turn["none"] for turn in made] for name in vllms},
+    }
+
+
+def throughput(bench: Bench, count: int) -> Found:
+    """Sixteen requests at once that nobody has seen, 512 tokens and 32 more each: everything is stored, nothing is hit."""
+    vllms = {"none": bench.plain(), "kvring": bench.kvring()}
+    requests, length, output = 16, 512, 32
+
+    def tokens_per_s(vllm: Vllm) -> float:
+        answers = ask(vllm, [bench.new_prompt(length) for _ in range(requests)], output=output, together=True)
+        assert not any(answer["cached"] for answer in answers)
+        return requests * (length + output) / max(answer["seconds"] for answer in answers)
+
+    made = turns(count, {name: (lambda vllm=vllm: tokens_per_s(vllm)) for name, vllm in vllms.items()})
+    bench.end_all()
+    return {
+        "tokens_per_s": {name: [turn[name] for turn in made] for name in vllms},
+        "throughput_ratio": {"kvring": [turn["kvring"] / turn["none"] for turn in made]},
+    }
