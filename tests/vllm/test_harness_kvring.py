@@ -135,7 +135,7 @@ PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail
 
 
 def _no_fence(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SchedulerSide, "_fence", lambda self, meta, preempted: None)
+    patch.setattr(SchedulerSide, "_fence", lambda self, preempted: [])
 
 
 def _no_window_fence(patch: pytest.MonkeyPatch) -> None:

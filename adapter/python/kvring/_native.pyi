@@ -133,9 +133,7 @@ class PollingSchedulerAdapter:
         """From here on all lookups together may wait for `lookup_timeout_ms`: a sick engine slows a scheduling step down
         by that much at most, however many requests ask. Without it each lookup may wait that long."""
 
-    def lookup(
-        self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
-    ) -> Hit:
+    def lookup(self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None) -> Hit:
         """The longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission.
 
         Asked again for the same admission it is the same answer and no work; a timed-out 0 is an answer too."""

@@ -14,8 +14,8 @@ _PAUSE_MAX_S = 30.0
 
 
 class Keeper:
-    """Starts the engine where there is none, now and whenever it has died. Several may try at once: one of them wins, which is the
-    engine's own doing (it holds a lock on its name), and the others find it running."""
+    """Starts the engine where there is none, now and whenever it has died. Several may try at once: one of them wins, which is
+    the engine's own doing (it holds a lock on its name), and the others find it running."""
 
     def __init__(self, name: str, arena: str):
         self._name = name
@@ -25,7 +25,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
 
     def ensure(self) -> None:
-        """Starts an engine where none runs. Raises `EngineError` where it refuses: the arena does not fit, and what would help."""
+        """Starts an engine where none runs. Raises `EngineError` where it refuses: what does not fit, and what would help."""
         if not self._is_missing():
             return
         try:
@@ -38,7 +38,7 @@ class Keeper:
         else:
             # Kept: it is our child, and somebody must notice when it ends.
             self._engine = engine
-            logger.info("started the engine %s, pid %s, with an arena of %s; its log is %s", self._name, engine.pid, self._arena, engine.log_path)  # fmt: skip
+            logger.info("started the engine %s, pid %s, its log is %s", self._name, engine.pid, engine.log_path)
 
     def _is_missing(self) -> bool:
         return engine_state(self._name) in ("absent", "dead")

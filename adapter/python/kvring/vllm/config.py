@@ -17,9 +17,7 @@ PREFIX = "kvring."
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _SIZE = re.compile(r"(\d+)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
 _UNITS = {"b": 1} | {
-    f"{letter}{i}b": (1024 if i else 1000) ** (power + 1)
-    for power, letter in enumerate("kmgt")
-    for i in ("", "i")
+    f"{letter}{i}b": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("kmgt") for i in ("", "i")
 }
 
 

@@ -1,6 +1,6 @@
 """The scheduler's side: what is looked up, loaded and stored, and when blocks may be reused.
 
-Invariants (P0–P5 of the obligations that preemption brings; the harness under `tests/vllm` checks them):
+Invariants (P0 to P5 of the obligations that preemption brings; the harness under `tests/vllm` checks them):
 
 * One lookup per admission, over *all* tokens; asked again the answer is the same and costs nothing. What it found stays leased
   until vLLM has decided, and until every rank has reported the load.
@@ -13,13 +13,14 @@ Invariants (P0–P5 of the obligations that preemption brings; the harness under
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from kvring import KEYS_MAX, EngineError, PollingSchedulerAdapter, SchedulerAdapter
+from kvring import KEYS_MAX, EngineError, Hit, PollingSchedulerAdapter, SchedulerAdapter
 
 from .config import Config
 from .geometry import Geometry
@@ -40,6 +41,9 @@ logger = logging.getLogger("vllm.kvring.scheduler")
 NOTHING = (0, False)
 """No tokens, and nothing to wait for."""
 
+NOTHING_TO_DO, NOTHING_TO_DO_IDLE = KvringMetadata(), KvringMetadata(idle=True)
+"""A step without work for the workers. Shared: nobody changes metadata once it has been built."""
+
 
 class SchedulerSide:
     """All decisions. Every method is called from vLLM's scheduler thread, and returns without waiting for anybody but, in
@@ -56,10 +60,12 @@ class SchedulerSide:
         # hybrid model could not be reported as failed.
         self.load_waits = config.load == "sync" and len(geometry.groups) == 1
         if config.load == "sync" and not self.load_waits:
-            logger.warning("kvring.load: vLLM cannot be told of a failed synchronous load of a hybrid model; loading between steps")
+            logger.warning(
+                "kvring.load: vLLM cannot be told of a failed synchronous load of a hybrid model; loading between steps"
+            )
         if max_tokens > KEYS_MAX * geometry.chunk_tokens:
             logger.warning(
-                "a lookup finds at most %d chunks: the first %d tokens of a prompt of %d; raise kvring.chunk_blocks for all of it",
+                "a lookup finds at most %d chunks, the first %d tokens of a prompt of %d; raise kvring.chunk_blocks for all of it",
                 KEYS_MAX, KEYS_MAX * geometry.chunk_tokens, max_tokens,
             )  # fmt: skip
         client = config.client | {"client": f"vllm-scheduler:{os.getpid()}"}
@@ -77,6 +83,10 @@ class SchedulerSide:
         self._source = random.SystemRandom().getrandbits(32)
         self._next_job = 0
         self._salt: bytes | None = None
+        self._asked = False
+        """Has anything been looked up since the last step?"""
+        self._announced: list[Store] = []
+        """This step's stores."""
         self._loads: list[Load] = []
         self._open_loads: dict[int, OpenLoad] = {}
         self._open_stores: dict[int, OpenStore] = {}
@@ -135,12 +145,13 @@ class SchedulerSide:
                 )  # fmt: skip
         return tracker.hit.chunks * geometry.chunk_tokens
 
-    def _ask(self, tracker: Tracker) -> Any:
-        keys = (tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt)
+    def _ask(self, tracker: Tracker) -> Hit | None:
+        self._asked = True
+        question = (tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt)
         if isinstance(self.adapter, SchedulerAdapter):
-            self.adapter.submit_lookup(*keys)
+            self.adapter.submit_lookup(*question)
             return self.adapter.check_lookup(tracker.request)
-        return self.adapter.lookup(*keys)
+        return self.adapter.lookup(*question)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has allocated blocks, for `num_external_tokens` that the cache brings."""
@@ -181,19 +192,23 @@ class SchedulerSide:
     # Stores.
 
     def build_connector_meta(self, output: SchedulerOutput) -> KvringMetadata:
-        """This step's work for the workers."""
-        meta = KvringMetadata(loads=self._loads, saved=self._saved, idle=output.total_num_scheduled_tokens == 0)
+        """This step's work for the workers. Most steps have none, and cost next to nothing."""
+        self._announced = []
         try:
-            self._fence(meta, output.preempted_req_ids or ())
-            if output.num_scheduled_tokens and self.adapter.is_healthy():
-                self._store_all(meta, output)
+            flush = self._fence(output.preempted_req_ids) if self._open_stores else ()
+            self._store_all(output)
         except Exception:
-            for store in meta.stores:
+            for store in self._announced:
                 # Nobody will ever report it.
                 self._store_ended(self._open_stores[store.job])
             raise
-        if isinstance(self.adapter, PollingSchedulerAdapter):
+        if self._asked and isinstance(self.adapter, PollingSchedulerAdapter):
             self.adapter.begin_step()
+            self._asked = False
+        idle = output.total_num_scheduled_tokens == 0
+        if not (self._loads or self._announced or flush or self._saved):
+            return NOTHING_TO_DO_IDLE if idle else NOTHING_TO_DO
+        meta = KvringMetadata(self._loads, self._announced, list(flush), saved=self._saved, idle=idle)
         self._loads, self._saved = [], []
         return meta
 
@@ -203,24 +218,29 @@ class SchedulerSide:
         self._loads, self._saved = [], []
         return meta
 
-    def _store_all(self, meta: KvringMetadata, output: SchedulerOutput) -> None:
-        for new in output.scheduled_new_reqs:
-            self._store(meta, output, new.req_id, new.num_computed_tokens)
-        cached = output.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
-            self._store(meta, output, request_id, computed)
-
-    def _store(self, meta: KvringMetadata, output: SchedulerOutput, request_id: str, computed: int) -> None:
+    def _store_all(self, output: SchedulerOutput) -> None:
         """Announces the chunks that are complete once this step's tokens are computed."""
-        tracker = self.trackers.get(request_id)
-        if tracker is None or tracker.has_hole:
-            return
+        chunk_tokens, trackers, scheduled = self.geometry.chunk_tokens, self.trackers, output.num_scheduled_tokens
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in itertools.chain(
+            ((new.req_id, new.num_computed_tokens) for new in output.scheduled_new_reqs),
+            zip(cached.req_ids, cached.num_computed_tokens, strict=True),
+        ):
+            tracker = trackers.get(request_id)
+            if tracker is None or tracker.has_hole:
+                continue
+            chunks = (computed + scheduled[request_id]) // chunk_tokens
+            if chunks > tracker.stored_chunks and self.adapter.is_healthy():
+                self._store(tracker, output, chunks)
+
+    def _store(self, tracker: Tracker, output: SchedulerOutput, chunks: int) -> None:
+        """Announces up to `chunks` chunks: those whose tokens are known, too. What is only guessed (speculation) is not."""
         geometry = self.geometry
-        computed += output.num_scheduled_tokens[request_id]
-        complete = min(computed // geometry.chunk_tokens, len(tracker.hashes) // geometry.hashes_per_chunk)
+        complete = min(chunks, len(tracker.hashes) // geometry.hashes_per_chunk)
         if complete <= tracker.stored_chunks or (tracker.load is not None and tracker.load.wait):
             return
-        table = output.kv_connector_block_state.get_block_ids(request_id) if output.kv_connector_block_state else None
+        state = output.kv_connector_block_state
+        table = state.get_block_ids(tracker.request) if state is not None else None
         if table is None:
             return
         first, keys, blocks = tracker.stored_chunks, [], []
@@ -236,9 +256,9 @@ class SchedulerSide:
             return
         job = self._job()
         parent = self._key(tracker, first - 1) if first else None
-        meta.stores.append(Store(job, request_id, (self._source, job), parent, keys, blocks))
-        store = OpenStore(job, request_id, first, keys, blocks)
+        store = OpenStore(job, tracker.request, first, keys, blocks)
         tracker.stores[job] = self._open_stores[job] = store
+        self._announced.append(Store(job, tracker.request, (self._source, job), parent, keys, blocks))
         if self.events is not None:
             self.events.announce(job, tracker, first, len(keys))
 
@@ -247,19 +267,16 @@ class SchedulerSide:
 
     # Fences.
 
-    def _fence(self, meta: KvringMetadata, preempted: Collection[str]) -> None:
-        """Before blocks that a store reads get another owner."""
-        if preempted:
+    def _fence(self, preempted: Collection[str] | None) -> list[int]:
+        """Before blocks that a store reads get another owner: the stores to flush."""
+        flush = []
+        for store in self._open_stores.values():
             # By the stores' own account: a request may have been preempted, and aborted, between two steps.
-            self._flush(meta, [store for store in self._open_stores.values() if store.request in preempted])
-        if self.geometry.has_windows:
-            self._flush(meta, [store for store in self._open_stores.values() if not self._owns_blocks(store)])
-
-    def _flush(self, meta: KvringMetadata, stores: Iterable[OpenStore]) -> None:
-        for store in stores:
-            if not store.flushed:
+            lost = (preempted and store.request in preempted) or (self.geometry.has_windows and not self._owns_blocks(store))
+            if lost and not store.flushed:
                 store.flushed = True
-                meta.flush.append(store.job)
+                flush.append(store.job)
+        return flush
 
     def _owns_blocks(self, store: OpenStore) -> bool:
         """Does the request still own every block that this store reads?"""
@@ -367,4 +384,3 @@ class SchedulerSide:
     def _job(self) -> int:
         self._next_job += 1
         return self._next_job
-

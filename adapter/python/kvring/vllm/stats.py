@@ -75,7 +75,9 @@ class KvringStats(KVConnectorStats):
 class KvringPromMetrics(KVConnectorPromMetrics):
     """The counters as Prometheus metrics, one set for each of vLLM's engines."""
 
-    def __init__(self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]):
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counters = {
             name: self._counter_cls(name=f"vllm:kvring_{name}", documentation=f"kvring: {meaning}.", labelnames=labelnames)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +71,8 @@ class WorkerSide:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._invalid_blocks: set[int] = set()
+        # With several groups vLLM wants to know the request instead: the same number may be a block of each.
+        self._invalidates = len(geometry.groups) == 1
         self._outcomes: dict[int, Outcome] = {}
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
@@ -85,7 +87,10 @@ class WorkerSide:
                     # Shares another layer's cache.
                     continue
                 if tensor.device.type != "cpu":
-                    raise LayoutError(f"KV group {index}, layer {name}: expected a CPU tensor, got one on {tensor.device}: this version of kvring copies from and to CPU memory only")  # fmt: skip
+                    raise LayoutError(
+                        f"KV group {index}, layer {name}: expected a CPU tensor, got one on {tensor.device}: this version of "
+                        "kvring copies from and to CPU memory only"
+                    )
                 tensors.append((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()))
             if not tensors:
                 raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
@@ -93,7 +98,8 @@ class WorkerSide:
         self.adapter.register_kv_caches(groups, owner=dict(kv_caches))
         logger.info(
             "registered rank %d of %d: %d KV groups, chunks of %d tokens and %d bytes; engine %s",
-            self.rank, self.geometry.ranks, len(groups), self.geometry.chunk_tokens, self.adapter.shard_bytes, self.adapter.health(),
+            self.rank, self.geometry.ranks, len(groups), self.geometry.chunk_tokens, self.adapter.shard_bytes,
+            self.adapter.health(),
         )  # fmt: skip
 
     # One step, in the order of the calls.
@@ -127,7 +133,8 @@ class WorkerSide:
 
     def _load_failed(self, load: Load) -> None:
         self._load_ended(load, chunks_failed=1)
-        self._invalidate(block for block in load.blocks if block != SKIP)
+        if self._invalidates:
+            self._invalid_blocks.update(block for block in load.blocks if block != SKIP)
 
     def start_stores(self, meta: KvringMetadata) -> None:
         """Starts this step's stores: what they read has been computed."""
@@ -149,6 +156,8 @@ class WorkerSide:
         """Takes what has ended, for the calls that follow."""
         for request, jobs in meta.saved:
             self._saving.append(_Saving(request, set(jobs)))
+        if not (self._loads or self._stores or self._saving):
+            return
         if meta.idle and self._loads:
             self.adapter.wait_some(_IDLE_WAIT_MS)
         for finished in self.adapter.get_finished():
@@ -156,8 +165,9 @@ class WorkerSide:
                 self._store_finished(finished)
             else:
                 self._load_finished(finished)
-        # After `get_finished`: the blocks of a load that it reported are among these.
-        self._invalidate(self.adapter.get_block_ids_with_load_errors())
+        if self._invalidates:
+            # After `get_finished`: the blocks of a load that it reported are among these.
+            self._invalid_blocks.update(self.adapter.get_block_ids_with_load_errors())
         for saving in self._saving:
             saving.jobs = {job for job in saving.jobs if job in self._reading and self.adapter.is_reading(self._reading[job])}
             if not saving.jobs:
@@ -195,13 +205,8 @@ class WorkerSide:
             self.stats.add("loads_failed")
         if not load.wait:
             self._received.add(load.request)
-            if chunks_failed and len(self.geometry.groups) > 1:
+            if chunks_failed and not self._invalidates:
                 self._failed.add(load.request)
-
-    def _invalidate(self, blocks: Iterable[int]) -> None:
-        # With several groups vLLM wants to know the request instead: the same number may be a block of each.
-        if len(self.geometry.groups) == 1:
-            self._invalid_blocks.update(blocks)
 
     def _log(self, what: str, finished: Finished, tokens: int) -> None:
         if logger.isEnabledFor(logging.DEBUG):
