@@ -32,3 +32,8 @@ def test_one_ranks_failed_synchronous_load_that_is_ignored(scene):
     vllm = scene.vllm(kvring={"load": "sync"}, broken=broken, **TWO_RANKS)
     with pytest.raises(AssertionError, match="after a failed load"):
         poisoning(scene, vllm, seed=32)
+
+
+def test_stores_that_are_read_late_and_not_flushed(scene):
+    with pytest.raises(AssertionError, match="under preemption|second pass"):
+        minimal_preemption(scene, broken=("stores_late_without_fences",))

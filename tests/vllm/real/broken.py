@@ -101,22 +101,20 @@ def stores_after_a_failed_load() -> None:
     SchedulerSide._store = at_once
 
 
-def without_fences() -> None:
-    """Stores are not flushed before their blocks have another owner, and take their time."""
+def stores_late_without_fences() -> None:
+    """Stores read their blocks a step late, and are not flushed before those blocks have another owner."""
     from kvring.vllm.worker import WorkerSide
 
-    start, collect = WorkerSide.start_stores, WorkerSide.collect
+    start = WorkerSide.start_stores
     late: list[Any] = []
 
     def later(self, meta):
-        # What was to be stored in this step is read after the next one's forward pass.
         for earlier in late:
             start(self, earlier)
         late[:] = [meta]
 
     WorkerSide.start_stores = later
     WorkerSide.flush = lambda self, meta: None
-    WorkerSide.collect = collect
 
 
 # Failures.
