@@ -1,5 +1,6 @@
 """Engines that start by themselves: races, what the dead leave behind, and what the loser of a race may touch."""
 
+import glob
 import os
 import signal
 import subprocess
@@ -39,6 +40,9 @@ def name():
     yield name
     for pid in _pids(name):
         os.kill(pid, signal.SIGTERM)
+    time.sleep(0.3)
+    for path in glob.glob(f"/dev/shm/kvring.{name}.*"):
+        os.unlink(path)
 
 
 def test_of_several_that_start_at_once_all_find_an_engine(name: str) -> None:
