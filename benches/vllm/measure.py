@@ -139,9 +139,7 @@ def ttft(bench: Bench, count: int) -> Found:
     return {
         "ttft_ms": {name: [turn[name]["ttft_ms"] for turn in made] for name in variants},
         "first_steps": {name: [turn[name]["first_steps"] for turn in made] for name in variants},
-        "ttft_ratio": {
-            name: [turn[name]["ttft_ms"] / turn["prefix cache"]["ttft_ms"] for turn in made] for name in variants
-        },
+        "ttft_ratio": {name: [turn[name]["ttft_ms"] / turn["prefix cache"]["ttft_ms"] for turn in made] for name in variants},
     }
 
 

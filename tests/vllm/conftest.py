@@ -16,7 +16,9 @@ from real.vllm import Zygote
 
 
 def pytest_addoption(parser):
-    parser.addoption("--standin", action="store_true", help="try the tests themselves: without kvring, on a connector that is right")
+    parser.addoption(
+        "--standin", action="store_true", help="try the tests themselves: without kvring, on a connector that is right"
+    )
 
 
 def pytest_configure(config):

@@ -16,10 +16,10 @@ import pytest
 kvring = pytest.importorskip("kvring")
 pytest.importorskip("kvring.vllm", exc_type=ImportError)
 
-import kvring.vllm.guard as guard  # noqa: E402
 from harness.driver import Harness, Plug  # noqa: E402
 from harness.scenario import Target, run_scenario  # noqa: E402
-from kvring.vllm import scheduler as scheduler_module  # noqa: E402
+
+import kvring.vllm.guard as guard  # noqa: E402
 from kvring.vllm.namespace import salted  # noqa: E402
 from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
 from kvring.vllm.tracker import Tracker  # noqa: E402
@@ -95,7 +95,9 @@ def target(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Target:
 
     def watch(harness: Harness) -> None:
         def tell(where: str, error: Exception) -> None:
-            frames = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1])
+            frames = " < ".join(
+                f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)[::-1]
+            )
             harness.ledger.blame("raised", f"caught in {where}: {type(error).__name__}: {error} ({frames})")
 
         monkeypatch.setattr(guard, "_tell", tell)
@@ -165,14 +167,8 @@ def _stale_hit(patch: pytest.MonkeyPatch) -> None:
 
 
 def _poison(patch: pytest.MonkeyPatch) -> None:
-    open_load = scheduler_module.OpenLoad
-
-    def unaware(*arguments: Any, **named: Any) -> Any:
-        load = open_load(*arguments, **named)
-        load.wait = False
-        return load
-
-    patch.setattr(scheduler_module, "OpenLoad", unaware)
+    patch.setattr(SchedulerSide, "_may_store", lambda self: True)
+    patch.setattr(SchedulerSide, "_spoilt", lambda self, load: None)
 
 
 def _whole_prompt(patch: pytest.MonkeyPatch) -> None:

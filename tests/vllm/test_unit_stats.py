@@ -16,7 +16,9 @@ def test_counts_add_up() -> None:
     stats.add("load_seconds", 2.0)
     taken = stats.take()
     assert taken is not None and stats.is_empty() and not taken.is_empty()
-    other = KvringConnector.build_kv_connector_stats(pickle.loads(pickle.dumps(taken)).to_dict() | {"lookup_tokens": 100, "hit_tokens": 25})
+    other = KvringConnector.build_kv_connector_stats(
+        pickle.loads(pickle.dumps(taken)).to_dict() | {"lookup_tokens": 100, "hit_tokens": 25}
+    )
     line = taken.aggregate(other).reduce()
     assert line["load_bytes"] == 8e9 and line["load_GB/s"] == 2.0 and line["hit_rate"] == 0.25
 

@@ -44,7 +44,7 @@ def _forward() -> None:
         for level, target, text in records:
             try:
                 logging.getLogger(target).log(level, "%s", text.strip())
-            except Exception:  # noqa: BLE001, S110
+            except Exception:
                 # A handler that fails must not end the thread; `logging` has its own way of saying so.
                 pass
 

@@ -17,6 +17,7 @@ from typing import IO
 from ._native import EngineError
 
 _READY = "serving"
+_LOG_BYTES_MAX = 16 << 20
 
 
 def binary_path() -> str:
@@ -65,6 +66,7 @@ class Engine:
         self.detach = detach
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+        self._log_from = 0
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -89,7 +91,7 @@ class Engine:
         """What it has written to stderr; the file is removed when the next one starts."""
         if self._log is None:
             return ""
-        self._log.seek(0)
+        self._log.seek(self._log_from)
         return self._log.read().decode(errors="replace")
 
     def start(self) -> Engine:
@@ -118,15 +120,16 @@ class Engine:
 
     @property
     def log_path(self) -> str | None:
-        """Where an engine that outlives us writes its log; it begins anew at each start."""
+        """Where an engine that outlives us writes its log, after what earlier ones have written."""
         if not self.detach:
             return None
         return os.path.join(tempfile.gettempdir(), f"kvring-{os.getuid()}-{self.name}.log")
 
     def _open_log(self) -> IO[bytes]:
+        self._log_from = 0
         path = self.log_path
         if path is not None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             try:
                 file = os.fdopen(os.open(path, flags, 0o600), "r+b")
             except OSError:
@@ -134,7 +137,10 @@ class Engine:
                 return tempfile.TemporaryFile()
             found = os.fstat(file.fileno())
             if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
-                file.truncate()
+                # Appended to: another one may be running by now, and then ours only says so.
+                if found.st_size > _LOG_BYTES_MAX:
+                    file.truncate(0)
+                self._log_from = file.seek(0, os.SEEK_END)
                 return file
             file.close()
         return tempfile.TemporaryFile()

@@ -145,9 +145,11 @@ def test_what_the_adapters_say_goes_to_logging(engine):
     try:
         scheduler = kvring.PollingSchedulerAdapter(FINGERPRINT, name=engine.name)
         collect.wait(
-            lambda record: record.name == "kvring.adapter.client"
-            and record.levelno == logging.INFO
-            and record.getMessage().startswith("attached to the engine engine=" + engine.name)
+            lambda record: (
+                record.name == "kvring.adapter.client"
+                and record.levelno == logging.INFO
+                and record.getMessage().startswith("attached to the engine engine=" + engine.name)
+            )
         )
         assert not [record for record in collect.records if record.levelno == logging.DEBUG]
         kvring.set_log_level(logging.DEBUG)

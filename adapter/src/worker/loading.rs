@@ -14,8 +14,14 @@ impl Mover {
     pub(super) fn load(&self, job: &Job, chunks: &[LoadChunk]) -> Ended {
         let mut report = LoadReport::default();
         let mut failed = Vec::new();
+        let mut first = None;
         for batch in chunks.chunks(self.chunks_per_batch(job, usize::MAX)) {
-            self.load_batch(job, batch, &mut report, &mut failed);
+            self.load_batch(job, batch, &mut report, &mut failed, &mut first);
+        }
+        if let Some(why) = first {
+            // One line: what fails one chunk (an engine that is gone) fails thousands.
+            let (of, failed) = (chunks.len(), report.failed);
+            tracing::warn!(request = %job.request, failed, of, %why, "load failed; its blocks are recomputed");
         }
         tracing::debug!(
             request = %job.request, loaded = report.loaded, failed = report.failed, bytes = report.bytes,
@@ -24,9 +30,16 @@ impl Mover {
         Ended::Load(report, failed)
     }
 
-    fn load_batch(&self, job: &Job, chunks: &[LoadChunk], report: &mut LoadReport, failed: &mut Vec<u32>) {
+    fn load_batch(
+        &self,
+        job: &Job,
+        chunks: &[LoadChunk],
+        report: &mut LoadReport,
+        failed: &mut Vec<u32>,
+        first: &mut Option<String>,
+    ) {
         let mut fail = |chunk: &LoadChunk, report: &mut LoadReport, why: &LoadError| {
-            tracing::warn!(request = %job.request, slot = chunk.shard.slot, %why, "load failed; its blocks are recomputed");
+            first.get_or_insert_with(|| format!("slot {}: {why}", chunk.shard.slot));
             report.fail(why);
             failed.extend_from_slice(&chunk.blocks);
         };

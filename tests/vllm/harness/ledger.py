@@ -94,7 +94,7 @@ class Ledger:
         self.step = 0
         self.gens = [0] * num_blocks
         self._fresh: list[int] = []
-        self.requests: dict[str, "Request"] = {}
+        self.requests: dict[str, Request] = {}
         self.admissions: dict[str, Admission] = {}
         self._history: dict[str, list[dict[int, tuple[int, int]]]] = {}
         self._lost: set[str] = set()

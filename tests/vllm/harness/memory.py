@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from vllm.v1.kv_cache_interface import KVCacheConfig, create_kv_cache_views
 from vllm.config.cache import _layout_from_name
+from vllm.v1.kv_cache_interface import KVCacheConfig, create_kv_cache_views
 
 from .model import POISON
 
@@ -31,8 +31,7 @@ class KvMemory:
                 self.words[name] = view.view(torch.int64).numpy()[:, 0, :, 0].view(np.uint64)
         self.layers = sorted(self.views, key=lambda name: int(name.split(".")[2]))
         self.layers_of_group = [
-            [name for name in self.layers if self.group_of[name] == group]
-            for group in range(len(config.kv_cache_groups))
+            [name for name in self.layers if self.group_of[name] == group] for group in range(len(config.kv_cache_groups))
         ]
 
     def poison(self, block: int) -> None:

@@ -14,7 +14,6 @@ from .driver import Harness, Plug, Wanted
 from .jobs import Faults
 from .ledger import Violation
 
-
 _runs = itertools.count()
 
 
@@ -212,9 +211,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
     return report
 
 
-def _drive(
-    harness: Harness, target: Target, dice: random.Random, choices: Mapping[str, Any], engine_faults: bool
-) -> None:
+def _drive(harness: Harness, target: Target, dice: random.Random, choices: Mapping[str, Any], engine_faults: bool) -> None:
     work = workload(dice, choices, "a")
     mishaps = {"down_until": 0}
 

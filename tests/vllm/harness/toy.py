@@ -212,11 +212,7 @@ class ToyScheduler:
             table = output.kv_connector_block_state.get_block_ids(name)
         for chunk in range(tracker.stored, stop):
             places = range(chunk * self.chunk, (chunk + 1) * self.chunk)
-            blocks = [
-                table[group][index] if index < len(table[group]) else 0
-                for group in range(self.groups)
-                for index in places
-            ]
+            blocks = [table[group][index] if index < len(table[group]) else 0 for group in range(self.groups) for index in places]
             if not all(blocks) and self.mistake != "null_blocks":
                 continue
             self.number += 1

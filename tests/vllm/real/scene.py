@@ -51,9 +51,7 @@ class Scene:
             connector = Connector("StandIn", "real.standin", {"load": options.get("load", "async")}, policy)
         else:
             connector = Connector("KvringConnector", "kvring.vllm", self.options(**options), policy)
-        made = Vllm(
-            self.zygote, model or make_model(), connector, broken=broken, environment=environment, **llm
-        )
+        made = Vllm(self.zygote, model or make_model(), connector, broken=broken, environment=environment, **llm)
         self.vllms.append(made)
         return made
 

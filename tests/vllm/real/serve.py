@@ -80,9 +80,7 @@ class Driver:
             self.count += 1
             name = f"r{self.count}"
             told = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
-            settings = SamplingParams(
-                **{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params}
-            )
+            settings = SamplingParams(**{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params})
             internal = self.engine.add_request(name, told, settings)
             started = Running(name, internal, time.perf_counter(), self.steps)
             if self.scheduler is not None:
@@ -120,9 +118,7 @@ class Driver:
         answer["cached"] = output.num_cached_tokens
         answer["seconds"] = time.perf_counter() - running.started
         answer["external"] = tap.record.admissions.get(running.internal, [])
-        answer["lookups"] = [
-            lookup._asdict() for lookup in tap.record.lookups if lookup.request == running.internal
-        ]
+        answer["lookups"] = [lookup._asdict() for lookup in tap.record.lookups if lookup.request == running.internal]
         answer["preemptions"] = running.request.num_preemptions if running.request is not None else None
         self.finished[running.name] = answer
         del self.running[running.name]

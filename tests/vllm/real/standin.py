@@ -124,5 +124,3 @@ class StandIn(KVConnectorBase_V1):
     def get_block_ids_with_load_errors(self):
         invalid, self.invalid = self.invalid, set()
         return invalid
-
-

@@ -65,9 +65,7 @@ class Record:
         if method == "get_num_new_matched_tokens":
             request, local = arguments
             found = answer[0] if answer is not None else None
-            self.lookups.append(
-                Lookup(request.request_id, request.num_preemptions, request.num_tokens, local, found, seconds)
-            )
+            self.lookups.append(Lookup(request.request_id, request.num_preemptions, request.num_tokens, local, found, seconds))
         elif method == "update_state_after_alloc":
             self.admissions.setdefault(arguments[0].request_id, []).append(arguments[2])
         elif method == "get_block_ids_with_load_errors":

@@ -49,7 +49,7 @@ def main() -> None:
     link = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
-    import vllm.v1.engine.core  # noqa: F401
+    import vllm.v1.engine.core
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import LLM  # noqa: F401
 

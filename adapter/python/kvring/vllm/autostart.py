@@ -62,7 +62,7 @@ class Keeper:
                 pause = min(pause * 2, _PAUSE_MAX_S)
 
     def close(self) -> None:
-        """Looks no more. The engine lives on."""
+        """Looks no more. The engine lives on. A start that is under way is not waited for."""
         self._closed.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(0.1)

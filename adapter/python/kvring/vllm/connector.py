@@ -71,12 +71,19 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         self._autostart = autostart.Keeper(config.name, config.arena) if config.autostart and config.arena else None
         if self._autostart is not None:
             self._autostart.ensure()
+            self._autostart.watch()
         if role == KVConnectorRole.SCHEDULER:
             wants_events = vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
             events = Events(geometry) if wants_events else None
-            self._scheduler = SchedulerSide(config, geometry, name, vllm_config.model_config.max_model_len, events)
-            if self._autostart is not None:
-                self._autostart.watch()
+            self._scheduler = SchedulerSide(
+                config,
+                geometry,
+                name,
+                vllm_config.model_config.max_model_len,
+                events,
+                loads=self._kv_transfer_config.is_kv_consumer,
+                stores=self._kv_transfer_config.is_kv_producer,
+            )
         else:
             model = vllm_config.model_config
             self._worker = WorkerSide(
@@ -154,12 +161,16 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         assert meta is None or isinstance(meta, KvringWorkerMetadata)
         self.scheduler.update_connector_output(meta)
 
-    @fail_open(lambda self, *_: (False, None))
+    def _gives_back(self, request: Request, *_: Any) -> tuple[bool, None]:
+        self.scheduler.finished_after_error(request.request_id)
+        return False, None
+
+    @fail_open(_gives_back)
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """See `SchedulerSide`."""
         return self.scheduler.request_finished(request.request_id), None
 
-    @fail_open(lambda self, *_: (False, None))
+    @fail_open(_gives_back)
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:

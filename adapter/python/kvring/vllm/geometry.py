@@ -7,7 +7,7 @@ on; each rank's *shard* holds the pages of those blocks. So one key, one lease a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ NULL_BLOCK = 0
 """vLLM's block for tokens that a sliding window does not look at any more: nobody's, and never to be read or written."""
 
 _WHOLE_PREFIX = {KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION}
+_WITHOUT_DRAFT_KV = {None, "ngram", "ngram_gpu", "suffix"}
 _WINDOW = {KVCacheSpecKind.SLIDING_WINDOW, KVCacheSpecKind.SLIDING_WINDOW_MLA}
 
 BlockTable = Sequence[Sequence[int]]
@@ -127,22 +128,32 @@ class Geometry:
         whole = len(blocks) == sum(group.blocks for group in self.groups)
         return blocks if whole and NULL_BLOCK not in blocks else None
 
-    def to_load(self, table: BlockTable, chunks: Iterable[int], start: int, end: int) -> list[int]:
-        """The block ids that loading tokens `start` to `end` writes, chunk after chunk. Blocks below `start` are vLLM's
-        own already, and may be shared: they are never written; nor is what the table does not have."""
-        blocks: list[int] = []
-        for chunk in chunks:
-            for group, ids in zip(self.groups, table, strict=True):
-                for index in range(chunk * group.blocks, (chunk + 1) * group.blocks):
-                    wanted = start <= index * group.tokens < end and index < len(ids) and ids[index] != NULL_BLOCK
-                    blocks.append(ids[index] if wanted else SKIP)
-        return blocks
+    def to_load(self, table: BlockTable, first: int, last: int, start: int, end: int) -> list[int]:
+        """The block ids that loading tokens `start` to `end` writes, for chunks `first` to `last` (exclusive), one after the
+        other. Blocks below `start` are vLLM's own already, and may be shared: they are never written; nor is what the table
+        does not have. Thousands of blocks are nothing unusual: no loop over them where one group holds them all."""
+        by_group = [
+            self._group_to_load(group, ids, first, last, start, end) for group, ids in zip(self.groups, table, strict=True)
+        ]
+        if len(by_group) == 1:
+            return by_group[0]
+        sizes = [group.blocks for group in self.groups]
+        return [
+            block
+            for chunk in range(last - first)
+            for ids, size in zip(by_group, sizes, strict=True)
+            for block in ids[chunk * size : (chunk + 1) * size]
+        ]
 
-    def places(self, chunk: int) -> Iterator[tuple[int, int]]:
-        """Where a chunk's blocks are in a table: group and index, in the order of `to_store`."""
-        for index, group in enumerate(self.groups):
-            for block in range(chunk * group.blocks, (chunk + 1) * group.blocks):
-                yield index, block
+    @staticmethod
+    def _group_to_load(group: Group, ids: Sequence[int], first: int, last: int, start: int, end: int) -> list[int]:
+        begin, stop = first * group.blocks, last * group.blocks
+        lowest = max(begin, -(-start // group.tokens))
+        highest = max(lowest, min(stop, -(-end // group.tokens), len(ids)))
+        wanted = list(ids[lowest:highest])
+        if NULL_BLOCK in wanted:
+            wanted = [SKIP if block == NULL_BLOCK else block for block in wanted]
+        return [SKIP] * (lowest - begin) + wanted + [SKIP] * (stop - highest)
 
 
 def _check_parallel(vllm_config: VllmConfig) -> None:
@@ -158,10 +169,11 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
 
 def _check_speculation(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     speculative = vllm_config.speculative_config
-    if (speculative is not None and speculative.use_eagle()) or any(g.is_eagle_group for g in kv_cache_config.kv_cache_groups):
+    method = None if speculative is None else str(speculative.method)
+    if method not in _WITHOUT_DRAFT_KV or any(group.is_eagle_group for group in kv_cache_config.kv_cache_groups):
         raise LayoutError(
-            "kvring does not support draft models with a KV cache of their own (EAGLE, MTP) yet: they rewrite the KV of "
-            "tokens that have been accepted; n-gram speculation is fine"
+            f"kvring does not support draft models with a KV cache of their own (EAGLE, MTP, …) yet, got {method}: they rewrite "
+            "the KV of tokens that have been accepted; n-gram and suffix speculation are fine"
         )
 
 

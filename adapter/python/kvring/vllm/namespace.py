@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = logging.getLogger("vllm.kvring.namespace")
 
 FORMAT = 1
 """Of what a fingerprint is made of, and of what a shard holds."""
@@ -42,13 +45,20 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, geometry: 
         "platform": f"{current_platform.device_name}/{isa}",
         "model": str(model.model),
         "revision": str(model.revision),
-        "weights": weights_identity(str(model.model), getattr(model.hf_config, "_commit_hash", None)),
-        "hf_config": model.hf_config.to_json_string(use_diff=False),
+        "weights": weights_identity(str(model.model), getattr(model.hf_config, "_commit_hash", None), vllm_config.instance_id),
+        # The configuration itself is one of the weights' files. Not what has become of it in memory: some models write into it
+        # while they are built, in a worker's process and not in the scheduler's.
+        "code_revision": str(model.code_revision),
+        "hf_overrides": _plain(model.hf_overrides),
+        "generation": _plain(model.override_generation_config),
+        # Some kinds of rotary embedding differ by it, for all positions.
+        "max_model_len": model.max_model_len,
         "load_format": str(vllm_config.load_config.load_format),
         "seed": model.seed if str(vllm_config.load_config.load_format) == "dummy" else None,
         "quantization": str(model.quantization),
         "dtype": str(model.dtype),
         "cache_dtype": str(cache.cache_dtype),
+        "skipped_layers": _plain(getattr(cache, "kv_cache_dtype_skip_layers", None)),
         "attention_backend": str(vllm_config.attention_config.backend),
         "layout": str(kv_cache_config.kv_cache_layout),
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
@@ -67,19 +77,37 @@ def fingerprint(description: dict[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).digest()
 
 
-def weights_identity(model: str, commit: str | None) -> list[Any]:
-    """Which weights these are: the files themselves where they are local (names, sizes, times of change), else the commit."""
+def weights_identity(model: str, commit: str | None, instance: str) -> list[Any]:
+    """Which weights these are: the files themselves where they are local (names, sizes, times of change), else the commit. What
+    can be told by neither (a bucket, a streamed model) is shared with nobody else than this vLLM's own processes."""
     files = _files(Path(model))
-    return ["files", files] if files else ["commit", commit]
+    if files:
+        return ["files", files]
+    if commit:
+        return ["commit", commit]
+    logger.warning("cannot tell which weights %s has: its KV is kept for this vLLM alone, until it ends", model)
+    return ["instance", instance]
 
 
-def lora_salt(lora: LoRARequest | None) -> bytes | None:
-    """What tells a LoRA's content from another's of the same name: its files. Read anew for each request, as vLLM may load it
-    anew."""
-    if lora is None:
-        return None
-    identity = ["lora", lora.lora_name, lora.lora_path, _files(Path(lora.lora_path)) if lora.lora_path else []]
-    return hashlib.sha256(json.dumps(identity).encode()).digest()[:SALT_BYTES]
+class LoraSalts:
+    """What tells a LoRA's content from another's of the same name: its files."""
+
+    def __init__(self) -> None:
+        self._files: dict[tuple[str, int, str], list[Any]] = {}
+        self._nowhere = os.urandom(SALT_BYTES)
+
+    def of(self, lora: LoRARequest | None) -> bytes | None:
+        """For a request. vLLM keeps an adapter that it has loaded while its files change, and loads it anew when it likes: from
+        then on nobody knows which content a request had, and what it computes is found by nobody."""
+        if lora is None:
+            return None
+        name = (lora.lora_name, lora.lora_int_id, lora.lora_path)
+        files: list[Any] = _files(Path(lora.lora_path)) if lora.lora_path else []
+        if self._files.setdefault(name, files) != files or lora.load_inplace:
+            return os.urandom(SALT_BYTES)
+        # What is not here as files may change behind the name: it is known to this process alone.
+        identity = ["lora", lora.lora_name, files or [lora.lora_path, self._nowhere.hex()]]
+        return hashlib.sha256(json.dumps(identity).encode()).digest()[:SALT_BYTES]
 
 
 def salted(key: bytes, salt: bytes | None) -> bytes:
@@ -96,14 +124,22 @@ def joined(first: bytes | None, second: bytes | None) -> bytes | None:
     return hashlib.sha256(first + second).digest()[:SALT_BYTES]
 
 
+def _plain(value: Any) -> str:
+    """In words that are the same in every process."""
+    if callable(value):
+        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 def _files(path: Path) -> list[list[Any]]:
     found = []
     try:
-        entries = list(os.scandir(path)) if path.is_dir() else [path] if path.is_file() else []
-        for entry in entries:
-            if entry.name.endswith(_WEIGHTS):
-                stat = os.stat(entry)
-                found.append([entry.name, stat.st_size, stat.st_mtime_ns])
+        for directory, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
+            for name in names:
+                if name.endswith(_WEIGHTS):
+                    file = Path(directory, name)
+                    stat = file.stat()
+                    found.append([str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns])
     except OSError:
         return []
     return sorted(found)

@@ -8,7 +8,7 @@ Invariants (P0 to P5 of the obligations that preemption brings; the harness unde
 * A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, once per admission.
 * A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
   the next forward pass; one that finishes keeps its blocks until they have been read.
-* Nothing that a synchronous load may have spoilt is stored before every rank has reported that load as good.
+* While a synchronous load is not known to be good on every rank nothing is stored, whoever's: vLLM shares its blocks at once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import itertools
 import logging
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kvring import KEYS_MAX, EngineError, Hit, PollingSchedulerAdapter, SchedulerAdapter
 
 from .config import Config
-from .geometry import Geometry
-from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Store
-from .namespace import SALT_BYTES, joined, lora_salt, salted
+from .geometry import NULL_BLOCK, Geometry
+from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Outcome, Store
+from .namespace import SALT_BYTES, LoraSalts, joined, salted
 from .stats import KvringStats
 from .tracker import OpenLoad, OpenStore, Tracker
 
@@ -49,10 +49,22 @@ class SchedulerSide:
     """All decisions. Every method is called from vLLM's scheduler thread, and returns without waiting for anybody but, in
     `poll` mode and for `lookup_timeout_ms` per step, the engine."""
 
-    def __init__(self, config: Config, geometry: Geometry, fingerprint: bytes, max_tokens: int, events: Events | None = None):
+    def __init__(
+        self,
+        config: Config,
+        geometry: Geometry,
+        fingerprint: bytes,
+        max_tokens: int,
+        events: Events | None = None,
+        *,
+        loads: bool = True,
+        stores: bool = True,
+    ):
         self.config = config
         self.geometry = geometry
         self.events = events
+        # By vLLM's `kv_role`: a producer only stores, a consumer only loads.
+        self.loads, self.stores = loads, stores
         self.stats = KvringStats()
         self.trackers: dict[str, Tracker] = {}
         self.kv_cache_manager: KVCacheManager | None = None
@@ -65,7 +77,7 @@ class SchedulerSide:
             )
         if max_tokens > KEYS_MAX * geometry.chunk_tokens:
             logger.warning(
-                "a lookup finds at most %d chunks, the first %d tokens of a prompt of %d; raise kvring.chunk_blocks for all of it",
+                "a lookup finds at most %d chunks, the first %d tokens of a prompt of %d; raise kvring.chunk_blocks to find more",
                 KEYS_MAX, KEYS_MAX * geometry.chunk_tokens, max_tokens,
             )  # fmt: skip
         client = config.client | {"client": f"vllm-scheduler:{os.getpid()}"}
@@ -91,6 +103,9 @@ class SchedulerSide:
         self._open_loads: dict[int, OpenLoad] = {}
         self._open_stores: dict[int, OpenStore] = {}
         self._saved: list[tuple[str, list[int]]] = []
+        self._flush_all = False
+        """An error has cost us the account of who reads which block."""
+        self._lora_salts = LoraSalts()
 
     # Lookups and loads.
 
@@ -98,7 +113,7 @@ class SchedulerSide:
         """Tokens beyond `num_computed_tokens` that the cache can bring; `None`: not known yet."""
         tracker = self._track(request)
         tracker.local_tokens = num_computed_tokens
-        if tracker.settled or request.skip_reading_prefix_cache:
+        if tracker.settled or request.skip_reading_prefix_cache or not self.loads:
             return NOTHING
         hit_tokens = self._lookup(tracker, request)
         if hit_tokens is None:
@@ -112,15 +127,16 @@ class SchedulerSide:
 
     def _track(self, request: Request) -> Tracker:
         tracker = self.trackers.get(request.request_id)
+        if tracker is not None and tracker.admission == request.num_preemptions:
+            return tracker
+        salt = joined(self._salt, self._lora_salts.of(request.lora_request))
         if tracker is None:
             tracker = Tracker(request.request_id, request.block_hashes)
             if self.events is not None:
                 tracker.tokens = request.all_token_ids
                 tracker.lora_name = request.lora_request.lora_name if request.lora_request else None
             self.trackers[request.request_id] = tracker
-        elif tracker.admission == request.num_preemptions:
-            return tracker
-        tracker.begin(request.num_preemptions, joined(self._salt, lora_salt(request.lora_request)))
+        tracker.begin(request.num_preemptions, salt)
         return tracker
 
     def _lookup(self, tracker: Tracker, request: Request) -> int | None:
@@ -147,11 +163,15 @@ class SchedulerSide:
 
     def _ask(self, tracker: Tracker) -> Hit | None:
         self._asked = True
-        question = (tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt)
         if isinstance(self.adapter, SchedulerAdapter):
-            self.adapter.submit_lookup(*question)
+            if not tracker.asked:
+                self.adapter.submit_lookup(*self._question(tracker))
+                tracker.asked = True
             return self.adapter.check_lookup(tracker.request)
-        return self.adapter.lookup(*question)
+        return self.adapter.lookup(*self._question(tracker))
+
+    def _question(self, tracker: Tracker) -> tuple[str, int, Sequence[bytes], int, bytes | None]:
+        return tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has allocated blocks, for `num_external_tokens` that the cache brings."""
@@ -176,17 +196,29 @@ class SchedulerSide:
             tokens=num_external_tokens,
             wait=self.load_waits,
             shards=tuple(hit.shards(rank, first, last) for rank in range(self.geometry.world)),
-            blocks=self.geometry.to_load(table, range(first, last), start, end),
+            blocks=self.geometry.to_load(table, first, last, start, end),
         )
-        tracker.load = OpenLoad(load.job, load.request, tracker.admission, load.wait, first, num_external_tokens)
+        tracker.load = OpenLoad(load.job, load.request, tracker.admission, load.wait, first, start)
         self._open_loads[load.job] = tracker.load
         self._loads.append(load)
         self.stats.add("load_tokens", num_external_tokens)
 
     def load_cannot_be(self, request_id: str, blocks: KVCacheBlocks) -> None:
         """vLLM waits for a load of which nothing will come, because of an error of ours: the workers report it as failed."""
-        job = self._job()
-        ids = [block for group in blocks.get_block_ids() for block in group]
+        if any(load.request == request_id for load in self._loads):
+            # The error came after it: it is on its way.
+            return
+        job, tracker = self._job(), self.trackers.get(request_id)
+        start = 0
+        if tracker is not None:
+            tracker.settled, start = True, tracker.local_tokens
+            tracker.load = OpenLoad(
+                job, request_id, tracker.admission, self.load_waits, start // self.geometry.chunk_tokens, start
+            )
+            self._open_loads[job] = tracker.load
+        # What vLLM has itself others may be using: that is good.
+        table = zip(self.geometry.groups, blocks.get_block_ids(), strict=True)
+        ids = [block for group, ids in table for block in ids[start // group.tokens :] if block != NULL_BLOCK]
         self._loads.append(Load(job, request_id, 0, self.load_waits, (), ids))
 
     # Stores.
@@ -196,7 +228,8 @@ class SchedulerSide:
         self._announced = []
         try:
             flush = self._fence(output.preempted_req_ids) if self._open_stores else ()
-            self._store_all(output)
+            if self._may_store():
+                self._store_all(output)
         except Exception:
             for store in self._announced:
                 # Nobody will ever report it.
@@ -206,11 +239,16 @@ class SchedulerSide:
             self.adapter.begin_step()
             self._asked = False
         idle = output.total_num_scheduled_tokens == 0
-        if not (self._loads or self._announced or flush or self._saved):
+        if not (self._loads or self._announced or flush or self._saved or self._flush_all):
             return NOTHING_TO_DO_IDLE if idle else NOTHING_TO_DO
-        meta = KvringMetadata(self._loads, self._announced, list(flush), saved=self._saved, idle=idle)
-        self._loads, self._saved = [], []
+        meta = KvringMetadata(self._loads, self._announced, list(flush), self._flush_all, self._saved, idle)
+        self._loads, self._saved, self._flush_all = [], [], False
         return meta
+
+    def _may_store(self) -> bool:
+        """Not while a synchronous load may have failed, here or on another rank. What is not stored in this step is stored in a
+        later one."""
+        return self.stores and not (self.load_waits and self._open_loads)
 
     def emergency_meta(self) -> KvringMetadata:
         """After an error of ours: no store may read on, and what vLLM waits for is still asked for."""
@@ -237,7 +275,7 @@ class SchedulerSide:
         """Announces up to `chunks` chunks: those whose tokens are known, too. What is only guessed (speculation) is not."""
         geometry = self.geometry
         complete = min(chunks, len(tracker.hashes) // geometry.hashes_per_chunk)
-        if complete <= tracker.stored_chunks or (tracker.load is not None and tracker.load.wait):
+        if complete <= tracker.stored_chunks:
             return
         state = output.kv_connector_block_state
         table = state.get_block_ids(tracker.request) if state is not None else None
@@ -279,16 +317,17 @@ class SchedulerSide:
         return flush
 
     def _owns_blocks(self, store: OpenStore) -> bool:
-        """Does the request still own every block that this store reads?"""
+        """Does the request still own every block that this store reads? Sliding windows drop blocks from the front, so the first
+        block of each window tells of all."""
         if store.flushed or self.kv_cache_manager is None:
             return store.flushed
-        table = self.kv_cache_manager.get_block_ids(store.request)
-        at = iter(store.blocks)
-        for chunk in range(store.first_chunk, store.first_chunk + len(store.keys)):
-            for group, index in self.geometry.places(chunk):
-                ids = table[group]
-                if index >= len(ids) or ids[index] != next(at):
-                    return False
+        table = self.kv_cache_manager.get_blocks(store.request).blocks
+        at = 0
+        for group, blocks in zip(self.geometry.groups, table, strict=True):
+            index = store.first_chunk * group.blocks
+            if group.window is not None and (index >= len(blocks) or blocks[index].block_id != store.blocks[at]):
+                return False
+            at += group.blocks
         return True
 
     # Ends.
@@ -301,10 +340,21 @@ class SchedulerSide:
         tracker.finished = True
         # While a load runs vLLM keeps the blocks by itself.
         keeps = tracker.reads_blocks and tracker.load is None
-        if keeps:
-            self._saved.append((request_id, [job for job, store in tracker.stores.items() if not store.flushed]))
+        jobs = [job for job, store in tracker.stores.items() if not store.flushed]
         self._forget_if_over(tracker)
+        if keeps:
+            # The last thing that happens: who is named here must have been answered True.
+            self._saved.append((request_id, jobs))
         return keeps
+
+    def finished_after_error(self, request_id: str) -> None:
+        """vLLM takes the blocks back, and we do not know what reads them: nothing may when the next forward pass begins."""
+        self._flush_all = True
+        self._saved = [one for one in self._saved if one[0] != request_id]
+        tracker = self.trackers.pop(request_id, None)
+        if tracker is not None and tracker.load is not None:
+            self._open_loads.pop(tracker.load.job, None)
+        self.adapter.end_session(request_id)
 
     def _forget_if_over(self, tracker: Tracker) -> None:
         """The session ends with the request, but not before a load that rests on it."""
@@ -318,27 +368,63 @@ class SchedulerSide:
         """What the workers have reported."""
         if worker_meta is None:
             return
+        errors = []
         for job, outcome in worker_meta.outcomes.items():
-            if (load := self._open_loads.get(job)) is not None:
-                load.outcome.add(outcome)
-                if load.outcome.ranks >= self.geometry.ranks:
-                    self._load_ended(load)
-            elif (store := self._open_stores.get(job)) is not None:
-                store.outcome.add(outcome)
-                if store.outcome.ranks >= self.geometry.world:
-                    self._store_ended(store)
+            # Each for itself: nobody reports it a second time.
+            try:
+                self._reported(job, outcome)
+            except Exception as error:
+                errors.append(error)
+                self._give_up(job)
+        if errors:
+            raise errors[0]
+
+    def _reported(self, job: int, outcome: Outcome) -> None:
+        if (load := self._open_loads.get(job)) is not None:
+            load.outcome.add(outcome)
+            if load.outcome.ranks >= self.geometry.ranks:
+                self._load_ended(load)
+        elif (store := self._open_stores.get(job)) is not None:
+            store.outcome.add(outcome)
+            if store.outcome.ranks >= self.geometry.world:
+                self._store_ended(store)
+
+    def _give_up(self, job: int) -> None:
+        """After an error: nothing more is known of this job, and nothing more is stored of its request."""
+        self._flush_all = True
+        load, store = self._open_loads.pop(job, None), self._open_stores.pop(job, None)
+        request = load.request if load else store.request if store else ""
+        tracker = self.trackers.get(request)
+        if tracker is None:
+            return
+        tracker.has_hole, tracker.load = True, None
+        tracker.stores.pop(job, None)
+        if tracker.finished:
+            del self.trackers[request]
+            self.adapter.end_session(request)
 
     def _load_ended(self, load: OpenLoad) -> None:
         del self._open_loads[load.job]
-        self.adapter.free_lookup_locks(load.request, load.admission, 0)
         tracker = self.trackers.get(load.request)
-        if tracker is None or tracker.load is not load:
-            return
-        tracker.load = None
-        if load.outcome.ranks_failed:
-            # What is computed in place of it is stored again: the engine skips what it still has.
-            tracker.stored_chunks = min(tracker.stored_chunks, load.first_chunk)
-        self._forget_if_over(tracker)
+        if tracker is not None and tracker.load is load:
+            tracker.load = None
+            # What is computed in place of what failed is stored again: the engine skips what it still has.
+            if load.outcome.ranks_failed:
+                tracker.stored_chunks = min(tracker.stored_chunks, load.first_chunk)
+        if load.outcome.ranks_failed and load.wait:
+            self._spoilt(load)
+        self.adapter.free_lookup_locks(load.request, load.admission, 0)
+        if tracker is not None:
+            self._forget_if_over(tracker)
+
+    def _spoilt(self, load: OpenLoad) -> None:
+        """A synchronous load has failed: its step computed from garbage, and vLLM had put the blocks into its own prefix cache
+        before. It computes them again; until then others would be served what is in them, and we would keep it for good."""
+        for tracker in self.trackers.values():
+            tracker.has_hole = True
+        if self.kv_cache_manager is not None:
+            (blocks,) = self.kv_cache_manager.get_block_ids(load.request)
+            self.kv_cache_manager.evict_blocks(set(blocks[load.start // self.geometry.groups[0].tokens :]))
 
     def _store_ended(self, store: OpenStore) -> None:
         del self._open_stores[store.job]

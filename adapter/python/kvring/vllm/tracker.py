@@ -19,7 +19,8 @@ class OpenLoad:
     admission: int
     wait: bool
     first_chunk: int
-    tokens: int
+    start: int
+    """The first token that it brings."""
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -50,6 +51,8 @@ class Tracker:
     admission: int = -1
     """How often vLLM has preempted it: a lookup, a lease and a load belong to one admission."""
 
+    asked: bool = False
+    """The lookup is on its way, or has been answered."""
     hit: Hit | None = None
     """The answer to this admission's lookup. Asked again, it is given again."""
     local_tokens: int = 0
@@ -69,6 +72,7 @@ class Tracker:
         """The next admission: nothing of the earlier one's answer counts any more."""
         self.admission = admission
         self.salt = salt
+        self.asked = False
         self.hit = None
         self.local_tokens = 0
         self.settled = False

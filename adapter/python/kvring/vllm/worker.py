@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvring import SKIP, KvGroup, KvringError, LayoutError, WorkerAdapter
+from kvring import SKIP, KvGroup, LayoutError, WorkerAdapter
 
 from .config import Config
 from .geometry import Geometry
@@ -116,8 +116,9 @@ class WorkerSide:
         for load in meta.loads:
             try:
                 self._start_load(load)
-            except KvringError as error:
-                logger.warning("load %s: %s; its tokens are recomputed", load.request, error)
+            except Exception as error:
+                # Whatever it is: vLLM waits for the report, or would compute from what is not there.
+                logger.warning("load %s: %s: %s; its tokens are recomputed", load.request, type(error).__name__, error)
                 self._load_failed(load)
 
     def _start_load(self, load: Load) -> None:
@@ -128,8 +129,15 @@ class WorkerSide:
         self._loads[job] = load
         if load.wait:
             # Its report comes for certain, and until then it may write: there is no giving up.
-            while not self.adapter.wait_job(job, 1_000.0):
+            while not self._has_ended(job):
                 logger.warning("load %s has been running for more than a second", load.request)
+
+    def _has_ended(self, job: int) -> bool:
+        try:
+            return self.adapter.wait_job(job, 1_000.0)
+        except Exception as error:
+            logger.error("waiting for a load: %s: %s; waiting on", type(error).__name__, error)
+            return False
 
     def _load_failed(self, load: Load) -> None:
         self._load_ended(load, chunks_failed=1)
@@ -143,8 +151,8 @@ class WorkerSide:
         for store in meta.stores:
             try:
                 self._start_store(store)
-            except KvringError as error:
-                logger.warning("store %s: %s; it is dropped", store.request, error)
+            except Exception as error:
+                logger.warning("store %s: %s: %s; it is dropped", store.request, type(error).__name__, error)
                 self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
 
     def _start_store(self, store: Store) -> None:
@@ -161,10 +169,19 @@ class WorkerSide:
         if meta.idle and self._loads:
             self.adapter.wait_some(_IDLE_WAIT_MS)
         for finished in self.adapter.get_finished():
-            if finished.is_store:
-                self._store_finished(finished)
-            else:
-                self._load_finished(finished)
+            # Each for itself: what has been taken is not given again, and somebody waits for every one.
+            try:
+                self._count(finished)
+            except Exception as error:
+                logger.error("counting a job of %s: %s: %s", finished.request, type(error).__name__, error)
+            try:
+                if finished.is_store:
+                    self._store_finished(finished)
+                else:
+                    self._load_finished(finished)
+            except Exception as error:
+                logger.error("reporting a job of %s: %s: %s", finished.request, type(error).__name__, error)
+                self._report_at_least(finished)
         if self._invalidates:
             # After `get_finished`: the blocks of a load that it reported are among these.
             self._invalid_blocks.update(self.adapter.get_block_ids_with_load_errors())
@@ -175,38 +192,50 @@ class WorkerSide:
         self._saving = [saving for saving in self._saving if saving.jobs]
 
     def _store_finished(self, finished: Finished) -> None:
-        job = self._stores.pop(finished.job, None)
-        if job is None:
-            return
-        self._reading.pop(job, None)
-        self._outcomes[job] = Outcome(ranks=1, chunks_failed=finished.failed, ranks_failed=int(finished.failed > 0))
-        stats = self.stats
-        stats.add("stores")
-        stats.add("store_chunks", finished.done)
-        stats.add("store_chunks_skipped", finished.skipped)
-        stats.add("store_chunks_dropped", finished.failed)
-        stats.add("store_bytes", finished.bytes)
-        stats.add("store_seconds", finished.seconds)
-        self._log("store", finished, finished.done * self.geometry.chunk_tokens)
+        job = self._stores.get(finished.job)
+        if job is not None:
+            del self._stores[finished.job]
+            self._reading.pop(job, None)
+            self._outcomes[job] = Outcome(ranks=1, chunks_failed=finished.failed, ranks_failed=int(finished.failed > 0))
 
     def _load_finished(self, finished: Finished) -> None:
-        load = self._loads.pop(finished.job, None)
-        if load is None:
-            return
-        self._load_ended(load, chunks_failed=finished.failed)
-        self.stats.add("load_bytes", finished.bytes)
-        self.stats.add("load_seconds", finished.seconds)
-        self._log("load", finished, load.tokens)
+        load = self._loads.get(finished.job)
+        if load is not None:
+            self._load_ended(load, chunks_failed=finished.failed)
+            del self._loads[finished.job]
 
     def _load_ended(self, load: Load, *, chunks_failed: int) -> None:
         self._outcomes[load.job] = Outcome(ranks=1, chunks_failed=chunks_failed, ranks_failed=int(chunks_failed > 0))
-        self.stats.add("loads")
-        if chunks_failed:
-            self.stats.add("loads_failed")
         if not load.wait:
             self._received.add(load.request)
             if chunks_failed and not self._invalidates:
                 self._failed.add(load.request)
+
+    def _report_at_least(self, finished: Finished) -> None:
+        """After an error: what somebody waits for."""
+        failed = Outcome(ranks=1, chunks_failed=max(1, finished.failed), ranks_failed=1)
+        job, load = self._stores.pop(finished.job, None), self._loads.pop(finished.job, None)
+        if job is not None:
+            self._reading.pop(job, None)
+            self._outcomes[job] = failed
+        if load is not None:
+            self._outcomes[load.job] = failed
+            if not load.wait:
+                self._received.add(load.request)
+                self._failed.update({load.request} if finished.failed and not self._invalidates else ())
+
+    def _count(self, finished: Finished) -> None:
+        what, stats = "store" if finished.is_store else "load", self.stats
+        stats.add(f"{what}s")
+        stats.add(f"{what}_bytes", finished.bytes)
+        stats.add(f"{what}_seconds", finished.seconds)
+        if finished.is_store:
+            stats.add("store_chunks", finished.done)
+            stats.add("store_chunks_skipped", finished.skipped)
+            stats.add("store_chunks_dropped", finished.failed)
+        elif finished.failed:
+            stats.add("loads_failed")
+        self._log(what, finished, finished.done * self.geometry.chunk_tokens)
 
     def _log(self, what: str, finished: Finished, tokens: int) -> None:
         if logger.isEnabledFor(logging.DEBUG):

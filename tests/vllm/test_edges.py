@@ -5,35 +5,21 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import kvring
 import pytest
-from harness.jobs import Faults
+from harness.support import harness, want
+
+import kvring
 from kvring.vllm.scheduler import SchedulerSide
 from kvring.vllm.worker import WorkerSide
-from review_support import harness, want
 
 PROMPT = list(range(10, 74))
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[str]:
-    name = f"review-edges-{os.getpid()}"
+    name = f"edges-edges-{os.getpid()}"
     with kvring.Engine(name, "64MiB"):
         yield name
-
-
-def test_resetting_with_running_requests_works_while_a_finished_request_is_still_being_stored(engine: str) -> None:
-    """`LLM.reset_prefix_cache(reset_running_requests=True, reset_connector=True)`, `pause_generation(mode="keep")`: vLLM raises
-    when blocks are held by anybody, and does not come to `reset_connector` then."""
-    made = harness(engine, faults=Faults(hold=1.0), num_blocks=60, max_batched=64)
-    made.add(want("short", PROMPT[:17], 1))
-    made.add(want("long", PROMPT[:20], 30))
-    for _ in range(2):
-        made.step()
-    assert made.scheduler.requests["short"].is_finished(), "and its blocks are kept"
-    made.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
-    made.run(200)
-    made.shutdown()
 
 
 def test_a_request_is_told_of_only_those_bad_blocks_that_were_to_be_loaded(engine: str) -> None:
@@ -42,7 +28,7 @@ def test_a_request_is_told_of_only_those_bad_blocks_that_were_to_be_loaded(engin
     side = SchedulerSide.__new__(SchedulerSide)
     side._next_job, side._loads, side._open_loads, side.load_waits = 0, [], {}, False
     side.trackers = {"r": SimpleNamespace(local_tokens=8, admission=0, settled=False, load=None)}
-    side.geometry = SimpleNamespace(groups=(SimpleNamespace(tokens=4),))
+    side.geometry = SimpleNamespace(groups=(SimpleNamespace(tokens=4),), chunk_tokens=4)
     side.load_cannot_be("r", SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)))
     assert side._loads[0].blocks == [3, 4]
 
@@ -89,6 +75,7 @@ def test_a_load_that_raises_anything_is_reported_and_so_are_those_behind_it() ->
 
     side.adapter, side.stats, side.rank = Adapter(), KvringStats(), 0
     side.geometry = SimpleNamespace(shard_of=lambda rank: rank, groups=(None,))
+    side._invalidates = True
     side._loads, side._outcomes, side._received, side._failed, side._invalid_blocks = {}, {}, set(), set(), set()
     loads = [Load(job, f"r{job}", 4, False, (b"",), [job]) for job in (1, 2)]
     try:
@@ -98,33 +85,13 @@ def test_a_load_that_raises_anything_is_reported_and_so_are_those_behind_it() ->
     assert side._received == {"r1", "r2"} and set(side._outcomes) == {1, 2} and side._invalid_blocks == {1, 2}
 
 
-def test_a_store_that_is_under_way_does_not_survive_a_reset(engine: str) -> None:
-    """Its keys are the old ones: this vLLM asks with a salt from now on, but every other one (and this one after a restart)
-    finds what was stored of the weights that the reset was for."""
-    made = harness(engine, faults=Faults(hold=1.0), num_blocks=60, max_batched=64)
-    made.add(want("a", PROMPT[:33], 4))
-    made.step()
-    keys = [key[:16] for key in made.ledger.requests["a"].block_hashes]
-    made.reset(running=False, connector=True)
-    for adapter in made.adapters:
-        adapter.release_all()
-        assert adapter.wait_idle(5_000)
-    inner = made.sessions._inner
-    inner.begin_step()
-    hit = inner.lookup("another vLLM", 0, keys)
-    inner.end_session("another vLLM")
-    made.run(200)
-    made.shutdown()
-    assert hit.chunks == 0, f"{hit.chunks} chunks from before the reset are there"
-
-
 def test_a_load_that_fails_says_so_in_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
     """A prompt of 16k tokens is a thousand chunks; the engine's death is one event."""
     import ctypes
     import logging
     import time
 
-    name = f"review-flood-{os.getpid()}"
+    name = f"edges-flood-{os.getpid()}"
     memory = bytearray(64 * 4096)
     address = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
     with kvring.Engine(name, "64MiB"):

@@ -1,4 +1,4 @@
-"""What the reviewer's tests share: one engine, a harness made by hand, faults put into one call."""
+"""What tests of single edges share: one engine, a harness made by hand, faults put into one call."""
 
 import itertools
 import logging
@@ -39,12 +39,14 @@ def extra(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def harness(name: str, *, faults: Faults | None = None, chunk_blocks: int = 1, options: dict[str, Any] | None = None, **setup: Any) -> Harness:
+def harness(
+    name: str, *, faults: Faults | None = None, chunk_blocks: int = 1, options: dict[str, Any] | None = None, **setup: Any
+) -> Harness:
     made = configs.Setup(
         connector="KvringConnector",
         connector_module="kvring.vllm",
         extra=extra(name, chunk_blocks=chunk_blocks, **(options or {})),
-        nonce=f"review-{os.getpid()}-{next(_numbers)}",
+        nonce=f"edge-{os.getpid()}-{next(_numbers)}",
         **setup,
     )
     ready = Harness(made, PLUG, chunk_blocks=chunk_blocks, faults=faults, seed=1)

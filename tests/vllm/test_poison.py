@@ -3,18 +3,19 @@
 import os
 from collections.abc import Iterator
 
-import kvring
 import pytest
 from harness.jobs import Faults
+from harness.support import harness, want
+
+import kvring
 from kvring.vllm.scheduler import SchedulerSide
-from review_support import harness, want
 
 PROMPT = list(range(10, 50))
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[str]:
-    name = f"review-poison-{os.getpid()}"
+    name = f"poison-poison-{os.getpid()}"
     with kvring.Engine(name, "64MiB"):
         yield name
 
