@@ -16,9 +16,8 @@ from real.vllm import Zygote
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--standin", action="store_true", help="try the tests themselves: without kvring, on a connector that is right"
-    )
+    about = "try the tests themselves: without kvring, on a connector that is right"
+    parser.addoption("--standin", action="store_true", help=about)
 
 
 def pytest_configure(config):

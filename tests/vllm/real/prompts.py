@@ -23,11 +23,10 @@ def whole_blocks(tokens: int) -> int:
 
 
 def most_loadable(prompt_tokens: int) -> int:
-    """What a cache that holds all of a prompt's whole blocks can bring at most: one token is always computed.
+    """What a cache that holds all of a prompt's whole blocks can bring at most.
 
-    A synchronous load leaves out the last token (so vLLM gets 31 tokens of the last block), an asynchronous one may bring
-    it and vLLM computes it again; connectors may also leave out the whole last block. See `at_least_loadable`."""
-    return min(whole_blocks(prompt_tokens), prompt_tokens)
+    An asynchronous load may bring the last token as well (vLLM computes it again), a synchronous one must leave it out."""
+    return whole_blocks(prompt_tokens)
 
 
 def least_loadable(prompt_tokens: int) -> int:

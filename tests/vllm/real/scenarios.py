@@ -32,7 +32,7 @@ def check_lookups(answer: dict[str, Any]) -> None:
     assert not changed, f"a lookup's answer changed within an admission: {changed}"
 
 
-def check_resumed(answer: dict[str, Any], local: bool = False) -> None:
+def check_resumed(answer: dict[str, Any]) -> None:
     """P5: a preempted request loads every whole block that it had computed, generated tokens included."""
     check_lookups(answer)
     for lookup in answer["lookups"]:
