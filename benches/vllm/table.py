@@ -41,7 +41,7 @@ class Row:
         """A quarter of the turns were below the first, a quarter above the second."""
         if len(self.values) < 4:
             return ""
-        return f"{quantile(self.values, 0.25):.4g} – {quantile(self.values, 0.75):.4g}"
+        return f"{quantile(self.values, 0.25):.4g} to {quantile(self.values, 0.75):.4g}"
 
 
 def print_table(rows: list[Row]) -> None:

@@ -7,7 +7,7 @@ from test_tensor_parallel import TWO_RANKS
 
 @pytest.mark.parametrize("lookup", ["poll", "async"])
 def test_a_lookup_of_the_prompt_only(scene, lookup):
-    with pytest.raises(AssertionError, match="resumed with|no resumed request"):
+    with pytest.raises(AssertionError, match=r"resumed with|no resumed request"):
         minimal_preemption(scene, broken=("prompt_only_lookup",), kvring={"lookup": lookup})
 
 
@@ -35,5 +35,5 @@ def test_one_ranks_failed_synchronous_load_that_is_ignored(scene):
 
 
 def test_stores_that_are_read_late_and_not_flushed(scene):
-    with pytest.raises(AssertionError, match="under preemption|second pass"):
+    with pytest.raises(AssertionError, match=r"under preemption|second pass"):
         minimal_preemption(scene, broken=("stores_late_without_fences",))

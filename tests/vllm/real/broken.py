@@ -87,16 +87,12 @@ def stores_after_a_failed_load() -> None:
 
     store = SchedulerSide._store
 
-    def at_once(self, meta, output, request_id, computed):
-        tracker = self.trackers.get(request_id)
-        load = tracker.load if tracker is not None else None
-        if tracker is not None:
-            tracker.load = None
+    def at_once(self, tracker, *step):
+        load, tracker.load = tracker.load, None
         try:
-            store(self, meta, output, request_id, computed)
+            store(self, tracker, *step)
         finally:
-            if tracker is not None:
-                tracker.load = load
+            tracker.load = load
 
     SchedulerSide._store = at_once
 

@@ -1,5 +1,6 @@
 """What the connector says of the engine's health in vLLM's log: each transition once."""
 
+import itertools
 import re
 
 TRANSITIONS = (
@@ -27,6 +28,6 @@ def repeated(log: str) -> list[str]:
     return [
         f"{role} in {process}: {one}"
         for (process, role), what in transitions(log).items()
-        for one, other in zip(what, what[1:], strict=False)
+        for one, other in itertools.pairwise(what)
         if one == other
     ]
