@@ -106,7 +106,9 @@ class Scene:
             time.sleep(0.01)
 
     def close(self) -> None:
-        for vllm in self.vllms:
-            vllm.close()
-        if not self.standin:
-            self.engine.close()
+        try:
+            for vllm in self.vllms:
+                vllm.close()
+        finally:
+            if not self.standin:
+                self.engine.close()

@@ -1,7 +1,9 @@
 """The tests' end of a vLLM process: starts it, sends steps, reads answers, and reads its log."""
 
+import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -218,7 +220,8 @@ class Vllm:
         if self.closed:
             return
         self.closed = True
-        self.steps.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died before it read the last step
+            self.steps.close()
         deadline = time.monotonic() + patience
         while state(self.pid) not in ("", "Z") and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -227,8 +230,14 @@ class Vllm:
         except ProcessLookupError:
             pass
         os.close(self.answers)
-        self.final_log = self.log()
+        self.clean_up_after_vllm()
         self.scratch.cleanup()
+
+    def clean_up_after_vllm(self) -> None:
+        """With several ranks vLLM leaves what they share in /dev/shm, also when it ends gently; and a file in /tmp always."""
+        for name in set(re.findall(r"vllm_dist_[0-9a-f]+", self.log())):
+            for left in (*Path("/dev/shm").glob(f"{name}*"), Path(tempfile.gettempdir()) / name):
+                left.unlink(missing_ok=True)
 
     def kill(self) -> None:
         self.close(0)
