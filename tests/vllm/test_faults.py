@@ -73,7 +73,16 @@ PLACES: list[tuple[type, str]] = [
 ]
 
 
-AFTER_IS_IMPOSSIBLE = {"submit_store", "submit_load", "_start_store", "_start_load", "take_transfer_results"}
+AFTER_IS_IMPOSSIBLE = {
+    "submit_store",
+    "submit_load",
+    "get_finished",
+    "_start_store",
+    "_start_load",
+    "take_transfer_results",
+    "take_worker_meta",
+    "take_invalid_blocks",
+}
 """Calls whose last act is what they are for: nothing is left in them that could raise afterwards."""
 
 

@@ -88,7 +88,7 @@ def test_an_engine_starts_and_stops_and_says_why_not():
     assert not engine.is_running and kvring.engine_state(engine.name) == "absent"
     with pytest.raises(kvring.EngineError, match="ended with code"):
         kvring.Engine(unique_name(), "nonsense").start()
-    with pytest.raises(kvring.EngineError, match="was not ready within 0.0"):
+    with pytest.raises(kvring.EngineError, match=r"was not ready within 0\.0"):
         kvring.Engine(unique_name(), "64MiB", start_timeout_s=0.0).start()
 
 

@@ -124,13 +124,13 @@ def vllm_config(setup: Setup) -> VllmConfig:
 
 def layer_specs(setup: Setup) -> dict[str, KVCacheSpec]:
     """8 bytes a token and layer: one head, K and V of one float each."""
-    common: dict[str, Any] = dict(
-        block_size=setup.block_size,
-        num_kv_heads=1,
-        head_size=1,
-        dtype=torch.float32,
-        max_tp_shards=setup.tp // setup.replicas,
-    )
+    common: dict[str, Any] = {
+        "block_size": setup.block_size,
+        "num_kv_heads": 1,
+        "head_size": 1,
+        "dtype": torch.float32,
+        "max_tp_shards": setup.tp // setup.replicas,
+    }
     specs: dict[str, KVCacheSpec] = {}
     for index in range(setup.layers):
         specs[f"model.layers.{2 * index}.self_attn.attn"] = FullAttentionSpec(**common)

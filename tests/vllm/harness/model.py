@@ -1,7 +1,7 @@
 """A model whose KV says what it was computed from.
 
-The KV of layer `l` at position `p` is eight bytes: a hash of all tokens up to `p`, of what separates requests (salt, LoRA), of the
-layer, and of the rank unless ranks are replicas. Wrong KV can therefore be seen at once, and named. The next token is a
+The KV of layer `l` at position `p` is eight bytes: a hash of all tokens up to `p`, of what separates requests (salt, LoRA),
+of the layer, and of the rank unless ranks are replicas. Wrong KV can therefore be seen at once, and named. The next token is a
 function of the same hash, so that the right output of every request is known before anything runs.
 """
 

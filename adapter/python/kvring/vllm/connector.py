@@ -154,7 +154,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         """See `SchedulerSide`."""
         return self.scheduler.build_connector_meta(scheduler_output)
 
-    @fail_open(lambda self, *_: None)
+    @fail_open(lambda self, output: self.scheduler.give_up(output.kv_connector_worker_meta))
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """See `SchedulerSide`."""
         meta = connector_output.kv_connector_worker_meta
@@ -205,7 +205,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(kv_connector_metadata, KvringMetadata)
         self.worker.flush(kv_connector_metadata)
 
-    @fail_open(lambda self, *_, **__: None)
+    @fail_open(lambda self, *_, **__: self.worker.fail_loads(self._meta))
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """See `WorkerSide`."""
         self.worker.start_loads(self._meta)

@@ -389,6 +389,11 @@ class SchedulerSide:
             if store.outcome.ranks >= self.geometry.world:
                 self._store_ended(store)
 
+    def give_up(self, worker_meta: KvringWorkerMetadata | None) -> None:
+        """After an error: these reports are lost."""
+        for job in worker_meta.outcomes if worker_meta is not None else ():
+            self._give_up(job)
+
     def _give_up(self, job: int) -> None:
         """After an error: nothing more is known of this job, and nothing more is stored of its request."""
         self._flush_all = True

@@ -121,6 +121,13 @@ class WorkerSide:
                 logger.warning("load %s: %s: %s; its tokens are recomputed", load.request, type(error).__name__, error)
                 self._load_failed(load)
 
+    def fail_loads(self, meta: KvringMetadata) -> None:
+        """After an error: what has not been started never will be."""
+        running = {load.job for load in self._loads.values()}
+        for load in meta.loads:
+            if load.job not in running and load.job not in self._outcomes:
+                self._load_failed(load)
+
     def _start_load(self, load: Load) -> None:
         if not load.shards:
             self._load_failed(load)
