@@ -156,14 +156,15 @@ def _blocks_given_back_early(patch: pytest.MonkeyPatch) -> None:
 
 
 def _stale_hit(patch: pytest.MonkeyPatch) -> None:
-    begin = Tracker.begin
+    ask = SchedulerSide._ask
+    answers: dict[str, Any] = {}
 
-    def keeps(self: Tracker, *arguments: Any) -> None:
-        hit = self.hit
-        begin(self, *arguments)
-        self.hit = hit
+    def stale(self: SchedulerSide, tracker: Tracker) -> Any:
+        if answers.get(tracker.request) is None:
+            answers[tracker.request] = ask(self, tracker)
+        return answers[tracker.request]
 
-    patch.setattr(Tracker, "begin", keeps)
+    patch.setattr(SchedulerSide, "_ask", stale)
 
 
 def _poison(patch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ class SchedulerSide:
         if tracker is None or tracker.settled:
             return
         tracker.settled = True
-        hit = tracker.hit
+        hit, tracker.hit = tracker.hit, None
         if hit is None or hit.chunks == 0:
             return
         if num_external_tokens == 0:
@@ -427,9 +427,17 @@ class SchedulerSide:
         before. It computes them again; until then others would be served what is in them, and we would keep it for good."""
         for tracker in self.trackers.values():
             tracker.has_hole = True
-        if self.kv_cache_manager is not None:
-            (blocks,) = self.kv_cache_manager.get_block_ids(load.request)
-            self.kv_cache_manager.evict_blocks(set(blocks[load.start // self.geometry.groups[0].tokens :]))
+        manager = self.kv_cache_manager
+        if manager is None:
+            return
+        (blocks,) = manager.get_block_ids(load.request)
+        bad = set(blocks[load.start // self.geometry.groups[0].tokens :]) - {NULL_BLOCK}
+        evict = set(bad)
+        for request in self.trackers:
+            # Who shares them has computed from them what comes behind.
+            (ids,) = manager.get_block_ids(request)
+            evict.update(itertools.dropwhile(lambda block: block not in bad, ids))
+        manager.evict_blocks(evict)
 
     def _store_ended(self, store: OpenStore) -> None:
         del self._open_stores[store.job]

@@ -147,6 +147,8 @@ class WorkerSide:
             return False
 
     def _load_failed(self, load: Load) -> None:
+        self.stats.add("loads")
+        self.stats.add("loads_failed")
         self._load_ended(load, chunks_failed=1)
         if self._invalidates:
             self._invalid_blocks.update(block for block in load.blocks if block != SKIP)
