@@ -77,6 +77,7 @@ AFTER_IS_IMPOSSIBLE = {
     "submit_store",
     "submit_load",
     "get_finished",
+    "build_connector_meta",
     "_start_store",
     "_start_load",
     "take_transfer_results",

@@ -21,4 +21,4 @@ def test_with_vllms_own_prefix_cache(scene, load):
 def test_random_ones(scene, load):
     vllm = scene.vllm(kvring={"load": load}, num_gpu_blocks_override=17, max_model_len=512)
     for seed in range(4):
-        random_preemption(scene, vllm, seed, blocks=17)
+        random_preemption(scene, vllm, seed, blocks=17, at_once=load == "async")

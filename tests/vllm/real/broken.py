@@ -85,16 +85,8 @@ def stores_after_a_failed_load() -> None:
     """One rank's failed synchronous load is ignored: what the step computed from it is stored, and the engine is not told."""
     from kvring.vllm.scheduler import SchedulerSide
 
-    store = SchedulerSide._store
-
-    def at_once(self, tracker, *step):
-        load, tracker.load = tracker.load, None
-        try:
-            store(self, tracker, *step)
-        finally:
-            tracker.load = load
-
-    SchedulerSide._store = at_once
+    SchedulerSide._may_store = lambda self: True
+    SchedulerSide._spoilt = lambda self, load: None
 
 
 def stores_late_without_fences() -> None:

@@ -25,6 +25,7 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # saves a C++ compilation at the first call
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",  # two tests at a time on two cores, and one order of additions
     "PYTHONHASHSEED": "0",
