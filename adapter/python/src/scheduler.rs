@@ -247,10 +247,11 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
     }
 });
 
-/// As long as an answer of an engine that is awake takes; nothing on one CPU, where the engine would wait for us.
+/// As long as an engine that sleeps takes to wake up and answer: who slept meanwhile would have to be woken as well, which takes
+/// as long again. Nothing on one CPU, where the engine would wait for us.
 fn poll_interval() -> Duration {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    if cpus > 1 { Duration::from_micros(20) } else { Duration::ZERO }
+    if cpus > 1 { Duration::from_micros(200) } else { Duration::ZERO }
 }
 
 impl Adapter<true> {

@@ -94,7 +94,7 @@ class Config:
         5.0, _above_zero, "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)"
     )
     poll_interval_us: float | None = _option(
-        None, _zero_or_more, "how long a lookup spins before it sleeps; unset: 20, or 0 on a single CPU"
+        None, _zero_or_more, "how long a lookup spins before it sleeps; unset: 200, or 0 on a single CPU"
     )
     pending_timeout_ms: float = _option(30_000.0, _above_zero, "how long a lookup may stay pending (`async`)")
     attach_timeout_ms: float = _option(5_000.0, _above_zero, "one attempt to attach to an engine")
