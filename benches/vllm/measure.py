@@ -176,7 +176,7 @@ def decode(bench: Bench, count: int) -> Found:
 
 def throughput(bench: Bench, count: int) -> Found:
     """Sixteen requests at once that nobody has seen, 512 tokens and 32 more each: everything is stored, nothing is hit."""
-    vllms = {"none": bench.plain(), "kvring": bench.kvring()}
+    vllms = {"none": bench.plain(), "nothing": bench.nothing(), "kvring": bench.kvring()}
     requests, length, output = 16, 512, 32
 
     def tokens_per_s(vllm: Vllm) -> float:
@@ -188,5 +188,5 @@ def throughput(bench: Bench, count: int) -> Found:
     bench.end_all()
     return {
         "tokens_per_s": {name: [turn[name] for turn in made] for name in vllms},
-        "throughput_ratio": {"kvring": [turn["kvring"] / turn["none"] for turn in made]},
+        "throughput_ratio": {name: [turn[name] / turn["none"] for turn in made] for name in ("nothing", "kvring")},
     }

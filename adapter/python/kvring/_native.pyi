@@ -110,8 +110,9 @@ class SchedulerAdapter:
 
 @final
 class PollingSchedulerAdapter:
-    """Lookups with a definite answer at once: spins, holding the GIL, for `poll_interval_us` (an answer takes a few
-    microseconds, of an engine that sleeps some 80; 200, or 0 on one CPU), then waits without it. Where spinning brought nothing, most lookups wait at once."""
+    """Lookups with a definite answer at once: spins, holding the GIL, for `poll_interval_us` (200, or 0 on one CPU; an answer
+    takes a few microseconds, that of an engine that sleeps some 80), then waits without it. Where spinning brought nothing,
+    most lookups wait at once."""
 
     def __init__(
         self,
