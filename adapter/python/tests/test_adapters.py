@@ -261,6 +261,52 @@ def test_without_an_engine():
         worker.submit_store("r", (1, 1), keys("a", 1), [0])
 
 
+def test_an_engine_of_another_release_is_no_error_and_says_what_came(caplog):
+    with kvring.Engine(unique_name(), "64MiB") as engine:
+        # The ABI's version, in the superblock that is all a client has to go by.
+        with open(f"/dev/shm/kvring.{engine.name}.engine", "r+b") as segment:
+            segment.seek(8)
+            version = int.from_bytes(segment.read(4), "little")
+            segment.seek(8)
+            segment.write((version + 70).to_bytes(4, "little"))
+        assert kvring.engine_state(engine.name).startswith("incompatible")
+        caplog.set_level("WARNING", "kvring")
+        scheduler = kvring.PollingSchedulerAdapter(FINGERPRINT, name=engine.name)
+        eventually(lambda: scheduler.health().startswith("incompatible"))
+        for number in (version, version + 70):
+            assert str(number) in scheduler.health(), "expected, and what came"
+        assert scheduler.lookup("r", 0, keys("a", 1)).chunks == 0
+        eventually(lambda: any(str(version + 70) in record.getMessage() for record in caplog.records))
+        told = [record.getMessage() for record in caplog.records if engine.name in record.getMessage()]
+        assert len(told) == len(set(told)), told
+        scheduler.shutdown()
+        with open(f"/dev/shm/kvring.{engine.name}.engine", "r+b") as segment:
+            segment.seek(8)
+            segment.write(version.to_bytes(4, "little"))
+
+
+def test_salted_keys_are_other_keys(make):
+    memory = Memory(4, 4096)
+    worker, scheduler = make.worker(KvGroup(4, 1, [memory.tensor()]), owner=memory), make.polling()
+    salt, plain = bytes(range(1, 17)), keys("salted", 2)
+    stored = [bytes(a ^ b for a, b in zip(key, salt)) for key in plain]
+    assert done(worker, worker.submit_store("r", (1, 1), stored, [0, 1])).done == 2
+    assert lookup(scheduler, "stored", stored, 2).chunks == 2
+    scheduler.begin_step()
+    assert scheduler.lookup("salted", 0, plain, salt=salt).chunks == 2
+    assert scheduler.lookup("plain", 0, plain).chunks == 0
+    with pytest.raises(kvring.ConfigError, match="expected 16 bytes, got 3"):
+        scheduler.lookup("wrong", 0, plain, salt=b"abc")
+
+
+def test_a_store_that_has_ended_reads_no_more(make):
+    memory = Memory(4, 4096)
+    worker = make.worker(KvGroup(4, 1, [memory.tensor()]), owner=memory)
+    job = worker.submit_store("r", (1, 1), keys("reading", 2), [0, 1])
+    done(worker, job)
+    assert not worker.is_reading(job) and not worker.is_reading(12345)
+
+
 def test_flush_and_preemptions(make, engine):
     memory = Memory(64, 1 << 16)
     worker = make.worker(KvGroup(64, 1, [memory.tensor()]))
