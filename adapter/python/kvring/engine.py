@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import select
 import shutil
 import signal
 import stat
@@ -17,6 +18,8 @@ from typing import IO
 from ._native import EngineError
 
 _READY = "serving"
+# The shell ends at once, so that the engine is nobody's child: vLLM kills all of its own when it ends.
+_ORPHAN = ["/bin/sh", "-c", '"$@" & echo $!', "sh"]
 _LOG_BYTES_MAX = 16 << 20
 
 
@@ -65,8 +68,11 @@ class Engine:
         self.start_timeout_s = start_timeout_s
         self.detach = detach
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd: int | None = None
+        """Of an engine that is not our child."""
         self._log: IO[bytes] | None = None
         self._log_from = 0
+        self._pid = 0
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -80,10 +86,12 @@ class Engine:
     @property
     def pid(self) -> int | None:
         """Of the process, while it runs."""
-        return self._process.pid if self.is_running and self._process else None
+        return self._pid if self.is_running else None
 
     @property
     def is_running(self) -> bool:
+        if self._pidfd is not None:
+            return not self._wait(0)
         return self._process is not None and self._process.poll() is None
 
     @property
@@ -105,9 +113,10 @@ class Engine:
         # stderr goes to a file: nobody has to read it, and it is never full.
         self._close_log()
         self._log = self._open_log()
+        self._forget_orphan()
         try:
             self._process = subprocess.Popen(
-                command,
+                [*_ORPHAN, *command] if self.detach else command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -115,8 +124,46 @@ class Engine:
             )
         except OSError as error:
             raise EngineError(f"cannot run {command[0]}: {error}") from error
+        self._pid = self._process.pid
+        if self.detach:
+            self._adopt(self._process)
         self._wait_ready(self._process)
         return self
+
+    def _adopt(self, shell: subprocess.Popen[bytes]) -> None:
+        """The engine's process, which the shell names before it ends."""
+        assert shell.stdout is not None
+        said = shell.stdout.readline().strip()
+        shell.wait()
+        try:
+            self._pid = int(said)
+            self._pidfd = os.pidfd_open(self._pid)
+        except (ValueError, OSError):
+            # It has ended already; its log says why.
+            self._pidfd = None
+
+    def _forget_orphan(self) -> None:
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Has it ended, within that time?"""
+        if self._pidfd is not None:
+            return bool(select.select([self._pidfd], [], [], timeout_s)[0])
+        try:
+            return self._process is None or self._process.wait(timeout_s) is not None
+        except subprocess.TimeoutExpired:
+            return False
+
+    def _signal(self, number: int) -> None:
+        try:
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            elif self._process is not None:
+                self._process.send_signal(number)
+        except ProcessLookupError:
+            pass
 
     @property
     def log_path(self) -> str | None:
@@ -152,7 +199,7 @@ class Engine:
 
         def give_up() -> None:
             late.set()
-            process.kill()
+            self._signal(signal.SIGKILL)
 
         timer = threading.Timer(self.start_timeout_s, give_up)
         timer.daemon = True
@@ -166,33 +213,34 @@ class Engine:
             process.stdout.close()
         if ready and not late.is_set():
             return
-        code = process.wait()
+        self._wait(self.start_timeout_s)
+        code = None if self.detach else process.returncode
         said = self.log.strip() or "it said nothing"
         self._close_log()
-        why = f"was not ready within {self.start_timeout_s} s" if late.is_set() else f"ended with code {code}"
+        why = (
+            f"was not ready within {self.start_timeout_s} s"
+            if late.is_set()
+            else "has ended"
+            if code is None
+            else f"ended with code {code}"
+        )
         raise EngineError(f"the engine {self.name} {why}:\n{said}")
 
     def stop(self, timeout_s: float = 30) -> None:
         """SIGTERM, and SIGKILL where that does not end it within `timeout_s`. Fine if it does not run."""
-        process = self._process
-        if process is None:
-            return
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+        if self.is_running:
+            self._signal(signal.SIGTERM)
             # One that has been stopped by a signal could not hear it.
-            process.send_signal(signal.SIGCONT)
-            try:
-                process.wait(timeout_s)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            self._signal(signal.SIGCONT)
+            if not self._wait(timeout_s):
+                self.kill()
         self._close_log()
 
     def kill(self) -> None:
         """SIGKILL, as a crash would end it: for tests."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        if self.is_running:
+            self._signal(signal.SIGKILL)
+            self._wait(self.start_timeout_s)
 
     def _close_log(self) -> None:
         if self._log is not None:

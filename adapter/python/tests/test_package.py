@@ -94,12 +94,35 @@ def test_an_engine_starts_and_stops_and_says_why_not():
 
 def test_a_detached_engine_outlives_who_started_it():
     name = unique_name()
-    script = "import kvring, sys; print(kvring.Engine(sys.argv[1], '16MiB', detach=True).start().pid)"
-    pid = int(subprocess.check_output([sys.executable, "-c", script, name], timeout=LIMIT_S))
+    # vLLM ends by killing all that descend from it: an engine must not.
+    script = (
+        "import kvring, os, sys; pid = kvring.Engine(sys.argv[1], '16MiB', detach=True).start().pid;"
+        "print(pid, os.getpid(), open(f'/proc/{pid}/stat').read().rsplit(')', 1)[1].split()[1])"
+    )
+    said = subprocess.check_output([sys.executable, "-c", script, name], timeout=LIMIT_S)
+    pid, starter, parent = map(int, said.split())
+    assert parent != starter
     assert kvring.engine_state(name) == "serving"
-    assert os.getsid(pid) == pid
+    assert os.getsid(pid) != os.getsid(0)
     os.kill(pid, 15)
     eventually(lambda: kvring.engine_state(name) == "absent")
+
+
+def test_a_detached_engine_is_watched_stopped_and_says_why_not():
+    name = unique_name()
+    engine = kvring.Engine(name, "16MiB", detach=True).start()
+    try:
+        assert engine.is_running and engine.pid
+        with pytest.raises(kvring.EngineError, match="runs already"):
+            kvring.Engine(name, "16MiB", detach=True).start()
+        os.kill(engine.pid, 9)
+        eventually(lambda: not engine.is_running)
+        assert engine.pid is None and kvring.engine_state(name) == "dead"
+        engine.start()
+        engine.stop()
+        assert not engine.is_running and kvring.engine_state(name) == "absent"
+    finally:
+        os.unlink(engine.log_path)
 
 
 def test_the_binary_is_found(monkeypatch, tmp_path):
