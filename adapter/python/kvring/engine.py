@@ -18,8 +18,9 @@ from typing import IO
 from ._native import EngineError
 
 _READY = "serving"
-# The shell ends at once, so that the engine is nobody's child: vLLM kills all of its own when it ends.
-_ORPHAN = ["/bin/sh", "-c", '"$@" & echo $!', "sh"]
+# The first shell ends at once, so that the engine is nobody's child: vLLM kills all of its own when it ends. The second one names
+# itself and becomes the engine, so its number comes before anything that the engine says.
+_ORPHAN = ["/bin/sh", "-c", """/bin/sh -c 'echo $$; exec "$@"' sh "$@" &""", "sh"]
 _LOG_BYTES_MAX = 16 << 20
 
 
@@ -96,7 +97,7 @@ class Engine:
 
     @property
     def log(self) -> str:
-        """What it has written to stderr; the file is removed when the next one starts."""
+        """What it has written to stderr since its start."""
         if self._log is None:
             return ""
         self._log.seek(self._log_from)
@@ -215,6 +216,7 @@ class Engine:
             return
         self._wait(self.start_timeout_s)
         code = None if self.detach else process.returncode
+        self._forget_orphan()
         said = self.log.strip() or "it said nothing"
         self._close_log()
         why = (
@@ -234,6 +236,7 @@ class Engine:
             self._signal(signal.SIGCONT)
             if not self._wait(timeout_s):
                 self.kill()
+        self._forget_orphan()
         self._close_log()
 
     def kill(self) -> None:

@@ -36,7 +36,7 @@ class Keeper:
                 raise
             # Somebody else was faster.
         else:
-            # Kept: it is our child, and somebody must notice when it ends.
+            # Kept, to notice when it ends.
             self._engine = engine
             logger.info("started the engine %s, pid %s, its log is %s", self._name, engine.pid, engine.log_path)
 
@@ -53,6 +53,7 @@ class Keeper:
         while not self._closed.wait(pause):
             try:
                 if self._engine is not None and not self._engine.is_running:
+                    self._engine.stop()
                     self._engine = None
                 self.ensure()
                 pause = _LOOK_EVERY_S
