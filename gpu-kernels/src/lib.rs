@@ -9,7 +9,9 @@ mod backend;
 pub mod checksum;
 pub mod copy;
 mod cpu;
+mod layout;
 mod sync;
 
 pub use backend::{ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
 pub use cpu::CpuBackend;
+pub use layout::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};

@@ -1,7 +1,7 @@
 //! Jobs: what the caller's thread hands to the mover, and how the two agree on which blocks are being read.
 
-use super::paged::PagedKv;
 use super::report::{LoadReport, StoreReport};
+use kvring_gpu_kernels::PagedKv;
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -148,7 +148,7 @@ impl Drop for CopyRunning<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::worker::paged::Plane;
+    use kvring_gpu_kernels::Plane;
     use std::sync::{Arc, mpsc};
     use std::time::Duration;
 

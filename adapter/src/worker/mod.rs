@@ -4,14 +4,13 @@ mod job;
 mod jobs;
 mod loading;
 mod mover;
-mod paged;
 mod queue;
 mod report;
 mod storing;
 
 pub use job::{Finished, JobId, LoadChunk, StoreChunk};
 pub use jobs::Jobs;
-pub use paged::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};
+pub use kvring_gpu_kernels::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
 use crate::client::{Client, Probe, Registered};

@@ -1,8 +1,8 @@
 //! The mover's queue: loads before stores, what has ended, and a clean end.
 
 use super::job::{Finished, Job, JobId};
-use super::paged::SKIP;
 use super::report::{LoadReport, StoreReport};
+use kvring_gpu_kernels::SKIP;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

@@ -1,6 +1,11 @@
-//! A paged KV cache on the host, as vLLM's CPU backend has it: planes (one per layer, or per layer and K/V) of pages,
-//! one page per block, at a base address and a stride. Layers that share a block table are a *group*; most models have one,
-//! those that mix kinds of attention have several.
+//! A paged KV cache, as vLLM has it: planes of pages, one page per block, at a base address and a stride. Layers that share a
+//! block table are a *group*; most models have one, those that mix kinds of attention have several.
+//!
+//! This one affine description covers all of vLLM's page orders, named by the axes L(ayer), B(lock), H(ead), N (token of a
+//! block) and C(ontent), the outermost first. What a layer has of a block is contiguous in LBHNC, LBNHC, BLHNC, BLNHC and MLA: a
+//! plane for each layer. With the heads outside the blocks (LHBNC) or outside the layers (BHLNC) a plane is a layer's head.
+//! Packed allocations are planes whose pages lie in each other's gaps, padded pages are planes whose stride is longer than
+//! their page.
 //!
 //! A shard holds page bytes verbatim, group after group, and in each block-major and plane-minor: `[block of
 //! chunk][plane][page bytes]`. So the groups, the order of planes and their page sizes belong to the namespace: they go into
@@ -183,6 +188,12 @@ impl PagedKv {
         Ok(PagedKv { groups, blocks_per_chunk, shard_bytes })
     }
 
+    /// Its groups.
+    #[must_use]
+    pub fn groups(&self) -> &[KvGroup] {
+        &self.groups
+    }
+
     /// Bytes of one shard: what one chunk of this rank takes in the arena.
     #[must_use]
     pub fn shard_bytes(&self) -> u64 {
@@ -247,7 +258,7 @@ impl PagedKv {
 
     /// The pages of one chunk's blocks in shard order: address and length. A skipped page's address is null. The ids have
     /// been checked.
-    pub(crate) fn pages<'a>(&'a self, blocks: &'a [u32]) -> impl Iterator<Item = (*mut u8, usize)> + 'a {
+    pub fn pages<'a>(&'a self, blocks: &'a [u32]) -> impl Iterator<Item = (*mut u8, usize)> + 'a {
         self.by_group(blocks).flat_map(|(group, blocks)| {
             blocks.iter().flat_map(|block| group.planes.iter().map(|plane| plane.page(*block)))
         })
