@@ -11,7 +11,9 @@ pub mod copy;
 mod cpu;
 mod layout;
 mod sync;
+mod tiles;
 
 pub use backend::{ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
 pub use cpu::CpuBackend;
 pub use layout::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};
+pub use tiles::{Blocks, KV_BLOCKS, TILE_BYTES, Tile, Tiles, TilesError, Window};

@@ -1,0 +1,487 @@
+//! Random caches in vLLM's page orders, and what the kernels must do to them: a plain reference that knows only axes, strides and
+//! slices.
+
+use crate::shim::{Shape, Shim};
+use kvring_gpu_kernels::{KvGroup, PagedKv, Plane, SKIP, TILE_BYTES, Tiles, Window, checksum};
+
+/// How many there are: every order with every width, fifteen times.
+pub(crate) const CASES: u64 = 15 * (ORDERS.len() * WIDTHS.len()) as u64;
+
+/// Bytes around memory that nobody may touch, and in the gaps of it.
+const GUARD: usize = 256;
+const WIDTHS: [usize; 3] = [16, 8, 4];
+
+/// The axes from the outermost on, but for the content: Layers, Blocks, Heads, tokens (N).
+const ORDERS: [(&str, &str); 9] = [
+    ("LBHNC", "LBHN"),
+    ("LBNHC", "LBNH"),
+    ("LHBNC", "LHBN"),
+    ("BLHNC", "BLHN"),
+    ("BLNHC", "BLNH"),
+    ("BHLNC", "BHLN"),
+    ("MLA", "LBN"),
+    ("packed", ""),
+    ("padded", "LBHN"),
+];
+
+/// splitmix64: the same cases on every machine.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From `low` to `high`, both included.
+    fn within(&mut self, low: usize, high: usize) -> usize {
+        low + (self.next() % (high - low + 1) as u64) as usize
+    }
+
+    fn one_in(&mut self, n: u64) -> bool {
+        self.next().is_multiple_of(n)
+    }
+
+    fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+/// Memory that begins at a multiple of 16.
+#[derive(Clone)]
+struct Memory {
+    words: Vec<u128>,
+}
+
+impl Memory {
+    fn random(bytes: usize, rng: &mut Rng) -> Memory {
+        let mut memory = Memory { words: vec![0; bytes.div_ceil(16)] };
+        rng.fill(memory.bytes_mut());
+        memory
+    }
+
+    fn bytes(&self) -> &[u8] {
+        bytemuck_of(&self.words)
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let bytes = self.words.len() * 16;
+        // SAFETY: plain numbers, seen as their bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), bytes) }
+    }
+
+    /// For kernels to read and write through.
+    fn address(&mut self) -> u64 {
+        self.words.as_mut_ptr() as u64
+    }
+}
+
+fn bytemuck_of(words: &[u128]) -> &[u8] {
+    // SAFETY: plain numbers, seen as their bytes.
+    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
+}
+
+/// Where one plane lies: its pages begin at `at + (block - lowest) × stride` of the memory.
+#[derive(Clone, Debug)]
+struct Laid {
+    at: usize,
+    stride: usize,
+    page: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Group {
+    order: &'static str,
+    planes: Vec<Laid>,
+    /// The lowest id whose pages exist here, and how many do: a cache of a terabyte has block ids that carry far.
+    lowest: u32,
+    blocks: u32,
+    per_chunk: u32,
+}
+
+impl Group {
+    /// One of `per_chunk` blocks, laid out from `at` on; and where it ends.
+    fn new(rng: &mut Rng, order: usize, width: usize, many: bool, mut at: usize) -> (Group, usize) {
+        let (name, axes) = ORDERS[order];
+        let blocks = if many { rng.within(520, 700) } else { rng.within(1, 7) };
+        let large = !many && rng.one_in(5);
+        let mut size = |most: usize| if many { rng.within(1, 2) } else { rng.within(1, most) };
+        let (layers, heads) = (size(3), size(3));
+        let tokens = size(if large { 48 } else { 16 });
+        let content = width * size(if large { 64 } else { 6 });
+        let pad = |rng: &mut Rng| width * rng.within(1, 5);
+        let mut planes = Vec::new();
+        if axes.is_empty() {
+            // Pages of several sizes, in each other's gaps.
+            let pages: Vec<usize> = (0..layers + 1).map(|_| content * rng.within(1, tokens)).collect();
+            let spare = if rng.one_in(2) { pad(rng) } else { 0 };
+            let stride = pages.iter().sum::<usize>() + spare;
+            let mut begin = at;
+            for page in pages {
+                planes.push(Laid { at: begin, stride, page });
+                begin += page;
+            }
+            at += blocks * stride;
+        } else {
+            let heads = if axes.contains('H') { heads } else { 1 };
+            let count = |axis: char| match axis {
+                'L' => layers,
+                'B' => blocks,
+                'H' => heads,
+                _ => tokens,
+            };
+            // Padded: what a block has of a layer ends before the next block's begins.
+            let spare = if name == "padded" { pad(rng) } else { 0 };
+            let stride = |axis: char| {
+                let inner = axes.split_once(axis).map_or("", |(_, inner)| inner);
+                let bytes = inner.chars().map(count).product::<usize>() * content;
+                match axis {
+                    'L' => bytes + spare * blocks,
+                    'B' => bytes + spare,
+                    _ => bytes,
+                }
+            };
+            let place = |axis: char| axes.find(axis).unwrap_or(axes.len());
+            let by_head = heads > 1 && place('H') < place('B').max(place('L'));
+            let (each, page) =
+                if by_head { (heads, tokens * content) } else { (1, heads * tokens * content) };
+            for layer in 0..layers {
+                for head in 0..each {
+                    let at = at + layer * stride('L') + head * stride('H');
+                    planes.push(Laid { at, stride: stride('B'), page });
+                }
+            }
+            at += layers * blocks * (heads * tokens * content + spare);
+        }
+        // Sometimes so far from the first block that the distance has more than 32 bits.
+        let lowest = if rng.one_in(3) { rng.within(1 << 29, 1 << 31) as u32 } else { 0 };
+        let per_chunk = if many { rng.within(513, 1100) } else { rng.within(1, 6) };
+        let group = Group { order: name, planes, lowest, blocks: blocks as u32, per_chunk: per_chunk as u32 };
+        (group, at)
+    }
+
+    fn described(&self, memory: u64) -> KvGroup {
+        let planes = self.planes.iter().map(|laid| {
+            let far = u64::from(self.lowest) * laid.stride as u64;
+            let base = memory.wrapping_add(laid.at as u64).wrapping_sub(far);
+            Plane { base: base as *mut u8, block_stride: laid.stride, page_bytes: laid.page }
+        });
+        KvGroup {
+            planes: planes.collect(),
+            num_blocks: self.lowest + self.blocks,
+            blocks_per_chunk: self.per_chunk,
+        }
+    }
+
+    /// Any blocks, some more than once.
+    fn any(&self, rng: &mut Rng, skips: bool) -> Vec<u32> {
+        let block = |rng: &mut Rng| match rng.next() % 4 {
+            0 => self.lowest,
+            1 => self.lowest + self.blocks - 1,
+            2 if skips => SKIP,
+            _ => self.lowest + rng.within(0, self.blocks as usize - 1) as u32,
+        };
+        (0..self.per_chunk).map(|_| block(rng)).collect()
+    }
+
+    /// Each block at most once, and SKIP.
+    fn distinct(&self, rng: &mut Rng) -> Vec<u32> {
+        let mut blocks: Vec<u32> = (self.lowest..self.lowest + self.blocks).collect();
+        blocks.resize(blocks.len().max(self.per_chunk as usize), SKIP);
+        for at in (1..blocks.len()).rev() {
+            blocks.swap(at, rng.within(0, at));
+        }
+        blocks.truncate(self.per_chunk as usize);
+        let some = rng.within(2, 6) as u64;
+        for block in &mut blocks {
+            if rng.one_in(some) {
+                *block = SKIP;
+            }
+        }
+        blocks
+    }
+}
+
+/// One page of a chunk: where in the shard, and where in the memory, or nowhere.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    position: usize,
+    offset: usize,
+    at: Option<usize>,
+    bytes: usize,
+}
+
+struct Case {
+    rng: Rng,
+    groups: Vec<Group>,
+    memory: Memory,
+    /// Of the kernels it is run with.
+    width: usize,
+    tiles: Tiles,
+    windows: Vec<Window>,
+    /// Every window in memory of its own.
+    staged: bool,
+    shard_bytes: usize,
+}
+
+impl Case {
+    fn new(seed: u64) -> Result<Case, String> {
+        let mut rng = Rng(seed.wrapping_mul(0xd134_2543_de82_ef95));
+        let kinds = seed as usize % (ORDERS.len() * WIDTHS.len());
+        let (order, width) = (kinds % ORDERS.len(), WIDTHS[kinds / ORDERS.len()]);
+        let many = rng.one_in(12);
+        let (mut groups, mut end) = (Vec::new(), GUARD);
+        for index in 0..rng.within(1, if many { 1 } else { 3 }) {
+            let order = if index == 0 { order } else { rng.within(0, ORDERS.len() - 1) };
+            let begin = end + width * rng.within(0, 4);
+            let (group, next) = Group::new(&mut rng, order, width, many, begin);
+            groups.push(group);
+            end = next + GUARD;
+        }
+        let mut memory = Memory::random(end, &mut rng);
+        let address = memory.address();
+        // SAFETY: nobody copies by this description.
+        let kv = unsafe {
+            PagedKv::grouped(groups.iter().map(|group| group.described(address)).collect()).unwrap()
+        };
+        let tiles = Tiles::of(&kv).map_err(|error| error.to_string())?;
+        let divides = |width: &usize| {
+            let mut planes = kv.groups().iter().flat_map(|group| &group.planes);
+            planes.all(|plane| {
+                [plane.base as usize, plane.block_stride, plane.page_bytes]
+                    .iter()
+                    .all(|n| n.is_multiple_of(*width))
+            })
+        };
+        let widest = WIDTHS.into_iter().find(divides).unwrap();
+        if tiles.vector() as usize != widest {
+            return Err(format!("expected vectors of {widest} bytes, got {}", tiles.vector()));
+        }
+        // Narrower kernels do it too.
+        let narrower = if rng.one_in(3) { 4 } else { widest };
+        let shard_bytes = kv.shard_bytes() as usize;
+        let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap();
+        let max_bytes = match rng.next() % 3 {
+            0 => longest,
+            1 => rng.within(longest as usize, shard_bytes) as u32,
+            _ => shard_bytes as u32,
+        };
+        let windows = tiles.windows(max_bytes).map_err(|error| error.to_string())?;
+        let mut at = (0, 0);
+        for window in &windows {
+            if (window.first, window.offset) != at || window.bytes > max_bytes || window.positions > 512 {
+                return Err(format!("expected a window of {max_bytes} bytes from {at:?} on, got {window:?}"));
+            }
+            at = (window.first + window.count, window.offset + window.bytes);
+        }
+        if at != (tiles.table().len() as u32, shard_bytes as u32) || longest > TILE_BYTES {
+            return Err(format!("expected windows up to {shard_bytes} bytes, got up to {at:?}"));
+        }
+        let staged = rng.one_in(2);
+        Ok(Case { rng, groups, memory, width: narrower, tiles, windows, staged, shard_bytes })
+    }
+
+    fn shape(&mut self) -> Shape {
+        let warps = if self.rng.one_in(40) { 32 } else { self.rng.within(1, 6) };
+        Shape { grid: self.rng.within(1, 5) as u32, block: 32 * warps as u32 }
+    }
+
+    /// The pages of a chunk of these blocks, in the order of the shard.
+    fn pieces(&self, chunk: &[u32]) -> Vec<Piece> {
+        let (mut pieces, mut offset, mut position) = (Vec::new(), 0, 0);
+        for group in &self.groups {
+            for _ in 0..group.per_chunk {
+                for laid in &group.planes {
+                    let at = (chunk[position] != SKIP)
+                        .then(|| laid.at + (chunk[position] - group.lowest) as usize * laid.stride);
+                    pieces.push(Piece { position, offset, at, bytes: laid.page });
+                    offset += laid.page;
+                }
+                position += 1;
+            }
+        }
+        pieces
+    }
+
+    /// A shard's memory, guards around it: all of it, or a window's alone.
+    fn shard(&mut self, window: &Window) -> Shard {
+        let (offset, bytes) = match self.staged {
+            true => (window.offset as usize, window.bytes as usize),
+            false => (0, self.shard_bytes),
+        };
+        let begin = GUARD + self.width * self.rng.within(0, 3);
+        Shard { memory: Memory::random(begin + bytes + GUARD, &mut self.rng), begin, offset }
+    }
+
+    /// What a launch for `window` may touch.
+    fn allow(&mut self, shim: &Shim, window: &Window, shard: &mut Shard, pieces: &[Piece]) {
+        let positions = window.first_position as usize..(window.first_position + window.positions) as usize;
+        let memory = self.memory.address() as usize;
+        let pages = pieces.iter().filter(|piece| positions.contains(&piece.position));
+        let mut ranges: Vec<_> =
+            pages.filter_map(|piece| piece.at.map(|at| [memory + at, piece.bytes])).collect();
+        ranges.push([shard.address().wrapping_add(u64::from(window.offset)) as usize, window.bytes as usize]);
+        shim.allow(&ranges);
+    }
+
+    fn gather(&mut self, shim: &Shim) -> Result<(), String> {
+        let mut chunk = Vec::new();
+        let skips = self.rng.one_in(4);
+        for group in &self.groups {
+            chunk.extend(group.any(&mut self.rng, skips));
+        }
+        let (pieces, before) = (self.pieces(&chunk), self.memory.clone());
+        let kernel = format!("kv_gather_{}", self.width);
+        for window in self.windows.clone() {
+            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let mut expected = shard.clone();
+            for piece in &pieces {
+                let Some(at) = piece.at else { continue };
+                let page = &before.bytes()[at..at + piece.bytes];
+                expected.put(piece.offset, page, &window);
+            }
+            self.allow(shim, &window, &mut shard, &pieces);
+            // SAFETY: memory of this case.
+            unsafe {
+                shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
+            }
+            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &expected.memory, &shard.memory)?;
+        }
+        same(&format!("{kernel}: the pages"), &before, &self.memory)
+    }
+
+    fn scatter(&mut self, shim: &Shim) -> Result<(), String> {
+        let mut chunk = Vec::new();
+        for group in &self.groups {
+            chunk.extend(group.distinct(&mut self.rng));
+        }
+        let (pieces, mut expected) = (self.pieces(&chunk), self.memory.clone());
+        let kernel = format!("kv_scatter_{}", self.width);
+        for window in self.windows.clone() {
+            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let before = shard.clone();
+            for piece in &pieces {
+                let Some(at) = piece.at else { continue };
+                let page = &mut expected.bytes_mut()[at..at + piece.bytes];
+                shard.take(piece.offset, page, &window);
+            }
+            self.allow(shim, &window, &mut shard, &pieces);
+            // SAFETY: memory of this case; no block comes twice.
+            unsafe {
+                shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
+            }
+            same(&format!("{kernel} {shape:?} {window:?}: the pages"), &expected, &self.memory)?;
+            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &before.memory, &shard.memory)?;
+        }
+        Ok(())
+    }
+
+    fn checksum(&mut self, shim: &Shim, paged: bool) -> Result<(), String> {
+        let mut chunk = Vec::new();
+        for group in &self.groups {
+            chunk.extend(group.any(&mut self.rng, true));
+        }
+        let pieces = self.pieces(&chunk);
+        let (kernel, before) = (format!("kv_checksum_{}", self.width), self.memory.clone());
+        // What is summed: the pages, or where there is none, or they are not asked for, the shard.
+        let mut contents = vec![0; self.shard_bytes];
+        let mut sum = 0u64;
+        for window in self.windows.clone() {
+            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let untouched = shard.clone();
+            shard.take(0, &mut contents, &window);
+            self.allow(shim, &window, &mut shard, if paged { &pieces } else { &[] });
+            // SAFETY: memory of this case.
+            let part = unsafe {
+                let (tiles, address) = (self.tiles.table(), shard.address());
+                shim.checksum((&kernel, shape), tiles, &window, address, &chunk, paged)?
+            };
+            sum = sum.wrapping_add(part);
+            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &untouched.memory, &shard.memory)?;
+        }
+        let mut expected = 0u64;
+        for piece in &pieces {
+            let bytes = match piece.at {
+                Some(at) if paged => &before.bytes()[at..at + piece.bytes],
+                _ => &contents[piece.offset..piece.offset + piece.bytes],
+            };
+            expected = expected.wrapping_add(checksum::part(bytes, piece.offset as u64));
+        }
+        let all = self.shard_bytes as u64;
+        let (expected, sum) = (checksum::finish(expected, all), checksum::finish(sum, all));
+        if sum != expected {
+            return Err(format!("{kernel}, paged {paged}: expected {expected:#018x}, got {sum:#018x}"));
+        }
+        same(&format!("{kernel}: the pages"), &before, &self.memory)
+    }
+}
+
+/// Memory that has a shard, or a part of it, from byte `offset` on, at `begin`.
+#[derive(Clone)]
+struct Shard {
+    memory: Memory,
+    begin: usize,
+    offset: usize,
+}
+
+impl Shard {
+    /// Where byte 0 of the shard would be.
+    fn address(&mut self) -> u64 {
+        (self.memory.address() + self.begin as u64).wrapping_sub(self.offset as u64)
+    }
+
+    /// Writes what of `bytes`, from `offset` of the shard on, lies in `window`.
+    fn put(&mut self, offset: usize, bytes: &[u8], window: &Window) {
+        let (from, to) = overlap(offset, bytes.len(), window);
+        if from < to {
+            let at = self.begin + from - self.offset;
+            self.memory.bytes_mut()[at..at + to - from].copy_from_slice(&bytes[from - offset..to - offset]);
+        }
+    }
+
+    /// Reads what of `bytes`, from `offset` of the shard on, lies in `window`.
+    fn take(&self, offset: usize, bytes: &mut [u8], window: &Window) {
+        let (from, to) = overlap(offset, bytes.len(), window);
+        if from < to {
+            let at = self.begin + from - self.offset;
+            bytes[from - offset..to - offset].copy_from_slice(&self.memory.bytes()[at..at + to - from]);
+        }
+    }
+}
+
+fn overlap(offset: usize, bytes: usize, window: &Window) -> (usize, usize) {
+    let (begin, end) = (window.offset as usize, (window.offset + window.bytes) as usize);
+    (offset.max(begin), (offset + bytes).min(end))
+}
+
+fn same(what: &str, expected: &Memory, got: &Memory) -> Result<(), String> {
+    if expected.words == got.words {
+        return Ok(());
+    }
+    let (expected, got) = (expected.bytes(), got.bytes());
+    let at = expected.iter().zip(got).position(|(a, b)| a != b).unwrap_or(0);
+    let wrong = expected.iter().zip(got).filter(|(a, b)| a != b).count();
+    Err(format!(
+        "{what}: {wrong} of {} bytes are wrong; at {at} expected {:#04x}, got {:#04x}",
+        got.len(),
+        expected[at],
+        got[at]
+    ))
+}
+
+/// Runs one case; what went wrong, with all it takes to see it again.
+pub(crate) fn run(seed: u64, shim: &Shim) -> Result<(), String> {
+    let mut orders = Vec::new();
+    let outcome = Case::new(seed).and_then(|mut case| {
+        orders = case.groups.iter().map(|group| group.order).collect();
+        case.gather(shim)?;
+        case.checksum(shim, true)?;
+        case.checksum(shim, false)?;
+        case.scatter(shim)
+    });
+    outcome.map_err(|error| format!("case {seed} ({}): {error}", orders.join(", ")))
+}
