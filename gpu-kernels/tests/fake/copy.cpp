@@ -1,0 +1,243 @@
+// Copies, and work of a stand-in for torch.
+#include "fake.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace fake {
+namespace {
+
+struct Piece {
+    CUdeviceptr to = 0;
+    CUdeviceptr from = 0;
+    size_t bytes = 0;
+    Kind to_kind = Kind::PAGEABLE;
+    Kind from_kind = Kind::PAGEABLE;
+    // What pageable memory held at the call.
+    std::shared_ptr<std::vector<char>> staged;
+};
+
+// What the name of the call says of an address.
+enum class Side { HOST, DEVICE, ANY };
+
+bool fits(Kind kind, Side side) {
+    if (kind == Kind::CROSSING) return false;
+    bool on_device = kind == Kind::DEVICE || kind == Kind::ALIAS;
+    // Pinned memory has its own address on the device too, if the device says so.
+    if (kind == Kind::PINNED && state().config.host_pointers) return true;
+    return side == Side::ANY || on_device == (side == Side::DEVICE);
+}
+
+char *at(CUdeviceptr address) { return reinterpret_cast<char *>(address); }
+
+bool prepare(Piece &piece, Side to, Side from) {
+    if (!piece.to || !piece.from) return false;
+    piece.to_kind = classify(piece.to, piece.bytes);
+    piece.from_kind = classify(piece.from, piece.bytes);
+    if (!fits(piece.to_kind, to) || !fits(piece.from_kind, from)) return false;
+    // The driver has read pageable memory when the call returns.
+    if (piece.from_kind == Kind::PAGEABLE) {
+        piece.staged = std::make_shared<std::vector<char>>(at(piece.from), at(piece.from) + piece.bytes);
+    }
+    return true;
+}
+
+bool still(const Piece &piece) {
+    return classify(piece.to, piece.bytes) == piece.to_kind && classify(piece.from, piece.bytes) == piece.from_kind;
+}
+
+void move(const Piece &piece) {
+    const char *from = piece.staged ? piece.staged->data() : at(piece.from);
+    // In two steps: who looks too early may find a half.
+    size_t half = piece.bytes / 2;
+    std::memmove(at(piece.to), from, half);
+    if (state().config.delay_us && half >= 4096) sleep_us(1);
+    std::memmove(at(piece.to) + half, from + half, piece.bytes - half);
+}
+
+CUresult put(Call &call, CUstream handle, std::vector<Piece> pieces, bool wait) {
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    // Into pageable memory: the call returns when it is done.
+    for (auto &piece : pieces) wait |= piece.to_kind == Kind::PAGEABLE;
+    Op op;
+    auto shared = std::make_shared<std::vector<Piece>>(std::move(pieces));
+    op.valid = [shared] { return std::all_of(shared->begin(), shared->end(), still); };
+    op.run = [shared] {
+        for (auto &piece : *shared) move(piece);
+        return CUDA_SUCCESS;
+    };
+    return submit(call, stream, std::move(op), wait);
+}
+
+CUresult copy(Call &call, CUdeviceptr to, Side to_side, CUdeviceptr from, Side from_side, size_t bytes, CUstream stream,
+              bool wait) {
+    if (!bytes) return CUDA_SUCCESS;
+    Piece piece;
+    piece.to = to;
+    piece.from = from;
+    piece.bytes = bytes;
+    if (!prepare(piece, to_side, from_side)) return CUDA_ERROR_INVALID_VALUE;
+    return put(call, stream, {piece}, wait);
+}
+
+CUresult set(Call &call, CUdeviceptr to, unsigned char value, size_t bytes, CUstream handle, bool wait) {
+    if (!bytes) return CUDA_SUCCESS;
+    Kind kind = classify(to, bytes);
+    if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    Op op;
+    op.valid = [=] { return classify(to, bytes) == kind; };
+    op.run = [=] {
+        std::memset(at(to), value, bytes);
+        return CUDA_SUCCESS;
+    };
+    return submit(call, stream, std::move(op), wait);
+}
+
+CUdeviceptr number(const void *pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
+
+struct Location {
+    int type;
+    int id;
+};
+struct BatchAttributes {
+    int order;
+    Location from, to;
+    unsigned flags;
+};
+
+}  // namespace
+
+// CUDA 12.8's, with the index of what failed.
+CUresult batch_copy(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count, void *attributes,
+                    size_t *attribute_indices, size_t attribute_count, size_t *failed, CUstream stream) {
+    ENTER(cuMemcpyBatchAsync, CONTEXT);
+    if (failed) *failed = SIZE_MAX;
+    auto *kinds = static_cast<BatchAttributes *>(attributes);
+    if (!dsts || !srcs || !sizes || !count || !kinds || !attribute_indices) return CUDA_ERROR_INVALID_VALUE;
+    if (!attribute_count || attribute_count > count || attribute_indices[0]) return CUDA_ERROR_INVALID_VALUE;
+    // Not on the default streams.
+    if (reinterpret_cast<uintptr_t>(stream) <= 2) return CUDA_ERROR_INVALID_VALUE;
+    for (size_t k = 0; k < attribute_count; ++k) {
+        bool rising = !k || attribute_indices[k] > attribute_indices[k - 1];
+        if (!rising || attribute_indices[k] >= count || kinds[k].order < 1 || kinds[k].order > 3) {
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+    }
+    const int during_call = 2;
+    std::vector<Piece> pieces(count);
+    for (size_t i = 0, k = 0; i < count; ++i) {
+        if (k + 1 < attribute_count && attribute_indices[k + 1] <= i) ++k;
+        Piece &piece = pieces[i];
+        piece.to = dsts[i];
+        piece.from = srcs[i];
+        piece.bytes = sizes[i];
+        if (!sizes[i] || !prepare(piece, Side::ANY, Side::ANY)) {
+            if (failed) *failed = i;
+            return CUDA_ERROR_INVALID_VALUE;
+        }
+        bool of_host = piece.from_kind == Kind::PINNED || piece.from_kind == Kind::PAGEABLE;
+        if (kinds[k].order == during_call && of_host && !piece.staged) {
+            piece.staged = std::make_shared<std::vector<char>>(at(piece.from), at(piece.from) + piece.bytes);
+        }
+    }
+    // Within a batch there is no order.
+    std::mt19937 random(fake.config.seed + unsigned(fake.calls["cuMemcpyBatchAsync"]));
+    std::shuffle(pieces.begin(), pieces.end(), random);
+    return put(call, stream, std::move(pieces), false);
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+EXPORT CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
+    ENTER(cuMemcpyHtoDAsync, CONTEXT);
+    return copy(call, to, Side::DEVICE, number(from), Side::HOST, bytes, stream, false);
+}
+
+EXPORT CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ENTER(cuMemcpyDtoHAsync, CONTEXT);
+    return copy(call, number(to), Side::HOST, from, Side::DEVICE, bytes, stream, false);
+}
+
+EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ENTER(cuMemcpyDtoDAsync, CONTEXT);
+    return copy(call, to, Side::DEVICE, from, Side::DEVICE, bytes, stream, false);
+}
+
+EXPORT CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    ENTER(cuMemcpyAsync, CONTEXT);
+    return copy(call, to, Side::ANY, from, Side::ANY, bytes, stream, false);
+}
+
+EXPORT CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) {
+    ENTER(cuMemcpyHtoD, CONTEXT | UNSAFE);
+    return copy(call, to, Side::DEVICE, number(from), Side::HOST, bytes, nullptr, true);
+}
+
+EXPORT CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) {
+    ENTER(cuMemcpyDtoH, CONTEXT | UNSAFE);
+    return copy(call, number(to), Side::HOST, from, Side::DEVICE, bytes, nullptr, true);
+}
+
+EXPORT CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
+    ENTER(cuMemcpyDtoD, CONTEXT | UNSAFE);
+    return copy(call, to, Side::DEVICE, from, Side::DEVICE, bytes, nullptr, true);
+}
+
+EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
+    ENTER(cuMemsetD8Async, CONTEXT);
+    return set(call, to, value, bytes, stream, false);
+}
+
+EXPORT CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) {
+    ENTER(cuMemsetD8, CONTEXT | UNSAFE);
+    return set(call, to, value, bytes, nullptr, true);
+}
+
+// Byte `i` of what `fake_cuda_fill` writes: it tells the seed and the place, at every size of block.
+static unsigned char pattern(unsigned seed, size_t i) {
+    uint32_t x = seed * 0x9e3779b9u ^ uint32_t(i);
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    return static_cast<unsigned char>(x);
+}
+
+// As a kernel of torch: `delay_us` after its turn comes, the stream writes the pattern of this seed.
+EXPORT CUresult fake_cuda_fill(CUstream handle, CUdeviceptr to, size_t bytes, unsigned seed, unsigned delay_us) {
+    ENTER(fake_cuda_fill, CONTEXT);
+    Kind kind = classify(to, bytes);
+    if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    Op op;
+    op.delay_us = delay_us;
+    op.valid = [=] { return classify(to, bytes) == kind; };
+    op.run = [=] {
+        for (size_t i = 0; i < bytes; ++i) at(to)[i] = char(pattern(seed, i));
+        return CUDA_SUCCESS;
+    };
+    return submit(call, stream, std::move(op), false);
+}
+
+// As a kernel of torch that reads: what the stream finds there after the delay, into memory of the test, which must
+// stay until the stream has got there.
+EXPORT CUresult fake_cuda_read(CUstream handle, CUdeviceptr from, size_t bytes, void *into, unsigned delay_us) {
+    ENTER(fake_cuda_read, CONTEXT);
+    Kind kind = classify(from, bytes);
+    if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    Op op;
+    op.delay_us = delay_us;
+    op.valid = [=] { return classify(from, bytes) == kind; };
+    op.run = [=] {
+        std::memcpy(into, at(from), bytes);
+        return CUDA_SUCCESS;
+    };
+    return submit(call, stream, std::move(op), false);
+}

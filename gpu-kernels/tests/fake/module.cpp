@@ -1,0 +1,191 @@
+// Modules and kernels. A module is PTX text, which is looked at but not run: what runs is the same source, compiled
+// for this machine (kv_shim_launch).
+#include "fake.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+using namespace fake;
+
+namespace {
+
+const int MAX_DYNAMIC_SHARED = 8;
+
+CUresult load(Call &call, CUmodule *out, const void *image) {
+    if (!out || !image) return CUDA_ERROR_INVALID_VALUE;
+    const char *text = static_cast<const char *>(image);
+    // Only text is known here; a cubin starts with a byte that no text has.
+    if (text[0] == 0x7f || !text[0]) return CUDA_ERROR_INVALID_IMAGE;
+    const char *version = std::strstr(text, ".version"), *target = std::strstr(text, ".target sm_");
+    int major = 0, minor = 0;
+    if (!version || !target || std::sscanf(version, ".version %d.%d", &major, &minor) != 2) {
+        return CUDA_ERROR_INVALID_PTX;
+    }
+    const Config &config = call.fake.config;
+    if (std::make_pair(major, minor) > std::make_pair(config.ptx_major, config.ptx_minor)) {
+        return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    }
+    // Newer than the device, or for one generation only.
+    char *suffix = nullptr;
+    if (std::strtol(target + std::strlen(".target sm_"), &suffix, 10) > 90) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    std::unique_ptr<Module> module(new Module);
+    module->context = call.context;
+    module->text = text;
+    *out = call.fake.handle();
+    call.fake.modules[*out] = std::move(module);
+    return CUDA_SUCCESS;
+}
+
+bool has_entry(const std::string &text, const std::string &name) {
+    const std::string entry = ".entry";
+    for (size_t at = text.find(entry); at != std::string::npos; at = text.find(entry, at + 1)) {
+        size_t begin = text.find_first_not_of(" \t\n", at + entry.size());
+        size_t end = text.find_first_of(" \t\n(", begin);
+        if (begin != std::string::npos && text.compare(begin, end - begin, name) == 0) return true;
+    }
+    return false;
+}
+
+Function *function_of(Call &call, CUfunction handle) {
+    for (auto &module : call.fake.modules) {
+        for (auto &function : module.second->functions) {
+            if (function.second.get() == handle && module.second->context == call.context) return function.second.get();
+        }
+    }
+    return nullptr;
+}
+
+using Parameters = std::vector<std::vector<char>>;
+
+// What a kernel may touch: everything that has an address on the device, and nothing else.
+std::vector<size_t> ranges() {
+    State &fake = state();
+    std::lock_guard<std::mutex> lock(fake.mutex);
+    // With no range at all the shim checks nothing.
+    std::vector<size_t> all{0, 0};
+    auto add = [&](const char *from, size_t bytes) {
+        all.push_back(reinterpret_cast<size_t>(from));
+        all.push_back(bytes);
+    };
+    for (auto &entry : fake.allocations) add(entry.first, entry.second.bytes);
+    for (auto &entry : fake.pinned) {
+        if (entry.second.flags & 2) add(entry.second.device, entry.second.bytes);
+    }
+    return all;
+}
+
+CUresult launch(const std::string &name, unsigned grid, unsigned block, unsigned shared, Parameters &parameters) {
+    std::vector<void *> pointers;
+    for (auto &parameter : parameters) pointers.push_back(parameter.data());
+    std::vector<size_t> all = ranges();
+    kv_shim_allow(all.data(), all.size() / 2);
+    switch (kv_shim_launch(name.c_str(), grid, block, shared, pointers.data())) {
+    case 0:
+        return CUDA_SUCCESS;
+    case 4:
+        return CUDA_ERROR_MISALIGNED_ADDRESS;
+    case 5:
+        return CUDA_ERROR_ILLEGAL_ADDRESS;
+    default:
+        return CUDA_ERROR_LAUNCH_FAILED;
+    }
+}
+
+}  // namespace
+
+EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
+    ENTER(cuModuleLoadData, CONTEXT | UNSAFE);
+    return load(call, module, image);
+}
+
+EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned, int *, void **) {
+    ENTER(cuModuleLoadDataEx, CONTEXT | UNSAFE);
+    return load(call, module, image);
+}
+
+EXPORT CUresult cuModuleUnload(CUmodule handle) {
+    ENTER(cuModuleUnload, CONTEXT | UNSAFE | ENDS);
+    auto entry = fake.modules.find(handle);
+    if (entry == fake.modules.end()) return CUDA_ERROR_INVALID_HANDLE;
+    fake.modules.erase(entry);
+    return call.dead();
+}
+
+EXPORT CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char *name) {
+    ENTER(cuModuleGetFunction, CONTEXT);
+    auto entry = fake.modules.find(handle);
+    if (entry == fake.modules.end()) return CUDA_ERROR_INVALID_HANDLE;
+    Module &module = *entry->second;
+    if (!has_entry(module.text, name)) return CUDA_ERROR_NOT_FOUND;
+    const size_t *sizes = nullptr;
+    int count = 0;
+    if (kv_shim_params(name, &sizes, &count)) {
+        std::fprintf(stderr, "fake_cuda: the PTX has the kernel %s, and the shim has not\n", name);
+        return CUDA_ERROR_NOT_FOUND;
+    }
+    std::unique_ptr<Function> &function = module.functions[name];
+    if (!function) function.reset(new Function);
+    function->name = name;
+    *out = function.get();
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuFuncGetAttribute(int *value, int attribute, CUfunction handle) {
+    ENTER(cuFuncGetAttribute, CONTEXT);
+    Function *function = function_of(call, handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    const int values[] = {1024, 0, 0, 0, 32, 80, 90, 0, function->dynamic_shared, -1};
+    if (attribute < 0 || attribute >= 10) return CUDA_ERROR_INVALID_VALUE;
+    *value = values[attribute];
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
+    ENTER(cuFuncSetAttribute, CONTEXT);
+    Function *function = function_of(call, handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    if (attribute == MAX_DYNAMIC_SHARED) {
+        if (value < 0 || value > 227 * 1024) return CUDA_ERROR_INVALID_VALUE;
+        function->dynamic_shared = value;
+    }
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction handle, int block, size_t shared) {
+    ENTER(cuOccupancyMaxActiveBlocksPerMultiprocessor, CONTEXT);
+    if (!function_of(call, handle)) return CUDA_ERROR_INVALID_HANDLE;
+    if (block <= 0) return CUDA_ERROR_INVALID_VALUE;
+    size_t by_threads = 2048 / size_t((block + 31) / 32 * 32), by_shared = shared ? 227 * 1024 / shared : 32;
+    *blocks = int(std::min<size_t>(32, std::min(by_threads, by_shared)));
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned grid, unsigned grid_y, unsigned grid_z, unsigned block,
+                               unsigned block_y, unsigned block_z, unsigned shared, CUstream on, void **parameters,
+                               void **extra) {
+    ENTER(cuLaunchKernel, CONTEXT);
+    Function *function = function_of(call, handle);
+    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, on, stream)) return result;
+    // The shim knows one dimension.
+    if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra) return CUDA_ERROR_NOT_SUPPORTED;
+    if (!grid || grid > 2147483647u || !block || block > 1024) return CUDA_ERROR_INVALID_VALUE;
+    if (shared > unsigned(function->dynamic_shared)) return CUDA_ERROR_INVALID_VALUE;
+    const size_t *sizes = nullptr;
+    int count = 0;
+    if (kv_shim_params(function->name.c_str(), &sizes, &count)) return CUDA_ERROR_NOT_FOUND;
+    if (count && !parameters) return CUDA_ERROR_INVALID_VALUE;
+    // The caller's copies may go when the call returns.
+    auto copies = std::make_shared<Parameters>();
+    for (int i = 0; i < count; ++i) {
+        const char *value = static_cast<const char *>(parameters[i]);
+        copies->emplace_back(value, value + sizes[i]);
+    }
+    std::string name = function->name;
+    Op op;
+    op.run = [=] { return launch(name, grid, block, shared, *copies); };
+    return submit(call, stream, std::move(op), false);
+}

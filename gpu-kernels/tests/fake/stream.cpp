@@ -1,0 +1,335 @@
+// Streams and events. Each stream is a thread with a queue.
+#include "fake.h"
+
+#include <chrono>
+#include <ctime>
+
+namespace fake {
+namespace {
+
+const unsigned NON_BLOCKING = 1;
+const int LOWEST = 0, HIGHEST = -5;
+
+// Under the lock: may the work start?
+bool may_start(const Op &op) {
+    for (auto &earlier : op.after) {
+        if (earlier.first->completed < earlier.second) return false;
+    }
+    return !op.ready || op.ready();
+}
+
+void serve(std::shared_ptr<Stream> stream) {
+    State &fake = state();
+    std::unique_lock<std::mutex> lock(fake.mutex);
+    for (;;) {
+        fake.changed.wait(lock, [&] { return !stream->queue.empty() || stream->stop; });
+        if (stream->queue.empty()) return;
+        Op op = std::move(stream->queue.front());
+        stream->queue.pop_front();
+        auto dead = [&] { return fake.lost || stream->context->sticky; };
+        fake.changed.wait(lock, [&] { return dead() || may_start(op); });
+        unsigned limit = fake.config.delay_us;
+        uint64_t delay = op.delay_us + (limit ? stream->random() % (limit + 1) : 0);
+        lock.unlock();
+        sleep_us(delay);
+        lock.lock();
+        CUresult result = CUDA_SUCCESS;
+        if (!dead() && op.valid && !op.valid()) result = CUDA_ERROR_ILLEGAL_ADDRESS;
+        if (!dead() && !result && op.run) {
+            lock.unlock();
+            result = op.run();
+            lock.lock();
+        }
+        if (result && !stream->context->sticky) stream->context->sticky = result;
+        if (op.done) op.done();
+        ++stream->completed;
+        fake.changed.notify_all();
+    }
+}
+
+std::shared_ptr<Stream> start(State &fake, Context *context, unsigned flags, int priority) {
+    auto stream = std::make_shared<Stream>();
+    stream->handle = fake.handle();
+    stream->context = context;
+    stream->flags = flags;
+    stream->priority = priority;
+    stream->random.seed(fake.config.seed + unsigned(fake.next));
+    std::thread(serve, stream).detach();
+    return stream;
+}
+
+CUresult create(CUstream *out, unsigned flags, int priority, Call &call) {
+    if (!out || flags & ~NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
+    // Out of range: the nearest one, as the driver does.
+    priority = std::min(LOWEST, std::max(HIGHEST, priority));
+    auto stream = start(call.fake, call.context, flags, priority);
+    call.fake.streams[stream->handle] = stream;
+    *out = stream->handle;
+    return CUDA_SUCCESS;
+}
+
+uint64_t now() {
+    auto time = std::chrono::steady_clock::now().time_since_epoch();
+    return uint64_t(std::chrono::duration_cast<std::chrono::nanoseconds>(time).count());
+}
+
+std::shared_ptr<Event> event_of(State &fake, CUevent handle) {
+    auto entry = fake.events.find(handle);
+    return entry == fake.events.end() ? nullptr : entry->second;
+}
+
+}  // namespace
+
+void sleep_us(uint64_t microseconds) {
+    if (!microseconds) return;
+    timespec time{time_t(microseconds / 1000000), long(microseconds % 1000000) * 1000};
+    nanosleep(&time, nullptr);
+}
+
+CUresult find_stream(Call &call, CUstream handle, std::shared_ptr<Stream> &out) {
+    // 0 and 1 are the legacy default stream; the per-thread one (2) is not here.
+    if (reinterpret_cast<uintptr_t>(handle) < 2) {
+        if (!call.context->legacy) {
+            call.context->legacy = start(call.fake, call.context, 0, LOWEST);
+            call.context->legacy->legacy = true;
+        }
+        out = call.context->legacy;
+        return CUDA_SUCCESS;
+    }
+    auto entry = call.fake.streams.find(handle);
+    if (entry == call.fake.streams.end() || entry->second->context != call.context) return CUDA_ERROR_INVALID_HANDLE;
+    out = entry->second;
+    return CUDA_SUCCESS;
+}
+
+CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool wait) {
+    State &fake = call.fake;
+    bool captured = false;
+    CUresult result = on_capturing(stream, captured);
+    if (result || captured) return result;
+    if (stream->legacy) {
+        // After all that blocking streams were given, and before all that they will be.
+        for (auto &entry : fake.streams) {
+            Stream &other = *entry.second;
+            if (other.context != stream->context || other.flags & NON_BLOCKING) continue;
+            op.after.emplace_back(entry.second, other.submitted);
+        }
+    } else if (!(stream->flags & NON_BLOCKING) && stream->context->legacy) {
+        op.after.emplace_back(stream->context->legacy, stream->context->legacy->submitted);
+    }
+    stream->queue.push_back(std::move(op));
+    uint64_t mine = ++stream->submitted;
+    fake.changed.notify_all();
+    return wait ? call.wait([&] { return stream->completed >= mine; }) : CUDA_SUCCESS;
+}
+
+CUresult drain(Call &call, const std::function<bool(const Stream &)> &which) {
+    std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> all;
+    for (auto &entry : call.fake.streams) {
+        if (which(*entry.second)) all.emplace_back(entry.second, entry.second->submitted);
+    }
+    for (auto &context : call.fake.contexts) {
+        if (context.legacy && which(*context.legacy)) all.emplace_back(context.legacy, context.legacy->submitted);
+    }
+    return call.wait([&] {
+        for (auto &entry : all) {
+            if (entry.first->completed < entry.second) return false;
+        }
+        return true;
+    });
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
+    ENTER(cuStreamCreate, CONTEXT);
+    return create(stream, flags, LOWEST, call);
+}
+
+EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {
+    ENTER(cuStreamCreateWithPriority, CONTEXT);
+    return create(stream, flags, priority, call);
+}
+
+EXPORT CUresult cuStreamDestroy_v2(CUstream handle) {
+    ENTER(cuStreamDestroy, CONTEXT | ENDS);
+    auto entry = fake.streams.find(handle);
+    if (entry == fake.streams.end() || entry->second->context != call.context) return CUDA_ERROR_INVALID_HANDLE;
+    end_capture_of(*entry->second);
+    // What it was given is still done.
+    entry->second->stop = true;
+    fake.streams.erase(entry);
+    fake.changed.notify_all();
+    return call.dead();
+}
+
+static CUresult quiet(Call &call, CUstream handle, std::shared_ptr<Stream> &stream) {
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    if (!stream->capture) return CUDA_SUCCESS;
+    stream->capture->invalid = true;
+    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+}
+
+EXPORT CUresult cuStreamSynchronize(CUstream handle) {
+    ENTER(cuStreamSynchronize, CONTEXT | UNSAFE);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = quiet(call, handle, stream)) return result;
+    uint64_t all = stream->submitted;
+    return call.wait([&] { return stream->completed >= all; });
+}
+
+EXPORT CUresult cuStreamQuery(CUstream handle) {
+    ENTER(cuStreamQuery, CONTEXT | UNSAFE);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = quiet(call, handle, stream)) return result;
+    return stream->completed < stream->submitted ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuCtxSynchronize() {
+    ENTER(cuCtxSynchronize, CONTEXT | UNSAFE);
+    return drain(call, [&](const Stream &stream) { return stream.context == call.context; });
+}
+
+EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
+    ENTER(cuCtxGetStreamPriorityRange, CONTEXT);
+    if (least) *least = LOWEST;
+    if (greatest) *greatest = HIGHEST;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuStreamGetPriority(CUstream handle, int *priority) {
+    ENTER(cuStreamGetPriority, CONTEXT);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    *priority = stream->priority;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuStreamGetFlags(CUstream handle, unsigned *flags) {
+    ENTER(cuStreamGetFlags, CONTEXT);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    *flags = stream->flags;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuStreamGetCtx(CUstream handle, CUcontext *context) {
+    ENTER(cuStreamGetCtx, CONTEXT);
+    // Asking for the context of another's stream is what this is for.
+    auto entry = fake.streams.find(handle);
+    if (reinterpret_cast<uintptr_t>(handle) >= 2 && entry == fake.streams.end()) return CUDA_ERROR_INVALID_HANDLE;
+    *context = entry == fake.streams.end() ? call.context : entry->second->context;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuLaunchHostFunc(CUstream handle, void (*function)(void *), void *data) {
+    ENTER(cuLaunchHostFunc, CONTEXT);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    Op op;
+    op.run = [=] {
+        function(data);
+        return CUDA_SUCCESS;
+    };
+    return submit(call, stream, std::move(op), false);
+}
+
+EXPORT CUresult cuEventCreate(CUevent *out, unsigned flags) {
+    ENTER(cuEventCreate, CONTEXT);
+    if (!out || flags & ~7u) return CUDA_ERROR_INVALID_VALUE;
+    auto event = std::make_shared<Event>();
+    event->context = call.context;
+    event->flags = flags;
+    *out = fake.handle();
+    fake.events[*out] = event;
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuEventDestroy_v2(CUevent handle) {
+    ENTER(cuEventDestroy, CONTEXT | ENDS);
+    if (!fake.events.erase(handle)) return CUDA_ERROR_INVALID_HANDLE;
+    return call.dead();
+}
+
+EXPORT CUresult cuEventRecord(CUevent handle, CUstream on) {
+    ENTER(cuEventRecord, CONTEXT);
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, on, stream)) return result;
+    auto event = event_of(fake, handle);
+    if (!event || event->context != stream->context) return CUDA_ERROR_INVALID_HANDLE;
+    auto record = std::make_shared<Record>();
+    record->stream = stream.get();
+    if (stream->capture) {
+        if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+        record->capture = stream->capture->id;
+        event->latest = record;
+        return CUDA_SUCCESS;
+    }
+    Op op;
+    op.done = [record] {
+        record->done = true;
+        record->nanoseconds = now();
+    };
+    CUresult result = submit(call, stream, std::move(op), false);
+    if (!result) event->latest = record;
+    return result;
+}
+
+EXPORT CUresult cuStreamWaitEvent(CUstream on, CUevent handle, unsigned flags) {
+    ENTER(cuStreamWaitEvent, CONTEXT);
+    if (flags & ~1u) return CUDA_ERROR_INVALID_VALUE;
+    std::shared_ptr<Stream> stream;
+    if (CUresult result = find_stream(call, on, stream)) return result;
+    auto event = event_of(fake, handle);
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    // Never recorded: nothing to wait for.
+    std::shared_ptr<Record> record = event->latest;
+    if (!record) return CUDA_SUCCESS;
+    bool captured = false;
+    CUresult result = wait_captured(stream, record, captured);
+    if (result || captured) return result;
+    Op op;
+    op.ready = [record] { return record->done; };
+    return submit(call, stream, std::move(op), false);
+}
+
+EXPORT CUresult cuEventQuery(CUevent handle) {
+    ENTER(cuEventQuery, CONTEXT | UNSAFE);
+    auto event = event_of(fake, handle);
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    if (!event->latest) return CUDA_SUCCESS;
+    if (event->latest->capture) return CUDA_ERROR_CAPTURED_EVENT;
+    return event->latest->done ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+}
+
+EXPORT CUresult cuEventSynchronize(CUevent handle) {
+    ENTER(cuEventSynchronize, CONTEXT | UNSAFE);
+    auto event = event_of(fake, handle);
+    if (!event) return CUDA_ERROR_INVALID_HANDLE;
+    std::shared_ptr<Record> record = event->latest;
+    if (!record) return CUDA_SUCCESS;
+    if (record->capture) return CUDA_ERROR_CAPTURED_EVENT;
+    return call.wait([&] { return record->done; });
+}
+
+static CUresult elapsed(State &fake, float *milliseconds, CUevent from, CUevent to) {
+    auto start = event_of(fake, from), end = event_of(fake, to);
+    const unsigned no_timing = 2;
+    if (!start || !end || (start->flags | end->flags) & no_timing) return CUDA_ERROR_INVALID_HANDLE;
+    if (!start->latest || !end->latest) return CUDA_ERROR_INVALID_HANDLE;
+    if (!start->latest->done || !end->latest->done) return CUDA_ERROR_NOT_READY;
+    *milliseconds = float(double(int64_t(end->latest->nanoseconds - start->latest->nanoseconds)) / 1e6);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuEventElapsedTime(float *milliseconds, CUevent from, CUevent to) {
+    ENTER(cuEventElapsedTime, CONTEXT);
+    return elapsed(fake, milliseconds, from, to);
+}
+
+EXPORT CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent from, CUevent to) {
+    ENTER(cuEventElapsedTime, CONTEXT);
+    return elapsed(fake, milliseconds, from, to);
+}
