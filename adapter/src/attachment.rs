@@ -13,6 +13,7 @@ use crate::health::Health;
 use crate::link::{Link, LinkParts};
 use crate::stand_ins;
 use core::mem::ManuallyDrop;
+use kvring_gpu_kernels::ArenaMapping;
 use kvring_shm_abi::channel::{Channel, ChannelError};
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{self, AttachStatus, EngineSegment, OWNER_WORD, Places};
@@ -134,6 +135,29 @@ impl Arena {
         let end = offset.checked_add(length)?;
         // SAFETY: inside the mapping, which has at least `bytes` bytes.
         (end <= self.bytes).then(|| unsafe { self.mapping.base().as_ptr().add(offset as usize) })
+    }
+
+    /// Is it this mapping?
+    pub(crate) fn is(&self, other: &Arena) -> bool {
+        Arc::ptr_eq(&self.mapping, &other.mapping)
+    }
+
+    /// What a copy backend needs to know of it. `engine` tells how much of it has memory.
+    pub(crate) fn mapping(&self, engine: EngineSegment, slab_bytes: u64, name: &str) -> ArenaMapping {
+        let allocated = move || {
+            // SYNC POINT: no data depends on it, only whether pages are there.
+            u64::from(engine.info().slabs_allocated.load(Ordering::Relaxed)) * slab_bytes
+        };
+        let path =
+            |name: segment::EngineName| std::path::Path::new(segment::SHM_DIR).join(&name.arena()[1..]);
+        let lock = segment::EngineName::new(name).ok().map(path);
+        ArenaMapping {
+            base: self.mapping.base().as_ptr(),
+            bytes: self.bytes as usize,
+            allocated: Arc::new(allocated),
+            lock,
+            keep: self.mapping.clone(),
+        }
     }
 }
 

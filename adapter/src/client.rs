@@ -335,6 +335,11 @@ impl Client {
         }
     }
 
+    /// The attachment, as long as there is one: also while its engine is gone.
+    pub(crate) fn current_attachment(&self) -> Option<Arc<Attachment>> {
+        if self.shared.fork.is_ours() { self.shared.current().attachment.clone() } else { None }
+    }
+
     /// Adds a registration: the keeper makes it now, and again after every restart.
     pub(crate) fn add_registration(&self, record: Registration) -> Arc<Registered> {
         let registered = Arc::new(Registered { record, outcome: Mutex::new(None) });

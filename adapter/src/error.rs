@@ -80,6 +80,9 @@ pub enum RegisterError {
         /// What was given.
         got: u64,
     },
+    /// The KV cache is in memory that cannot be copied from and to here, or not in the way that was asked for.
+    #[error(transparent)]
+    Copy(kvring_gpu_kernels::CopyError),
     /// A call error while registering; the keeper goes on trying.
     #[error(transparent)]
     Call(#[from] CallError),

@@ -1,19 +1,33 @@
 //! The trait that all ways of moving KV share.
 
-/// Which way the bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Direction {
-    /// From the paged cache into the arena.
-    Store,
-    /// From the arena into the paged cache.
-    Load,
-}
+use crate::batch::CopyBatch;
+use crate::layout::PagedKv;
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 /// A stream of the caller's device (a `CUstream`), after whose work a transfer must come: the kernels that write the
-/// KV of a store, the last readers of the blocks of a load. The CPU backend has no streams: there the order of the
-/// caller's program is the order, and this is ignored.
+/// KV of a store, the last readers of the blocks of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ComputeStream(pub u64);
+
+/// A point in a [`ComputeStream`]: all that had been put on it when the fence was made ([`CopyBackend::fence`]).
+#[derive(Clone, Default)]
+pub struct Fence(pub(crate) Option<Arc<dyn Any + Send + Sync>>);
+
+impl Fence {
+    /// Nothing to wait for: the order of the caller's program is the order.
+    #[must_use]
+    pub fn none() -> Fence {
+        Fence(None)
+    }
+}
+
+impl core::fmt::Debug for Fence {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(if self.0.is_some() { "Fence(event)" } else { "Fence(none)" })
+    }
+}
 
 /// Why bytes could not be moved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -24,103 +38,55 @@ pub enum CopyError {
     /// A thread that copied has failed.
     #[error("a copy thread failed")]
     ThreadFailed,
-    /// A page of a store has no address: there is nothing to copy from.
-    #[error("expected the address of every page of a store, got none for one")]
-    NothingToStore,
+    /// The cache is in memory that this backend does not copy from or to.
+    #[error("the {backend} backend expected a KV cache in {expected}, got one in {got}")]
+    OtherMemory {
+        /// Which backend.
+        backend: &'static str,
+        /// Memory that it copies from and to.
+        expected: String,
+        /// Where the cache is.
+        got: String,
+    },
+    /// The GPU, or its driver.
+    #[error(transparent)]
+    Gpu(#[from] crate::cuda::GpuError),
 }
 
-/// One contiguous piece of the paged side. A null address in a load: these bytes of the shard go nowhere.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Page {
-    pub(crate) address: *mut u8,
-    pub(crate) bytes: usize,
+/// The arena as this process has mapped it, told to a backend once for each mapping.
+#[derive(Clone)]
+pub struct ArenaMapping {
+    /// Its first byte.
+    pub base: *mut u8,
+    /// Its length, without what follows it in the same mapping.
+    pub bytes: usize,
+    /// How many bytes, from the first on, have memory behind them by now. Grows up to `bytes`. Beyond it nothing may be touched.
+    pub allocated: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// A file of which everybody who maps this arena knows, to lock while something is done that only one process should do
+    /// at a time.
+    pub lock: Option<PathBuf>,
+    /// Keeps it mapped.
+    pub keep: Arc<dyn Any + Send + Sync>,
 }
 
-/// One contiguous range of the arena, and which pages it is made of, in order.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Shard {
-    pub(crate) arena: *mut u8,
-    pub(crate) first_page: usize,
-    pub(crate) pages: usize,
-    pub(crate) bytes: usize,
-}
-
-/// What to move: shards of the arena and the pages that they are made of.
-#[derive(Debug)]
-pub struct CopyBatch {
-    pub(crate) direction: Direction,
-    pub(crate) checksum: bool,
-    pub(crate) after: Option<ComputeStream>,
-    pub(crate) shards: Vec<Shard>,
-    pub(crate) pages: Vec<Page>,
-    /// A store with a page that has no address.
-    pub(crate) nothing_to_store: bool,
-}
-
-// SAFETY: addresses only; `CopyBatch::shard` states who may touch the memory behind them, from any thread.
-unsafe impl Send for CopyBatch {}
+// SAFETY: an address and what keeps it valid; who may touch the bytes is `CopyBatch::shard`'s contract.
+unsafe impl Send for ArenaMapping {}
 // SAFETY: as above.
-unsafe impl Sync for CopyBatch {}
+unsafe impl Sync for ArenaMapping {}
 
-impl CopyBatch {
-    /// An empty batch. With `checksum`, each shard's checksum is computed in the copy (see [`crate::checksum`]).
-    #[must_use]
-    pub fn new(direction: Direction, checksum: bool) -> CopyBatch {
-        CopyBatch {
-            direction,
-            checksum,
-            after: None,
-            shards: Vec::new(),
-            pages: Vec::new(),
-            nothing_to_store: false,
-        }
+impl core::fmt::Debug for ArenaMapping {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("ArenaMapping")
+            .field("base", &self.base)
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
     }
+}
 
-    /// Orders the batch after the work that is on `stream` when it is submitted.
-    #[must_use]
-    pub fn after(mut self, stream: ComputeStream) -> CopyBatch {
-        self.after = Some(stream);
-        self
-    }
-
-    /// Adds a shard: the range of the arena from `arena` on, made of `pages` (address, bytes) in order.
-    ///
-    /// A page of a *load* whose address is null is skipped: nothing is written for these bytes of the shard, which count in
-    /// its checksum all the same. In a store it makes the batch an error ([`CopyError::NothingToStore`]).
-    ///
-    /// # Safety
-    /// Until the batch's transfer has completed, `arena` up to the sum of the pages' bytes and every page with an address are mapped;
-    /// the destination is writable, and nobody else accesses it; the pages of a store are not written by anybody. The
-    /// arena side of a *load* may be written by another process meanwhile: then the bytes loaded are meaningless, and
-    /// the caller finds that out by looking at the slot's word again.
-    pub unsafe fn shard(&mut self, arena: *mut u8, pages: impl IntoIterator<Item = (*mut u8, usize)>) {
-        let first_page = self.pages.len();
-        self.pages.extend(pages.into_iter().map(|(address, bytes)| Page { address, bytes }));
-        let pages = &self.pages[first_page..];
-        let bytes = pages.iter().map(|page| page.bytes).sum();
-        if self.direction == Direction::Store {
-            self.nothing_to_store |= pages.iter().any(|page| page.address.is_null());
-        }
-        self.shards.push(Shard { arena, first_page, pages: pages.len(), bytes });
-    }
-
-    /// Number of shards.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.shards.len()
-    }
-
-    /// Is there nothing to move?
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.shards.is_empty()
-    }
-
-    /// Bytes to move.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.shards.iter().map(|shard| shard.bytes).sum()
-    }
+/// What a backend made of an arena's mapping (registrations for DMA). Dropped when nothing is copied there any more.
+pub trait MappedArena: Send + Sync {
+    /// How many of its bytes are registered by now: copies there run at the speed of the link. 0 where nothing needs to be.
+    fn registered_bytes(&self) -> u64;
 }
 
 /// A completed transfer.
@@ -140,11 +106,69 @@ pub trait Transfer: Send {
     fn wait(self: Box<Self>) -> Result<CopyDone, CopyError>;
 }
 
-/// A way of moving KV.
+/// A way of moving KV. No default methods: a wrapper must not forget to forward one.
 pub trait CopyBackend: Send + Sync {
+    /// Gets ready for a cache before the first batch of it: what it cannot copy from or to is refused here.
+    fn prepare(&self, paged: &Arc<PagedKv>) -> Result<(), CopyError>;
+
+    /// Tells of a mapping of the arena, in which the shards of later batches may lie. What comes back is kept as long as
+    /// it is mapped. Does not block: what takes long is done in the background.
+    fn map_arena(&self, arena: ArenaMapping) -> Arc<dyn MappedArena>;
+
+    /// Does it let a device write into the arena (DMA)? Such a write can outlive the threads of this process.
+    fn writes_by_device(&self) -> bool;
+
+    /// The point that `stream` has reached, for [`CopyBatch::after`]. Called from the caller's own thread.
+    fn fence(&self, stream: ComputeStream) -> Result<Fence, CopyError>;
+
     /// Starts a batch. Several may be in flight; they may complete in any order.
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError>;
 
     /// Its name, for logs.
     fn name(&self) -> &'static str;
+}
+
+/// Nothing is made of a mapping: threads copy from and to it as it is.
+#[derive(Debug)]
+pub struct MappedAsItIs;
+
+impl MappedArena for MappedAsItIs {
+    fn registered_bytes(&self) -> u64 {
+        0
+    }
+}
+
+/// What all backends have in common that copy host memory with threads: inside an `impl CopyBackend`, in place of everything but
+/// `submit` and `name`.
+#[macro_export]
+macro_rules! copies_host_memory {
+    () => {
+        fn prepare(
+            &self,
+            paged: &::std::sync::Arc<$crate::PagedKv>,
+        ) -> ::core::result::Result<(), $crate::CopyError> {
+            let (expected, got) = ($crate::Memory::Host, paged.memory());
+            if got == expected {
+                return Ok(());
+            }
+            let (expected, got) = (expected.to_string(), got.to_string());
+            Err($crate::CopyError::OtherMemory { backend: self.name(), expected, got })
+        }
+
+        fn map_arena(&self, _: $crate::ArenaMapping) -> ::std::sync::Arc<dyn $crate::MappedArena> {
+            ::std::sync::Arc::new($crate::MappedAsItIs)
+        }
+
+        fn writes_by_device(&self) -> bool {
+            false
+        }
+
+        /// There are no streams: the order of the caller's program is the order.
+        fn fence(
+            &self,
+            _: $crate::ComputeStream,
+        ) -> ::core::result::Result<$crate::Fence, $crate::CopyError> {
+            Ok($crate::Fence::none())
+        }
+    };
 }

@@ -4,7 +4,8 @@
 //! until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
 
 use crate::apart::Apart;
-use crate::backend::{CopyBackend, CopyBatch, CopyDone, CopyError, Direction, Transfer};
+use crate::backend::{CopyBackend, CopyDone, CopyError, Transfer};
+use crate::batch::{CopyBatch, Direction};
 use crate::checksum;
 use crate::copy::{Method, copy, store_fence};
 use crate::sync::{Sum, Word, release_fence};
@@ -19,6 +20,22 @@ const PIECE: usize = 512 << 10;
 /// Bytes copied and summed at a time where a checksum is asked for: they stay in the second-level cache.
 const TILE: usize = 64 << 10;
 
+/// One contiguous piece of the paged side. A null address in a load: these bytes of the shard go nowhere.
+#[derive(Clone, Copy, Debug)]
+struct Page {
+    address: *mut u8,
+    bytes: usize,
+}
+
+/// One contiguous range of the arena, and which pages it is made of, in order.
+#[derive(Clone, Copy, Debug)]
+struct Shard {
+    arena: *mut u8,
+    first_page: usize,
+    pages: usize,
+    bytes: usize,
+}
+
 /// A part of one shard.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
@@ -32,7 +49,10 @@ struct Piece {
 }
 
 struct Job {
-    batch: CopyBatch,
+    direction: Direction,
+    checksum: bool,
+    shards: Vec<Shard>,
+    pages: Vec<Page>,
     pieces: Vec<Piece>,
     sums: Vec<Sum>,
     /// The next piece that nobody has taken. Every thread writes these two all the time: each has lines of its own.
@@ -45,27 +65,50 @@ struct Job {
     failed: Word,
 }
 
+// SAFETY: addresses only; `CopyBatch::shard` states who may touch the memory behind them, from any thread.
+unsafe impl Send for Job {}
+// SAFETY: as above.
+unsafe impl Sync for Job {}
+
 impl Job {
-    fn new(batch: CopyBatch) -> Job {
+    fn new(batch: &CopyBatch) -> Job {
+        let CopyBatch { direction, checksum, .. } = *batch;
+        let (mut shards, mut pages) = (Vec::with_capacity(batch.len()), Vec::new());
+        for (arena, blocks) in batch.shards() {
+            let first_page = pages.len();
+            pages.extend(batch.paged.pages(blocks).map(|(address, bytes)| Page { address, bytes }));
+            let bytes = batch.paged.shard_bytes() as usize;
+            shards.push(Shard { arena, first_page, pages: pages.len() - first_page, bytes });
+        }
         let mut pieces = Vec::new();
-        for (index, shard) in batch.shards.iter().enumerate() {
+        for (index, shard) in shards.iter().enumerate() {
             let (mut page, mut skip, mut position) = (shard.first_page, 0, 0);
             while position < shard.bytes {
                 let bytes = PIECE.min(shard.bytes - position);
                 pieces.push(Piece { shard: index as u32, page: page as u32, skip, position, bytes });
                 position += bytes;
                 skip += bytes;
-                while page < shard.first_page + shard.pages && skip >= batch.pages[page].bytes {
-                    skip -= batch.pages[page].bytes;
+                while page < shard.first_page + shard.pages && skip >= pages[page].bytes {
+                    skip -= pages[page].bytes;
                     page += 1;
                 }
             }
         }
-        let sums =
-            if batch.checksum { batch.shards.iter().map(|_| Sum::default()).collect() } else { Vec::new() };
+        let sums = if checksum { shards.iter().map(|_| Sum::default()).collect() } else { Vec::new() };
         let left = CachePadded::new(Word::new(pieces.len() as u32));
         let done = Word::new(u32::from(pieces.is_empty()));
-        Job { batch, pieces, sums, next: CachePadded::default(), left, done, failed: Word::default() }
+        Job {
+            direction,
+            checksum,
+            shards,
+            pages,
+            pieces,
+            sums,
+            next: CachePadded::default(),
+            left,
+            done,
+            failed: Word::default(),
+        }
     }
 
     /// Takes and copies one piece; false when there is none left to take.
@@ -93,8 +136,8 @@ impl Job {
     }
 
     fn run(&self, piece: &Piece) {
-        let shard = &self.batch.shards[piece.shard as usize];
-        if self.batch.direction == Direction::Store {
+        let shard = &self.shards[piece.shard as usize];
+        if self.direction == Direction::Store {
             // Before the first payload store into a slot: pairs with the Acquire fence of a reader that still believes
             // in the slot's previous life (kvring-shm-abi, `SlotHeader::still_valid`).
             release_fence();
@@ -105,9 +148,9 @@ impl Job {
         // What skipped pages are summed in: private memory, because the arena may be written meanwhile.
         let mut scratch = Vec::new();
         while left > 0 {
-            let here = self.batch.pages[page];
+            let here = self.pages[page];
             let mut bytes = left.min(here.bytes - skip);
-            if self.batch.checksum && bytes > TILE {
+            if self.checksum && bytes > TILE {
                 // Cut where a checksum may be cut: at a multiple of 8 of the position.
                 bytes = TILE - position % 8;
             }
@@ -116,7 +159,7 @@ impl Job {
                 let paged = here.address.wrapping_add(skip);
                 // SAFETY: `CopyBatch::shard` promised both ranges; pieces of a batch do not overlap.
                 sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
-            } else if self.batch.checksum {
+            } else if self.checksum {
                 scratch.resize(TILE, 0);
                 // SAFETY: as above for the arena; a stretch of a checksummed batch is not longer than a tile.
                 sum = sum.wrapping_add(unsafe {
@@ -142,7 +185,7 @@ impl Job {
             // SAFETY: a page that nobody writes: of a store, or of a load after its copy.
             checksum::part(unsafe { core::slice::from_raw_parts(paged, bytes) }, position)
         };
-        match (self.batch.direction, self.batch.checksum) {
+        match (self.direction, self.checksum) {
             (Direction::Store, checked) => {
                 let sum = if checked { summed(bytes) } else { 0 };
                 // SAFETY: the caller's.
@@ -242,11 +285,11 @@ impl CpuBackend {
 }
 
 impl CopyBackend for CpuBackend {
+    crate::copies_host_memory!();
+
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
-        if batch.nothing_to_store {
-            return Err(CopyError::NothingToStore);
-        }
-        let job = Arc::new(Job::new(batch));
+        self.prepare(&batch.paged)?;
+        let job = Arc::new(Job::new(&batch));
         if !self.workers.is_empty() && job.pieces.len() > 1 {
             self.apart.keep_off_this_cpu();
             let mut queue = self.pool.queue();
@@ -291,7 +334,7 @@ impl Transfer for CpuTransfer {
         if self.job.failed.get() != 0 {
             return Err(CopyError::ThreadFailed);
         }
-        let shards = self.job.sums.iter().zip(&self.job.batch.shards);
+        let shards = self.job.sums.iter().zip(&self.job.shards);
         let checksums = shards.map(|(sum, shard)| checksum::finish(sum.get(), shard.bytes as u64)).collect();
         Ok(CopyDone { checksums })
     }

@@ -1,6 +1,8 @@
 //! Batches of every shape, bit-exact, with guard bytes around everything that is written.
 
 use super::*;
+use crate::backend::Fence;
+use crate::layout::{BlockError, KvGroup, Memory, PagedKv, Plane, SKIP};
 use proptest::prelude::*;
 
 const GUARD: usize = 64;
@@ -41,13 +43,34 @@ impl Case {
         Case { pages: pages.collect(), arena: guarded(arena) }
     }
 
-    fn add_to(&mut self, batch: &mut CopyBatch) {
-        let pages = self.pages.iter_mut().map(|page| {
+    /// Each page is a group of one block.
+    fn paged(&mut self) -> Arc<PagedKv> {
+        let groups = self.pages.iter_mut().map(|page| {
             let bytes = page.len() - 2 * GUARD;
-            (page.as_mut_ptr().wrapping_add(GUARD), bytes)
+            let base = page.as_mut_ptr().wrapping_add(GUARD);
+            let plane = Plane { base, block_stride: bytes, page_bytes: bytes };
+            KvGroup { planes: vec![plane], num_blocks: 1, blocks_per_chunk: 1 }
         });
         // SAFETY: the case outlives the transfer, and nobody else touches it meanwhile.
-        unsafe { batch.shard(self.arena.as_mut_ptr().wrapping_add(GUARD), pages.collect::<Vec<_>>()) };
+        Arc::new(unsafe { PagedKv::grouped(groups.collect()) }.unwrap())
+    }
+
+    fn start(&mut self, backend: &CpuBackend, direction: Direction, checksum: bool) -> Box<dyn Transfer> {
+        let blocks = vec![0; self.pages.len()];
+        self.start_blocks(backend, direction, checksum, &blocks)
+    }
+
+    fn start_blocks(
+        &mut self,
+        backend: &CpuBackend,
+        direction: Direction,
+        checksum: bool,
+        blocks: &[u32],
+    ) -> Box<dyn Transfer> {
+        let mut batch = CopyBatch::new(direction, &self.paged(), checksum).after(Fence::none());
+        // SAFETY: as above.
+        unsafe { batch.shard(self.arena.as_mut_ptr().wrapping_add(GUARD), blocks) }.unwrap();
+        backend.submit(batch).unwrap()
     }
 
     fn check(&self, seed: u64) {
@@ -67,11 +90,10 @@ fn run(shards: &[Vec<usize>], direction: Direction, threads: usize, checksum: bo
     let backend = CpuBackend::new(threads);
     let mut cases: Vec<Case> =
         shards.iter().zip(1..).map(|(lengths, seed)| Case::new(seed, lengths, direction)).collect();
-    let mut batch = CopyBatch::new(direction, checksum);
-    cases.iter_mut().for_each(|case| case.add_to(&mut batch));
-    let done = backend.submit(batch).unwrap().wait().unwrap();
+    let running: Vec<_> = cases.iter_mut().map(|case| case.start(&backend, direction, checksum)).collect();
+    let sums = running.into_iter().flat_map(|transfer| transfer.wait().unwrap().checksums).collect();
     cases.iter().zip(1..).for_each(|(case, seed)| case.check(seed));
-    done.checksums
+    sums
 }
 
 fn lengths() -> impl Strategy<Value = Vec<usize>> {
@@ -114,14 +136,8 @@ proptest! {
             for page in (0..lengths.len()).filter(|page| skips(*page)) {
                 case.pages[page].fill(POISON);
             }
-            let mut batch = CopyBatch::new(Direction::Load, checksum);
-            let pages: Vec<_> = case.pages.iter_mut().enumerate().map(|(page, memory)| {
-                let at = memory.as_mut_ptr().wrapping_add(GUARD);
-                (if skips(page) { core::ptr::null_mut() } else { at }, memory.len() - 2 * GUARD)
-            }).collect();
-            // SAFETY: as in `add_to`; pages that are skipped have no address.
-            unsafe { batch.shard(case.arena.as_mut_ptr().wrapping_add(GUARD), pages) };
-            let sums = backend.submit(batch).unwrap().wait().unwrap().checksums;
+            let blocks: Vec<u32> = (0..lengths.len()).map(|page| if skips(page) { SKIP } else { 0 }).collect();
+            let sums = case.start_blocks(&backend, Direction::Load, checksum, &blocks).wait().unwrap().checksums;
             prop_assert_eq!(sums, if checksum { whole.clone() } else { Vec::new() });
             let expected = content(1, lengths.iter().sum());
             let mut at = 0;
@@ -140,13 +156,47 @@ proptest! {
 }
 
 #[test]
-fn a_store_of_a_page_without_address_is_refused() {
-    let mut arena = vec![0u8; 64];
-    let mut batch = CopyBatch::new(Direction::Store, true);
-    // SAFETY: the arena's side is there; nothing is copied.
-    unsafe { batch.shard(arena.as_mut_ptr(), [(core::ptr::null_mut(), 64)]) };
-    let refused = CpuBackend::new(1).submit(batch).map(|_| ()).unwrap_err();
-    assert_eq!(refused, CopyError::NothingToStore);
+fn many_shards_of_one_cache_make_a_batch() {
+    const PAGE: usize = 3000;
+    let mut memory = content(5, 16 * PAGE);
+    let base = memory.as_mut_ptr();
+    let plane = |at: usize| Plane { base: base.wrapping_add(at), block_stride: 2 * PAGE, page_bytes: PAGE };
+    let groups = vec![KvGroup { planes: vec![plane(0), plane(PAGE)], num_blocks: 8, blocks_per_chunk: 2 }];
+    // SAFETY: the memory outlives the transfers, and nobody else touches it.
+    let paged = Arc::new(unsafe { PagedKv::grouped(groups) }.unwrap());
+    let mut arena = vec![0u8; 3 * 4 * PAGE];
+    let chunks = [[7u32, 0], [3, 4], [1, 1]];
+    let mut batch = CopyBatch::new(Direction::Store, &paged, false);
+    for (chunk, blocks) in chunks.iter().enumerate() {
+        // SAFETY: as above.
+        unsafe { batch.shard(arena.as_mut_ptr().wrapping_add(chunk * 4 * PAGE), blocks) }.unwrap();
+    }
+    assert_eq!((batch.len(), batch.bytes()), (3, 12 * PAGE as u64));
+    CpuBackend::new(2).submit(batch).unwrap().wait().unwrap();
+    let blocks = chunks.as_flattened().iter();
+    let expected: Vec<u8> =
+        blocks.flat_map(|b| memory[*b as usize * 2 * PAGE..][..2 * PAGE].to_vec()).collect();
+    assert!(arena == expected);
+}
+
+#[test]
+fn what_cannot_be_copied_is_refused() {
+    let mut case = Case::new(1, &[64, 64], Direction::Store);
+    let paged = case.paged();
+    let mut batch = CopyBatch::new(Direction::Store, &paged, true);
+    // SAFETY: nothing is copied.
+    let refused = |blocks: &[u32]| unsafe { batch.shard(case.arena.as_mut_ptr(), blocks) }.unwrap_err();
+    let mut refused = refused;
+    assert_eq!(refused(&[0, SKIP]), BlockError::NothingToStore { at: 1 });
+    assert_eq!(refused(&[1, 0]), BlockError::OutOfRange { block: 1, num_blocks: 1 });
+    assert_eq!(refused(&[0]), BlockError::WrongCount { expected: 2, got: 1 });
+    assert!(batch.is_empty());
+    let elsewhere = Arc::new(PagedKv::clone(&paged).on(Memory::Cuda(3)));
+    let backend = CpuBackend::new(1);
+    let refused = backend.prepare(&elsewhere).unwrap_err().to_string();
+    assert!(refused.contains("expected a KV cache in host memory"), "{refused}");
+    assert!(refused.contains("got one in the memory of CUDA device 3"), "{refused}");
+    assert!(backend.submit(CopyBatch::new(Direction::Store, &elsewhere, false)).is_err());
 }
 
 #[test]
@@ -154,9 +204,7 @@ fn a_transfer_that_is_only_polled_gets_on() {
     for threads in [1, 2] {
         let backend = CpuBackend::new(threads);
         let mut case = Case::new(7, &[PIECE * 3 + 5], Direction::Store);
-        let mut batch = CopyBatch::new(Direction::Store, false);
-        case.add_to(&mut batch);
-        let mut transfer = backend.submit(batch).unwrap();
+        let mut transfer = case.start(&backend, Direction::Store, false);
         while !transfer.poll() {}
         drop(transfer);
         case.check(7);
@@ -168,9 +216,7 @@ fn a_dropped_transfer_has_ended_and_a_dropped_backend_too() {
     for _ in 0..20 {
         let backend = CpuBackend::new(3);
         let mut case = Case::new(3, &[PIECE * 4], Direction::Load);
-        let mut batch = CopyBatch::new(Direction::Load, false);
-        case.add_to(&mut batch);
-        let transfer = backend.submit(batch).unwrap();
+        let transfer = case.start(&backend, Direction::Load, false);
         drop(backend);
         drop(transfer);
         case.check(3);
@@ -187,9 +233,7 @@ fn several_threads_submit_to_one_backend() {
                 for round in 0..20 {
                     let seed = seed * 100 + round;
                     let mut case = Case::new(seed, &[70_000, 4096, 9], Direction::Store);
-                    let mut batch = CopyBatch::new(Direction::Store, false).after(crate::ComputeStream(0));
-                    case.add_to(&mut batch);
-                    backend.submit(batch).unwrap().wait().unwrap();
+                    case.start(&backend, Direction::Store, false).wait().unwrap();
                     case.check(seed);
                 }
             })
@@ -201,7 +245,7 @@ fn several_threads_submit_to_one_backend() {
 #[test]
 fn an_empty_batch_is_done_at_once() {
     let backend = CpuBackend::new(2);
-    let batch = CopyBatch::new(Direction::Store, true);
+    let batch = CopyBatch::new(Direction::Store, &Case::new(1, &[8], Direction::Store).paged(), true);
     assert!(batch.is_empty() && batch.bytes() == 0);
     assert_eq!(backend.submit(batch).unwrap().wait().unwrap(), CopyDone::default());
 }

@@ -130,9 +130,29 @@ pub enum BlockError {
     },
 }
 
+/// Which memory a cache is in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Memory {
+    /// This process's own.
+    #[default]
+    Host,
+    /// That of the CUDA device of this number, as `CUDA_VISIBLE_DEVICES` lets this process count them.
+    Cuda(u32),
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Memory::Host => f.write_str("host memory"),
+            Memory::Cuda(device) => write!(f, "the memory of CUDA device {device}"),
+        }
+    }
+}
+
 /// A worker's paged KV cache.
 #[derive(Clone)]
 pub struct PagedKv {
+    memory: Memory,
     groups: Vec<KvGroup>,
     blocks_per_chunk: u32,
     shard_bytes: u64,
@@ -147,6 +167,7 @@ impl fmt::Debug for PagedKv {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let planes: Vec<usize> = self.groups.iter().map(|group| group.planes.len()).collect();
         f.debug_struct("PagedKv")
+            .field("memory", &self.memory)
             .field("planes", &planes)
             .field("blocks_per_chunk", &self.blocks_per_chunk)
             .field("shard_bytes", &self.shard_bytes)
@@ -168,7 +189,7 @@ impl PagedKv {
         unsafe { PagedKv::grouped(vec![KvGroup { planes, num_blocks, blocks_per_chunk }]) }
     }
 
-    /// Describes a paged KV cache. A chunk's block ids are those of the first group, then those of the second, and so on.
+    /// Describes a paged KV cache in host memory. A chunk's block ids are those of the first group, then those of the second, and so on.
     ///
     /// # Safety
     /// Until the worker adapter that gets it has been shut down, every page of every plane is readable and writable
@@ -185,7 +206,20 @@ impl PagedKv {
             shard_bytes = shard_bytes.checked_add(bytes).ok_or(too_large.clone())?;
             blocks_per_chunk = blocks_per_chunk.checked_add(group.blocks_per_chunk).ok_or(too_large)?;
         }
-        Ok(PagedKv { groups, blocks_per_chunk, shard_bytes })
+        Ok(PagedKv { memory: Memory::Host, groups, blocks_per_chunk, shard_bytes })
+    }
+
+    /// The same in other memory: there the addresses lie, and there what [`PagedKv::grouped`] was promised holds.
+    #[must_use]
+    pub fn on(mut self, memory: Memory) -> PagedKv {
+        self.memory = memory;
+        self
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        self.memory
     }
 
     /// Its groups.

@@ -57,6 +57,8 @@ impl HeldBackend {
 }
 
 impl CopyBackend for HeldBackend {
+    kvring_gpu_kernels::copies_host_memory!();
+
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         Ok(Box::new(HeldTransfer { batch: Some(batch), inner: self.inner.clone(), gate: self.gate.clone() }))
     }

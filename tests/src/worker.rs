@@ -125,7 +125,7 @@ impl WorkerSide {
             self.kv.fill(&blocks, Content { key: *key, rank: self.rank, version });
             chunks.push(StoreChunk { key: *key, blocks });
         }
-        self.adapter.submit_store(request, round, parent, chunks)
+        self.adapter.submit_store(request, round, parent, chunks, None)
     }
 
     /// Gives the blocks of the last submitted store to somebody else, as vLLM does after a preemption.
@@ -206,7 +206,7 @@ impl WorkerSide {
                     LoadChunk { shard: handle.shard(), blocks }
                 })
                 .collect();
-            let job = self.adapter.submit_load(request, chunks.clone()).expect("a good job");
+            let job = self.adapter.submit_load(request, chunks.clone(), None).expect("a good job");
             let (loaded, failed, errors) = self.finished_load(job);
             assert_eq!((loaded + failed) as usize, chunks.len(), "a report of every chunk");
             let mut bad = 0;

@@ -66,7 +66,7 @@ fn what_ended_under_one_kv_cache_is_reported_under_the_next_and_after_the_end() 
     let kv = Kv::new(Shape::SMALL);
     let store = |adapter: &mut WorkerAdapter, name: u64| {
         let chunks = vec![StoreChunk { key: chain(name, 1)[0], blocks: vec![0, 1, 2, 3] }];
-        adapter.submit_store("r", round(name as u32), None, chunks).unwrap()
+        adapter.submit_store("r", round(name as u32), None, chunks, None).unwrap()
     };
     adapter.register_kv_caches(kv.paged()).unwrap();
     let first = store(&mut adapter, 1);

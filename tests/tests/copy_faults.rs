@@ -39,6 +39,8 @@ impl Faulty {
 }
 
 impl CopyBackend for Faulty {
+    kvring_gpu_kernels::copies_host_memory!();
+
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         let fault = *self.fault.lock().unwrap();
         assert_ne!(fault, Fault::PanicAtStart, "a fault that was asked for");

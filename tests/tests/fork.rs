@@ -109,9 +109,9 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             }
             let adapter = worker.adapter();
             let store = vec![StoreChunk { key: keys[0], blocks: vec![0, 1, 2, 3] }];
-            let submitted = adapter.submit_store("r", Round { source: 1, number: 2 }, None, store);
+            let submitted = adapter.submit_store("r", Round { source: 1, number: 2 }, None, store, None);
             assert_eq!(submitted, Err(SubmitError::Ended(Health::ShutDown)));
-            assert_eq!(adapter.submit_load("r", vec![]), Err(SubmitError::Ended(Health::ShutDown)));
+            assert_eq!(adapter.submit_load("r", vec![], None), Err(SubmitError::Ended(Health::ShutDown)));
             assert_eq!(adapter.get_finished(), kvring_adapter::Finished::default());
             assert!(adapter.get_block_ids_with_load_errors().is_empty());
             adapter.handle_preemptions(None);

@@ -96,7 +96,7 @@ impl Both {
         let chunks =
             keys.iter().zip(blocks).map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.clone() });
         let round = Round { source: 1, number: 1 };
-        let job = self.worker.submit_store("r", round, None, chunks.collect()).unwrap();
+        let job = self.worker.submit_store("r", round, None, chunks.collect(), None).unwrap();
         assert!(self.worker.wait_job(job, LIMIT));
         self.worker.get_finished().stores[0].2.stored
     }
@@ -108,7 +108,7 @@ impl Both {
         assert_eq!(shards.len(), keys.len());
         let chunks = shards.into_iter().zip(blocks);
         let chunks = chunks.map(|(shard, blocks)| LoadChunk { shard, blocks: blocks.clone() });
-        let job = self.worker.submit_load(&request, chunks.collect()).unwrap();
+        let job = self.worker.submit_load(&request, chunks.collect(), None).unwrap();
         assert!(self.worker.wait_job(job, LIMIT));
         let report = self.worker.get_finished().loads[0].2;
         (report.loaded, report.failed)
@@ -190,12 +190,13 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
     let keys = chain(1, 1);
     assert_eq!(both.store(&keys, &[vec![0, 1, 2]]), 1);
     let chunks = vec![StoreChunk { key: keys[0], blocks: vec![0, SKIP, 1] }];
-    let refused = both.worker.submit_store("r", Round { source: 1, number: 2 }, None, chunks).unwrap_err();
+    let refused =
+        both.worker.submit_store("r", Round { source: 1, number: 2 }, None, chunks, None).unwrap_err();
     assert_eq!(refused, SubmitError::Blocks { chunk: 0, error: BlockError::NothingToStore { at: 1 } });
     let mut shard = both.scheduler.lookup("r", 0, &keys).unwrap().shards_of(0).next().unwrap();
     shard.generation += 8;
     let chunks = vec![LoadChunk { shard, blocks: vec![5, SKIP, 7] }];
-    let job = both.worker.submit_load("r", chunks).unwrap();
+    let job = both.worker.submit_load("r", chunks, None).unwrap();
     assert!(both.worker.wait_job(job, LIMIT));
     assert_eq!(both.worker.get_finished().loads[0].2.failed, 1);
     assert_eq!(both.worker.get_block_ids_with_load_errors(), [5, 7]);
@@ -203,7 +204,7 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
     // Flushing what a dead engine left open: the blocks are not read any more when it returns.
     engine.stop();
     let chunks = vec![StoreChunk { key: chain(2, 1)[0], blocks: vec![0, 1, 2] }];
-    let job = both.worker.submit_store("r", Round { source: 1, number: 3 }, None, chunks).unwrap();
+    let job = both.worker.submit_store("r", Round { source: 1, number: 3 }, None, chunks, None).unwrap();
     engine.kill();
     both.worker.flush(&[JobId(1), job, JobId(999)]);
     for (planes, _) in &mut cache.groups {

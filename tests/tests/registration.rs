@@ -144,10 +144,10 @@ fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
         let good = vec![0, 1, 2, 3];
         let key: Key = [9, 9];
         let stores = [StoreChunk { key, blocks: good.clone() }, StoreChunk { key, blocks: blocks.clone() }];
-        let error = worker.adapter().submit_store("bad", round(2), None, stores.to_vec()).unwrap_err();
+        let error = worker.adapter().submit_store("bad", round(2), None, stores.to_vec(), None).unwrap_err();
         assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
         let loads = [good, blocks].map(|blocks| LoadChunk { shard: found.ranks[0][0].shard(), blocks });
-        let error = worker.adapter().submit_load("bad", loads.to_vec()).unwrap_err();
+        let error = worker.adapter().submit_load("bad", loads.to_vec(), None).unwrap_err();
         assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
         assert!(error.to_string().starts_with("chunk 1: expected"), "{error}");
     }
@@ -156,7 +156,7 @@ fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
     let client = client(Role::Worker, &WorkerSpec::new(&engine.name).client);
     let options = WorkerOptions::new(kvring_tests::proto::fingerprint(1), 1, 0, 64);
     let mut bare = WorkerAdapter::new(&client, options).unwrap();
-    assert_eq!(bare.submit_store("r", round(1), None, vec![]).unwrap_err(), SubmitError::NoKvCache);
+    assert_eq!(bare.submit_store("r", round(1), None, vec![], None).unwrap_err(), SubmitError::NoKvCache);
     drop((worker, scheduler, bare));
     client.shutdown();
     bystander.was_undisturbed();

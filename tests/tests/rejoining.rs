@@ -66,6 +66,8 @@ struct Failing {
 struct FailingTransfer(Arc<Failing>, #[allow(dead_code)] CopyBatch);
 struct FailingBackend(Arc<Failing>);
 impl CopyBackend for FailingBackend {
+    kvring_gpu_kernels::copies_host_memory!();
+
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         *self.0.begun.lock().unwrap() += 1;
         Ok(Box::new(FailingTransfer(self.0.clone(), batch)))

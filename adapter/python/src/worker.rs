@@ -8,8 +8,8 @@ use crate::options::{self, Shared, milliseconds};
 use crate::scheduler::dict;
 use crate::{keys, logs};
 use kvring_adapter::{
-    Checksum, Client, Drops, JobId, Jobs, LoadChunk, LoadFailures, PagedKv, RegisterError, Role, Round,
-    StoreChunk, SubmitError, WorkerOptions,
+    Checksum, Client, ComputeStream, CopyMode, Drops, JobId, Jobs, LoadChunk, LoadFailures, Memory, PagedKv,
+    RegisterError, Role, Round, StoreChunk, SubmitError, WorkerOptions,
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -187,7 +187,7 @@ impl WorkerAdapter {
     #[new]
     #[pyo3(signature = (
         fingerprint, *, world, rank, chunk_tokens, model = String::new(), dtype = String::new(),
-        checksum = "off", copy_threads = None, name = "default".to_owned(), client = None,
+        checksum = "off", copy_threads = None, copy = "auto", name = "default".to_owned(), client = None,
         attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
         drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
     ))]
@@ -202,6 +202,7 @@ impl WorkerAdapter {
         dtype: String,
         checksum: &str,
         copy_threads: Option<usize>,
+        copy: &str,
         name: String,
         client: Option<String>,
         attach_timeout_ms: f64,
@@ -222,12 +223,17 @@ impl WorkerAdapter {
                     return Err(errors::config(py, text));
                 }
             };
+            let Some(copy) = CopyMode::from_name(copy) else {
+                let all = CopyMode::ALL.map(CopyMode::as_str).join(", ");
+                return Err(errors::config(py, format!("copy: expected one of {all}, got {copy:?}")));
+            };
             let fingerprint = options::fingerprint(py, fingerprint)?;
             let options = WorkerOptions {
                 model,
                 dtype,
                 checksum,
                 copy_threads,
+                copy,
                 ..WorkerOptions::new(fingerprint, world, rank, chunk_tokens)
             };
             let shared = Shared {
@@ -254,18 +260,21 @@ impl WorkerAdapter {
         })
     }
 
-    #[pyo3(signature = (groups, owner = None))]
+    #[pyo3(signature = (groups, owner = None, device = None))]
     fn register_kv_caches(
         &self,
         py: Python<'_>,
         groups: Vec<Py<KvGroup>>,
         owner: Option<Py<PyAny>>,
+        device: Option<u32>,
     ) -> PyResult<()> {
         guarded(py, || {
+            let memory = device.map_or(Memory::Host, Memory::Cuda);
             let groups = groups.iter().map(|group| group.get().group()).collect();
             // SAFETY: the caller describes its own memory, keeps it by `owner` and keeps to who may touch which block when;
             // from Python nothing more can be had.
-            let paged = unsafe { PagedKv::grouped(groups) }.map_err(|error| errors::layout(py, error))?;
+            let paged =
+                unsafe { PagedKv::grouped(groups) }.map_err(|error| errors::layout(py, error))?.on(memory);
             let (registered, before) = self.held.wait(py, |worker| {
                 // The mover that touched the earlier memory ends in this call.
                 let registered = worker.adapter.register_kv_caches(paged);
@@ -275,6 +284,7 @@ impl WorkerAdapter {
             drop(before);
             registered.map_err(|error| match error {
                 RegisterError::Call(error) => errors::kvring(py, error),
+                RegisterError::Copy(error) => errors::layout(py, error),
                 error => errors::register(py, error),
             })
         })
@@ -294,7 +304,8 @@ impl WorkerAdapter {
         })
     }
 
-    #[pyo3(signature = (request, round, keys, blocks, parent = None))]
+    #[pyo3(signature = (request, round, keys, blocks, parent = None, stream = None))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn submit_store(
         &self,
         py: Python<'_>,
@@ -303,8 +314,10 @@ impl WorkerAdapter {
         keys: &Bound<'_, PyAny>,
         blocks: &Bound<'_, PyAny>,
         parent: Option<&Bound<'_, PyAny>>,
+        stream: Option<u64>,
     ) -> PyResult<u64> {
         guarded(py, || {
+            let stream = stream.map(ComputeStream);
             let keys = keys::every(keys, 1, usize::MAX)?;
             let blocks = keys::blocks(blocks)?;
             let parent = parent.map(|parent| keys::one(parent, "parent")).transpose()?;
@@ -313,20 +326,23 @@ impl WorkerAdapter {
                 let by_chunk = by_chunk(&blocks, keys.len(), worker.blocks_per_chunk()?)?;
                 let chunks = keys.iter().zip(by_chunk);
                 let chunks = chunks.map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.to_vec() });
-                Ok(worker.adapter.submit_store(request, round, parent, chunks.collect())?)
+                Ok(worker.adapter.submit_store(request, round, parent, chunks.collect(), stream)?)
             });
             job.map(|job| job.0).map_err(|error: NotTaken| error.raised(py))
         })
     }
 
+    #[pyo3(signature = (request, shards, blocks, stream = None))]
     fn submit_load(
         &self,
         py: Python<'_>,
         request: &str,
         shards: &Bound<'_, PyAny>,
         blocks: &Bound<'_, PyAny>,
+        stream: Option<u64>,
     ) -> PyResult<u64> {
         guarded(py, || {
+            let stream = stream.map(ComputeStream);
             let Ok(bytes) = shards.extract::<&[u8]>() else {
                 let got = shards.get_type().name()?;
                 return Err(PyTypeError::new_err(format!("shards: expected bytes, got {got}")));
@@ -338,7 +354,7 @@ impl WorkerAdapter {
                 let chunks = shards.iter().zip(by_chunk);
                 let chunks =
                     chunks.map(|(shard, blocks)| LoadChunk { shard: *shard, blocks: blocks.to_vec() });
-                Ok(worker.adapter.submit_load(request, chunks.collect())?)
+                Ok(worker.adapter.submit_load(request, chunks.collect(), stream)?)
             });
             job.map(|job| job.0).map_err(|error: NotTaken| error.raised(py))
         })

@@ -1,7 +1,7 @@
 //! Jobs: what the caller's thread hands to the mover, and how the two agree on which blocks are being read.
 
 use super::report::{LoadReport, StoreReport};
-use kvring_gpu_kernels::PagedKv;
+use kvring_gpu_kernels::{Fence, PagedKv};
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -49,6 +49,8 @@ pub(crate) struct Job {
     pub(crate) work: Work,
     /// The layout it was submitted under.
     pub(crate) paged: std::sync::Arc<PagedKv>,
+    /// Its copies come after this.
+    pub(crate) after: Fence,
     phase: Mutex<Phase>,
     changed: Condvar,
 }
@@ -64,12 +66,19 @@ struct Phase {
 }
 
 impl Job {
-    pub(crate) fn new(id: JobId, request: &str, work: Work, paged: std::sync::Arc<PagedKv>) -> Job {
+    pub(crate) fn new(
+        id: JobId,
+        request: &str,
+        work: Work,
+        paged: std::sync::Arc<PagedKv>,
+        after: Fence,
+    ) -> Job {
         Job {
             id,
             request: request.to_owned(),
             work,
             paged,
+            after,
             phase: Mutex::new(Phase::default()),
             changed: Condvar::new(),
         }
@@ -157,7 +166,7 @@ mod tests {
             Plane { base: core::ptr::without_provenance_mut(4096), block_stride: 4096, page_bytes: 4096 };
         // SAFETY: nothing is ever copied.
         let paged = unsafe { PagedKv::new(vec![plane], 1, 1) }.unwrap();
-        Arc::new(Job::new(JobId(1), "r", Work::Load { chunks: Vec::new() }, Arc::new(paged)))
+        Arc::new(Job::new(JobId(1), "r", Work::Load { chunks: Vec::new() }, Arc::new(paged), Fence::none()))
     }
 
     #[test]

@@ -73,7 +73,9 @@ impl Mover {
         let started = monotonic_ns();
         let verify = self.options.checksum == Checksum::Verify;
         let shards = good.iter().map(|(chunk, address, _)| (*address, &chunk.blocks[..]));
-        let copied = self.start(Direction::Load, shards, job, verify).and_then(|transfer| transfer.wait());
+        let copied = self
+            .start(Direction::Load, &attachment, shards, job, verify)
+            .and_then(|transfer| transfer.wait());
         report.copy_ns += monotonic_ns().saturating_sub(started);
         drop(running);
         let checksums = match copied {

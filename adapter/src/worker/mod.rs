@@ -10,7 +10,9 @@ mod storing;
 
 pub use job::{Finished, JobId, LoadChunk, StoreChunk};
 pub use jobs::Jobs;
-pub use kvring_gpu_kernels::{BlockError, KvGroup, LayoutError, PagedKv, Plane, SKIP};
+pub use kvring_gpu_kernels::{
+    BlockError, ComputeStream, CopyMode, KvGroup, LayoutError, Memory, PagedKv, Plane, SKIP,
+};
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
 use crate::client::{Client, Probe, Registered};
@@ -18,12 +20,12 @@ use crate::error::RegisterError;
 use crate::health::Health;
 use crate::options::usable_cpus;
 use job::{Job, Work};
-use kvring_gpu_kernels::{CopyBackend, CpuBackend};
+use kvring_gpu_kernels::{CopyBackend, CopyError, CpuBackend, CudaBackend, GpuOptions};
 use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration, Round};
 use mover::Mover;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -56,8 +58,11 @@ pub struct WorkerOptions {
     pub dtype: String,
     /// Checksum policy. Default off.
     pub checksum: Checksum,
-    /// Threads that copy, the mover included; `None`: two, or one where this process may run on one CPU only.
+    /// For a cache in host memory: threads that copy, the mover included; `None`: two, or one where this process may run on
+    /// one CPU only.
     pub copy_threads: Option<usize>,
+    /// For a cache in a GPU's memory: how its bytes are moved. Default auto.
+    pub copy: CopyMode,
 }
 
 impl WorkerOptions {
@@ -73,6 +78,7 @@ impl WorkerOptions {
             dtype: String::new(),
             checksum: Checksum::Off,
             copy_threads: None,
+            copy: CopyMode::Auto,
         }
     }
 }
@@ -91,12 +97,24 @@ pub enum SubmitError {
         /// What is wrong.
         error: BlockError,
     },
+    /// The copy cannot be ordered after the caller's stream.
+    #[error("cannot order the copy after the stream: {0}")]
+    Fence(CopyError),
     /// The adapter has been shut down, or belongs to the parent of a fork.
     #[error("the adapter is {0}")]
     Ended(Health),
 }
 
+/// What copies.
+enum Backend {
+    /// Given by the caller.
+    Given(Arc<dyn CopyBackend>),
+    /// Made for the memory of the cache that is registered: while there is one.
+    Own(Option<(Memory, Arc<dyn CopyBackend>)>),
+}
+
 struct Running {
+    backend: Arc<dyn CopyBackend>,
     paged: Arc<PagedKv>,
     registered: Arc<Registered>,
     mover: Option<JoinHandle<()>>,
@@ -108,18 +126,18 @@ pub struct WorkerAdapter {
     client: Arc<Client>,
     probe: Probe,
     options: WorkerOptions,
-    backend: Arc<dyn CopyBackend>,
+    backend: Backend,
     running: Option<Running>,
     jobs: Jobs,
     next_job: u64,
 }
 
 impl WorkerAdapter {
-    /// An adapter on a client of the worker's role, copying with threads of this process (`copy_threads`). Starts them;
-    /// wrong numbers are an error here.
+    /// An adapter on a client of the worker's role. It copies with threads of this process (`copy_threads`) from and to a
+    /// cache in host memory, with the GPU's kernels and copy engines (`copy`) where it is in a GPU's. Wrong numbers are
+    /// an error here.
     pub fn new(client: &Arc<Client>, options: WorkerOptions) -> Result<WorkerAdapter, RegisterError> {
-        let threads = options.copy_threads.unwrap_or_else(|| usable_cpus().min(2)).max(1);
-        WorkerAdapter::with_backend(client, options, Arc::new(CpuBackend::new(threads)))
+        WorkerAdapter::with(client, options, Backend::Own(None))
     }
 
     /// An adapter that copies in another way.
@@ -127,6 +145,14 @@ impl WorkerAdapter {
         client: &Arc<Client>,
         options: WorkerOptions,
         backend: Arc<dyn CopyBackend>,
+    ) -> Result<WorkerAdapter, RegisterError> {
+        WorkerAdapter::with(client, options, Backend::Given(backend))
+    }
+
+    fn with(
+        client: &Arc<Client>,
+        options: WorkerOptions,
+        backend: Backend,
     ) -> Result<WorkerAdapter, RegisterError> {
         let invalid = |what, expected, got: u64| Err(RegisterError::Invalid { what, expected, got });
         if client.role() != Role::Worker {
@@ -156,11 +182,14 @@ impl WorkerAdapter {
     /// `register_timeout` for the first answer; without one the keeper goes on trying and jobs are dropped until then.
     ///
     /// # Errors
-    /// Only what does not mend itself: ranks that disagree, a shard that can never fit, a full namespace table.
+    /// Only what does not mend itself: ranks that disagree, a shard that can never fit, a full namespace table; memory that
+    /// cannot be copied from and to here.
     pub fn register_kv_caches(&mut self, paged: PagedKv) -> Result<(), RegisterError> {
         if let Some(running) = self.running.take() {
             self.stop(running);
         }
+        let paged = Arc::new(paged);
+        let backend = self.backend_for(&paged)?;
         let record = self.record(&paged);
         let registered = self.client.add_registration(record);
         let outcome = self.client.wait_registered(&registered, self.client.options().register_timeout);
@@ -172,7 +201,8 @@ impl WorkerAdapter {
             client: self.client.clone(),
             registered: registered.clone(),
             queue: self.jobs.queue.clone(),
-            backend: self.backend.clone(),
+            backend: backend.clone(),
+            arena: Mutex::default(),
             options: self.options.clone(),
         };
         self.jobs.queue.reopen();
@@ -181,8 +211,36 @@ impl WorkerAdapter {
             self.client.remove_registration(&registered);
             RegisterError::Invalid { what: "threads", expected: "one more thread to be had", got: 0 }
         })?;
-        self.running = Some(Running { paged: Arc::new(paged), registered, mover: Some(thread) });
+        self.running = Some(Running { backend, paged, registered, mover: Some(thread) });
         Ok(())
+    }
+
+    /// What copies from and to this cache; ready for it.
+    fn backend_for(&mut self, paged: &Arc<PagedKv>) -> Result<Arc<dyn CopyBackend>, RegisterError> {
+        let memory = paged.memory();
+        let backend = match &self.backend {
+            Backend::Given(backend) => backend.clone(),
+            Backend::Own(Some((of, backend))) if *of == memory => backend.clone(),
+            Backend::Own(_) => {
+                let backend: Arc<dyn CopyBackend> = match memory {
+                    Memory::Host => {
+                        let threads =
+                            self.options.copy_threads.unwrap_or_else(|| usable_cpus().min(2)).max(1);
+                        Arc::new(CpuBackend::new(threads))
+                    }
+                    Memory::Cuda(device) => {
+                        let options = GpuOptions { mode: self.options.copy, ..GpuOptions::new(device) };
+                        Arc::new(
+                            CudaBackend::new(options).map_err(|error| RegisterError::Copy(error.into()))?,
+                        )
+                    }
+                };
+                self.backend = Backend::Own(Some((memory, backend.clone())));
+                backend
+            }
+        };
+        backend.prepare(paged).map_err(RegisterError::Copy)?;
+        Ok(backend)
     }
 
     fn record(&self, paged: &PagedKv) -> Registration {
@@ -204,22 +262,31 @@ impl WorkerAdapter {
 
     /// Stores chunks in the background, in chain order. `parent` is the key just before the first one. The blocks must
     /// keep their content until the job is reported by `get_finished`, or `handle_preemptions` has returned for it.
+    ///
+    /// In a GPU's memory they are read when all that is on the stream `after` by now has been done; `None` is the default stream.
     pub fn submit_store(
         &mut self,
         request: &str,
         round: Round,
         parent: Option<Key>,
         chunks: Vec<StoreChunk>,
+        after: Option<ComputeStream>,
     ) -> Result<JobId, SubmitError> {
         self.check(chunks.iter().map(|chunk| &chunk.blocks[..]), false)?;
-        self.submit(request, Work::Store { round, parent, chunks })
+        self.submit(request, Work::Store { round, parent, chunks }, after)
     }
 
     /// Loads chunks in the background. The blocks belong to the job until it is reported by `get_finished`; what [`SKIP`] names
-    /// is not written.
-    pub fn submit_load(&mut self, request: &str, chunks: Vec<LoadChunk>) -> Result<JobId, SubmitError> {
+    /// is not written. In a GPU's memory they are written when all that is on the stream `after` by now has been done; `None` is
+    /// the default stream.
+    pub fn submit_load(
+        &mut self,
+        request: &str,
+        chunks: Vec<LoadChunk>,
+        after: Option<ComputeStream>,
+    ) -> Result<JobId, SubmitError> {
         self.check(chunks.iter().map(|chunk| &chunk.blocks[..]), true)?;
-        self.submit(request, Work::Load { chunks })
+        self.submit(request, Work::Load { chunks }, after)
     }
 
     fn check<'a>(&self, chunks: impl Iterator<Item = &'a [u32]>, may_skip: bool) -> Result<(), SubmitError> {
@@ -233,14 +300,21 @@ impl WorkerAdapter {
         Ok(())
     }
 
-    fn submit(&mut self, request: &str, work: Work) -> Result<JobId, SubmitError> {
+    fn submit(
+        &mut self,
+        request: &str,
+        work: Work,
+        after: Option<ComputeStream>,
+    ) -> Result<JobId, SubmitError> {
         if !self.client.shared.fork.is_ours() {
             return Err(SubmitError::Ended(Health::ShutDown));
         }
         let running = self.running.as_ref().ok_or(SubmitError::NoKvCache)?;
+        // Here, in the caller's thread: what it puts on its stream later is not waited for.
+        let fence = running.backend.fence(after.unwrap_or(ComputeStream(0))).map_err(SubmitError::Fence)?;
         self.next_job += 1;
         let id = JobId(self.next_job);
-        let job = Arc::new(Job::new(id, request, work, running.paged.clone()));
+        let job = Arc::new(Job::new(id, request, work, running.paged.clone(), fence));
         if self.jobs.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
     }
 

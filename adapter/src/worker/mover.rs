@@ -8,10 +8,11 @@ use super::job::{Job, Work};
 use super::queue::{Next, Queue};
 use super::report::{Dropped, LoadError, LoadReport, StoreReport};
 use super::storing::Unsettled;
+use crate::attachment::{Arena, Attachment};
 use crate::client::{Client, Registered};
-use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyError, Direction, Transfer};
+use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyError, Direction, MappedArena, Transfer};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes of one batch: large enough to hide a round trip, small enough that a load, or a preemption, does not wait long
@@ -21,12 +22,16 @@ const BATCH_BYTES: u64 = 16 << 20;
 const BATCH_CHUNKS: usize = 512;
 /// How often stores that wait for the next engine are looked at, while there are any.
 const UNSETTLED_EVERY: Duration = Duration::from_millis(2);
+/// How often it is looked whether the arena is still the one that the backend knows, where that matters.
+const ARENA_EVERY: Duration = Duration::from_millis(500);
 
 pub(super) struct Mover {
     pub(super) client: Arc<Client>,
     pub(super) registered: Arc<Registered>,
     pub(super) queue: Arc<Queue>,
     pub(super) backend: Arc<dyn CopyBackend>,
+    /// The arena that the backend was told of last.
+    pub(super) arena: Mutex<Option<(Arena, Arc<dyn MappedArena>)>>,
     pub(super) options: WorkerOptions,
 }
 
@@ -44,8 +49,9 @@ impl Mover {
     pub(super) fn run(&self) {
         let mut unsettled: Vec<(Arc<Job>, Unsettled)> = Vec::new();
         loop {
-            let patience = (!unsettled.is_empty()).then_some(UNSETTLED_EVERY);
-            match self.queue.next(patience) {
+            // Before the first job, too: what a backend does to a mapping takes long, and is done in the background.
+            self.look_at_arena();
+            match self.queue.next(self.patience(!unsettled.is_empty())) {
                 Next::Job(job) => {
                     let waits = self.carry_out(&job);
                     unsettled.extend(waits.map(|store| (job, store)));
@@ -58,6 +64,15 @@ impl Mover {
                 let report = store.look(&self.client.shared.ledger, !job.is_cancelled());
                 report.map(|report| self.stored(job, report)).is_none()
             });
+        }
+    }
+
+    /// How long to wait for a job at most.
+    fn patience(&self, has_unsettled: bool) -> Option<Duration> {
+        match (has_unsettled, self.backend.writes_by_device()) {
+            (true, _) => Some(UNSETTLED_EVERY),
+            (false, true) => Some(ARENA_EVERY),
+            (false, false) => None,
         }
     }
 
@@ -113,22 +128,55 @@ impl Mover {
         }
     }
 
+    /// A device's copies need the arena registered: as soon as it is there, and no longer than it is.
+    fn look_at_arena(&self) {
+        if !self.backend.writes_by_device() {
+            return;
+        }
+        match self.client.current_attachment() {
+            Some(attachment) => self.map_arena(&attachment),
+            None => *self.arena.lock().unwrap_or_else(PoisonError::into_inner) = None,
+        }
+    }
+
+    /// Tells the backend of the arena that this attachment maps, unless it knows it.
+    fn map_arena(&self, attachment: &Attachment) {
+        let Some(arena) = &attachment.arena else { return };
+        if !self.backend.writes_by_device() {
+            return;
+        }
+        let mut known = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.as_ref().is_some_and(|(known, _)| known.is(arena)) {
+            return;
+        }
+        // First let go of the other one: the backend undoes what it did there.
+        *known = None;
+        let engine = attachment.link.engine.clone();
+        let mapping =
+            arena.mapping(engine, attachment.identity.geometry.slab_bytes, &self.client.options().engine);
+        *known = Some((arena.clone(), self.backend.map_arena(mapping)));
+    }
+
     /// Starts copying shards between the arena and their blocks; checksums in the same order, if asked for. The caller
     /// holds the attachment that maps the arena, and what says that a copy runs, until the transfer has ended.
     pub(super) fn start<'a>(
         &self,
         direction: Direction,
+        attachment: &Attachment,
         shards: impl Iterator<Item = (*mut u8, &'a [u32])>,
         job: &Job,
         checksum: bool,
     ) -> Result<Box<dyn Transfer>, CopyError> {
-        let mut batch = CopyBatch::new(direction, checksum);
+        self.map_arena(attachment);
+        let mut batch = CopyBatch::new(direction, &job.paged, checksum).after(job.after.clone());
         for (address, blocks) in shards {
             // SAFETY: the address has been checked against the arena for a whole shard, and the attachment that maps
             // it is held by the caller; the pages are as `PagedKv::grouped` was promised, for as long as the job runs. A
             // store's slot is ours (WRITING, under a writer pass); a load's bytes are not believed before its slot's
             // word has been looked at again.
-            unsafe { batch.shard(address, job.paged.pages(blocks)) };
+            let added = unsafe { batch.shard(address, blocks) };
+            // The job's block ids were checked when it was submitted.
+            debug_assert_eq!(added, Ok(()));
         }
         self.backend.submit(batch)
     }

@@ -389,7 +389,7 @@ impl<'a> Store<'a> {
         let started_ns = monotonic_ns();
         let checksum = self.mover.options.checksum != Checksum::Off;
         let shards = grant.shards.iter().map(|shard| (shard.address, &shard.chunk.blocks[..]));
-        match self.mover.start(Direction::Store, shards, self.job, checksum) {
+        match self.mover.start(Direction::Store, self.attachment, shards, self.job, checksum) {
             Ok(transfer) => Some(Copying { transfer, grant, running, pass, started_ns }),
             Err(error) => {
                 self.copy_failed(&grant, &error);

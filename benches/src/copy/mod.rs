@@ -237,7 +237,7 @@ impl<'a> Mover<'a> {
             keys.iter().map(|key| StoreChunk { key: *key, blocks: self.take_block() }).collect();
         let round = Round { source: self.source, number: self.round };
         let before = self.clock.ticks();
-        self.worker.submit_store("copy", round, None, chunks)?;
+        self.worker.submit_store("copy", round, None, chunks, None)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a store did not end within {PATIENCE:?}");
         let spent = self.clock.ns(self.clock.ticks() - before);
         let finished = self.worker.get_finished();
@@ -253,7 +253,7 @@ impl<'a> Mover<'a> {
         let chunks: Vec<LoadChunk> =
             shards.into_iter().map(|shard| LoadChunk { shard, blocks: self.take_block() }).collect();
         let before = self.clock.ticks();
-        self.worker.submit_load("copy", chunks)?;
+        self.worker.submit_load("copy", chunks, None)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
         let spent = self.clock.ns(self.clock.ticks() - before);
         self.scheduler.end_session("copy");

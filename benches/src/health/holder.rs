@@ -49,7 +49,7 @@ pub(crate) fn be(job: HolderJob) -> anyhow::Result<()> {
     // A chain that nobody has stored, another one for each holder.
     let chain = u64::from(std::process::id()) << 32;
     let chunks = (0..WRITING).map(|at| StoreChunk { key: fill::key(chain, at), blocks: vec![0] }).collect();
-    worker.submit_store("stuck", Round { source: 3, number: 1 }, None, chunks)?;
+    worker.submit_store("stuck", Round { source: 3, number: 1 }, None, chunks, None)?;
     child::answer("holding")?;
     child::commands().for_each(drop);
     // Not by returning: that would wait for copies that never end.
@@ -60,6 +60,8 @@ pub(crate) fn be(job: HolderJob) -> anyhow::Result<()> {
 struct Stuck;
 
 impl CopyBackend for Stuck {
+    kvring_gpu_kernels::copies_host_memory!();
+
     fn submit(&self, _batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         Ok(Box::new(Stuck))
     }

@@ -93,7 +93,13 @@ impl Busy {
         let keys: Vec<Key> = (0..CHUNKS as u64).map(|at| fill::key(chain, at)).collect();
         let chunks = keys.iter().zip(0..).map(|(key, block)| StoreChunk { key: *key, blocks: vec![block] });
         self.round += 1;
-        self.worker.submit_store("busy", Round { source: 2, number: self.round }, None, chunks.collect())?;
+        self.worker.submit_store(
+            "busy",
+            Round { source: 2, number: self.round },
+            None,
+            chunks.collect(),
+            None,
+        )?;
         ensure!(self.worker.wait_idle(PATIENCE), "a store did not end within {PATIENCE:?}");
         // Under a load like this one an answer may be late: then there is less to load.
         let hit = self.scheduler.lookup("busy", self.round, &keys)?;
@@ -102,7 +108,7 @@ impl Busy {
             .zip(0..)
             .map(|(shard, block)| LoadChunk { shard, blocks: vec![block] })
             .collect();
-        self.worker.submit_load("busy", loads)?;
+        self.worker.submit_load("busy", loads, None)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
         self.scheduler.end_session("busy");
         self.clear()?;

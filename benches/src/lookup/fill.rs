@@ -86,7 +86,7 @@ pub(crate) fn fill(engine: &Engine, chains: &Chains) -> anyhow::Result<()> {
         for chain in first..(first + CHAINS_PER_JOB).min(chains.count()) {
             let chunks = chains.keys(chain).map(|key| StoreChunk { key, blocks: vec![0] }).collect();
             let round = Round { source: 1, number: chain as u32 + 1 };
-            worker.submit_store("fill", round, None, chunks)?;
+            worker.submit_store("fill", round, None, chunks, None)?;
         }
         ensure!(worker.wait_idle(PATIENCE), "storing did not end within {PATIENCE:?}");
         let finished = worker.get_finished();

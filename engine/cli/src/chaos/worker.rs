@@ -157,7 +157,8 @@ impl Worker {
         };
         let chunks = shards.iter().zip(&blocks).map(chunk).collect();
         let (adapter, name) = (&mut self.adapter, name_of(job));
-        let id = self.watch.call("submit_load", Duration::ZERO, || adapter.submit_load(&name, chunks))?;
+        let id =
+            self.watch.call("submit_load", Duration::ZERO, || adapter.submit_load(&name, chunks, None))?;
         let open = Open { job, since: Instant::now(), keys, blocks, life: None, is_store: false };
         self.jobs.insert(id, open);
         Ok(())
@@ -180,7 +181,7 @@ impl Worker {
         let (source, number) = round;
         let life = self.lives.now();
         let (adapter, name, round) = (&mut self.adapter, name_of(job), Round { source, number });
-        let submit = || adapter.submit_store(&name, round, parent, chunks);
+        let submit = || adapter.submit_store(&name, round, parent, chunks, None);
         let id = self.watch.call("submit_store", Duration::ZERO, submit)?;
         self.jobs.insert(id, Open { job, since: Instant::now(), keys, blocks, life, is_store: true });
         Ok(())

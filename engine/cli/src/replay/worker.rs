@@ -112,7 +112,7 @@ impl Worker {
             shard: shard.handle(step.arena_id),
             blocks: blocks.clone(),
         };
-        let job = self.adapter.submit_load(&step.request, step.load.iter().map(chunk).collect())?;
+        let job = self.adapter.submit_load(&step.request, step.load.iter().map(chunk).collect(), None)?;
         let report = self.wait_for(job, |finished| find(&finished.loads, job))?;
         let failed: HashSet<u32> = self.adapter.get_block_ids_with_load_errors().into_iter().collect();
         let LoadReport { loaded, failed: failed_shards, bytes, copy_ns, .. } = report;
@@ -136,7 +136,7 @@ impl Worker {
         let chunks = step.store.iter().map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.clone() });
         let (source, number) = step.round;
         let round = Round { source, number };
-        let job = self.adapter.submit_store(&step.request, round, step.parent, chunks.collect())?;
+        let job = self.adapter.submit_store(&step.request, round, step.parent, chunks.collect(), None)?;
         let report = self.wait_for(job, |finished| find(&finished.stores, job))?;
         let StoreReport { stored, skipped, dropped, bytes, copy_ns, .. } = report;
         Ok(Stored { stored: stored.into(), skipped: skipped.into(), dropped: dropped.into(), bytes, copy_ns })

@@ -1,0 +1,319 @@
+//! The arena, registered with the driver: only then do copies from and to it run by DMA, at the speed of the link.
+//!
+//! Registering takes some 0.1 s for each GB and holds locks that all of the driver's users share. So it is done in the
+//! background, in parts of 1 GiB, with pauses, and by one process at a time (a lock on a file that all of them know). Until a part
+//! is registered, and where it cannot be (a limit of locked memory), copies go through the driver's own buffers: slower, and
+//! otherwise the same.
+//!
+//! A copy across the border of two registrations is an error of the driver's. Slabs end on borders of 1 GiB, so no shard
+//! crosses one; [`Arena::pieces`] cuts there all the same.
+
+use super::device::Context;
+use super::error::GpuError;
+use super::objects::HostBuffer;
+use crate::backend::{ArenaMapping, MappedArena};
+use crate::sync::Word;
+use std::fs::File;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
+const FLAGS: u32 = 1 | 2;
+/// How often it is looked whether the engine has allocated more, and whether the lock is free.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The longest pause between two parts.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+
+const PENDING: u32 = 0;
+const REGISTERED: u32 = 1;
+
+/// A part of the arena.
+struct Part {
+    /// What has become of it.
+    state: Word,
+    /// The device's address of its first byte, once it is registered.
+    alias: std::sync::OnceLock<u64>,
+}
+
+/// What the registering thread shares with the others.
+struct Shared {
+    context: Arc<Context>,
+    mapping: ArenaMapping,
+    part_bytes: usize,
+    parts: Vec<Part>,
+    /// Changes when the thread is to end.
+    ended: Word,
+}
+
+/// An arena of which parts are registered. Unregistered in the background when it is dropped.
+pub(super) struct Arena {
+    shared: Arc<Shared>,
+}
+
+impl MappedArena for Arena {
+    fn registered_bytes(&self) -> u64 {
+        let Shared { mapping, part_bytes, parts, .. } = &*self.shared;
+        let lengths = parts.iter().enumerate().filter(|(_, part)| part.state.get() == REGISTERED);
+        lengths.map(|(index, _)| (mapping.bytes - index * part_bytes).min(*part_bytes) as u64).sum()
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        self.shared.ended.bump_and_wake();
+    }
+}
+
+/// A contiguous piece of an arena that no border divides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) host: *mut u8,
+    pub(super) bytes: usize,
+    /// Is it registered?
+    pub(super) registered: bool,
+}
+
+impl Arena {
+    /// Pinned memory, as if it were an arena.
+    pub(super) fn pinned(context: &Arc<Context>, buffer: &Arc<HostBuffer>) -> Arc<Arena> {
+        let bytes = buffer.bytes();
+        let mapping = ArenaMapping {
+            base: buffer.host(),
+            bytes,
+            allocated: Arc::new(move || bytes as u64),
+            lock: None,
+            keep: buffer.clone(),
+        };
+        let part = Part { state: Word::new(REGISTERED), alias: std::sync::OnceLock::from(buffer.alias()) };
+        let (part_bytes, parts, ended) = (bytes.max(1), vec![part], Word::default());
+        Arc::new(Arena {
+            shared: Arc::new(Shared { context: context.clone(), mapping, part_bytes, parts, ended }),
+        })
+    }
+
+    /// Is this range of addresses in it?
+    pub(super) fn holds(&self, host: *mut u8, bytes: usize) -> bool {
+        let from = (host as usize).checked_sub(self.shared.mapping.base as usize);
+        from.and_then(|from| from.checked_add(bytes)).is_some_and(|end| end <= self.shared.mapping.bytes)
+    }
+
+    /// The pieces of a range that it holds.
+    pub(super) fn pieces(&self, host: *mut u8, bytes: usize) -> impl Iterator<Item = Piece> + use<'_> {
+        let Shared { mapping, part_bytes, parts, .. } = &*self.shared;
+        let mut at = host as usize - mapping.base as usize;
+        let end = at + bytes;
+        std::iter::from_fn(move || {
+            if at >= end {
+                return None;
+            }
+            let part = at / part_bytes;
+            let until = ((part + 1) * part_bytes).min(end);
+            let registered = parts.get(part).is_some_and(|part| part.state.get() == REGISTERED);
+            let piece = Piece { host: mapping.base.wrapping_add(at), bytes: until - at, registered };
+            at = until;
+            Some(piece)
+        })
+    }
+
+    /// The device's address of a range that lies in one registered part.
+    pub(super) fn alias(&self, host: *mut u8, bytes: usize) -> Option<u64> {
+        let Shared { mapping, part_bytes, parts, .. } = &*self.shared;
+        let at = host as usize - mapping.base as usize;
+        let part = at / part_bytes;
+        if at + bytes > (part + 1) * part_bytes {
+            return None;
+        }
+        let part_at = part * part_bytes;
+        let part = parts.get(part).filter(|part| part.state.get() == REGISTERED)?;
+        part.alias.get().map(|alias| alias + (at - part_at) as u64)
+    }
+}
+
+/// The arenas of a backend, and the threads that register them.
+pub(super) struct Arenas {
+    context: Arc<Context>,
+    part_bytes: usize,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    known: Mutex<Vec<std::sync::Weak<Arena>>>,
+}
+
+impl Arenas {
+    pub(super) fn new(context: &Arc<Context>, part_bytes: usize) -> Arenas {
+        let part_bytes = part_bytes.max(4096);
+        Arenas { context: context.clone(), part_bytes, threads: Mutex::default(), known: Mutex::default() }
+    }
+
+    /// Begins to register a mapping.
+    pub(super) fn map(&self, mapping: ArenaMapping) -> Arc<Arena> {
+        let count = mapping.bytes.div_ceil(self.part_bytes);
+        let part = |_| Part { state: Word::new(PENDING), alias: std::sync::OnceLock::new() };
+        let shared = Arc::new(Shared {
+            context: self.context.clone(),
+            mapping,
+            part_bytes: self.part_bytes,
+            parts: (0..count).map(part).collect(),
+            ended: Word::default(),
+        });
+        let arena = Arc::new(Arena { shared: shared.clone() });
+        let work = move || {
+            let registered = shared.register();
+            while shared.ended.get() == 0 {
+                shared.ended.wait(0);
+            }
+            shared.unregister(registered);
+        };
+        match std::thread::Builder::new().name("kvring-register".into()).spawn(work) {
+            Ok(thread) => {
+                let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no thread to register the arena with the GPU: copies go through the driver's buffers");
+            }
+        }
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.retain(|arena| arena.strong_count() > 0);
+        known.push(Arc::downgrade(&arena));
+        arena
+    }
+
+    /// The arena that holds this range.
+    pub(super) fn holding(&self, host: *mut u8, bytes: usize) -> Option<Arc<Arena>> {
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.iter().rev().filter_map(std::sync::Weak::upgrade).find(|arena| arena.holds(host, bytes))
+    }
+}
+
+impl Drop for Arenas {
+    fn drop(&mut self) {
+        if !self.context.is_ours() {
+            return;
+        }
+        let threads = core::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for arena in self.known.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            if let Some(arena) = arena.upgrade() {
+                arena.shared.ended.bump_and_wake();
+            }
+        }
+        for thread in threads {
+            // One that panicked has said so.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    /// Registers part after part; how many.
+    fn register(&self) -> usize {
+        let began = Instant::now();
+        let lock = self.mapping.lock.as_ref().and_then(|path| match File::open(path) {
+            Ok(file) => Some(file),
+            Err(error) => {
+                tracing::debug!(path = %path.display(), %error, "registering without a lock");
+                None
+            }
+        });
+        for index in 0..self.parts.len() {
+            let end = ((index + 1) * self.part_bytes).min(self.mapping.bytes);
+            // Registering touches every page: what has no memory yet is the engine's to allocate.
+            while (self.mapping.allocated)() < end as u64 {
+                if self.pause(LOOK_EVERY) {
+                    return index;
+                }
+            }
+            let Some(locked) = self.lock(lock.as_ref()) else { return index };
+            let started = Instant::now();
+            let outcome = self.register_part(index, end);
+            drop(locked);
+            if let Err(error) = outcome {
+                let (registered, of) = (index * self.part_bytes, self.mapping.bytes);
+                let hint = if error.is_out_of_memory() { "; look at `ulimit -l`" } else { "" };
+                tracing::warn!(
+                    %error, registered, of,
+                    "the arena cannot be registered with the GPU{hint}: copies from and to the rest of it are slower"
+                );
+                return index;
+            }
+            if self.pause(started.elapsed().min(PAUSE_MAX)) {
+                return index + 1;
+            }
+        }
+        let (bytes, seconds) = (self.mapping.bytes, began.elapsed().as_secs_f64());
+        tracing::info!(bytes, seconds, "arena registered with the GPU");
+        self.parts.len()
+    }
+
+    fn register_part(&self, index: usize, end: usize) -> Result<(), GpuError> {
+        let at = index * self.part_bytes;
+        let host = self.mapping.base.wrapping_add(at);
+        let api = self.context.api;
+        let _entered = self.context.enter()?;
+        // SAFETY: mapped, and allocated, as `map_arena` was told; unregistered before the mapping is let go.
+        unsafe { api.cuMemHostRegister_v2(host.cast(), end - at, FLAGS) }?;
+        let mut alias = host as u64;
+        if !self.context.host_pointers {
+            // SAFETY: writes one address; registered above.
+            let found = unsafe { api.cuMemHostGetDevicePointer_v2(&raw mut alias, host.cast(), 0) };
+            if let Err(error) = found {
+                // SAFETY: registered above, and used by nobody yet.
+                let _ = unsafe { api.cuMemHostUnregister(host.cast()) };
+                return Err(error);
+            }
+        }
+        let part = &self.parts[index];
+        // Set once: each part is registered once.
+        let _ = part.alias.set(alias);
+        part.state.bump_and_wake();
+        Ok(())
+    }
+
+    fn unregister(&self, registered: usize) {
+        let Ok(_entered) = self.context.enter() else { return };
+        for index in 0..registered {
+            let host = self.mapping.base.wrapping_add(index * self.part_bytes);
+            // SAFETY: registered by this thread. Transfers hold the arena, so none is left.
+            let gone = unsafe { self.context.api.cuMemHostUnregister(host.cast()) };
+            if let Err(error) = gone {
+                tracing::debug!(%error, "cannot unregister a part of the arena");
+            }
+        }
+    }
+
+    /// The lock, as soon as it can be had; `None` where the thread is to end.
+    fn lock<'a>(&self, file: Option<&'a File>) -> Option<Locked<'a>> {
+        let Some(file) = file else { return Some(Locked(None)) };
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Some(Locked(Some(file))),
+                Err(std::fs::TryLockError::WouldBlock) => {}
+                // Only politeness is lost.
+                Err(std::fs::TryLockError::Error(_)) => return Some(Locked(None)),
+            }
+            if self.pause(LOOK_EVERY) {
+                return None;
+            }
+        }
+    }
+
+    /// Waits; true where the thread is to end.
+    fn pause(&self, time: Duration) -> bool {
+        if self.ended.get() == 0 {
+            std::thread::sleep(time);
+        }
+        self.ended.get() != 0
+    }
+}
+
+/// The lock is held.
+struct Locked<'a>(Option<&'a File>);
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        if let Some(file) = self.0 {
+            // It goes with the descriptor at the latest.
+            let _ = file.unlock();
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! The GPU backend.
+
+use super::arena::{Arena, Arenas};
+use super::calibrate::calibrate;
+use super::device::{Context, DeviceInfo};
+use super::error::GpuError;
+use super::kernels::Kernels;
+use super::lanes::Lanes;
+use super::objects::{Events, Recorded};
+use super::plan::{CopyMode, Plan, Way};
+use super::prepared::{Prepared, Tiled, check_memory, contiguous_bytes};
+use super::put::{Put, Windows};
+use super::sums::SumBuffers;
+use super::transfer::GpuTransfer;
+use crate::backend::{ArenaMapping, ComputeStream, CopyBackend, CopyError, Fence, MappedArena, Transfer};
+use crate::batch::{CopyBatch, Direction};
+use crate::layout::{Memory, PagedKv};
+use crate::sync::release_fence;
+use crate::tiles::Tiles;
+use cudarc::driver::sys::CUstream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+/// The longest staging buffer: a longer shard goes through it in several windows.
+const STAGING_MAX: u64 = 8 << 20;
+
+/// How a GPU is to be used.
+#[derive(Clone, Debug)]
+pub struct GpuOptions {
+    /// Its number for this process.
+    pub device: u32,
+    /// Default auto.
+    pub mode: CopyMode,
+    /// Streaming multiprocessors that a kernel of ours may occupy. Default 16: enough for the link with room to spare, a small part
+    /// of what the model computes with.
+    pub sm_count: u32,
+    /// Bytes of one registration of the arena, a multiple of 4096. Default 1 GiB, on whose borders slabs end.
+    pub part_bytes: usize,
+}
+
+impl GpuOptions {
+    /// The defaults, for a device.
+    #[must_use]
+    pub fn new(device: u32) -> GpuOptions {
+        GpuOptions { device, mode: CopyMode::Auto, sm_count: 16, part_bytes: 1 << 30 }
+    }
+}
+
+/// Copies between a GPU's memory and the arena. See the module's documentation.
+pub struct CudaBackend {
+    // In this order: what is in flight ends first.
+    lanes: [Mutex<Lanes>; 2],
+    layouts: Mutex<Vec<(Weak<PagedKv>, Arc<Prepared>)>>,
+    arenas: Arenas,
+    /// `Err`: why there are none.
+    kernels: Result<Kernels, GpuError>,
+    events: Arc<Events>,
+    sums: Arc<SumBuffers>,
+    options: GpuOptions,
+    context: Arc<Context>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl CudaBackend {
+    /// Opens the device, in the context that torch uses.
+    pub fn new(options: GpuOptions) -> Result<CudaBackend, GpuError> {
+        let context = Context::open(options.device)?;
+        let kernels = Kernels::load(&context);
+        if let Err(error) = &kernels {
+            if let Some(asked) =
+                [CopyMode::Staged, CopyMode::ZeroCopy].into_iter().find(|mode| *mode == options.mode)
+            {
+                return Err(GpuError::Mode { asked: asked.as_str(), why: without_kernels(error) });
+            }
+            tracing::warn!(%error, "{}: pages are copied one by one", without_kernels(error));
+        }
+        let lanes = || Lanes::new(&context).map(Mutex::new);
+        Ok(CudaBackend {
+            lanes: [lanes()?, lanes()?],
+            layouts: Mutex::default(),
+            arenas: Arenas::new(&context, options.part_bytes),
+            kernels,
+            events: Events::new(&context),
+            sums: SumBuffers::new(&context),
+            options,
+            context,
+        })
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn device(&self) -> &DeviceInfo {
+        &self.context.info
+    }
+
+    /// What was decided for a cache that has been prepared: for people.
+    #[must_use]
+    pub fn describe(&self, paged: &Arc<PagedKv>) -> String {
+        let Ok(prepared) = self.prepared(paged) else { return String::new() };
+        let Some(Plan([store, load])) = prepared.plan.get() else { return String::new() };
+        let [store, load] = [store, load].map(|choice| match (choice.bulk.as_str(), choice.small.as_str()) {
+            (bulk, small) if bulk == small => bulk.to_owned(),
+            (bulk, small) => format!("{bulk}, small ones {small}"),
+        });
+        format!("stores by {store}; loads by {load}")
+    }
+
+    pub(super) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// What is known of a cache; finds it out where it is new.
+    fn prepared(&self, paged: &Arc<PagedKv>) -> Result<Arc<Prepared>, CopyError> {
+        let known = |layouts: &[(Weak<PagedKv>, Arc<Prepared>)]| {
+            let mut layouts = layouts.iter();
+            layouts
+                .find(|(layout, _)| Weak::as_ptr(layout) == Arc::as_ptr(paged))
+                .map(|(_, prepared)| prepared.clone())
+        };
+        if let Some(prepared) = known(&locked(&self.layouts)) {
+            return Ok(prepared);
+        }
+        let expected = Memory::Cuda(self.context.info.device);
+        if paged.memory() != expected {
+            let (expected, got) = (expected.to_string(), paged.memory().to_string());
+            return Err(CopyError::OtherMemory { backend: self.name(), expected, got });
+        }
+        check_memory(&self.context, paged)?;
+        let prepared = Arc::new(self.prepare_unmeasured(paged)?);
+        self.decide(paged, &prepared)?;
+        let mut layouts = locked(&self.layouts);
+        // An address may be used again only when nobody holds the weak reference's allocation: it cannot be another cache's.
+        layouts.retain(|(layout, _)| layout.strong_count() > 0);
+        layouts.push((Arc::downgrade(paged), prepared.clone()));
+        Ok(prepared)
+    }
+
+    /// Without having decided which way its bytes go.
+    pub(super) fn prepare_unmeasured(&self, paged: &PagedKv) -> Result<Prepared, GpuError> {
+        let tiled = match &self.kernels {
+            Err(_) => None,
+            Ok(_) => match Tiled::of(&self.context, paged, |tiles| self.stage(tiles, paged)) {
+                Ok(tiled) => Some(tiled),
+                Err(error @ GpuError::Tiles(_)) => {
+                    if let Some(asked) = Way::of(self.options.mode).filter(|way| *way != Way::Batch) {
+                        return Err(GpuError::Mode { asked: asked.as_str(), why: error.to_string() });
+                    }
+                    tracing::warn!(%error, "kernels cannot copy this cache: its pages are copied one by one");
+                    None
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        Ok(Prepared { tiled, plan: std::sync::OnceLock::new() })
+    }
+
+    /// Staging buffers for a cache: how long they are, or 0.
+    fn stage(&self, tiles: &Tiles, paged: &PagedKv) -> u32 {
+        let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap_or(0);
+        let wanted = paged.shard_bytes().min(STAGING_MAX) as u32;
+        let mut least = u32::MAX;
+        for lanes in &self.lanes {
+            let mut lanes = locked(lanes);
+            if let Err(error) = lanes.stage(wanted.max(longest)) {
+                tracing::warn!(%error, "no GPU memory for staging buffers: small pages are copied more slowly");
+                return 0;
+            }
+            least = least.min(lanes.staging_bytes());
+        }
+        if least < longest { 0 } else { least }
+    }
+
+    fn decide(&self, paged: &Arc<PagedKv>, prepared: &Prepared) -> Result<(), GpuError> {
+        let contiguous = contiguous_bytes(paged);
+        let has_staging = prepared.tiled.as_ref().is_some_and(|tiled| !tiled.staged.is_empty());
+        let plan = match Way::of(self.options.mode) {
+            Some(Way::Staged) if !has_staging => {
+                let why = "there is no GPU memory for staging buffers".to_owned();
+                return Err(GpuError::Mode { asked: CopyMode::Staged.as_str(), why });
+            }
+            Some(way) => Plan::only(way),
+            None if prepared.tiled.is_none() => Plan::only(Way::Batch),
+            None => match calibrate(self, paged) {
+                Ok(plan) => plan,
+                Err(error) => {
+                    let rule = Plan::by_rule(contiguous);
+                    tracing::warn!(%error, contiguous, "cannot measure which way of copying is fastest; going by the length of pages");
+                    rule
+                }
+            },
+        };
+        let Plan([store, load]) = plan;
+        tracing::info!(
+            device = %self.context.info.name, mode = %self.options.mode, contiguous,
+            store = store.bulk.as_str(), load = load.bulk.as_str(),
+            small_store = store.small.as_str(), small_load = load.small.as_str(),
+            "copies between GPU and arena"
+        );
+        // Decided once.
+        let _ = prepared.plan.set(plan);
+        Ok(())
+    }
+
+    /// Starts a batch in a way, or in the next best one where that is not possible.
+    pub(super) fn start(
+        &self,
+        batch: CopyBatch,
+        prepared: &Prepared,
+        way: Way,
+        pinned: Option<&Arc<Arena>>,
+    ) -> Result<GpuTransfer, GpuError> {
+        if batch.checksum && prepared.tiled.is_none() {
+            let why = match &self.kernels {
+                Err(error) => without_kernels(error),
+                Ok(_) => "kernels cannot copy this cache".to_owned(),
+            };
+            return Err(GpuError::Mode { asked: "checksum", why });
+        }
+        let _entered = self.context.enter()?;
+        let shard_bytes = batch.paged.shard_bytes() as usize;
+        let mut arenas: Vec<Arc<Arena>> = pinned.cloned().into_iter().collect();
+        for arena in &batch.arena {
+            if !arenas.iter().any(|known| known.holds(*arena, shard_bytes)) {
+                arenas.extend(self.arenas.holding(*arena, shard_bytes));
+            }
+        }
+        let grid_max = self.options.sm_count.max(1);
+        let sums = match &prepared.tiled {
+            Some(tiled) if batch.checksum => {
+                let partials = batch.len() * tiled.windows_max() * grid_max as usize;
+                Some(self.sums.take(batch.len(), partials)?)
+            }
+            _ => None,
+        };
+        if batch.direction == Direction::Store {
+            // Before the first payload store into a slot: pairs with the Acquire fence of a reader that still believes
+            // in the slot's previous life (kvring-shm-abi, `SlotHeader::still_valid`).
+            release_fence();
+        }
+        let mut lanes = locked(&self.lanes[batch.direction as usize]);
+        let fence = batch.after.0.as_ref().and_then(|fence| fence.downcast_ref::<Recorded>());
+        let mut put = Put {
+            api: self.context.api,
+            kernels: self.kernels.as_ref().ok(),
+            windows: prepared.tiled.as_ref().map(|tiled| Windows { tiled, grid_max }),
+            lanes: &mut lanes,
+            arenas: &arenas,
+            fence: fence.and_then(Recorded::event),
+            sums,
+            direction: batch.direction,
+        };
+        let done = put.batch(&batch, way);
+        let sums = put.sums.take();
+        match done.and_then(|()| lanes.end_batch(&self.events)) {
+            Ok(events) => Ok(GpuTransfer {
+                context: self.context.clone(),
+                events,
+                sums,
+                failed: None,
+                batch,
+                _arenas: arenas,
+            }),
+            Err(error) => {
+                // A part of it may be running.
+                if let Err(error) = lanes.synchronize() {
+                    error.outlast();
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+fn without_kernels(error: &GpuError) -> String {
+    match error {
+        GpuError::Call { code: 222, .. } => {
+            "the driver is too old for kvring's kernels (570 or later)".to_owned()
+        }
+        error => format!("kvring's kernels cannot be loaded: {error}"),
+    }
+}
+
+impl CopyBackend for CudaBackend {
+    fn prepare(&self, paged: &Arc<PagedKv>) -> Result<(), CopyError> {
+        self.prepared(paged).map(|_| ())
+    }
+
+    fn map_arena(&self, arena: ArenaMapping) -> Arc<dyn MappedArena> {
+        self.arenas.map(arena)
+    }
+
+    fn writes_by_device(&self) -> bool {
+        true
+    }
+
+    fn fence(&self, stream: ComputeStream) -> Result<Fence, CopyError> {
+        let _entered = self.context.enter()?;
+        let stream = stream.0 as CUstream;
+        let mut capturing = 0;
+        // SAFETY: writes a status; a stream that is none is an error of the driver's.
+        unsafe { self.context.api.cuStreamIsCapturing(stream, &raw mut capturing) }?;
+        if capturing != 0 {
+            return Err(GpuError::Capturing.into());
+        }
+        Ok(Fence(Some(Arc::new(self.events.record(stream)?))))
+    }
+
+    fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        let prepared = self.prepared(&batch.paged)?;
+        let way = prepared.plan.get().map_or(Way::Batch, |plan| plan.way(batch.direction, batch.bytes()));
+        Ok(Box::new(self.start(batch, &prepared, way, None)?))
+    }
+
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+}

@@ -1,0 +1,39 @@
+//! The GPU backend: between the paged cache in a GPU's memory and the arena.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `api` | the driver's functions, loaded at run time |
+//! | `device` | which GPUs there are; the context in which this process uses one |
+//! | `objects` | streams, events, memory |
+//! | `kernels` | `cuda/kv.cu`, loaded and launched |
+//! | `arena` | the arena, registered for DMA in the background |
+//! | `lanes` | streams with a staging buffer each, taken in turns |
+//! | `prepared`, `plan`, `calibrate` | what is known of a cache, and which way its bytes go |
+//! | `put`, `sums`, `transfer` | a batch on its lanes, its checksums, and its end |
+//! | `gpu` | all of it behind [`CopyBackend`](crate::CopyBackend) |
+//!
+//! **Order.** Each lane first waits for the fence of its batch: all that was on torch's stream when the job was submitted. A store
+//! so reads what the model has written, a load so writes after the last reader. A batch's end is an event on each of its
+//! lanes, which the host waits for before anything is committed or reported.
+//!
+//! **Nothing is left half-way.** A transfer that is dropped, and a batch that fails while it is being put, are waited for.
+
+mod api;
+mod arena;
+mod calibrate;
+mod device;
+mod error;
+mod gpu;
+mod kernels;
+mod lanes;
+mod objects;
+mod plan;
+mod prepared;
+mod put;
+mod sums;
+mod transfer;
+
+pub use device::{DeviceInfo, probe};
+pub use error::GpuError;
+pub use gpu::{CudaBackend, GpuOptions};
+pub use plan::CopyMode;

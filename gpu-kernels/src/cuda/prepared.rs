@@ -1,0 +1,222 @@
+//! What is known of a cache before it is copied from or to.
+
+use super::device::Context;
+use super::error::GpuError;
+use super::objects::{DeviceBuffer, Stream};
+use super::plan::Plan;
+use crate::layout::{Memory, PagedKv};
+use crate::tiles::{Tiles, Window};
+use core::ffi::{c_int, c_void};
+use std::sync::{Arc, OnceLock};
+
+/// `CU_POINTER_ATTRIBUTE_MEMORY_TYPE` and `CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL`.
+const MEMORY_TYPE: c_int = 2;
+const DEVICE_ORDINAL: c_int = 9;
+/// `CU_MEMORYTYPE_DEVICE`.
+const DEVICE_MEMORY: u32 = 2;
+
+/// A cache whose pages have been checked, and its tiles in the GPU's memory.
+pub(super) struct Prepared {
+    /// `None` where kernels cannot copy it.
+    pub(super) tiled: Option<Tiled>,
+    /// Which way its bytes go, once that has been decided.
+    pub(super) plan: OnceLock<Plan>,
+}
+
+/// For kernels.
+pub(super) struct Tiled {
+    /// Bytes of a vector.
+    pub(super) vector: u32,
+    pub(super) table: DeviceBuffer,
+    /// For staging buffers of some length; empty where there are none.
+    pub(super) staged: Vec<Window>,
+    /// As long as can be.
+    pub(super) whole: Vec<Window>,
+}
+
+impl Tiled {
+    /// Cuts a cache, and uploads the table. `staging` says how long the staging buffers are that can be had for a window of so
+    /// many bytes.
+    pub(super) fn of(
+        context: &Arc<Context>,
+        paged: &PagedKv,
+        staging: impl FnOnce(&Tiles) -> u32,
+    ) -> Result<Tiled, GpuError> {
+        let tiles = Tiles::of(paged)?;
+        let staging_bytes = staging(&tiles);
+        let staged = if staging_bytes == 0 { Vec::new() } else { tiles.windows(staging_bytes)? };
+        let whole = tiles.windows(u32::MAX)?;
+        let bytes: &[u8] = bytemuck::cast_slice(tiles.table());
+        let table = DeviceBuffer::new(context, bytes.len())?;
+        let stream = Stream::new(context)?;
+        let _entered = context.enter()?;
+        // SAFETY: the source lives until the copy has ended, below, and the buffer has as many bytes.
+        unsafe {
+            let from = bytes.as_ptr().cast::<c_void>();
+            context.api.cuMemcpyHtoDAsync_v2(table.address(), from, bytes.len(), stream.raw())?;
+        }
+        if let Err(error) = stream.synchronize() {
+            error.outlast();
+            return Err(error);
+        }
+        Ok(Tiled { vector: tiles.vector(), table, staged, whole })
+    }
+
+    /// Most windows that a shard can be cut into.
+    pub(super) fn windows_max(&self) -> usize {
+        self.staged.len().max(self.whole.len())
+    }
+}
+
+/// Every page of the cache is memory of the context's device.
+pub(super) fn check_memory(context: &Context, paged: &PagedKv) -> Result<(), GpuError> {
+    let device = context.info.device;
+    debug_assert_eq!(paged.memory(), Memory::Cuda(device));
+    let _entered = context.enter()?;
+    // Layers share allocations: what has been looked at needs no second look.
+    let mut known = (0u64, 0u64);
+    for (group, of) in paged.groups().iter().enumerate() {
+        for (plane, pages) in of.planes.iter().enumerate() {
+            let address = pages.base as u64;
+            let refused =
+                |bytes: u64, got: String| GpuError::Memory { group, plane, address, bytes, device, got };
+            let reach = u128::from(of.num_blocks - 1) * pages.block_stride as u128 + pages.page_bytes as u128;
+            let Some(end) = u64::try_from(reach).ok().and_then(|bytes| address.checked_add(bytes)) else {
+                return Err(refused(u64::MAX, "addresses beyond 64 bits".to_owned()));
+            };
+            let bytes = end - address;
+            if known.0 <= address && end <= known.1 {
+                continue;
+            }
+            check_place(context, address).map_err(|got| refused(bytes, got))?;
+            // Allocations that are mapped piece by piece follow one another without a gap.
+            let mut at = address;
+            while at < end {
+                let (mut base, mut length) = (0u64, 0usize);
+                // SAFETY: writes an address and a length.
+                let found =
+                    unsafe { context.api.cuMemGetAddressRange_v2(&raw mut base, &raw mut length, at) };
+                let until = base.saturating_add(length as u64);
+                if found.is_err() || until <= at || base > at {
+                    return Err(refused(bytes, format!("an allocation that ends at {at:#x}")));
+                }
+                if base <= address {
+                    known = (base, until);
+                }
+                at = until;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_place(context: &Context, address: u64) -> Result<(), String> {
+    let (mut kind, mut ordinal) = (0u32, 0i32);
+    // SAFETY: both attributes are 32 bits wide.
+    let found = unsafe {
+        let kind = context.api.cuPointerGetAttribute((&raw mut kind).cast(), MEMORY_TYPE, address);
+        kind.and(context.api.cuPointerGetAttribute((&raw mut ordinal).cast(), DEVICE_ORDINAL, address))
+    };
+    match found {
+        Err(_) => Err("an address that the driver does not know".to_owned()),
+        Ok(()) if kind != DEVICE_MEMORY => Err("memory of the host".to_owned()),
+        Ok(()) if u32::try_from(ordinal) != Ok(context.info.device) => {
+            Err(format!("memory of device {ordinal}"))
+        }
+        Ok(()) => Ok(()),
+    }
+}
+
+/// The contiguous runs of a chunk: address and length in the cache, and where in the shard. Pages that follow one another in both
+/// are one run.
+pub(super) fn runs<'a>(paged: &'a PagedKv, blocks: &'a [u32]) -> impl Iterator<Item = Run> + 'a {
+    let mut pages = paged.pages(blocks);
+    let mut offset = 0u64;
+    let mut held: Option<Run> = None;
+    let mut ended = false;
+    std::iter::from_fn(move || {
+        while !ended {
+            let Some((address, bytes)) = pages.next() else {
+                ended = true;
+                break;
+            };
+            let at = offset;
+            offset += bytes as u64;
+            if address.is_null() {
+                continue;
+            }
+            match &mut held {
+                Some(run) if run.follows(address as u64, at) => run.bytes += bytes,
+                _ => {
+                    let run = Run { address: address as u64, offset: at, bytes };
+                    if let Some(before) = held.replace(run) {
+                        return Some(before);
+                    }
+                }
+            }
+        }
+        held.take()
+    })
+}
+
+/// See [`runs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Run {
+    pub(super) address: u64,
+    pub(super) offset: u64,
+    pub(super) bytes: usize,
+}
+
+impl Run {
+    fn follows(&self, address: u64, offset: u64) -> bool {
+        self.address + self.bytes as u64 == address && self.offset + self.bytes as u64 == offset
+    }
+}
+
+/// How many bytes of a chunk are contiguous, on average, whatever its blocks are.
+pub(super) fn contiguous_bytes(paged: &PagedKv) -> u64 {
+    // The same block again and again: nothing follows from one block to the next.
+    let blocks = vec![0; paged.blocks_per_chunk() as usize];
+    paged.shard_bytes() / runs(paged, &blocks).count().max(1) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{Plane, SKIP};
+
+    fn kv(planes: &[(usize, usize, usize)], blocks_per_chunk: u32) -> PagedKv {
+        let plane = |&(base, block_stride, page_bytes): &(usize, usize, usize)| Plane {
+            base: base as *mut u8,
+            block_stride,
+            page_bytes,
+        };
+        let planes = planes.iter().map(plane).collect();
+        // SAFETY: nothing is copied.
+        unsafe { PagedKv::new(planes, 100, blocks_per_chunk) }.unwrap()
+    }
+
+    fn found(kv: &PagedKv, blocks: &[u32]) -> Vec<(u64, u64, usize)> {
+        runs(kv, blocks).map(|run| (run.address, run.offset, run.bytes)).collect()
+    }
+
+    #[test]
+    fn what_is_contiguous_on_both_sides_is_one_run() {
+        // Blocks outermost: two layers of 32 bytes beside one another.
+        let kv = kv(&[(0x1000, 64, 32), (0x1020, 64, 32)], 3);
+        assert_eq!(found(&kv, &[0, 1, 2]), [(0x1000, 0, 192)]);
+        assert_eq!(found(&kv, &[1, 0, 5]), [(0x1040, 0, 64), (0x1000, 64, 64), (0x1140, 128, 64)]);
+        assert_eq!(found(&kv, &[0, SKIP, 1]), [(0x1000, 0, 64), (0x1040, 128, 64)], "apart in the shard");
+        assert_eq!(found(&kv, &[SKIP, SKIP, SKIP]), []);
+        assert_eq!(contiguous_bytes(&kv), 64);
+    }
+
+    #[test]
+    fn layers_outermost_and_padded_pages_are_not() {
+        let layers = kv(&[(0x1000, 32, 32), (0x9000, 32, 32)], 2);
+        assert_eq!(found(&layers, &[0, 1]).len(), 4);
+        assert_eq!(contiguous_bytes(&layers), 32);
+        let padded = kv(&[(0x1000, 48, 32)], 2);
+        assert_eq!(found(&padded, &[0, 1]), [(0x1000, 0, 32), (0x1030, 32, 32)]);
+    }
+}

@@ -1,0 +1,101 @@
+//! A batch in flight on the GPU.
+
+use super::arena::Arena;
+use super::device::Context;
+use super::error::GpuError;
+use super::objects::{Event, Recorded};
+use super::sums::Sums;
+use crate::backend::{CopyDone, CopyError, Transfer};
+use crate::batch::CopyBatch;
+use crate::checksum;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long an event is looked at before its waiter sleeps: small copies end sooner than a sleeper wakes.
+const SPIN: Duration = Duration::from_micros(30);
+
+/// See [`Transfer`].
+pub(super) struct GpuTransfer {
+    pub(super) context: Arc<Context>,
+    /// Of the lanes that have not been seen to end.
+    pub(super) events: Vec<Recorded>,
+    pub(super) sums: Option<Sums>,
+    pub(super) failed: Option<GpuError>,
+    /// What is being copied stays what it is, and the arenas stay registered.
+    pub(super) batch: CopyBatch,
+    pub(super) _arenas: Vec<Arc<Arena>>,
+}
+
+impl GpuTransfer {
+    /// Looks at the events.
+    fn look(&mut self) {
+        let context = self.context.clone();
+        let entered = match context.enter() {
+            Ok(entered) => entered,
+            Err(error) => return self.fail(error),
+        };
+        let mut failed = None;
+        self.events.retain(|event| match event.event().map(Event::has_come) {
+            None | Some(Ok(true)) => false,
+            Some(Ok(false)) => true,
+            Some(Err(error)) => {
+                failed = Some(error);
+                true
+            }
+        });
+        drop(entered);
+        if let Some(error) = failed {
+            self.fail(error);
+        }
+    }
+
+    /// An event cannot be looked at: whatever they stand for has ended when this returns.
+    fn fail(&mut self, error: GpuError) {
+        error.outlast();
+        self.events.clear();
+        self.failed.get_or_insert(error);
+    }
+
+    fn finish(&mut self) {
+        let until = Instant::now() + SPIN;
+        while !self.poll() {
+            if Instant::now() < until {
+                core::hint::spin_loop();
+                continue;
+            }
+            let context = self.context.clone();
+            let synchronized = context.enter().and_then(|_entered| {
+                self.events.iter().filter_map(Recorded::event).try_for_each(Event::synchronize)
+            });
+            match synchronized {
+                Ok(()) => self.events.clear(),
+                Err(error) => self.fail(error),
+            }
+        }
+    }
+}
+
+impl Transfer for GpuTransfer {
+    fn poll(&mut self) -> bool {
+        if !self.events.is_empty() {
+            self.look();
+        }
+        self.events.is_empty()
+    }
+
+    fn wait(mut self: Box<Self>) -> Result<CopyDone, CopyError> {
+        self.finish();
+        if let Some(error) = self.failed.take() {
+            return Err(error.into());
+        }
+        let totals = self.sums.as_ref().map(Sums::totals).unwrap_or_default();
+        let bytes = self.batch.paged.shard_bytes();
+        Ok(CopyDone { checksums: totals.into_iter().map(|sum| checksum::finish(sum, bytes)).collect() })
+    }
+}
+
+impl Drop for GpuTransfer {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
