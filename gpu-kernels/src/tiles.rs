@@ -218,7 +218,10 @@ mod tests {
     use super::*;
     use crate::layout::KvGroup;
 
-    fn cache(groups: &[(&[(usize, usize, usize)], u32)]) -> PagedKv {
+    /// Base, stride and page.
+    type Planes<'a> = &'a [(usize, usize, usize)];
+
+    fn cache(groups: &[(Planes, u32)]) -> PagedKv {
         let groups = groups.iter().map(|(planes, blocks_per_chunk)| {
             let planes = planes.iter().map(|&(base, block_stride, page_bytes)| Plane {
                 base: base as *mut u8,
@@ -272,8 +275,7 @@ mod tests {
 
     #[test]
     fn the_widest_vector_is_what_all_planes_share() {
-        let width =
-            |planes: &[(usize, usize, usize)]| Tiles::of(&cache(&[(planes, 2)])).map(|tiles| tiles.vector());
+        let width = |planes: Planes| Tiles::of(&cache(&[(planes, 2)])).map(|tiles| tiles.vector());
         assert_eq!(width(&[(16, 64, 32), (32, 64, 48)]), Ok(16));
         assert_eq!(width(&[(16, 64, 32), (24, 64, 48)]), Ok(8), "base");
         assert_eq!(width(&[(16, 56, 32)]), Ok(8), "stride");

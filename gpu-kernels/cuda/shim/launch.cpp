@@ -58,6 +58,8 @@ thread_local unsigned current;
 thread_local ucontext_t scheduler;
 thread_local int status;
 thread_local std::vector<Range> allowed;
+thread_local std::size_t moved;
+thread_local unsigned launches;
 thread_local void (*kernel)(void **);
 thread_local void **parameters;
 
@@ -127,8 +129,9 @@ void run_block(unsigned threads) {
     }
     for (;;) {
         bool ended = true;
-        // In order, the first warp foremost: it gets ahead of the others wherever nothing holds it.
-        for (unsigned t = 0; t < threads && status == OK; t++) {
+        // By turns from the first thread on and from the last: wherever nothing holds them, either gets ahead of the others.
+        for (unsigned k = 0; k < threads && status == OK; k++) {
+            const unsigned t = launches % 2 == 0 ? k : threads - 1 - k;
             current = t;
             threadIdx = {t, 0, 0};
             if (fibers[t].state == State::RUNS) swapcontext(&scheduler, &fibers[t].context);
@@ -175,6 +178,7 @@ const Kernel *find(const char *name) {
 
 void kv_shim::access(const void *at, std::size_t bytes) {
     const auto address = reinterpret_cast<std::uintptr_t>(at);
+    moved += bytes;
     if (address % bytes != 0) {
         fail(UNALIGNED);
         wait(State::ENDED);
@@ -209,6 +213,8 @@ extern "C" int kv_shim_launch(const char *name, unsigned grid, unsigned block, u
     kernel = found->run;
     parameters = params;
     status = OK;
+    moved = 0;
+    launches++;
     blockDim = {block, 1, 1};
     gridDim = {grid, 1, 1};
     for (unsigned b = 0; b < grid && status == OK; b++) {
@@ -242,3 +248,6 @@ extern "C" void kv_shim_allow(const std::size_t *ranges, std::size_t count) {
         }
     }
 }
+
+// Bytes that this thread's latest launch loaded and stored, but for tiles and partial sums.
+extern "C" std::size_t kv_shim_moved() { return moved; }

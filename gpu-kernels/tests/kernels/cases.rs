@@ -3,6 +3,7 @@
 
 use crate::shim::{Shape, Shim};
 use kvring_gpu_kernels::{KvGroup, PagedKv, Plane, SKIP, TILE_BYTES, Tiles, Window, checksum};
+use std::collections::BTreeMap;
 
 /// How many there are: every order with every width, fifteen times.
 pub(crate) const CASES: u64 = 15 * (ORDERS.len() * WIDTHS.len()) as u64;
@@ -65,24 +66,17 @@ impl Memory {
     }
 
     fn bytes(&self) -> &[u8] {
-        bytemuck_of(&self.words)
+        bytemuck::cast_slice(&self.words)
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        let bytes = self.words.len() * 16;
-        // SAFETY: plain numbers, seen as their bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.words.as_mut_ptr().cast(), bytes) }
+        bytemuck::cast_slice_mut(&mut self.words)
     }
 
     /// For kernels to read and write through.
     fn address(&mut self) -> u64 {
         self.words.as_mut_ptr() as u64
     }
-}
-
-fn bytemuck_of(words: &[u128]) -> &[u8] {
-    // SAFETY: plain numbers, seen as their bytes.
-    unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), size_of_val(words)) }
 }
 
 /// Where one plane lies: its pages begin at `at + (block - lowest) × stride` of the memory.
@@ -262,12 +256,13 @@ impl Case {
             return Err(format!("expected vectors of {widest} bytes, got {}", tiles.vector()));
         }
         // Narrower kernels do it too.
-        let narrower = if rng.one_in(3) { 4 } else { widest };
+        let width = if rng.one_in(3) { widest.min(WIDTHS[rng.within(1, 2)]) } else { widest };
         let shard_bytes = kv.shard_bytes() as usize;
         let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap();
+        // As short as can be, but not so many that it takes long.
         let max_bytes = match rng.next() % 3 {
-            0 => longest,
-            1 => rng.within(longest as usize, shard_bytes) as u32,
+            0 => longest.max(shard_bytes as u32 / 16),
+            1 => rng.within(longest.max(shard_bytes as u32 / 16) as usize, shard_bytes) as u32,
             _ => shard_bytes as u32,
         };
         let windows = tiles.windows(max_bytes).map_err(|error| error.to_string())?;
@@ -282,7 +277,7 @@ impl Case {
             return Err(format!("expected windows up to {shard_bytes} bytes, got up to {at:?}"));
         }
         let staged = rng.one_in(2);
-        Ok(Case { rng, groups, memory, width: narrower, tiles, windows, staged, shard_bytes })
+        Ok(Case { rng, groups, memory, width, tiles, windows, staged, shard_bytes })
     }
 
     fn shape(&mut self) -> Shape {
@@ -349,6 +344,7 @@ impl Case {
             unsafe {
                 shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
             }
+            moved_once(shim, &pieces, &window)?;
             same(&format!("{kernel} {shape:?} {window:?}: the shard"), &expected.memory, &shard.memory)?;
         }
         same(&format!("{kernel}: the pages"), &before, &self.memory)
@@ -374,6 +370,7 @@ impl Case {
             unsafe {
                 shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
             }
+            moved_once(shim, &pieces, &window)?;
             same(&format!("{kernel} {shape:?} {window:?}: the pages"), &expected, &self.memory)?;
             same(&format!("{kernel} {shape:?} {window:?}: the shard"), &before.memory, &shard.memory)?;
         }
@@ -453,6 +450,17 @@ impl Shard {
     }
 }
 
+/// Moving a byte twice would be right, and slow.
+fn moved_once(shim: &Shim, pieces: &[Piece], window: &Window) -> Result<(), String> {
+    let there = pieces.iter().filter(|piece| piece.at.is_some());
+    let overlaps = there.map(|piece| overlap(piece.offset, piece.bytes, window));
+    let bytes: usize = overlaps.map(|(from, to)| to.saturating_sub(from)).sum();
+    match shim.moved() {
+        moved if moved == 2 * bytes => Ok(()),
+        moved => Err(format!("expected {bytes} bytes loaded and stored once, got {moved} in all")),
+    }
+}
+
 fn overlap(offset: usize, bytes: usize, window: &Window) -> (usize, usize) {
     let (begin, end) = (window.offset as usize, (window.offset + window.bytes) as usize);
     (offset.max(begin), (offset + bytes).min(end))
@@ -471,6 +479,34 @@ fn same(what: &str, expected: &Memory, got: &Memory) -> Result<(), String> {
         expected[at],
         got[at]
     ))
+}
+
+/// Counts, over all cases, of what they are there for.
+pub(crate) fn coverage() -> BTreeMap<String, u32> {
+    let mut counts = BTreeMap::new();
+    for case in (0..CASES).map(|seed| Case::new(seed).unwrap()) {
+        let mut count = |what: String| *counts.entry(what).or_default() += 1;
+        let width = case.width;
+        let pages = |long: fn(&usize) -> bool| {
+            case.groups.iter().flat_map(|group| &group.planes).any(|laid| long(&laid.page))
+        };
+        let any = |holds: fn(&Group) -> bool| case.groups.iter().any(holds);
+        let yes = [
+            (case.groups[0].order, true),
+            ("pages of several tiles", pages(|page| *page > TILE_BYTES as usize)),
+            ("pages of less than a round", pages(|page| *page < 32 * 4)),
+            ("several groups", case.groups.len() > 1),
+            ("far blocks", any(|group| group.lowest > 0)),
+            ("more positions than a launch takes", any(|group| group.per_chunk > 512)),
+            ("several windows", case.windows.len() > 1),
+            ("windows in memory of their own", case.staged),
+            ("tiles at half words", case.tiles.table().iter().any(|tile| tile.offset % 8 != 0)),
+        ];
+        for (what, _) in yes.into_iter().filter(|(_, yes)| *yes) {
+            count(format!("{what}, width {width}"));
+        }
+    }
+    counts
 }
 
 /// Runs one case; what went wrong, with all it takes to see it again.

@@ -1,6 +1,8 @@
 //! The GPU kernels without a GPU: g++ compiles `cuda/kv.cu` through a shim, and random cases compare what it does, bit for bit,
 //! with plain Rust. Then the kernels are broken on purpose, and the same cases must notice.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod cases;
 mod mutants;
 mod shim;
@@ -32,6 +34,15 @@ fn every_case_is_bit_exact() {
         threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
     });
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+#[test]
+fn the_cases_cover_what_they_are_there_for() {
+    let coverage = cases::coverage();
+    // Nine orders and seven other things, each at three widths; half words only where vectors are that short.
+    let few: Vec<_> = coverage.iter().filter(|(_, count)| **count < 5).collect();
+    assert!(few.is_empty(), "{few:?}");
+    assert_eq!(coverage.len(), 3 * (9 + 7) + 1, "{coverage:#?}");
 }
 
 #[test]

@@ -25,7 +25,26 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ("checksum: always from pages", "if (paged != 0) {", "{"),
     ("checksum: never from pages", "if (paged != 0) {", "if (false) {"),
     ("lanes a wide vector apart", "const u32 step = WARP * V;", "const u32 step = WARP * 16;"),
-    ("half a warp", "const u32 step = WARP * V;", "const u32 step = WARP / 2 * V;"),
+    (
+        "half a warp: everything is moved twice",
+        "const u32 step = WARP * V;",
+        "const u32 step = WARP / 2 * V;",
+    ),
+    (
+        "copy: a round's first vector only",
+        "k < in_flight; k++) store<Vector, to_page>(to + at + k * step, held[k]);",
+        "k < in_flight; k++) store<Vector, to_page>(to + at + k * step, held[0]);",
+    ),
+    (
+        "checksum: a round's indices all the same",
+        "k < in_flight; k++) sum += held[k].sum(index + (at + k * step) / 8);",
+        "k < in_flight; k++) sum += held[k].sum(index + at / 8);",
+    ),
+    (
+        "copy: blocks of the grid do the same",
+        "at < count; at += warps_of_grid()) {\n        const Tile tile = tiles[first + at];\n        const u32 block",
+        "at < count; at += 1) {\n        const Tile tile = tiles[first + at];\n        const u32 block",
+    ),
     ("copy: one vector too many", "if (at + k * step < bytes) store<", "if (at + k * step <= bytes) store<"),
     (
         "copy: the last vector not read",

@@ -8,6 +8,7 @@ use std::process::Command;
 type Launch = unsafe extern "C" fn(*const c_char, u32, u32, u32, *mut *mut c_void) -> c_int;
 type Params = unsafe extern "C" fn(*const c_char, *mut *const usize, *mut c_int) -> c_int;
 type Allow = unsafe extern "C" fn(*const usize, usize);
+type Moved = unsafe extern "C" fn() -> usize;
 
 /// The crate's directory of sources for the device.
 pub(crate) fn cuda() -> PathBuf {
@@ -54,6 +55,7 @@ pub(crate) struct Shim {
     launch: Launch,
     params: Params,
     allow: Allow,
+    moved: Moved,
 }
 
 impl Shim {
@@ -68,6 +70,7 @@ impl Shim {
                 launch: *library.get(b"kv_shim_launch").unwrap(),
                 params: *library.get(b"kv_shim_params").unwrap(),
                 allow: *library.get(b"kv_shim_allow").unwrap(),
+                moved: *library.get(b"kv_shim_moved").unwrap(),
             }
         }
     }
@@ -86,6 +89,12 @@ impl Shim {
         assert!(!ranges.is_empty(), "none would mean any");
         // SAFETY: an array of so many pairs, which it copies.
         unsafe { (self.allow)(ranges.as_ptr().cast(), ranges.len()) }
+    }
+
+    /// Bytes that this thread's latest launch loaded and stored.
+    pub(crate) fn moved(&self) -> usize {
+        // SAFETY: reads a number.
+        unsafe { (self.moved)() }
     }
 
     /// Launches any kernel with any parameters; the shim's status.
