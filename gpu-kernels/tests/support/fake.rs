@@ -1,0 +1,258 @@
+//! A test with the fake CUDA driver (`tests/fake`): builds it, and runs the test in a process that finds it.
+
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::SystemTime;
+
+const INSIDE: &str = "KVRING_TEST_FAKE_CUDA";
+
+/// Which kernels the fake can launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernels {
+    /// kvring's, compiled for this machine (`cuda/shim/launch.cpp`).
+    Ours,
+    /// Two of the fake's own tests (`tests/fake/standin.cpp`).
+    StandIn,
+}
+
+/// Runs `body` in a process of its own that has the fake driver with kvring's kernels: this binary again, with only the
+/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists what there is).
+///
+/// # Panics
+/// When it fails there, and without g++.
+pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
+    inside_with(Kernels::Ours, name, env, body);
+}
+
+/// The same with a choice of kernels.
+///
+/// # Panics
+/// As [`inside`].
+pub(crate) fn inside_with(kernels: Kernels, name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let (text, errors) = run(kernels, name, env);
+    // A misspelt name runs nothing, and succeeds.
+    assert!(text.contains("1 passed"), "{name} ran no test:\n{text}\n{errors}");
+    // What it says (SKIPPED, leaks) is of use to whoever reads this test's output.
+    eprint!("{errors}");
+}
+
+/// Is this the process with the fake? For tests that look at the other one's output.
+pub(crate) fn is_inside() -> bool {
+    std::env::var_os(INSIDE).is_some()
+}
+
+/// Runs the test `name` with the fake, and gives what it wrote to its output and its errors.
+///
+/// # Panics
+/// As [`inside`].
+pub(crate) fn run(kernels: Kernels, name: &str, env: &[(&str, &str)]) -> (String, String) {
+    let library = build(kernels);
+    let mut path = library.into_os_string();
+    if let Some(rest) = std::env::var_os("LD_LIBRARY_PATH").filter(|rest| !rest.is_empty()) {
+        path.push(":");
+        path.push(rest);
+    }
+    let output = Command::new(std::env::current_exe().expect("this test's own path"))
+        .args(["--exact", name, "--nocapture", "--test-threads=1"])
+        .env(INSIDE, "1")
+        .env("LD_LIBRARY_PATH", path)
+        .envs(env.iter().copied())
+        .output()
+        .expect("a process for the test");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{name}, with the fake driver: {}\n{text}\n{errors}", output.status);
+    (text, errors)
+}
+
+/// When the newest of these files was written, directories and all.
+fn newest(paths: &[&Path]) -> SystemTime {
+    let of = |path: &Path| -> SystemTime {
+        if path.is_dir() {
+            let inside = std::fs::read_dir(path).expect("a directory of sources");
+            let inside: Vec<PathBuf> = inside.map(|entry| entry.expect("a source").path()).collect();
+            return newest(&inside.iter().map(PathBuf::as_path).collect::<Vec<_>>());
+        }
+        std::fs::metadata(path).and_then(|data| data.modified()).expect("when a source was written")
+    };
+    paths.iter().map(|path| of(path)).max().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// Builds the library unless it is there already, and gives its directory.
+fn build(kernels: Kernels) -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let sources = here.join("tests/fake");
+    let cuda = here.join("cuda");
+    let (shim, name) = match kernels {
+        Kernels::Ours => (cuda.join("shim/launch.cpp"), "fake-cuda"),
+        Kernels::StandIn => (sources.join("standin.cpp"), "fake-cuda-standin"),
+    };
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&directory).expect("a directory for the fake driver");
+    let library = directory.join("libcuda.so.1");
+    // Tests run in processes side by side: one of them builds.
+    let lock = std::fs::File::create(directory.join("lock")).expect("the fake driver's lock");
+    lock.lock().expect("the fake driver's lock");
+    let read: &[&Path] = if kernels == Kernels::Ours { &[&sources, &cuda] } else { &[&sources] };
+    let built = std::fs::metadata(&library).and_then(|data| data.modified());
+    if built.is_ok_and(|built| built > newest(read)) {
+        return directory;
+    }
+    let mut files: Vec<PathBuf> = ["control", "device", "memory", "stream", "capture", "copy", "module"]
+        .iter()
+        .map(|file| sources.join(file).with_extension("cpp"))
+        .collect();
+    files.push(shim);
+    let new = directory.join("libcuda.new");
+    let output = Command::new("g++")
+        .args(["-std=c++17", "-O1", "-g", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"])
+        .args(["-Wl,--no-undefined", "-Wl,-soname,libcuda.so.1", "-o"])
+        .arg(&new)
+        .args(&files)
+        .output()
+        .unwrap_or_else(|error| {
+            panic!("cannot run g++ ({error}): install g++ to run tests with the fake driver")
+        });
+    assert!(output.status.success(), "g++: {}", String::from_utf8_lossy(&output.stderr));
+    // cudarc asks for `libcuda.so` first, which a machine with CUDA may have elsewhere.
+    let link = directory.join("libcuda.so");
+    if !link.is_symlink() {
+        std::os::unix::fs::symlink("libcuda.so.1", &link).expect("a second name for the fake driver");
+    }
+    // At once: who has the old one loaded keeps it.
+    std::fs::rename(&new, &library).expect("the fake driver in its place");
+    directory
+}
+
+/// What is alive in the fake.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Times that primary contexts are retained.
+    pub(crate) contexts: u64,
+    pub(crate) streams: u64,
+    pub(crate) events: u64,
+    /// Of device memory.
+    pub(crate) allocations: u64,
+    /// Of `cuMemHostAlloc`.
+    pub(crate) pinned: u64,
+    /// Of `cuMemHostRegister`.
+    pub(crate) registrations: u64,
+    pub(crate) modules: u64,
+    pub(crate) graphs: u64,
+}
+
+/// The control functions of the fake.
+#[derive(Debug)]
+pub(crate) struct Fake {
+    library: libloading::Library,
+}
+
+impl Fake {
+    /// Of this process, which runs in [`inside`].
+    ///
+    /// # Panics
+    /// Elsewhere.
+    pub(crate) fn get() -> Fake {
+        assert!(is_inside(), "the fake driver is there only within `inside`");
+        // SAFETY: its initialisers only set up its own state; cudarc loads the same library.
+        let library = unsafe { libloading::Library::new("libcuda.so.1") }.expect("the fake driver");
+        Fake { library }
+    }
+
+    /// # Safety
+    /// `F` is the function's type.
+    unsafe fn function<F: Copy>(&self, name: &str) -> F {
+        // SAFETY: as the caller says.
+        *unsafe { self.library.get::<F>(name) }.unwrap_or_else(|error| panic!("not the fake driver: {error}"))
+    }
+
+    /// The call does nothing from now on, and succeeds. Only for calls without results.
+    pub(crate) fn ignore(&self, call: &str) {
+        let call = CString::new(call).expect("a name");
+        // SAFETY: the type is that of control.cpp; the name outlives the call.
+        unsafe { self.function::<extern "C" fn(*const c_char)>("fake_cuda_ignore")(call.as_ptr()) }
+    }
+
+    /// The call gives this error from its `after`-th use from now on (1: the next). Error 0: it works again.
+    pub(crate) fn fail(&self, call: &str, error: i32, after: i32) {
+        let call = CString::new(call).expect("a name");
+        // SAFETY: as in `ignore`.
+        unsafe {
+            self.function::<extern "C" fn(*const c_char, c_int, c_int)>("fake_cuda_fail")(
+                call.as_ptr(),
+                error,
+                after,
+            );
+        }
+    }
+
+    /// Nothing is ignored or fails any more.
+    pub(crate) fn reset(&self) {
+        // SAFETY: the type is that of control.cpp.
+        unsafe { self.function::<extern "C" fn()>("fake_cuda_reset")() }
+    }
+
+    /// How often the call was made.
+    pub(crate) fn calls(&self, call: &str) -> u64 {
+        let call = CString::new(call).expect("a name");
+        // SAFETY: as in `ignore`.
+        unsafe { self.function::<extern "C" fn(*const c_char) -> u64>("fake_cuda_calls")(call.as_ptr()) }
+    }
+
+    /// What is alive.
+    pub(crate) fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        // SAFETY: the type is that of control.cpp, which writes these eight numbers.
+        unsafe { self.function::<extern "C" fn(*mut Counts)>("fake_cuda_counts")(&raw mut counts) }
+        counts
+    }
+
+    /// The device is gone: queued work never runs, and every call gives this error (0: `DEVICE_UNAVAILABLE`).
+    pub(crate) fn lose(&self, error: i32) {
+        // SAFETY: the type is that of control.cpp.
+        unsafe { self.function::<extern "C" fn(c_int)>("fake_cuda_lose")(error) }
+    }
+
+    /// As a kernel of torch: `delay_us` after its turn comes, `stream` writes [`pattern`] of this seed. Gives the
+    /// `CUresult`.
+    pub(crate) fn fill(&self, stream: u64, to: u64, bytes: usize, seed: u32, delay_us: u32) -> i32 {
+        type Fill = extern "C" fn(*mut c_void, u64, usize, c_uint, c_uint) -> c_int;
+        // SAFETY: the type is that of copy.cpp; it looks at the address itself.
+        unsafe { self.function::<Fill>("fake_cuda_fill")(stream as *mut c_void, to, bytes, seed, delay_us) }
+    }
+
+    /// As a kernel of torch that reads: what `stream` finds there after the delay.
+    ///
+    /// # Safety
+    /// `into` is writable for `bytes`, and nobody else touches it, until the stream has got there.
+    pub(crate) unsafe fn read(
+        &self,
+        stream: u64,
+        from: u64,
+        bytes: usize,
+        into: *mut u8,
+        delay_us: u32,
+    ) -> i32 {
+        type Read = extern "C" fn(*mut c_void, u64, usize, *mut u8, c_uint) -> c_int;
+        // SAFETY: the type is that of copy.cpp; `into` as the caller says.
+        unsafe { self.function::<Read>("fake_cuda_read")(stream as *mut c_void, from, bytes, into, delay_us) }
+    }
+}
+
+/// The bytes that [`Fake::fill`] writes: they tell the seed and the place.
+pub(crate) fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
+    (0..bytes as u32)
+        .map(|i| {
+            let mut x = seed.wrapping_mul(0x9e37_79b9) ^ i;
+            x ^= x >> 16;
+            x = x.wrapping_mul(0x7feb_352d);
+            x ^= x >> 15;
+            x as u8
+        })
+        .collect()
+}

@@ -1,0 +1,4 @@
+//! What several tests of this crate need.
+#![allow(dead_code, reason = "no test needs all of it")]
+
+pub(crate) mod fake;
