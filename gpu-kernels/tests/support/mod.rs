@@ -1,4 +1,5 @@
 //! What several tests of this crate need.
 #![allow(dead_code, reason = "no test needs all of it")]
 
+pub(crate) mod calls;
 pub(crate) mod fake;
