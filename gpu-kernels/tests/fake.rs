@@ -109,7 +109,7 @@ fn registrations_do_not_overlap_and_copies_do_not_cross_them() {
         assert_eq!(flags, Some(E::CUDA_ERROR_INVALID_VALUE));
         assert_eq!(register(shared(98_304), 98_304), Some(E::CUDA_ERROR_NOT_PERMITTED));
         // A copy that comes after its registration has gone.
-        assert_eq!(fake.fill(side as u64, memory, BYTES, 3, LATE_US), 0);
+        assert_eq!(fake.fill(side as u64, memory, BYTES, 3, FAR_LATER_US), 0);
         assert_eq!(to_host(arena, memory, BYTES, side), None);
         // SAFETY: the memory stays mapped.
         let unregister = || error(unsafe { sys::cuMemHostUnregister(arena) });

@@ -94,7 +94,7 @@ fn the_legacy_stream_waits_for_blocking_streams_alone() {
             let mut one = null_mut();
             // SAFETY: the handle is written.
             assert_eq!(error(unsafe { sys::cuStreamCreate(&raw mut one, flags) }), None);
-            assert_eq!(fake.fill(one as u64, memory, BYTES, 7 + flags, LATE_US), 0);
+            assert_eq!(fake.fill(one as u64, memory, BYTES, 7 + flags, FAR_LATER_US), 0);
             let mut found = vec![0_u8; BYTES];
             // SAFETY: BYTES are allocated.
             unsafe { result::memcpy_dtoh_sync(&mut found, memory) }.unwrap();
@@ -117,7 +117,7 @@ fn events_stand_for_the_record_that_was_the_latest() {
         assert_eq!(record(event, torch), None);
         assert_eq!(wait_for(side, event), None);
         // Recorded again, far later: whoever waits already does not wait for that.
-        assert_eq!(fake.fill(torch as u64, memory, 64, 1, 100_000), 0);
+        assert_eq!(fake.fill(torch as u64, memory, 64, 1, FAR_LATER_US), 0);
         assert_eq!(record(event, torch).or(record(after, side)), None);
         // SAFETY: a handle of the fake's.
         assert_eq!(why(unsafe { result::event::synchronize(after) }), None);
@@ -141,7 +141,7 @@ fn pageable_memory_is_read_at_the_call() {
         for pinned in [false, true] {
             let source = shared(BYTES);
             assert!(!pinned || register(source, BYTES).is_none());
-            assert_eq!(fake.fill(side as u64, memory, BYTES, 3, LATE_US), 0);
+            assert_eq!(fake.fill(side as u64, memory, BYTES, 3, FAR_LATER_US), 0);
             assert_eq!(to_device(memory, source, BYTES, side), None);
             // SAFETY: the mapping's own bytes; what a copy reads of them is what is tested.
             unsafe { source.cast::<u8>().write_bytes(1, BYTES) };
@@ -236,7 +236,7 @@ fn a_lost_device_answers_nothing_but_errors() {
         let memory = device(BYTES);
         let arena = shared(BYTES);
         assert_eq!(register(arena, BYTES), None);
-        assert_eq!(fake.fill(torch as u64, memory, BYTES, 1, 200_000), 0);
+        assert_eq!(fake.fill(torch as u64, memory, BYTES, 1, FAR_LATER_US), 0);
         assert_eq!(to_host(arena, memory, BYTES, torch).or(record(done, torch)), None);
         let gone = Some(E::CUDA_ERROR_DEVICE_UNAVAILABLE);
         std::thread::scope(|scope| {

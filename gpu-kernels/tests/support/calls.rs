@@ -1,5 +1,5 @@
-//! Calls of the driver for tests: each gives its error, if it has one. The fake checks handles and addresses itself, and
-//! so do these functions without being unsafe: they are not for a real driver.
+//! Calls of the driver for tests: each gives its error, if it has one. They are safe because the fake checks handles and
+//! addresses itself: they are not for a real driver.
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
@@ -10,6 +10,9 @@ use sys::CUresult as E;
 
 /// Long against the fake's random delays.
 pub(crate) const LATE_US: u32 = 3000;
+/// For a race that has to be lost at the first try, on a loaded machine too.
+pub(crate) const FAR_LATER_US: u32 = 200_000;
+/// Of most copies here.
 pub(crate) const BYTES: usize = 8192;
 const DEVICEMAP: u32 = 2;
 
