@@ -236,7 +236,7 @@ fn a_lost_device_answers_nothing_but_errors() {
         let memory = device(BYTES);
         let arena = shared(BYTES);
         assert_eq!(register(arena, BYTES), None);
-        assert_eq!(fake.fill(torch as u64, memory, BYTES, 1, FAR_LATER_US), 0);
+        assert_eq!(fake.fill(torch as u64, memory, BYTES, 1, 10 * FAR_LATER_US), 0);
         assert_eq!(to_host(arena, memory, BYTES, torch).or(record(done, torch)), None);
         let gone = Some(E::CUDA_ERROR_DEVICE_UNAVAILABLE);
         std::thread::scope(|scope| {
@@ -245,7 +245,10 @@ fn a_lost_device_answers_nothing_but_errors() {
                 context.bind_to_thread().unwrap();
                 why(result::ctx::synchronize())
             });
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            // A call that is counted holds the fake's lock until it waits.
+            while fake.calls("cuCtxSynchronize") == 0 {
+                std::thread::yield_now();
+            }
             fake.lose(0);
             assert_eq!(waits.join().unwrap(), gone);
         });
