@@ -9,7 +9,7 @@ use std::sync::Arc;
 use sys::CUresult as E;
 
 /// Long against the fake's random delays.
-pub(crate) const LATE_US: u32 = 3000;
+pub(crate) const LATE_US: u32 = 20_000;
 /// For a race that has to be lost at the first try, on a loaded machine too.
 pub(crate) const FAR_LATER_US: u32 = 200_000;
 /// Of most copies here.
