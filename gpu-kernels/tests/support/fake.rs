@@ -3,7 +3,6 @@
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::SystemTime;
 
 const INSIDE: &str = "KVRING_TEST_FAKE_CUDA";
 
@@ -69,62 +68,17 @@ pub(crate) fn run(kernels: Kernels, name: &str, env: &[(&str, &str)]) -> (String
     (text, errors)
 }
 
-/// When the newest of these files was written, directories and all.
-fn newest(paths: &[&Path]) -> SystemTime {
-    let of = |path: &Path| -> SystemTime {
-        if path.is_dir() {
-            let inside = std::fs::read_dir(path).expect("a directory of sources");
-            let inside: Vec<PathBuf> = inside.map(|entry| entry.expect("a source").path()).collect();
-            return newest(&inside.iter().map(PathBuf::as_path).collect::<Vec<_>>());
-        }
-        std::fs::metadata(path).and_then(|data| data.modified()).expect("when a source was written")
-    };
-    paths.iter().map(|path| of(path)).max().unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
 /// Builds the library unless it is there already, and gives its directory.
 fn build(kernels: Kernels) -> PathBuf {
-    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let sources = here.join("tests/fake");
-    let cuda = here.join("cuda");
-    let (shim, name) = match kernels {
-        Kernels::Ours => (cuda.join("shim/launch.cpp"), "fake-cuda"),
-        Kernels::StandIn => (sources.join("standin.cpp"), "fake-cuda-standin"),
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake");
+    let (name, shim) = match kernels {
+        Kernels::Ours => ("fake-cuda", None),
+        Kernels::StandIn => ("fake-cuda-standin", Some(sources.join("standin.cpp"))),
     };
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::create_dir_all(&directory).expect("a directory for the fake driver");
-    let library = directory.join("libcuda.so.1");
-    // Tests run in processes side by side: one of them builds.
-    let lock = std::fs::File::create(directory.join("lock")).expect("the fake driver's lock");
-    lock.lock().expect("the fake driver's lock");
-    let read: &[&Path] = if kernels == Kernels::Ours { &[&sources, &cuda] } else { &[&sources] };
-    let built = std::fs::metadata(&library).and_then(|data| data.modified());
-    if built.is_ok_and(|built| built > newest(read)) {
-        return directory;
-    }
-    let mut files: Vec<PathBuf> = ["control", "device", "memory", "stream", "capture", "copy", "module"]
-        .iter()
-        .map(|file| sources.join(file).with_extension("cpp"))
-        .collect();
-    files.push(shim);
-    let new = directory.join("libcuda.new");
-    let output = Command::new("g++")
-        .args(["-std=c++17", "-O1", "-g", "-Wall", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"])
-        .args(["-Wl,--no-undefined", "-Wl,-soname,libcuda.so.1", "-o"])
-        .arg(&new)
-        .args(&files)
-        .output()
-        .unwrap_or_else(|error| {
-            panic!("cannot run g++ ({error}): install g++ to run tests with the fake driver")
-        });
-    assert!(output.status.success(), "g++: {}", String::from_utf8_lossy(&output.stderr));
-    // cudarc asks for `libcuda.so` first, which a machine with CUDA may have elsewhere.
-    let link = directory.join("libcuda.so");
-    if !link.is_symlink() {
-        std::os::unix::fs::symlink("libcuda.so.1", &link).expect("a second name for the fake driver");
-    }
-    // At once: who has the old one loaded keeps it.
-    std::fs::rename(&new, &library).expect("the fake driver in its place");
+    let built = Command::new(sources.join("build")).arg(&directory).args(shim).output();
+    let built = built.expect("bash, to build the fake driver");
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     directory
 }
 
