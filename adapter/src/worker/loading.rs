@@ -1,23 +1,56 @@
-//! A worker's loads: what the lookup meant is checked before each copy and after it.
+//! A worker's loads: what the lookup meant is checked before each copy and after it. One batch is handed to the backend
+//! before the last one has ended, so that nothing waits in between.
 
 use super::Checksum;
-use super::job::{Job, LoadChunk};
+use super::job::{CopyRunning, Job, LoadChunk};
 use super::mover::{Ended, Mover};
 use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
-use kvring_gpu_kernels::Direction;
+use kvring_gpu_kernels::{Direction, Transfer};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::slot::ShardIdentity;
+use std::sync::Arc;
+
+/// A batch that is being copied to its blocks.
+struct Copying<'a> {
+    // In this order, also when the mover unwinds: the copy ends before it stops to count as one, and before the arena may go.
+    transfer: Box<dyn Transfer>,
+    running: CopyRunning<'a>,
+    attachment: Arc<Attachment>,
+    /// Chunk, stored checksum.
+    chunks: Vec<(&'a LoadChunk, u64)>,
+    started_ns: u64,
+}
+
+/// One load while it is carried out.
+struct Load<'a> {
+    mover: &'a Mover,
+    job: &'a Job,
+    report: LoadReport,
+    failed: Vec<u32>,
+    /// Why the first chunk failed that did.
+    first: Option<String>,
+    /// When the last copy ended: two are in flight at once, and time that both took counts once.
+    copied_until_ns: u64,
+}
 
 impl Mover {
     pub(super) fn load(&self, job: &Job, chunks: &[LoadChunk]) -> Ended {
-        let mut report = LoadReport::default();
-        let mut failed = Vec::new();
-        let mut first = None;
+        let (report, failed) = (LoadReport::default(), Vec::new());
+        let mut load = Load { mover: self, job, report, failed, first: None, copied_until_ns: 0 };
+        let mut copying = None;
         for batch in chunks.chunks(self.chunks_per_batch(job, usize::MAX)) {
-            self.load_batch(job, batch, &mut report, &mut failed, &mut first);
+            // While this thread ends the batch before, the backend goes on to this one by itself.
+            let started = load.start(batch);
+            if let Some(before) = core::mem::replace(&mut copying, started) {
+                load.finish(before);
+            }
         }
+        if let Some(last) = copying {
+            load.finish(last);
+        }
+        let Load { report, failed, first, .. } = load;
         if let Some(why) = first {
             // One line: what fails one chunk (an engine that is gone) fails thousands.
             let (of, failed) = (chunks.len(), report.failed);
@@ -29,84 +62,95 @@ impl Mover {
         );
         Ended::Load(report, failed)
     }
+}
 
-    fn load_batch(
-        &self,
-        job: &Job,
-        chunks: &[LoadChunk],
-        report: &mut LoadReport,
-        failed: &mut Vec<u32>,
-        first: &mut Option<String>,
-    ) {
-        let mut fail = |chunk: &LoadChunk, report: &mut LoadReport, why: &LoadError| {
-            first.get_or_insert_with(|| format!("slot {}: {why}", chunk.shard.slot));
-            report.fail(why);
-            failed.extend_from_slice(&chunk.blocks);
-        };
-        let (attachment, namespace) = match self.client.to_load(&self.registered) {
+impl<'a> Load<'a> {
+    fn fail(&mut self, chunk: &LoadChunk, why: &LoadError) {
+        self.first.get_or_insert_with(|| format!("slot {}: {why}", chunk.shard.slot));
+        self.report.fail(why);
+        self.failed.extend_from_slice(&chunk.blocks);
+    }
+
+    fn fail_all<'c>(&mut self, chunks: impl IntoIterator<Item = &'c LoadChunk>, why: &LoadError) {
+        chunks.into_iter().for_each(|chunk| self.fail(chunk, why));
+    }
+
+    /// Starts copying the chunks of a batch that are what the lookup meant.
+    fn start(&mut self, chunks: &'a [LoadChunk]) -> Option<Copying<'a>> {
+        let (mover, job) = (self.mover, self.job);
+        let (attachment, namespace) = match mover.client.to_load(&mover.registered) {
             Ok(context) => context,
             Err(error) => {
-                let error = LoadError::Unavailable(error);
-                for chunk in chunks {
-                    fail(chunk, report, &error);
-                }
-                return;
+                self.fail_all(chunks, &LoadError::Unavailable(error));
+                return None;
             }
         };
         // Before the copy: is each slot the shard that the lookup meant?
         let mut good: Vec<(&LoadChunk, *mut u8, u64)> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            match self.before_copy(&attachment, namespace, job, chunk) {
+            match mover.before_copy(&attachment, namespace, job, chunk) {
                 Ok((address, checksum)) => good.push((chunk, address, checksum)),
-                Err(why) => fail(chunk, report, &why),
+                Err(why) => self.fail(chunk, &why),
             }
         }
         if good.is_empty() {
-            return;
+            return None;
         }
         let Some(running) = job.begin_copy() else {
-            for (chunk, ..) in good {
-                fail(chunk, report, &LoadError::Cancelled);
-            }
-            return;
+            self.fail_all(good.into_iter().map(|(chunk, ..)| chunk), &LoadError::Cancelled);
+            return None;
         };
-        let started = monotonic_ns();
-        let verify = self.options.checksum == Checksum::Verify;
+        let started_ns = monotonic_ns();
+        let verify = mover.options.checksum == Checksum::Verify;
         let shards = good.iter().map(|(chunk, address, _)| (*address, &chunk.blocks[..]));
-        let copied = self
-            .start(Direction::Load, &attachment, shards, job, verify)
-            .and_then(|transfer| transfer.wait());
-        report.copy_ns += monotonic_ns().saturating_sub(started);
+        match mover.start(Direction::Load, &attachment, shards, job, verify) {
+            Ok(transfer) => {
+                let chunks = good.into_iter().map(|(chunk, _, checksum)| (chunk, checksum)).collect();
+                Some(Copying { transfer, running, attachment, chunks, started_ns })
+            }
+            Err(error) => {
+                self.fail_all(good.into_iter().map(|(chunk, ..)| chunk), &LoadError::Copy(error));
+                None
+            }
+        }
+    }
+
+    /// Ends a copy: was each slot the shard that the lookup meant, all the time?
+    fn finish(&mut self, copying: Copying<'a>) {
+        let Copying { transfer, running, attachment, chunks, started_ns } = copying;
+        let copied = transfer.wait();
+        let now = monotonic_ns();
+        self.report.copy_ns += now.saturating_sub(started_ns.max(self.copied_until_ns));
+        self.copied_until_ns = now;
         drop(running);
         let checksums = match copied {
             Ok(done) => done.checksums,
             Err(error) => {
-                let error = LoadError::Copy(error);
-                for (chunk, ..) in good {
-                    fail(chunk, report, &error);
-                }
+                self.fail_all(chunks.into_iter().map(|(chunk, _)| chunk), &LoadError::Copy(error));
                 return;
             }
         };
-        // After the copy: was it that shard all the time?
-        for (index, (chunk, _, stored)) in good.into_iter().enumerate() {
+        let verify = self.mover.options.checksum == Checksum::Verify;
+        for (index, (chunk, stored)) in chunks.into_iter().enumerate() {
             let header = attachment.link.engine.slot(chunk.shard.slot);
             let still = header.map(|header| header.still_valid(chunk.shard.generation));
             let computed = checksums.get(index).copied().unwrap_or(0);
             match still {
                 Some(Ok(())) if verify && stored != 0 && stored != computed => {
-                    fail(chunk, report, &LoadError::Corrupt { stored, computed });
+                    self.fail(chunk, &LoadError::Corrupt { stored, computed });
                 }
                 Some(Ok(())) => {
-                    report.loaded += 1;
-                    report.bytes += job.paged.shard_bytes();
+                    self.report.loaded += 1;
+                    self.report.bytes += self.job.paged.shard_bytes();
                 }
-                Some(Err(error)) => fail(chunk, report, &error.into()),
-                None => fail(chunk, report, &outside(chunk)),
+                Some(Err(error)) => self.fail(chunk, &error.into()),
+                None => self.fail(chunk, &outside(chunk)),
             }
         }
     }
+}
 
+impl Mover {
     /// Arena, key, namespace, rank, place and generation of one shard; its address and stored checksum.
     fn before_copy(
         &self,
