@@ -2,7 +2,7 @@
 //!
 //! Everything that an engine and its clients must agree on, and nothing else: where things lie ([`superblock`],
 //! [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]), how health
-//! is told ([`epoch`], [`life`], [`claims`], [`probe`]), and how messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]).
+//! is told ([`epoch`], [`life`], [`claims`], [`probe`], [`process`]), and how messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]).
 //! No policy, no keys' meaning, nothing of vLLM, no allocation on any path that carries a message.
 //!
 //! All of it assumes a hostile peer: bounds are checked once when a [`mapping::View`] is made, everything else is
@@ -34,6 +34,8 @@ mod lock;
 pub mod message;
 #[cfg(not(loom))]
 pub mod probe;
+#[cfg(not(loom))]
+pub mod process;
 #[cfg(not(loom))]
 pub mod segment;
 #[cfg(not(loom))]

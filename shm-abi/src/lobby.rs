@@ -6,6 +6,7 @@ use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::park;
 use crate::probe::{self, Means};
+use crate::process::ProcessIdentity;
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
@@ -69,12 +70,52 @@ pub struct Entry {
     /// For people: what its process uses in place of what its kernel lacks.
     stand_ins: AtomicU32,
     name: [AtomicU64; CLIENT_NAME_BYTES / 8],
-    _pad1: Pad<48>,
+    dma: Dma,
+    _pad1: Pad<16>,
 }
 
 // SAFETY: atomics and padding.
 unsafe impl Shared for Entry {}
 const _: () = assert!(size_of::<Entry>() == 128);
+
+/// Where an entry says that devices write for its client.
+pub const DMA_AT: usize = core::mem::offset_of!(Entry, dma);
+const _: () = assert!(DMA_AT == 80 && size_of::<Dma>() == 32);
+
+/// What a client says before devices write into the arena for it: from then on its slots may be written into until its
+/// *process* is gone for good, whatever its life word says. Beside the seqlock: it is said once for each claim, no
+/// publication changes it, and it can be read in the middle of one.
+#[repr(C)]
+struct Dma {
+    /// 0, or [`DMA`] with [`DMA_LOCKED`] or without.
+    word: AtomicU32,
+    pid: AtomicU32,
+    pid_namespace: AtomicU64,
+    time_namespace: AtomicU64,
+    started: AtomicU64,
+}
+
+const DMA: u32 = 1;
+/// The client's process also holds the lock on [`dma_lock_at`].
+const DMA_LOCKED: u32 = 2;
+
+/// Whom to wait for before what an entry was writing is free, as the entry says itself. A client that lies here, or names a
+/// process that is not its own, is taken at its word: what it can bring about is that its own slots wait, and its entry
+/// with them, for as long as a process lives or a lock is held; that is bounded by its share of the arena and by the
+/// table, and `status` shows it. Or that they do not wait, which is up to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaOwner {
+    /// Its process.
+    pub process: ProcessIdentity,
+    /// Does that process hold the lock on [`dma_lock_at`], until it ends?
+    pub locked: bool,
+}
+
+/// The byte of the lobby's file on which a client's process holds a lock while devices may write for it.
+#[must_use]
+pub fn dma_lock_at(entry: usize) -> u64 {
+    (ENTRIES_AT + entry * size_of::<Entry>() + DMA_AT) as u64
+}
 
 const ENTRY_EMPTY: u32 = 0;
 
@@ -152,8 +193,43 @@ impl Entry {
         Means::from_bits(self.stand_ins.load(Ordering::Relaxed))
     }
 
+    /// Client, which has claimed the life word: from now on devices may write into the slots that it is given. Said
+    /// before it is given one, so who gave it one has seen this, and sees it after the mark on its life word.
+    pub fn register_dma(&self, owner: &DmaOwner) {
+        let ProcessIdentity { pid, pid_namespace, time_namespace, started } = owner.process;
+        self.dma.pid.store(pid, Ordering::Relaxed);
+        self.dma.pid_namespace.store(pid_namespace, Ordering::Relaxed);
+        self.dma.time_namespace.store(time_namespace, Ordering::Relaxed);
+        self.dma.started.store(started, Ordering::Relaxed);
+        // SYNC POINT: Release; pairs with the Acquire in `dma`.
+        self.dma.word.store(if owner.locked { DMA | DMA_LOCKED } else { DMA }, Ordering::Release);
+    }
+
+    /// Client, whose copies have all ended and of which none will begin: its word that nothing writes for it any more.
+    /// Before it gives its life word up, whose mark (Release) and `life` (Acquire) let the engine see it.
+    pub fn withdraw_dma(&self) {
+        self.dma.word.store(0, Ordering::Release);
+    }
+
+    /// Do devices write for this entry's client? Also of an entry that is not ready.
+    #[must_use]
+    pub fn dma(&self) -> Option<DmaOwner> {
+        // SYNC POINT: Acquire; pairs with the Release in `register_dma`.
+        let word = self.dma.word.load(Ordering::Acquire);
+        (word != 0).then(|| DmaOwner {
+            process: ProcessIdentity {
+                pid: self.dma.pid.load(Ordering::Relaxed),
+                pid_namespace: self.dma.pid_namespace.load(Ordering::Relaxed),
+                time_namespace: self.dma.time_namespace.load(Ordering::Relaxed),
+                started: self.dma.started.load(Ordering::Relaxed),
+            },
+            locked: word & DMA_LOCKED != 0,
+        })
+    }
+
     /// Engine: empty again, before the life word is reset.
     pub fn clear(&self) {
+        self.dma.word.store(0, Ordering::Relaxed);
         self.state.store(ENTRY_EMPTY, Ordering::Release);
     }
 }
@@ -220,5 +296,44 @@ impl Lobby {
     #[inline]
     pub fn claims(&self) -> u32 {
         self.doorbell.claims.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_dma_outlives_publications_and_ends_with_the_entry() {
+        let mapping = Arc::new(Mapping::private(4096));
+        let entries: View<Entry> = View::new(&mapping, 0, 2).unwrap();
+        let entry = &entries[1];
+        let said = DmaOwner { process: ProcessIdentity::own(), locked: true };
+        assert_eq!(entry.dma(), None);
+        // Before it is ready, too.
+        entry.register_dma(&said);
+        assert_eq!((entry.dma(), entry.read()), (Some(said), None));
+        let content = EntryContent {
+            role: Role::Worker as u32,
+            nonce: 1,
+            incarnation: 2,
+            pid: 3,
+            payload_words: 4,
+            name: "x".repeat(CLIENT_NAME_BYTES),
+        };
+        for nonce in 1..4 {
+            entry.publish(&EntryContent { nonce, ..content.clone() });
+            assert_eq!(entry.read().map(|read| (read.nonce, read.name.len())), Some((nonce, 48)));
+            assert_eq!(entry.dma(), Some(said));
+        }
+        entry.register_dma(&DmaOwner { locked: false, ..said });
+        assert_eq!(entry.dma(), Some(DmaOwner { locked: false, ..said }));
+        entry.withdraw_dma();
+        assert_eq!(entry.dma(), None);
+        entry.register_dma(&said);
+        entry.clear();
+        assert_eq!((entry.dma(), entry.read()), (None, None));
+        assert_eq!(entries[0].dma(), None);
+        assert_eq!(dma_lock_at(1) - dma_lock_at(0), size_of::<Entry>() as u64);
     }
 }

@@ -7,7 +7,7 @@ use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Changes whenever a layout or a message changes its meaning.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// "kvring\0\x01", little-endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");
@@ -298,6 +298,7 @@ pub const LAYOUT_HASH: u64 = {
         lobby::LIFE_WORDS_AT,
         lobby::ENTRIES_AT,
         size_of::<lobby::Entry>(),
+        lobby::DMA_AT,
         size_of::<crate::message::Registration>(),
         size_of::<crate::message::SlotRecord>(),
         size_of::<crate::message::ReserveAnswer>(),

@@ -1,0 +1,144 @@
+//! Which process is which: what a client says of its own, so that an engine can tell when that one, and not another with
+//! the same number, is gone for good.
+//!
+//! A process id means something in one PID namespace, and for as long as nobody else has got it; with the time at which its
+//! process was started it means one process. That time is told in the reader's time namespace. So two processes can speak
+//! of a third only where both namespaces are the same, and where `/proc` shows their own PID namespace.
+
+use std::os::unix::fs::MetadataExt;
+
+/// One process, as one who shares its namespaces finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessIdentity {
+    /// Its process id, in its PID namespace.
+    pub pid: u32,
+    /// The inode of its PID namespace; 0 is unknown.
+    pub pid_namespace: u64,
+    /// The inode of its time namespace; 0 on a kernel that has none.
+    pub time_namespace: u64,
+    /// When it was started, in clock ticks (field 22 of `/proc/self/stat`); 0 is unknown.
+    pub started: u64,
+}
+
+/// What `/proc/<pid>/stat` says of a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessStat {
+    /// `R`, `S`, `Z` …; of its first thread.
+    pub state: char,
+    /// Threads that have not ended.
+    pub threads: u64,
+    /// See [`ProcessIdentity::started`].
+    pub started: u64,
+}
+
+impl ProcessIdentity {
+    /// This process's. What cannot be found out is unknown.
+    #[must_use]
+    pub fn own() -> ProcessIdentity {
+        let pid = std::process::id();
+        let inode = |file| std::fs::metadata(file).map_or(0, |found| found.ino());
+        // A `/proc` of another PID namespace has other numbers.
+        let is_ours = std::fs::read_link("/proc/self")
+            .is_ok_and(|link| link.to_str().and_then(|text| text.parse().ok()) == Some(pid));
+        ProcessIdentity {
+            pid,
+            pid_namespace: if is_ours { inode("/proc/self/ns/pid") } else { 0 },
+            time_namespace: inode("/proc/self/ns/time"),
+            started: ProcessStat::of(pid).ok().flatten().map_or(0, |stat| stat.started),
+        }
+    }
+
+    /// Does the other's process id mean to this process what it means to the other, and its time of start as well?
+    #[must_use]
+    pub fn knows(&self, other: &ProcessIdentity) -> bool {
+        let is_known = |who: &ProcessIdentity| who.pid_namespace != 0 && who.started != 0;
+        is_known(self)
+            && is_known(other)
+            && (self.pid_namespace, self.time_namespace) == (other.pid_namespace, other.time_namespace)
+    }
+}
+
+impl ProcessStat {
+    /// Of the process with this id; `None` where there is none.
+    ///
+    /// # Errors
+    /// It cannot be read, which says nothing of the process.
+    pub fn of(pid: u32) -> std::io::Result<Option<ProcessStat>> {
+        match std::fs::read(format!("/proc/{pid}/stat")) {
+            Ok(text) => parse(&String::from_utf8_lossy(&text))
+                .map(Some)
+                .ok_or_else(|| std::io::Error::other("/proc/<pid>/stat is not as expected")),
+            // ESRCH: it has gone since the file was opened.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
+                    && std::fs::exists("/proc/self/stat").is_ok_and(|exists| exists) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Has its last thread ended? A first thread that ends before the others is a zombie until they have, too.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        matches!(self.state, 'Z' | 'X') && self.threads <= 1
+    }
+}
+
+/// The name in the second field may hold anything, so the fields are counted from its last parenthesis on.
+fn parse(text: &str) -> Option<ProcessStat> {
+    let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?.chars().next()?;
+    // From here on the fields 4, 5 …; 20 and 22 are wanted.
+    let threads = fields.nth(16)?.parse().ok()?;
+    let started = fields.nth(1)?.parse().ok()?;
+    Some(ProcessStat { state, threads, started })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_finds_itself_and_its_children() {
+        let own = ProcessIdentity::own();
+        assert_eq!(own.pid, std::process::id());
+        assert!(own.knows(&own), "{own:?}");
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let stat = ProcessStat::of(child.id()).unwrap().unwrap();
+        assert!(stat.started >= own.started && !stat.has_ended(), "{stat:?} after {own:?}");
+        child.kill().unwrap();
+        let began = std::time::Instant::now();
+        // A zombie until it is waited for.
+        while !ProcessStat::of(child.id()).unwrap().unwrap().has_ended() {
+            assert!(began.elapsed().as_secs() < 20);
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert_eq!(ProcessStat::of(child.id()).unwrap(), None);
+    }
+
+    #[test]
+    fn what_is_unknown_or_elsewhere_is_not_known() {
+        let own = ProcessIdentity { pid: 7, pid_namespace: 1, time_namespace: 2, started: 3 };
+        for other in [
+            ProcessIdentity { pid_namespace: 0, ..own },
+            ProcessIdentity { pid_namespace: 9, ..own },
+            ProcessIdentity { time_namespace: 0, ..own },
+            ProcessIdentity { started: 0, ..own },
+        ] {
+            assert!(!own.knows(&other) && !other.knows(&own), "{other:?}");
+        }
+        assert!(own.knows(&ProcessIdentity { pid: 8, started: 5, ..own }));
+    }
+
+    #[test]
+    fn a_name_may_hold_anything() {
+        let fields: Vec<String> = (4..=30).map(|field| field.to_string()).collect();
+        let text = format!("17 (a) b) Z 1 (c) S {}\n", fields.join(" "));
+        assert_eq!(parse(&text), Some(ProcessStat { state: 'S', threads: 20, started: 22 }));
+        assert_eq!(parse("17 (a) S 1 2 3"), None);
+        assert_eq!(parse(""), None);
+    }
+}
