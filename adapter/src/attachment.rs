@@ -257,10 +257,7 @@ impl EngineView {
 
     /// The file of that lobby, for the locks of clients whose kernel marks no life word.
     pub fn open_lobby_file(&self, name: &segment::EngineName) -> Result<SegmentFile, AttachError> {
-        let file = SegmentFile::open(&name.lobby(), Access::ReadWrite)?;
-        let head = file.map(SUPERBLOCK_BYTES as u64, Access::ReadOnly)?;
-        check_sibling(head.at(0)?, Kind::Lobby, file.len()?, &name.lobby(), &self.identity)?;
-        Ok(file)
+        open_lobby_file(name, &self.identity)
     }
 
     /// The lobby of the same start of the engine.
@@ -272,6 +269,17 @@ impl EngineView {
         check_sibling(block, Kind::Lobby, length, &name.lobby(), &self.identity)?;
         Ok(lobby)
     }
+}
+
+/// The file of the lobby of the same start as an engine's segment.
+pub(crate) fn open_lobby_file(
+    name: &segment::EngineName,
+    engine: &Identity,
+) -> Result<SegmentFile, AttachError> {
+    let file = SegmentFile::open(&name.lobby(), Access::ReadWrite)?;
+    let head = file.map(SUPERBLOCK_BYTES as u64, Access::ReadOnly)?;
+    check_sibling(head.at(0)?, Kind::Lobby, file.len()?, &name.lobby(), engine)?;
+    Ok(file)
 }
 
 fn check_sibling(
@@ -334,12 +342,19 @@ impl Claim {
         failpoint::here("client.claimed");
         stand_ins::told(claims.notice());
         let (engine, identity) = (view.segment.clone(), view.identity);
+        // Before anything is published, and so before the engine gives it a slot.
+        shared.dma().claimed(name, &identity, &lobby, entry);
         Ok(Claim { claims, entry, lobby, engine, arena, identity, writers: Arc::default(), used: false })
     }
 
     /// Has its arena been replaced or removed? Then nobody comes back to it.
     fn is_retired(&self) -> bool {
         self.engine.superblock().is_retired()
+    }
+
+    /// Is the entry still ours? Peers can write there.
+    pub(crate) fn holds(&self) -> bool {
+        self.claims.holds(self.entry)
     }
 
     /// For a sleep until something becomes of its engine: the word, and its value.

@@ -5,6 +5,7 @@
 
 use crate::attachment::{AttachError, Attachment};
 use crate::counters::{ClientStats, Counters};
+use crate::dma::Dma;
 use crate::error::{CallError, RegisterError};
 use crate::fork::ForkGuard;
 use crate::health::Health;
@@ -76,6 +77,7 @@ pub(crate) struct Shared {
     /// What is pinned for us.
     pub(crate) leases: Leases,
     pub(crate) counters: Counters,
+    dma: Mutex<Dma>,
     /// The last session id given out: the engine knows leases by client and session, whichever adapter made them.
     sessions: AtomicU64,
     /// The keeper's futex: bumped when it should look around.
@@ -103,6 +105,10 @@ impl Registered {
 impl Shared {
     pub(crate) fn current(&self) -> MutexGuard<'_, Current> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn dma(&self) -> MutexGuard<'_, Dma> {
+        self.dma.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeper: a new attachment stands.
@@ -202,6 +208,7 @@ impl Client {
             ledger: Arc::default(),
             leases: Leases::default(),
             counters: Counters::default(),
+            dma: Mutex::default(),
             sessions: AtomicU64::new(0),
             control: AtomicU32::new(0),
             stop: AtomicBool::new(false),
@@ -235,6 +242,21 @@ impl Client {
     #[must_use]
     pub fn stats(&self) -> ClientStats {
         self.shared.counters.snapshot()
+    }
+
+    /// From now on devices may write into the arena for this client (a GPU's copy engine, say): where its process dies, the
+    /// engine gives its slots away when the *process* is gone for good, not when its keeper's end is noticed. Idempotent,
+    /// and for good: each later attachment says so from its beginning. Attached or not; waits for nothing but, perhaps, the
+    /// keeper's opening of a file.
+    ///
+    /// Call it before the first store is submitted that a device carries out. Then the order is safe: the word is in the
+    /// entry before a slot is asked for (its Release, the reservation's through the ring), so the engine that has granted
+    /// the slot sees it, and it sees it after the kernel's mark, which comes later still. Slots that were granted before
+    /// this call are to be written by the CPU alone.
+    pub fn register_dma(&self) {
+        if self.shared.fork.is_ours() {
+            self.shared.dma().register();
+        }
     }
 
     /// Is the engine there and well?

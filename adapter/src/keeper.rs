@@ -143,6 +143,8 @@ fn give_up(shared: &Shared, held: &mut Option<Claim>) {
         claim.writers.close();
         shared.ledger.forget();
         shared.leases.forget();
+        // Nothing writes for it any more, so nobody need wait for this process.
+        shared.dma().given_up(claim.holds());
         failpoint::here("client.gives up");
         drop(claim);
     }

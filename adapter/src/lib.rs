@@ -6,6 +6,7 @@
 mod attachment;
 mod client;
 mod counters;
+mod dma;
 mod error;
 mod fork;
 mod gate;
