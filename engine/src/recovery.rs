@@ -4,7 +4,7 @@
 //! shards stay: complete chunks are visible, incomplete ones go on forming. What the dead were writing goes, and their
 //! rounds with it.
 //! A slot that a *living* client was writing stays that client's, whether its chunk does or not: only its word, or its
-//! death, frees it. All of it is derived from the slab table and the slot headers, each of which was published in one
+//! death, frees it; and so does one of the dead for which a device may still write. All of it is derived from the slab table and the slot headers, each of which was published in one
 //! store; so a predecessor's death between any two of its stores leaves tables that make sense. Tables that do not are an
 //! error, and a cold start.
 
@@ -161,6 +161,9 @@ fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
         if lives && !failpoint::broken("quarantine") {
             inherited.living |= 1 << entry;
             inherited.nonces[entry] = lobby.entries[entry].read_nonce();
+        } else if lobby.life_words[entry].life() == Life::Dead && lobby.entries[entry].dma().is_some() {
+            // A device may still be writing for it: the service's first look finds out, and frees it or waits.
+            cache.owner_lingers(entry as u8);
         } else {
             cache.owner_gone(entry as u8);
         }

@@ -363,6 +363,12 @@ impl Segments {
         Locks::of(&self.lobby_file, lobby::LIFE_WORDS_AT).mark_dead(&self.lobby.life_words);
     }
 
+    /// Does somebody hold the lock of a client for which devices write? What cannot be asked is not known: yes.
+    #[must_use]
+    pub fn holds_dma_lock(&self, entry: usize) -> bool {
+        self.lobby_file.is_byte_locked(lobby::dma_lock_at(entry)).unwrap_or(true)
+    }
+
     /// Has somebody taken the segments away (`kvring remove --force`)? Then the engine must end: new clients cannot
     /// find it, and a successor may run already. One load.
     #[inline]

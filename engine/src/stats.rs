@@ -98,6 +98,7 @@ stats! {
     SlotsQuarantined Gauge "slots_quarantined" "slots that living clients were writing at the start";
     Reattachments Counter "reattachments" "clients that came back after this engine's start, in the entry they had";
     ClientsAwaited Gauge "clients_awaited" "clients that have not come back yet; until then nothing is evicted, for a while";
+    ClientsLingering Gauge "clients_lingering" "dead clients whose processes are waited for: a device may still write for them";
     SlotsDeclared Counter "slots_declared" "slots that clients came back to";
     SlotsUndeclared Counter "slots_undeclared" "slots freed because the client that came back did not name them";
     LeasesDeclared Counter "leases_declared" "leases that clients came back with";

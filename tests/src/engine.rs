@@ -7,10 +7,12 @@ use kvring_engine::stats::Snapshot;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::segment::EngineName;
+use kvring_shm_abi::slot::SlotState;
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -357,6 +359,16 @@ impl EngineProcess {
         let view = self.view();
         assert_eq!(view.segment.info().unhealthy.load(Ordering::Relaxed), 0, "a self-check failed");
         assert_eq!(stat_of(&view, "check_failures"), 0);
+    }
+
+    /// The slots that somebody may be writing, for a chunk or for none, with the entry that writes each.
+    #[must_use]
+    pub fn written_slots(&self) -> BTreeMap<u32, u8> {
+        let view = self.view();
+        let words = (0..).map_while(|slot| Some((slot, view.segment.slot(slot)?.word())));
+        let written =
+            words.filter(|(_, word)| matches!(word.state, SlotState::Writing | SlotState::Orphaned));
+        written.map(|(slot, word)| (slot, word.owner)).collect()
     }
 
     /// A file of the engine's in `/dev/shm`: `engine`, `lobby` or `arena`.

@@ -137,6 +137,32 @@ impl Peer {
         put_down(&mut self.child);
     }
 
+    /// A process with a worker that has a copy of `keys` running, and a scheduler; with `dma` it says that devices write for
+    /// it.
+    ///
+    /// # Panics
+    /// When it does not come to that.
+    #[must_use]
+    pub fn holding(spec: &WorkerSpec, scheduler: &SchedulerSpec, dma: bool, keys: &[Key]) -> Peer {
+        let mut peer = Peer::spawn();
+        peer.done(&Ask::HeldWorker(Box::new(spec.clone()))).unwrap_or_else(|error| panic!("{error}"));
+        peer.add_scheduler(scheduler);
+        if dma {
+            peer.done(&Ask::RegisterDma).expect("a word");
+        }
+        peer.ready();
+        peer.done(&Ask::HoldAStore { round: (77, 1), keys: keys.to_vec(), version: 1 }).expect("a store");
+        peer
+    }
+
+    /// Its keepers end, and nothing else of it does.
+    ///
+    /// # Panics
+    /// When they do not.
+    pub fn end_keepers(&mut self) {
+        self.done(&Ask::EndKeepers).expect("its keepers' end");
+    }
+
     /// One question, one answer.
     ///
     /// # Panics
@@ -379,6 +405,11 @@ fn answer(ask: Ask, worker: &mut Option<WorkerSide>, scheduler: &mut Option<Sche
                     return Tell::Failed(health.to_string());
                 }
             }
+            Tell::Done
+        }
+        (Ask::RegisterDma, worker, scheduler) => {
+            let clients = [worker.map(|w| w.client().clone()), scheduler.map(|s| s.client().clone())];
+            clients.iter().flatten().for_each(|client| client.register_dma());
             Tell::Done
         }
         (Ask::Health, Some(worker), _) => Tell::Health(worker.adapter().health().to_string()),

@@ -256,6 +256,7 @@ pub enum Ask {
     FinishTheStore,
     End { how: u32 },
     EndKeepers,
+    RegisterDma,
     Fork,
     Scheduler(Box<SchedulerSpec>),
     WaitReady { limit_ms: u64 },

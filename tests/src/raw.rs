@@ -3,7 +3,7 @@
 //! Its life words belong to the thread that made it, and a thread has one robust list that the kernel knows: to let one
 //! *die*, let its process die. Dropping one gives its entry up.
 
-use crate::kv::{Kv, Shape};
+use crate::kv::{Kv, Shape, chain};
 use crate::wait::{becomes, eventually};
 use kvring_adapter::EngineView;
 use kvring_shm_abi::channel::Channel;
@@ -296,6 +296,19 @@ impl RawClient {
                 checksum: 0,
             })
             .collect()
+    }
+
+    /// Reserves slots until there are none left; which it got.
+    pub fn take_all(&mut self, namespace: u32, name: u64) -> Vec<SlotRecord> {
+        let mut taken = Vec::new();
+        for part in 0.. {
+            let granted = self.reserve(namespace, 0, Round { source: 99, number: 1 }, &chain(name + part, 8));
+            taken.extend(&granted);
+            if granted.len() < 8 {
+                break;
+            }
+        }
+        taken
     }
 
     /// Commits or aborts; what became of each.

@@ -65,6 +65,8 @@ controls! {
         "outdated claims", rules::an_entry_that_was_meant_for_an_earlier_engine, "refusals of a client";
     a_grant_of_an_earlier_engine_is_refused without_refusing_late_grants:
         "late grants", copies::a_grant_that_comes_too_late, "wrong bytes of somebody else's";
+    what_devices_write_waits_for_the_process without_waiting_for_the_process:
+        "waits for the process", rules::a_keeper_that_ends_before_its_process, "given away while a device may write";
     running_copies_are_declared without_declaring_running_copies:
         "declare running copies", copies::a_copy_into_the_arena, "wrong bytes of somebody else's";
 }

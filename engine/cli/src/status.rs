@@ -114,6 +114,8 @@ struct ClientStatus {
     name: String,
     pid: u32,
     alive: bool,
+    /// Dead, but a device may still write for it: its entry and its slots wait until its process is gone.
+    lingering: bool,
     /// What tells the engine of its death.
     death_notice: &'static str,
     /// How it waits for several things at once.
@@ -300,6 +302,7 @@ fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
             name: content.name,
             pid: content.pid,
             alive: matches!(life, Life::Alive { .. }),
+            lingering: life == Life::Dead && published.dma().is_some(),
             death_notice: death_notice.as_str(),
             waiting: means.waiting.as_str(),
         })

@@ -93,16 +93,44 @@ impl<T: SlotTable> Cache<T> {
             return;
         }
         if let Some(attachment) = self.slots.find_attachment(owner, nonce) {
-            let mut at = self.slots.first_writing(attachment);
-            while let Some(slot) = at {
-                if let Some(id) = self.slots.get(slot).chunk() {
-                    self.drop_chunk(id, false);
-                }
-                // Dropping a chunk orphans its WRITING slots, and leaves them in their lists.
-                at = self.slots.next_writing(slot);
-            }
+            self.orphan_all(attachment);
             self.slots.retire(attachment);
         }
+    }
+
+    /// What this attachment is writing is for no chunk any more, and its rounds are dropped.
+    fn orphan_all(&mut self, attachment: u8) {
+        let mut at = self.slots.first_writing(attachment);
+        while let Some(slot) = at {
+            if let Some(id) = self.slots.get(slot).chunk() {
+                self.drop_chunk(id, false);
+            }
+            // Dropping a chunk orphans its WRITING slots, and leaves them in their lists.
+            at = self.slots.next_writing(slot);
+        }
+    }
+
+    /// Does the client in this entry write anything, under any attachment?
+    pub fn writes(&self, owner: Owner) -> bool {
+        self.slots.writes(owner)
+    }
+
+    /// The entry has lost its owner, for which a device may still write: as [`Cache::owner_gone`], but what it was writing
+    /// stays WRITING, for no chunk, until that says so. O(what it holds).
+    pub fn owner_lingers(&mut self, owner: Owner) {
+        self.change();
+        if usize::from(owner) >= OWNERS {
+            return;
+        }
+        while let Some(id) = self.leases.first_of(owner) {
+            self.truncate(id, 0);
+        }
+        for attachment in 0..=u8::MAX {
+            if self.slots.is_attachment_of(owner, attachment) {
+                self.orphan_all(attachment);
+            }
+        }
+        self.slots.leave(owner);
     }
 
     /// Nothing writes for this attachment any longer: frees its WRITING slots. Leases of the entry stay: they may be a

@@ -209,6 +209,17 @@ impl Slots {
         self.attachments.iter().enumerate().position(is_earlier).map(|id| id as u8)
     }
 
+    /// Is this the record of an attachment of this entry?
+    pub(super) fn is_attachment_of(&self, owner: Owner, id: u8) -> bool {
+        let attachment = &self.attachments[id as usize];
+        attachment.used && attachment.owner == owner
+    }
+
+    /// Does this entry write anything, under any attachment?
+    pub(super) fn writes(&self, owner: Owner) -> bool {
+        self.attachments.iter().any(|a| a.used && a.owner == owner && a.head != 0)
+    }
+
     /// Whether `owner`'s current attachment is writing this slot.
     pub(super) fn is_writer(&self, owner: Owner, slot: SlotId) -> bool {
         let slot = self.get(slot);

@@ -1,7 +1,8 @@
 //! The lobby: who comes, who goes, who died.
 //!
 //! A claimed life word is a claim, whatever its owner managed to do afterwards. Only this module turns a dead word back
-//! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry.
+//! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry. (Where devices write for a client
+//! that may be later than its death: `linger`.)
 
 use super::connection::{Claim, Connection};
 use super::{Service, Watched};
@@ -29,6 +30,11 @@ impl Service {
         self.claims = self.segments.lobby.claims();
         self.watched.clear();
         for entry in 0..CLIENTS_MAX {
+            if self.lingering[entry].is_some() {
+                // Whatever its word says by now.
+                self.look_at_lingering(entry);
+                continue;
+            }
             let raw = self.segments.lobby.life_words[entry].raw();
             match LifeWord::interpret(raw) {
                 // Judged, and yet unclaimed: its owner wrote 0 into its own word, and will never be marked as dead.
@@ -36,7 +42,7 @@ impl Service {
                     self.reclaim(entry);
                 }
                 Life::Unclaimed => {}
-                Life::Dead => self.reclaim(entry),
+                Life::Dead => self.bury(entry),
                 Life::Alive { .. } => {
                     self.watched.push(Watched { entry, raw });
                     let nonce = self.segments.lobby.entries[entry].read_nonce();
@@ -126,22 +132,8 @@ impl Service {
     }
 
     /// The owner of this entry is dead, or has given it up: everything is freed, then the entry may be claimed again.
-    fn reclaim(&mut self, entry: usize) {
-        let connection = self.disconnect(entry);
-        let name = self.segments.name();
-        match &connection {
-            // Usually gone already: a client unlinks its channel as soon as both sides have it.
-            Some(connection) => segment::unlink(&name.client(entry, connection.nonce)),
-            // It may have died before it said which channel it had made.
-            None => sweep::unlink_channels_of(name, entry),
-        }
-        if let Some(connection) = connection {
-            // Not said goodbye: it died.
-            self.stat(Stat::Deaths, 1);
-            tracing::warn!(entry, client = %connection.name, "client died; its leases and reservations are freed");
-            // A client that lives, and whose word somebody else has overwritten, finds out and attaches again.
-            self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
-        }
+    pub(super) fn reclaim(&mut self, entry: usize) {
+        self.hang_up(entry, "client died; its leases and reservations are freed");
         (self.judged[entry], self.outdated[entry]) = (None, None);
         if failpoint::broken("reclaim before reset") {
             self.segments.lobby.life_words[entry].reset();
@@ -156,5 +148,24 @@ impl Service {
         // Last: from here on somebody else may claim it.
         self.segments.lobby.life_words[entry].reset();
         failpoint::here("reclaim.done");
+    }
+
+    /// Nobody is at the other end of this entry's channel any more.
+    pub(super) fn hang_up(&mut self, entry: usize, what: &str) {
+        let connection = self.disconnect(entry);
+        let name = self.segments.name();
+        match &connection {
+            // Usually gone already: a client unlinks its channel as soon as both sides have it.
+            Some(connection) => segment::unlink(&name.client(entry, connection.nonce)),
+            // It may have died before it said which channel it had made.
+            None => sweep::unlink_channels_of(name, entry),
+        }
+        if let Some(connection) = connection {
+            // Not said goodbye: it died.
+            self.stat(Stat::Deaths, 1);
+            tracing::warn!(entry, client = %connection.name, "{what}");
+            // A client that lives, and whose word somebody else has overwritten, finds out and attaches again.
+            self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
+        }
     }
 }

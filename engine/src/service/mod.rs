@@ -14,6 +14,7 @@ mod connection;
 mod declare;
 mod dispatch;
 mod gauges;
+mod linger;
 mod registry;
 mod slot_table;
 
@@ -31,7 +32,9 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
+use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
+use linger::Lingering;
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
@@ -111,6 +114,10 @@ pub(crate) struct Service {
     judged: [Option<u64>; CLIENTS_MAX],
     /// The nonce of a claim that was meant for an earlier engine: its owner will publish another one.
     outdated: [Option<u64>; CLIENTS_MAX],
+    /// Owners that are marked dead, and whose processes are waited for.
+    lingering: [Option<Lingering>; CLIENTS_MAX],
+    /// This process, to be compared with what clients say of theirs.
+    own: ProcessIdentity,
     awaited: Awaited,
     /// The claimed life words at the last look around the lobby: a change of one ends a sleep.
     watched: Vec<Watched>,
@@ -177,6 +184,8 @@ impl Service {
             active: 0,
             judged: [None; CLIENTS_MAX],
             outdated: inherited.nonces,
+            lingering: [const { None }; CLIENTS_MAX],
+            own: ProcessIdentity::own(),
             awaited,
             watched: Vec::with_capacity(CLIENTS_MAX),
             claims: 0,

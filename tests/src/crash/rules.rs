@@ -6,15 +6,17 @@ use super::engines::{dies_at, engine};
 use super::settled::is_gone;
 use super::table::Way;
 use super::{BREAK, FAIL_POINT};
+use crate::engine::stat_of;
 use crate::kv::chain;
 use crate::peer::Peer;
 use crate::proto::{Loaded, all_loaded, all_stored};
+use crate::raw::RawClient;
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
-use kvring_adapter::Round;
+use kvring_adapter::{Role, Round};
 use kvring_shm_abi::life::Life;
 use serde_json::json;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn round(source: u32, number: u32) -> Round {
     Round { source, number }
@@ -272,4 +274,86 @@ pub fn an_entry_that_was_meant_for_an_earlier_engine() -> Vec<String> {
     drop(peer);
     is_gone(&mut checks, &mut engine);
     checks.finish()
+}
+
+/// The keepers of a process for which devices write end, and it does not: the kernel marks their words while a copy goes
+/// on. Then an engine comes and goes, if `restarts`; then the process ends.
+///
+/// # Panics
+/// Where something else goes wrong than what is being tested.
+#[must_use]
+pub fn a_keeper_ends_before_its_process(restarts: bool) -> Vec<String> {
+    let mut checks = Checks::new();
+    let mut engine = engine("device", 4);
+    let mut worker = worker_of(&mut checks, &engine.name, SOLO, 1, 0);
+    let mut scheduler = scheduler_of(&mut checks, &engine.name, SOLO, 1);
+    let keys = chain(1, 4);
+    checks.same("a store", all_stored(4), worker.store("r", round(1, 1), None, &keys, 1));
+    // Held, so that they outlive who takes all there is.
+    checks.same("chunks", 4, scheduler.lookup("r", 0, &keys).expect("a lookup within the limits").chunks);
+    let specs = (worker_spec(&engine.name, SOLO, 1, 0, SHARD), scheduler_spec(&engine.name, SOLO, 1));
+    let mut peer = Peer::holding(&specs.0, &specs.1, true, &chain(2, 8));
+    checks.same("chunks", 4, peer.lookup("theirs", 0, &keys).chunks);
+    checks.becomes("leases", 2, || engine.stat("leases"));
+    let written = engine.written_slots();
+    checks.same("slots that are being written", 8, written.len());
+
+    peer.end_keepers();
+    let view = engine.view();
+    // Also that with the slots: a client is not thrown out of anything but what a device may write.
+    checks.becomes("leases and clients", [1, 2], || ["leases", "clients"].map(|name| stat_of(&view, name)));
+    if restarts {
+        engine.kill();
+        engine.restart();
+        checks.becomes("a worker and a scheduler that are ready", true, || {
+            worker.client().is_healthy() && scheduler.client().is_healthy()
+        });
+    }
+    checks.becomes("clients whose processes are waited for", 1, || engine.stat("clients_lingering"));
+    checks.same("slots of a process that has not ended", &written, &engine.written_slots());
+    let entry = written.values().next().copied().unwrap_or_default();
+    let lobby = engine.lobby();
+    checks.same("its life", Life::Dead, lobby.life_words[usize::from(entry)].life());
+    checks.holds(lobby.entries[usize::from(entry)].read().is_some(), "its entry is not shown any more");
+
+    // Somebody takes all there is.
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let namespace = raw.register(SOLO, 1, 0, SHARD.shard_bytes());
+    let taken = raw.take_all(namespace, 100);
+    checks.holds(!taken.is_empty(), "nobody gets anything");
+    let given = taken.iter().filter(|slot| written.contains_key(&(slot.slot as u32))).count();
+    checks.same("slots given away while a device may write", 0, given);
+    // Others go on.
+    let found = scheduler.lookup("r", 1, &keys).expect("a lookup within the limits");
+    checks.same("chunks", 4, found.chunks);
+    checks.same("loads", all_loaded(found.chunks as usize), worker.load("r", &found.ranks[0], 1));
+    engine.beats(100);
+    checks.same("clients whose processes are waited for", 1, engine.stat("clients_lingering"));
+
+    let view = engine.view();
+    let began = Instant::now();
+    peer.kill();
+    let ended = Instant::now();
+    let what = "the end of its process, and its slots are free";
+    checks.within(Duration::from_millis(100), what, || {
+        crate::wait::eventually("they are free", || stat_of(&view, "slots_orphaned") == 0)
+    });
+    eprintln!("killed {:?}, free {:?} after that", ended.duration_since(began), ended.elapsed());
+    if checks.is_clean() {
+        // What it had, and nothing but that.
+        let freed = raw.take_all(namespace, 200);
+        checks.same("slots that were its", 8, freed.len());
+        checks.holds(freed.iter().all(|slot| written.contains_key(&(slot.slot as u32))), "others' slots");
+    }
+    checks.same("clients whose processes are waited for", 0, engine.stat("clients_lingering"));
+    scheduler.api().end_session("r");
+    drop((raw, worker, scheduler, peer));
+    is_gone(&mut checks, &mut engine);
+    checks.finish()
+}
+
+/// See [`a_keeper_ends_before_its_process`].
+#[must_use]
+pub fn a_keeper_that_ends_before_its_process() -> Vec<String> {
+    a_keeper_ends_before_its_process(false)
 }

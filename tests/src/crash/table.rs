@@ -136,6 +136,7 @@ pub const RULES: &[&str] = &[
     "outdated claims",
     "late grants",
     "declare running copies",
+    "waits for the process",
     "life lock",
     "looks at locks",
 ];

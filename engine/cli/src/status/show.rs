@@ -73,7 +73,11 @@ fn clients_table(clients: &[ClientStatus]) -> Table {
     let mut table = new_table();
     table.set_header(["entry", "role", "name", "pid", "", "death notice", "waiting"]);
     for client in clients {
-        let alive = if client.alive { "alive" } else { "dead" };
+        let alive = match (client.alive, client.lingering) {
+            (true, _) => "alive",
+            (false, true) => "dying",
+            (false, false) => "dead",
+        };
         table.add_row([
             client.entry.to_string(),
             client.role.to_owned(),
@@ -141,12 +145,13 @@ mod tests {
             role: "worker",
             name: "vllm".to_owned(),
             pid: 17,
-            alive: true,
+            alive: false,
+            lingering: true,
             death_notice: "file lock",
             waiting: "slices",
         };
         let text = clients_table(&[client]).to_string();
-        assert!(text.contains("file lock") && text.contains("slices"), "{text}");
+        assert!(["dying", "file lock", "slices"].iter().all(|part| text.contains(part)), "{text}");
     }
 
     #[test]
