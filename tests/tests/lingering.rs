@@ -10,6 +10,7 @@ use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_tests::crash::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
 use kvring_tests::crash::rules;
 use kvring_tests::engine::{EngineProcess, stat_of};
+use kvring_tests::held::HeldBackend;
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{ClientSpec, all_stored};
@@ -99,20 +100,21 @@ fn a_process_that_is_killed_as_a_whole_leaves_nothing() {
 #[test]
 fn who_gives_its_entry_up_is_not_waited_for() {
     let mut engine = engine("orderly");
+    let backend = HeldBackend::new();
     let spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
-    let mut worker = WorkerSide::start(&spec).unwrap();
+    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
     worker.client().register_dma();
     worker.wait_ready(LIMIT).unwrap();
-    assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &chain(1, 4), 1), all_stored(4));
-    // Where the engine does not hear a goodbye, too.
+    backend.hold();
+    worker.submit_store("r", Round { source: 1, number: 1 }, None, &chain(1, 4), 1).unwrap();
+    backend.holds(1);
+    engine.stat_becomes("slots_writing", 4);
+    // No engine hears what becomes of them, nor a goodbye; this process, which is the worker's, lives on.
     engine.kill();
+    backend.let_go();
     drop(worker);
+    assert_eq!(engine.written_slots().len(), 4);
     engine.restart();
-    engine.settles(0);
-    let worker = WorkerSide::start(&spec).unwrap();
-    worker.client().register_dma();
-    worker.wait_ready(LIMIT).unwrap();
-    drop(worker);
     engine.settles(0);
     assert_eq!(engine.stat("clients_lingering"), 0);
 }

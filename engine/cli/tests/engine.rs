@@ -2,6 +2,11 @@
 
 mod support;
 
+use kvring_adapter::{EngineView, Role};
+use kvring_shm_abi::life::RobustList;
+use kvring_shm_abi::lobby::{DmaOwner, EntryContent};
+use kvring_shm_abi::process::ProcessIdentity;
+use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
 use std::io::Write;
 use support::{Running, run, segments, unique_name};
@@ -47,6 +52,40 @@ fn an_engine_serves_shows_itself_and_leaves_nothing_behind() {
     assert_eq!(segments(&format!("kvring.{}.", engine.name)), Vec::<String>::new());
     let stderr = engine.stderr();
     assert!(stderr.contains("stopping") && !stderr.contains("ERROR"), "{stderr}");
+}
+
+/// It is read from shared memory alone: what an entry says is shown as what it is.
+#[test]
+fn a_dead_client_for_which_devices_may_write_is_shown_as_dying() {
+    let mut engine = Running::serve("dying");
+    engine.signal(Signal::SIGKILL);
+    engine.wait();
+    let name = EngineName::new(&engine.name).unwrap();
+    let lobby = EngineView::open(&name).unwrap().open_lobby(&name).unwrap();
+    let mut list = RobustList::register(lobby.life_words.clone()).unwrap();
+    let content = EntryContent {
+        role: Role::Worker as u32,
+        nonce: 1,
+        incarnation: 2,
+        pid: std::process::id(),
+        payload_words: 1,
+        name: "device".to_owned(),
+    };
+    for entry in [0, 1] {
+        list.claim(entry).unwrap();
+        lobby.claim(entry, &content);
+    }
+    lobby.entries[1].register_dma(&DmaOwner { process: ProcessIdentity::own(), locked: false });
+    let shown = || {
+        let status = run(&["status", "--name", &engine.name, "--json"]).json();
+        [0, 1].map(|entry| ["alive", "lingering"].map(|field| status["clients"][entry][field] == true))
+    };
+    assert_eq!(shown(), [[true, false], [true, false]]);
+    (0..2).for_each(|entry| list.release(entry));
+    assert_eq!(shown(), [[false, false], [false, true]]);
+    let table = run(&["status", "--name", &engine.name]).stdout;
+    assert!(table.contains("dying"), "{table}");
+    assert_eq!(run(&["remove", "--name", &engine.name]).code, Some(0));
 }
 
 #[test]
