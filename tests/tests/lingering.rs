@@ -101,7 +101,9 @@ fn a_process_that_is_killed_as_a_whole_leaves_nothing() {
 fn who_gives_its_entry_up_is_not_waited_for() {
     let mut engine = engine("orderly");
     let backend = HeldBackend::new();
-    let spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
+    let mut spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
+    // It waits so long for an engine to take its commits.
+    spec.client.drain_ms = 100;
     let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
     worker.client().register_dma();
     worker.wait_ready(LIMIT).unwrap();
