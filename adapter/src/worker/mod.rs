@@ -190,6 +190,10 @@ impl WorkerAdapter {
         }
         let paged = Arc::new(paged);
         let backend = self.backend_for(&paged)?;
+        if backend.writes_by_device() {
+            // Before the first store: what a device is writing outlives the mark of a death.
+            self.client.register_dma();
+        }
         let record = self.record(&paged);
         let registered = self.client.add_registration(record);
         let outcome = self.client.wait_registered(&registered, self.client.options().register_timeout);
