@@ -20,6 +20,7 @@ pub use backend::{
 };
 pub use batch::{CopyBatch, Direction};
 pub use cpu::CpuBackend;
+pub use cuda::raw;
 pub use cuda::{CopyMode, CudaBackend, DeviceInfo, GpuError, GpuOptions, probe};
 pub use layout::{BlockError, KvGroup, LayoutError, Memory, PagedKv, Plane, SKIP};
 pub use tiles::{Blocks, KV_BLOCKS, TILE_BYTES, Tile, Tiles, TilesError, Window};

@@ -162,6 +162,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        #[cfg(not(loom))]
         let ours = self.process == std::process::id();
         match &mut self.backing {
             #[cfg(not(loom))]

@@ -1,6 +1,7 @@
 //! A paged KV cache whose bytes are a function of what they belong to, so that every byte loaded can be checked.
 
-use kvring_adapter::{Key, PagedKv, Plane};
+use kvring_adapter::{Key, Memory, PagedKv, Plane};
+use kvring_gpu_kernels::raw::{Device, DeviceMemory};
 use serde::{Deserialize, Serialize};
 
 /// The form of a paged KV cache: two planes, as keys and values, of different sizes, with a gap after each page.
@@ -69,7 +70,17 @@ const POISON: u64 = 0xdead_dead_dead_dead;
 /// The cache's memory. Its pages are read and written by an adapter's threads, so it is touched by address only.
 pub struct Kv {
     shape: Shape,
+    memory: Memory,
     planes: [(*mut u64, usize); 2],
+    /// What the planes lie in, where that is a device's.
+    on_device: Vec<DeviceMemory>,
+}
+
+/// Are caches to be in a GPU's memory? Where tests run with the fake CUDA driver, whose device memory the host can reach:
+/// `KVRING_TEST_FAKE_GPU=1` (see `tests/run`).
+#[must_use]
+pub fn with_fake_gpu() -> bool {
+    std::env::var_os("KVRING_TEST_FAKE_GPU").is_some()
 }
 
 // SAFETY: addresses of memory that lives as long as this. Which thread may touch which block when is what the adapter's
@@ -87,7 +98,29 @@ impl Kv {
             let memory = vec![CANARY; words].into_boxed_slice();
             (Box::into_raw(memory).cast::<u64>(), words)
         };
-        Kv { shape, planes: shape.pages.map(plane) }
+        Kv { shape, memory: Memory::Host, planes: shape.pages.map(plane), on_device: Vec::new() }
+    }
+
+    /// An empty cache in the memory of the fake driver's first device.
+    ///
+    /// # Panics
+    /// Without the fake driver.
+    #[must_use]
+    pub fn on_fake_gpu(shape: Shape) -> Kv {
+        let device = Device::open(0).expect("the fake CUDA driver");
+        let mut on_device = Vec::new();
+        let planes = shape.pages.map(|page| {
+            let words = (page / 8 + GAP) * shape.blocks as usize;
+            let memory = device.allocate(words * 8).expect("the fake device's memory");
+            let base = memory.address() as *mut u64;
+            for word in 0..words {
+                // SAFETY: the fake's device memory is the host's too, and nobody else knows of it yet.
+                unsafe { base.wrapping_add(word).write(CANARY) };
+            }
+            on_device.push(memory);
+            (base, words)
+        });
+        Kv { shape, memory: Memory::Cuda(0), planes, on_device }
     }
 
     /// Its form.
@@ -110,7 +143,7 @@ impl Kv {
         // SAFETY: both planes have `blocks` pages at that stride, and `WorkerSide` shuts its adapter down before it
         // drops this; it touches a block only while no job has it.
         let paged = unsafe { PagedKv::new(planes.collect(), self.shape.blocks, self.shape.blocks_per_chunk) };
-        paged.expect("a shape that can be")
+        paged.expect("a shape that can be").on(self.memory)
     }
 
     fn page(&self, plane: usize, block: u32) -> *mut u64 {
@@ -181,6 +214,10 @@ impl Kv {
 
 impl Drop for Kv {
     fn drop(&mut self) {
+        if !self.on_device.is_empty() {
+            // They go by themselves.
+            return;
+        }
         for (base, words) in self.planes {
             // SAFETY: from `Box::into_raw` of a slice of that length.
             drop(unsafe { Box::from_raw(core::ptr::slice_from_raw_parts_mut(base, words)) });

@@ -1,6 +1,6 @@
 //! A worker as a test sees it: it stores and loads keys, and says whether the bytes were right.
 
-use crate::kv::{Content, Kv, Shape};
+use crate::kv::{Content, Kv, Shape, with_fake_gpu};
 use crate::proto::{ClientSpec, Handle, Loaded, Stored, WorkerSpec};
 use crate::wait::LIMIT;
 use kvring_adapter::{
@@ -42,6 +42,10 @@ impl WorkerSide {
     /// # Errors
     /// What the registration said.
     pub fn start(spec: &WorkerSpec) -> Result<WorkerSide, RegisterError> {
+        if with_fake_gpu() {
+            let new = |client: &Arc<Client>, options| WorkerAdapter::new(client, options);
+            return WorkerSide::made(spec, Kv::on_fake_gpu(spec.shape), new);
+        }
         WorkerSide::copying_with(spec, Arc::new(CpuBackend::new(2)))
     }
 
@@ -53,12 +57,20 @@ impl WorkerSide {
         spec: &WorkerSpec,
         backend: Arc<dyn CopyBackend>,
     ) -> Result<WorkerSide, RegisterError> {
+        let with = |client: &Arc<Client>, options| WorkerAdapter::with_backend(client, options, backend);
+        WorkerSide::made(spec, Kv::new(spec.shape), with)
+    }
+
+    fn made(
+        spec: &WorkerSpec,
+        kv: Kv,
+        make: impl FnOnce(&Arc<Client>, WorkerOptions) -> Result<WorkerAdapter, RegisterError>,
+    ) -> Result<WorkerSide, RegisterError> {
         let client = client(Role::Worker, &spec.client);
         let mut options = WorkerOptions::new(spec.fingerprint(), spec.world, spec.rank, spec.chunk_tokens);
         options.model = "test-model".to_owned();
         options.checksum = if spec.checksum { Checksum::Verify } else { Checksum::Off };
-        let mut adapter = WorkerAdapter::with_backend(&client, options, backend)?;
-        let kv = Kv::new(spec.shape);
+        let mut adapter = make(&client, options)?;
         adapter.register_kv_caches(kv.paged())?;
         let (submitted, stores, loads) = (Vec::new(), Vec::new(), Vec::new());
         Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted, stores, loads })

@@ -10,6 +10,7 @@
 //! | `lanes` | streams with a staging buffer each, taken in turns |
 //! | `prepared`, `plan`, `calibrate` | what is known of a cache, and which way its bytes go |
 //! | `put`, `sums`, `transfer` | a batch on its lanes, its checksums, and its end |
+//! | `raw` | plain copies and a gather alone, for benchmarks and tests |
 //! | `gpu` | all of it behind [`CopyBackend`](crate::CopyBackend) |
 //!
 //! **Order.** Each lane first waits for the fence of its batch: all that was on torch's stream when the job was submitted. A store
@@ -30,6 +31,7 @@ mod objects;
 mod plan;
 mod prepared;
 mod put;
+pub mod raw;
 mod sums;
 mod transfer;
 
