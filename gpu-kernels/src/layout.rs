@@ -153,6 +153,7 @@ impl fmt::Display for Memory {
 #[derive(Clone)]
 pub struct PagedKv {
     memory: Memory,
+    order: u64,
     groups: Vec<KvGroup>,
     blocks_per_chunk: u32,
     shard_bytes: u64,
@@ -206,13 +207,22 @@ impl PagedKv {
             shard_bytes = shard_bytes.checked_add(bytes).ok_or(too_large.clone())?;
             blocks_per_chunk = blocks_per_chunk.checked_add(group.blocks_per_chunk).ok_or(too_large)?;
         }
-        Ok(PagedKv { memory: Memory::Host, groups, blocks_per_chunk, shard_bytes })
+        Ok(PagedKv { memory: Memory::Host, order: 0, groups, blocks_per_chunk, shard_bytes })
     }
 
     /// The same in other memory: there the addresses lie, and there what [`PagedKv::grouped`] was promised holds.
     #[must_use]
     pub fn on(mut self, memory: Memory) -> PagedKv {
         self.memory = memory;
+        self
+    }
+
+    /// Adds to the layout's digest what decides the meaning of a page's bytes and cannot be seen in the planes: a digest of the
+    /// tensors that they were made of (which comes where, the order of their dimensions). Two caches of equal planes and
+    /// different tensors then do not take each other's shards for their own.
+    #[must_use]
+    pub fn ordered(mut self, order: u64) -> PagedKv {
+        self.order = order;
         self
     }
 
@@ -246,6 +256,7 @@ impl PagedKv {
         // FNV-1a: not a secret, only a check that two runs of one rank mean the same.
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         let mut mix = |value: u64| hash = (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
+        mix(self.order);
         for group in &self.groups {
             mix(u64::from(group.blocks_per_chunk));
             // The count too, or a group's last plane could be taken for the next group's number of blocks.
@@ -374,6 +385,8 @@ mod tests {
             digest(vec![plane(16, 128, 32), plane(24, 64, 16)], 2),
             "where it lies does not matter"
         );
+        let turned = |order| paged(vec![plane(8, 64, 32)], 8, 2).unwrap().ordered(order).layout_digest();
+        assert_ne!(turned(1), turned(2), "what the planes were made of");
         let of = |groups: &[(&[usize], u32)]| {
             let groups = groups.iter().map(|(pages, per_chunk)| {
                 group(pages.iter().map(|bytes| plane(8, 64, *bytes)).collect(), 8, *per_chunk)
