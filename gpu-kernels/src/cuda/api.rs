@@ -255,6 +255,10 @@ impl Api {
 
 /// A result's name, in the driver's words.
 fn name_of(code: u32) -> String {
+    if code == NOT_READY {
+        // No error, and asked for all the time.
+        return String::new();
+    }
     let Ok(get_name) = symbol::<unsafe extern "C" fn(u32, *mut *const c_char) -> u32>("cuGetErrorName\0", 0)
     else {
         return "unnamed".to_owned();

@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
 const FLAGS: u32 = 1 | 2;
+const PAGE: usize = 4096;
+/// No arena is longer: sums of places and parts do not overflow.
+const PART_MAX: usize = 1 << 47;
 /// How often it is looked whether the engine has allocated more, and whether the lock is free.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The longest pause between two parts.
@@ -140,7 +143,8 @@ pub(super) struct Arenas {
 
 impl Arenas {
     pub(super) fn new(context: &Arc<Context>, part_bytes: usize) -> Arenas {
-        let part_bytes = part_bytes.max(4096);
+        // Of whole pages, or two parts would share one.
+        let part_bytes = part_bytes.clamp(PAGE, PART_MAX) / PAGE * PAGE;
         Arenas { context: context.clone(), part_bytes, threads: Mutex::default(), known: Mutex::default() }
     }
 

@@ -132,9 +132,9 @@ impl Context {
             if pushed {
                 self.api.cuCtxPushCurrent_v2(self.raw)?;
             }
-            let mut entered = Entered { context: self, pushed, mode: RELAXED };
+            let mut entered = Entered { context: self, pushed, mode: None };
             self.api.cuThreadExchangeStreamCaptureMode(&raw mut mode)?;
-            entered.mode = mode;
+            entered.mode = Some(mode);
             Ok(entered)
         }
     }
@@ -153,7 +153,8 @@ impl Drop for Context {
 pub(super) struct Entered<'a> {
     context: &'a Context,
     pushed: bool,
-    mode: c_int,
+    /// What it was before, if it was changed.
+    mode: Option<c_int>,
 }
 
 impl Drop for Entered<'_> {
@@ -162,7 +163,9 @@ impl Drop for Entered<'_> {
         let mut context = core::ptr::null_mut();
         // SAFETY: as in `enter`. There is nobody to tell of an error, and nothing that depends on it.
         unsafe {
-            let _ = api.cuThreadExchangeStreamCaptureMode(&raw mut self.mode);
+            if let Some(mode) = &mut self.mode {
+                let _ = api.cuThreadExchangeStreamCaptureMode(mode);
+            }
             if self.pushed {
                 let _ = api.cuCtxPopCurrent_v2(&raw mut context);
             }

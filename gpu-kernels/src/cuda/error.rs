@@ -1,5 +1,7 @@
 //! What a GPU, its driver or a cache on it can be wrong about.
 
+use std::time::{Duration, Instant};
+
 /// Why a GPU cannot be used, or did not do what it was asked to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum GpuError {
@@ -100,15 +102,30 @@ impl GpuError {
     pub fn is_fatal(&self) -> bool {
         let GpuError::Call { code, .. } = self else { return false };
         // Deinitialised, device unavailable, ECC, NVLink, illegal address, launch timed out, context destroyed, assert, hardware
-        // stack, illegal instruction, misaligned address, invalid address space, invalid PC, launch failed, contained, unknown.
-        matches!(code, 4 | 46 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721 | 999)
+        // stack, illegal instruction, misaligned address, invalid address space, invalid PC, launch failed, contained. Not
+        // "unknown": that says nothing of what runs.
+        matches!(code, 4 | 46 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721)
     }
 
-    /// After an error at a look at work that may still run: returns when that has ended. Where the driver has not said so, it
-    /// waits for longer than any batch takes; it is a matter of milliseconds.
-    pub(super) fn outlast(&self) {
-        if !self.is_fatal() {
-            std::thread::sleep(std::time::Duration::from_secs(1));
+    /// As an answer to whether work has ended: is there any point in asking again? Not where all has ended with the context, and
+    /// not in a forked child, where nothing of it can be known.
+    pub(super) fn is_final(&self) -> bool {
+        self.is_fatal() || *self == GpuError::Forked
+    }
+}
+
+/// How long it is asked again whether work has ended, where the driver will not say. Longer than a batch takes.
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+const ASK_EVERY: Duration = Duration::from_millis(1);
+
+/// Waits for the end of work, and does not take an error of the asking for an end: memory that is being copied must not be
+/// given to somebody else.
+pub(super) fn insist(mut wait: impl FnMut() -> Result<(), GpuError>) -> Result<(), GpuError> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match wait() {
+            Err(error) if !error.is_final() && Instant::now() < until => std::thread::sleep(ASK_EVERY),
+            outcome => return outcome,
         }
     }
 }

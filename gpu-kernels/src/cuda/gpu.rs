@@ -229,7 +229,7 @@ impl CudaBackend {
         let grid_max = self.options.sm_count.max(1);
         let sums = match &prepared.tiled {
             Some(tiled) if batch.checksum => {
-                let partials = batch.len() * tiled.windows_max() * grid_max as usize;
+                let partials = batch.len() * Windows { tiled, grid_max }.partials();
                 Some(self.sums.take(batch.len(), partials)?)
             }
             _ => None,
@@ -259,14 +259,13 @@ impl CudaBackend {
                 events,
                 sums,
                 failed: None,
+                unsure: None,
                 batch,
                 _arenas: arenas,
             }),
             Err(error) => {
-                // A part of it may be running.
-                if let Err(error) = lanes.synchronize() {
-                    error.outlast();
-                }
+                // A part of it may be running. Of an error here the next batch will hear.
+                let _ = lanes.synchronize();
                 Err(error)
             }
         }

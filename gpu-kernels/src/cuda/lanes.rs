@@ -4,7 +4,7 @@
 //! waits for anything: two driver calls for a window. While one lane's DMA runs, another one's kernel does.
 
 use super::device::Context;
-use super::error::GpuError;
+use super::error::{GpuError, insist};
 use super::objects::{DeviceBuffer, Event, Events, Recorded, Stream};
 use cudarc::driver::sys::CUstream;
 use std::sync::Arc;
@@ -51,20 +51,17 @@ impl Lanes {
             .unwrap_or(0)
     }
 
-    /// Makes the staging buffers at least so long; where memory is short, as long as can be had. What is in flight is
-    /// waited for first.
+    /// Makes the staging buffers at least so long; where memory is short, as long as can be had. They never get shorter:
+    /// caches that were prepared before have windows of that length. What is in flight is waited for before old ones go.
     pub(super) fn stage(&mut self, bytes: u32) -> Result<(), GpuError> {
-        if self.staging_bytes() >= bytes {
-            return Ok(());
-        }
-        self.synchronize()?;
+        let had = self.staging_bytes();
         let mut wanted = bytes.max(STAGING_MIN);
-        loop {
-            self.lanes.iter_mut().for_each(|lane| lane.staging = None);
+        while wanted > had {
             let made: Result<Vec<_>, _> =
                 self.lanes.iter().map(|_| DeviceBuffer::new(&self.context, wanted as usize)).collect();
             match made {
                 Ok(buffers) => {
+                    self.synchronize()?;
                     for (lane, buffer) in self.lanes.iter_mut().zip(buffers) {
                         lane.staging = Some(buffer);
                     }
@@ -73,9 +70,11 @@ impl Lanes {
                 Err(error) if error.is_out_of_memory() && wanted > STAGING_MIN => {
                     wanted = (wanted / 2).max(STAGING_MIN);
                 }
-                Err(error) => return Err(error),
+                Err(error) if had == 0 || !error.is_out_of_memory() => return Err(error),
+                Err(_) => return Ok(()),
             }
         }
+        Ok(())
     }
 
     /// The next lane, ordered after `fence` the first time that a batch gets it. The caller has entered the context.
@@ -104,11 +103,14 @@ impl Lanes {
 
     /// Waits for all that is on them: what failed half-way must not go on behind our back.
     pub(super) fn synchronize(&mut self) -> Result<(), GpuError> {
-        let _entered = self.context.enter()?;
+        // In any case: the next batch has a fence of its own to wait for.
         self.lanes.iter_mut().for_each(|lane| lane.used = false);
-        // Each, whatever the others say.
-        let ended: Vec<_> = self.lanes.iter().map(|lane| lane.stream.synchronize()).collect();
-        ended.into_iter().collect()
+        insist(|| {
+            let _entered = self.context.enter()?;
+            // Each, whatever the others say.
+            let ended: Vec<_> = self.lanes.iter().map(|lane| lane.stream.synchronize()).collect();
+            ended.into_iter().collect()
+        })
     }
 }
 

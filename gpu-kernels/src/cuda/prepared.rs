@@ -1,7 +1,7 @@
 //! What is known of a cache before it is copied from or to.
 
 use super::device::Context;
-use super::error::GpuError;
+use super::error::{GpuError, insist};
 use super::objects::{DeviceBuffer, Stream};
 use super::plan::Plan;
 use crate::layout::{Memory, PagedKv};
@@ -43,11 +43,12 @@ impl Tiled {
         staging: impl FnOnce(&Tiles) -> u32,
     ) -> Result<Tiled, GpuError> {
         let tiles = Tiles::of(paged)?;
+        let bytes: &[u8] = bytemuck::cast_slice(tiles.table());
+        // Before the staging buffers, which may take what memory there is.
+        let table = DeviceBuffer::new(context, bytes.len())?;
         let staging_bytes = staging(&tiles);
         let staged = if staging_bytes == 0 { Vec::new() } else { tiles.windows(staging_bytes)? };
         let whole = tiles.windows(u32::MAX)?;
-        let bytes: &[u8] = bytemuck::cast_slice(tiles.table());
-        let table = DeviceBuffer::new(context, bytes.len())?;
         let stream = Stream::new(context)?;
         let _entered = context.enter()?;
         // SAFETY: the source lives until the copy has ended, below, and the buffer has as many bytes.
@@ -55,16 +56,8 @@ impl Tiled {
             let from = bytes.as_ptr().cast::<c_void>();
             context.api.cuMemcpyHtoDAsync_v2(table.address(), from, bytes.len(), stream.raw())?;
         }
-        if let Err(error) = stream.synchronize() {
-            error.outlast();
-            return Err(error);
-        }
+        insist(|| stream.synchronize())?;
         Ok(Tiled { vector: tiles.vector(), table, staged, whole })
-    }
-
-    /// Most windows that a shard can be cut into.
-    pub(super) fn windows_max(&self) -> usize {
-        self.staged.len().max(self.whole.len())
     }
 }
 
@@ -88,10 +81,13 @@ pub(super) fn check_memory(context: &Context, paged: &PagedKv) -> Result<(), Gpu
             if known.0 <= address && end <= known.1 {
                 continue;
             }
-            check_place(context, address).map_err(|got| refused(bytes, got))?;
             // Allocations that are mapped piece by piece follow one another without a gap.
             let mut at = address;
             while at < end {
+                check_place(context, at).map_err(|got| match at {
+                    at if at == address => refused(bytes, got),
+                    at => refused(bytes, format!("{got} at {at:#x}")),
+                })?;
                 let (mut base, mut length) = (0u64, 0usize);
                 // SAFETY: writes an address and a length.
                 let found =

@@ -266,6 +266,15 @@ impl<'a> Put<'a> {
 }
 
 impl<'a> Windows<'a> {
+    /// How many sums the checksum of a shard has, whichever way it goes.
+    pub(super) fn partials(&self) -> usize {
+        let of = |windows: &[Window]| {
+            let grids = windows.iter().map(|window| self.launch(window, 0, &[]).grid() as usize);
+            grids.sum::<usize>()
+        };
+        of(&self.tiled.staged).max(of(&self.tiled.whole))
+    }
+
     fn launch(&self, window: &'a Window, shard: u64, blocks: &'a [u32]) -> Launch<'a> {
         let Tiled { vector, table, .. } = self.tiled;
         Launch { vector: *vector, tiles: table.address(), window, shard, blocks, grid_max: self.grid_max }

@@ -2,7 +2,7 @@
 
 use super::arena::Arena;
 use super::device::Context;
-use super::error::GpuError;
+use super::error::{GpuError, PATIENCE};
 use super::objects::{Event, Recorded};
 use super::sums::Sums;
 use crate::backend::{CopyDone, CopyError, Transfer};
@@ -21,6 +21,8 @@ pub(super) struct GpuTransfer {
     pub(super) events: Vec<Recorded>,
     pub(super) sums: Option<Sums>,
     pub(super) failed: Option<GpuError>,
+    /// Since when the driver will not say whether it has ended.
+    pub(super) unsure: Option<Instant>,
     /// What is being copied stays what it is, and the arenas stay registered.
     pub(super) batch: CopyBatch,
     pub(super) _arenas: Vec<Arc<Arena>>,
@@ -32,7 +34,7 @@ impl GpuTransfer {
         let context = self.context.clone();
         let entered = match context.enter() {
             Ok(entered) => entered,
-            Err(error) => return self.fail(error),
+            Err(error) => return self.doubt(error),
         };
         let mut failed = None;
         self.events.retain(|event| match event.event().map(Event::has_come) {
@@ -44,16 +46,19 @@ impl GpuTransfer {
             }
         });
         drop(entered);
-        if let Some(error) = failed {
-            self.fail(error);
+        match failed {
+            Some(error) => self.doubt(error),
+            None => self.unsure = None,
         }
     }
 
-    /// An event cannot be looked at: whatever they stand for has ended when this returns.
-    fn fail(&mut self, error: GpuError) {
-        error.outlast();
-        self.events.clear();
-        self.failed.get_or_insert(error);
+    /// An event cannot be looked at. That is not the end of what it stands for: it is looked at again for a while.
+    fn doubt(&mut self, error: GpuError) {
+        let since = *self.unsure.get_or_insert_with(Instant::now);
+        if error.is_final() || since.elapsed() > PATIENCE {
+            self.events.clear();
+            self.failed.get_or_insert(error);
+        }
     }
 
     fn finish(&mut self) {
@@ -69,7 +74,10 @@ impl GpuTransfer {
             });
             match synchronized {
                 Ok(()) => self.events.clear(),
-                Err(error) => self.fail(error),
+                Err(error) => {
+                    self.doubt(error);
+                    std::thread::sleep(Duration::from_millis(u64::from(!self.events.is_empty())));
+                }
             }
         }
     }
