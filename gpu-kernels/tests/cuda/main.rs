@@ -5,5 +5,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod capture;
+mod order;
 mod rounds;
+mod threads;
 mod world;
