@@ -18,7 +18,7 @@ use crate::layout::{Memory, PagedKv};
 use crate::sync::release_fence;
 use crate::tiles::Tiles;
 use cudarc::driver::sys::CUstream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 
 /// The longest staging buffer: a longer shard goes through it in several windows.
 const STAGING_MAX: u64 = 8 << 20;
@@ -55,6 +55,8 @@ pub struct CudaBackend {
     kernels: Result<Kernels, GpuError>,
     events: Arc<Events>,
     sums: Arc<SumBuffers>,
+    /// That there is no memory for staging buffers.
+    said_so: Once,
     options: GpuOptions,
     context: Arc<Context>,
 }
@@ -84,6 +86,7 @@ impl CudaBackend {
             kernels,
             events: Events::new(&context),
             sums: SumBuffers::new(&context),
+            said_so: Once::new(),
             options,
             context,
         })
@@ -132,8 +135,12 @@ impl CudaBackend {
         self.decide(paged, &prepared)?;
         let mut layouts = locked(&self.layouts);
         // An address may be used again only when nobody holds the weak reference's allocation: it cannot be another cache's.
-        layouts.retain(|(layout, _)| layout.strong_count() > 0);
+        // Transfers hold their cache, so nothing uses the table of one that is gone.
+        let gone: Vec<_> = layouts.extract_if(.., |(layout, _)| layout.strong_count() == 0).collect();
         layouts.push((Arc::downgrade(paged), prepared.clone()));
+        drop(layouts);
+        // Without the lock: freeing waits for the device.
+        drop(gone);
         Ok(prepared)
     }
 
@@ -164,7 +171,9 @@ impl CudaBackend {
         for lanes in &self.lanes {
             let mut lanes = locked(lanes);
             if let Err(error) = lanes.stage(wanted.max(longest)) {
-                tracing::warn!(%error, "no GPU memory for staging buffers: small pages are copied more slowly");
+                self.said_so.call_once(|| {
+                    tracing::warn!(%error, "no GPU memory for staging buffers: small pages are copied more slowly");
+                });
                 return 0;
             }
             least = least.min(lanes.staging_bytes());
@@ -181,7 +190,7 @@ impl CudaBackend {
                 return Err(GpuError::Mode { asked: CopyMode::Staged.as_str(), why });
             }
             Some(way) => Plan::only(way),
-            None if prepared.tiled.is_none() => Plan::only(Way::Batch),
+            None if !has_staging => Plan::only(Way::Batch),
             None => match calibrate(self, paged) {
                 Ok(plan) => plan,
                 Err(error) => {

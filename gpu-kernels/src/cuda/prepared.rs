@@ -4,7 +4,7 @@ use super::device::Context;
 use super::error::{GpuError, insist};
 use super::objects::{DeviceBuffer, Stream};
 use super::plan::Plan;
-use crate::layout::{Memory, PagedKv};
+use crate::layout::{KvGroup, Memory, PagedKv, Plane, SKIP};
 use crate::tiles::{Tiles, Window};
 use core::ffi::{c_int, c_void};
 use std::sync::{Arc, OnceLock};
@@ -86,7 +86,7 @@ pub(super) fn check_memory(context: &Context, paged: &PagedKv) -> Result<(), Gpu
             while at < end {
                 check_place(context, at).map_err(|got| match at {
                     at if at == address => refused(bytes, got),
-                    at => refused(bytes, format!("{got} at {at:#x}")),
+                    at => refused(bytes, format!("an allocation that ends at {at:#x}, and then {got}")),
                 })?;
                 let (mut base, mut length) = (0u64, 0usize);
                 // SAFETY: writes an address and a length.
@@ -123,36 +123,48 @@ fn check_place(context: &Context, address: u64) -> Result<(), String> {
     }
 }
 
-/// The contiguous runs of a chunk: address and length in the cache, and where in the shard. Pages that follow one another in both
-/// are one run.
+/// The contiguous runs of a chunk: address and length in the cache, and where in the shard. Pages that follow one another in both,
+/// in one allocation, are one run.
 pub(super) fn runs<'a>(paged: &'a PagedKv, blocks: &'a [u32]) -> impl Iterator<Item = Run> + 'a {
-    let mut pages = paged.pages(blocks);
+    let mut rest = blocks;
+    let mut pages = paged.groups().iter().flat_map(move |group| {
+        let (own, others) = rest.split_at(group.blocks_per_chunk as usize);
+        rest = others;
+        own.iter().flat_map(move |block| group.planes.iter().map(move |plane| (group, plane, *block)))
+    });
     let mut offset = 0u64;
-    let mut held: Option<Run> = None;
-    let mut ended = false;
+    let mut held: Option<(Run, &Plane)> = None;
     std::iter::from_fn(move || {
-        while !ended {
-            let Some((address, bytes)) = pages.next() else {
-                ended = true;
-                break;
-            };
-            let at = offset;
+        for (group, plane, block) in pages.by_ref() {
+            let (at, bytes) = (offset, plane.page_bytes);
             offset += bytes as u64;
-            if address.is_null() {
+            if block == SKIP {
                 continue;
             }
+            let address = plane.base as u64 + u64::from(block) * plane.block_stride as u64;
             match &mut held {
-                Some(run) if run.follows(address as u64, at) => run.bytes += bytes,
+                Some((run, before)) if run.follows(address, at) && share(group, before, plane) => {
+                    (run.bytes, *before) = (run.bytes + bytes, plane);
+                }
                 _ => {
-                    let run = Run { address: address as u64, offset: at, bytes };
-                    if let Some(before) = held.replace(run) {
+                    let run = Run { address, offset: at, bytes };
+                    if let Some((before, _)) = held.replace((run, plane)) {
                         return Some(before);
                     }
                 }
             }
         }
-        held.take()
+        held.take().map(|(run, _)| run)
     })
+}
+
+/// Are these planes surely of one allocation? A copy from one allocation into the next is an error of the driver's, and
+/// allocations may follow one another without a gap.
+fn share(group: &KvGroup, one: &Plane, other: &Plane) -> bool {
+    let apart = (one.base as usize).abs_diff(other.base as usize);
+    // Pages of one block lie between those of two of the other's.
+    let woven = one.block_stride == other.block_stride && apart < one.block_stride && group.num_blocks > 1;
+    one == other || woven
 }
 
 /// See [`runs`].
@@ -169,17 +181,23 @@ impl Run {
     }
 }
 
-/// How many bytes of a chunk are contiguous, on average, whatever its blocks are.
+/// How many bytes of a chunk are contiguous, on average, whatever its blocks are: nothing follows from one block to the next.
 pub(super) fn contiguous_bytes(paged: &PagedKv) -> u64 {
-    // The same block again and again: nothing follows from one block to the next.
-    let blocks = vec![0; paged.blocks_per_chunk() as usize];
-    paged.shard_bytes() / runs(paged, &blocks).count().max(1) as u64
+    let per_block = |group: &KvGroup| {
+        let pairs = group.planes.windows(2);
+        let breaks = pairs.filter(|pair| {
+            let end = pair[0].base as usize as u128 + pair[0].page_bytes as u128;
+            end != pair[1].base as usize as u128 || !share(group, &pair[0], &pair[1])
+        });
+        u64::from(group.blocks_per_chunk) * (1 + breaks.count() as u64)
+    };
+    let runs = paged.groups().iter().map(per_block).fold(0, u64::saturating_add);
+    paged.shard_bytes() / runs.max(1)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{Plane, SKIP};
 
     fn kv(planes: &[(usize, usize, usize)], blocks_per_chunk: u32) -> PagedKv {
         let plane = |&(base, block_stride, page_bytes): &(usize, usize, usize)| Plane {
@@ -205,6 +223,28 @@ mod tests {
         assert_eq!(found(&kv, &[0, SKIP, 1]), [(0x1000, 0, 64), (0x1040, 128, 64)], "apart in the shard");
         assert_eq!(found(&kv, &[SKIP, SKIP, SKIP]), []);
         assert_eq!(contiguous_bytes(&kv), 64);
+    }
+
+    #[test]
+    fn allocations_that_follow_one_another_are_two_runs() {
+        // The last plane's last block, then the first plane's first one.
+        let kv = kv(&[(0x1000 + 3200, 32, 32), (0x1000, 32, 32)], 2);
+        assert_eq!(found(&kv, &[99, 0]).len(), 4);
+        let groups = [0x1000, 0x1000 + 3200].map(|base| KvGroup {
+            planes: vec![Plane { base: base as *mut u8, block_stride: 32, page_bytes: 32 }],
+            num_blocks: 100,
+            blocks_per_chunk: 1,
+        });
+        // SAFETY: nothing is copied.
+        let kv = unsafe { PagedKv::grouped(groups.to_vec()) }.unwrap();
+        assert_eq!(found(&kv, &[99, 0]), [(0x1000 + 99 * 32, 0, 32), (0x1000 + 3200, 32, 32)]);
+        // One block each, beside one another: there is no telling.
+        let single = Plane { base: 0x1000 as *mut u8, block_stride: 64, page_bytes: 32 };
+        let beside = Plane { base: 0x1020 as *mut u8, ..single };
+        // SAFETY: as above.
+        let kv = unsafe { PagedKv::new(vec![single, beside], 1, 1) }.unwrap();
+        assert_eq!(found(&kv, &[0]).len(), 2);
+        assert_eq!(contiguous_bytes(&kv), 32);
     }
 
     #[test]

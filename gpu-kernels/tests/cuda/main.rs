@@ -5,8 +5,14 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod calibration;
 mod capture;
+mod children;
+mod failure;
+mod leaks;
+mod missing;
 mod order;
 mod rounds;
+mod sweep;
 mod threads;
 mod world;

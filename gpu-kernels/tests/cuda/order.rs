@@ -48,7 +48,7 @@ impl Setting {
         let saw = |seed: &u32| {
             assert_eq!(fake.fill(stream, self.pages(), 4 * PAGE, *seed, LATE_US / 8), 0);
             let fence = self.fence(stream);
-            let store = batch(Direction::Store, &self.cache, *seed % 2 == 0, fence, &self.shards);
+            let store = batch(Direction::Store, &self.cache, seed.is_multiple_of(2), fence, &self.shards);
             self.backend.submit(store).unwrap().wait().unwrap();
             let all = pattern(*seed, 4 * PAGE);
             let expected = [&all[PAGE..], &all[..PAGE]].concat();
@@ -71,7 +71,7 @@ impl Setting {
             let read = unsafe { fake.read(stream, self.pages(), 4 * PAGE, found.as_mut_ptr(), LATE_US / 8) };
             assert_eq!(read, 0);
             let fence = self.fence(stream);
-            let load = batch(Direction::Load, &self.cache, *seed % 2 == 0, fence, &self.shards);
+            let load = batch(Direction::Load, &self.cache, seed.is_multiple_of(2), fence, &self.shards);
             self.backend.submit(load).unwrap().wait().unwrap();
             assert_eq!(calls::finish(stream as _), None);
             let pages = &self.cache.all.read()[256..][..4 * PAGE];

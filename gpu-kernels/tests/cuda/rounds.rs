@@ -267,3 +267,26 @@ fn longer_than_any_staging_buffer() {
         }
     });
 }
+
+#[test]
+fn parts_and_processors_of_any_number() {
+    let env = [("FAKE_CUDA_LOCKED", "4000000"), ("FAKE_CUDA_DELAY_US", "0")];
+    inside("rounds::parts_and_processors_of_any_number", &env, |_| {
+        let _context = calls::context();
+        let mut rng = Rng(12);
+        for part_bytes in [0, 1, 4097, 10_000, 1 << 30, usize::MAX] {
+            for (mode, sm_count) in [(CopyMode::Staged, 0), (CopyMode::ZeroCopy, u32::MAX)] {
+                let options = kvring_gpu_kernels::GpuOptions { part_bytes, sm_count, ..options(mode) };
+                let arena = Arena::new(300 << 10);
+                let backend = CudaBackend::new(options).unwrap();
+                let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+                until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+                let world = World { mode, backend, arena, _mapped: mapped, kernels: true };
+                let cache = Cache::plain(2, 4096, 30, 12);
+                for direction in [Direction::Store, Direction::Load] {
+                    world.one(&mut rng, &cache, direction, true, Fence::none());
+                }
+            }
+        }
+    });
+}

@@ -4,8 +4,8 @@
 use crate::support::calls;
 use crate::support::fake::Fake;
 use kvring_gpu_kernels::{
-    ArenaMapping, CopyBackend, CopyBatch, CopyMode, CpuBackend, CudaBackend, Direction, Fence, GpuOptions,
-    KvGroup, Memory, PagedKv, Plane, SKIP,
+    ArenaMapping, CopyBackend, CopyBatch, CopyDone, CopyError, CopyMode, CpuBackend, CudaBackend, Direction,
+    Fence, GpuOptions, KvGroup, Memory, PagedKv, Plane, SKIP,
 };
 use std::any::Any;
 use std::sync::{Arc, Mutex};
@@ -397,7 +397,66 @@ pub(crate) fn until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-/// Runs a test with the fake driver.
+/// Runs a test with the fake driver. One that hangs is ended.
 pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce(&Fake)) {
-    crate::support::fake::inside(name, env, || body(&Fake::get()));
+    crate::support::fake::inside(name, env, || {
+        let test = name.to_owned();
+        std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_secs(240));
+            eprintln!("{test} hangs");
+            std::process::abort();
+        });
+        body(&Fake::get());
+    });
+}
+
+/// What a transfer gives that is waited for at once.
+pub(crate) fn copied(
+    backend: &CudaBackend,
+    direction: Direction,
+    cache: &Cache,
+    checksum: bool,
+    shards: &[(*mut u8, Vec<u32>)],
+) -> Result<CopyDone, CopyError> {
+    let batch = batch(direction, cache, checksum, Fence::none(), shards);
+    backend.submit(batch).and_then(|transfer| transfer.wait())
+}
+
+/// Warnings of this process from now on.
+pub(crate) fn warnings() -> Arc<Mutex<Vec<String>>> {
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    tracing::subscriber::set_global_default(Warnings(lines.clone())).unwrap();
+    lines
+}
+
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Line(String);
+        impl tracing::field::Visit for Line {
+            fn record_debug(&mut self, field: &tracing::field::Field, value: &dyn std::fmt::Debug) {
+                self.0 += &format!("{field}={value:?} ");
+            }
+        }
+        let mut line = Line(String::new());
+        event.record(&mut line);
+        self.0.lock().unwrap().push(line.0);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
 }

@@ -131,7 +131,8 @@ bool Call::begin(const char *name, int need) {
     uint64_t uses = ++fake.calls[call];
     if (fake.ignored.count(call)) return finish(CUDA_SUCCESS);
     auto failure = fake.failures.find(call);
-    if (failure != fake.failures.end() && uses >= failure->second.from) return finish(failure->second.error);
+    bool failing = failure != fake.failures.end() && uses >= failure->second.from && uses <= failure->second.to;
+    if (failing) return finish(failure->second.error);
     if ((need & INIT) && !fake.initialised) return finish(CUDA_ERROR_NOT_INITIALIZED);
     if (need != NOTHING && fake.lost && !(need & ENDS)) return finish(fake.lost);
     if ((need & CONTEXT) == CONTEXT) {
@@ -174,6 +175,15 @@ EXPORT void fake_cuda_fail(const char *call, int error, int after) {
         return;
     }
     fake.failures[name] = Failure{CUresult(error), fake.calls[name] + uint64_t(after)};
+}
+
+// The call gives this error once: at its `after`-th use from now on (1: the next).
+EXPORT void fake_cuda_fail_once(const char *call, int error, int after) {
+    State &fake = state();
+    std::lock_guard<std::mutex> lock(fake.mutex);
+    std::string name = plain(call);
+    uint64_t at = fake.calls[name] + uint64_t(after);
+    fake.failures[name] = Failure{CUresult(error), at, at};
 }
 
 // Nothing is ignored or fails any more.

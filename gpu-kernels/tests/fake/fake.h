@@ -191,6 +191,7 @@ struct Config {
 struct Failure {
     CUresult error = CUDA_SUCCESS;
     uint64_t from = 0;
+    uint64_t to = UINT64_MAX;
 };
 
 // All there is, behind one lock. It is never destroyed: streams outlive main.

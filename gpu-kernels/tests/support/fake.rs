@@ -145,6 +145,19 @@ impl Fake {
         }
     }
 
+    /// The call gives this error once: at its `after`-th use from now on (1: the next).
+    pub(crate) fn fail_once(&self, call: &str, error: i32, after: i32) {
+        let call = CString::new(call).expect("a name");
+        // SAFETY: as in `ignore`.
+        unsafe {
+            self.function::<extern "C" fn(*const c_char, c_int, c_int)>("fake_cuda_fail_once")(
+                call.as_ptr(),
+                error,
+                after,
+            );
+        }
+    }
+
     /// Nothing is ignored or fails any more.
     pub(crate) fn reset(&self) {
         // SAFETY: the type is that of control.cpp.

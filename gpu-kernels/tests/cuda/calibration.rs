@@ -1,0 +1,81 @@
+//! Which way is chosen, and at whose cost.
+
+use crate::support::calls;
+use crate::world::*;
+use kvring_gpu_kernels::{CopyBackend, CopyMode};
+use std::sync::Arc;
+
+#[test]
+fn a_calibration_touches_nobody_s_pages() {
+    inside("calibration::a_calibration_touches_nobody_s_pages", &[("FAKE_CUDA_DELAY_US", "0")], |fake| {
+        let _context = calls::context();
+        let mut rng = Rng(31);
+        let arena = Arena::new(1 << 20);
+        let backend = backend(CopyMode::Auto);
+        let _mapped = backend.map_arena(arena.mapping(Arc::new(())));
+        for _ in 0..4 {
+            let cache = Cache::random(&mut rng, Shape::SMALL);
+            let (image, shared) = (cache.all.renew(&mut rng), arena.all.renew(&mut rng));
+            let before = (fake.counts(), fake.calls("cuLaunchKernel"));
+            let began = std::time::Instant::now();
+            backend.prepare(&cache.paged).unwrap();
+            let took = began.elapsed();
+            assert!(cache.all.read() == image && arena.all.read() == shared, "{}", cache.describe());
+            assert!(fake.calls("cuLaunchKernel") > before.1, "nothing was measured");
+            let chosen = backend.describe(&cache.paged);
+            let named = |part: &str| CopyMode::ALL.iter().any(|mode| part.starts_with(mode.as_str()));
+            let (store, load) = chosen.split_once("; loads by ").unwrap();
+            assert!(named(store.strip_prefix("stores by ").unwrap()) && named(load), "{chosen}");
+            // Once.
+            let launches = fake.calls("cuLaunchKernel");
+            backend.prepare(&cache.paged).unwrap();
+            assert_eq!(fake.calls("cuLaunchKernel"), launches);
+            // Scratch memory is given back; staging buffers, a table and the one before stay.
+            assert!(fake.counts().allocations <= before.0.allocations + 7);
+            assert_eq!(fake.counts().modules, before.0.modules);
+            assert!(took.as_secs() < 5, "{took:?}");
+        }
+    });
+}
+
+/// On a device on which everything takes long it stops at its budget, and goes by the rule where it measured nothing.
+#[test]
+fn a_calibration_ends_on_a_slow_device() {
+    inside("calibration::a_calibration_ends_on_a_slow_device", &[("FAKE_CUDA_DELAY_US", "60000")], |fake| {
+        let _context = calls::context();
+        let backend = backend(CopyMode::Auto);
+        // Short pages: through staging buffers. Long ones: by themselves.
+        for (page, way) in [(1024, "staged"), (128 << 10, "batch")] {
+            let cache = Cache::plain(2, page, 4, 2);
+            let records = fake.calls("cuEventRecord");
+            backend.prepare(&cache.paged).unwrap();
+            // A batch takes more than the budget, and ends with an event on each of its lanes.
+            let batches = fake.calls("cuEventRecord") - records;
+            assert!(batches <= 12, "{batches}");
+            let chosen = backend.describe(&cache.paged);
+            assert!(chosen.contains(&format!("loads by {way}")), "{chosen}");
+            assert!(chosen.starts_with(&format!("stores by {way}")), "{chosen}");
+        }
+    });
+}
+
+#[test]
+fn forced_modes_measure_nothing() {
+    inside("calibration::forced_modes_measure_nothing", &[], |fake| {
+        let _context = calls::context();
+        for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy] {
+            let backend = backend(mode);
+            let cache = Cache::plain(2, 1024, 4, 2);
+            let before = (fake.calls("cuLaunchKernel"), fake.calls("cuMemcpyBatchAsync"));
+            backend.prepare(&cache.paged).unwrap();
+            assert_eq!((fake.calls("cuLaunchKernel"), fake.calls("cuMemcpyBatchAsync")), before);
+            assert_eq!(backend.describe(&cache.paged), format!("stores by {mode}; loads by {mode}"));
+        }
+        // No memory to pin: by the rule.
+        fake.fail("cuMemHostAlloc", 2, 1);
+        let backend = backend(CopyMode::Auto);
+        let cache = Cache::plain(2, 1024, 4, 2);
+        backend.prepare(&cache.paged).unwrap();
+        assert_eq!(backend.describe(&cache.paged), "stores by staged; loads by staged");
+    });
+}

@@ -1,0 +1,147 @@
+//! What is made is unmade.
+
+use crate::support::calls;
+use crate::support::fake::Counts;
+use crate::world::*;
+use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyMode, Direction};
+use std::sync::Arc;
+
+#[test]
+fn nothing_is_left() {
+    inside("leaks::nothing_is_left", &[], |fake| {
+        let context = calls::context();
+        for mode in CopyMode::ALL {
+            let cache = Cache::plain(2, 8192, 40, 8);
+            let torch = calls::stream() as u64;
+            let arena = Arena::new(4 * cache.shard_bytes());
+            let kept = Arc::new(());
+            let before = fake.counts();
+            let backend = backend(mode);
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+            let submit = |at: usize, direction| {
+                let fence = backend.fence(ComputeStream(torch)).unwrap();
+                let blocks = cache.blocks(&mut Rng(at as u64), direction, 1).remove(0);
+                let shards = [(arena.at(at * cache.shard_bytes()), blocks)];
+                backend.submit(batch(direction, &cache, true, fence, &shards)).unwrap()
+            };
+            let transfers: Vec<_> =
+                (0..4).map(|at| submit(at, [Direction::Store, Direction::Load][at % 2])).collect();
+            // Transfers outlive all the rest: the backend waits for them.
+            let unused = backend.fence(ComputeStream(torch)).unwrap();
+            drop(mapped);
+            assert_eq!(fake.counts().registrations as usize, arena.all.len.div_ceil(PART), "{mode}: in use");
+            drop(backend);
+            let between = fake.counts();
+            assert_eq!((between.streams, between.modules), (before.streams, before.modules), "{mode}");
+            for mut transfer in transfers {
+                assert!(transfer.poll(), "{mode}: it has ended");
+                transfer.wait().unwrap();
+            }
+            drop(unused);
+            assert_eq!(fake.counts(), before, "{mode}");
+            assert_eq!(Arc::strong_count(&kept), 1, "{mode}");
+        }
+        drop(context);
+    });
+}
+
+#[test]
+fn layouts_that_are_gone_are_forgotten() {
+    inside("leaks::layouts_that_are_gone_are_forgotten", &[], |fake| {
+        let _context = calls::context();
+        let backend = backend(CopyMode::Staged);
+        let arena = Arena::new(PART);
+        let mut most = 0;
+        for round in 0..50 {
+            let cache = Cache::plain(1 + round % 3, 512, 8, 2);
+            let shards = [(arena.at(0), vec![1, 2])];
+            let image = cache.all.renew(&mut Rng(round as u64));
+            copied(&backend, Direction::Store, &cache, false, &shards).unwrap();
+            // A table that was another cache's would copy other pages.
+            assert!(arena.all.read()[..cache.shard_bytes()] == cache.gather(&image, &[1, 2]));
+            most = most.max(fake.counts().allocations);
+        }
+        // Six staging buffers, a cache, its table and the one before.
+        assert!(most <= 9, "{most}");
+    });
+}
+
+#[test]
+fn an_arena_goes_when_its_last_transfer_has_ended() {
+    inside("leaks::an_arena_goes_when_its_last_transfer_has_ended", &[], |fake| {
+        let _context = calls::context();
+        let torch = calls::stream() as u64;
+        let cache = Cache::plain(2, 8192, 40, 2);
+        let arena = Arena::new(2 * PART);
+        for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy] {
+            let kept = Arc::new(());
+            let backend = backend(mode);
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, 50_000), 0);
+            let fence = backend.fence(ComputeStream(torch)).unwrap();
+            let shards = [(arena.at(PART - 8192), vec![7, 9])];
+            let mut transfer =
+                backend.submit(batch(Direction::Store, &cache, false, fence, &shards)).unwrap();
+            drop(mapped);
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            assert!(!transfer.poll(), "too slow a machine");
+            assert!(fake.counts().registrations == 2 && Arc::strong_count(&kept) > 1, "{mode}");
+            transfer.wait().unwrap();
+            until("unregistered", || fake.counts().registrations == 0 && Arc::strong_count(&kept) == 1);
+            // And once more, at the same place.
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            until("registered again", || mapped.registered_bytes() == arena.all.len as u64);
+        }
+        assert_eq!(fake.counts().registrations, 0);
+    });
+}
+
+#[test]
+fn a_backend_goes_while_an_arena_is_being_registered() {
+    inside("leaks::a_backend_goes_while_an_arena_is_being_registered", &[], |fake| {
+        let _context = calls::context();
+        let before = Counts { ..fake.counts() };
+        let folder = std::env::temp_dir().join(format!("kvring-lock-{}", std::process::id()));
+        std::fs::write(&folder, "").unwrap();
+        let lock = std::fs::File::open(&folder).unwrap();
+        lock.lock().unwrap();
+        for how in 0..6 {
+            let (arena, kept) = (Arena::new(8 * PART), Arc::new(()));
+            // Not allocated yet, somebody else registers, or half of it is there.
+            arena.grow(if how % 3 == 0 { 0 } else { 4 * PART as u64 });
+            let mut mapping = arena.mapping(kept.clone());
+            mapping.lock = (how % 3 == 1).then(|| folder.clone());
+            let backend = backend(CopyMode::Staged);
+            let mapped = backend.map_arena(mapping);
+            if how % 3 == 2 {
+                until("half of it", || mapped.registered_bytes() == 4 * PART as u64);
+            }
+            let began = std::time::Instant::now();
+            if how < 3 {
+                drop(backend);
+                assert_eq!(fake.counts().registrations, 0);
+                drop(mapped);
+            } else {
+                drop(mapped);
+                until("it is let go", || Arc::strong_count(&kept) == 1);
+                drop(backend);
+            }
+            assert!(began.elapsed().as_secs() < 5);
+            assert_eq!(Arc::strong_count(&kept), 1);
+            assert_eq!(fake.counts(), before);
+        }
+        // Whose turn it is, it takes.
+        let arena = Arena::new(2 * PART);
+        let mut mapping = arena.mapping(Arc::new(()));
+        mapping.lock = Some(folder.clone());
+        let backend = backend(CopyMode::Batch);
+        let mapped = backend.map_arena(mapping);
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(mapped.registered_bytes(), 0);
+        lock.unlock().unwrap();
+        until("registered", || mapped.registered_bytes() == 2 * PART as u64);
+        std::fs::remove_file(&folder).unwrap();
+    });
+}
