@@ -12,6 +12,7 @@ mod clock;
 mod copy;
 mod cores;
 mod engine_bench;
+mod gpu;
 mod health;
 mod lookup;
 mod pingpong;
@@ -51,6 +52,10 @@ pub enum Bench {
     Copy,
     /// The engine itself: start, idling, memory, the cost of a health check.
     Engine,
+    /// Stores and loads between a GPU and host memory, by each way of copying, beside plain copies of the same bytes.
+    ///
+    /// Needs a CUDA driver and a device; without them it says so, and ends with 1.
+    Gpu(gpu::GpuArgs),
     /// Deaths: how soon an engine's is noticed and made good by a successor, how soon a client's is undone.
     ///
     /// Kills engines and clients with SIGKILL, again and again, and prints how long it took until a caller that slept
@@ -66,13 +71,15 @@ pub enum Bench {
 /// Whatever keeps it from measuring: no room for the arena, a child that does not start, an answer that is not right.
 pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     let how = report::How { json: args.json, windows: args.windows as usize };
-    // Dropped when all engines have ended; it also survives us, however we end.
-    let _sweeper = sweeper::Sweeper::start()?;
+    // Dropped when all engines have ended; it also survives us, however we end. One benchmark starts no engine.
+    let starts_engines = !matches!(args.bench, Bench::Gpu(_));
+    let _sweeper = starts_engines.then(sweeper::Sweeper::start).transpose()?;
     match args.bench {
         Bench::Rtt => rtt::run(how),
         Bench::Lookup(lookup) => lookup::run(how, &lookup),
         Bench::Copy => copy::run(how),
         Bench::Engine => engine_bench::run(how),
         Bench::Health(health) => health::run(how, &health),
+        Bench::Gpu(gpu) => gpu::run(how, &gpu),
     }
 }

@@ -64,6 +64,19 @@ impl Windows {
         median(&self.0).unwrap_or(f64::NAN)
     }
 
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// The smallest number that at least `share` of the windows do not exceed (nearest rank); not a number without windows.
+    pub(crate) fn share(&self, share: f64) -> f64 {
+        let mut sorted = self.0.clone();
+        sorted.sort_unstable_by(f64::total_cmp);
+        let rank = (share * sorted.len() as f64).ceil() as usize;
+        sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
+    }
+
     /// The median of the ratios window by window: what the machine did meanwhile cancels out.
     pub(crate) fn ratio(&self, limit: &Windows) -> f64 {
         let ratios: Vec<f64> = self.0.iter().zip(&limit.0).map(|(ours, limit)| ours / limit).collect();
@@ -118,7 +131,9 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), Some(2.5));
         assert_eq!(median(&[]), None);
-        assert!(Windows::default().median().is_nan());
+        assert!(Windows::default().median().is_nan() && Windows::default().share(0.5).is_nan());
+        let twenty = windows(&(1..=20).rev().map(f64::from).collect::<Vec<_>>());
+        assert_eq!((twenty.share(0.05), twenty.share(0.95), twenty.len()), (1.0, 19.0, 20));
     }
 
     #[test]
