@@ -8,6 +8,7 @@ use super::error::GpuError;
 use super::kernels::{Kernel, Kernels, Launch};
 use super::objects::{DeviceBuffer, Events, Recorded, Stream};
 use super::prepared::Tiled;
+use crate::backend::ComputeStream;
 use crate::layout::PagedKv;
 use core::ffi::c_int;
 use cudarc::driver::sys::culib;
@@ -157,6 +158,12 @@ impl core::fmt::Debug for PlainStream {
 }
 
 impl PlainStream {
+    /// The driver's handle, as torch would give that of its own stream.
+    #[must_use]
+    pub fn compute_stream(&self) -> ComputeStream {
+        ComputeStream(self.stream.raw() as u64)
+    }
+
     /// Puts a copy from the device to the host on it.
     ///
     /// # Safety

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const INSIDE: &str = "KVRING_TEST_FAKE_CUDA";
+/// Set to 1 on a machine with a GPU, for tests that do not need the fake itself (`tests/device.rs`): they run with its driver then.
+const REAL: &str = "KVRING_REAL_CUDA";
 
 /// Which kernels the fake can launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +18,8 @@ pub(crate) enum Kernels {
 }
 
 /// Runs `body` in a process of its own that has the fake driver with kvring's kernels: this binary again, with only the
-/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists what there is).
+/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists what there is). With `KVRING_REAL_CUDA=1`
+/// the body runs here, with the machine's own driver.
 ///
 /// # Panics
 /// When it fails there, and without g++.
@@ -29,7 +32,7 @@ pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
 /// # Panics
 /// As [`inside`].
 pub(crate) fn inside_with(kernels: Kernels, name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
-    if std::env::var_os(INSIDE).is_some() {
+    if is_inside() || is_real() {
         return body();
     }
     let (text, errors) = run(kernels, name, env);
@@ -42,6 +45,11 @@ pub(crate) fn inside_with(kernels: Kernels, name: &str, env: &[(&str, &str)], bo
 /// Is this the process with the fake? For tests that look at the other one's output.
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
+}
+
+/// Is the machine's own driver to be used?
+pub(crate) fn is_real() -> bool {
+    std::env::var_os(REAL).is_some_and(|real| real == "1")
 }
 
 /// Runs the test `name` with the fake, and gives what it wrote to its output and its errors.
