@@ -1,0 +1,169 @@
+"""A cache in a torch tensor, an engine, and adapters on both: what the parts of `torch_rounds.py` are made of."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+LIMIT_MS = 60_000
+PER_CHUNK = 4
+"""Blocks of a chunk."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a cache. Content is counted in bytes: kvring does not look at it."""
+
+    layers: int = 4
+    blocks: int = 96
+    heads: int = 2
+    tokens: int = 16
+    content: int = 64
+
+    def strides(self, layout: str) -> tuple[dict[str, int], int]:
+        """Bytes from one to the next of each axis, the outermost axis first in `layout`, and bytes of it all."""
+        counts = {"L": self.layers, "B": self.blocks, "H": self.heads, "N": self.tokens, "C": self.content}
+        strides, extent = {}, 1
+        for axis in reversed(layout):
+            strides[axis] = extent
+            extent *= counts[axis]
+        return strides, extent
+
+    @property
+    def chunk(self) -> int:
+        return PER_CHUNK * self.layers * self.heads * self.tokens * self.content
+
+
+class Cache:
+    """A paged cache in one tensor: `layers[l][block]` is that block's part of a layer."""
+
+    def __init__(self, torch: Any, device: str, layout: str, sizes: Sizes) -> None:
+        self.torch, self.sizes, self.layout = torch, sizes, layout
+        strides, extent = sizes.strides(layout)
+        self.buffer = torch.zeros(extent, dtype=torch.uint8, device=device)
+        shape = (sizes.blocks, sizes.heads, sizes.tokens, sizes.content)
+        steps = tuple(strides[axis] for axis in "BHNC")
+        self.layers = [self.buffer.as_strided(shape, steps, layer * strides["L"]) for layer in range(sizes.layers)]
+
+    def group(self, kvring: Any) -> Any:
+        tensors = [(layer.data_ptr(), tuple(layer.shape), tuple(layer.stride()), 1) for layer in self.layers]
+        return kvring.KvGroup(self.sizes.blocks, PER_CHUNK, tensors)
+
+    def pattern(self, seed: int, blocks: int) -> Any:
+        """Bytes that tell the seed and the place, for some blocks of all layers: the same on every device."""
+        shape = (self.sizes.layers, blocks, self.sizes.heads, self.sizes.tokens, self.sizes.content)
+        count = shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
+        place = self.torch.arange(count, dtype=self.torch.int64, device=self.buffer.device)
+        mixed = (place + seed * 1_000_003) * 2_654_435_761
+        return (((mixed >> 13) ^ (mixed >> 29)) & 0xFF).to(self.torch.uint8).reshape(shape)
+
+    def patterns(self, seeds: Sequence[int]) -> Any:
+        """Those of some chunks."""
+        return self.torch.cat([self.pattern(seed, PER_CHUNK) for seed in seeds], dim=1)
+
+    def index(self, blocks: Sequence[int]) -> Any:
+        """For `write` and `read`. Made before what is to be late: to make it is to wait for the stream."""
+        return self.torch.tensor(list(blocks), device=self.buffer.device)
+
+    def write(self, index: Any, content: Any) -> None:
+        """A kernel on the current stream for each layer."""
+        for layer, part in zip(self.layers, content, strict=True):
+            layer[index] = part
+
+    def read(self, index: Any) -> Any:
+        return self.torch.stack([layer[index] for layer in self.layers])
+
+
+class Node:
+    """An engine, and how to get at it."""
+
+    def __init__(self, torch: Any, device: str, copy: str, arena: str) -> None:
+        import kvring
+
+        self.torch, self.kvring, self.device, self.copy = torch, kvring, device, copy
+        self.engine = kvring.Engine(f"gpu-{os.getpid()}", arena)
+        self.counter = itertools.count(1)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def stream(self) -> int | None:
+        return self.torch.cuda.current_stream().cuda_stream if self.on_gpu else None
+
+    def sleep(self, milliseconds: float) -> None:
+        """A kernel that does nothing for a while."""
+        if self.on_gpu:
+            self.torch.cuda._sleep(int(milliseconds * 1.5e6))
+
+    @contextlib.contextmanager
+    def pair(self, cache: Cache, fingerprint: bytes, name: str | None = None) -> Iterator[Pair]:
+        name = name or self.engine.name
+        common = {"name": name, "client": f"torch-{os.getpid()}"}
+        worker = self.kvring.WorkerAdapter(fingerprint, world=1, rank=0, chunk_tokens=64, copy=self.copy, **common)
+        scheduler = self.kvring.PollingSchedulerAdapter(fingerprint, lookup_timeout_ms=2_000, **common)
+        try:
+            device = self.torch.cuda.current_device() if self.on_gpu else None
+            worker.register_kv_caches([cache.group(self.kvring)], owner=cache, device=device)
+            yield Pair(self, cache, worker, scheduler)
+        finally:
+            worker.shutdown()
+            scheduler.shutdown()
+
+
+class Pair:
+    """A worker with its cache, and a scheduler."""
+
+    def __init__(self, node: Node, cache: Cache, worker: Any, scheduler: Any) -> None:
+        self.node, self.cache, self.worker, self.scheduler = node, cache, worker, scheduler
+        self.reports: dict[int, Any] = {}
+
+    def submit_store(self, keys: Sequence[bytes], blocks: Sequence[int], stream: int | None, source: int = 1) -> int:
+        return self.worker.submit_store("s", (source, next(self.node.counter)), keys, blocks, stream=stream)
+
+    def submit_load(self, hit: Any, blocks: Sequence[int], stream: int | None) -> int:
+        return self.worker.submit_load("l", hit.shards(0, 0, hit.chunks), blocks, stream=stream)
+
+    def end(self, job: int) -> Any:
+        if not self.worker.wait_job(job, LIMIT_MS):
+            raise AssertionError(f"job {job} did not end within {LIMIT_MS} ms")
+        self.reports.update((report.job, report) for report in self.worker.get_finished())
+        return self.reports.pop(job)
+
+    def store(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        report = self.end(self.submit_store(keys, blocks, self.node.stream))
+        assert report.done == len(keys), f"expected {len(keys)} chunks stored, got {report}"
+
+    def found(self, keys: Sequence[bytes]) -> Any:
+        hit = self.scheduler.lookup("l", next(self.node.counter), keys)
+        # A machine that is busy may leave a lookup no time.
+        for _ in range(20):
+            if hit.chunks == len(keys):
+                break
+            time.sleep(0.01)
+            hit = self.scheduler.lookup("l", next(self.node.counter), keys)
+        return hit
+
+    def load(self, keys: Sequence[bytes], blocks: Sequence[int], before: Callable[[], None] = lambda: None) -> None:
+        """`before` is put on the stream right before the load."""
+        hit = self.found(keys)
+        assert hit.chunks == len(keys), f"expected {len(keys)} chunks, found {hit.chunks}"
+        before()
+        report = self.end(self.submit_load(hit, blocks, self.node.stream))
+        assert report.done == len(keys), f"expected {len(keys)} chunks loaded, got {report}"
+        self.scheduler.end_session("l")
+
+
+def key(seed: int) -> bytes:
+    return b"torch-rounds" + seed.to_bytes(4, "big")
+
+
+def fingerprint(text: str) -> bytes:
+    return text.encode().ljust(32, b".")[:32]
