@@ -23,6 +23,8 @@ use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
 /// The longest staging buffer: a longer shard goes through it in several windows.
 const STAGING_MAX: u64 = 8 << 20;
 
+const CAPTURE_IMPLICIT: u32 = 906;
+
 /// How a GPU is to be used.
 #[derive(Clone, Debug)]
 pub struct GpuOptions {
@@ -274,7 +276,10 @@ impl CudaBackend {
             }),
             Err(error) => {
                 // A part of it may be running. Of an error here the next batch will hear.
-                let _ = lanes.synchronize();
+                if lanes.synchronize().is_err_and(|error| !error.is_final()) {
+                    // What may still be written is not given to another batch.
+                    core::mem::forget(sums);
+                }
                 Err(error)
             }
         }
@@ -308,9 +313,13 @@ impl CopyBackend for CudaBackend {
         let stream = stream.0 as CUstream;
         let mut capturing = 0;
         // SAFETY: writes a status; a stream that is none is an error of the driver's.
-        unsafe { self.context.api.cuStreamIsCapturing(stream, &raw mut capturing) }?;
-        if capturing != 0 {
-            return Err(GpuError::Capturing.into());
+        match unsafe { self.context.api.cuStreamIsCapturing(stream, &raw mut capturing) } {
+            Ok(()) if capturing == 0 => {}
+            // The default stream is not captured itself, but would have to wait for one that is.
+            Ok(()) | Err(GpuError::Call { code: CAPTURE_IMPLICIT, .. }) => {
+                return Err(GpuError::Capturing.into());
+            }
+            Err(error) => return Err(error.into()),
         }
         Ok(Fence(Some(Arc::new(self.events.record(stream)?))))
     }

@@ -57,6 +57,10 @@ impl GpuTransfer {
         let since = *self.unsure.get_or_insert_with(Instant::now);
         if error.is_final() || since.elapsed() > PATIENCE {
             self.events.clear();
+            if !error.is_final() {
+                // What may still be written is not given to another batch.
+                core::mem::forget(self.sums.take());
+            }
             self.failed.get_or_insert(error);
         }
     }

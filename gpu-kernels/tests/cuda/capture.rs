@@ -93,3 +93,23 @@ fn without_the_relaxed_mode_it_breaks() {
         assert_eq!(calls::end(torch), Some(broken));
     });
 }
+
+/// A stream that waits for the default one, and it for that.
+#[test]
+fn the_default_stream_has_no_fence_while_a_blocking_stream_is_captured() {
+    inside("capture::the_default_stream_has_no_fence_while_a_blocking_stream_is_captured", &[], |_| {
+        let _context = calls::context();
+        let backend = backend(CopyMode::Batch);
+        let mut blocking = std::ptr::null_mut();
+        // SAFETY: the handle is written.
+        let made = unsafe { cudarc::driver::sys::cuStreamCreate(&raw mut blocking, 0) };
+        assert_eq!(calls::error(made), None);
+        calls::begin(blocking);
+        for stream in [0, blocking as u64] {
+            let error = backend.fence(ComputeStream(stream)).unwrap_err();
+            assert_eq!(error, CopyError::Gpu(GpuError::Capturing));
+        }
+        assert_eq!(calls::end(blocking), None);
+        backend.fence(ComputeStream(0)).unwrap();
+    });
+}

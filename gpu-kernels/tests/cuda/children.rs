@@ -91,7 +91,7 @@ fn a_forked_child_makes_no_call() {
             assert_eq!(transfer.take().unwrap().wait().unwrap_err(), forked);
             drop(mapped.take());
             drop(here);
-            assert!(began.elapsed().as_millis() < 1000, "{:?}", began.elapsed());
+            assert!(began.elapsed().as_millis() < 3000, "{:?}", began.elapsed());
             assert_eq!(calls_made(fake), before);
         });
         // The parent has all of it.

@@ -79,7 +79,7 @@ fn an_arena_goes_when_its_last_transfer_has_ended() {
             let backend = backend(mode);
             let mapped = backend.map_arena(arena.mapping(kept.clone()));
             until("registered", || mapped.registered_bytes() == arena.all.len as u64);
-            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, 50_000), 0);
+            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, calls::FAR_LATER_US), 0);
             let fence = backend.fence(ComputeStream(torch)).unwrap();
             let shards = [(arena.at(PART - 8192), vec![7, 9])];
             let mut transfer =

@@ -1,6 +1,6 @@
 //! A transfer comes after its fence, and waits for nothing else. With the ordering taken out the same tests find wrong bytes.
 
-use crate::support::calls::{self, LATE_US};
+use crate::support::calls::{self, FAR_LATER_US, LATE_US};
 use crate::support::fake::{Fake, pattern};
 use crate::world::*;
 use kvring_gpu_kernels::{
@@ -44,9 +44,9 @@ impl Setting {
     }
 
     /// How many of the stores saw what the stream wrote before their fence.
-    fn stores(&self, fake: &Fake, stream: u64, seeds: std::ops::Range<u32>) -> usize {
+    fn stores(&self, fake: &Fake, stream: u64, seeds: std::ops::Range<u32>, delay_us: u32) -> usize {
         let saw = |seed: &u32| {
-            assert_eq!(fake.fill(stream, self.pages(), 4 * PAGE, *seed, LATE_US / 8), 0);
+            assert_eq!(fake.fill(stream, self.pages(), 4 * PAGE, *seed, delay_us), 0);
             let fence = self.fence(stream);
             let store = batch(Direction::Store, &self.cache, seed.is_multiple_of(2), fence, &self.shards);
             self.backend.submit(store).unwrap().wait().unwrap();
@@ -60,7 +60,7 @@ impl Setting {
     }
 
     /// How many readers on the stream, before the fence, found what was there before the load.
-    fn loads(&self, fake: &Fake, stream: u64, seeds: std::ops::Range<u32>) -> usize {
+    fn loads(&self, fake: &Fake, stream: u64, seeds: std::ops::Range<u32>, delay_us: u32) -> usize {
         let mut rng = Rng(7);
         let kept = |seed: &u32| {
             assert_eq!(fake.fill(stream, self.pages(), 4 * PAGE, *seed, 0), 0);
@@ -68,7 +68,7 @@ impl Setting {
             let shared = self.arena.all.renew(&mut rng);
             let mut found = vec![0; 4 * PAGE];
             // SAFETY: it stays until the stream is through, below.
-            let read = unsafe { fake.read(stream, self.pages(), 4 * PAGE, found.as_mut_ptr(), LATE_US / 8) };
+            let read = unsafe { fake.read(stream, self.pages(), 4 * PAGE, found.as_mut_ptr(), delay_us) };
             assert_eq!(read, 0);
             let fence = self.fence(stream);
             let load = batch(Direction::Load, &self.cache, seed.is_multiple_of(2), fence, &self.shards);
@@ -88,11 +88,11 @@ fn transfers_come_after_their_fence() {
         let _context = calls::context();
         for mode in MODES {
             let setting = Setting::new(mode);
-            assert_eq!(setting.stores(fake, setting.torch, 0..60), 60, "{mode}");
-            assert_eq!(setting.loads(fake, setting.torch, 100..160), 60, "{mode}");
+            assert_eq!(setting.stores(fake, setting.torch, 0..60, LATE_US / 8), 60, "{mode}");
+            assert_eq!(setting.loads(fake, setting.torch, 100..160, LATE_US / 8), 60, "{mode}");
             // The legacy default stream.
-            assert_eq!(setting.stores(fake, 0, 200..220), 20, "{mode}");
-            assert_eq!(setting.loads(fake, 0, 300..320), 20, "{mode}");
+            assert_eq!(setting.stores(fake, 0, 200..220, LATE_US / 8), 20, "{mode}");
+            assert_eq!(setting.loads(fake, 0, 300..320, LATE_US / 8), 20, "{mode}");
         }
     });
 }
@@ -104,12 +104,19 @@ fn without_the_wait_bytes_are_wrong() {
         for mode in MODES {
             let setting = Setting::new(mode);
             fake.ignore("cuStreamWaitEvent");
-            let (stores, loads) =
-                (setting.stores(fake, setting.torch, 0..10), setting.loads(fake, setting.torch, 100..110));
+            let (stores, loads) = (
+                setting.stores(fake, setting.torch, 0..10, LATE_US),
+                setting.loads(fake, setting.torch, 100..110, LATE_US),
+            );
             assert!(stores < 10 && loads < 10, "{mode}: {stores} and {loads} of 10 were right");
             fake.reset();
         }
     });
+}
+
+fn copied_after(setting: &Setting, fence: Fence) {
+    let store = batch(Direction::Store, &setting.cache, true, fence, &setting.shards);
+    setting.backend.submit(store).unwrap().wait().unwrap();
 }
 
 #[test]
@@ -120,13 +127,12 @@ fn what_comes_after_the_fence_is_not_waited_for() {
             let setting = Setting::new(mode);
             let elsewhere = calls::device(64);
             let fence = setting.fence(setting.torch);
-            assert_eq!(fake.fill(setting.torch, elsewhere, 64, 1, 400_000), 0);
-            let began = std::time::Instant::now();
-            let store = batch(Direction::Store, &setting.cache, true, fence, &setting.shards);
-            setting.backend.submit(store).unwrap().wait().unwrap();
-            assert!(began.elapsed().as_millis() < 300, "{mode}: {:?}", began.elapsed());
+            assert_eq!(fake.fill(setting.torch, elsewhere, 64, 1, 5 * FAR_LATER_US), 0);
+            copied_after(&setting, fence);
+            let found = calls::bytes_at(elsewhere as *const _, 64);
+            assert_eq!(found, [0; 64], "{mode}: it waited for what came later");
             assert_eq!(calls::finish(setting.torch as _), None);
-            assert!(began.elapsed().as_millis() >= 400);
+            assert_eq!(calls::bytes_at(elsewhere as *const _, 64), pattern(1, 64));
         }
     });
 }
