@@ -17,22 +17,28 @@ struct Setting {
     cache: Cache,
     torch: u64,
     shards: Vec<(*mut u8, Vec<u32>)>,
-    _mapped: Arc<dyn kvring_gpu_kernels::MappedArena>,
+    mapped: Arc<dyn kvring_gpu_kernels::MappedArena>,
 }
 
 impl Setting {
     fn new(mode: CopyMode) -> Setting {
+        let setting = Setting::unregistered(mode);
+        let whole = setting.arena.all.len as u64;
+        until("the arena is registered", || setting.mapped.registered_bytes() == whole);
+        setting
+    }
+
+    /// Or not yet.
+    fn unregistered(mode: CopyMode) -> Setting {
         let cache = Cache::plain(1, PAGE, 4, 2);
         let arena = Arena::new(4 * PAGE);
         let backend = backend(mode);
         let mapped = backend.map_arena(arena.mapping(Arc::new(())));
         backend.prepare(&cache.paged).unwrap();
-        let whole = arena.all.len as u64;
-        until("the arena is registered", || mapped.registered_bytes() == whole);
         // Blocks 1 and 2 make one shard, 3 and 0 the next.
         let shards = vec![(arena.at(0), vec![1, 2]), (arena.at(2 * PAGE), vec![3, 0])];
         let torch = calls::stream() as u64;
-        Setting { backend, arena, cache, torch, shards, _mapped: mapped }
+        Setting { backend, arena, cache, torch, shards, mapped }
     }
 
     fn pages(&self) -> u64 {
@@ -93,6 +99,21 @@ fn transfers_come_after_their_fence() {
             // The legacy default stream.
             assert_eq!(setting.stores(fake, 0, 200..220, LATE_US / 8), 20, "{mode}");
             assert_eq!(setting.loads(fake, 0, 300..320, LATE_US / 8), 20, "{mode}");
+        }
+    });
+}
+
+/// The driver copies through buffers of its own then.
+#[test]
+fn so_they_do_where_nothing_is_registered() {
+    inside("order::so_they_do_where_nothing_is_registered", &[], |fake| {
+        let _context = calls::context();
+        fake.fail("cuMemHostRegister", 1, 1);
+        for mode in MODES {
+            let setting = Setting::unregistered(mode);
+            assert_eq!(setting.stores(fake, setting.torch, 0..30, LATE_US / 8), 30, "{mode}");
+            assert_eq!(setting.loads(fake, setting.torch, 100..130, LATE_US / 8), 30, "{mode}");
+            assert_eq!(setting.mapped.registered_bytes(), 0);
         }
     });
 }
