@@ -116,8 +116,8 @@ impl<'a> Put<'a> {
         // Skipped bytes are summed where they are.
         let sums_skipped = self.sums.is_some() && shard.blocks.contains(&SKIP);
         let way = match way {
-            Way::ZeroCopy if !is_reachable => Way::Staged,
-            Way::Batch if sums_skipped && !is_reachable => Way::Staged,
+            // Through the driver's buffers each copy is waited for: better one for the shard than one for each run.
+            Way::ZeroCopy | Way::Batch if !is_reachable => Way::Staged,
             way => way,
         };
         match way {
