@@ -22,7 +22,7 @@ pub(crate) struct Tensor {
 /// What one block has at `address`, and the next one `stride` bytes further on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
-    /// Which tensor it is of.
+    /// Which tensor it is of, or begins in.
     pub(crate) tensor: usize,
     pub(crate) address: u64,
     pub(crate) stride: u64,
@@ -37,7 +37,7 @@ impl Piece {
 }
 
 /// The pieces of a group's blocks, in an order that follows from shapes and strides alone: tensor after tensor, and in each
-/// by address.
+/// by address. Where all of a block lies together (vLLM's layouts with the blocks outermost) they are joined: most often to one.
 pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<Vec<Piece>, String> {
     if num_blocks == 0 {
         return Err("num_blocks: expected at least 1, got 0".to_owned());
@@ -52,7 +52,27 @@ pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<Vec<Piece>, 
         }
     }
     check_overlap(num_blocks, &all)?;
-    Ok(all)
+    Ok(joined(num_blocks, all))
+}
+
+/// By address, neighbours as one, if all of a block comes before anything of the next one: only there is the order of addresses
+/// the same wherever the cache lies, and whatever allocations it is made of.
+fn joined(num_blocks: u64, mut pieces: Vec<Piece>) -> Vec<Piece> {
+    let [first, rest @ ..] = &pieces[..] else { return pieces };
+    let from = pieces.iter().map(|piece| piece.address).min().unwrap_or(0);
+    let end = pieces.iter().map(|piece| piece.address + piece.bytes).max().unwrap_or(0);
+    if num_blocks == 1 || rest.iter().any(|piece| piece.stride != first.stride) || end - from > first.stride {
+        return pieces;
+    }
+    pieces.sort_unstable_by_key(|piece| piece.address);
+    pieces.dedup_by(|piece, before| {
+        let follows = before.address + before.bytes == piece.address;
+        if follows {
+            before.bytes += piece.bytes;
+        }
+        follows
+    });
+    pieces
 }
 
 fn pieces(num_blocks: u64, index: usize, tensor: &Tensor) -> Result<Vec<Piece>, String> {
@@ -239,9 +259,62 @@ mod tests {
         assert_eq!(of(10, heads), [0, 80, 160, 240].map(|at| (4096 + at, 8, 8)));
         // Dimensions of one element have any stride.
         assert_eq!(of(1, tensor(4096, &[1, 1, 3], &[-7, 0, 1], 2)), [(4096, 6, 6)]);
-        // Layers interleaved in each block.
-        let layers = [0, 8].map(|at| tensor(4096 + at, &[5, 8], &[16, 1], 1));
-        assert_eq!(planes(5, &layers).unwrap().len(), 2);
+    }
+
+    /// Two layers of two heads, four tokens of 8 bytes each, five blocks, as vLLM's layouts name them: the outermost first.
+    fn layers(layout: &str, room: i64) -> Vec<Tensor> {
+        let size = |axis| match axis {
+            'B' => 5,
+            'L' | 'H' => 2,
+            'N' => 4,
+            _ => 8,
+        };
+        let mut strides = std::collections::BTreeMap::new();
+        let mut extent = 1;
+        for axis in layout.chars().rev() {
+            // Padded pages, or padded blocks.
+            extent += if axis == 'B' { room } else { 0 };
+            strides.insert(axis, extent);
+            extent *= size(axis);
+        }
+        let inner = ['B', 'H', 'N', 'C'];
+        let layer = |layer: i64| {
+            let shape = inner.map(|axis| size(axis) as u64);
+            tensor(4096 + (layer * strides[&'L']) as u64, &shape, &inner.map(|axis| strides[&axis]), 1)
+        };
+        (0..2).map(layer).collect()
+    }
+
+    #[test]
+    fn layouts_of_vllm() {
+        let found = |layout, room| {
+            let pieces = planes(5, &layers(layout, room)).unwrap();
+            pieces.iter().map(|piece| (piece.address - 4096, piece.stride, piece.bytes)).collect::<Vec<_>>()
+        };
+        for blocks_outermost in ["BLHNC", "BLNHC", "BHLNC"] {
+            assert_eq!(found(blocks_outermost, 0), [(0, 128, 128)], "{blocks_outermost}");
+            assert_eq!(found(blocks_outermost, 16), [(0, 144, 128)], "{blocks_outermost}");
+        }
+        for layers_outermost in ["LBHNC", "LBNHC"] {
+            assert_eq!(found(layers_outermost, 0), [(0, 64, 64), (320, 64, 64)], "{layers_outermost}");
+            assert_eq!(found(layers_outermost, 16), [(0, 80, 64), (400, 80, 64)], "{layers_outermost}");
+        }
+        let heads = [0, 160, 320, 480].map(|at| (at, 32, 32));
+        assert_eq!(found("LHBNC", 0), heads);
+        // Other layers' pages in between, as where two groups have a block of their own each in the same memory.
+        let some = [layers("BLHNC", 64)[0].clone(), tensor(4096 + 128, &[5, 2, 4, 8], &[192, 32, 8, 1], 1)];
+        assert_eq!(of(5, some[0].clone()), [(4096, 192, 64)]);
+        assert_eq!(planes(5, &some).unwrap().len(), 2);
+        // In whatever order the layers come.
+        let mut turned = layers("BLHNC", 0);
+        turned.reverse();
+        assert_eq!(planes(5, &turned).unwrap().len(), 1);
+        // MLA: one head.
+        let mla = [0, 32].map(|at| tensor(4096 + at, &[5, 1, 4, 8], &[64, 32, 8, 1], 1));
+        assert_eq!(planes(5, &mla).unwrap().len(), 1);
+        // Who has one block only does not know where the next one would be.
+        let alone = [0, 8].map(|at| tensor(4096 + at, &[1, 8], &[16, 1], 1));
+        assert_eq!(planes(1, &alone).unwrap().len(), 2);
     }
 
     #[test]
