@@ -216,6 +216,7 @@ class WorkerAdapter:
         dtype: str = "",
         checksum: str = "off",
         copy_threads: int | None = None,
+        copy: str = "auto",
         name: str = "default",
         client: str | None = None,
         attach_timeout_ms: float = 5_000,
@@ -225,12 +226,24 @@ class WorkerAdapter:
         flush_timeout_ms: float = 200,
         stall_after_ms: float = 2_000,
         spin_us: float | None = None,
-    ) -> None: ...
-    def register_kv_caches(self, groups: Sequence[KvGroup], owner: object = None) -> None:
+    ) -> None:
+        """`copy_threads`: for a cache in host memory. `copy`: for one on a GPU, how its bytes are moved. "batch": DMA, one copy
+        for each contiguous run; "staged": a kernel gathers or scatters in a buffer on the GPU, DMA moves that; "zerocopy": a
+        kernel reads or writes the host's memory itself; "auto": what is measured to be fastest when the cache is registered
+        (up to 100 ms). Ignored for host memory.
+
+        Raises `ConfigError`, naming the option."""
+
+    def register_kv_caches(self, groups: Sequence[KvGroup], owner: object = None, device: int | None = None) -> None:
         """Registers this rank's KV cache, now and after every restart of the engine; waits for the engine up to
         `register_timeout_ms`, and goes on without it. `owner` is kept alive as long as the memory may be touched.
 
-        Raises `RegisterError` where ranks disagree or a chunk can never fit."""
+        `device`: the CUDA device whose memory the groups' addresses are, as this process counts devices (torch's index);
+        `None`: host memory.
+
+        Raises `RegisterError` where ranks disagree or a chunk can never fit. Raises `LayoutError`, saying why, for memory that
+        cannot be copied from and to: no CUDA driver or device, addresses that are not that device's, a `copy` that the driver
+        or the layout does not allow."""
 
     @property
     def shard_bytes(self) -> int:
@@ -246,12 +259,22 @@ class WorkerAdapter:
         keys: Sequence[bytes],
         blocks: Sequence[int],
         parent: bytes | None = None,
+        stream: int | None = None,
     ) -> int:
         """Stores chunks in chain order; `blocks` are the block ids of one chunk after the other. `round`: (source,
-        number), the same on all ranks. The blocks must keep their content until the job is reported, or flushed."""
+        number), the same on all ranks. The blocks must keep their content until the job is reported, or flushed.
 
-    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int]) -> int:
-        """Loads chunks from where a lookup found them; `SKIP` for pages that must not be written."""
+        `stream`: of a cache on a GPU, the stream that computes (a `CUstream`, torch's `Stream.cuda_stream`). The copy reads
+        after everything that has been put on it so far, and nothing else has to be waited for. `None`: the default stream.
+        Ignored for host memory, where the content must be there already.
+
+        Raises `KvringError` while the stream is captured into a CUDA graph, and when the GPU has failed: nothing was taken."""
+
+    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int], stream: int | None = None) -> int:
+        """Loads chunks from where a lookup found them; `SKIP` for pages that must not be written.
+
+        `stream`: as for stores; the copy writes after everything that has been put on it so far (whoever still reads the
+        blocks, or clears them). When the load is reported its bytes are there for whatever is put on any stream from then on."""
 
     def get_finished(self) -> list[Finished]:
         """Jobs that have ended since the last call, each exactly once."""

@@ -1,0 +1,226 @@
+"""Caches on a GPU, with the fake CUDA driver of `gpu-kernels/tests/fake`: its device memory is this process's, its streams are
+threads. Each test runs in a process of its own that finds the fake in the place of the driver.
+"""
+
+import ctypes
+import random
+
+import pytest
+from conftest import LIMIT_MS, eventually, keys
+from fake_gpu import Cuda, driver, with_driver
+from test_adapters import done, lookup
+
+import kvring
+from kvring import KvGroup
+
+__all__ = ["driver"]
+MODES = ["auto", "batch", "staged", "zerocopy"]
+LAYOUTS = ["BLHNC", "BLNHC", "BHLNC", "LBHNC", "LBNHC", "LHBNC"]
+SIZES = {"B": 24, "L": 3, "H": 2, "N": 16, "C": 32}
+
+
+class Cache:
+    """A cache as vLLM lays it out, the outermost axis first."""
+
+    def __init__(self, cuda, layout="BLHNC"):
+        self.cuda = cuda
+        strides, extent = {}, 1
+        for axis in reversed(layout):
+            strides[axis] = extent
+            extent *= SIZES[axis]
+        self.address, self.bytes = cuda.alloc(extent), extent
+        ctypes.memset(self.address, 0xA5, extent)
+        shape = [SIZES[axis] for axis in "BHNC"]
+        self.tensors = [
+            (self.address + layer * strides["L"], shape, [strides[axis] for axis in "BHNC"], 1) for layer in range(SIZES["L"])
+        ]
+        self.blocks = SIZES["B"]
+
+    def group(self, per_chunk=1):
+        self.made = KvGroup(self.blocks, per_chunk, self.tensors)
+        return self.made
+
+    def pieces(self, block):
+        return [(address + block * stride, size) for address, stride, size in self.made.planes]
+
+    def read(self, block):
+        return b"".join(ctypes.string_at(address, size) for address, size in self.pieces(block))
+
+    def write(self, block, seed):
+        """At once: nothing is under way."""
+        for address, size in self.pieces(block):
+            ctypes.memmove(address, random.Random(f"{seed} {address}").randbytes(size), size)
+
+    def compute(self, block, seed, delay_us):
+        """On the stream."""
+        for address, size in self.pieces(block):
+            self.cuda.fill(address, size, seed, delay_us)
+
+    def computed(self, block, seed):
+        return b"".join(self.cuda.pattern(size, seed) for _, size in self.pieces(block))
+
+
+def on_gpu(request, cache, per_chunk=1, **options):
+    worker = request.getfixturevalue("make").worker(**options)
+    worker.register_kv_caches([cache.group(per_chunk)], device=0)
+    eventually(worker.is_healthy, "the worker's health")
+    return worker
+
+
+@pytest.mark.parametrize("copy", MODES)
+@with_driver()
+def test_what_is_stored_is_loaded(request, copy):
+    cuda = Cuda()
+    for layout in LAYOUTS:
+        cache = Cache(cuda, layout)
+        # A namespace for each: their bytes are not the same.
+        options = {"fingerprint": layout.encode().ljust(32), "checksum": "verify" if layout == "LHBNC" else "off"}
+        worker = on_gpu(request, cache, 2, copy=copy, **options)
+        assert len(cache.made.planes) == {"B": 1, "L": 3}[layout[0]] * (2 if layout == "LHBNC" else 1)
+        for block in range(8):
+            cache.write(block, block)
+        before = [cache.read(block) for block in range(24)]
+        report = done(worker, worker.submit_store("r", (1, 1), keys("a", 4), range(8), stream=cuda.stream))
+        assert (report.done, report.failed, report.why) == (4, 0, {})
+        hit = lookup(request.getfixturevalue("make").polling(options["fingerprint"]), "q", keys("a", 4), 4)
+        # Without a stream: after the default one.
+        blocks = [20, 9, kvring.SKIP, 11, 23, 10, 8, 22]
+        report = done(worker, worker.submit_load("q", hit.shards(0, 0, 4), blocks))
+        assert (report.done, report.failed, report.why) == (4, 0, {})
+        expected = list(before)
+        for source, block in enumerate(blocks):
+            if block != kvring.SKIP:
+                expected[block] = before[source]
+        assert [cache.read(block) for block in range(24)] == expected
+
+
+def random_rounds(request, rounds):
+    """Stores of what is still to be computed, and loads over what is still to be written: how many of them were wrong."""
+    cuda = Cuda()
+    cache = Cache(cuda, "LBNHC")
+    worker = on_gpu(request, cache, copy=MODES[1 + rounds % 3])
+    scheduler = request.getfixturevalue("make").polling()
+    rng = random.Random(rounds)
+    seeds = {}
+    wrong = []
+    for number in range(rounds):
+        seed = 1 + number % 7
+        source, target = rng.sample(range(cache.blocks), 2)
+        key = keys(f"round {number}", 1)
+        cache.compute(source, seed, rng.choice([0, 300, 1500]))
+        job = worker.submit_store("r", (1, number + 1), key, [source], stream=cuda.stream)
+        if rng.random() < 0.3:
+            # The block's next owner, on the stream too.
+            worker.flush([job])
+            cache.compute(source, 99, rng.choice([0, 300]))
+        if done(worker, job).done != 1:
+            continue
+        seeds[number] = (key, seed)
+        old, (key, seed) = rng.choice(sorted(seeds.items()))
+        # Its last owner writes until the load may.
+        cache.compute(target, 98, rng.choice([0, 300, 1500]))
+        request_id = f"{number} {old}"
+        hit = lookup(scheduler, request_id, key, 1)
+        report = done(worker, worker.submit_load(request_id, hit.shards(0, 0, 1), [target], stream=cuda.stream))
+        scheduler.end_session(request_id)
+        if report.done:
+            # The load is not what is looked at, where a write could follow it.
+            cuda.synchronize()
+            if cache.read(target) != cache.computed(target, seed):
+                wrong.append(number)
+    assert len(seeds) > rounds / 2
+    return wrong
+
+
+@pytest.mark.parametrize("rounds", [150, 151, 152])
+@with_driver(FAKE_CUDA_DELAY_US="300")
+def test_copies_come_after_what_is_on_the_stream(request, rounds):
+    assert random_rounds(request, rounds) == []
+
+
+@with_driver(FAKE_CUDA_IGNORE="cuStreamWaitEvent")
+def test_without_waiting_for_the_stream_this_would_be_seen(request):
+    assert len(random_rounds(request, 40)) > 5
+
+
+@with_driver()
+def test_a_stream_that_is_captured_takes_no_copy(request):
+    cuda = Cuda()
+    cache = Cache(cuda)
+    worker = on_gpu(request, cache)
+    stream, graph = ctypes.c_void_p(cuda.stream), ctypes.c_void_p()
+    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
+    hit = lookup(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    cuda.call("cuStreamBeginCapture_v2", stream, 0)
+    with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
+        worker.submit_store("r", (1, 2), keys("b", 1), [0], stream=cuda.stream)
+    with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
+        worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
+    cuda.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+    assert worker.get_finished() == [] and worker.wait_idle(LIMIT_MS)
+    assert done(worker, worker.submit_store("r", (1, 3), keys("b", 1), [0], stream=cuda.stream)).done == 1
+
+
+@with_driver(FAKE_CUDA_DEVICES="2")
+def test_memory_that_is_not_the_devices_is_refused(request):
+    cuda = Cuda()
+    cache = Cache(cuda)
+    worker = request.getfixturevalue("make").worker()
+    for device, why in [(1, "got memory of device 0"), (2, "expected a CUDA device below 2, got 2")]:
+        with pytest.raises(kvring.LayoutError, match=why):
+            worker.register_kv_caches([cache.group()], device=device)
+    host = ctypes.create_string_buffer(1 << 16)
+    group = KvGroup(16, 1, [(ctypes.addressof(host), (16, 4096), (4096, 1), 1)])
+    with pytest.raises(kvring.LayoutError, match=r"of device 0's memory .* got"):
+        worker.register_kv_caches([group], owner=host, device=0)
+    # Beyond the allocation.
+    group = KvGroup(16, 1, [(cache.address, (16, 4096), (1 << 20, 1), 1)])
+    with pytest.raises(kvring.LayoutError, match="got an allocation that ends at"):
+        worker.register_kv_caches([group], device=0)
+    with pytest.raises((OverflowError, TypeError)):
+        worker.register_kv_caches([cache.group()], device=-1)
+    # None of this is in the way of a right one, nor is host memory.
+    worker.register_kv_caches([cache.group()], device=0)
+    assert worker.shard_bytes == SIZES["L"] * SIZES["H"] * SIZES["N"] * SIZES["C"]
+
+
+@with_driver(FAKE_CUDA_PTX_MAX="7.0")
+def test_a_driver_that_is_too_old_for_kernels(request):
+    cuda = Cuda()
+    for copy in ["staged", "zerocopy"]:
+        worker = request.getfixturevalue("make").worker(copy=copy)
+        with pytest.raises(kvring.LayoutError, match=f"copy = {copy}: not possible here: the driver is too old"):
+            worker.register_kv_caches([Cache(cuda).group()], device=0)
+    cache = Cache(cuda)
+    worker = on_gpu(request, cache)
+    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
+
+
+@with_driver(FAKE_CUDA_DEVICES="0")
+def test_a_driver_without_a_device(request):
+    memory = ctypes.create_string_buffer(1 << 16)
+    group = KvGroup(16, 1, [(ctypes.addressof(memory), (16, 4096), (4096, 1), 1)])
+    with pytest.raises(kvring.LayoutError, match="finds no device"):
+        request.getfixturevalue("make").worker().register_kv_caches([group], owner=memory, device=0)
+
+
+def test_no_driver(make):
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("there is a CUDA driver here")
+    memory = ctypes.create_string_buffer(1 << 16)
+    group = KvGroup(16, 1, [(ctypes.addressof(memory), (16, 4096), (4096, 1), 1)])
+    worker = make.worker()
+    with pytest.raises(kvring.LayoutError, match=r"no CUDA driver here: libcuda\.so\.1"):
+        worker.register_kv_caches([group], owner=memory, device=0)
+    # A stream is nothing to host memory.
+    worker.register_kv_caches([group], owner=memory)
+    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=0xDEAD)).done == 1
+
+
+def test_the_mode_is_checked(make):
+    with pytest.raises(kvring.ConfigError, match='copy: expected one of auto, batch, staged, zerocopy, got "dma"'):
+        make.worker(copy="dma")
