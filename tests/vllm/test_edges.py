@@ -70,10 +70,10 @@ def test_a_load_that_raises_anything_is_reported_and_so_are_those_behind_it() ->
     from kvring.vllm.stats import KvringStats
 
     class Adapter:
-        def submit_load(self, *_: Any) -> int:
+        def submit_load(self, *_: Any, stream: int | None) -> int:
             raise MemoryError
 
-    side.adapter, side.stats, side.rank = Adapter(), KvringStats(), 0
+    side.adapter, side.stats, side.rank, side.device = Adapter(), KvringStats(), 0, None
     side.geometry = SimpleNamespace(shard_of=lambda rank: rank, groups=(None,))
     side._invalidates = True
     side._loads, side._outcomes, side._received, side._failed, side._invalid_blocks = {}, {}, set(), set(), set()

@@ -88,6 +88,7 @@ class RecordingWorkerAdapter:
         keys: Sequence[bytes],
         blocks: Sequence[int],
         parent: bytes | None = None,
+        **stream: int | None,
     ) -> int:
         """See `WorkerAdapter.submit_store`."""
         keys, blocks = list(keys), list(blocks)
@@ -99,10 +100,10 @@ class RecordingWorkerAdapter:
             # The others must not publish: tell the engine so, as the real adapter would. An unknown layout of keys has no
             # better way than to store nothing on this rank; the round is never complete.
             return job
-        self._submit(job, True, request, lambda: self._inner.submit_store(request, round, keys, blocks, parent))
+        self._submit(job, True, request, lambda: self._inner.submit_store(request, round, keys, blocks, parent, **stream))
         return job
 
-    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int]) -> int:
+    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int], **stream: int | None) -> int:
         """See `WorkerAdapter.submit_load`."""
         blocks = list(blocks)
         job = self._number()
@@ -114,7 +115,7 @@ class RecordingWorkerAdapter:
             self._ended.append(Finished(job, request, False, failed=chunks, why={"injected": chunks}))
             self._bad_blocks += [block for block in blocks if block not in (0, self._ledger.skip)]
             return job
-        self._submit(job, False, request, lambda: self._inner.submit_load(request, shards, blocks))
+        self._submit(job, False, request, lambda: self._inner.submit_load(request, shards, blocks, **stream))
         return job
 
     def _submit(self, job: int, is_store: bool, request: str, submit: Callable[[], int]) -> None:

@@ -8,13 +8,24 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, create_kv_cache_views
 from .model import POISON
 
 
+def allocate(size: int) -> torch.Tensor:
+    """Tests with a GPU's memory put something else here, and for `given`."""
+    return torch.empty(size, dtype=torch.int8)
+
+
+def given(views: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The layers' caches as the connector gets them."""
+    return dict(views)
+
+
 class KvMemory:
     """One allocation, a view for each layer, and the same pages as 8-byte words for the fake model."""
 
     def __init__(self, config: KVCacheConfig) -> None:
         self.config = config
         size = max(tensor.size for tensor in config.kv_cache_tensors)
-        self.raw = torch.full((size,), POISON - 256, dtype=torch.int8)
+        self.raw = allocate(size)
+        self.raw.fill_(POISON - 256)
         assert config.kv_cache_layout is not None
         layout = _layout_from_name(config.kv_cache_layout)
         self.views: dict[str, torch.Tensor] = {}

@@ -21,6 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
+from . import memory
 from .ledger import Ledger, Snapshot
 from .memory import KvMemory
 from .model import POISON_WORD, TAINT, VOCAB, extend, kv, next_token
@@ -105,7 +106,7 @@ class FakeWorker:
         with as_rank(self.rank, self.world):
             self.connector = KVConnectorFactory.create_connector(self.config, KVConnectorRole.WORKER, self._kv_config)
             prepare(self.connector, self.rank)
-            self.connector.register_kv_caches(dict(self.memory.views))
+            self.connector.register_kv_caches(memory.given(self.memory.views))
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,15 @@ class Config:
         _choice("off", "store", "verify"),
         "`store`: computed when storing; `verify`: checked when loading as well, a mismatch is a failed load",
     )
-    copy_threads: int | None = _option(None, _count(1, 64), "threads that copy, for each worker; unset: 2, or 1 on one CPU")
+    copy_threads: int | None = _option(
+        None, _count(1, 64), "threads that copy, for each worker (KV in CPU memory); unset: 2, or 1 on one CPU"
+    )
+    copy: str = _option(
+        "auto",
+        _choice("auto", "batch", "staged", "zerocopy"),
+        "how a GPU's KV moves: `batch`: DMA for each contiguous run; `staged`: gathered on the GPU, then DMA; `zerocopy`: by a "
+        "kernel; `auto`: measured at start",
+    )
     autostart: bool = _option(False, _flag, "start an engine where none runs, and again when it has died")
     arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")
 

@@ -26,7 +26,7 @@ from .events import Events
 from .geometry import Geometry
 from .guard import fail_open
 from .metadata import KvringMetadata, KvringWorkerMetadata
-from .namespace import describe, fingerprint
+from .namespace import check_gpu, describe, fingerprint
 from .scheduler import NOTHING, SchedulerSide
 from .stats import KvringPromMetrics, KvringStats
 from .worker import WorkerSide
@@ -198,6 +198,8 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See `WorkerSide`. The last call that may raise."""
         self.worker.register_kv_caches(kv_caches, self._kv_cache_config)
+        if self.worker.device is not None:
+            check_gpu(self._vllm_config, self.worker.rank, self.worker.device)
 
     @fail_open(lambda self, *_: self.worker.adapter.handle_preemptions(None))
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
@@ -260,10 +262,17 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """One piece per block, where the backend can: fewer, larger copies. On CPU there is one layout only."""
+        """One piece per block: fewer, larger copies. A wish: where a backend cannot have it vLLM says so and takes its own. But
+        it fails where blocks of this layout would have to be split for a backend's kernels; blocks of a size that it has chosen
+        itself never have to. On CPU there is one layout only."""
         from vllm.platforms import current_platform
 
-        return "BLHNC" if current_platform.is_cuda() else None
+        cache = vllm_config.cache_config
+        if not current_platform.is_cuda():
+            return None
+        # Of these every backend of this vLLM takes a size as it is, or none of its divisors either.
+        never_split = not cache.user_specified_block_size or cache.block_size in (16, 32, 64)
+        return "BLHNC" if never_split and not cache.kv_cache_dtype_skip_layers else None
 
     @fail_open(lambda self: None)
     def shutdown(self) -> None:

@@ -8,11 +8,14 @@ each other's chunks. What changes while vLLM runs (a LoRA's content, weights tha
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvring import LayoutError
 
 from .geometry import Geometry
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.kvring.namespace")
 
-FORMAT = 1
+FORMAT = 2
 """Of what a fingerprint is made of, and of what a shard holds."""
 
 SALT_BYTES = 16
@@ -34,15 +37,16 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, geometry: 
     """The namespace in words: plain values, the same in every process that may share KV."""
     import torch
     import vllm
-    from vllm.platforms import current_platform
 
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     speculative = vllm_config.speculative_config
-    isa = torch.backends.cpu.get_cpu_capability() if current_platform.is_cpu() else ""
     return {
         "format": FORMAT,
         "vllm": vllm.__version__,
-        "platform": f"{current_platform.device_name}/{isa}",
+        # Which kernels there are for a backend that vLLM chooses by itself, and what it chooses.
+        "torch": torch.__version__,
+        "flashinfer": _version("flashinfer-python"),
+        "platform": _platform(vllm_config),
         "model": str(model.model),
         "revision": str(model.revision),
         "weights": weights_identity(str(model.model), getattr(model.hf_config, "_commit_hash", None), vllm_config.instance_id),
@@ -57,7 +61,9 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, geometry: 
         "seed": model.seed if str(vllm_config.load_config.load_format) == "dummy" else None,
         "quantization": str(model.quantization),
         "dtype": str(model.dtype),
-        "cache_dtype": str(cache.cache_dtype),
+        # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
+        "kv_dtype": [_kv_dtype(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups],
+        "e5m2": "e5m2" in str(cache.cache_dtype),
         "skipped_layers": _plain(getattr(cache, "kv_cache_dtype_skip_layers", None)),
         "attention_backend": str(vllm_config.attention_config.backend),
         "layout": str(kv_cache_config.kv_cache_layout),
@@ -87,6 +93,75 @@ def weights_identity(model: str, commit: str | None, instance: str) -> list[Any]
         return ["commit", commit]
     logger.warning("cannot tell which weights %s has: its KV is kept for this vLLM alone, until it ends", model)
     return ["instance", instance]
+
+
+def _platform(vllm_config: VllmConfig) -> list[str]:
+    """What computes: the CPU's instruction set, or the kinds of the GPUs, rank by rank. Two kinds of GPU round differently, take
+    different kernels, and may have different KV formats.
+
+    Asked of NVML, which knows the GPUs without CUDA: the scheduler's process must not begin to use one. (Where there is no NVML
+    vLLM itself has asked CUDA in all of its processes by now.)"""
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return [current_platform.device_name, torch.backends.cpu.get_cpu_capability()]
+    try:
+        return [current_platform.device_name, *gpu_names(vllm_config)]
+    except Exception as error:
+        logger.warning("cannot tell which GPUs these are (%s): their KV is kept for this vLLM alone, until it ends", error)
+        return [current_platform.device_name, vllm_config.instance_id]
+
+
+def gpu_names(vllm_config: VllmConfig) -> list[str]:
+    """The kind of each rank's GPU, as `vllm.v1.worker.gpu_worker.Worker.init_device` numbers them."""
+    from vllm.platforms import current_platform
+
+    parallel = vllm_config.parallel_config
+    first = 0
+    if parallel.distributed_executor_backend not in ("ray", "external_launcher") and parallel.data_parallel_backend != "ray":
+        local = parallel.data_parallel_rank_local
+        first = (parallel.data_parallel_index if local is None else local) * parallel.world_size
+    assigned = parallel.assigned_physical_gpu_ids
+    ranks = range(first, first + parallel.world_size)
+    if assigned is None:
+        return [str(current_platform.get_device_name(rank)) for rank in ranks]
+    # The mapping is in force in the workers only, so the physical numbers are looked up here.
+    from vllm.platforms.cuda import with_nvml_context
+
+    name = with_nvml_context(current_platform._get_physical_device_name)
+    return [str(name(assigned[rank])) for rank in ranks]
+
+
+def check_gpu(vllm_config: VllmConfig, rank: int, device: int) -> None:
+    """Raises `LayoutError` where NVML says of this rank's GPU what CUDA does not: in a node with several kinds of GPU they count
+    in different orders unless told otherwise, and who may share KV would be anybody's guess."""
+    import torch
+
+    try:
+        said = gpu_names(vllm_config)[rank]
+    except Exception:
+        # Nothing has been said of it: see `_platform`.
+        return
+    name = torch.cuda.get_device_name(device)
+    if not (name.startswith(said) or said.startswith(name)):
+        raise LayoutError(
+            f"expected GPU {device} to be the {said!r} that NVML names, got {name!r} from CUDA: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+        )
+
+
+def _kv_dtype(spec: Any) -> list[str]:
+    """Of a group's layers, or of the first of them, which is all that the scheduler's side is told."""
+    layer = next(iter(spec.kv_cache_specs.values())) if hasattr(spec, "kv_cache_specs") else spec
+    quantized = getattr(layer, "kv_quant_mode", None)
+    return [str(getattr(layer, "dtype", None)), getattr(quantized, "name", ""), str(getattr(layer, "cache_dtype_str", None))]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class LoraSalts:

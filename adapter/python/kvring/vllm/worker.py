@@ -38,9 +38,37 @@ class _Saving:
     """Stores of it that may still read its blocks."""
 
 
+def cuda_device(layers: Mapping[str, torch.Tensor]) -> int | None:
+    """The one device that all of a cache is on, `None` for the CPU. Raises `LayoutError` for several, and for others."""
+    first, expected = "", None
+    for layer, tensor in layers.items():
+        device = tensor.device
+        if device.type not in ("cpu", "cuda"):
+            raise LayoutError(
+                f"{layer}: expected a tensor on cpu or cuda, got one on {device}: kvring cannot copy from and to the memory of "
+                f"{device.type} devices"
+            )
+        # Not torch's device itself: "cuda" without a number is the current one.
+        place = None if device.type == "cpu" else _index(device)
+        if not first:
+            first, expected = layer, place
+        elif place != expected:
+            said = "cpu" if expected is None else f"cuda:{expected}"
+            raise LayoutError(f"{layer}: expected a tensor on {said}, where {first} is, got one on {device}")
+    return expected
+
+
+def _index(device: torch.device) -> int:
+    if device.index is not None:
+        return device.index
+    import torch
+
+    return int(torch.cuda.current_device())
+
+
 class WorkerSide:
     """Carries out what the scheduler's side decided. Every method is called from vLLM's worker thread; none waits for the
-    engine, and only `flush` and synchronous loads wait for copies."""
+    engine, and only `flush` and synchronous loads wait for copies (and stores, where vLLM clears blocks on a GPU)."""
 
     def __init__(
         self, config: Config, geometry: Geometry, fingerprint: bytes, rank: int, model: str = "", dtype: str = ""
@@ -57,9 +85,13 @@ class WorkerSide:
             dtype=dtype,
             checksum=config.checksum,
             copy_threads=config.copy_threads,
+            copy=config.copy,
             **config.client,
             client=f"vllm-worker-{rank}:{os.getpid()}",
         )
+        self.device: int | None = None
+        """The CUDA device that the cache is on; `None`: host memory."""
+        self._reads_at_once = False
         self._loads: dict[int, Load] = {}
         """By the adapter's job."""
         self._stores: dict[int, int] = {}
@@ -78,29 +110,39 @@ class WorkerSide:
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
         """Hands the engine the shape of this rank's cache. Raises `LayoutError` or `RegisterError`: vLLM is just starting."""
         num_blocks = kv_cache_config.num_blocks
-        groups = []
+        groups, layers = [], {}
         for index, (group, spec) in enumerate(zip(self.geometry.groups, kv_cache_config.kv_cache_groups, strict=True)):
-            tensors = []
+            tensors: dict[tuple[int, tuple[int, ...], tuple[int, ...], int], None] = {}
             for name in spec.layer_names:
                 tensor = kv_caches.get(name)
                 if tensor is None:
                     # Shares another layer's cache.
                     continue
-                if tensor.device.type != "cpu":
-                    raise LayoutError(
-                        f"KV group {index}, layer {name}: expected a CPU tensor, got one on {tensor.device}: this version of "
-                        "kvring copies from and to CPU memory only"
-                    )
-                tensors.append((tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size()))
+                layers[f"KV group {index}, layer {name}"] = tensor
+                described = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size())
+                # Once, where layers that share a cache are all listed.
+                tensors[described] = None
             if not tensors:
                 raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
-            groups.append(KvGroup(num_blocks, group.blocks, tensors))
-        self.adapter.register_kv_caches(groups, owner=dict(kv_caches))
+            groups.append(KvGroup(num_blocks, group.blocks, list(tensors)))
+        self.device = cuda_device(layers)
+        # Before `flush` vLLM's V2 runner has cleared the blocks that got a new owner, where it clears them at all.
+        self._reads_at_once = self.device is not None and kv_cache_config.needs_kv_cache_zeroing
+        self.adapter.register_kv_caches(groups, owner=dict(kv_caches), device=self.device)
         logger.info(
-            "registered rank %d of %d: %d KV groups, chunks of %d tokens and %d bytes; engine %s",
-            self.rank, self.geometry.ranks, len(groups), self.geometry.chunk_tokens, self.adapter.shard_bytes,
+            "registered rank %d of %d: %d KV groups on %s, chunks of %d tokens and %d bytes, blocks of %d pieces; engine %s",
+            self.rank, self.geometry.ranks, len(groups), "cpu" if self.device is None else f"cuda:{self.device}",
+            self.geometry.chunk_tokens, self.adapter.shard_bytes, sum(len(group.planes) for group in groups),
             self.adapter.health(),
         )  # fmt: skip
+
+    def _stream(self) -> int | None:
+        """The stream that vLLM computes on, now: copies come after all that it has been given."""
+        if self.device is None:
+            return None
+        import torch
+
+        return int(torch.cuda.current_stream(self.device).cuda_stream)
 
     # One step, in the order of the calls.
 
@@ -132,7 +174,8 @@ class WorkerSide:
         if not load.shards:
             self._load_failed(load)
             return
-        job = self.adapter.submit_load(load.request, load.shards[self.geometry.shard_of(self.rank)], load.blocks)
+        shards = load.shards[self.geometry.shard_of(self.rank)]
+        job = self.adapter.submit_load(load.request, shards, load.blocks, stream=self._stream())
         self._loads[job] = load
         if load.wait:
             # Its report comes for certain, and until then it may write: there is no giving up.
@@ -154,7 +197,7 @@ class WorkerSide:
             self._invalid_blocks.update(block for block in load.blocks if block != SKIP)
 
     def start_stores(self, meta: KvringMetadata) -> None:
-        """Starts this step's stores: what they read has been computed."""
+        """Starts this step's stores: what they read has been computed, or will be by what is on the stream."""
         if not self.geometry.stores(self.rank):
             return
         for store in meta.stores:
@@ -163,9 +206,12 @@ class WorkerSide:
             except Exception as error:
                 logger.warning("store %s: %s: %s; it is dropped", store.request, type(error).__name__, error)
                 self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
+        if self._reads_at_once and meta.stores:
+            self.adapter.handle_preemptions(None)
 
     def _start_store(self, store: Store) -> None:
-        job = self.adapter.submit_store(store.request, store.round, store.keys, store.blocks, store.parent)
+        stream = self._stream()
+        job = self.adapter.submit_store(store.request, store.round, store.keys, store.blocks, store.parent, stream=stream)
         self._stores[job] = store.job
         self._reading[store.job] = job
 
