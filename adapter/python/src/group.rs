@@ -9,11 +9,18 @@ use pyo3::prelude::*;
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct KvGroup {
     pieces: Vec<Piece>,
+    /// What the pieces were made of: see [`planes`].
+    order: u64,
     num_blocks: u32,
     blocks_per_chunk: u32,
 }
 
 impl KvGroup {
+    /// A digest of what its planes were made of.
+    pub(crate) fn order(&self) -> u64 {
+        self.order
+    }
+
     /// As the adapter takes it.
     pub(crate) fn group(&self) -> kvring_adapter::KvGroup {
         let plane = |piece: &Piece| kvring_adapter::Plane {
@@ -58,9 +65,9 @@ impl KvGroup {
                     ),
                 ));
             }
-            let pieces =
+            let (pieces, order) =
                 py.detach(|| planes(num_blocks, &described)).map_err(|text| errors::layout(py, text))?;
-            Ok(KvGroup { pieces, num_blocks, blocks_per_chunk })
+            Ok(KvGroup { pieces, order, num_blocks, blocks_per_chunk })
         })
     }
 

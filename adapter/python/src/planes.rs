@@ -38,7 +38,10 @@ impl Piece {
 
 /// The pieces of a group's blocks, in an order that follows from shapes and strides alone: tensor after tensor, and in each
 /// by address. Where all of a block lies together (vLLM's layouts with the blocks outermost) they are joined: most often to one.
-pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<Vec<Piece>, String> {
+///
+/// With them, a digest of what the pieces alone do not show: where in a block which tensor's bytes are, and in which order those have
+/// their dimensions. Equal wherever the cache lies and however many blocks it has.
+pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<(Vec<Piece>, u64), String> {
     if num_blocks == 0 {
         return Err("num_blocks: expected at least 1, got 0".to_owned());
     }
@@ -52,27 +55,68 @@ pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<Vec<Piece>, 
         }
     }
     check_overlap(num_blocks, &all)?;
-    Ok(joined(num_blocks, all))
+    let mut digest = Digest::default();
+    tensors.iter().for_each(|tensor| digest.tensor(num_blocks, tensor));
+    let pieces = joined(num_blocks, all, &mut digest);
+    Ok((pieces, digest.0))
+}
+
+/// FNV-1a: not a secret, only a check that two runs mean the same.
+struct Digest(u64);
+
+impl Default for Digest {
+    fn default() -> Digest {
+        Digest(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Digest {
+    fn mix(&mut self, value: u64) {
+        self.0 = (self.0 ^ value).wrapping_mul(0x0000_0100_0000_01b3);
+    }
+
+    /// Its form, and which of its dimensions comes before which in memory. Not the strides: where heads are outside the blocks
+    /// they follow from the number of blocks.
+    fn tensor(&mut self, num_blocks: u64, tensor: &Tensor) {
+        self.mix(tensor.itemsize);
+        self.mix(tensor.shape.len() as u64);
+        let mut dimensions: Vec<(i64, usize, u64)> = Vec::with_capacity(tensor.shape.len());
+        for (at, (&size, &stride)) in tensor.shape.iter().zip(&tensor.strides).enumerate() {
+            let size = if at == 0 { size / num_blocks } else { size };
+            self.mix(size);
+            // One of one element has no place.
+            if size > 1 {
+                dimensions.push((stride, at, size));
+            }
+        }
+        dimensions.sort_unstable();
+        dimensions.iter().for_each(|(_, at, _)| self.mix(*at as u64));
+    }
 }
 
 /// By address, neighbours as one, if all of a block comes before anything of the next one: only there is the order of addresses
 /// the same wherever the cache lies, and whatever allocations it is made of.
-fn joined(num_blocks: u64, mut pieces: Vec<Piece>) -> Vec<Piece> {
+fn joined(num_blocks: u64, pieces: Vec<Piece>, digest: &mut Digest) -> Vec<Piece> {
     let [first, rest @ ..] = &pieces[..] else { return pieces };
     let from = pieces.iter().map(|piece| piece.address).min().unwrap_or(0);
     let end = pieces.iter().map(|piece| piece.address + piece.bytes).max().unwrap_or(0);
     if num_blocks == 1 || rest.iter().any(|piece| piece.stride != first.stride) || end - from > first.stride {
         return pieces;
     }
-    pieces.sort_unstable_by_key(|piece| piece.address);
-    pieces.dedup_by(|piece, before| {
+    let mut pieces: Vec<(usize, Piece)> = pieces.into_iter().enumerate().collect();
+    pieces.sort_unstable_by_key(|(_, piece)| piece.address);
+    for (index, piece) in &pieces {
+        digest.mix(*index as u64);
+        digest.mix(piece.bytes);
+    }
+    pieces.dedup_by(|(_, piece), (_, before)| {
         let follows = before.address + before.bytes == piece.address;
         if follows {
             before.bytes += piece.bytes;
         }
         follows
     });
-    pieces
+    pieces.into_iter().map(|(_, piece)| piece).collect()
 }
 
 fn pieces(num_blocks: u64, index: usize, tensor: &Tensor) -> Result<Vec<Piece>, String> {
@@ -239,7 +283,7 @@ mod tests {
     }
 
     fn of(num_blocks: u32, tensor: Tensor) -> Vec<(u64, u64, u64)> {
-        let pieces = planes(num_blocks, &[tensor]).unwrap();
+        let (pieces, _) = planes(num_blocks, &[tensor]).unwrap();
         pieces.iter().map(|piece| (piece.address, piece.stride, piece.bytes)).collect()
     }
 
@@ -288,7 +332,7 @@ mod tests {
     #[test]
     fn layouts_of_vllm() {
         let found = |layout, room| {
-            let pieces = planes(5, &layers(layout, room)).unwrap();
+            let (pieces, _) = planes(5, &layers(layout, room)).unwrap();
             pieces.iter().map(|piece| (piece.address - 4096, piece.stride, piece.bytes)).collect::<Vec<_>>()
         };
         for blocks_outermost in ["BLHNC", "BLNHC", "BHLNC"] {
@@ -304,17 +348,52 @@ mod tests {
         // Other layers' pages in between, as where two groups have a block of their own each in the same memory.
         let some = [layers("BLHNC", 64)[0].clone(), tensor(4096 + 128, &[5, 2, 4, 8], &[192, 32, 8, 1], 1)];
         assert_eq!(of(5, some[0].clone()), [(4096, 192, 64)]);
-        assert_eq!(planes(5, &some).unwrap().len(), 2);
+        assert_eq!(planes(5, &some).unwrap().0.len(), 2);
         // In whatever order the layers come.
         let mut turned = layers("BLHNC", 0);
         turned.reverse();
-        assert_eq!(planes(5, &turned).unwrap().len(), 1);
+        assert_eq!(planes(5, &turned).unwrap().0.len(), 1);
         // MLA: one head.
         let mla = [0, 32].map(|at| tensor(4096 + at, &[5, 1, 4, 8], &[64, 32, 8, 1], 1));
-        assert_eq!(planes(5, &mla).unwrap().len(), 1);
+        assert_eq!(planes(5, &mla).unwrap().0.len(), 1);
         // Who has one block only does not know where the next one would be.
         let alone = [0, 8].map(|at| tensor(4096 + at, &[1, 8], &[16, 1], 1));
-        assert_eq!(planes(1, &alone).unwrap().len(), 2);
+        assert_eq!(planes(1, &alone).unwrap().0.len(), 2);
+    }
+
+    #[test]
+    fn the_digest_tells_what_equal_pieces_mean() {
+        let of = |tensors: &[Tensor]| planes(5, tensors).unwrap();
+        let (pieces, digest) = of(&layers("BLHNC", 0));
+        let mut turned = layers("BLHNC", 0);
+        turned.reverse();
+        let others = [turned, layers("BLNHC", 0), layers("BHLNC", 0)];
+        for other in &others {
+            let (same, another) = of(other);
+            let planes = |pieces: &[Piece]| {
+                pieces.iter().map(|piece| (piece.address, piece.stride, piece.bytes)).collect::<Vec<_>>()
+            };
+            assert_eq!(planes(&same), planes(&pieces));
+            assert_ne!(another, digest, "{other:?}");
+        }
+        assert_ne!(of(&layers("LBHNC", 0)).1, of(&layers("LBNHC", 0)).1, "one page each, other bytes in it");
+        assert_ne!(of(&layers("LHBNC", 0)).1, of(&layers("LBNHC", 0)).1);
+        // Neither place, room, nor the number of blocks changes what the bytes mean.
+        for layout in ["BLHNC", "BHLNC", "LBNHC", "LHBNC"] {
+            let digest = of(&layers(layout, 0)).1;
+            let mut moved = layers(layout, 0);
+            moved.iter_mut().for_each(|tensor| tensor.address += 1 << 20);
+            assert_eq!(of(&moved).1, digest, "{layout}");
+            if layout != "LHBNC" {
+                assert_eq!(of(&layers(layout, 16)).1, digest, "{layout}, padded");
+            }
+        }
+        let heads = |num_blocks: u32| {
+            let blocks = i64::from(num_blocks);
+            let one = tensor(4096, &[u64::from(num_blocks), 2, 4, 8], &[32, 32 * blocks, 8, 1], 1);
+            planes(num_blocks, &[one]).unwrap().1
+        };
+        assert_eq!(heads(5), heads(9));
     }
 
     #[test]
@@ -365,7 +444,7 @@ mod tests {
     fn agree(num_blocks: u32, tensors: &[Tensor]) -> Result<(), TestCaseError> {
         let expected = bytes_of_blocks(num_blocks.into(), tensors);
         let found = match planes(num_blocks, tensors) {
-            Ok(found) => found,
+            Ok((found, _)) => found,
             Err(text) => {
                 // Pages of different strides are told apart by their ranges alone.
                 let from_block_to_block = |tensor: &Tensor| {

@@ -270,11 +270,14 @@ impl WorkerAdapter {
     ) -> PyResult<()> {
         guarded(py, || {
             let memory = device.map_or(Memory::Host, Memory::Cuda);
+            let order = groups.iter().fold(0u64, |order, group| order.rotate_left(1) ^ group.get().order());
             let groups = groups.iter().map(|group| group.get().group()).collect();
             // SAFETY: the caller describes its own memory, keeps it by `owner` and keeps to who may touch which block when;
             // from Python nothing more can be had.
-            let paged =
-                unsafe { PagedKv::grouped(groups) }.map_err(|error| errors::layout(py, error))?.on(memory);
+            let paged = unsafe { PagedKv::grouped(groups) }
+                .map_err(|error| errors::layout(py, error))?
+                .on(memory)
+                .ordered(order);
             let (registered, before) = self.held.wait(py, |worker| {
                 // The mover that touched the earlier memory ends in this call.
                 let registered = worker.adapter.register_kv_caches(paged);
