@@ -1,7 +1,7 @@
 //! What is made is unmade.
 
 use crate::support::calls;
-use crate::support::fake::Counts;
+use crate::support::fake::{Counts, pattern};
 use crate::world::*;
 use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyMode, Direction};
 use std::sync::Arc;
@@ -143,5 +143,30 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
         lock.unlock().unwrap();
         until("registered", || mapped.registered_bytes() == 2 * PART as u64);
         std::fs::remove_file(&folder).unwrap();
+    });
+}
+
+/// With pages that kernels cannot copy there are no staging buffers, whose freeing would wait as well.
+#[test]
+fn a_backend_that_goes_waits_for_what_it_copies() {
+    inside("leaks::a_backend_that_goes_waits_for_what_it_copies", &[], |fake| {
+        let _context = calls::context();
+        let torch = calls::stream() as u64;
+        let cache = Cache::plain(2, 8191, 40, 2);
+        let arena = Arena::new(2 * PART);
+        let backend = backend(CopyMode::Batch);
+        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+        assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, calls::FAR_LATER_US), 0);
+        let fence = backend.fence(ComputeStream(torch)).unwrap();
+        let shards = [(arena.at(PART - 8192), vec![7, 9])];
+        let mut transfer = backend.submit(batch(Direction::Store, &cache, false, fence, &shards)).unwrap();
+        drop(backend);
+        assert_eq!(fake.counts().registrations, 0);
+        assert!(transfer.poll(), "it has ended");
+        transfer.wait().unwrap();
+        let all = pattern(3, cache.all.len);
+        assert!(arena.all.read()[PART - 8192..][..cache.shard_bytes()] == cache.gather(&all, &shards[0].1));
+        assert_eq!(calls::finish(torch as _), None, "nothing was at fault");
     });
 }
