@@ -100,10 +100,12 @@ class Recorder:
         self.calls.append(("flush", requests))
 
 
-def side(monkeypatch: pytest.MonkeyPatch, *, zeroing: bool = False, gpu: bool = True) -> tuple[WorkerSide, Recorder]:
+def side(
+    monkeypatch: pytest.MonkeyPatch, *, zeroing: bool = False, gpu: bool = True, may_sleep: bool = False
+) -> tuple[WorkerSide, Recorder]:
     monkeypatch.setattr(worker_module, "WorkerAdapter", Recorder)
     geometry = Geometry((Group("full_attention", 16, 1, None),), 16, 16, 1, 1)
-    made = WorkerSide(Config.parse({"kvring.copy": "staged"}), geometry, bytes(32), 0)
+    made = WorkerSide(Config.parse({"kvring.copy": "staged"}), geometry, bytes(32), 0, may_sleep=may_sleep)
     recorder: Any = made.adapter
     tensor = torch.zeros(4, 2, 16, 8)
     cache = {"a": OnGpu(tensor, 1) if gpu else tensor}
@@ -166,6 +168,18 @@ def test_where_vllm_clears_blocks_before_it_says_so_stores_have_read_by_then(mon
     recorder.calls.clear()
     made.start_stores(KvringMetadata())
     assert recorder.calls == []
+
+
+def test_a_vllm_that_may_sleep_has_no_copy_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, recorder = side(monkeypatch, may_sleep=True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
+    made.start_loads(META)
+    made.start_stores(META)
+    assert recorder.calls[1:] == [("load", 1), ("wait", 1), ("load", 1), ("wait", 3), ("store", 1), ("flush", None)]
+    made, recorder = side(monkeypatch, may_sleep=True, gpu=False)
+    made.start_loads(META)
+    made.start_stores(META)
+    assert recorder.calls[1:] == [("load", None), ("load", None), ("wait", 3), ("store", None)], "the CPU's cache stays"
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
                 model=str(model.model).rstrip("/").rsplit("/", 1)[-1],
                 dtype=str(model.dtype if vllm_config.cache_config.cache_dtype == "auto" else vllm_config.cache_config.cache_dtype)
                 .removeprefix("torch."),
+                may_sleep=bool(getattr(model, "enable_sleep_mode", False)),
             )  # fmt: skip
 
     @property

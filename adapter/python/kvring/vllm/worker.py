@@ -68,10 +68,19 @@ def _index(device: torch.device) -> int:
 
 class WorkerSide:
     """Carries out what the scheduler's side decided. Every method is called from vLLM's worker thread; none waits for the
-    engine, and only `flush` and synchronous loads wait for copies (and stores, where vLLM clears blocks on a GPU)."""
+    engine, and only `flush` and synchronous loads wait for copies (all copies, where vLLM may unmap a GPU's cache between steps;
+    stores, where it clears blocks there before it says so)."""
 
     def __init__(
-        self, config: Config, geometry: Geometry, fingerprint: bytes, rank: int, model: str = "", dtype: str = ""
+        self,
+        config: Config,
+        geometry: Geometry,
+        fingerprint: bytes,
+        rank: int,
+        model: str = "",
+        dtype: str = "",
+        *,
+        may_sleep: bool = False,
     ) -> None:
         self.geometry = geometry
         self.rank = rank
@@ -91,7 +100,9 @@ class WorkerSide:
         )
         self.device: int | None = None
         """The CUDA device that the cache is on; `None`: host memory."""
-        self._reads_at_once = False
+        self._may_sleep = may_sleep
+        self._reads_at_once = self._writes_at_once = False
+        """Have stores read, and loads written, when the call that starts them returns?"""
         self._loads: dict[int, Load] = {}
         """By the adapter's job."""
         self._stores: dict[int, int] = {}
@@ -126,8 +137,13 @@ class WorkerSide:
                 raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
             groups.append(KvGroup(num_blocks, group.blocks, list(tensors)))
         self.device = cuda_device(layers)
+        # A vLLM that sleeps unmaps the cache between two steps, and tells nobody: a copy that was still to begin then would break
+        # the GPU's context for the whole process.
+        self._writes_at_once = self.device is not None and self._may_sleep
         # Before `flush` vLLM's V2 runner has cleared the blocks that got a new owner, where it clears them at all.
-        self._reads_at_once = self.device is not None and kv_cache_config.needs_kv_cache_zeroing
+        self._reads_at_once = self._writes_at_once or (self.device is not None and kv_cache_config.needs_kv_cache_zeroing)
+        if self._writes_at_once:
+            logger.info("vLLM may sleep (--enable-sleep-mode): every step waits for the copies that it starts")
         self.adapter.register_kv_caches(groups, owner=dict(kv_caches), device=self.device)
         logger.info(
             "registered rank %d of %d: %d KV groups on %s, chunks of %d tokens and %d bytes, blocks of %d pieces; engine %s",
@@ -177,7 +193,7 @@ class WorkerSide:
         shards = load.shards[self.geometry.shard_of(self.rank)]
         job = self.adapter.submit_load(load.request, shards, load.blocks, stream=self._stream())
         self._loads[job] = load
-        if load.wait:
+        if load.wait or self._writes_at_once:
             # Its report comes for certain, and until then it may write: there is no giving up.
             while not self._has_ended(job):
                 logger.warning("load %s has been running for more than a second", load.request)
