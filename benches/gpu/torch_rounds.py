@@ -37,6 +37,8 @@ from node import LAYOUTS, PER_CHUNK, Cache, Node, Pair, Sizes, fingerprint, key
 
 GOAL_PERCENT = 3.0
 KILL_SIZES = Sizes(layers=8, blocks=256, content=256)
+KILL_LAYOUT = "LBHNC"
+"""Both processes': an engine takes one layout only for a fingerprint."""
 VICTIM_SEEDS = 1 << 24
 """From here on: no other chunk's."""
 VICTIM_CHUNKS = 8
@@ -146,7 +148,7 @@ def graph(node: Node, seconds: float) -> Found:
 
 def victim(node: Node, name: str) -> None:
     """Stores until it is killed. Each chunk's bytes follow from its key."""
-    cache = Cache(node.torch, node.device, "LBHNC", KILL_SIZES)
+    cache = Cache(node.torch, node.device, KILL_LAYOUT, KILL_SIZES)
     with node.pair(cache, fingerprint("kill"), name) as pair:
         before = None
         for turn in itertools.count():
@@ -165,7 +167,7 @@ def victim(node: Node, name: str) -> None:
 
 def kill(node: Node, seconds: float) -> Found:
     """A worker dies in the middle of its stores, again and again."""
-    torch, cache = node.torch, Cache(node.torch, node.device, "BLHNC", KILL_SIZES)
+    torch, cache = node.torch, Cache(node.torch, node.device, KILL_LAYOUT, KILL_SIZES)
     kills, committed, until = 0, 0, time.monotonic() + seconds
     with node.pair(cache, fingerprint("kill")) as pair:
         seeds = [next(node.counter) for _ in range(32)]
@@ -360,8 +362,13 @@ def main() -> int:
     names = args.only.split(",")
     if unknown := sorted(set(names) - set(PARTS)):
         parser.error(f"--only: expected some of {','.join(PARTS)}, got {','.join(unknown)}")
-    import torch
+    try:
+        import torch
 
+        import kvring  # noqa: F401
+    except ImportError as error:
+        print(f"error: {error}: needs torch and the package kvring in {sys.executable}", file=sys.stderr)
+        return 1
     if not args.cpu and not torch.cuda.is_available():
         print("error: torch finds no CUDA device; --cpu runs what needs none", file=sys.stderr)
         return 1
