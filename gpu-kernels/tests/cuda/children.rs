@@ -72,7 +72,8 @@ fn a_forked_child_makes_no_call() {
         copied(&backend, Direction::Store, &cache, true, &shards).unwrap();
         let fence = backend.fence(ComputeStream(0)).unwrap();
         let transfer = backend.submit(batch(Direction::Store, &cache, true, fence.clone(), &shards)).unwrap();
-        // Until the streams are idle: in the child the fake's lock would stay taken.
+        // Until the streams are idle, and their threads sleep: in the child the fake's lock would stay taken.
+        calls::finish_all();
         std::thread::sleep(std::time::Duration::from_millis(100));
         let (mut backend, mut transfer, mut mapped) = (Some(backend), Some(transfer), Some(mapped));
         child(|| {

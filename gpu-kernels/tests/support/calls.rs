@@ -99,6 +99,12 @@ pub(crate) fn finish(stream: sys::CUstream) -> Option<E> {
     why(unsafe { result::stream::synchronize(stream) })
 }
 
+/// Waits for all streams.
+pub(crate) fn finish_all() {
+    // SAFETY: it touches no memory of ours.
+    assert_eq!(error(unsafe { sys::cuCtxSynchronize() }), None);
+}
+
 /// Bytes of the test's or of the fake's device.
 pub(crate) fn bytes_at(address: *const c_void, bytes: usize) -> Vec<u8> {
     // SAFETY: memory of the tests' or the fake's, which no stream writes any more.
