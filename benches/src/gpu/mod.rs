@@ -96,6 +96,11 @@ fn bytes(size: ByteSize) -> anyhow::Result<usize> {
     Ok(usize::try_from(size.0)?)
 }
 
+/// For people.
+fn sizes(all: &[ByteSize]) -> String {
+    all.iter().map(ByteSize::to_string).collect::<Vec<_>>().join(", ")
+}
+
 /// The shapes of rows: every fragment in every chunk that is not shorter.
 fn shapes(args: &GpuArgs, working_set: usize) -> anyhow::Result<Vec<Shape>> {
     let mut shapes = Vec::new();
@@ -119,7 +124,12 @@ fn shapes(args: &GpuArgs, working_set: usize) -> anyhow::Result<Vec<Shape>> {
             }
         }
     }
-    ensure!(!shapes.is_empty(), "no fragment fits into a chunk");
+    ensure!(
+        !shapes.is_empty(),
+        "--fragments: expected one that divides a chunk of {}, got {}",
+        sizes(&args.chunks),
+        sizes(&args.fragments)
+    );
     Ok(shapes)
 }
 

@@ -134,4 +134,8 @@ fn sizes_that_do_not_fit_are_named() {
         let said = Said::of(command.env("LD_LIBRARY_PATH", fake()).output().unwrap());
         assert!(said.code == Some(1) && said.stderr.contains(option), "{}", said.stderr);
     }
+    let mut command = kvring(&["bench", "gpu", "--chunks", "2KiB", "--fragments", "4KiB,8KiB"]);
+    let said = Said::of(command.env("LD_LIBRARY_PATH", fake()).output().unwrap());
+    let expected = "error: --fragments: expected one that divides a chunk of 2KiB, got 4KiB, 8KiB\n";
+    assert_eq!((said.code, said.stderr.as_str()), (Some(1), expected));
 }
