@@ -26,11 +26,20 @@ def window(of: int, tokens: int = 16) -> SlidingWindowSpec:
     return SlidingWindowSpec(block_size=tokens, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=of)
 
 
-def geometry(specs: list, *, chunk_blocks: int = 1, world_size: int = 1, replicas: int = 1, **parallel: object) -> Geometry:
+def geometry(
+    specs: list,
+    *,
+    chunk_blocks: int = 1,
+    world_size: int = 1,
+    replicas: int = 1,
+    skip_layers: list | None = None,
+    **parallel: object,
+) -> Geometry:
     groups = [KVCacheGroupSpec([f"layer.{index}"], spec) for index, spec in enumerate(specs)]
     cache = KVCacheConfig(num_blocks=8, kv_cache_tensors=[], kv_cache_groups=groups, kv_tp_replicas=replicas)
     settings = {"world_size": world_size, "distributed_executor_backend": None, "data_parallel_size": 1} | parallel
-    config = SimpleNamespace(parallel_config=SimpleNamespace(**settings), speculative_config=None)
+    cache_config = SimpleNamespace(kv_cache_dtype_skip_layers=skip_layers or [])
+    config = SimpleNamespace(parallel_config=SimpleNamespace(**settings), speculative_config=None, cache_config=cache_config)
     return Geometry.of(config, cache, chunk_blocks)  # type: ignore[arg-type]
 
 
@@ -87,6 +96,7 @@ def test_ranks_with_the_same_bytes_store_once() -> None:
         (lambda: geometry([window(32, 16)], chunk_blocks=4), "keeps a window of 32 tokens"),
         (lambda: geometry([full()], decode_context_parallel_size=2), "decode_context_parallel_size"),
         (lambda: geometry([full()], nnodes=2), "one node"),
+        (lambda: geometry([full()], pipeline_parallel_size=2, skip_layers=["0"]), "kv-cache-dtype-skip-layers"),
         (lambda: geometry([full()], world_size=3, replicas=2), "kv_tp_replicas"),
         (lambda: geometry([]), "without"),
         (

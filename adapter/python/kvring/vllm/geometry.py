@@ -163,6 +163,13 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
             raise LayoutError(f"kvring does not support {name} > 1 yet: a block's tokens are spread over ranks")
     if getattr(parallel, "nnodes", 1) > 1:
         raise LayoutError("kvring keeps the KV cache of one node: expected all ranks of one vLLM on it, got nnodes > 1")
+    skips = getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None)
+    if skips and getattr(parallel, "pipeline_parallel_size", 1) > 1:
+        # The scheduler's side is told the format of the first stage's first layer only, the others' of their own.
+        raise LayoutError(
+            "kvring does not support --kv-cache-dtype-skip-layers with pipeline parallelism yet: each stage would take its first "
+            "layer's format for that of all, and none would find what another one has stored"
+        )
     if parallel.distributed_executor_backend == "external_launcher" and parallel.data_parallel_size > 1:
         raise LayoutError("kvring does not support the external launcher with data parallelism: ranks are not numbered by it")
 
