@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import os
 import pathlib
 import shutil
@@ -22,8 +23,10 @@ def driver(tmp_path_factory):
     if shutil.which("g++") is None:
         warnings.warn("no g++ here: NOTHING of copies to and from a GPU is tested", stacklevel=1)
         pytest.skip("no g++ to build the fake CUDA driver")
-    # One for all workers of xdist: who comes second finds it built.
-    folder = tmp_path_factory.getbasetemp().parent / "kvring-fake-cuda"
+    # One for all workers of xdist: who comes second finds it built. Without xdist it outlives the session, and another checkout
+    # has another driver.
+    checkout = hashlib.sha256(str(BUILD).encode()).hexdigest()[:12]
+    folder = tmp_path_factory.getbasetemp().parent / f"kvring-fake-cuda-{checkout}"
     subprocess.run([BUILD, folder], check=True, capture_output=True, text=True)
     return folder
 
