@@ -175,7 +175,7 @@ def test_a_vllm_that_may_sleep_has_no_copy_between_steps(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
     made.start_loads(META)
     made.start_stores(META)
-    assert recorder.calls[1:] == [("load", 1), ("wait", 1), ("load", 1), ("wait", 3), ("store", 1), ("flush", None)]
+    assert recorder.calls[1:] == [("load", 1), ("wait", 2), ("load", 1), ("wait", 4), ("store", 1), ("flush", None)]
     made, recorder = side(monkeypatch, may_sleep=True, gpu=False)
     made.start_loads(META)
     made.start_stores(META)
