@@ -4,9 +4,9 @@
 //! shards stay: complete chunks are visible, incomplete ones go on forming. What the dead were writing goes, and their
 //! rounds with it.
 //! A slot that a *living* client was writing stays that client's, whether its chunk does or not: only its word, or its
-//! death, frees it; and so does one of the dead for which a device may still write. All of it is derived from the slab table and the slot headers, each of which was published in one
-//! store; so a predecessor's death between any two of its stores leaves tables that make sense. Tables that do not are an
-//! error, and a cold start.
+//! death, frees it; and so does one of the dead for which a device may still write. All of it is derived from the slab table
+//! and the slot headers, each of which was published in one store; so a predecessor's death between any two of its stores
+//! leaves tables that make sense. Tables that do not are an error, and a cold start.
 
 use crate::cache::{Cache, Found, NotRestorable, RegisterError, Round, Shard, ShardHeader};
 use crate::segments::Segments;

@@ -20,7 +20,8 @@
 //! be freed at the mark: that is more than a robust word says, which is marked while sibling threads still run out.
 //! It does not prove that *nothing* is left: descriptors are closed one after the other, and a device may still write
 //! through memory that was registered with it. What a client for which devices write was writing waits until its process is
-//! gone for good, with either notice (`lobby`, and the engine's `linger`). (A thread with a descriptor table of its own, by `unshare`, is not covered; nothing here makes one.)
+//! gone for good, with either notice (`lobby`, and the engine's `linger`). (A thread with a descriptor table of its own, by
+//! `unshare`, is not covered; nothing here makes one.)
 //!
 //! **What it costs.** A death is noticed when somebody looks, and only after the address space has been torn down: some
 //! 18 ms per GiB that the process had touched, and a core dump first. The end of the one thread that holds the claims is
