@@ -112,7 +112,8 @@ pub trait CopyBackend: Send + Sync {
     fn prepare(&self, paged: &Arc<PagedKv>) -> Result<(), CopyError>;
 
     /// Tells of a mapping of the arena, in which the shards of later batches may lie. What comes back is kept as long as
-    /// it is mapped. Does not block: what takes long is done in the background.
+    /// it is mapped. What takes long is done in the background; the same memory again, soon after what came back was let go, waits
+    /// until that has been undone.
     fn map_arena(&self, arena: ArenaMapping) -> Arc<dyn MappedArena>;
 
     /// Does it let a device write into the arena (DMA)? Such a write can outlive the threads of this process.

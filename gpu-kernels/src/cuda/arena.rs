@@ -14,7 +14,7 @@ use super::objects::HostBuffer;
 use crate::backend::{ArenaMapping, MappedArena};
 use crate::sync::Word;
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -137,19 +137,71 @@ impl Arena {
 pub(super) struct Arenas {
     context: Arc<Context>,
     part_bytes: usize,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-    known: Mutex<Vec<std::sync::Weak<Arena>>>,
+    known: Mutex<Vec<Known>>,
+}
+
+/// An arena that somebody may still hold, or whose registrations may not be undone yet.
+struct Known {
+    arena: Weak<Arena>,
+    /// Gone when all is undone.
+    shared: Weak<Shared>,
+    /// Its addresses.
+    from: usize,
+    until: usize,
+    /// `None` where there was no thread to be had.
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Known {
+    /// Is nothing left of it, neither an arena nor registrations?
+    fn is_over(&self) -> bool {
+        self.arena.strong_count() == 0 && self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
 }
 
 impl Arenas {
     pub(super) fn new(context: &Arc<Context>, part_bytes: usize) -> Arenas {
         // Of whole pages, or two parts would share one.
         let part_bytes = part_bytes.clamp(PAGE, PART_MAX) / PAGE * PAGE;
-        Arenas { context: context.clone(), part_bytes, threads: Mutex::default(), known: Mutex::default() }
+        Arenas { context: context.clone(), part_bytes, known: Mutex::default() }
     }
 
-    /// Begins to register a mapping.
+    fn known(&self) -> MutexGuard<'_, Vec<Known>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to register a mapping. One that is held by a copy still, or by somebody else, stays as it is. What was let go is waited for:
+    /// memory cannot be registered twice, and no copy may begin under a registration that is about to go.
     pub(super) fn map(&self, mapping: ArenaMapping) -> Arc<Arena> {
+        let (from, until) = (mapping.base as usize, mapping.base as usize + mapping.bytes);
+        if !self.context.is_ours() {
+            // What is known are the parent's, and its threads.
+            return self.register(mapping, from, until, Vec::new());
+        }
+        let mut known = self.known();
+        known.retain(|known| !known.is_over());
+        let same = known.iter().filter(|known| (known.from, known.until) == (from, until));
+        if let Some(arena) = same.filter_map(|known| known.arena.upgrade()).next() {
+            return arena;
+        }
+        let is_gone = |known: &Known| known.arena.strong_count() == 0;
+        let is_here = |known: &Known| known.from < until && from < known.until;
+        let here: Vec<Known> = known.extract_if(.., |known| is_gone(known) && is_here(known)).collect();
+        let going = known.iter().filter(|known| is_gone(known)).map(|known| known.shared.clone()).collect();
+        drop(known);
+        // Without the lock: copies elsewhere go on.
+        join(here);
+        self.register(mapping, from, until, going)
+    }
+
+    /// `going`: what was let go, and may be registered still. There may be memory to lock for one of them only.
+    fn register(
+        &self,
+        mapping: ArenaMapping,
+        from: usize,
+        until: usize,
+        going: Vec<Weak<Shared>>,
+    ) -> Arc<Arena> {
         let count = mapping.bytes.div_ceil(self.part_bytes);
         let part = |_| Part { state: Word::new(PENDING), alias: std::sync::OnceLock::new() };
         let shared = Arc::new(Shared {
@@ -159,34 +211,27 @@ impl Arenas {
             parts: (0..count).map(part).collect(),
             ended: Word::default(),
         });
-        let arena = Arc::new(Arena { shared: shared.clone() });
+        let (arena, weak) = (Arc::new(Arena { shared: shared.clone() }), Arc::downgrade(&shared));
         let work = move || {
-            let registered = shared.register();
+            let registered = shared.register(&going);
             while shared.ended.get() == 0 {
                 shared.ended.wait(0);
             }
             shared.unregister(registered);
         };
-        match std::thread::Builder::new().name("kvring-register".into()).spawn(work) {
-            Ok(thread) => {
-                let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-                threads.retain(|thread| !thread.is_finished());
-                threads.push(thread);
-            }
-            Err(error) => {
-                tracing::warn!(%error, "no thread to register the arena with the GPU: copies go through the driver's buffers");
-            }
-        }
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.retain(|arena| arena.strong_count() > 0);
-        known.push(Arc::downgrade(&arena));
+        let thread = std::thread::Builder::new().name("kvring-register".into()).spawn(work);
+        let thread = thread.inspect_err(|error| {
+            tracing::warn!(%error, "no thread to register the arena with the GPU: copies go through the driver's buffers");
+        });
+        let (of, shared, thread) = (Arc::downgrade(&arena), weak, thread.ok());
+        self.known().push(Known { arena: of, shared, from, until, thread });
         arena
     }
 
     /// The arena that holds this range.
     pub(super) fn holding(&self, host: *mut u8, bytes: usize) -> Option<Arc<Arena>> {
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        known.iter().rev().filter_map(std::sync::Weak::upgrade).find(|arena| arena.holds(host, bytes))
+        let known = self.known();
+        known.iter().rev().filter_map(|known| known.arena.upgrade()).find(|arena| arena.holds(host, bytes))
     }
 }
 
@@ -195,22 +240,30 @@ impl Drop for Arenas {
         if !self.context.is_ours() {
             return;
         }
-        let threads = core::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        for arena in self.known.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            if let Some(arena) = arena.upgrade() {
-                arena.shared.ended.bump_and_wake();
-            }
+        let known = core::mem::take(&mut *self.known());
+        for arena in known.iter().filter_map(|known| known.arena.upgrade()) {
+            arena.shared.ended.bump_and_wake();
         }
-        for thread in threads {
-            // One that panicked has said so.
-            let _ = thread.join();
-        }
+        join(known);
+    }
+}
+
+/// Waits until nothing is registered of them any more: nobody holds them.
+fn join(gone: Vec<Known>) {
+    for thread in gone.into_iter().filter_map(|known| known.thread) {
+        // One that panicked has said so.
+        let _ = thread.join();
     }
 }
 
 impl Shared {
-    /// Registers part after part; how many.
-    fn register(&self) -> usize {
+    /// Registers part after part, once the others are gone; how many.
+    fn register(&self, others: &[Weak<Shared>]) -> usize {
+        while others.iter().any(|other| other.strong_count() > 0) {
+            if self.pause(LOOK_EVERY) {
+                return 0;
+            }
+        }
         let began = Instant::now();
         let lock = self.mapping.lock.as_ref().and_then(|path| match File::open(path) {
             Ok(file) => Some(file),

@@ -170,3 +170,67 @@ fn a_backend_that_goes_waits_for_what_it_copies() {
         assert_eq!(calls::finish(torch as _), None, "nothing was at fault");
     });
 }
+
+/// The same mapping again, while what was made of it is still being undone: two registrations of the same memory are an error
+/// of the driver's, and a copy that begins under one that goes is a fault that ends the context.
+#[test]
+fn an_arena_that_is_let_go_and_mapped_again_at_once() {
+    inside("leaks::an_arena_that_is_let_go_and_mapped_again_at_once", &[], |fake| {
+        let _context = calls::context();
+        let torch = calls::stream() as u64;
+        let cache = Cache::plain(2, 8192, 40, 2);
+        for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy] {
+            let (arena, kept) = (Arena::new(8 * PART), Arc::new(()));
+            let all = arena.all.len as u64;
+            let backend = backend(mode);
+            backend.prepare(&cache.paged).unwrap();
+            // Its thread sleeps: it is noticed late that the arena has been let go.
+            arena.grow(all / 2);
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            until("half of it", || mapped.registered_bytes() == all / 2);
+            drop(mapped);
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            // A copy that has yet to begin when all of that has happened.
+            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, calls::FAR_LATER_US), 0);
+            let fence = backend.fence(ComputeStream(torch)).unwrap();
+            let shards = [(arena.at(0), vec![7, 9])];
+            let transfer = backend.submit(batch(Direction::Store, &cache, false, fence, &shards)).unwrap();
+            // And again: with a copy of the first one's in flight.
+            drop(mapped);
+            let mapped = backend.map_arena(arena.mapping(kept.clone()));
+            transfer.wait().unwrap();
+            let image = pattern(3, cache.all.len);
+            assert!(arena.all.read()[..cache.shard_bytes()] == cache.gather(&image, &shards[0].1), "{mode}");
+            arena.grow(all);
+            until("all of it", || mapped.registered_bytes() == all);
+            drop(mapped);
+            until("it is let go", || Arc::strong_count(&kept) == 1);
+            assert_eq!(fake.counts().registrations, 0, "{mode}");
+        }
+    });
+}
+
+/// As after a cold restart of the engine: the earlier arena is unregistered in the background.
+#[test]
+fn another_arena_is_registered_where_only_one_can_be_locked() {
+    let limit = (8 * PART).to_string();
+    let env = [("FAKE_CUDA_LOCKED", &*limit)];
+    inside("leaks::another_arena_is_registered_where_only_one_can_be_locked", &env, |fake| {
+        let _context = calls::context();
+        let backend = backend(CopyMode::Batch);
+        for _ in 0..4 {
+            let (one, other) = (Arena::new(8 * PART), Arena::new(8 * PART));
+            let all = one.all.len as u64;
+            // Its thread sleeps: it is noticed late that the arena has been let go.
+            one.grow(all / 2);
+            let mapped = backend.map_arena(one.mapping(Arc::new(())));
+            until("half of it", || mapped.registered_bytes() == all / 2);
+            drop(mapped);
+            let mapped = backend.map_arena(other.mapping(Arc::new(())));
+            until("all of it", || mapped.registered_bytes() == all);
+            drop(mapped);
+        }
+        drop(backend);
+        assert_eq!(fake.counts().registrations, 0);
+    });
+}
