@@ -48,9 +48,12 @@ pub enum CopyError {
         /// Where the cache is.
         got: String,
     },
-    /// The GPU, or its driver.
+    /// The GPU, or its driver. Nothing is being copied any more.
     #[error(transparent)]
     Gpu(#[from] crate::cuda::GpuError),
+    /// The driver will not say whether the copy has ended: a device may still write where it was to.
+    #[error("it is not known whether a copy has ended: {0}")]
+    Unended(crate::cuda::GpuError),
 }
 
 /// The arena as this process has mapped it, told to a backend once for each mapping.

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
-use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, Transfer};
+use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, GpuError, Transfer};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
@@ -19,6 +19,7 @@ enum Fault {
     PanicAtStart,
     FailWhileCopying,
     PanicWhileCopying,
+    Unended,
 }
 
 /// Copies as the CPU backend does, except for the faults that it is told of.
@@ -63,7 +64,11 @@ impl Transfer for FaultyTransfer {
     fn wait(self: Box<Self>) -> Result<CopyDone, CopyError> {
         assert_ne!(self.fault, Fault::PanicWhileCopying, "a fault that was asked for");
         let done = self.inner.wait()?;
-        if self.fault == Fault::FailWhileCopying { Err(CopyError::ThreadFailed) } else { Ok(done) }
+        match self.fault {
+            Fault::FailWhileCopying => Err(CopyError::ThreadFailed),
+            Fault::Unended => Err(CopyError::Unended(GpuError::NoDriver)),
+            _ => Ok(done),
+        }
     }
 }
 
@@ -95,5 +100,24 @@ fn a_failing_backend_costs_jobs_and_nothing_else() {
         assert_eq!(worker.store("r", round(number + 100), None, &keys, 0), all_stored(8), "after {fault:?}");
     }
     drop((worker, scheduler));
+    engine.settles(0);
+}
+
+/// A device may still write there: nobody else gets the slots while this client is there, whatever becomes of the engine.
+#[test]
+fn slots_of_a_copy_that_may_still_run_are_given_to_nobody() {
+    let mut engine = EngineProcess::start("unended", 16);
+    let backend = Arc::new(Faulty { inner: CpuBackend::new(2), fault: Mutex::new(Fault::Unended) });
+    let mut worker = WorkerSide::copying_with(&WorkerSpec::new(&engine.name), backend.clone()).unwrap();
+    let (keys, round) = (chain(1, 8), |number| Round { source: 1, number });
+    assert_eq!(worker.store("r", round(1), None, &keys, 0), Stored { dropped: 8, ..Stored::default() });
+    backend.set(Fault::None);
+    assert_eq!(worker.store("r", round(2), None, &chain(2, 8), 0), all_stored(8));
+    engine.stat_becomes("slots_writing", 8);
+    engine.kill();
+    engine.restart();
+    worker.wait_ready(LIMIT).unwrap();
+    engine.stat_becomes("slots_writing", 8);
+    drop(worker);
     engine.settles(0);
 }

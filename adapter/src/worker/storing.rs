@@ -48,8 +48,16 @@ struct Grant<'a> {
     shards: Vec<Granted<'a>>,
     batch: BatchId,
     ledger: &'a Ledger,
-    /// Its commit is the ledger's by now.
+    /// What becomes of it is the ledger's by now.
     committed: bool,
+}
+
+impl Grant<'_> {
+    /// A device may still write there: the slots stay ours, and in the ledger, as long as this client has its entry.
+    fn keep(mut self) {
+        self.ledger.leave(self.batch);
+        self.committed = true;
+    }
 }
 
 impl Drop for Grant<'_> {
@@ -392,7 +400,7 @@ impl<'a> Store<'a> {
         match self.mover.start(Direction::Store, self.attachment, shards, self.job, checksum) {
             Ok(transfer) => Some(Copying { transfer, grant, running, pass, started_ns }),
             Err(error) => {
-                self.copy_failed(&grant, &error);
+                self.copy_failed(grant, &error);
                 None
             }
         }
@@ -411,7 +419,7 @@ impl<'a> Store<'a> {
         let checksums = match copied {
             Ok(done) => done.checksums,
             Err(error) => {
-                self.copy_failed(&grant, &error);
+                self.copy_failed(grant, &error);
                 return None;
             }
         };
@@ -438,9 +446,12 @@ impl<'a> Store<'a> {
         Some(Commit { batch, sent, count })
     }
 
-    fn copy_failed(&mut self, grant: &Grant<'_>, error: &CopyError) {
+    fn copy_failed(&mut self, grant: Grant<'_>, error: &CopyError) {
         tracing::error!(request = %self.job.request, %error, "a copy into the arena failed; the store is dropped");
         self.report.drop_shards(grant.shards.len() as u32, Dropped::Failed);
+        if matches!(error, CopyError::Unended(_)) {
+            grant.keep();
+        }
     }
 
     /// Waits for a commit's answer, at most until `until`, and not at all where its engine has gone.

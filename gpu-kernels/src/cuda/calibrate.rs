@@ -177,10 +177,10 @@ impl Scratch {
             let added = unsafe { batch.shard(self.host.host().wrapping_add(at), &blocks) };
             added.map_err(|error| GpuError::Mode { asked: "auto", why: error.to_string() })?;
         }
-        let transfer = backend.start(batch, &self.prepared, way, Some(&self.arena))?;
-        match Box::new(transfer).wait() {
+        let transfer = backend.start(batch, &self.prepared, way, Some(&self.arena));
+        match transfer.and_then(|transfer| Box::new(transfer).wait()) {
             Ok(_) => Ok(()),
-            Err(CopyError::Gpu(error)) => Err(error),
+            Err(CopyError::Gpu(error) | CopyError::Unended(error)) => Err(error),
             Err(error) => Err(GpuError::Mode { asked: "auto", why: error.to_string() }),
         }
     }

@@ -221,13 +221,13 @@ impl CudaBackend {
         prepared: &Prepared,
         way: Way,
         pinned: Option<&Arc<Arena>>,
-    ) -> Result<GpuTransfer, GpuError> {
+    ) -> Result<GpuTransfer, CopyError> {
         if batch.checksum && prepared.tiled.is_none() {
             let why = match &self.kernels {
                 Err(error) => without_kernels(error),
                 Ok(_) => "kernels cannot copy this cache".to_owned(),
             };
-            return Err(GpuError::Mode { asked: "checksum", why });
+            return Err(GpuError::Mode { asked: "checksum", why }.into());
         }
         let _entered = self.context.enter()?;
         let shard_bytes = batch.paged.shard_bytes() as usize;
@@ -279,8 +279,9 @@ impl CudaBackend {
                 if lanes.synchronize().is_err_and(|error| !error.is_final()) {
                     // What may still be written is not given to another batch.
                     core::mem::forget(sums);
+                    return Err(CopyError::Unended(error));
                 }
-                Err(error)
+                Err(error.into())
             }
         }
     }

@@ -20,7 +20,7 @@ pub(super) struct GpuTransfer {
     /// Of the lanes that have not been seen to end.
     pub(super) events: Vec<Recorded>,
     pub(super) sums: Option<Sums>,
-    pub(super) failed: Option<GpuError>,
+    pub(super) failed: Option<CopyError>,
     /// Since when the driver will not say whether it has ended.
     pub(super) unsure: Option<Instant>,
     /// What is being copied stays what it is, and the arenas stay registered.
@@ -57,11 +57,13 @@ impl GpuTransfer {
         let since = *self.unsure.get_or_insert_with(Instant::now);
         if error.is_final() || since.elapsed() > PATIENCE {
             self.events.clear();
-            if !error.is_final() {
+            if error.is_final() {
+                self.failed.get_or_insert(error.into());
+            } else {
                 // What may still be written is not given to another batch.
                 core::mem::forget(self.sums.take());
+                self.failed = Some(CopyError::Unended(error));
             }
-            self.failed.get_or_insert(error);
         }
     }
 
@@ -98,7 +100,7 @@ impl Transfer for GpuTransfer {
     fn wait(mut self: Box<Self>) -> Result<CopyDone, CopyError> {
         self.finish();
         if let Some(error) = self.failed.take() {
-            return Err(error.into());
+            return Err(error);
         }
         let totals = self.sums.as_ref().map(Sums::totals).unwrap_or_default();
         let bytes = self.batch.paged.shard_bytes();

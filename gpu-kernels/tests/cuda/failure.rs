@@ -367,6 +367,42 @@ fn an_error_of_looking_is_not_the_end_of_a_copy() {
     });
 }
 
+/// The driver does not say for so long that nobody waits any more, and then the copy begins after all: what was to be written is not
+/// to be given to anybody else.
+#[test]
+fn a_copy_that_is_not_known_to_have_ended_says_so() {
+    inside("failure::a_copy_that_is_not_known_to_have_ended_says_so", &[], |fake| {
+        let _context = calls::context();
+        let torch = calls::stream() as u64;
+        let cache = Cache::plain(2, 8192, 40, 8);
+        let arena = Arena::new(cache.shard_bytes());
+        let backend = backend(CopyMode::Staged);
+        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+        backend.prepare(&cache.paged).unwrap();
+        let shards = [(arena.at(0), vec![1, 2, 3, 4, 5, 6, 7, 8])];
+        for half_way in [false, true] {
+            let before = arena.all.renew(&mut Rng(5));
+            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 6, 4_000_000), 0);
+            let fence = backend.fence(ComputeStream(torch)).unwrap();
+            if half_way {
+                fake.fail_once("cuEventRecord", 1, 1);
+            }
+            for call in ["cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize"] {
+                fake.fail(call, 999, 1);
+            }
+            let store = batch(Direction::Store, &cache, true, fence, &shards);
+            let error = backend.submit(store).and_then(|transfer| transfer.wait()).unwrap_err();
+            assert!(matches!(error, CopyError::Unended(GpuError::Call { .. })), "{error}");
+            assert!(arena.all.read() == before, "it has yet to begin");
+            fake.reset();
+            let image = pattern(6, cache.all.len);
+            let shard = cache.gather(&image, &shards[0].1);
+            until("it was written all the same", || arena.all.read() == shard);
+        }
+    });
+}
+
 fn lose(fake: &Fake, code: i32) {
     let _context = calls::context();
     let torch = calls::stream() as u64;
@@ -394,8 +430,11 @@ fn lose(fake: &Fake, code: i32) {
         }
         fake.lose(code);
         for waiting in waiting {
-            let error = waiting.join().unwrap().unwrap_err();
-            assert!(matches!(error, CopyError::Gpu(GpuError::Call { .. })), "{error}");
+            match waiting.join().unwrap().unwrap_err() {
+                CopyError::Unended(GpuError::Call { .. }) if code == 999 => {}
+                CopyError::Gpu(GpuError::Call { .. }) if code != 999 => {}
+                error => panic!("{error}"),
+            }
         }
     });
     while !polled.poll() {

@@ -210,7 +210,7 @@ fn a_thread_that_is_not_in_the_context_is_told_so() {
                 }
                 let error = store().unwrap_err();
                 assert!(
-                    matches!(error, CopyError::Gpu(GpuError::Call { code: 201, .. })),
+                    matches!(error, CopyError::Unended(GpuError::Call { code: 201, .. })),
                     "without its context: {error}"
                 );
                 fake.reset();
