@@ -28,6 +28,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The longest pause between two parts.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
+/// How long the lock is waited for: politeness that costs no more than that where somebody stands still with it, or has left it to a
+/// child of a fork.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
 const PENDING: u32 = 0;
 const REGISTERED: u32 = 1;
 
@@ -265,7 +269,7 @@ impl Shared {
             }
         }
         let began = Instant::now();
-        let lock = self.mapping.lock.as_ref().and_then(|path| match File::open(path) {
+        let mut lock = self.mapping.lock.as_ref().and_then(|path| match File::open(path) {
             Ok(file) => Some(file),
             Err(error) => {
                 tracing::debug!(path = %path.display(), %error, "registering without a lock");
@@ -283,7 +287,12 @@ impl Shared {
             let Some(locked) = self.lock(lock.as_ref()) else { return index };
             let started = Instant::now();
             let outcome = self.register_part(index, end);
+            let is_alone = locked.0.is_none();
             drop(locked);
+            if is_alone {
+                // Not waited for again.
+                lock = None;
+            }
             if let Err(error) = outcome {
                 let (registered, of) = (index * self.part_bytes, self.mapping.bytes);
                 let hint = if error.is_out_of_memory() { "; look at `ulimit -l`" } else { "" };
@@ -338,13 +347,15 @@ impl Shared {
         }
     }
 
-    /// The lock, as soon as it can be had; `None` where the thread is to end.
+    /// The lock, as soon as it can be had, or none after [`LOCK_PATIENCE`]; `None` where the thread is to end.
     fn lock<'a>(&self, file: Option<&'a File>) -> Option<Locked<'a>> {
         let Some(file) = file else { return Some(Locked(None)) };
+        let until = Instant::now() + LOCK_PATIENCE;
         loop {
             match file.try_lock() {
                 Ok(()) => return Some(Locked(Some(file))),
-                Err(std::fs::TryLockError::WouldBlock) => {}
+                Err(std::fs::TryLockError::WouldBlock) if Instant::now() < until => {}
+                Err(std::fs::TryLockError::WouldBlock) => return Some(Locked(None)),
                 // Only politeness is lost.
                 Err(std::fs::TryLockError::Error(_)) => return Some(Locked(None)),
             }

@@ -142,6 +142,13 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
         assert_eq!(mapped.registered_bytes(), 0);
         lock.unlock().unwrap();
         until("registered", || mapped.registered_bytes() == 2 * PART as u64);
+        drop(mapped);
+        // Who never gives it back keeps nobody from it for good.
+        lock.lock().unwrap();
+        let mut mapping = Arena::new(9 * PART).mapping(Arc::new(()));
+        mapping.lock = Some(folder.clone());
+        let mapped = backend.map_arena(mapping);
+        until("registered all the same", || mapped.registered_bytes() == 9 * PART as u64);
         std::fs::remove_file(&folder).unwrap();
     });
 }
