@@ -389,12 +389,16 @@ impl WorkerAdapter {
     }
 
     /// Finishes what is open (up to `drain_timeout`; copies that run are always waited for), then ends the client.
-    /// Idempotent. After it nothing of this adapter touches the KV cache.
+    /// Idempotent. After it nothing of this adapter touches the KV cache, or a GPU.
     pub fn shutdown(&mut self) {
         if let Some(running) = self.running.take() {
             self.stop(running);
         }
         self.client.shutdown();
+        // Who lives on does not keep its memory, and who ends does not do so while one of its threads talks to a driver.
+        if let Backend::Own(own) = &mut self.backend {
+            *own = None;
+        }
     }
 
     fn stop(&self, mut running: Running) {
@@ -428,5 +432,46 @@ impl Drop for WorkerAdapter {
 fn copy_text(to: &mut [u8], text: &str) {
     for (to, from) in to.iter_mut().zip(text.bytes()) {
         *to = from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::ClientOptions;
+
+    fn copy_threads() -> usize {
+        let name = |task: std::io::Result<std::fs::DirEntry>| {
+            std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+        };
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        tasks.filter_map(name).filter(|name| name.starts_with("kvring-copy")).count()
+    }
+
+    #[test]
+    fn after_a_shutdown_there_is_no_backend() {
+        let options = ClientOptions {
+            engine: "no-engine-of-this-name".to_owned(),
+            register_timeout: Duration::from_millis(1),
+            ..ClientOptions::default()
+        };
+        let client = Client::new(Role::Worker, options).unwrap();
+        let options = WorkerOptions { copy_threads: Some(3), ..WorkerOptions::new([1; 4], 1, 0, 16) };
+        let mut adapter = WorkerAdapter::new(&client, options).unwrap();
+        let mut memory = vec![0u8; 4096];
+        let plane = Plane { base: memory.as_mut_ptr(), block_stride: 1024, page_bytes: 1024 };
+        // SAFETY: it lives longer than the adapter.
+        let paged = unsafe { PagedKv::new(vec![plane], 4, 1) }.unwrap();
+        adapter.register_kv_caches(paged).unwrap();
+        assert_eq!(copy_threads(), 2);
+        adapter.shutdown();
+        // A thread that has been joined may be seen for a moment still.
+        let until = std::time::Instant::now() + Duration::from_secs(10);
+        while copy_threads() > 0 {
+            assert!(std::time::Instant::now() < until, "its threads are there still");
+            std::thread::yield_now();
+        }
+        adapter.shutdown();
+        drop(adapter);
     }
 }
