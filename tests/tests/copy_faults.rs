@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
-use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, GpuError, Transfer};
+use kvring_gpu_kernels::{
+    ArenaMapping, ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, Fence, GpuError,
+    MappedArena, PagedKv, Transfer,
+};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
@@ -118,6 +121,50 @@ fn slots_of_a_copy_that_may_still_run_are_given_to_nobody() {
     engine.restart();
     worker.wait_ready(LIMIT).unwrap();
     engine.stat_becomes("slots_writing", 8);
+    drop(worker);
+    engine.settles(0);
+}
+
+/// Makes nothing of the arena, and says so by a panic.
+struct NoArena(CpuBackend);
+
+impl CopyBackend for NoArena {
+    fn prepare(&self, paged: &Arc<PagedKv>) -> Result<(), CopyError> {
+        self.0.prepare(paged)
+    }
+
+    fn map_arena(&self, _: ArenaMapping) -> Arc<dyn MappedArena> {
+        panic!("a fault that was asked for")
+    }
+
+    fn writes_by_device(&self) -> bool {
+        true
+    }
+
+    fn fence(&self, stream: ComputeStream) -> Result<Fence, CopyError> {
+        self.0.fence(stream)
+    }
+
+    fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        self.0.submit(batch)
+    }
+
+    fn name(&self) -> &'static str {
+        "no arena"
+    }
+}
+
+#[test]
+fn a_backend_that_fails_at_the_arena_costs_jobs_and_not_their_reports() {
+    let engine = EngineProcess::start("no-arena", 16);
+    let backend = Arc::new(NoArena(CpuBackend::new(2)));
+    let mut worker = WorkerSide::copying_with(&WorkerSpec::new(&engine.name), backend).unwrap();
+    for number in 1..4 {
+        let keys = chain(u64::from(number), 8);
+        let stored = worker.store("r", Round { source: 1, number }, None, &keys, 0);
+        assert_eq!(stored, Stored { dropped: 8, ..Stored::default() });
+        engine.stat_becomes("slots_writing", 0);
+    }
     drop(worker);
     engine.settles(0);
 }

@@ -50,7 +50,10 @@ impl Mover {
         let mut unsettled: Vec<(Arc<Job>, Unsettled)> = Vec::new();
         loop {
             // Before the first job, too: what a backend does to a mapping takes long, and is done in the background.
-            self.look_at_arena();
+            // Nor may a backend that fails at it end this thread: jobs would never be reported.
+            if catch_unwind(AssertUnwindSafe(|| self.look_at_arena())).is_err() {
+                tracing::error!("the copy backend failed at the arena's mapping");
+            }
             match self.queue.next(self.patience(!unsettled.is_empty())) {
                 Next::Job(job) => {
                     let waits = self.carry_out(&job);
