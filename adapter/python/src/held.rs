@@ -35,6 +35,16 @@ impl<T: Send> Held<T> {
         }
     }
 
+    /// Does something that takes no time, unless `may_wait`: a GPU's driver may hold its locks for a while.
+    pub(crate) fn soon<R: Send>(
+        &self,
+        py: Python<'_>,
+        may_wait: bool,
+        act: impl FnOnce(&mut T) -> R + Send,
+    ) -> R {
+        if may_wait { self.wait(py, act) } else { self.now(py, act) }
+    }
+
     /// Does something that may wait.
     pub(crate) fn wait<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut T) -> R + Send) -> R {
         py.detach(|| act(&mut self.lock()))

@@ -325,7 +325,7 @@ impl WorkerAdapter {
             let blocks = keys::blocks(blocks)?;
             let parent = parent.map(|parent| keys::one(parent, "parent")).transpose()?;
             let round = Round { source: round.0, number: round.1 };
-            let job = self.held.now(py, |worker| {
+            let job = self.held.soon(py, stream.is_some(), |worker| {
                 let by_chunk = by_chunk(&blocks, keys.len(), worker.blocks_per_chunk()?)?;
                 let chunks = keys.iter().zip(by_chunk);
                 let chunks = chunks.map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.to_vec() });
@@ -352,7 +352,7 @@ impl WorkerAdapter {
             };
             let shards = unpack(bytes).map_err(|error| errors::config(py, error))?;
             let blocks = keys::blocks(blocks)?;
-            let job = self.held.now(py, |worker| {
+            let job = self.held.soon(py, stream.is_some(), |worker| {
                 let by_chunk = by_chunk(&blocks, shards.len(), worker.blocks_per_chunk()?)?;
                 let chunks = shards.iter().zip(by_chunk);
                 let chunks =

@@ -259,6 +259,7 @@ impl CudaBackend {
             lanes: &mut lanes,
             arenas: &arenas,
             fence: fence.and_then(Recorded::event),
+            waited: false,
             sums,
             direction: batch.direction,
         };

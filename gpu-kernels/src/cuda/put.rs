@@ -43,6 +43,8 @@ pub(super) struct Put<'a> {
     pub(super) lanes: &'a mut Lanes,
     pub(super) arenas: &'a [Arc<Arena>],
     pub(super) fence: Option<&'a Event>,
+    /// The host has waited for the fence.
+    pub(super) waited: bool,
     pub(super) sums: Option<Sums>,
     pub(super) direction: Direction,
 }
@@ -220,7 +222,7 @@ impl<'a> Put<'a> {
 
     /// A window between the arena and device memory.
     fn dma(
-        &self,
+        &mut self,
         shard: &Shard<'_>,
         host: *mut u8,
         device: u64,
@@ -235,8 +237,12 @@ impl<'a> Put<'a> {
         Ok(())
     }
 
-    /// One copy. From or to memory that is not registered the driver takes its time, here, and the order is the same.
-    fn copy(&self, piece: Piece, device: u64, stream: CUstream) -> Result<(), GpuError> {
+    /// One copy. From or to memory that is not registered the driver takes its time, here, and the order is the same. It would wait
+    /// for the fence inside, with whatever locks it holds: so that is done before, without any.
+    fn copy(&mut self, piece: Piece, device: u64, stream: CUstream) -> Result<(), GpuError> {
+        if !piece.registered && !core::mem::replace(&mut self.waited, true) {
+            self.fence.map_or(Ok(()), Event::synchronize)?;
+        }
         // SAFETY: as in `staged`.
         unsafe {
             match self.direction {
