@@ -6,6 +6,7 @@
 //! The *claim* ([`Claim`]) outlives an engine whose successor takes over the same arena: the keeper publishes its entry
 //! again, with another nonce and channel. What the entry was writing is its own all the time.
 
+use crate::arena::Arena;
 use crate::client::Shared;
 use crate::fork::ForkGuard;
 use crate::gate::WriterGate;
@@ -13,7 +14,6 @@ use crate::health::Health;
 use crate::link::{Link, LinkParts};
 use crate::stand_ins;
 use core::mem::ManuallyDrop;
-use kvring_gpu_kernels::ArenaMapping;
 use kvring_shm_abi::channel::{Channel, ChannelError};
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{self, AttachStatus, EngineSegment, OWNER_WORD, Places};
@@ -22,7 +22,7 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, wait_any};
 use kvring_shm_abi::life::{ClaimError, Life, LifeWord};
 use kvring_shm_abi::lobby::{self, CLIENTS_MAX, EntryContent, LOBBY_BYTES, Lobby, Role};
-use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
+use kvring_shm_abi::mapping::OutOfBounds;
 use kvring_shm_abi::probe::{DeathNotice, Means};
 use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
@@ -118,45 +118,6 @@ impl AttachError {
             AttachError::Cancelled => Health::ShutDown,
             AttachError::Mismatch { .. } => Health::Incompatible(self.to_string()),
             other => Health::Refused(other.to_string()),
-        }
-    }
-}
-
-/// The arena, as a worker sees it.
-#[derive(Clone)]
-pub(crate) struct Arena {
-    mapping: Arc<Mapping>,
-    bytes: u64,
-}
-
-impl Arena {
-    /// The address of `length` bytes at `offset`, if they are in the arena.
-    pub(crate) fn address(&self, offset: u64, length: u64) -> Option<*mut u8> {
-        let end = offset.checked_add(length)?;
-        // SAFETY: inside the mapping, which has at least `bytes` bytes.
-        (end <= self.bytes).then(|| unsafe { self.mapping.base().as_ptr().add(offset as usize) })
-    }
-
-    /// Is it this mapping?
-    pub(crate) fn is(&self, other: &Arena) -> bool {
-        Arc::ptr_eq(&self.mapping, &other.mapping)
-    }
-
-    /// What a copy backend needs to know of it. `engine` tells how much of it has memory.
-    pub(crate) fn mapping(&self, engine: EngineSegment, slab_bytes: u64, name: &str) -> ArenaMapping {
-        let allocated = move || {
-            // SYNC POINT: no data depends on it, only whether pages are there.
-            u64::from(engine.info().slabs_allocated.load(Ordering::Relaxed)) * slab_bytes
-        };
-        let path =
-            |name: segment::EngineName| std::path::Path::new(segment::SHM_DIR).join(&name.arena()[1..]);
-        let lock = segment::EngineName::new(name).ok().map(path);
-        ArenaMapping {
-            base: self.mapping.base().as_ptr(),
-            bytes: self.bytes as usize,
-            allocated: Arc::new(allocated),
-            lock,
-            keep: self.mapping.clone(),
         }
     }
 }
@@ -305,7 +266,7 @@ fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, At
     let file = SegmentFile::open(&name.arena(), Access::ReadWrite)?;
     let mapping = Arc::new(file.map(bytes, Access::ReadWrite)?);
     check_sibling(mapping.at(arena_bytes as usize)?, Kind::Arena, bytes, &name.arena(), engine)?;
-    Ok(Arena { mapping, bytes: arena_bytes })
+    Ok(Arena::new(mapping, arena_bytes))
 }
 
 /// An entry of the lobby that is ours as long as this lives: dropping it gives the entry up, and the engine frees what it

@@ -3,6 +3,7 @@
 //! Adapters share a [`Client`], which attaches by itself, notices the engine's death and restart, and attaches again.
 //! Every call returns by its deadline, whatever the engine does.
 
+mod arena;
 mod attachment;
 mod client;
 mod counters;
@@ -28,6 +29,7 @@ pub use client::{Client, Probe};
 pub use counters::ClientStats;
 pub use error::{CallError, RegisterError};
 pub use health::Health;
+pub use kvring_gpu_kernels::Digest;
 pub use kvring_shm_abi::engine_segment::ShardHandle;
 pub use kvring_shm_abi::lobby::Role;
 pub use kvring_shm_abi::message::{KEYS_MAX, Key, Round};

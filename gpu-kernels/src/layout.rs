@@ -11,6 +11,7 @@
 //! chunk][plane][page bytes]`. So the groups, the order of planes and their page sizes belong to the namespace: they go into
 //! the layout digest.
 
+use crate::digest::Digest;
 use core::fmt;
 
 /// As a block id of a load: these pages are not written. vLLM holds them already, or has no block there.
@@ -253,9 +254,8 @@ impl PagedKv {
     /// A digest of what decides the order of bytes in a shard.
     #[must_use]
     pub fn layout_digest(&self) -> u64 {
-        // FNV-1a: not a secret, only a check that two runs of one rank mean the same.
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        let mut mix = |value: u64| hash = (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3);
+        let mut digest = Digest::default();
+        let mut mix = |word| digest.mix(word);
         mix(self.order);
         for group in &self.groups {
             mix(u64::from(group.blocks_per_chunk));
@@ -265,7 +265,7 @@ impl PagedKv {
                 mix(plane.page_bytes as u64);
             }
         }
-        hash
+        digest.value()
     }
 
     /// Checks one chunk's block ids; `may_skip`: for a load.

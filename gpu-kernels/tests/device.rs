@@ -19,6 +19,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use support::calls::shared;
 use support::fake::{inside, is_real};
+use support::random::Rng;
 
 /// Of the arena, whose parts are shorter than it: shards straddle them.
 const ARENA: usize = 1 << 20;
@@ -27,28 +28,6 @@ const PART: usize = 256 << 10;
 const CACHE: usize = 512 << 10;
 /// Rounds before another cache is made.
 const PER_CACHE: usize = 4;
-
-/// splitmix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Below `end`.
-    fn below(&mut self, end: usize) -> usize {
-        (self.next() % end as u64) as usize
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        let words = (0..count.div_ceil(8)).flat_map(|_| self.next().to_le_bytes());
-        words.take(count).collect()
-    }
-}
 
 /// How often, and with which numbers.
 fn setting(name: &str, default: u64) -> u64 {
@@ -119,25 +98,25 @@ impl Bench {
 
 /// A random cache in `CACHE` bytes from `base` on: pages in any order, contiguous or with gaps, of any multiple of `unit`.
 fn cache(rng: &mut Rng, base: u64, unit: usize) -> Arc<PagedKv> {
-    let mut at = rng.below(64) * unit;
+    let mut at = rng.within(0, 63) * unit;
     let mut groups = Vec::new();
-    for _ in 0..=rng.below(2) {
-        let blocks = 1 + rng.below(12);
+    for _ in 0..=rng.within(0, 1) {
+        let blocks = rng.within(1, 12);
         let mut planes: Vec<Plane> = Vec::new();
-        for _ in 0..=rng.below(4) {
-            let longest = [4, 64, 700][rng.below(3)];
-            let page = unit * (1 + rng.below(longest));
-            let gap = if rng.below(2) == 0 { 0 } else { unit * rng.below(40) };
+        for _ in 0..=rng.within(0, 3) {
+            let longest = [4, 64, 700][rng.within(0, 2)];
+            let page = unit * rng.within(1, longest);
+            let gap = if rng.one_in(2) { 0 } else { unit * rng.within(0, 39) };
             let base_of = |at: usize| (base + at as u64) as *mut u8;
             let stride = page + gap;
             if at + blocks * stride > CACHE {
                 break;
             }
             planes.push(Plane { base: base_of(at), block_stride: stride, page_bytes: page });
-            at += blocks * stride + rng.below(3) * unit;
+            at += blocks * stride + rng.within(0, 2) * unit;
         }
         if !planes.is_empty() {
-            let blocks_per_chunk = 1 + rng.below(blocks.min(5)) as u32;
+            let blocks_per_chunk = rng.within(1, blocks.min(5)) as u32;
             groups.push(KvGroup { planes, num_blocks: blocks as u32, blocks_per_chunk });
         }
     }
@@ -160,8 +139,8 @@ fn chunks(rng: &mut Rng, paged: &PagedKv, wanted: usize, may_skip: bool) -> Vec<
                 return all;
             }
             for _ in 0..group.blocks_per_chunk {
-                let block = deck.swap_remove(rng.below(deck.len()));
-                blocks.push(if may_skip && rng.below(5) == 0 { SKIP } else { block });
+                let block = deck.swap_remove(rng.within(0, deck.len() - 1));
+                blocks.push(if may_skip && rng.one_in(5) { SKIP } else { block });
             }
         }
         all.push(blocks);
@@ -212,8 +191,10 @@ impl World {
     }
 
     fn round(&self, rng: &mut Rng, paged: &Arc<PagedKv>, can_sum: bool) {
-        let direction = if rng.below(2) == 0 { Direction::Store } else { Direction::Load };
-        let (mut device, mut arena) = (rng.bytes(CACHE), rng.bytes(ARENA));
+        let direction = if rng.one_in(2) { Direction::Store } else { Direction::Load };
+        let (mut device, mut arena) = (vec![0; CACHE], vec![0; ARENA]);
+        rng.fill(&mut device);
+        rng.fill(&mut arena);
         let before = device.clone();
         self.arena.write(&arena);
         // A store reads what has only just been put on the stream; a load waits for whoever still reads there.
@@ -222,15 +203,15 @@ impl World {
             self.bench.read();
         }
         let fence = self.backend.fence(self.bench.compute.compute_stream()).unwrap();
-        let with_sums = can_sum && rng.below(2) == 0;
+        let with_sums = can_sum && rng.one_in(2);
         let mut batch = CopyBatch::new(direction, paged, with_sums).after(fence);
         let length = paged.shard_bytes() as usize;
         let (mut at, mut sums) = (0, Vec::new());
-        let wanted = rng.below(7);
+        let wanted = rng.within(0, 6);
         for blocks in chunks(rng, paged, wanted, direction == Direction::Load) {
             // Kernels need shards that are aligned; DMA takes any.
-            let align = [1, 4, 16, 4096][rng.below(4)];
-            at = (at + rng.below(9000)).next_multiple_of(align);
+            let align = [1, 4, 16, 4096][rng.within(0, 3)];
+            at = (at + rng.within(0, 8999)).next_multiple_of(align);
             if at + length > ARENA {
                 break;
             }
@@ -266,8 +247,8 @@ fn rounds(mode: CopyMode) {
     let base = world.bench.memory.address();
     for _ in (0..count).step_by(PER_CACHE) {
         // No kernel copies what is no multiple of 4, or sums it.
-        let is_odd = matches!(mode, CopyMode::Batch | CopyMode::Auto) && rng.below(8) == 0;
-        let unit = if is_odd { 5 } else { [16, 16, 8, 4][rng.below(4)] };
+        let is_odd = matches!(mode, CopyMode::Batch | CopyMode::Auto) && rng.one_in(8);
+        let unit = if is_odd { 5 } else { [16, 16, 8, 4][rng.within(0, 3)] };
         let paged = cache(&mut rng, base, unit);
         for _ in 0..PER_CACHE {
             world.round(&mut rng, &paged, !is_odd);

@@ -1,5 +1,7 @@
 //! From tensors to planes: the contiguous pieces that a block's page is made of.
 
+use kvring_adapter::Digest;
+
 /// More planes than that are not a KV cache.
 pub(crate) const PLANES_MAX: usize = 1 << 16;
 /// Pairs of pieces looked at for an overlap, where they interleave in a way that no KV cache does.
@@ -56,42 +58,27 @@ pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<(Vec<Piece>,
     }
     check_overlap(num_blocks, &all)?;
     let mut digest = Digest::default();
-    tensors.iter().for_each(|tensor| digest.tensor(num_blocks, tensor));
+    tensors.iter().for_each(|tensor| mix_tensor(&mut digest, num_blocks, tensor));
     let pieces = joined(num_blocks, all, &mut digest);
-    Ok((pieces, digest.0))
+    Ok((pieces, digest.value()))
 }
 
-/// FNV-1a: not a secret, only a check that two runs mean the same.
-struct Digest(u64);
-
-impl Default for Digest {
-    fn default() -> Digest {
-        Digest(0xcbf2_9ce4_8422_2325)
-    }
-}
-
-impl Digest {
-    fn mix(&mut self, value: u64) {
-        self.0 = (self.0 ^ value).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-
-    /// Its form, and which of its dimensions comes before which in memory. Not the strides: where heads are outside the blocks
-    /// they follow from the number of blocks.
-    fn tensor(&mut self, num_blocks: u64, tensor: &Tensor) {
-        self.mix(tensor.itemsize);
-        self.mix(tensor.shape.len() as u64);
-        let mut dimensions: Vec<(i64, usize, u64)> = Vec::with_capacity(tensor.shape.len());
-        for (at, (&size, &stride)) in tensor.shape.iter().zip(&tensor.strides).enumerate() {
-            let size = if at == 0 { size / num_blocks } else { size };
-            self.mix(size);
-            // One of one element has no place.
-            if size > 1 {
-                dimensions.push((stride, at, size));
-            }
+/// Takes in a tensor's form, and which of its dimensions comes before which in memory. Not the strides: where heads are outside the
+/// blocks they follow from the number of blocks.
+fn mix_tensor(digest: &mut Digest, num_blocks: u64, tensor: &Tensor) {
+    digest.mix(tensor.itemsize);
+    digest.mix(tensor.shape.len() as u64);
+    let mut dimensions: Vec<(i64, usize, u64)> = Vec::with_capacity(tensor.shape.len());
+    for (at, (&size, &stride)) in tensor.shape.iter().zip(&tensor.strides).enumerate() {
+        let size = if at == 0 { size / num_blocks } else { size };
+        digest.mix(size);
+        // One of one element has no place.
+        if size > 1 {
+            dimensions.push((stride, at, size));
         }
-        dimensions.sort_unstable();
-        dimensions.iter().for_each(|(_, at, _)| self.mix(*at as u64));
     }
+    dimensions.sort_unstable();
+    dimensions.iter().for_each(|(_, at, _)| digest.mix(*at as u64));
 }
 
 /// By address, neighbours as one, if all of a block comes before anything of the next one: only there is the order of addresses

@@ -3,6 +3,8 @@
 
 use crate::support::calls;
 use crate::support::fake::Fake;
+pub(crate) use crate::support::random::Rng;
+use crate::support::random::{Laid, Sizes, lay, lay_packed};
 use kvring_gpu_kernels::{
     ArenaMapping, CopyBackend, CopyBatch, CopyDone, CopyError, CopyMode, CpuBackend, CudaBackend, Direction,
     Fence, GpuOptions, KvGroup, Memory, PagedKv, Plane, SKIP,
@@ -14,39 +16,6 @@ use std::sync::{Arc, Mutex};
 pub(crate) const PART: usize = 64 << 10;
 /// The axes from the outermost on, but for the content: Layers, Blocks, Heads, tokens (N).
 const ORDERS: [&str; 9] = ["LBHN", "LBNH", "LHBN", "BLHN", "BLNH", "BHLN", "LBN", "packed", "padded"];
-
-/// splitmix64.
-pub(crate) struct Rng(pub(crate) u64);
-
-impl Rng {
-    pub(crate) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From `low` to `high`, both included.
-    pub(crate) fn within(&mut self, low: usize, high: usize) -> usize {
-        low + (self.next() % (high - low + 1) as u64) as usize
-    }
-
-    pub(crate) fn one_in(&mut self, n: u64) -> bool {
-        self.next().is_multiple_of(n)
-    }
-
-    pub(crate) fn shuffle<T>(&mut self, all: &mut [T]) {
-        for at in (1..all.len()).rev() {
-            all.swap(at, self.within(0, at));
-        }
-    }
-
-    pub(crate) fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
 
 /// Memory that transfers write too: looked at, and changed, only while none runs that does.
 #[derive(Clone, Copy, Debug)]
@@ -116,14 +85,6 @@ impl Arena {
     }
 }
 
-/// One plane: where block 0's page is, in the cache's memory.
-#[derive(Clone, Debug)]
-struct Laid {
-    at: usize,
-    stride: usize,
-    page: usize,
-}
-
 #[derive(Clone, Debug)]
 struct Group {
     order: &'static str,
@@ -177,45 +138,13 @@ impl Group {
         let heads = if axes.contains('H') { rng.within(1, 3) } else { 1 };
         let content = shape.unit * rng.within(1, shape.content);
         let spare = if order == "padded" || axes.is_empty() { shape.unit * rng.within(0, 5) } else { 0 };
-        let mut planes = Vec::new();
-        if axes.is_empty() {
-            // Pages of several sizes, in each other's gaps.
+        let mut planes;
+        (planes, at) = if axes.is_empty() {
             let pages: Vec<usize> = (0..=layers).map(|_| content * rng.within(1, tokens)).collect();
-            let stride = pages.iter().sum::<usize>() + spare;
-            let mut begin = at;
-            for page in pages {
-                planes.push(Laid { at: begin, stride, page });
-                begin += page;
-            }
-            at += blocks * stride;
+            lay_packed(&pages, blocks, spare, at)
         } else {
-            let count = |axis: char| match axis {
-                'L' => layers,
-                'B' => blocks,
-                'H' => heads,
-                _ => tokens,
-            };
-            let stride = |axis: char| {
-                let inner = axes.split_once(axis).map_or("", |(_, inner)| inner);
-                let bytes = inner.chars().map(count).product::<usize>() * content;
-                match axis {
-                    'L' => bytes + spare * blocks,
-                    'B' => bytes + spare,
-                    _ => bytes,
-                }
-            };
-            let place = |axis: char| axes.find(axis).unwrap_or(axes.len());
-            let by_head = heads > 1 && place('H') < place('B').max(place('L'));
-            let (each, page) =
-                if by_head { (heads, tokens * content) } else { (1, heads * tokens * content) };
-            for layer in 0..layers {
-                for head in 0..each {
-                    let at = at + layer * stride('L') + head * stride('H');
-                    planes.push(Laid { at, stride: stride('B'), page });
-                }
-            }
-            at += layers * blocks * (heads * tokens * content + spare);
-        }
+            lay(axes, Sizes { layers, blocks, heads, tokens, content, spare }, at)
+        };
         if rng.one_in(2) {
             planes.sort_by_key(|plane| plane.at);
         }

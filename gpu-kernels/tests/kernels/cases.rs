@@ -2,6 +2,7 @@
 //! slices.
 
 use crate::shim::{Shape, Shim};
+use crate::support::random::{Laid, Rng, Sizes, lay, lay_packed};
 use kvring_gpu_kernels::{KvGroup, PagedKv, Plane, SKIP, TILE_BYTES, Tiles, Window, checksum};
 use std::collections::BTreeMap;
 
@@ -24,33 +25,6 @@ const ORDERS: [(&str, &str); 9] = [
     ("packed", ""),
     ("padded", "LBHN"),
 ];
-
-/// splitmix64: the same cases on every machine.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From `low` to `high`, both included.
-    fn within(&mut self, low: usize, high: usize) -> usize {
-        low + (self.next() % (high - low + 1) as u64) as usize
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.next().is_multiple_of(n)
-    }
-
-    fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
 
 /// Memory that begins at a multiple of 16.
 #[derive(Clone)]
@@ -79,17 +53,10 @@ impl Memory {
     }
 }
 
-/// Where one plane lies: its pages begin at `at + (block - lowest) × stride` of the memory.
-#[derive(Clone, Debug)]
-struct Laid {
-    at: usize,
-    stride: usize,
-    page: usize,
-}
-
 #[derive(Clone, Debug)]
 struct Group {
     order: &'static str,
+    /// Their pages begin at `at + (block - lowest) × stride` of the memory.
     planes: Vec<Laid>,
     /// The lowest id whose pages exist here, and how many do: a cache of a terabyte has block ids that carry far.
     lowest: u32,
@@ -108,49 +75,17 @@ impl Group {
         let tokens = size(if large { 48 } else { 16 });
         let content = width * size(if large { 64 } else { 6 });
         let pad = |rng: &mut Rng| width * rng.within(1, 5);
-        let mut planes = Vec::new();
-        if axes.is_empty() {
-            // Pages of several sizes, in each other's gaps.
+        let planes;
+        (planes, at) = if axes.is_empty() {
             let pages: Vec<usize> = (0..layers + 1).map(|_| content * rng.within(1, tokens)).collect();
             let spare = if rng.one_in(2) { pad(rng) } else { 0 };
-            let stride = pages.iter().sum::<usize>() + spare;
-            let mut begin = at;
-            for page in pages {
-                planes.push(Laid { at: begin, stride, page });
-                begin += page;
-            }
-            at += blocks * stride;
+            lay_packed(&pages, blocks, spare, at)
         } else {
             let heads = if axes.contains('H') { heads } else { 1 };
-            let count = |axis: char| match axis {
-                'L' => layers,
-                'B' => blocks,
-                'H' => heads,
-                _ => tokens,
-            };
             // Padded: what a block has of a layer ends before the next block's begins.
             let spare = if name == "padded" { pad(rng) } else { 0 };
-            let stride = |axis: char| {
-                let inner = axes.split_once(axis).map_or("", |(_, inner)| inner);
-                let bytes = inner.chars().map(count).product::<usize>() * content;
-                match axis {
-                    'L' => bytes + spare * blocks,
-                    'B' => bytes + spare,
-                    _ => bytes,
-                }
-            };
-            let place = |axis: char| axes.find(axis).unwrap_or(axes.len());
-            let by_head = heads > 1 && place('H') < place('B').max(place('L'));
-            let (each, page) =
-                if by_head { (heads, tokens * content) } else { (1, heads * tokens * content) };
-            for layer in 0..layers {
-                for head in 0..each {
-                    let at = at + layer * stride('L') + head * stride('H');
-                    planes.push(Laid { at, stride: stride('B'), page });
-                }
-            }
-            at += layers * blocks * (heads * tokens * content + spare);
-        }
+            lay(axes, Sizes { layers, blocks, heads, tokens, content, spare }, at)
+        };
         // Sometimes so far from the first block that the distance has more than 32 bits.
         let lowest = if rng.one_in(3) { rng.within(1 << 29, 1 << 31) as u32 } else { 0 };
         let per_chunk = if many { rng.within(513, 1100) } else { rng.within(1, 6) };

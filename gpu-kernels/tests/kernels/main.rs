@@ -1,7 +1,10 @@
 //! The GPU kernels without a GPU: g++ compiles `cuda/kv.cu` through a shim, and random cases compare what it does, bit for bit,
 //! with plain Rust. Then the kernels are broken on purpose, and the same cases must notice.
 
-#![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+#[path = "../support/mod.rs"]
+mod support;
 
 mod cases;
 mod mutants;

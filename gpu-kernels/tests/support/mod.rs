@@ -3,3 +3,4 @@
 
 pub(crate) mod calls;
 pub(crate) mod fake;
+pub(crate) mod random;
