@@ -16,11 +16,11 @@ import pytest
 kvring = pytest.importorskip("kvring")
 pytest.importorskip("kvring.vllm", exc_type=ImportError)
 
-from harness.driver import Harness, Plug  # noqa: E402
+from harness.driver import Harness  # noqa: E402
 from harness.scenario import Target, run_scenario  # noqa: E402
+from harness.support import PLUG  # noqa: E402
 
 import kvring.vllm.guard as guard  # noqa: E402
-from kvring.vllm.namespace import salted  # noqa: E402
 from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
 from kvring.vllm.tracker import Tracker  # noqa: E402
 
@@ -31,11 +31,6 @@ ONE = os.environ.get("KVRING_SEED")
 
 
 _numbers = itertools.count()
-
-
-def _salt(connector: Any, request: str) -> bytes | None:
-    tracker = connector.scheduler.trackers.get(request)
-    return None if tracker is None else tracker.salt
 
 
 class Engines:
@@ -102,16 +97,7 @@ def target(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Target:
 
         monkeypatch.setattr(guard, "_tell", tell)
 
-    plug = Plug(
-        kvring.SKIP,
-        lambda connector: (connector.worker, "adapter"),
-        lambda connector: (connector.scheduler, "adapter"),
-        slack=3,
-        idle_s=0.001,
-        salt=_salt,
-        salted=salted,
-    )
-    return Target("KvringConnector", "kvring.vllm", plug, extra, engines.kill, engines.start, watch)
+    return Target("KvringConnector", "kvring.vllm", PLUG, extra, engines.kill, engines.start, watch)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, BATCH) if ONE is None else [int(ONE)])
