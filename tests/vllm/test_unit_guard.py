@@ -39,6 +39,7 @@ def test_answers_instead_of_raising(caplog: pytest.LogCaptureFixture) -> None:
     assert connector.errors == 4
     told = [record.getMessage() for record in caplog.records]
     assert sum("AttributeError" in line for line in told) == 1, "once for each kind"
+    assert all(line.startswith("kvring: ") for line in told), told
     assert any("ValueError: x" in line for line in told) and any("ZeroDivisionError" in line for line in told)
     assert not any("Traceback" in line for line in told)
 

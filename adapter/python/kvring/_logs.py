@@ -1,17 +1,55 @@
-"""Forwards what the adapters say to `logging`, on a thread of its own: nobody who logs in Rust waits for the interpreter."""
+"""All that kvring logs in Python's process goes through here: each line begins with `kvring:`, since vLLM's log shows neither the
+logger's name nor the package.
+
+What the adapters say is forwarded on a thread of its own: nobody who logs in Rust waits for the interpreter.
+"""
+
+from __future__ import annotations
 
 import atexit
 import logging
 import os
 import threading
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
 
 from . import _native
 
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
+
+PREFIX = "kvring: "
 _HOUR_MS = 3_600_000.0
 _lock = threading.Lock()
 _thread: threading.Thread | None = None
 _pid = 0
 _closing = threading.Event()
+
+
+class Logger(_Adapter):
+    """A logger whose lines all name kvring."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """What `LoggerAdapter` calls for each line."""
+        return f"{PREFIX}{msg}", kwargs
+
+
+def get_logger(name: str) -> Logger:
+    """In place of `logging.getLogger`, which ruff refuses in this package."""
+    return Logger(logging.getLogger(name))
+
+
+def share_handlers(name: str) -> None:
+    """What the adapters say goes where that logger's lines go, at its level; but no line for each lookup and each copy, which
+    the integration writes itself."""
+    ours, theirs = logging.getLogger("kvring"), logging.getLogger(name)
+    if not ours.handlers:
+        ours.handlers = theirs.handlers
+        ours.propagate = theirs.propagate
+        ours.setLevel(theirs.level)
+    _native.set_log_level(max(theirs.getEffectiveLevel(), logging.INFO))
 
 
 def ensure() -> None:
@@ -43,7 +81,7 @@ def _forward() -> None:
     while (records := _native.next_logs(_HOUR_MS)) or not _closing.is_set():
         for level, target, text in records:
             try:
-                logging.getLogger(target).log(level, "%s", text.strip())
+                get_logger(target).log(level, "%s", text.strip())
             except Exception:
                 # A handler that fails must not end the thread; `logging` has its own way of saying so.
                 pass

@@ -171,7 +171,7 @@ def test_what_the_adapters_say_goes_to_logging(engine):
             lambda record: (
                 record.name == "kvring.adapter.client"
                 and record.levelno == logging.INFO
-                and record.getMessage().startswith("attached to the engine engine=" + engine.name)
+                and record.getMessage().startswith("kvring: attached to the engine engine=" + engine.name)
             )
         )
         assert not [record for record in collect.records if record.levelno == logging.DEBUG]

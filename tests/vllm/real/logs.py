@@ -11,7 +11,7 @@ TRANSITIONS = (
     "the engine's beat moves again",
 )
 
-_LINE = re.compile(rf"\((?P<process>[^)]*pid=\d+)\).*?\] (?P<what>(?:{'|'.join(TRANSITIONS)}).*?role=(?P<role>\w+).*)")
+_LINE = re.compile(rf"\((?P<process>[^)]*pid=\d+)\).*?\] kvring: (?P<what>(?:{'|'.join(TRANSITIONS)}).*?role=(?P<role>\w+).*)")
 
 
 def transitions(log: str) -> dict[tuple[str, str], list[str]]:

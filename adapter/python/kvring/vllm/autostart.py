@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 
 from kvring import Engine, EngineError, engine_state
+from kvring._logs import get_logger
 
-logger = logging.getLogger("vllm.kvring.autostart")
+logger = get_logger("vllm.kvring.autostart")
 
 _LOOK_EVERY_S = 0.2
 _PAUSE_MAX_S = 30.0

@@ -5,7 +5,6 @@ What is wrong with the configuration is raised while vLLM starts. From then on n
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvring import set_log_level
+from kvring._logs import share_handlers
 
 from . import autostart
 from .config import Config
@@ -44,17 +43,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-def _share_logging() -> None:
-    """What the adapters say (the engine has died, it is back) goes where vLLM's own lines go."""
-    ours, vllms = logging.getLogger("kvring"), logging.getLogger("vllm")
-    if not ours.handlers:
-        ours.handlers = vllms.handlers
-        ours.propagate = vllms.propagate
-        ours.setLevel(vllms.level)
-    # A line for each lookup and each copy comes from this package itself.
-    set_log_level(max(vllms.getEffectiveLevel(), logging.INFO))
-
-
 class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps vLLM's KV cache in a kvring engine on the same node. Configured by `kv_connector_extra_config`: see `Config`."""
 
@@ -62,7 +50,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig):
         super().__init__(vllm_config, role, kv_cache_config)
-        _share_logging()
+        share_handlers("vllm")
         config = Config.parse(self._kv_transfer_config.kv_connector_extra_config)
         geometry = Geometry.of(vllm_config, kv_cache_config, config.chunk_blocks)
         name = fingerprint(describe(vllm_config, kv_cache_config, geometry))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import logging
 import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-logger = logging.getLogger("vllm.kvring")
+from kvring._logs import get_logger
+
+logger = get_logger("vllm.kvring")
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvring import LayoutError
+from kvring._logs import get_logger
 
 from .geometry import Geometry
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-logger = logging.getLogger("vllm.kvring.namespace")
+logger = get_logger("vllm.kvring.namespace")
 
 FORMAT = 2
 """Of what a fingerprint is made of, and of what a shard holds."""

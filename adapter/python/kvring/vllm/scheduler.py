@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kvring import KEYS_MAX, EngineError, Hit, PollingSchedulerAdapter, SchedulerAdapter
+from kvring._logs import get_logger
 
 from .config import Config
 from .geometry import NULL_BLOCK, Geometry
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from .events import Events
 
-logger = logging.getLogger("vllm.kvring.scheduler")
+logger = get_logger("vllm.kvring.scheduler")
 
 NOTHING = (0, False)
 """No tokens, and nothing to wait for."""

@@ -57,7 +57,7 @@ class KvringStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """One line for people."""
+        """One line for people, in which each number has the name that it has in `/metrics`, or begins as those do."""
         data = self.data
         line: dict[str, int | float] = {name: round(value, 6) for name, value in data.items() if name in COUNTERS}
         for what in ("load", "store"):
@@ -65,7 +65,7 @@ class KvringStats(KVConnectorStats):
                 line[f"{what}_GB/s"] = round(data.get(f"{what}_bytes", 0) / seconds / 1e9, 2)
         if data.get("lookup_tokens"):
             line["hit_rate"] = round(data.get("hit_tokens", 0) / data["lookup_tokens"], 3)
-        return line
+        return {f"kvring_{name}": value for name, value in line.items()}
 
     def is_empty(self) -> bool:
         """Did nothing happen?"""

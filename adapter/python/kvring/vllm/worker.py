@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvring import SKIP, KvGroup, LayoutError, WorkerAdapter
+from kvring._logs import get_logger
 
 from .config import Config
 from .geometry import Geometry
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from kvring import Finished
 
-logger = logging.getLogger("vllm.kvring.worker")
+logger = get_logger("vllm.kvring.worker")
 
 _IDLE_WAIT_MS = 1.0
 """How long a step without a forward pass waits for a load: it has nothing else to do, and would only ask again."""
