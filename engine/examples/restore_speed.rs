@@ -15,6 +15,7 @@ impl SlotTable for NoTable {
     fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
     fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
     fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
+    fn hidden(&mut self, _: SlotId) {}
     fn freed(&mut self, _: SlotId, _: u64) {}
     fn span_made(&mut self, _: u32, _: u32, _: u64) {}
     fn span_gone(&mut self, _: u32) {}

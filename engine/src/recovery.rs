@@ -133,6 +133,7 @@ fn shard(content: &SlotContent) -> Option<Shard> {
         SlotState::Free => return None,
         SlotState::Writing => Found::Writing,
         SlotState::Orphaned => Found::Orphaned,
+        SlotState::Committed if content.hidden => Found::Hidden,
         SlotState::Committed => Found::Committed,
     };
     let message::Round { source, number } = message::Round::unpack(content.round);

@@ -65,6 +65,7 @@ stats! {
     ShardsCommitted Counter "shards_committed" "shards written and committed";
     ShardsAborted Counter "shards_aborted" "shards given up by their writer";
     ShardsGone Counter "shards_gone" "commits and aborts of slots that were no longer the writer's";
+    ChunksInvalidated Counter "chunks_invalidated" "chunks dropped because a worker found a shard of theirs damaged";
     Evictions Counter "evictions" "chunks evicted to make room";
     SpansTaken Counter "spans_taken" "spans of slabs taken from another shard size";
     Clears Counter "clears" "times the cache was cleared on request";
@@ -74,6 +75,7 @@ stats! {
     SlotsCommitted Gauge "slots_committed" "slots that hold a shard";
     ChunksVisible Gauge "chunks_visible" "chunks that lookups find";
     ChunksForming Gauge "chunks_forming" "chunks of which not all shards are committed";
+    ChunksHidden Gauge "chunks_hidden" "damaged chunks that lookups find no longer and leases still hold";
     Leases Gauge "leases" "leases held";
     Pins Gauge "pins" "chunks in all leases, counted once for each";
     Namespaces Gauge "namespaces" "registered namespaces";

@@ -5,11 +5,11 @@
 mod cache_support;
 
 use cache_support::small::{
-    SLAB_BYTES, cache, commit, config, hits, register, reserve, reserve_in, reserve_one, round, slot_of,
-    store,
+    SLAB_BYTES, cache, commit, config, find, hits, register, reserve, reserve_in, reserve_one, round,
+    slot_of, store,
 };
 use cache_support::{State, VecTable, chain, key};
-use kvring_engine::cache::{Cache, Committed, Found, Reservation, Shard, ShardHeader, SlotId};
+use kvring_engine::cache::{Cache, Committed, Found, Invalidated, Reservation, Shard, ShardHeader, SlotId};
 
 /// Everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
@@ -43,6 +43,7 @@ fn shard(table: &VecTable, slot: SlotId) -> Option<Shard> {
         State::Writing(header) => (header, Found::Writing),
         State::Orphaned(header) => (header, Found::Orphaned),
         State::Committed(header) => (header, Found::Committed),
+        State::Hidden(header) => (header, Found::Hidden),
         State::Free => return None,
     };
     Some(Shard { header, generation: entry.generation, found, tick: entry.tick })
@@ -284,4 +285,34 @@ fn two_complete_rounds_of_one_key() {
     let mut new = restored(&table, 2, &[&[70_000]]);
     assert_eq!(new.restore_end().visible, 1);
     new.check_all().unwrap();
+}
+
+/// The engine died while a damaged chunk was still leased, or while it was being hidden.
+#[test]
+fn what_was_hidden_is_not_shown_by_the_next_engine() {
+    let world: &[u64] = &[4096, 70_000];
+    let mut old = cache(8, world);
+    let name = key(1, 0);
+    for rank in 0..2 {
+        let slot = reserve_one(&mut old, rank, round(1), name);
+        commit(&mut old, rank as u8, slot, name);
+    }
+    let before = old.table().clone();
+    let damaged = find(&mut old, 1, &[name]).unwrap()[0];
+    let hidden = old.invalidate(damaged.slot, damaged.generation, name, |_, _| true);
+    assert_eq!((hidden, old.stats().slots_committed), (Invalidated::Hidden, 2));
+    let mut half = before;
+    half.entries[damaged.slot as usize] = old.table().entries[damaged.slot as usize];
+    for (table, kept) in [(old.table(), 0), (&half, 1)] {
+        let mut new = restored(table, 8, &[world]);
+        let restored = new.restore_end();
+        assert_eq!((restored.visible, restored.kept), (0, kept));
+        new.check_all().unwrap();
+        assert_eq!((hits(&mut new, &[name]), new.stats().slots_committed), (0, u64::from(kept)));
+        for rank in 0..2 {
+            let slot = reserve_one(&mut new, rank, round(2), name);
+            commit(&mut new, rank as u8, slot, name);
+        }
+        assert_eq!(hits(&mut new, &[name]), 1);
+    }
 }

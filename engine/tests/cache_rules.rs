@@ -7,9 +7,10 @@ use cache_support::small::{
     NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, find, hits, leased, register,
     reserve, reserve_in, reserve_one, round, slot_of, store,
 };
-use cache_support::{State, chain, key};
+use cache_support::{State, VecTable, chain, key};
 use kvring_engine::cache::{
-    Aborted, CacheConfig, CommitError, Committed, FindError, Key, Reservation, Reserve, ReserveError, Round,
+    Aborted, Cache, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Reservation, Reserve,
+    ReserveError, Round, ShardRef,
 };
 
 #[test]
@@ -412,4 +413,50 @@ fn the_self_check_of_an_arena_full_of_the_smallest_slots_ends_at_its_last_slot()
     for _ in 0..1000 {
         cache.check_step(7).unwrap();
     }
+}
+
+#[test]
+fn a_damaged_chunk_is_found_no_more_and_stored_again_while_a_lease_still_holds_it() {
+    let mut cache = cache(4, &[4096; 2]);
+    let name = key(1, 0);
+    let store = |cache: &mut Cache<VecTable>, number| {
+        for rank in 0..2 {
+            let slot = reserve_one(cache, rank, round(number), name);
+            commit(cache, rank as u8, slot, name);
+        }
+    };
+    store(&mut cache, 1);
+    let shards = find(&mut cache, 1, &[name]).unwrap();
+    let ShardRef { slot, generation, .. } = shards[1];
+    let reads = |namespace, rank| (namespace, rank) == (0, 1);
+    // Who reads other shards, or means another key, has nothing to say of this one.
+    assert_eq!(cache.invalidate(slot, generation, name, |_, rank| rank == 0), Invalidated::Refused);
+    assert_eq!(cache.invalidate(slot, generation, key(1, 1), reads), Invalidated::Refused);
+    assert_eq!(cache.invalidate(u32::MAX, generation, name, reads), Invalidated::Refused);
+    assert_eq!(cache.invalidate(slot, generation + 1, name, reads), Invalidated::Gone);
+    assert_eq!(hits(&mut cache, &[name]), 1);
+    assert_eq!(cache.invalidate(slot, generation, name, reads), Invalidated::Hidden);
+    assert_eq!(cache.invalidate(slot, generation, name, reads), Invalidated::Gone, "said twice");
+    cache.check_all().unwrap();
+    assert_eq!(hits(&mut cache, &[name]), 0);
+    assert_eq!((cache.stats().chunks_hidden, cache.stats().chunks_visible), (1, 0));
+    // What is leased stays where it is, and no clearing takes it.
+    cache.clear(None);
+    cache.check_all().unwrap();
+    assert!(matches!(cache.table().entries[slot as usize].state, State::Hidden(_)));
+    // The next store is not told that the chunk is present, and what it writes is found.
+    store(&mut cache, 2);
+    let again = find(&mut cache, 2, &[name]).unwrap();
+    assert!(again.len() == 2 && again.iter().all(|new| shards.iter().all(|old| old.slot != new.slot)));
+    // The last lease of the damaged one ends.
+    assert!(cache.end_session(0, 1));
+    cache.check_all().unwrap();
+    assert_eq!(cache.table().entries[slot as usize].state, State::Free);
+    assert_eq!((cache.stats().chunks_hidden, hits(&mut cache, &[name])), (0, 1));
+    // One that nobody has leased goes at once.
+    assert!(cache.end_session(0, 2));
+    let ShardRef { slot, generation, .. } = again[1];
+    assert_eq!(cache.invalidate(slot, generation, name, reads), Invalidated::Dropped);
+    cache.check_all().unwrap();
+    assert_eq!((cache.stats().slots_committed, cache.stats().bytes_used), (0, 0));
 }

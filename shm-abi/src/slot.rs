@@ -86,6 +86,8 @@ pub struct SlotContent {
     pub round: u64,
     /// Logical time of its last access.
     pub last_touch: u64,
+    /// The shard is damaged: leases of one engine still lead to it, and nothing of the next one does.
+    pub hidden: bool,
 }
 
 /// One entry of the slot table: two cache lines, of which a load looks at the first.
@@ -103,7 +105,9 @@ pub struct SlotHeader {
     nonce: AtomicU64,
     round: AtomicU64,
     last_touch: AtomicU64,
-    _pad1: Pad<40>,
+    /// 0, or 1 for a committed shard that is damaged.
+    hidden: AtomicU64,
+    _pad1: Pad<32>,
 }
 
 // SAFETY: atomics and padding only.
@@ -163,6 +167,7 @@ impl SlotHeader {
             nonce: zero(),
             round: zero(),
             last_touch: zero(),
+            hidden: zero(),
             _pad1: Pad::new(),
         }
     }
@@ -185,6 +190,7 @@ impl SlotHeader {
         self.checksum.store(0, Ordering::Relaxed);
         self.nonce.store(nonce, Ordering::Relaxed);
         self.round.store(round, Ordering::Relaxed);
+        self.hidden.store(0, Ordering::Relaxed);
         failpoint::here("writing.word");
         // SYNC POINT: Release; pairs with the Acquire in `validate` and in a recovery's scan.
         self.word.store(word.pack(), Ordering::Release);
@@ -220,6 +226,12 @@ impl SlotHeader {
     /// Engine: used by a lookup at logical time `tick`; recovery rebuilds the eviction order from it.
     pub fn touch(&self, tick: u64) {
         self.last_touch.store(tick, Ordering::Relaxed);
+    }
+
+    /// Engine: the committed shard is damaged. Who has leased it may still load it, and finds that out for itself.
+    pub fn hide(&self) {
+        // Relaxed: only a recovery looks, after the death of this process, whose mark orders all of its stores.
+        self.hidden.store(1, Ordering::Relaxed);
     }
 
     /// Worker, before a copy: is this the committed shard that the lookup meant? Returns the checksum stored with it.
@@ -274,6 +286,7 @@ impl SlotHeader {
             nonce: self.nonce.load(Ordering::Relaxed),
             round: self.round.load(Ordering::Relaxed),
             last_touch: self.last_touch.load(Ordering::Relaxed),
+            hidden: self.hidden.load(Ordering::Relaxed) != 0,
         }
     }
 
@@ -335,7 +348,7 @@ mod tests {
     fn a_load_looks_at_one_cache_line() {
         // What `validate` and `still_valid` read, and what only a recovery reads.
         assert_eq!(memoffset::span_of!(SlotHeader, word..=checksum), 0..56);
-        assert_eq!(memoffset::span_of!(SlotHeader, nonce..=last_touch), 64..88);
+        assert_eq!(memoffset::span_of!(SlotHeader, nonce..=hidden), 64..96);
     }
 
     #[test]
@@ -360,10 +373,15 @@ mod tests {
             nonce: 11,
             round: 12,
             last_touch: 13,
+            hidden: false,
         };
         assert_eq!(header.read(), content);
         header.orphan(word(SlotState::Orphaned, 7));
         assert_eq!(header.read(), SlotContent { word: word(SlotState::Orphaned, 7), ..content });
         assert!(header.validate(&SHARD, 7).is_err(), "an orphan is not servable");
+        header.hide();
+        assert!(header.read().hidden);
+        header.begin_writing(word(SlotState::Writing, 7), &SHARD, 11, 12);
+        assert!(!header.read().hidden, "a slot's next shard is not damaged");
     }
 }

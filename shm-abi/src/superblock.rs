@@ -7,7 +7,7 @@ use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// Changes whenever a layout or a message changes its meaning.
-pub const ABI_VERSION: u32 = 4;
+pub const ABI_VERSION: u32 = 5;
 
 /// "kvring\0\x01", little-endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");

@@ -336,11 +336,12 @@ impl EngineProcess {
             "slots_writing",
             "slots_orphaned",
             "chunks_forming",
+            "chunks_hidden",
             "clients",
             "check_failures",
         ];
         let now = || all.map(|name| stat_of(&view, name));
-        becomes(&format!("{all:?}"), [0, 0, 0, 0, 0, clients, 0], now);
+        becomes(&format!("{all:?}"), [0, 0, 0, 0, 0, 0, clients, 0], now);
         let lobby = self.lobby();
         becomes("claimed entries", clients as usize, || claimed_entries(&lobby));
         becomes("segments of clients", Vec::<String>::new(), || {

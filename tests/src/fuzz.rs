@@ -70,7 +70,7 @@ impl Random {
         let rank = if self.one_in(4) { self.edgy() } else { 0 };
         let session = if self.one_in(4) { self.bits() } else { self.below(8) };
         let admission = if self.one_in(4) { self.edgy() } else { self.below(4) as u32 };
-        match self.below(20) {
+        match self.below(21) {
             0 => Request::Noop,
             1 => Request::Register { record: self.place() },
             2 => Request::Unregister { namespace },
@@ -96,6 +96,11 @@ impl Random {
             15 => Request::DeclareSlots { slots: self.records(), answer: self.place() },
             16 | 17 => Request::DeclareLease { session, admission, namespace, chunks: self.records() },
             18 => Request::DeclareEnd,
+            19 => Request::Invalidate {
+                slot: self.edgy(),
+                generation: if self.one_in(2) { self.below(4) } else { self.bits() },
+                key: self.key(),
+            },
             _ => Request::Clear { namespace },
         }
     }

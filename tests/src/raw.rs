@@ -343,6 +343,17 @@ impl RawClient {
         words.into_iter().map(|word| SlotOutcome::from_word(word).expect("an outcome")).collect()
     }
 
+    /// Says that a shard is damaged; what became of that.
+    ///
+    /// # Panics
+    /// When the engine does not answer.
+    pub fn invalidate(&mut self, record: SlotRecord) -> SlotOutcome {
+        let SlotRecord { slot, generation, key, .. } = record;
+        let completion = self.call(Request::Invalidate { slot: slot as u32, generation, key });
+        assert_eq!(completion.status, Status::Ok, "{completion:?}");
+        SlotOutcome::from_word(completion.results[0]).expect("an outcome")
+    }
+
     /// A declaration of a lease on these keys, wherever they are.
     pub fn declare_request(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
         let record = |(at, key): (usize, &Key)| LeaseRecord {

@@ -125,6 +125,7 @@ fn unknown_namespaces_and_other_roles_are_refused() {
         Request::Abort { slots, answer: 100 },
         Request::DeclareSlots { slots, answer: 100 },
         Request::Register { record: 0 },
+        Request::Invalidate { slot: 0, generation: 0, key: keys[0] },
     ] {
         assert_eq!(scheduler.call(request).status, Status::WrongRole, "{request:?}");
     }
@@ -201,6 +202,60 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
 }
 
 #[test]
+fn nobody_invalidates_what_it_does_not_read() {
+    let engine = EngineProcess::start("invalidate", 16);
+    let bystander = Bystander::start(&engine.name);
+    let shard_bytes = Shape::SMALL.shard_bytes();
+    let mut ranks = [(); 2].map(|()| RawClient::attach(&engine.name, Role::Worker));
+    let mut namespace = 0;
+    let keys = chain(1, 2);
+    let mut slots = Vec::new();
+    for (rank, client) in (0..).zip(&mut ranks) {
+        namespace = client.register(5, 2, rank, shard_bytes);
+    }
+    for (rank, client) in (0..).zip(&mut ranks) {
+        slots.push(client.reserve(namespace, rank, round(1), &keys));
+    }
+    // Of a chunk that is forming there is nothing to say yet.
+    assert_eq!(ranks[0].invalidate(slots[0][0]), SlotOutcome::Gone);
+    for (client, slots) in ranks.iter_mut().zip(&slots) {
+        assert_eq!(client.finish(slots, true), vec![SlotOutcome::Done; 2]);
+    }
+    let good = slots[0][0];
+    let mut stranger = RawClient::attach(&engine.name, Role::Worker);
+    assert_eq!(stranger.invalidate(good), SlotOutcome::NotYours, "of no namespace");
+    stranger.register(6, 2, 0, shard_bytes);
+    assert_eq!(stranger.invalidate(good), SlotOutcome::NotYours, "of another namespace");
+    assert_eq!(ranks[1].invalidate(good), SlotOutcome::NotYours, "another rank's");
+    for (bad, expected) in [
+        (SlotRecord { key: keys[1], ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: u64::from(u32::MAX), ..good }, SlotOutcome::NotYours),
+        (SlotRecord { slot: 4096, ..good }, SlotOutcome::NotYours),
+        (SlotRecord { generation: good.generation + 1, ..good }, SlotOutcome::Gone),
+        (SlotRecord { generation: u64::MAX, ..good }, SlotOutcome::Gone),
+    ] {
+        assert_eq!(ranks[0].invalidate(bad), expected, "{bad:?}");
+    }
+    assert_eq!(engine.stat("chunks_invalidated"), 0);
+    // Its own, leased by a scheduler: said once, and no more than that.
+    let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+    let lookup = scheduler.lookup_request(1, 0, namespace, 2, &keys);
+    assert_eq!(scheduler.call(lookup).results[0], 2);
+    assert_eq!(ranks[0].invalidate(good), SlotOutcome::Done);
+    assert_eq!(ranks[0].invalidate(good), SlotOutcome::Gone);
+    assert_eq!(ranks[1].invalidate(slots[1][0]), SlotOutcome::Gone);
+    assert_eq!((engine.stat("chunks_invalidated"), engine.stat("chunks_hidden")), (1, 1));
+    // A lease that is asked for again lets go of it.
+    let lookup = scheduler.lookup_request(1, 0, namespace, 2, &keys);
+    assert_eq!(scheduler.call(lookup).results[0], 0);
+    engine.stat_becomes("chunks_hidden", 0);
+    assert_eq!(engine.stat("breaches"), 0);
+    drop((ranks, stranger, scheduler));
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
+
+#[test]
 fn messages_of_another_life_are_ignored() {
     let engine = EngineProcess::start("stale", 16);
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
@@ -243,7 +298,7 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
             "{what}"
         );
     };
-    for opcode in [0u32, 15, 77, 255] {
+    for opcode in [0u32, 16, 77, 255] {
         thrown_out("opcode", Role::Scheduler, &mut |raw, _| {
             let mut body = Request::Noop.encode(1, raw.ident);
             body.head = 1 | opcode << 16;

@@ -9,6 +9,7 @@ use crate::attachment::Attachment;
 use kvring_gpu_kernels::{Direction, Transfer};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
+use kvring_shm_abi::message::Request;
 use kvring_shm_abi::slot::ShardIdentity;
 use std::sync::Arc;
 
@@ -137,6 +138,13 @@ impl<'a> Load<'a> {
             let computed = checksums.get(index).copied().unwrap_or(0);
             match still {
                 Some(Ok(())) if verify && stored != 0 && stored != computed => {
+                    // Before this load is reported, and so before anybody stores the chunk again.
+                    let shard = &chunk.shard;
+                    attachment.link.post(Request::Invalidate {
+                        slot: shard.slot,
+                        generation: shard.generation,
+                        key: shard.key,
+                    });
                     self.fail(chunk, &LoadError::Corrupt { stored, computed });
                 }
                 Some(Ok(())) => {

@@ -34,6 +34,7 @@ struct Sums {
     committed: u64,
     visible: u64,
     forming: u64,
+    hidden: u64,
     chunk_pins: u64,
     leases: u64,
     lease_pins: u64,
@@ -119,8 +120,8 @@ impl<T: SlotTable> Cache<T> {
                 sums.blocks += Leases::blocks_of(len);
                 for id in self.leases.chunks(at) {
                     let chunk = self.chunks.get(id);
-                    let is_pinned = chunk.life() == Life::Visible && chunk.pins.any();
-                    link("leases and chunks", is_pinned, at, id)?;
+                    let may_be_leased = matches!(chunk.life(), Life::Visible | Life::Hidden);
+                    link("leases and chunks", may_be_leased && chunk.pins.any(), at, id)?;
                 }
                 Ok(Some(at + 1))
             }
@@ -169,9 +170,11 @@ impl<T: SlotTable> Cache<T> {
             Life::Free => return Ok(()),
             Life::Forming => sums.forming += 1,
             Life::Visible => sums.visible += 1,
+            Life::Hidden => sums.hidden += 1,
         }
         sums.chunk_pins += u64::from(chunk.pins.count());
-        link("chunks and index", self.index.holds(&self.chunks, id), id, chunk.hash)?;
+        let is_listed = chunk.life() != Life::Hidden;
+        link("chunks and index", self.index.holds(&self.chunks, id) == is_listed, id, chunk.hash)?;
         let world = self.world_of(id);
         let (mut writing, mut committed) = (0_u32, 0_u32);
         for rank in 0..world {
@@ -189,7 +192,11 @@ impl<T: SlotTable> Cache<T> {
         count("shards committed of a chunk", committed, chunk.committed)?;
         match chunk.life() {
             Life::Visible => count("shards of a visible chunk", committed, world),
-            _ => count("pins of a forming chunk", chunk.pins.count(), 0_u32),
+            Life::Hidden => {
+                link("hidden chunks and leases", chunk.pins.any(), id, chunk.pins.count())?;
+                count("shards of a hidden chunk", committed, world)
+            }
+            Life::Free | Life::Forming => count("pins of a forming chunk", chunk.pins.count(), 0_u32),
         }
     }
 
@@ -203,6 +210,7 @@ impl<T: SlotTable> Cache<T> {
         count("orphans", sums.orphans, stats.orphans)?;
         count("visible chunks", sums.visible, stats.chunks_visible)?;
         count("forming chunks", sums.forming, stats.chunks_forming)?;
+        count("hidden chunks", sums.hidden, stats.chunks_hidden)?;
         count("chunks in the index", sums.visible + sums.forming, self.index.len)?;
         count("leases", sums.leases, stats.leases)?;
         count("pins in leases", sums.lease_pins, stats.pins)?;
@@ -261,7 +269,7 @@ impl<T: SlotTable> Cache<T> {
         count("slots in lists of writers", writing, self.slots.counts.writing)?;
         for id in 0..self.chunks.fresh {
             let chunk = self.chunks.get(id);
-            if chunk.life() == Life::Visible && chunk.pins.any() {
+            if chunk.pins.any() {
                 let namespace = self.namespace(u32::from(chunk.namespace));
                 let charged = chunk.pins.payer().map_or(&mut unpaid, |payer| &mut bytes[usize::from(payer)]);
                 *charged += namespace.map_or(0, Namespace::chunk_bytes);
@@ -290,7 +298,7 @@ impl<T: SlotTable> Cache<T> {
                         pinned += usize::from(chunk.pins.any());
                     }
                     Life::Forming => idle += usize::from(chunk.writing == 0),
-                    Life::Free => {}
+                    Life::Free | Life::Hidden => {}
                 }
             }
             let mut ordered = namespace.policy.dump();

@@ -26,6 +26,8 @@ pub(super) enum Life {
     Forming = 1,
     /// All shards COMMITTED, in one round.
     Visible = 2,
+    /// It was visible and is damaged: only its leases lead to it.
+    Hidden = 3,
 }
 
 /// One cache line.
@@ -43,7 +45,8 @@ pub(super) struct Chunk {
     number: u32,
     /// How often leases name it.
     pub(super) pins: Pins,
-    /// The next chunk of the same overflowing index bucket, or the next free record; + 1.
+    /// The next chunk of the same overflowing index bucket, or the next free record, or the next hidden chunk that nobody
+    /// holds; + 1.
     pub(super) chain: u32,
     pub(super) hash: u32,
     pub(super) namespace: u8,
@@ -61,7 +64,8 @@ impl Chunk {
         match self.life {
             0 => Life::Free,
             1 => Life::Forming,
-            _ => Life::Visible,
+            2 => Life::Visible,
+            _ => Life::Hidden,
         }
     }
 
@@ -109,6 +113,7 @@ struct IdleList {
 pub(super) struct ChunkCounts {
     pub(super) forming: u64,
     pub(super) visible: u64,
+    pub(super) hidden: u64,
 }
 
 /// All chunks, by id, and the slots of their shards.
@@ -125,6 +130,8 @@ pub(super) struct Chunks {
     /// Free runs of 1–4 lines: first line + 1.
     wide_free: [u32; RANKS / LINE],
     idle: [IdleList; NAMESPACES],
+    /// The first hidden chunk whose last lease has ended, + 1: for the end of the call that ended it.
+    unheld: u32,
     /// The reservation going on; 0: none.
     pub(super) guard: u32,
     pub(super) counts: ChunkCounts,
@@ -141,6 +148,7 @@ impl Chunks {
             wide_fresh: 0,
             wide_free: [0; RANKS / LINE],
             idle: [IdleList::default(); NAMESPACES],
+            unheld: 0,
             guard: 0,
             counts: ChunkCounts::default(),
         }
@@ -256,6 +264,7 @@ impl Chunks {
         match self.get(id).life() {
             Life::Forming => self.counts.forming -= 1,
             Life::Visible => self.counts.visible -= 1,
+            Life::Hidden => self.counts.hidden -= 1,
             Life::Free => debug_assert!(false, "chunk {id} is destroyed twice"),
         }
         let chain = std::mem::replace(&mut self.free, id + 1);
@@ -280,6 +289,25 @@ impl Chunks {
         self.chunks[id as usize].life = Life::Visible as u8;
         self.counts.forming -= 1;
         self.counts.visible += 1;
+    }
+
+    /// The chunk is in no index and no order of eviction any more.
+    pub(super) fn set_hidden(&mut self, id: ChunkId) {
+        self.chunks[id as usize].life = Life::Hidden as u8;
+        self.counts.visible -= 1;
+        self.counts.hidden += 1;
+    }
+
+    /// The last lease of a hidden chunk has ended. Outside the index its chain is free for this.
+    pub(super) fn unheld(&mut self, id: ChunkId) {
+        self.chunks[id as usize].chain = std::mem::replace(&mut self.unheld, id + 1);
+    }
+
+    /// A hidden chunk whose last lease has ended, if there is one.
+    pub(super) fn take_unheld(&mut self) -> Option<ChunkId> {
+        let id = self.unheld.checked_sub(1)?;
+        self.unheld = std::mem::take(&mut self.chunks[id as usize].chain);
+        Some(id)
     }
 
     pub(super) fn parent(&self, id: ChunkId) -> u32 {

@@ -192,5 +192,6 @@ impl<T: SlotTable> Cache<T> {
     fn unlease(&mut self, id: LeaseId, keep: u32, leaving: Option<Owner>) {
         let Self { leases, chunks, slabs, namespaces, charges, .. } = self;
         leases.truncate(id, keep, |chunk| Self::unpin(chunks, slabs, namespaces, charges, leaving, chunk));
+        self.drop_unheld();
     }
 }

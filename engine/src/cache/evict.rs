@@ -112,22 +112,16 @@ impl<T: SlotTable> Cache<T> {
 
     /// Takes a chunk out of everything: its COMMITTED slots are freed, its WRITING ones orphaned.
     pub(super) fn drop_chunk(&mut self, id: ChunkId, evicted: bool) {
-        let chunk = *self.chunks.get(id);
+        let chunk = self.chunks.get(id);
         debug_assert!(!chunk.pins.any());
         match chunk.life() {
-            Life::Visible => {
-                if let Some(namespace) = &mut self.namespaces[usize::from(chunk.namespace)] {
-                    namespace.policy.remove(id, evicted);
-                }
-            }
-            Life::Forming if chunk.writing == 0 => self.chunks.idle_remove(id),
-            Life::Forming => {}
+            Life::Visible | Life::Forming => self.unlist(id, evicted),
+            Life::Hidden => {}
             Life::Free => {
                 debug_assert!(false, "chunk {id} is dropped twice");
                 return;
             }
         }
-        self.index.remove(&mut self.chunks, id);
         self.each_slot(id, |cache, slot| match cache.slots.get(slot).state() {
             State::Committed => cache.free_slot(slot),
             State::Writing => cache.orphan(slot),
@@ -135,6 +129,19 @@ impl<T: SlotTable> Cache<T> {
         });
         let world = self.world_of(id);
         self.chunks.destroy(id, world);
+    }
+
+    /// Nothing leads to the chunk any more: no lookup, no order of eviction.
+    pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
+        let chunk = self.chunks.get(id);
+        if chunk.life() == Life::Visible {
+            if let Some(namespace) = &mut self.namespaces[usize::from(chunk.namespace)] {
+                namespace.policy.remove(id, evicted);
+            }
+        } else if chunk.writing == 0 {
+            self.chunks.idle_remove(id);
+        }
+        self.index.remove(&mut self.chunks, id);
     }
 
     /// WRITING stays WRITING, but for no chunk.

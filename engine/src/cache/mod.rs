@@ -9,7 +9,8 @@
 //!   when all ranks have committed in one round, and drops the other rounds that were forming it.
 //! * **Dropping** a chunk (eviction, a newer round, an abort) frees its COMMITTED slots, and *orphans* its WRITING ones:
 //!   they stay WRITING for no chunk, until their writer's commit or abort, or until it is gone.
-//! * A **leased** chunk and one that somebody is writing are never evicted.
+//! * A **leased** chunk and one that somebody is writing are never evicted. One that turned out to be damaged is *hidden*
+//!   from lookups at once, and goes with its last lease.
 
 mod check;
 mod chunk;
@@ -21,6 +22,7 @@ mod evict;
 mod find;
 mod forget;
 mod index;
+mod invalidate;
 mod lazy;
 mod lease;
 mod pins;
@@ -38,6 +40,7 @@ pub use error::{
     AddSlabError, CommitError, ConfigError, FindError, InvariantBroken, RegisterError, ReserveError,
 };
 pub use find::ShardRef;
+pub use invalidate::Invalidated;
 pub use reserve::{Reservation, Reserve};
 pub use restore::{Found, NotRestorable, Restored, Shard};
 pub use stats::Stats;
@@ -46,7 +49,7 @@ pub use table::{
 };
 
 use check::Check;
-use chunk::Chunks;
+use chunk::{Chunks, Life};
 use find::Found as FoundFor;
 use index::{Hash, Index};
 use lease::Leases;
@@ -332,11 +335,14 @@ impl<T: SlotTable> Cache<T> {
             Some(payer) => charges.of[usize::from(payer)] -= bytes,
             None => charges.unpaid -= bytes,
         }
-        namespace.pinned -= 1;
         for rank in 0..namespace.world {
             if let Some(slot) = chunks.shard(id, namespace.world, rank) {
                 slabs.idle(slot);
             }
+        }
+        match chunks.get(id).life() {
+            Life::Hidden => chunks.unheld(id),
+            _ => namespace.pinned -= 1,
         }
     }
 }

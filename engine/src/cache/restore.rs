@@ -36,6 +36,8 @@ pub enum Found {
     Orphaned,
     /// It holds a shard.
     Committed,
+    /// It holds a damaged shard, which some client had leased.
+    Hidden,
 }
 
 /// What is put off until everything has been read.
@@ -134,7 +136,8 @@ impl<T: SlotTable> Cache<T> {
         }
         self.slots.raise_generation(slot, generation);
         self.slabs.touch(slot, tick);
-        let chunk = if found == Found::Orphaned { None } else { self.chunk_of(&header, tick) };
+        let is_of_no_chunk = matches!(found, Found::Orphaned | Found::Hidden);
+        let chunk = if is_of_no_chunk { None } else { self.chunk_of(&header, tick) };
         if let Some((id, world, _)) = chunk {
             self.chunks.set_shard(id, world, header.rank, Some(slot));
         }
@@ -147,7 +150,7 @@ impl<T: SlotTable> Cache<T> {
                     self.restore_visible(id, hash);
                 }
             }
-            (None, Found::Committed) => {
+            (_, Found::Hidden) | (None, Found::Committed) => {
                 self.slots.restore_committed(slot, 0, 0);
                 self.restored.useless.push(slot);
             }

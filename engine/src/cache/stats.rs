@@ -17,6 +17,8 @@ pub struct Stats {
     pub chunks_visible: u64,
     /// Chunks of which not all shards are committed.
     pub chunks_forming: u64,
+    /// Damaged chunks that leases still hold.
+    pub chunks_hidden: u64,
     /// Leases.
     pub leases: u64,
     /// Chunks in all leases, counted once for each lease.
@@ -51,6 +53,7 @@ impl<T: SlotTable> Cache<T> {
             orphans: self.slots.counts.orphans,
             chunks_visible: self.chunks.counts.visible,
             chunks_forming: self.chunks.counts.forming,
+            chunks_hidden: self.chunks.counts.hidden,
             leases: u64::from(self.leases.len),
             pins: self.leases.pins,
             slabs_usable: u64::from(self.slabs.usable),

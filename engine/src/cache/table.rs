@@ -65,6 +65,9 @@ pub trait SlotTable {
     /// a later one.
     fn orphaned(&mut self, slot: SlotId, generation: u64, owner: Owner);
 
+    /// The slot's bytes are damaged: whoever holds a lease on it may still look, and no later engine shows it to anybody.
+    fn hidden(&mut self, slot: SlotId);
+
     /// The slot is nobody's; whoever still reads it sees another generation.
     fn freed(&mut self, slot: SlotId, next_generation: u64);
 

@@ -6,7 +6,7 @@
 
 use super::declare::LeaseMessage;
 use super::{BATCH, KEYS_PER_TURN, Service};
-use crate::cache::{self, Aborted, CommitError, Committed, FindError, Reservation, Reserve};
+use crate::cache::{self, Aborted, CommitError, Committed, FindError, Invalidated, Reservation, Reserve};
 use crate::stats::Stat;
 use crate::tier::PendingLookup;
 use kvring_shm_abi::lobby::Role;
@@ -141,6 +141,9 @@ impl Service {
                 self.declare_lease(entry, &LeaseMessage { session, admission, namespace, chunks })
             }
             Request::DeclareEnd => Ok(self.declare_end(entry)),
+            Request::Invalidate { slot, generation, key } => {
+                Ok(self.invalidate(entry, slot, generation, key))
+            }
         };
         match done {
             Ok(Done::Answer(status, results)) => self.complete(entry, operation, ident, status, results),
@@ -395,6 +398,36 @@ impl Service {
         self.stat(if commit { Stat::ShardsCommitted } else { Stat::ShardsAborted }, done);
         self.stat(Stat::ShardsGone, gone);
         Ok(Done::Answer(Status::Ok, [done, gone, 0, 0]))
+    }
+
+    /// Any worker may say it of a shard that it reads itself. One that lies costs its own namespace a chunk, which any
+    /// client of that could also have replaced.
+    fn invalidate(&mut self, entry: usize, slot: u32, generation: u64, key: Key) -> Done {
+        let Some(connection) = &self.connections[entry] else { return Done::Answered };
+        if connection.role != Role::Worker {
+            return refuse(Status::WrongRole);
+        }
+        let mut ranks = 0;
+        let invalidated = self.cache.invalidate(slot, generation, key, |namespace, rank| {
+            ranks = self.registry.shape(namespace).map_or(0, |(world, _)| world);
+            connection.rank_in(namespace) == Some(rank)
+        });
+        // Each rank's slot is touched, as a key is.
+        self.named += ranks;
+        let outcome = match invalidated {
+            Invalidated::Dropped | Invalidated::Hidden => {
+                self.stat(Stat::ChunksInvalidated, 1);
+                tracing::debug!(
+                    entry,
+                    slot,
+                    "a worker found a shard damaged; lookups do not find its chunk any more"
+                );
+                SlotOutcome::Done
+            }
+            Invalidated::Gone => SlotOutcome::Gone,
+            Invalidated::Refused => SlotOutcome::NotYours,
+        };
+        Done::Answer(Status::Ok, [outcome as u64, 0, 0, 0])
     }
 
     fn unregister(&mut self, entry: usize, namespace: u32) -> Done {

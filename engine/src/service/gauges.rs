@@ -19,6 +19,7 @@ impl Service {
             (Stat::SlotsCommitted, cache.slots_committed),
             (Stat::ChunksVisible, cache.chunks_visible),
             (Stat::ChunksForming, cache.chunks_forming),
+            (Stat::ChunksHidden, cache.chunks_hidden),
             (Stat::Leases, cache.leases),
             (Stat::Pins, cache.pins),
             (Stat::Namespaces, self.registry.len() as u64),

@@ -51,6 +51,10 @@ impl SlotTable for SharedSlots {
         failpoint::here("orphan.done");
     }
 
+    fn hidden(&mut self, slot: SlotId) {
+        self.headers[slot as usize].hide();
+    }
+
     fn freed(&mut self, slot: SlotId, next_generation: u64) {
         self.headers[slot as usize].free(next_generation);
     }

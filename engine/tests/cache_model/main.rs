@@ -9,17 +9,18 @@ mod cache_support;
 mod model;
 mod ops;
 
-use kvring_engine::cache::Key;
+use kvring_engine::cache::{Invalidated, Key};
 use kvring_engine::policy::PolicyKind;
 use proptest::prelude::*;
 
-use cache_support::key;
+use cache_support::{State, key};
 use model::{Model, SLABS, WORLDS};
 use ops::{OWNERS, Op, op};
 
 impl Model {
     fn step(&mut self, op: &Op) {
         match *op {
+            Op::Invalidate { which, how } => self.invalidate(which, how),
             Op::Find { owner, session, admission, namespace, chain, len } => {
                 self.find((owner, session, admission), namespace, chain, len);
             }
@@ -27,10 +28,10 @@ impl Model {
                 let lease = self.leases.get_mut(&(owner, session, admission));
                 let known = self.cache.release(owner, session, admission, keep);
                 assert_eq!(known, lease.is_some());
-                if let Some((_, keys)) = lease {
-                    keys.truncate(keep as usize);
+                if let Some(chunks) = lease {
+                    chunks.truncate(keep as usize);
                 }
-                self.leases.retain(|_, (_, keys)| !keys.is_empty());
+                self.leases.retain(|_, chunks| !chunks.is_empty());
             }
             Op::EndSession { owner, session } => {
                 let before = self.leases.len();
@@ -76,6 +77,8 @@ impl Model {
                     let _ = self.cache.abort(owner, slot, generation, [0; 2]);
                     assert!(!self.cache.release(owner, u64::MAX, slot, slot));
                     assert!(!self.cache.end_session(owner, generation | 1 << 63));
+                    let outcome = self.cache.invalidate(slot, generation, [0; 2], |_, _| true);
+                    assert!(matches!(outcome, Invalidated::Gone | Invalidated::Refused));
                 }
                 self.cache.client_gone(255, generation, slot % 2 == 0);
             }
@@ -102,6 +105,12 @@ impl Model {
             (stats.chunks_visible, stats.chunks_forming),
             (visible, self.chunks.len() as u64 - visible)
         );
+        assert_eq!(stats.chunks_hidden as usize, self.hidden.len());
+        for shard in self.hidden.iter().flat_map(|chunk| chunk.shards.values()) {
+            let entry = self.cache.table().entries[shard.slot as usize];
+            let is_kept = entry.generation == shard.generation && matches!(entry.state, State::Hidden(_));
+            assert!(is_kept, "slot {} was leased and is {entry:?}", shard.slot);
+        }
         assert_eq!((stats.slots_writing, stats.leases), (self.writes.len() as u64, self.leases.len() as u64));
         let orphans = self.writes.iter().filter(|write| self.chunk_of(**write).is_none()).count() as u64;
         assert_eq!(stats.orphans, orphans);

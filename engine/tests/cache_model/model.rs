@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use kvring_engine::cache::{
-    Aborted, Cache, CacheConfig, CommitError, Committed, Found, Key, Reservation, Reserve, Round,
-    Shard as RestoredShard, ShardRef, SlotId,
+    Aborted, Cache, CacheConfig, CommitError, Committed, Found, Invalidated, Key, Reservation, Reserve,
+    Round, Shard as RestoredShard, ShardRef, SlotId,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -28,6 +28,8 @@ pub(crate) struct Shard {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Chunk {
+    /// Of two that had the same key one after the other, which is meant.
+    pub(crate) id: u64,
     pub(crate) namespace: u32,
     pub(crate) key: Key,
     pub(crate) round: Round,
@@ -57,9 +59,13 @@ pub(crate) struct Model {
     policy: PolicyKind,
     pub(crate) cache: Cache<VecTable>,
     pub(crate) chunks: Vec<Chunk>,
+    /// Damaged ones that somebody has leased.
+    pub(crate) hidden: Vec<Chunk>,
+    chunks_made: u64,
     pub(crate) writes: Vec<Write>,
     pub(crate) done: Vec<Write>,
-    pub(crate) leases: BTreeMap<LeaseName, (u32, Vec<Key>)>,
+    /// The ids of their chunks.
+    pub(crate) leases: BTreeMap<LeaseName, Vec<u64>>,
     pub(crate) nonces: [u64; OWNERS as usize],
     pub(crate) quarantined: Vec<(u8, u64)>,
     pub(crate) added: Vec<u32>,
@@ -95,6 +101,8 @@ impl Model {
             policy,
             cache,
             chunks,
+            hidden: Vec::new(),
+            chunks_made: 0,
             writes,
             done,
             leases: BTreeMap::new(),
@@ -123,6 +131,7 @@ impl Model {
                     State::Writing(header) => (header, Found::Writing),
                     State::Orphaned(header) => (header, Found::Orphaned),
                     State::Committed(header) => (header, Found::Committed),
+                    State::Hidden(header) => (header, Found::Hidden),
                 };
                 let shard = RestoredShard { header, generation: entry.generation, found, tick: entry.tick };
                 cache.restore(slot, &shard).unwrap();
@@ -164,9 +173,7 @@ impl Model {
     }
 
     pub(crate) fn is_leased(&self, chunk: &Chunk) -> bool {
-        self.leases
-            .values()
-            .any(|(namespace, keys)| *namespace == chunk.namespace && keys.contains(&chunk.key))
+        self.leases.values().any(|chunks| chunks.contains(&chunk.id))
     }
 
     pub(crate) fn visible(&self, namespace: u32, key: Key) -> Option<&Chunk> {
@@ -198,8 +205,54 @@ impl Model {
         }
     }
 
+    /// The slots that were freed since the last call; but for those of hidden chunks, which must be freed when the last
+    /// lease of them has ended.
     pub(crate) fn take_freed(&mut self) -> Vec<SlotId> {
-        self.cache.table_mut().freed.drain(..).collect()
+        let mut freed: Vec<SlotId> = self.cache.table_mut().freed.drain(..).collect();
+        let (held, unheld) =
+            std::mem::take(&mut self.hidden).into_iter().partition(|chunk| self.is_leased(chunk));
+        self.hidden = held;
+        for shard in Vec::from_iter(unheld).iter().flat_map(|chunk: &Chunk| chunk.shards.values()) {
+            let at = freed.iter().position(|slot| *slot == shard.slot);
+            freed
+                .remove(at.unwrap_or_else(|| panic!("nobody holds slot {}, and it is not free", shard.slot)));
+        }
+        freed
+    }
+
+    /// A shard that was committed is said to be damaged.
+    pub(crate) fn invalidate(&mut self, which: usize, how: u8) {
+        let Some(write) = self.done.get(which % self.done.len().max(1)).copied() else { return };
+        let Write { slot, generation, key, .. } = write;
+        let is_it = |chunk: &Chunk| {
+            chunk.shards.values().any(|shard| (shard.slot, shard.generation) == (slot, generation))
+        };
+        let at = self.chunks.iter().position(is_it);
+        let is_there = at.is_some() || self.hidden.iter().any(is_it);
+        let (told, reads) = (if how == 0 { [key[0], !key[1]] } else { key }, how != 1);
+        let mut asked = None;
+        let outcome = self.cache.invalidate(slot, generation, told, |namespace, rank| {
+            asked = Some((namespace, rank));
+            reads
+        });
+        let freed = self.take_freed();
+        if let (Some(at), Some((namespace, rank))) = (at, asked) {
+            let chunk = &self.chunks[at];
+            assert_eq!((namespace, chunk.shards[&rank].slot), (chunk.namespace, slot));
+        }
+        let visible = at.filter(|at| self.chunks[*at].visible);
+        match visible {
+            _ if is_there && how < 2 => assert_eq!((outcome, freed), (Invalidated::Refused, vec![])),
+            None => assert_eq!((outcome, freed), (Invalidated::Gone, vec![])),
+            Some(at) if self.is_leased(&self.chunks[at]) => {
+                assert_eq!((outcome, freed), (Invalidated::Hidden, vec![]));
+                self.hidden.push(self.chunks.remove(at));
+            }
+            Some(at) => {
+                assert_eq!(outcome, Invalidated::Dropped);
+                self.dropped(at, &freed);
+            }
+        }
     }
 
     pub(crate) fn find(&mut self, name: LeaseName, namespace: u32, chain: u64, len: u64) {
@@ -230,8 +283,10 @@ impl Model {
         let touches = self.cache.table().touches.len();
         let slots = expected.len() * WORLDS[namespace as usize].len();
         assert_eq!(touches, if known { 0 } else { slots }, "retries are not accesses");
-        if !expected.is_empty() {
-            self.leases.insert(name, (namespace, expected));
+        let ids: Vec<u64> =
+            expected.iter().filter_map(|key| Some(self.visible(namespace, *key)?.id)).collect();
+        if !ids.is_empty() {
+            self.leases.insert(name, ids);
         }
     }
 
@@ -308,7 +363,9 @@ impl Model {
                 Some(chunk) => assert!(chunk.shards.insert(rank, shard).is_none()),
                 None => {
                     let shards = BTreeMap::from([(rank, shard)]);
-                    self.chunks.push(Chunk { namespace, key: *key, round, shards, visible: false });
+                    self.chunks_made += 1;
+                    let id = self.chunks_made;
+                    self.chunks.push(Chunk { id, namespace, key: *key, round, shards, visible: false });
                 }
             }
             self.writes.push(Write { owner, nonce, slot, generation, key: *key });

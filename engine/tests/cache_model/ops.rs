@@ -55,6 +55,11 @@ pub(crate) enum Op {
     Abort {
         which: usize,
     },
+    /// A reader's word that a shard which was committed is damaged; or somebody's who may not say so, or of another key.
+    Invalidate {
+        which: usize,
+        how: u8,
+    },
     /// A wrong owner, generation or key for a slot in use.
     Forge {
         which: usize,
@@ -113,6 +118,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         24 => any::<usize>().prop_map(|which| Op::Commit { which }),
         1 => any::<usize>().prop_map(|which| Op::Recommit { which }),
         2 => any::<usize>().prop_map(|which| Op::Abort { which }),
+        2 => (any::<usize>(), 0..6_u8).prop_map(|(which, how)| Op::Invalidate { which, how }),
         2 => (any::<usize>(), 0..4_u8).prop_map(|(which, how)| Op::Forge { which, how }),
         1 => (owner, prop::bool::ANY).prop_map(|(owner, quarantine)| Op::Gone { owner, quarantine }),
         1 => any::<usize>().prop_map(|which| Op::QuarantineOver { which }),

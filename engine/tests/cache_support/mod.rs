@@ -13,6 +13,7 @@ pub(crate) enum State {
     Writing(ShardHeader),
     Orphaned(ShardHeader),
     Committed(ShardHeader),
+    Hidden(ShardHeader),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +55,11 @@ impl VecTable {
     pub(crate) fn assert_disjoint(&self) {
         let mut used: Vec<(u64, u64)> = Vec::new();
         for entry in &self.entries {
-            if let State::Writing(header) | State::Orphaned(header) | State::Committed(header) = entry.state {
+            if let State::Writing(header)
+            | State::Orphaned(header)
+            | State::Committed(header)
+            | State::Hidden(header) = entry.state
+            {
                 used.push((header.offset, header.offset + header.length));
             }
         }
@@ -96,6 +101,12 @@ impl SlotTable for VecTable {
         let State::Writing(header) = entry.state else { panic!("slot {slot} was {:?}", entry.state) };
         assert_eq!((entry.generation, header.owner), (generation, owner), "slot {slot}");
         entry.state = State::Orphaned(header);
+    }
+
+    fn hidden(&mut self, slot: SlotId) {
+        let entry = &mut self.entries[slot as usize];
+        let State::Committed(header) = entry.state else { panic!("slot {slot} was {:?}", entry.state) };
+        entry.state = State::Hidden(header);
     }
 
     fn freed(&mut self, slot: SlotId, next_generation: u64) {

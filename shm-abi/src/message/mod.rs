@@ -85,7 +85,7 @@ pub struct Records {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// No such operation.
-    #[error("expected an opcode of 1..=14, found {0}")]
+    #[error("expected an opcode of 1..=15, found {0}")]
     Opcode(u8),
     /// No such status.
     #[error("expected a status of 0..={max}, found {0}", max = Status::LAST as u16)]
@@ -165,6 +165,8 @@ mod tests {
                 }
             ),
             Just(Request::DeclareEnd),
+            (any::<u32>(), any::<u64>(), any::<[u64; 2]>())
+                .prop_map(|(slot, generation, key)| Request::Invalidate { slot, generation, key }),
         ]
     }
 

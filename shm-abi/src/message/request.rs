@@ -1,6 +1,6 @@
 //! What a client asks for.
 
-use super::{Ident, Malformed, Records, Round, join, split};
+use super::{Ident, Key, Malformed, Records, Round, join, split};
 use crate::ring::Body;
 
 /// Any namespace, for [`Request::Clear`].
@@ -108,6 +108,16 @@ pub enum Request {
     /// After a restart: everything has been declared. What this entry was writing under earlier attachments, and did not
     /// declare, is free.
     DeclareEnd,
+    /// Worker: the bytes of this shard, one of its rank's, are not those that were stored. From now on lookups do not find
+    /// its chunk, and the next store of it replaces it. Answers a [`SlotOutcome`](super::SlotOutcome).
+    Invalidate {
+        /// The slot.
+        slot: u32,
+        /// Its generation.
+        generation: u64,
+        /// The chunk's key.
+        key: Key,
+    },
 }
 
 /// No parent key.
@@ -130,6 +140,7 @@ enum Opcode {
     DeclareSlots = 12,
     DeclareLease = 13,
     DeclareEnd = 14,
+    Invalidate = 15,
 }
 
 impl Request {
@@ -199,6 +210,12 @@ impl Request {
                 Opcode::DeclareLease
             }
             Request::DeclareEnd => Opcode::DeclareEnd,
+            Request::Invalidate { slot, generation, key } => {
+                words[1] = u64::from(slot);
+                words[2] = generation;
+                words[3..5].copy_from_slice(&key);
+                Opcode::Invalidate
+            }
         };
         Body { head: u32::from(operation) | ((opcode as u32) << 16), words }
     }
@@ -262,6 +279,9 @@ impl Request {
                 }
             }
             o if o == Opcode::DeclareEnd as u8 => Request::DeclareEnd,
+            o if o == Opcode::Invalidate as u8 => {
+                Request::Invalidate { slot: low(1), generation: words[2], key: [words[3], words[4]] }
+            }
             other => return Err(Malformed::Opcode(other)),
         };
         Ok((operation, Ident::unpack(words[0]), request))
