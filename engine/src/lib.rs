@@ -5,7 +5,6 @@
 //! (who goes first), [`stats`], [`config`], [`tier`].
 
 pub mod allocator;
-pub mod byte_size;
 pub mod cache;
 pub mod cgroup;
 pub mod config;
@@ -18,6 +17,8 @@ pub mod segments;
 mod service;
 pub mod stats;
 pub mod tier;
+
+pub use kvring_shm_abi::byte_size;
 
 pub use engine::{Engine, RunningEngine, StartError, spawn, spawn_with_tier};
 pub use service::StopHandle;

@@ -24,11 +24,23 @@ def test_values_are_taken() -> None:
             "kvring.poll_interval_us": 0,
             "kvring.autostart": True,
             "kvring.arena": "32 GiB",
+            "kvring.layout": "none",
         }
     )
     assert (config.name, config.chunk_blocks, config.lookup) == ("b", 4, "async")
     assert config.lookup_timeout_ms == 2.0 and config.poll_interval_us == 0.0
-    assert config.autostart and config.arena == "32 GiB"
+    assert config.autostart and config.arena == "32 GiB" and config.layout == "none"
+
+
+@pytest.mark.parametrize("arena", ["1.5GiB", "8G", "8g", "512 MiB", "2TB", "4096", 4096, " 12 B "])
+def test_a_size_is_what_serve_takes(arena: object) -> None:
+    assert Config.parse({"kvring.autostart": True, "kvring.arena": arena}).arena == str(arena)
+
+
+def test_a_name_is_what_serve_takes() -> None:
+    assert Config.parse({"kvring.name": "n" * 64}).name == "n" * 64
+    with pytest.raises(ConfigError, match=r"kvring\.name: expected an engine name of 1 to 64"):
+        Config.parse({"kvring.name": "n" * 65})
 
 
 @pytest.mark.parametrize(
@@ -37,7 +49,7 @@ def test_values_are_taken() -> None:
         ({"kvring.nmae": "x"}, "kvring.name?"),
         ({"name": "x"}, "unknown key 'name'; did you mean kvring.name?"),
         ({"lmcache.chunk": 1}, "unknown key 'lmcache.chunk'"),
-        ({"kvring.name": "a/b"}, "kvring.name: expected a name"),
+        ({"kvring.name": "a/b"}, "kvring.name: expected an engine name"),
         ({"kvring.name": 3}, "kvring.name"),
         ({"kvring.chunk_blocks": 0}, "kvring.chunk_blocks: expected a whole number from 1 to 1024, got 0"),
         ({"kvring.chunk_blocks": 1.5}, "got 1.5"),
@@ -54,6 +66,9 @@ def test_values_are_taken() -> None:
         ({"kvring.arena": "1GiB"}, "kvring.autostart with it"),
         ({"kvring.autostart": True, "kvring.arena": "many"}, "kvring.arena: expected a size"),
         ({"kvring.autostart": True, "kvring.arena": "0"}, "kvring.arena"),
+        ({"kvring.autostart": True, "kvring.arena": True}, "kvring.arena: expected a size"),
+        ({"kvring.autostart": True, "kvring.arena": "1..5GiB"}, "kvring.arena: expected a size"),
+        ({"kvring.layout": "BLHNC"}, 'kvring.layout: expected "auto" or "block-outermost" or "none"'),
     ],
 )
 def test_what_is_wrong_is_named(extra: dict[str, object], named: str) -> None:

@@ -6,7 +6,7 @@ bytes) names a namespace: a digest of everything that keys do not cover.
 
 * `SchedulerAdapter`, `PollingSchedulerAdapter`: which chunks of a prompt are there?
 * `WorkerAdapter`: stores and loads one rank's paged KV cache, described by `KvGroup`.
-* `Engine`: starts and stops an engine; `engine_state`: how one looks.
+* `Engine`: starts and stops an engine; `engine_state`: how one looks; `engine_name`, `byte_size`: what `kvring serve` takes.
 
 No engine, a dead one or a stopped one is never an exception: lookups answer 0 chunks, and stores are dropped. What the adapters
 say goes to `logging`, below the logger `kvring`; `set_log_level` says from which level on.
@@ -30,6 +30,8 @@ from ._native import (
     RegisterError,
     SchedulerAdapter,
     WorkerAdapter,
+    byte_size,
+    engine_name,
     engine_state,
     set_log_level,
 )
@@ -58,6 +60,8 @@ __all__ = [
     "WorkerAdapter",
     "__version__",
     "binary_path",
+    "byte_size",
+    "engine_name",
     "engine_state",
     "set_log_level",
 ]

@@ -27,6 +27,12 @@ class RegisterError(KvringError):
 class EngineError(KvringError, RuntimeError):
     """The engine did not do what only an operator asks of it: start, stop, clear."""
 
+def byte_size(text: str) -> int:
+    """A size as `kvring serve --arena` takes it (`"8GiB"`, `"1.5G"`, `"4096"`), in bytes. Raises `ConfigError`."""
+
+def engine_name(name: str) -> str:
+    """A name as `kvring serve --name` takes it, unchanged. Raises `ConfigError`."""
+
 def engine_state(name: str = "default") -> str:
     """How the engine of this name looks from outside: "serving", "recovering", "dead", "absent" or "incompatible: why"."""
 

@@ -16,8 +16,25 @@ mod scheduler;
 mod worker;
 
 use kvring_adapter::{EngineView, Health};
+use kvring_shm_abi::byte_size::ByteSize;
 use kvring_shm_abi::segment::EngineName;
 use pyo3::prelude::*;
+
+/// A size as `kvring serve --arena` takes it, in bytes.
+#[pyfunction]
+fn byte_size(py: Python<'_>, text: &str) -> PyResult<u64> {
+    errors::guarded(py, || {
+        text.parse().map(|ByteSize(bytes)| bytes).map_err(|error| errors::config(py, error))
+    })
+}
+
+/// A name as `kvring serve --name` takes it, unchanged.
+#[pyfunction]
+fn engine_name(py: Python<'_>, name: &str) -> PyResult<String> {
+    errors::guarded(py, || {
+        EngineName::new(name).map(|name| name.to_string()).map_err(|error| errors::config(py, error))
+    })
+}
 
 /// How the engine of this name looks from outside.
 #[pyfunction]
@@ -41,6 +58,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("KEY_BYTES", keys::KEY_BYTES)?;
     module.add("KEYS_MAX", kvring_adapter::KEYS_MAX)?;
     errors::add_to(module)?;
+    module.add_function(wrap_pyfunction!(byte_size, module)?)?;
+    module.add_function(wrap_pyfunction!(engine_name, module)?)?;
     module.add_function(wrap_pyfunction!(engine_state, module)?)?;
     module.add_function(wrap_pyfunction!(logs::next_logs, module)?)?;
     module.add_function(wrap_pyfunction!(logs::close_logs, module)?)?;

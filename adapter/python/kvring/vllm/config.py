@@ -6,19 +6,13 @@ A wrong or unknown key is an error when vLLM starts, and names the key; an engin
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from kvring import ConfigError
+from kvring import ConfigError, byte_size, engine_name
 
 PREFIX = "kvring."
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,32}")
-_SIZE = re.compile(r"(\d+)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
-_UNITS = {"b": 1} | {
-    f"{letter}{i}b": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("kmgt") for i in ("", "i")
-}
 
 
 def _wrong(key: str, expected: str, got: object) -> ConfigError:
@@ -26,9 +20,12 @@ def _wrong(key: str, expected: str, got: object) -> ConfigError:
 
 
 def _name(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise _wrong(key, "a name of 1 to 32 letters, digits, '-' or '_'", value)
-    return value
+    if not isinstance(value, str):
+        raise _wrong(key, "a name", value)
+    try:
+        return engine_name(value)
+    except ConfigError as error:
+        raise ConfigError(f"{PREFIX}{key}: {error}") from None
 
 
 def _choice(*choices: str) -> Callable[[str, Any], str]:
@@ -68,10 +65,14 @@ def _flag(key: str, value: Any) -> bool:
 
 def _size(key: str, value: Any) -> str:
     """A size as `kvring serve` takes it; kept as text."""
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    if match is None or int(match[1]) * _UNITS[(match[2] or "B").lower()] == 0:
+    if not isinstance(value, int | str) or isinstance(value, bool):
         raise _wrong(key, 'a size such as "32GiB"', value)
-    return value.strip()
+    try:
+        if byte_size(str(value)) == 0:
+            raise ConfigError(f"expected more than no memory, got {value!r}")
+    except ConfigError as error:
+        raise ConfigError(f"{PREFIX}{key}: {error}") from None
+    return str(value)
 
 
 def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str) -> Any:
@@ -88,7 +89,10 @@ class Config:
         "poll", _choice("poll", "async"), "`poll`: an answer in the same scheduling step; `async`: in a later one"
     )
     load: str = _option(
-        "async", _choice("async", "sync"), "`async`: between steps, beside other requests; `sync`: before the forward pass"
+        "async",
+        _choice("async", "sync"),
+        "`async`: between steps, beside other requests; `sync`: before the forward pass, where a failure can be taken back: one "
+        "KV group, no asynchronous scheduling, no pipeline",
     )
     lookup_timeout_ms: float = _option(
         5.0, _above_zero, "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)"
@@ -122,6 +126,12 @@ class Config:
         _choice("auto", "batch", "staged", "zerocopy"),
         "how a GPU's KV moves: `batch`: DMA for each contiguous run; `staged`: gathered on the GPU, then DMA; `zerocopy`: by a "
         "kernel; `auto`: measured at start",
+    )
+    layout: str = _option(
+        "auto",
+        _choice("auto", "block-outermost", "none"),
+        "the KV cache layout that vLLM is asked for on a GPU. `block-outermost` (`BLHNC`): a block is one piece over all layers; "
+        "`none`: vLLM's choice; `auto`: `block-outermost`, unless something else may want another one",
     )
     autostart: bool = _option(False, _flag, "start an engine where none runs, and again when it has died")
     arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")

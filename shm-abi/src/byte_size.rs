@@ -2,8 +2,6 @@
 
 use core::fmt;
 use core::str::FromStr;
-use serde::de::{Error as _, Unexpected, Visitor};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// A number of bytes. `Display` is exact and parses back; [`ByteSize::human`] is rounded, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,37 +85,46 @@ impl fmt::Display for ByteSize {
     }
 }
 
-impl Serialize for ByteSize {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
+/// For configuration files and output.
+#[cfg(feature = "serde")]
+mod with_serde {
+    use super::ByteSize;
+    use core::fmt;
+    use serde::de::{Error as _, Unexpected, Visitor};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-impl<'de> Deserialize<'de> for ByteSize {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
-        struct Size;
-        impl Visitor<'_> for Size {
-            type Value = ByteSize;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a size such as \"8GiB\", or a number of bytes")
-            }
-
-            fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
-                Ok(ByteSize(bytes))
-            }
-
-            fn visit_i64<E: serde::de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
-                u64::try_from(bytes)
-                    .map(ByteSize)
-                    .map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))
-            }
-
-            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
-                text.parse().map_err(E::custom)
-            }
+    impl Serialize for ByteSize {
+        fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.collect_str(self)
         }
-        deserializer.deserialize_any(Size).map_err(D::Error::custom)
+    }
+
+    impl<'de> Deserialize<'de> for ByteSize {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
+            struct Size;
+            impl Visitor<'_> for Size {
+                type Value = ByteSize;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a size such as \"8GiB\", or a number of bytes")
+                }
+
+                fn visit_u64<E: serde::de::Error>(self, bytes: u64) -> Result<ByteSize, E> {
+                    Ok(ByteSize(bytes))
+                }
+
+                fn visit_i64<E: serde::de::Error>(self, bytes: i64) -> Result<ByteSize, E> {
+                    u64::try_from(bytes)
+                        .map(ByteSize)
+                        .map_err(|_| E::invalid_value(Unexpected::Signed(bytes), &self))
+                }
+
+                fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<ByteSize, E> {
+                    text.parse().map_err(E::custom)
+                }
+            }
+            deserializer.deserialize_any(Size).map_err(D::Error::custom)
+        }
     }
 }
 
