@@ -40,11 +40,17 @@ def extra(name: str, **more: Any) -> dict[str, Any]:
 
 
 def harness(
-    name: str, *, faults: Faults | None = None, chunk_blocks: int = 1, options: dict[str, Any] | None = None, **setup: Any
+    name: str,
+    *,
+    faults: Faults | None = None,
+    chunk_blocks: int = 1,
+    options: dict[str, Any] | None = None,
+    connector: tuple[str, str] = ("kvring.vllm", "KvringConnector"),
+    **setup: Any,
 ) -> Harness:
     made = configs.Setup(
-        connector="KvringConnector",
-        connector_module="kvring.vllm",
+        connector=connector[1],
+        connector_module=connector[0],
         extra=extra(name, chunk_blocks=chunk_blocks, **(options or {})),
         nonce=f"edge-{os.getpid()}-{next(_numbers)}",
         **setup,

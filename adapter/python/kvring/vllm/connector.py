@@ -5,6 +5,7 @@ What is wrong with the configuration is raised while vLLM starts. From then on n
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+_MULTI_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector"
+
+
 class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps vLLM's KV cache in a kvring engine on the same node. Configured by `kv_connector_extra_config`: see `Config`."""
 
@@ -71,6 +75,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
                 events,
                 loads=self._kv_transfer_config.is_kv_consumer,
                 stores=self._kv_transfer_config.is_kv_producer,
+                batches=vllm_config.max_concurrent_batches,
             )
         else:
             model = vllm_config.model_config
@@ -148,7 +153,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         """See `SchedulerSide`."""
         meta = connector_output.kv_connector_worker_meta
         assert meta is None or isinstance(meta, KvringWorkerMetadata)
-        self.scheduler.update_connector_output(meta)
+        self.scheduler.update_connector_output(meta, connector_output.invalid_block_ids)
 
     def _gives_back(self, request: Request, *_: Any) -> tuple[bool, None]:
         self.scheduler.finished_after_error(request.request_id)
@@ -252,16 +257,22 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         """One piece per block: fewer, larger copies. A wish: where a backend cannot have it vLLM says so and takes its own. But
-        it fails where blocks of this layout would have to be split for a backend's kernels; blocks of a size that it has chosen
-        itself never have to. On CPU there is one layout only."""
+        vLLM does not start where two connectors have different wishes, nor where blocks of this layout would have to be split for
+        a backend's kernels; blocks of a size that it has chosen itself never have to, but for hybrids' with Mamba layers. On CPU
+        there is one layout only."""
         from vllm.platforms import current_platform
 
-        cache = vllm_config.cache_config
-        if not current_platform.is_cuda():
-            return None
-        # Of these every backend of this vLLM takes a size as it is, or none of its divisors either.
-        never_split = not cache.user_specified_block_size or cache.block_size in (16, 32, 64)
-        return "BLHNC" if never_split and not cache.kv_cache_dtype_skip_layers else None
+        assert vllm_config.kv_transfer_config is not None
+        wish = Config.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).layout
+        if wish == "auto":
+            cache = vllm_config.cache_config
+            # Of these every backend of this vLLM takes a size as it is, or none of its divisors either.
+            never_split = not cache.user_specified_block_size or cache.block_size in (16, 32, 64)
+            fits = never_split and not cache.kv_cache_dtype_skip_layers and not vllm_config.model_config.is_hybrid
+            # A connector is not told of those beside it, but vLLM imports this only where it is used.
+            is_alone = _MULTI_CONNECTOR not in sys.modules
+            wish = "block-outermost" if current_platform.is_cuda() and fits and is_alone else "none"
+        return "BLHNC" if wish == "block-outermost" else None
 
     @fail_open(lambda self: None)
     def shutdown(self) -> None:

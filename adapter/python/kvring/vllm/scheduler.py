@@ -8,7 +8,8 @@ Invariants (P0 to P5 of the obligations that preemption brings; the harness unde
 * A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, once per admission.
 * A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
   the next forward pass; one that finishes keeps its blocks until they have been read.
-* While a synchronous load is not known to be good on every rank nothing is stored, whoever's: vLLM shares its blocks at once.
+* While a synchronous load is not known to be good nothing is stored, whoever's load and whoever's blocks: vLLM shares them at
+  once. Under `MultiConnector` that includes other connectors' loads.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class SchedulerSide:
         *,
         loads: bool = True,
         stores: bool = True,
+        batches: int = 1,
     ):
         self.config = config
         self.geometry = geometry
@@ -69,13 +71,11 @@ class SchedulerSide:
         self.stats = KvringStats()
         self.trackers: dict[str, Tracker] = {}
         self.kv_cache_manager: KVCacheManager | None = None
-        # vLLM maps flat ids of blocks whose load failed to requests only where there is one group: a synchronous load of a
-        # hybrid model could not be reported as failed.
-        self.load_waits = config.load == "sync" and len(geometry.groups) == 1
-        if config.load == "sync" and not self.load_waits:
-            logger.warning(
-                "kvring.load: vLLM cannot be told of a failed synchronous load of a hybrid model; loading between steps"
-            )
+        self.load_waits = config.load == "sync"
+        # Steps that vLLM may have scheduled before it has seen the output of the first of them.
+        self._batches = batches
+        self._unproven = 0
+        """Steps, from this one on, until all synchronous loads are known to be good."""
         if max_tokens > KEYS_MAX * geometry.chunk_tokens:
             logger.warning(
                 "a lookup finds at most %d chunks, the first %d tokens of a prompt of %d; raise kvring.chunk_blocks to find more",
@@ -227,6 +227,7 @@ class SchedulerSide:
     def build_connector_meta(self, output: SchedulerOutput) -> KvringMetadata:
         """This step's work for the workers. Most steps have none, and cost next to nothing."""
         self._announced = []
+        self._unproven = self._batches if output.has_sync_kv_loads else max(0, self._unproven - 1)
         try:
             flush = self._fence(output.preempted_req_ids) if self._open_stores else ()
             if self._may_store():
@@ -247,9 +248,9 @@ class SchedulerSide:
         return meta
 
     def _may_store(self) -> bool:
-        """Not while a synchronous load may have failed, here or on another rank. What is not stored in this step is stored in a
-        later one."""
-        return self.stores and not (self.load_waits and self._open_loads)
+        """Not while a synchronous load may have failed: on any rank, and of any connector, since vLLM's block tables do not tell
+        who has loaded a block. What is not stored in this step is stored in a later one."""
+        return self.stores and not self._unproven
 
     def emergency_meta(self) -> KvringMetadata:
         """After an error of ours: no store may read on, and what vLLM waits for is still asked for."""
@@ -365,8 +366,10 @@ class SchedulerSide:
             del self.trackers[tracker.request]
         self.adapter.end_session(tracker.request)
 
-    def update_connector_output(self, worker_meta: KvringWorkerMetadata | None) -> None:
-        """What the workers have reported."""
+    def update_connector_output(self, worker_meta: KvringWorkerMetadata | None, bad_blocks: Collection[int] = ()) -> None:
+        """What the workers have reported, and the blocks that some connector could not load."""
+        if bad_blocks and self._unproven:
+            self._spoilt(bad_blocks)
         if worker_meta is None:
             return
         errors = []
@@ -417,13 +420,14 @@ class SchedulerSide:
             # What is computed in place of what failed is stored again: the engine skips what it still has.
             if load.outcome.ranks_failed:
                 tracker.stored_chunks = min(tracker.stored_chunks, load.first_chunk)
-        if load.outcome.ranks_failed and load.wait:
-            self._spoilt(load)
+        if load.outcome.ranks_failed and load.wait and self.kv_cache_manager is not None:
+            (ids,) = self.kv_cache_manager.get_block_ids(load.request)
+            self._spoilt(ids[load.start // self.geometry.groups[0].tokens :])
         self.adapter.free_lookup_locks(load.request, load.admission, 0)
         if tracker is not None:
             self._forget_if_over(tracker)
 
-    def _spoilt(self, load: OpenLoad) -> None:
+    def _spoilt(self, bad_blocks: Collection[int]) -> None:
         """A synchronous load has failed: its step computed from garbage, and vLLM had put the blocks into its own prefix cache
         before. It computes them again; until then others would be served what is in them, and we would keep it for good."""
         for tracker in self.trackers.values():
@@ -431,11 +435,10 @@ class SchedulerSide:
         manager = self.kv_cache_manager
         if manager is None:
             return
-        (blocks,) = manager.get_block_ids(load.request)
-        bad = set(blocks[load.start // self.geometry.groups[0].tokens :]) - {NULL_BLOCK}
+        bad = set(bad_blocks) - {NULL_BLOCK}
         evict = set(bad)
         for request in self.trackers:
-            # Who shares them has computed from them what comes behind.
+            # Who shares them has computed from them what comes behind. There is one group: vLLM knows no bad blocks of several.
             (ids,) = manager.get_block_ids(request)
             evict.update(itertools.dropwhile(lambda block: block not in bad, ids))
         manager.evict_blocks(evict)
