@@ -11,15 +11,17 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
     MambaSpec,
     MLAAttentionSpec,
+    RSWASpec,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from kvring import SKIP, LayoutError
 from kvring.vllm.geometry import Geometry, Group
 
 
-def full(tokens: int = 16) -> FullAttentionSpec:
-    return FullAttentionSpec(block_size=tokens, num_kv_heads=2, head_size=64, dtype=torch.float32)
+def full(tokens: int = 16, **more: object) -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=tokens, num_kv_heads=2, head_size=64, dtype=torch.float32, **more)
 
 
 def window(of: int, tokens: int = 16) -> SlidingWindowSpec:
@@ -102,6 +104,15 @@ def test_ranks_with_the_same_bytes_store_once() -> None:
         (
             lambda: geometry([MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,))]),
             "KV group 0: expected full, MLA or sliding-window attention, got mamba",
+        ),
+        (
+            lambda: geometry([RSWASpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32, rswa_window=64)]),
+            "got full_attention (RSWASpec)",
+        ),
+        (lambda: geometry([full(), full(non_causal=True)]), "KV group 1: expected causal attention"),
+        (
+            lambda: geometry([UniformTypeKVCacheSpecs(16, {"a": full(), "b": full(non_causal=True)})]),
+            "KV group 0: expected causal attention",
         ),
     ],
 )

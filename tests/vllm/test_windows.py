@@ -10,11 +10,10 @@ LENGTHS = (1, 31, 33, WINDOW, WINDOW + 1, 3 * WINDOW, 321, 700, 2500)
 
 
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["alone", "prefix-caching"])
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_cold_and_warm(scene, baseline, gemma, load, prefix_caching):
+def test_cold_and_warm(scene, baseline, gemma, prefix_caching):
     prompts = [prompt(length, length) for length in LENGTHS]
     expected = baseline.answers(gemma, prompts, max_tokens=40)
-    vllm = scene.vllm(gemma, kvring={"load": load}, enable_prefix_caching=prefix_caching)
+    vllm = scene.vllm(gemma, enable_prefix_caching=prefix_caching)
     assert_same(vllm.generate(prompts, max_tokens=40), expected, "cold")
     scene.settle(vllm)
     vllm.reset()

@@ -104,6 +104,9 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
         choices["chunk_blocks"] = min(choices["chunk_blocks"], choices["window"] // 4)
     if choices["parallel"][0] == 1 and choices["fail_rank"] == 1:
         choices["fail_rank"] = 0
+    if choices["load"] == "sync":
+        # vLLM would know a step too late that a load has failed.
+        choices["async_scheduling"] = False
     if choices["window"] is not None:
         choices["load"] = "async"
         choices["max_batched"] = min(choices["max_batched"], 24)

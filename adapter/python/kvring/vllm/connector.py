@@ -20,7 +20,7 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvring._logs import share_handlers
 
-from . import autostart
+from . import autostart, decisions
 from .config import Config
 from .events import Events
 from .geometry import Geometry
@@ -57,6 +57,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         share_handlers("vllm")
         config = Config.parse(self._kv_transfer_config.kv_connector_extra_config)
         geometry = Geometry.of(vllm_config, kv_cache_config, config.chunk_blocks)
+        decisions.check(config, vllm_config, geometry, loads=self._kv_transfer_config.is_kv_consumer)
         name = fingerprint(describe(vllm_config, kv_cache_config, geometry))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

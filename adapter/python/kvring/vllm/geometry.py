@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
-    KVCacheSpecKind,
+    KVCacheGroupSpec,
     get_kv_cache_spec_kind,
     get_kv_cache_spec_sliding_window,
     iter_layer_specs,
 )
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvring import SKIP, LayoutError
 
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
 NULL_BLOCK = 0
 """vLLM's block for tokens that a sliding window does not look at any more: nobody's, and never to be read or written."""
 
-_WHOLE_PREFIX = {KVCacheSpecKind.FULL_ATTENTION, KVCacheSpecKind.MLA_ATTENTION}
+_MANAGERS = {FullAttentionManager, SlidingWindowManager}
+"""Those of vLLM's managers that keep a block unchanged from when it is full until it leaves the window, if there is one."""
+
 _WITHOUT_DRAFT_KV = {None, "ngram", "ngram_gpu", "suffix"}
-_WINDOW = {KVCacheSpecKind.SLIDING_WINDOW, KVCacheSpecKind.SLIDING_WINDOW_MLA}
 
 BlockTable = Sequence[Sequence[int]]
 """One request's block ids, for each group."""
@@ -69,15 +72,15 @@ class Geometry:
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         if not specs:
             raise LayoutError("expected a model with a KV cache, got one without: kvring has nothing to keep")
-        for index, spec in enumerate(specs):
-            _check_spec(index, spec)
+        for index, group in enumerate(kv_cache_config.kv_cache_groups):
+            _check_group(index, group)
         chunk_tokens = math.lcm(*(spec.block_size for spec in specs)) * chunk_blocks
         groups = tuple(
             Group(
                 kind=get_kv_cache_spec_kind(spec).value,
                 tokens=spec.block_size,
                 blocks=chunk_tokens // spec.block_size,
-                window=get_kv_cache_spec_sliding_window(spec) if get_kv_cache_spec_kind(spec) in _WINDOW else None,
+                window=get_kv_cache_spec_sliding_window(spec),
             )
             for spec in specs
         )
@@ -184,12 +187,19 @@ def _check_speculation(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
         )
 
 
-def _check_spec(index: int, spec: object) -> None:
-    kinds = {get_kv_cache_spec_kind(layer) for layer in iter_layer_specs(spec)}
-    unsupported = kinds - _WHOLE_PREFIX - _WINDOW
+def _check_group(index: int, group: KVCacheGroupSpec) -> None:
+    spec = group.kv_cache_spec
+    layers = iter_layer_specs(spec)
+    # By its manager, not by its kind: a kind of attention that drops or rewrites blocks has a manager of its own.
+    unsupported = [one for one in layers if KVCacheSpecRegistry.get_manager_class(one, group.role) not in _MANAGERS]
     if unsupported or not getattr(spec, "prefix_cacheable", True):
-        what = ", ".join(sorted(kind.value for kind in unsupported)) or type(spec).__name__
+        what = sorted({f"{get_kv_cache_spec_kind(one).value} ({type(one).__name__})" for one in unsupported or layers})
         raise LayoutError(
-            f"KV group {index}: expected full, MLA or sliding-window attention, got {what}, whose state is not a function of "
-            "whole blocks of the prefix"
+            f"KV group {index}: expected full, MLA or sliding-window attention, got {', '.join(what)}, whose state is not a "
+            "function of whole blocks of the prefix"
+        )
+    if any(getattr(one, "non_causal", False) for one in layers):
+        raise LayoutError(
+            f"KV group {index}: expected causal attention, got layers that look ahead (non_causal, as in a prefix LM): their KV "
+            "depends on tokens behind the block, so vLLM has switched its prefix cache off, and kvring cannot be used either"
         )
