@@ -36,21 +36,21 @@ use std::time::Duration;
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// No engine of that name.
-    #[error("no engine named {0} runs here; start one with `kvring serve --name {0}`")]
+    #[error("no kvring engine named {0} runs here; start one with `kvring serve --name {0}`")]
     NoEngine(String),
     /// Its segments are there, but their owner is dead.
-    #[error("the engine named {0} has died; start it again with `kvring serve --name {0}`")]
+    #[error("the kvring engine named {0} has died; start it again with `kvring serve --name {0}`")]
     Dead(String),
     /// It is not ready yet.
-    #[error("the engine is recovering (incarnation {0})")]
+    #[error("the kvring engine is starting, and takes over what it held before (incarnation {0})")]
     Recovering(u32),
     /// It found its own invariants broken.
     #[error(
-        "the engine named {0} stopped serving, because a check of itself failed; restart it (see its log)"
+        "the kvring engine named {0} found an error in its own tables and stopped serving; see its log, and restart it"
     )]
     Unhealthy(String),
     /// It was restarted while we attached.
-    #[error("the engine was restarted during the attempt")]
+    #[error("the kvring engine was restarted during the attempt")]
     Restarted,
     /// Another release or build, or half-created.
     #[error("segment {segment}: {mismatch}")]
@@ -61,16 +61,18 @@ pub enum AttachError {
         mismatch: Mismatch,
     },
     /// The arena that we hold a claim on is not this name's any more: the engine was started anew, or removed.
-    #[error("the engine named {0} was started anew, or removed")]
+    #[error("the kvring engine named {0} was started anew, or removed")]
     AnotherStart(String),
     /// Two segments of different cold starts: a restart was half-way. Mends itself.
-    #[error("segment {0} belongs to another start of the engine")]
+    #[error("segment {0} belongs to another start of the kvring engine")]
     OtherArena(String),
     /// All entries are taken.
-    #[error("the client table is full: all {CLIENTS_MAX} entries are taken; `kvring status` lists them")]
+    #[error(
+        "the kvring engine's client table is full: all {CLIENTS_MAX} entries are taken; `kvring status` lists them"
+    )]
     TableFull,
     /// The engine did not answer in time.
-    #[error("the engine did not answer the attachment within {0:?}")]
+    #[error("the kvring engine did not answer within {} ms", .0.as_millis())]
     TimedOut(Duration),
     /// The client is being shut down.
     #[error("the client is being shut down")]
@@ -79,7 +81,7 @@ pub enum AttachError {
     #[error("the claim on entry {0} was overwritten by another process")]
     ClaimLost(usize),
     /// The engine refused.
-    #[error("the engine refused the attachment: {0:?}")]
+    #[error("the kvring engine refused the connection: {}", .0.as_str())]
     Refused(AttachStatus),
     /// A segment could not be opened.
     #[error(transparent)]

@@ -139,14 +139,20 @@ impl Shared {
         // The last holder unmaps; not under the lock.
         drop(before);
         if was != health {
-            self.counters.transition(&health);
-            let (engine, role) = (&self.checked.options.engine, self.role.as_str());
-            if health.is_healthy() {
-                tracing::info!(%engine, role, %was, "attached to the engine");
-            } else if health == Health::ShutDown {
-                tracing::debug!(%engine, role, %was, "client shut down");
-            } else {
-                tracing::warn!(%engine, role, %was, now = %health, "the engine is not available; running without it");
+            self.changed_to(&health);
+        }
+    }
+
+    /// Counts a transition, and tells the log of it, in words for who runs vLLM: nothing else there says how the engine is.
+    pub(crate) fn changed_to(&self, health: &Health) {
+        self.counters.transition(health);
+        let (engine, role) = (&self.checked.options.engine, self.role.as_str());
+        match health {
+            Health::Healthy => tracing::info!(%engine, role, "connected to the kvring engine"),
+            Health::ShutDown => tracing::debug!(%engine, role, "client shut down"),
+            _ => {
+                let reason = health.explain(engine);
+                tracing::warn!(%engine, role, %reason, "the kvring engine is not available; going on without it");
             }
         }
     }

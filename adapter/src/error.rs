@@ -7,28 +7,30 @@ use kvring_shm_abi::message::Disagreement;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// The engine is not there for us right now.
-    #[error("the engine is {0}; stores are dropped and lookups answer 0 until it is back")]
+    #[error("the kvring engine is {0}: nothing is stored or found until it is back")]
     Degraded(Health),
     /// The engine died while the call waited for its answer.
-    #[error("the engine died before it answered")]
+    #[error("the kvring engine died before it answered")]
     Dead,
     /// The engine was restarted while the call waited for its answer.
-    #[error("the engine was restarted before it answered")]
+    #[error("the kvring engine was restarted before it answered")]
     Restarted,
     /// No answer by the deadline. Should one still come, it is undone.
-    #[error("the engine did not answer within {waited_ms} ms")]
+    #[error("the kvring engine did not answer within {waited_ms} ms")]
     TimedOut {
         /// How long the call waited.
         waited_ms: u64,
     },
     /// No engine holds this namespace, or this client's registration has not come through yet.
-    #[error("the namespace is not registered with the engine")]
+    #[error("this KV cache is not registered with the kvring engine, or not yet again")]
     NotRegistered,
     /// Full for now: the client's share of leased and reserved bytes, or operations in flight.
-    #[error("busy: too much is leased, reserved or in flight; try again when some of it has ended")]
+    #[error("busy: this process has too many loads and stores under way; try again when some have ended")]
     Busy,
     /// The arena has no room, even after eviction.
-    #[error("out of space: the arena has no room for this, even after eviction")]
+    #[error(
+        "out of space: the kvring engine has no room for this, even after eviction; use a larger --arena"
+    )]
     OutOfSpace,
     /// More keys than one request may name.
     #[error("expected at most {limit} keys in one call, got {got}")]
@@ -39,7 +41,7 @@ pub enum CallError {
         got: usize,
     },
     /// The engine says that this operation is not for this client.
-    #[error("the engine refused the operation: {0}")]
+    #[error("the kvring engine refused the operation: {0}")]
     Refused(&'static str),
     /// Called in a child of `fork`: the adapter belongs to the parent.
     #[error("this adapter belongs to the process that made it; make a new one after fork")]
@@ -50,7 +52,7 @@ pub enum CallError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
     /// Ranks do not agree.
-    #[error("registration disagrees with an earlier rank's: {what:?}: expected {expected}, got {got}")]
+    #[error("this rank disagrees with an earlier one of its model: {}: expected {expected}, got {got}", what.as_str())]
     Disagreement {
         /// What they do not agree on.
         what: Disagreement,
@@ -60,7 +62,10 @@ pub enum RegisterError {
         got: u64,
     },
     /// A shard can never fit.
-    #[error("a shard of {shard_bytes} bytes does not fit: the arena holds shards of up to {largest} bytes")]
+    #[error(
+        "a chunk has {shard_bytes} bytes on each rank, and the kvring engine has room for up to {largest} in one piece: use smaller \
+         chunks (kvring.chunk_blocks), or a kvring engine with a larger --arena"
+    )]
     ShardTooLarge {
         /// Asked for.
         shard_bytes: u64,
@@ -68,7 +73,7 @@ pub enum RegisterError {
         largest: u64,
     },
     /// The engine's namespace table is full.
-    #[error("the engine's namespace table is full; `kvring clear` frees namespaces that nobody uses")]
+    #[error("the kvring engine's namespace table is full; `kvring clear` frees namespaces that nobody uses")]
     TooManyNamespaces,
     /// The record itself makes no sense.
     #[error("registration: {what}: expected {expected}, got {got}")]

@@ -36,6 +36,34 @@ impl Health {
     pub fn is_healthy(&self) -> bool {
         *self == Health::Healthy
     }
+
+    /// The same as a sentence for people who run an engine of that name and have never heard of this crate: what is wrong,
+    /// and what they can do about it.
+    #[must_use]
+    pub fn explain(&self, engine: &str) -> String {
+        match self {
+            Health::Healthy => "it is well".to_owned(),
+            Health::Absent => {
+                format!(
+                    "no kvring engine named {engine} runs here: start it with `kvring serve --name {engine}`"
+                )
+            }
+            Health::Dead => {
+                format!("its process has died: start it again with `kvring serve --name {engine}`")
+            }
+            Health::Recovering => "it is starting, and may be taking over what it held before".to_owned(),
+            Health::Attaching => "it was started anew: connecting to it".to_owned(),
+            Health::Stalled => format!(
+                "it does not respond: its process is stopped, or gets no CPU time (`kvring status --name {engine}`)"
+            ),
+            Health::Unhealthy => {
+                "it found an error in its own tables and stopped serving: see its log, and start it again"
+                    .to_owned()
+            }
+            Health::Refused(why) | Health::Incompatible(why) => why.clone(),
+            Health::ShutDown => "kvring has been shut down in this process".to_owned(),
+        }
+    }
 }
 
 impl core::fmt::Display for Health {

@@ -48,7 +48,9 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
         let ran = std::panic::catch_unwind(AssertUnwindSafe(|| run(&shared, &mut held)));
         if ran.is_err() {
             shared.set_detached(Health::ShutDown);
-            tracing::error!("the keeper thread failed; this client stays degraded until it is made again");
+            tracing::error!(
+                "kvring's own thread failed (a bug: please report it); this process goes on without the kvring engine"
+            );
             // The life word stays ours until the client is shut down: copies may still run.
             while !shared.stop.load(Ordering::Acquire) {
                 let seen = shared.control.load(Ordering::Acquire);
@@ -61,7 +63,6 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
 
 fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
     let mut backoff = shared.checked.options.backoff_min;
-    let mut last_error = String::new();
     loop {
         let seen = shared.control.load(Ordering::Acquire);
         if shared.stop.load(Ordering::Acquire) {
@@ -77,7 +78,6 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
                 let why = match enter(shared, &attachment, rejoins) {
                     Ok(()) => {
                         backoff = shared.checked.options.backoff_min;
-                        last_error.clear();
                         shared.set_attached(attachment.clone());
                         keep(shared, &attachment)
                     }
@@ -99,7 +99,7 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
                 }
             }
             Err(error) => {
-                log_once(shared, &error, &mut last_error);
+                tracing::debug!(%error, "not attached");
                 if held.as_ref().is_some_and(|claim| !claim.used || error.ends_claim()) {
                     // Before waiting for the last copy: whoever wants memory wants it now.
                     shared.set_detached(error.health());
@@ -189,19 +189,14 @@ fn over(shared: &Shared, attachment: &Attachment) -> Option<Why> {
     }
     if link.is_broken() || link.detached().is_some() {
         if link.detached() == Some(AttachStatus::Breach) {
-            tracing::error!("the engine detached this client for a breach of protocol; attaching again");
+            tracing::error!(
+                "the kvring engine has closed this connection, because it was asked for what it does not understand (a bug: \
+                 please report it); connecting again"
+            );
         }
         return Some(Why::Detached);
     }
     None
-}
-
-fn log_once(shared: &Shared, error: &AttachError, last: &mut String) {
-    let text = error.to_string();
-    if *last != text {
-        tracing::warn!(engine = %shared.checked.options.engine, role = shared.role.as_str(), %error, "not attached");
-        *last = text;
-    }
 }
 
 fn set_health(shared: &Shared, health: Health) {
@@ -283,12 +278,11 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
 
 /// Once for each transition. Callers see it by themselves, whoever looks first.
 fn told_stall(shared: &Shared, is_stalled: bool) {
-    let (engine, role) = (&shared.checked.options.engine, shared.role.as_str());
     if is_stalled {
-        shared.counters.transition(&Health::Stalled);
-        tracing::warn!(%engine, role, "the engine's beat stands still; running without it until it moves");
+        shared.changed_to(&Health::Stalled);
     } else {
-        tracing::info!(%engine, role, "the engine's beat moves again");
+        let (engine, role) = (&shared.checked.options.engine, shared.role.as_str());
+        tracing::info!(%engine, role, "the kvring engine responds again");
     }
 }
 
@@ -311,7 +305,10 @@ fn register_all(shared: &Shared, attachment: &Arc<Attachment>, again: bool) -> R
             namespace => namespace,
         };
         if let Err(error) = &namespace {
-            tracing::error!(%error, "the engine refused the registration; nothing is cached");
+            tracing::error!(
+                engine = %shared.checked.options.engine, reason = %error,
+                "the kvring engine refused this KV cache: nothing of it is stored or found"
+            );
         }
         failpoint::here("client.registered");
         let arena_id = attachment.identity.arena_id;

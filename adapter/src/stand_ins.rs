@@ -9,14 +9,14 @@ pub(crate) fn told(death_notice: DeathNotice) {
     SAID.call_once(|| {
         if death_notice == DeathNotice::FileLock {
             tracing::warn!(
-                "no robust futexes here (gVisor? seccomp?): a file lock tells of this process's death, which the engine \
-                 notices within some 50 ms instead of 0.05"
+                "no robust futexes on this system (gVisor? a seccomp profile?): should this process die, the kvring engine \
+                 notices it within some 50 ms instead of 0.05"
             );
         }
         if probe::means().waiting == Waiting::Slices {
             tracing::warn!(
-                "no futex_waitv here (Linux before 5.16? gVisor? seccomp?): an engine's death is noticed within some 50 ms \
-                 instead of 0.05, and each client wakes up 20 times a second"
+                "no futex_waitv on this system (Linux before 5.16? gVisor? a seccomp profile?): the death of a kvring engine \
+                 is noticed within some 50 ms instead of 0.05, and this process wakes up 20 times a second"
             );
         }
     });

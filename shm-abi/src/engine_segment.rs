@@ -126,6 +126,20 @@ impl AttachStatus {
         use AttachStatus::{Attached, BadChannel, BadRole, Breach, Left, None as Unanswered, Stale};
         [Unanswered, Attached, BadChannel, BadRole, Stale, Left, Breach].get(value as usize).copied()
     }
+
+    /// For messages: what the engine says of the client.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            AttachStatus::None => "not answered yet",
+            AttachStatus::Attached => "attached",
+            AttachStatus::BadChannel => "its channel is missing or not well formed",
+            AttachStatus::BadRole => "it has a role that does not exist",
+            AttachStatus::Stale => "it meant an engine from before the last restart",
+            AttachStatus::Left => "it has left",
+            AttachStatus::Breach => "it broke the protocol",
+        }
+    }
 }
 
 /// The engine's answer to the client in one entry.

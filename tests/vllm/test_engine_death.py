@@ -66,8 +66,8 @@ def test_killed(scene, baseline, llama, place, lookup):
     said = transitions(vllm.log_since_ready())
     assert len(said) == 2, said
     for what in said.values():
-        assert sum("was=healthy now=" in line for line in what) == 1, said
-        assert sum(line.startswith("attached to the engine") for line in what) == 1, said
+        assert sum("reason=its process has died" in line for line in what) == 1, said
+        assert sum(line.startswith("connected to the kvring engine") for line in what) == 1, said
 
 
 def test_killed_again_and_again(scene, baseline, llama):

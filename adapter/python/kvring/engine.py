@@ -106,7 +106,7 @@ class Engine:
     def start(self) -> Engine:
         """Starts it and waits until clients can attach. Raises `EngineError`, with its own words, where it refuses."""
         if self.is_running:
-            raise EngineError(f"the engine {self.name} runs already, as process {self.pid}")
+            raise EngineError(f"the kvring engine {self.name} runs already, as process {self.pid}")
         command = [binary_path(), "serve", "--name", self.name, "--arena", self.arena, *self.extra_args]
         if not self.detach and threading.current_thread() is threading.main_thread():
             # The kernel tells it of our end, however we end: of that of the thread that started it, to be exact.
@@ -226,7 +226,7 @@ class Engine:
             if code is None
             else f"ended with code {code}"
         )
-        raise EngineError(f"the engine {self.name} {why}:\n{said}")
+        raise EngineError(f"the kvring engine {self.name} {why}:\n{said}")
 
     def stop(self, timeout_s: float = 30) -> None:
         """SIGTERM, and SIGKILL where that does not end it within `timeout_s`. Fine if it does not run."""

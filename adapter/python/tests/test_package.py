@@ -171,7 +171,7 @@ def test_what_the_adapters_say_goes_to_logging(engine):
             lambda record: (
                 record.name == "kvring.adapter.client"
                 and record.levelno == logging.INFO
-                and record.getMessage().startswith("kvring: attached to the engine engine=" + engine.name)
+                and record.getMessage().startswith("kvring: connected to the kvring engine engine=" + engine.name)
             )
         )
         assert not [record for record in collect.records if record.levelno == logging.DEBUG]
@@ -224,7 +224,7 @@ scheduler.lookup("r", 0, [bytes(16)])
     ended = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True, timeout=LIMIT_S)
     assert (ended.returncode, ended.stderr) == (0, ""), ended
     # What was said before the end is not lost. (Only an adapter that has ended has surely said it.)
-    assert "attached to the engine" in ended.stdout or how != "twice shut down"
+    assert "kvring: connected to the kvring engine" in ended.stdout or how != "twice shut down"
 
 
 def test_next_logs_ends():

@@ -79,7 +79,10 @@ impl Link {
     #[cold]
     fn broken(&self, error: &dyn core::fmt::Display) -> Look {
         if self.stall.break_off() {
-            tracing::error!(%error, "the completion ring makes no sense; attaching again");
+            tracing::error!(
+                %error,
+                "an answer of the kvring engine makes no sense (damaged shared memory, or a bug); connecting again"
+            );
         }
         Look::Nothing
     }

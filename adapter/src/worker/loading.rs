@@ -54,8 +54,11 @@ impl Mover {
         let Load { report, failed, first, .. } = load;
         if let Some(why) = first {
             // One line: what fails one chunk (an engine that is gone) fails thousands.
-            let (of, failed) = (chunks.len(), report.failed);
-            tracing::warn!(request = %job.request, failed, of, %why, "load failed; its blocks are recomputed");
+            let (chunks, failed_chunks) = (chunks.len(), report.failed);
+            tracing::warn!(
+                request = %job.request, failed_chunks, chunks, reason = %why,
+                "load failed; vLLM computes these tokens again or fails the request, as its kv_load_failure_policy says"
+            );
         }
         tracing::debug!(
             request = %job.request, loaded = report.loaded, failed = report.failed, bytes = report.bytes,
@@ -67,7 +70,10 @@ impl Mover {
 
 impl<'a> Load<'a> {
     fn fail(&mut self, chunk: &LoadChunk, why: &LoadError) {
-        self.first.get_or_insert_with(|| format!("slot {}: {why}", chunk.shard.slot));
+        self.first.get_or_insert_with(|| why.to_string());
+        if let LoadError::Slot(found) = why {
+            tracing::debug!(request = %self.job.request, slot = chunk.shard.slot, %found, "not what was looked up");
+        }
         self.report.fail(why);
         self.failed.extend_from_slice(&chunk.blocks);
     }

@@ -53,7 +53,9 @@ impl Mover {
             // Before the first job, too: what a backend does to a mapping takes long, and is done in the background.
             // Nor may a backend that fails at it end this thread: jobs would never be reported.
             if catch_unwind(AssertUnwindSafe(|| self.look_at_arena())).is_err() {
-                tracing::error!("the copy backend failed at the arena's mapping");
+                tracing::error!(
+                    "an error while the kvring engine's memory is prepared for copies (a bug: please report it); trying again"
+                );
             }
             match self.queue.next(self.patience(!unsettled.is_empty())) {
                 Next::Job(job) => {
@@ -95,12 +97,19 @@ impl Mover {
             (Ok(Ended::Store(report)), _) => self.stored(job, report),
             (Ok(Ended::Load(report, failed)), _) => self.queue.finish_load(job, report, &failed),
             (Err(_), Work::Store { chunks, .. }) => {
-                tracing::error!(request = %job.request, "a store failed inside the mover; it is dropped");
+                tracing::error!(
+                    request = %job.request,
+                    "an error inside kvring (a bug: please report it): this KV is not stored"
+                );
                 let report = StoreReport::dropped(chunks.len(), Dropped::Failed);
                 self.queue.finish_store(job, report);
             }
             (Err(_), Work::Load { chunks }) => {
-                tracing::error!(request = %job.request, "a load failed inside the mover; its blocks are recomputed");
+                tracing::error!(
+                    request = %job.request,
+                    "an error inside kvring (a bug: please report it): this KV is not loaded, and vLLM computes it \
+                     again or fails the request, as its kv_load_failure_policy says"
+                );
                 let failed: Vec<u32> = chunks.iter().flat_map(|chunk| chunk.blocks.iter().copied()).collect();
                 let mut report = LoadReport::default();
                 chunks.iter().for_each(|_| report.fail(&LoadError::Copy(CopyError::ThreadFailed)));

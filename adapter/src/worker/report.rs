@@ -126,19 +126,25 @@ pub struct LoadFailures {
 }
 
 /// Why a chunk could not be loaded.
+/// In words for vLLM's log: what a slot's header held exactly is for those who debug.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoadError {
-    #[error(transparent)]
+    #[error("{}", match .0 {
+        NotServable::Gone { .. } => "it was evicted or replaced after it had been looked up",
+        NotServable::OtherShard { .. } => "there is KV of another model, rank or place where it was found (a bug: please report it)",
+    })]
     Slot(#[from] NotServable),
-    #[error("the lookup was answered by another start of the engine")]
+    #[error("the kvring engine was started anew, and empty, after it had been looked up")]
     OtherArena,
     #[error(transparent)]
     Unavailable(#[from] CallError),
-    #[error("expected slot {slot} and offset {offset} inside the engine's tables and arena")]
+    #[error(
+        "it was found outside the kvring engine's memory (place {slot}, offset {offset}; a bug: please report it)"
+    )]
     Outside { slot: u32, offset: u64 },
-    #[error("expected checksum {stored:#018x}, the bytes have {computed:#018x}")]
+    #[error("it is damaged: expected checksum {stored:#018x}, its bytes have {computed:#018x}")]
     Corrupt { stored: u64, computed: u64 },
-    #[error("cancelled")]
+    #[error("kvring is being shut down in this process")]
     Cancelled,
     #[error(transparent)]
     Copy(#[from] kvring_gpu_kernels::CopyError),

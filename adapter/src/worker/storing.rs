@@ -338,7 +338,7 @@ impl<'a> Store<'a> {
                         None => {
                             tracing::error!(
                                 offset = shard.offset(),
-                                "the engine granted a slot outside the arena"
+                                "the kvring engine assigned a place outside its own memory; this KV is not stored"
                             );
                             self.report.drop_shards(1, Dropped::Failed);
                             useless.push(SlotRecord {
@@ -447,7 +447,7 @@ impl<'a> Store<'a> {
     }
 
     fn copy_failed(&mut self, grant: Grant<'_>, error: &CopyError) {
-        tracing::error!(request = %self.job.request, %error, "a copy into the arena failed; the store is dropped");
+        tracing::error!(request = %self.job.request, %error, "copying to the kvring engine's memory failed; this KV is not stored");
         self.report.drop_shards(grant.shards.len() as u32, Dropped::Failed);
         if matches!(error, CopyError::Unended(_)) {
             grant.keep();
@@ -467,7 +467,7 @@ impl<'a> Store<'a> {
 
     fn count_outcomes(&mut self, answered: &Answer, answer: u32, commit: &Commit) {
         if let Err(error) = crate::status::check(&answered.completion) {
-            tracing::warn!(request = %self.job.request, %error, "a commit was refused; the store is dropped");
+            tracing::warn!(request = %self.job.request, %error, "the kvring engine refused what was copied; this KV is not stored");
             self.report.drop_shards(commit.count, Dropped::by(&error));
             if let Some((link, records)) = self.mover.client.shared.ledger.abort(commit.batch) {
                 link.post_abort(records);
@@ -481,7 +481,9 @@ impl<'a> Store<'a> {
                 Some(SlotOutcome::Done) => self.report.stored += 1,
                 Some(SlotOutcome::Gone) => self.report.drop_shards(1, Dropped::Gone),
                 Some(SlotOutcome::NotYours) | None => {
-                    tracing::error!("the engine does not know a slot that it granted");
+                    tracing::error!(
+                        "the kvring engine does not know a place that it assigned; this KV is not stored"
+                    );
                     self.report.drop_shards(1, Dropped::Failed);
                 }
             }

@@ -225,7 +225,7 @@ impl Arenas {
         };
         let thread = std::thread::Builder::new().name("kvring-register".into()).spawn(work);
         let thread = thread.inspect_err(|error| {
-            tracing::warn!(%error, "no thread to register the arena with the GPU: copies go through the driver's buffers");
+            tracing::warn!(%error, "the arena is not registered with the GPU, for want of a thread: copies are slower");
         });
         let (of, shared, thread) = (Arc::downgrade(&arena), weak, thread.ok());
         self.known().push(Known { arena: of, shared, from, until, thread });
@@ -295,9 +295,13 @@ impl Shared {
             }
             if let Err(error) = outcome {
                 let (registered, of) = (index * self.part_bytes, self.mapping.bytes);
-                let hint = if error.is_out_of_memory() { "; look at `ulimit -l`" } else { "" };
+                let hint = if error.is_out_of_memory() {
+                    " (raise `ulimit -l`, docker: --ulimit memlock=-1)"
+                } else {
+                    ""
+                };
                 tracing::warn!(
-                    %error, registered, of,
+                    %error, registered_bytes = registered, of_bytes = of,
                     "the arena cannot be registered with the GPU{hint}: copies from and to the rest of it are slower"
                 );
                 return index;

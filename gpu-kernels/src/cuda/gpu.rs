@@ -78,7 +78,7 @@ impl CudaBackend {
             {
                 return Err(GpuError::Mode { asked: asked.as_str(), why: without_kernels(error) });
             }
-            tracing::warn!(%error, "{}: pages are copied one by one", without_kernels(error));
+            tracing::warn!(%error, "{}: each contiguous piece of the KV cache is copied by itself, which is slower", without_kernels(error));
         }
         let lanes = || Lanes::new(&context).map(Mutex::new);
         Ok(CudaBackend {
@@ -156,7 +156,7 @@ impl CudaBackend {
                     if let Some(asked) = Way::of(self.options.mode).filter(|way| *way != Way::Batch) {
                         return Err(GpuError::Mode { asked: asked.as_str(), why: error.to_string() });
                     }
-                    tracing::warn!(%error, "kernels cannot copy this cache: its pages are copied one by one");
+                    tracing::warn!(%error, "kernels cannot copy this KV cache: each contiguous piece of it is copied by itself, which is slower");
                     None
                 }
                 Err(error) => return Err(error),
@@ -174,7 +174,7 @@ impl CudaBackend {
             let mut lanes = locked(lanes);
             if let Err(error) = lanes.stage(wanted.max(longest)) {
                 self.said_so.call_once(|| {
-                    tracing::warn!(%error, "no GPU memory for staging buffers: small pages are copied more slowly");
+                    tracing::warn!(%error, "no GPU memory for staging buffers: short pieces of the KV cache are copied more slowly");
                 });
                 return 0;
             }
@@ -197,14 +197,14 @@ impl CudaBackend {
                 Ok(plan) => plan,
                 Err(error) => {
                     let rule = Plan::by_rule(contiguous);
-                    tracing::warn!(%error, contiguous, "cannot measure which way of copying is fastest; going by the length of pages");
+                    tracing::warn!(%error, contiguous_bytes = contiguous, "cannot measure which way of copying is fastest; it is chosen by the length of contiguous pieces");
                     rule
                 }
             },
         };
         let Plan([store, load]) = plan;
         tracing::info!(
-            device = %self.context.info.name, mode = %self.options.mode, contiguous,
+            device = %self.context.info.name, mode = %self.options.mode, contiguous_bytes = contiguous,
             store = store.bulk.as_str(), load = load.bulk.as_str(),
             small_store = store.small.as_str(), small_load = load.small.as_str(),
             "copies between GPU and arena"

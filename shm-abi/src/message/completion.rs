@@ -74,6 +74,17 @@ impl Disagreement {
             .into_iter()
             .find(|kind| *kind as u64 == word)
     }
+
+    /// For messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Disagreement::World => "the number of ranks",
+            Disagreement::ChunkTokens => "the tokens of a chunk",
+            Disagreement::Layout => "the digest of its layout",
+            Disagreement::ShardBytes => "the bytes of a chunk on this rank",
+        }
+    }
 }
 
 /// The end of an operation, as the engine tells it.

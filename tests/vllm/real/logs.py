@@ -4,18 +4,16 @@ import itertools
 import re
 
 TRANSITIONS = (
-    "attached to the engine",
-    "the engine is not available",
-    "not attached",
-    "the engine's beat stands still",
-    "the engine's beat moves again",
+    "connected to the kvring engine",
+    "the kvring engine is not available",
+    "the kvring engine responds again",
 )
 
 _LINE = re.compile(rf"\((?P<process>[^)]*pid=\d+)\).*?\] kvring: (?P<what>(?:{'|'.join(TRANSITIONS)}).*?role=(?P<role>\w+).*)")
 
 
 def transitions(log: str) -> dict[tuple[str, str], list[str]]:
-    """By process and role: what was said, in order, to the end of the line: `was=… now=…` is part of it."""
+    """By process and role: what was said, in order, to the end of the line: `reason=…` is part of it."""
     said: dict[tuple[str, str], list[str]] = {}
     for found in map(_LINE.search, log.splitlines()):
         if found is not None:

@@ -38,7 +38,7 @@ class Keeper:
         else:
             # Kept, to notice when it ends.
             self._engine = engine
-            logger.info("started the engine %s, pid %s, its log is %s", self._name, engine.pid, engine.log_path)
+            logger.info("started the kvring engine %s (pid %s); its log is %s", self._name, engine.pid, engine.log_path)
 
     def _is_missing(self) -> bool:
         return engine_state(self._name) in ("absent", "dead")
@@ -59,7 +59,7 @@ class Keeper:
                 pause = _LOOK_EVERY_S
             except Exception as error:
                 if pause == _LOOK_EVERY_S:
-                    logger.warning("the engine %s is gone and cannot be started: %s; trying again", self._name, error)
+                    logger.warning("the kvring engine %s is gone and cannot be started: %s; trying again", self._name, error)
                 pause = min(pause * 2, _PAUSE_MAX_S)
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class SchedulerSide:
         """Steps, from this one on, until all synchronous loads are known to be good."""
         if max_tokens > KEYS_MAX * geometry.chunk_tokens:
             logger.warning(
-                "a lookup finds at most %d chunks, the first %d tokens of a prompt of %d; raise kvring.chunk_blocks to find more",
+                "of a prompt only the first %d chunks (%d tokens) can be found, and it may have %d: raise kvring.chunk_blocks",
                 KEYS_MAX, KEYS_MAX * geometry.chunk_tokens, max_tokens,
             )  # fmt: skip
         client = config.client | {"client": f"vllm-scheduler:{os.getpid()}"}
@@ -466,9 +466,11 @@ class SchedulerSide:
         try:
             dropped = self.adapter.reset_cache()
         except EngineError as error:
-            logger.warning("the engine could not be asked to clear its cache (%s); what it holds is not used any more", error)
+            logger.warning(
+                "the cache is reset: the kvring engine could not be asked to free it (%s), but it is not used any more", error
+            )
         else:
-            logger.info("cache reset: %d chunks dropped", dropped)
+            logger.info("the cache is reset: %d chunks dropped", dropped)
         if self.events is not None:
             self.events.cleared()
 

@@ -147,7 +147,8 @@ class WorkerSide:
             logger.info("vLLM may sleep (--enable-sleep-mode): every step waits for the copies that it starts")
         self.adapter.register_kv_caches(groups, owner=dict(kv_caches), device=self.device)
         logger.info(
-            "registered rank %d of %d: %d KV groups on %s, chunks of %d tokens and %d bytes, blocks of %d pieces; engine %s",
+            "registered rank %d of %d: %d KV groups on %s, chunks of %d tokens and %d bytes, blocks of %d pieces; "
+            "the kvring engine is %s",
             self.rank, self.geometry.ranks, len(groups), "cpu" if self.device is None else f"cuda:{self.device}",
             self.geometry.chunk_tokens, self.adapter.shard_bytes, sum(len(group.planes) for group in groups),
             self.adapter.health(),
@@ -177,7 +178,11 @@ class WorkerSide:
                 self._start_load(load)
             except Exception as error:
                 # Whatever it is: vLLM waits for the report, or would compute from what is not there.
-                logger.warning("load %s: %s: %s; its tokens are recomputed", load.request, type(error).__name__, error)
+                logger.warning(
+                    "request %s: its KV cannot be loaded: %s: %s; vLLM computes these tokens again or fails the request, as its "
+                    "kv_load_failure_policy says",
+                    load.request, type(error).__name__, error,
+                )  # fmt: skip
                 self._load_failed(load)
 
     def fail_loads(self, meta: KvringMetadata) -> None:
@@ -197,13 +202,13 @@ class WorkerSide:
         if load.wait or self._writes_at_once:
             # Its report comes for certain, and until then it may write: there is no giving up.
             while not self._has_ended(job):
-                logger.warning("load %s has been running for more than a second", load.request)
+                logger.warning("this step waits for a load of request %s, now for more than a second", load.request)
 
     def _has_ended(self, job: int) -> bool:
         try:
             return self.adapter.wait_job(job, 1_000.0)
         except Exception as error:
-            logger.error("waiting for a load: %s: %s; waiting on", type(error).__name__, error)
+            logger.error("an error while this step waits for a load: %s: %s; it waits on", type(error).__name__, error)
             return False
 
     def _load_failed(self, load: Load) -> None:
@@ -221,7 +226,7 @@ class WorkerSide:
             try:
                 self._start_store(store)
             except Exception as error:
-                logger.warning("store %s: %s: %s; it is dropped", store.request, type(error).__name__, error)
+                logger.warning("request %s: its KV is not stored: %s: %s", store.request, type(error).__name__, error)
                 self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
         if self._reads_at_once and meta.stores:
             self.adapter.handle_preemptions(None)
@@ -245,14 +250,18 @@ class WorkerSide:
             try:
                 self._count(finished)
             except Exception as error:
-                logger.error("counting a job of %s: %s: %s", finished.request, type(error).__name__, error)
+                logger.error(
+                    "request %s: an error while its KV is counted: %s: %s", finished.request, type(error).__name__, error
+                )
             try:
                 if finished.is_store:
                     self._store_finished(finished)
                 else:
                     self._load_finished(finished)
             except Exception as error:
-                logger.error("reporting a job of %s: %s: %s", finished.request, type(error).__name__, error)
+                logger.error(
+                    "request %s: an error while its KV is reported: %s: %s", finished.request, type(error).__name__, error
+                )
                 self._report_at_least(finished)
         if self._invalidates:
             # After `get_finished`: the blocks of a load that it reported are among these.
