@@ -5,6 +5,8 @@
 //! process was started it means one process. That time is told in the reader's time namespace. So two processes can speak
 //! of a third only where both namespaces are the same, and where `/proc` shows their own PID namespace.
 
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use std::os::unix::fs::MetadataExt;
 
 /// One process, as one who shares its namespaces finds it.
@@ -12,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 pub struct ProcessIdentity {
     /// Its process id, in its PID namespace.
     pub pid: u32,
-    /// The inode of its PID namespace; 0 is unknown.
+    /// The inode of its PID namespace; 0 is unknown, or another of these is.
     pub pid_namespace: u64,
     /// The inode of its time namespace; 0 on a kernel that has none.
     pub time_namespace: u64,
@@ -36,14 +38,22 @@ impl ProcessIdentity {
     #[must_use]
     pub fn own() -> ProcessIdentity {
         let pid = std::process::id();
-        let inode = |file| std::fs::metadata(file).map_or(0, |found| found.ino());
+        let inode = |file| std::fs::metadata(file).map(|found| found.ino());
+        // Only a kernel without time namespaces has no such file: what cannot be looked at may be any.
+        let time_namespace = match inode("/proc/self/ns/time") {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(0),
+            found => found.ok(),
+        };
         // A `/proc` of another PID namespace has other numbers.
         let is_ours = std::fs::read_link("/proc/self")
             .is_ok_and(|link| link.to_str().and_then(|text| text.parse().ok()) == Some(pid));
         ProcessIdentity {
             pid,
-            pid_namespace: if is_ours { inode("/proc/self/ns/pid") } else { 0 },
-            time_namespace: inode("/proc/self/ns/time"),
+            pid_namespace: match (is_ours, time_namespace) {
+                (true, Some(_)) => inode("/proc/self/ns/pid").unwrap_or(0),
+                _ => 0,
+            },
+            time_namespace: time_namespace.unwrap_or(0),
             started: ProcessStat::of(pid).ok().flatten().map_or(0, |stat| stat.started),
         }
     }
@@ -59,7 +69,8 @@ impl ProcessIdentity {
 }
 
 impl ProcessStat {
-    /// Of the process with this id; `None` where there is none.
+    /// Of the process with this id; `None` where there is none. That `/proc` shows none does not say so: it also hides the
+    /// living (`hidepid=2`, from who may not trace them), and no signal can be sent to one that is not there.
     ///
     /// # Errors
     /// It cannot be read, which says nothing of the process.
@@ -68,13 +79,7 @@ impl ProcessStat {
             Ok(text) => parse(&String::from_utf8_lossy(&text))
                 .map(Some)
                 .ok_or_else(|| std::io::Error::other("/proc/<pid>/stat is not as expected")),
-            // ESRCH: it has gone since the file was opened.
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH))
-                    && std::fs::exists("/proc/self/stat").is_ok_and(|exists| exists) =>
-            {
-                Ok(None)
-            }
+            Err(_) if !exists(pid) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -84,6 +89,12 @@ impl ProcessStat {
     pub fn has_ended(&self) -> bool {
         matches!(self.state, 'Z' | 'X') && self.threads <= 1
     }
+}
+
+/// Is there a process with this id, also one that has ended and has not been waited for? What cannot be asked is there.
+fn exists(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_none_or(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
 /// The name in the second field may hold anything, so the fields are counted from its last parenthesis on.

@@ -8,7 +8,8 @@
 //! *Gone for good* is a fact of the kernel's: a pidfd is readable, and a zombie has no thread left, after the last thread
 //! has given up the address space and the descriptors and the last of these files has been closed. The pidfd is opened
 //! first, then the process's time of start is read: if that is the client's, so was the process that the pidfd is of. So it
-//! need not be opened while the client lives, and the next engine does the same.
+//! need not be opened while the client lives, and the next engine does the same. Where that time cannot be read the process
+//! may be another's that has got its id by now: then the end of that one is waited for, and nothing is freed too early.
 //!
 //! *In another PID namespace*, where the id means nothing, the client's process holds a file lock through a mapping that
 //! has no descriptor. Linux drops the files of a process in this order (seen on 6.18, true since 4.3: final closes are
@@ -43,7 +44,7 @@ pub(super) struct Lingering {
 
 /// Its end.
 enum Until {
-    /// This says so.
+    /// This says so, and nothing else: `/proc` may hide a process that lives.
     Pidfd(OwnedFd),
     /// There is no pidfd to be had: it is looked for.
     Gone(ProcessIdentity),
@@ -59,12 +60,16 @@ impl Until {
             return if owner.locked { Until::Unlocked(None) } else { Until::Never };
         }
         let pid = i32::try_from(owner.process.pid).ok().and_then(Pid::from_raw);
-        // Before `is_gone` compares the time of start. Any error is left to that.
+        // Before the time of start is read: so that is the time of the process that the pidfd is of.
         let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        if is_gone(&owner.process) {
-            return Until::Gone(owner.process);
+        let is_anothers = matches!(
+            ProcessStat::of(owner.process.pid),
+            Ok(Some(stat)) if stat.started != owner.process.started
+        );
+        match pidfd {
+            Some(pidfd) if !is_anothers => Until::Pidfd(pidfd),
+            _ => Until::Gone(owner.process),
         }
-        pidfd.map_or(Until::Gone(owner.process), Until::Pidfd)
     }
 
     fn is_over(&mut self, now: u64, is_locked: impl FnOnce() -> bool) -> bool {
@@ -72,6 +77,7 @@ impl Until {
             Until::Pidfd(pidfd) => {
                 let mut asked = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
                 matches!(poll(&mut asked, PollTimeout::ZERO), Ok(1))
+                    && asked[0].revents().is_some_and(|events| events.contains(PollFlags::POLLIN))
             }
             Until::Gone(process) => is_gone(process),
             Until::Unlocked(free_since) => {
@@ -144,5 +150,96 @@ impl Service {
             self.lingering[entry] = None;
             self.reclaim(entry);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Child, Command};
+
+    /// A process, and what a client in it would have said of it.
+    fn process() -> (Child, DmaOwner) {
+        let child = Command::new("sleep").arg("120").spawn().unwrap();
+        let started = ProcessStat::of(child.id()).unwrap().unwrap().started;
+        let process = ProcessIdentity { pid: child.id(), started, ..ProcessIdentity::own() };
+        (child, DmaOwner { process, locked: false })
+    }
+
+    /// From here on this thread sees a `/proc` that shows it none of the processes which it may not trace.
+    fn hide_processes() -> nix::Result<()> {
+        use nix::errno::Errno;
+        let mount = |from: &std::ffi::CStr, to: &std::ffi::CStr, flags, data: &std::ffi::CStr| {
+            // SAFETY: strings that outlive the call; a namespace of this thread's own.
+            Errno::result(unsafe {
+                nix::libc::mount(from.as_ptr(), to.as_ptr(), c"proc".as_ptr(), flags, data.as_ptr().cast())
+            })
+        };
+        // SAFETY: concerns this thread alone, which ends with its test.
+        Errno::result(unsafe { nix::libc::unshare(nix::libc::CLONE_NEWNS) })?;
+        mount(c"none", c"/", nix::libc::MS_REC | nix::libc::MS_PRIVATE, c"")?;
+        mount(c"proc", c"/proc", 0, c"hidepid=2")?;
+        // Who is of the group 0 sees everything all the same.
+        // SAFETY: as above: the system calls, other than libc's functions, are for the calling thread.
+        unsafe {
+            Errno::result(nix::libc::syscall(nix::libc::SYS_setgroups, 0, std::ptr::null::<u32>()))?;
+            Errno::result(nix::libc::syscall(nix::libc::SYS_setresgid, 65534, 65534, 65534))?;
+            Errno::result(nix::libc::syscall(nix::libc::SYS_setresuid, 65534, 65534, 65534))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_process_that_is_hidden_has_not_ended() {
+        let (mut child, owner) = process();
+        let own = ProcessIdentity::own();
+        let (ask, asked) = std::sync::mpsc::channel::<()>();
+        let (answer, answers) = std::sync::mpsc::channel();
+        let engine = std::thread::spawn(move || {
+            if let Err(refused) = hide_processes() {
+                eprintln!("SKIPPED: no /proc of our own here: {refused}");
+                return;
+            }
+            let path = format!("/proc/{}/stat", owner.process.pid);
+            assert_eq!(std::fs::read(path).unwrap_err().raw_os_error(), Some(nix::libc::ENOENT));
+            // Where there is no pidfd to be had, either.
+            let mut all = [Until::of(&owner, &own), Until::Gone(owner.process)];
+            assert!(matches!(all[0], Until::Pidfd(_)));
+            while asked.recv().is_ok() {
+                let over = all.each_mut().map(|until| until.is_over(0, || false));
+                answer.send(over).unwrap();
+            }
+        });
+        if ask.send(()).is_ok() && answers.recv().map(|over| assert_eq!(over, [false; 2], "it lives")).is_ok()
+        {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            ask.send(()).unwrap();
+            assert_eq!(answers.recv(), Ok([true; 2]));
+        } else {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        drop(ask);
+        engine.join().unwrap();
+    }
+
+    #[test]
+    fn an_id_that_somebody_else_has_by_now_is_not_waited_for() {
+        let (mut child, owner) = process();
+        let own = ProcessIdentity::own();
+        let earlier = ProcessIdentity { started: owner.process.started - 1, ..owner.process };
+        assert!(Until::of(&DmaOwner { process: earlier, ..owner }, &own).is_over(0, || false));
+        let mut until = Until::of(&owner, &own);
+        assert!(matches!(until, Until::Pidfd(_)) && !until.is_over(0, || false));
+        child.kill().unwrap();
+        // A zombie: all that it had is closed.
+        let began = std::time::Instant::now();
+        while !until.is_over(0, || false) {
+            assert!(began.elapsed().as_secs() < 60);
+            std::thread::yield_now();
+        }
+        child.wait().unwrap();
+        assert!(Until::of(&owner, &own).is_over(0, || false), "an id that nobody has");
     }
 }
