@@ -30,7 +30,7 @@ pub(crate) fn check_registration(
     match completion.status {
         Status::Ok => u32::try_from(first)
             .map_err(|_| RegisterError::Call(CallError::Refused("a namespace id above 32 bits"))),
-        Status::Disagreement => match Disagreement::from_word(first) {
+        Status::Disagreement => match Disagreement::from_number(first) {
             Some(what) => Err(RegisterError::Disagreement { what, expected, got }),
             None => Err(CallError::Refused("a disagreement about nothing that exists").into()),
         },

@@ -4,6 +4,7 @@ use crate::child::{self, Child, Job};
 use crate::clock::Clock;
 use crate::cores;
 use crate::stats::Samples;
+use kvring_shm_abi::abi::{Described, Type};
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::mapping::{Mapping, Pad, Shared};
 use kvring_shm_abi::segment;
@@ -36,6 +37,11 @@ struct Table {
     _pad0: Pad<124>,
     pong: AtomicU32,
     _pad1: Pad<124>,
+}
+
+/// Only this benchmark's own processes look at it.
+impl Described for Table {
+    const TYPE: &'static Type = &Type::itself::<Table>("Table");
 }
 
 // SAFETY: atomics and padding.

@@ -3,6 +3,7 @@
 //! Created by the client for one attachment, unlinked by it, or by the engine after its death. The rings are prepared
 //! before the superblock's magic is written, so whoever can open a channel can read it.
 
+use crate::abi;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
 use crate::payload::{Payload, Word};
 use crate::ring::{self, DEPTH, Slot};
@@ -11,27 +12,33 @@ use crate::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Su
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use std::sync::Arc;
 
-const HEADER_AT: usize = SUPERBLOCK_BYTES;
-/// Where the submission ring is.
-pub const SUBMISSIONS_AT: usize = 1024;
-/// Where the completion ring is.
-pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
-/// Where the payload area is.
-pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
+abi! {
+    const HEADER_AT: usize = SUPERBLOCK_BYTES;
 
-/// The smallest payload area, in words.
-pub const PAYLOAD_WORDS_MIN: u32 = 1 << 10;
-/// The largest payload area, in words (64 MiB).
-pub const PAYLOAD_WORDS_MAX: u32 = 8 << 20;
+    /// Where the submission ring is.
+    pub const SUBMISSIONS_AT: usize = 1024;
 
-#[repr(C, align(128))]
-struct Header {
-    parked: AtomicU32,
-    _pad0: Pad<124>,
-    nonce: AtomicU64,
-    payload_words: AtomicU32,
-    entry: AtomicU32,
-    _pad1: Pad<112>,
+    /// Where the completion ring is.
+    pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
+
+    /// Where the payload area is.
+    pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
+
+    /// The smallest payload area, in words.
+    pub const PAYLOAD_WORDS_MIN: u32 = 1 << 10;
+
+    /// The largest payload area, in words (64 MiB).
+    pub const PAYLOAD_WORDS_MAX: u32 = 8 << 20;
+
+    #[repr(C, align(128))]
+    struct Header {
+        parked: AtomicU32,
+        _pad0: Pad<124>,
+        nonce: AtomicU64,
+        payload_words: AtomicU32,
+        entry: AtomicU32,
+        _pad1: Pad<112>,
+    }
 }
 
 // SAFETY: atomics and padding.

@@ -5,6 +5,7 @@
 //! attachments, namespaces, slab table, slot table. The slot table is sparse: ids follow from the slab's place, and
 //! memory is allocated when a slab gets its size class.
 
+use crate::abi;
 use crate::epoch::Epoch;
 use crate::life::LifeWord;
 use crate::lobby::CLIENTS_MAX;
@@ -16,29 +17,129 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::{futex, slot};
 use std::sync::Arc;
 
-/// Namespaces that an engine can hold.
-pub const NAMESPACES_MAX: usize = 64;
-/// Ranks that a namespace can have.
-pub const RANKS_MAX: usize = 64;
+abi! {
+    /// Namespaces that an engine can hold.
+    pub const NAMESPACES_MAX: usize = 64;
 
-/// The life word by which an engine owns its segments; the others belong to the client entries of the same index.
-pub const OWNER_WORD: usize = CLIENTS_MAX;
-/// Life words in this segment.
-pub const LIFE_WORDS: usize = CLIENTS_MAX + 1;
+    /// Ranks that a namespace can have.
+    pub const RANKS_MAX: usize = 64;
 
-const EPOCH_AT: usize = SUPERBLOCK_BYTES;
-const INFO_AT: usize = EPOCH_AT + size_of::<Epoch>();
-const STATS_AT: usize = 1024;
-/// Words of the statistics block.
-pub const STATS_WORDS: usize = 256;
-/// Where the life words are.
-pub const LIFE_WORDS_AT: usize = 4096;
-/// Where the answers to attachments are.
-pub const ATTACH_AT: usize = 12288;
-/// Where the namespaces are.
-pub const NAMESPACES_AT: usize = 16384;
-/// Where the slab table is; the slot table follows on the next page.
-pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
+    /// The life word by which an engine owns its segments; the others belong to the client entries of the same index.
+    pub const OWNER_WORD: usize = CLIENTS_MAX;
+
+    /// Life words in this segment.
+    pub const LIFE_WORDS: usize = CLIENTS_MAX + 1;
+
+    const EPOCH_AT: usize = SUPERBLOCK_BYTES;
+
+    const INFO_AT: usize = EPOCH_AT + size_of::<Epoch>();
+
+    const STATS_AT: usize = 1024;
+
+    /// Words of the statistics block.
+    pub const STATS_WORDS: usize = 256;
+
+    /// Where the life words are.
+    pub const LIFE_WORDS_AT: usize = 4096;
+
+    /// Where the answers to attachments are.
+    pub const ATTACH_AT: usize = 12288;
+
+    /// Where the namespaces are.
+    pub const NAMESPACES_AT: usize = 16384;
+
+    /// Where the slab table is; the slot table follows on the next page.
+    pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
+
+    /// What the engine says of itself, for `status`.
+    #[repr(C, align(64))]
+    pub struct EngineInfo {
+        /// Process id, in the engine's PID namespace.
+        pub pid: AtomicU32,
+        /// How often the beat moves at least, in microseconds.
+        pub beat_interval_us: AtomicU32,
+        /// Nanoseconds since the Unix epoch at its start.
+        pub started_unix_ns: AtomicU64,
+        /// Slabs that are allocated so far.
+        pub slabs_allocated: AtomicU32,
+        /// 0 healthy; else the self-check that failed, as `engine` numbers them.
+        pub unhealthy: AtomicU32,
+        /// Eviction policy: zero-padded name.
+        pub policy: [AtomicU64; 2],
+        /// Recoveries that were begun since one was last completed: of what makes each engine fail, the third starts cold.
+        pub recoveries: AtomicU32,
+        /// What it uses in place of what its kernel lacks: [`Means::to_bits`](crate::probe::Means::to_bits).
+        pub stand_ins: AtomicU32,
+        _pad: Pad<16>,
+    }
+
+    /// A counter or gauge of the engine's: one word, stored plainly by the service thread.
+    #[repr(transparent)]
+    pub struct StatWord(AtomicU64);
+
+    /// How an attachment stands.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum AttachStatus: u32 {
+        /// Not answered yet.
+        None = 0,
+        /// The engine reads the channel.
+        Attached = 1,
+        /// The channel is not there, not ours, too short or not well formed.
+        BadChannel = 2,
+        /// The entry names a role that does not exist.
+        BadRole = 3,
+        /// The client meant another incarnation.
+        Stale = 4,
+        /// The client left.
+        Left = 5,
+        /// The client broke the protocol: the engine no longer reads its channel.
+        Breach = 6,
+    }
+
+    /// The engine's answer to the client in one entry.
+    #[repr(C, align(64))]
+    pub struct AttachRecord {
+        /// Counts answers; a client sleeps on it.
+        answers: AtomicU32,
+        _pad0: Pad<4>,
+        /// Which attachment is answered, and how, in one: its nonce without the low byte, and the status in that.
+        answer: AtomicU64,
+        _pad: Pad<48>,
+    }
+
+    /// The bits of an answer that are its status.
+    const STATUS_MASK: u64 = 0xFF;
+
+    /// A registered namespace. Fields are fixed once `state` says ready; ranks fill in as they register.
+    #[repr(C, align(64))]
+    pub struct Namespace {
+        state: AtomicU32,
+        world: AtomicU32,
+        chunk_tokens: AtomicU32,
+        _pad0: Pad<4>,
+        fingerprint: [AtomicU64; 4],
+        ranks: AtomicU64,
+        model: [AtomicU64; MODEL_NAME_BYTES / 8],
+        dtype: [AtomicU64; DTYPE_BYTES / 8],
+        _pad1: Pad<56>,
+        layout: [AtomicU64; RANKS_MAX],
+        shard_bytes: [AtomicU64; RANKS_MAX],
+    }
+
+    const NAMESPACE_FREE: u32 = 0;
+
+    const NAMESPACE_READY: u32 = 1;
+
+    /// One slab's place in a size class: what a recovery reads first. Slot headers say the rest.
+    #[repr(C, align(16))]
+    pub struct SlabRecord {
+        /// Bytes of each slot, 0 while the slab has no class (or is the tail of a span).
+        class_bytes: AtomicU64,
+        /// Slabs in the span that starts here.
+        span: AtomicU32,
+        _pad: Pad<4>,
+    }
+}
 
 const _: () = {
     assert!(INFO_AT + size_of::<EngineInfo>() <= STATS_AT);
@@ -48,35 +149,9 @@ const _: () = {
     assert!(SLABS_AT.is_multiple_of(4096));
 };
 
-/// What the engine says of itself, for `status`.
-#[repr(C, align(64))]
-pub struct EngineInfo {
-    /// Process id, in the engine's PID namespace.
-    pub pid: AtomicU32,
-    /// How often the beat moves at least, in microseconds.
-    pub beat_interval_us: AtomicU32,
-    /// Nanoseconds since the Unix epoch at its start.
-    pub started_unix_ns: AtomicU64,
-    /// Slabs that are allocated so far.
-    pub slabs_allocated: AtomicU32,
-    /// 0 healthy; else the self-check that failed, as `engine` numbers them.
-    pub unhealthy: AtomicU32,
-    /// Eviction policy: zero-padded name.
-    pub policy: [AtomicU64; 2],
-    /// Recoveries that were begun since one was last completed: of what makes each engine fail, the third starts cold.
-    pub recoveries: AtomicU32,
-    /// What it uses in place of what its kernel lacks: [`Means::to_bits`](crate::probe::Means::to_bits).
-    pub stand_ins: AtomicU32,
-    _pad: Pad<16>,
-}
-
 // SAFETY: atomics and padding.
 unsafe impl Shared for EngineInfo {}
 const _: () = assert!(size_of::<EngineInfo>() == 64);
-
-/// A counter or gauge of the engine's: one word, stored plainly by the service thread.
-#[repr(transparent)]
-pub struct StatWord(AtomicU64);
 
 // SAFETY: one atomic.
 unsafe impl Shared for StatWord {}
@@ -99,34 +174,7 @@ impl StatWord {
     }
 }
 
-/// How an attachment stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum AttachStatus {
-    /// Not answered yet.
-    None = 0,
-    /// The engine reads the channel.
-    Attached = 1,
-    /// The channel is not there, not ours, too short or not well formed.
-    BadChannel = 2,
-    /// The entry names a role that does not exist.
-    BadRole = 3,
-    /// The client meant another incarnation.
-    Stale = 4,
-    /// The client left.
-    Left = 5,
-    /// The client broke the protocol: the engine no longer reads its channel.
-    Breach = 6,
-}
-
 impl AttachStatus {
-    /// From its number.
-    #[must_use]
-    pub fn from_u32(value: u32) -> Option<AttachStatus> {
-        use AttachStatus::{Attached, BadChannel, BadRole, Breach, Left, None as Unanswered, Stale};
-        [Unanswered, Attached, BadChannel, BadRole, Stale, Left, Breach].get(value as usize).copied()
-    }
-
     /// For messages: what the engine says of the client.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -142,23 +190,9 @@ impl AttachStatus {
     }
 }
 
-/// The engine's answer to the client in one entry.
-#[repr(C, align(64))]
-pub struct AttachRecord {
-    /// Counts answers; a client sleeps on it.
-    answers: AtomicU32,
-    _pad0: Pad<4>,
-    /// Which attachment is answered, and how, in one: its nonce without the low byte, and the status in that.
-    answer: AtomicU64,
-    _pad: Pad<48>,
-}
-
 // SAFETY: atomics and padding.
 unsafe impl Shared for AttachRecord {}
 const _: () = assert!(size_of::<AttachRecord>() == 64);
-
-/// The bits of an answer that are its status.
-const STATUS_MASK: u64 = 0xFF;
 
 impl AttachRecord {
     /// Engine: answers the client with this nonce, and wakes it.
@@ -178,7 +212,7 @@ impl AttachRecord {
         if (answer ^ nonce) & !STATUS_MASK != 0 {
             return AttachStatus::None;
         }
-        AttachStatus::from_u32((answer & STATUS_MASK) as u32).unwrap_or(AttachStatus::None)
+        AttachStatus::from_number(answer & STATUS_MASK).unwrap_or(AttachStatus::None)
     }
 
     /// For a sleep: the word and its value. Take it before `read`.
@@ -188,28 +222,9 @@ impl AttachRecord {
     }
 }
 
-/// A registered namespace. Fields are fixed once `state` says ready; ranks fill in as they register.
-#[repr(C, align(64))]
-pub struct Namespace {
-    state: AtomicU32,
-    world: AtomicU32,
-    chunk_tokens: AtomicU32,
-    _pad0: Pad<4>,
-    fingerprint: [AtomicU64; 4],
-    ranks: AtomicU64,
-    model: [AtomicU64; MODEL_NAME_BYTES / 8],
-    dtype: [AtomicU64; DTYPE_BYTES / 8],
-    _pad1: Pad<56>,
-    layout: [AtomicU64; RANKS_MAX],
-    shard_bytes: [AtomicU64; RANKS_MAX],
-}
-
 // SAFETY: atomics and padding.
 unsafe impl Shared for Namespace {}
 const _: () = assert!(size_of::<Namespace>() == 1216 && size_of::<Namespace>().is_multiple_of(64));
-
-const NAMESPACE_FREE: u32 = 0;
-const NAMESPACE_READY: u32 = 1;
 
 /// A namespace as a reader sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -337,16 +352,6 @@ pub fn load_text(words: &[AtomicU64]) -> String {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end]).into_owned()
-}
-
-/// One slab's place in a size class: what a recovery reads first. Slot headers say the rest.
-#[repr(C, align(16))]
-pub struct SlabRecord {
-    /// Bytes of each slot, 0 while the slab has no class (or is the tail of a span).
-    class_bytes: AtomicU64,
-    /// Slabs in the span that starts here.
-    span: AtomicU32,
-    _pad: Pad<4>,
 }
 
 // SAFETY: atomics and padding.

@@ -3,18 +3,21 @@
 //! Both are plain stores by the engine's service thread and by nobody else: a stuck loop must look stuck. They sit
 //! on separate cache-line pairs, so that a beat does not disturb clients that watch for a restart.
 
+use crate::abi;
 use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU32, Ordering};
 
-/// The two words, each alone on a pair of cache lines.
-#[repr(C, align(128))]
-pub struct Epoch {
-    /// Odd while recovering, even while serving; 0 before the first engine.
-    incarnation: AtomicU32,
-    _pad0: Pad<124>,
-    /// Wraps in its own word.
-    beat: AtomicU32,
-    _pad1: Pad<124>,
+abi! {
+    /// The two words, each alone on a pair of cache lines.
+    #[repr(C, align(128))]
+    pub struct Epoch {
+        /// Odd while recovering, even while serving; 0 before the first engine.
+        incarnation: AtomicU32,
+        _pad0: Pad<124>,
+        /// Wraps in its own word.
+        beat: AtomicU32,
+        _pad1: Pad<124>,
+    }
 }
 
 // SAFETY: atomics and padding only; every bit pattern is a value.

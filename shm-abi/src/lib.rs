@@ -1,6 +1,6 @@
 //! kvring's contract in shared memory.
 //!
-//! Everything that an engine and its clients must agree on, and nothing else: where things lie ([`superblock`],
+//! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie ([`superblock`],
 //! [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]), how health
 //! is told ([`epoch`], [`life`], [`claims`], [`probe`], [`process`]), and how messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]);
 //! and how people write names ([`segment::EngineName`]) and sizes ([`byte_size`]), for the engine and for who starts one.
@@ -9,6 +9,7 @@
 //! All of it assumes a hostile peer: bounds are checked once when a [`mapping::View`] is made, everything else is
 //! read through atomics, copied out once, and validated by who uses it.
 
+pub mod abi;
 pub mod byte_size;
 pub mod epoch;
 pub mod failpoint;

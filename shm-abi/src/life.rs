@@ -11,6 +11,7 @@
 //!
 //! Where the kernel has no robust lists, a word says that a *file lock* tells of its owner's death: see `claims`.
 
+use crate::abi;
 use crate::futex;
 use crate::mapping::{Pad, Shared, View};
 use crate::probe::DeathNotice;
@@ -18,23 +19,28 @@ use crate::sync::{AtomicU32, Ordering, fence};
 use core::marker::PhantomData;
 use core::ptr::null_mut;
 
-const WAITERS: u32 = libc::FUTEX_WAITERS;
-const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
-const TID_MASK: u32 = libc::FUTEX_TID_MASK;
-/// The kernel will never mark this word: a file lock tells of its owner's death. A bit that no TID has (they end at
-/// 2²²), but that counts as one: who only asks whether somebody lives need not know of it.
-const FILE_LOCK: u32 = 1 << 29;
-const _: () = assert!(FILE_LOCK & TID_MASK != 0 && FILE_LOCK > 1 << 22);
+abi! {
+    const WAITERS: u32 = libc::FUTEX_WAITERS;
 
-/// Bytes between life words in a table, and between the list's nodes.
-pub const LIFE_WORD_STRIDE: usize = 64;
+    const OWNER_DIED: u32 = libc::FUTEX_OWNER_DIED;
 
-/// A life word on a line of its own.
-#[repr(C, align(64))]
-pub struct LifeWord {
-    word: AtomicU32,
-    _pad: Pad<60>,
+    const TID_MASK: u32 = libc::FUTEX_TID_MASK;
+
+    /// The kernel will never mark this word: a file lock tells of its owner's death. A bit that no TID has (they end at
+    /// 2²²), but that counts as one: who only asks whether somebody lives need not know of it.
+    const FILE_LOCK: u32 = 1 << 29;
+
+    /// Bytes between life words in a table, and between the list's nodes.
+    pub const LIFE_WORD_STRIDE: usize = 64;
+
+    /// A life word on a line of its own.
+    #[repr(C, align(64))]
+    pub struct LifeWord {
+        word: AtomicU32,
+        _pad: Pad<60>,
+    }
 }
+const _: () = assert!(FILE_LOCK & TID_MASK != 0 && FILE_LOCK > 1 << 22);
 
 // SAFETY: an atomic and padding.
 unsafe impl Shared for LifeWord {}

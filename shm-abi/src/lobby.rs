@@ -1,6 +1,7 @@
 //! `kvring.<name>.lobby`: where clients claim their entries and ring the engine's doorbell. Everybody writes here, so
 //! nothing here is believed: the engine copies an entry out once and checks it.
 
+use crate::abi;
 use crate::engine_segment::{load_text, store_text};
 use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
@@ -11,40 +12,90 @@ use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
 
-/// Clients that an engine can have: the engine sleeps on their life words and its doorbell at once, and the kernel
-/// takes at most 128 words.
-pub const CLIENTS_MAX: usize = 64;
+abi! {
+    /// Clients that an engine can have: the engine sleeps on their life words and its doorbell at once, and the kernel
+    /// takes at most 128 words.
+    pub const CLIENTS_MAX: usize = 64;
 
-/// Bytes of a client's name; longer names are cut.
-pub const CLIENT_NAME_BYTES: usize = 48;
+    /// Bytes of a client's name; longer names are cut.
+    pub const CLIENT_NAME_BYTES: usize = 48;
 
-const DOORBELL_AT: usize = SUPERBLOCK_BYTES;
-/// Where the clients' life words are.
-pub const LIFE_WORDS_AT: usize = 4096;
-/// Where the entries are.
-pub const ENTRIES_AT: usize = LIFE_WORDS_AT + CLIENTS_MAX * size_of::<LifeWord>();
-/// Bytes of the segment.
-pub const LOBBY_BYTES: usize = ENTRIES_AT + CLIENTS_MAX * size_of::<Entry>();
+    const DOORBELL_AT: usize = SUPERBLOCK_BYTES;
+
+    /// Where the clients' life words are.
+    pub const LIFE_WORDS_AT: usize = 4096;
+
+    /// Where the entries are.
+    pub const ENTRIES_AT: usize = LIFE_WORDS_AT + CLIENTS_MAX * size_of::<LifeWord>();
+
+    /// Bytes of the segment.
+    pub const LOBBY_BYTES: usize = ENTRIES_AT + CLIENTS_MAX * size_of::<Entry>();
+
+    /// What a client is.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub enum Role: u32 {
+        /// Looks up, holds leases.
+        Scheduler = 1,
+        /// Stores and loads.
+        Worker = 2,
+    }
+
+    /// One client's entry, valid while its life word is claimed and `state` says ready.
+    ///
+    /// A client publishes it again, in the same entry, for each engine that it attaches to: `state` is the sequence number of
+    /// a seqlock. 0 is empty, odd is ready, another even number: being written.
+    #[repr(C, align(128))]
+    pub struct Entry {
+        state: AtomicU32,
+        role: AtomicU32,
+        nonce: AtomicU64,
+        incarnation: AtomicU32,
+        pid: AtomicU32,
+        payload_words: AtomicU32,
+        /// For people: what its process uses in place of what its kernel lacks.
+        stand_ins: AtomicU32,
+        name: [AtomicU64; CLIENT_NAME_BYTES / 8],
+        dma: Dma,
+        _pad1: Pad<16>,
+    }
+
+    /// Where an entry says that devices write for its client.
+    pub const DMA_AT: usize = core::mem::offset_of!(Entry, dma);
+
+    /// What a client says before devices write into the arena for it: from then on its slots may be written into until its
+    /// *process* is gone for good, whatever its life word says. Beside the seqlock: it is said once for each claim, no
+    /// publication changes it, and it can be read in the middle of one.
+    #[repr(C)]
+    struct Dma {
+        /// 0, or [`DMA`] with [`DMA_LOCKED`] or without.
+        word: AtomicU32,
+        pid: AtomicU32,
+        pid_namespace: AtomicU64,
+        time_namespace: AtomicU64,
+        started: AtomicU64,
+    }
+
+    const DMA: u32 = 1;
+
+    /// The client's process also holds the lock on [`dma_lock_at`].
+    const DMA_LOCKED: u32 = 2;
+
+    const ENTRY_EMPTY: u32 = 0;
+
+    /// How clients call the engine.
+    #[repr(C, align(128))]
+    struct Doorbell {
+        /// Set while the engine sleeps, see [`crate::park`].
+        parked: AtomicU32,
+        /// Bumped after an entry was published: the engine looks at this word before it sleeps, not at every entry.
+        claims: AtomicU32,
+        _pad: Pad<120>,
+    }
+}
 
 const _: () = assert!(LOBBY_BYTES.is_multiple_of(4096));
 
-/// What a client is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u32)]
-pub enum Role {
-    /// Looks up, holds leases.
-    Scheduler = 1,
-    /// Stores and loads.
-    Worker = 2,
-}
-
 impl Role {
-    /// From its number.
-    #[must_use]
-    pub fn from_u32(value: u32) -> Option<Role> {
-        [Role::Scheduler, Role::Worker].into_iter().find(|role| *role as u32 == value)
-    }
-
     /// For people.
     #[must_use]
     pub fn as_str(self) -> &'static str {
@@ -55,49 +106,11 @@ impl Role {
     }
 }
 
-/// One client's entry, valid while its life word is claimed and `state` says ready.
-///
-/// A client publishes it again, in the same entry, for each engine that it attaches to: `state` is the sequence number of
-/// a seqlock. 0 is empty, odd is ready, another even number: being written.
-#[repr(C, align(128))]
-pub struct Entry {
-    state: AtomicU32,
-    role: AtomicU32,
-    nonce: AtomicU64,
-    incarnation: AtomicU32,
-    pid: AtomicU32,
-    payload_words: AtomicU32,
-    /// For people: what its process uses in place of what its kernel lacks.
-    stand_ins: AtomicU32,
-    name: [AtomicU64; CLIENT_NAME_BYTES / 8],
-    dma: Dma,
-    _pad1: Pad<16>,
-}
-
 // SAFETY: atomics and padding.
 unsafe impl Shared for Entry {}
 const _: () = assert!(size_of::<Entry>() == 128);
 
-/// Where an entry says that devices write for its client.
-pub const DMA_AT: usize = core::mem::offset_of!(Entry, dma);
 const _: () = assert!(DMA_AT == 80 && size_of::<Dma>() == 32);
-
-/// What a client says before devices write into the arena for it: from then on its slots may be written into until its
-/// *process* is gone for good, whatever its life word says. Beside the seqlock: it is said once for each claim, no
-/// publication changes it, and it can be read in the middle of one.
-#[repr(C)]
-struct Dma {
-    /// 0, or [`DMA`] with [`DMA_LOCKED`] or without.
-    word: AtomicU32,
-    pid: AtomicU32,
-    pid_namespace: AtomicU64,
-    time_namespace: AtomicU64,
-    started: AtomicU64,
-}
-
-const DMA: u32 = 1;
-/// The client's process also holds the lock on [`dma_lock_at`].
-const DMA_LOCKED: u32 = 2;
 
 /// Whom to wait for before what an entry was writing is free, as the entry says itself. A client that lies here, or names a
 /// process that is not its own, is taken at its word: what it can bring about is that its own slots wait, and its entry
@@ -116,8 +129,6 @@ pub struct DmaOwner {
 pub fn dma_lock_at(entry: usize) -> u64 {
     (ENTRIES_AT + entry * size_of::<Entry>() + DMA_AT) as u64
 }
-
-const ENTRY_EMPTY: u32 = 0;
 
 fn is_ready(state: u32) -> bool {
     state & 1 == 1
@@ -232,16 +243,6 @@ impl Entry {
         self.dma.word.store(0, Ordering::Relaxed);
         self.state.store(ENTRY_EMPTY, Ordering::Release);
     }
-}
-
-/// How clients call the engine.
-#[repr(C, align(128))]
-struct Doorbell {
-    /// Set while the engine sleeps, see [`crate::park`].
-    parked: AtomicU32,
-    /// Bumped after an entry was published: the engine looks at this word before it sleeps, not at every entry.
-    claims: AtomicU32,
-    _pad: Pad<120>,
 }
 
 // SAFETY: atomics and padding.

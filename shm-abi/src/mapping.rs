@@ -1,5 +1,6 @@
 //! A mapped segment, and the one checked way to look into it.
 
+use crate::abi::Described;
 use core::cell::UnsafeCell;
 #[cfg(not(loom))]
 use core::mem::ManuallyDrop;
@@ -10,9 +11,9 @@ use std::sync::Arc;
 /// Types that may be looked at inside memory which other processes write at any time.
 ///
 /// # Safety
-/// The type is `#[repr(C)]`, consists of atomics and [`Pad`] only, and has a meaning (if a useless one) for every
+/// The type is `#[repr(C)]` (or `transparent`), consists of atomics and [`Pad`] only, and has a meaning (if a useless one) for every
 /// bit pattern. A `&T` to it then asserts nothing about the bytes behind it.
-pub unsafe trait Shared {}
+pub unsafe trait Shared: Described {}
 
 /// Padding that nobody reads, and that another process may scribble on.
 #[repr(transparent)]

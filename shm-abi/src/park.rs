@@ -10,11 +10,14 @@
 //!
 //! A hostile peer can write anything into the word. The worst it gets is a late wake-up: every sleep has a deadline.
 
+use crate::abi;
 use crate::futex;
 use crate::sync::{AtomicU32, Ordering, fence};
 
-/// The bit that says that somebody may sleep.
-const PARKED: u32 = 1;
+abi! {
+    /// The bit that says that somebody may sleep.
+    const PARKED: u32 = 1;
+}
 
 /// What the word held when a sleeper had announced itself: what it sleeps on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

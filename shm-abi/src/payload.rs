@@ -7,12 +7,15 @@
 //! All access is by relaxed atomic words: a peer that scribbles here is a wrong message, never undefined behaviour.
 //! The ring's Release/Acquire orders them.
 
+use crate::abi;
 use crate::mapping::{Shared, View};
 use crate::sync::{AtomicU64, Ordering};
 
-/// One word of the area.
-#[repr(transparent)]
-pub struct Word(AtomicU64);
+abi! {
+    /// One word of the area.
+    #[repr(transparent)]
+    pub struct Word(AtomicU64);
+}
 
 // SAFETY: one atomic.
 unsafe impl Shared for Word {}

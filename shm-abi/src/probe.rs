@@ -6,6 +6,7 @@
 //! Probed once in a process, when it is first asked: not what the kernel calls itself counts, but what it does. Nothing
 //! but a test can switch a probe off (`failpoint::without`).
 
+use crate::abi;
 use crate::failpoint;
 use crate::futex::{self, Deadline};
 use crate::life::{Life, LifeWord, RobustList};
@@ -66,8 +67,11 @@ pub struct Means {
     pub waiting: Waiting,
 }
 
-const FILE_LOCK: u32 = 1;
-const SLICES: u32 = 2;
+abi! {
+    const FILE_LOCK: u32 = 1;
+
+    const SLICES: u32 = 2;
+}
 
 impl Means {
     /// As a word of shared memory: the stand-ins, a bit each; 0 where there is none.

@@ -12,22 +12,27 @@
 //! own completions. What these rings do *not* do: more than one producer or consumer, blocking (see [`crate::park`]),
 //! variable-length entries (see [`crate::payload`]).
 
+use crate::abi;
 use crate::mapping::{Shared, View};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-/// Slots in a ring, and so the most operations in flight on one channel. A power of two.
-#[cfg(not(loom))]
-pub const DEPTH: usize = 256;
-/// Two are enough for laps, and keep the model small.
-#[cfg(loom)]
-pub const DEPTH: usize = 2;
+abi! {
+    /// Slots in a ring, and so the most operations in flight on one channel. A power of two. (For a model two are enough for laps,
+    /// and keep it small.)
+    pub const DEPTH: usize = if cfg!(loom) { 2 } else { 256 };
 
-/// 64-bit words of a slot's body.
-#[cfg(not(loom))]
-pub const WORDS: usize = 7;
-/// One is enough to see a torn message, and keeps the model small.
-#[cfg(loom)]
-pub const WORDS: usize = 1;
+    /// 64-bit words of a slot's body. (One is enough to see a torn message, and keeps a model small.)
+    pub const WORDS: usize = if cfg!(loom) { 1 } else { 7 };
+
+    /// One slot: a line of its own.
+    #[repr(C, align(64))]
+    pub struct Slot {
+        /// `position + 1` of what it holds.
+        sequence: AtomicU32,
+        head: AtomicU32,
+        words: [AtomicU64; WORDS],
+    }
+}
 
 const _: () = assert!(DEPTH.is_power_of_two());
 
@@ -38,15 +43,6 @@ pub struct Body {
     pub head: u32,
     /// Arguments or results.
     pub words: [u64; WORDS],
-}
-
-/// One slot: a line of its own.
-#[repr(C, align(64))]
-pub struct Slot {
-    /// `position + 1` of what it holds.
-    sequence: AtomicU32,
-    head: AtomicU32,
-    words: [AtomicU64; WORDS],
 }
 
 // SAFETY: atomics only; the alignment leaves no padding (asserted below).

@@ -3,23 +3,55 @@
 //! One word says it all: `state | owner entry | generation`. Header fields are written first and the word last; a
 //! worker reads the word, the fields, the bytes, and the word again (a seqlock per slot, with the payload elsewhere).
 
+use crate::abi;
 use crate::failpoint;
 use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU64, Ordering, fence};
 
-/// What a slot is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum SlotState {
-    /// Nobody's.
-    Free = 0,
-    /// Given to a worker that may be writing its bytes.
-    Writing = 1,
-    /// Holds a shard; its bytes do not change until the generation does.
-    Committed = 2,
-    /// As `Writing`, but for no chunk: its round failed or was replaced. It waits for its writer's word or death, and
-    /// nothing that was written there is ever used.
-    Orphaned = 3,
+abi! {
+    /// What a slot is doing.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum SlotState: u8 {
+        /// Nobody's.
+        Free = 0,
+        /// Given to a worker that may be writing its bytes.
+        Writing = 1,
+        /// Holds a shard; its bytes do not change until the generation does.
+        Committed = 2,
+        /// As `Writing`, but for no chunk: its round failed or was replaced. It waits for its writer's word or death, and
+        /// nothing that was written there is ever used.
+        Orphaned = 3,
+    }
+
+    /// Bits of the word that are the state, from the lowest one on.
+    const STATE_BITS: u32 = 2;
+    /// The next ones: the owner's entry.
+    const OWNER_BITS: u32 = 8;
+    /// The rest: the generation.
+    pub const GENERATION_BITS: u32 = 54;
+
+    /// One entry of the slot table: two cache lines, of which a load looks at the first.
+    #[repr(C, align(128))]
+    pub struct SlotHeader {
+        word: AtomicU64,
+        key: [AtomicU64; 2],
+        /// The namespace in the low half, the rank in the high one.
+        namespace_and_rank: AtomicU64,
+        offset: AtomicU64,
+        length: AtomicU64,
+        checksum: AtomicU64,
+        _pad0: Pad<8>,
+        /// Second line: what recovery needs.
+        nonce: AtomicU64,
+        round: AtomicU64,
+        last_touch: AtomicU64,
+        /// 0, or 1 for a committed shard that is damaged.
+        hidden: AtomicU64,
+        _pad1: Pad<32>,
+    }
+
+    /// Bytes of a header.
+    pub const SLOT_HEADER_BYTES: usize = 128;
 }
 
 /// The header's word, unpacked.
@@ -33,28 +65,26 @@ pub struct SlotWord {
     pub generation: u64,
 }
 
-/// Bits of a generation.
-pub const GENERATION_BITS: u32 = 54;
 /// The largest generation; the next one wraps to 0 after 2⁵⁴ reuses of one slot.
 pub const GENERATION_MAX: u64 = (1 << GENERATION_BITS) - 1;
 
+const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
+const GENERATION_SHIFT: u32 = STATE_BITS + OWNER_BITS;
+const _: () = assert!(GENERATION_SHIFT + GENERATION_BITS == 64 && OWNER_BITS == u8::BITS);
+
 impl SlotWord {
-    /// Packs: bits 0–1 state, 2–9 owner, 10–63 generation.
+    /// Packs: state, owner, generation, from the lowest bit on.
     #[must_use]
     pub fn pack(self) -> u64 {
-        (self.generation << 10) | (u64::from(self.owner) << 2) | self.state as u64
+        (self.generation << GENERATION_SHIFT) | (u64::from(self.owner) << STATE_BITS) | self.state as u64
     }
 
     /// Unpacks.
     #[must_use]
     pub fn unpack(word: u64) -> SlotWord {
-        let state = match word & 3 {
-            0 => SlotState::Free,
-            1 => SlotState::Writing,
-            2 => SlotState::Committed,
-            _ => SlotState::Orphaned,
-        };
-        SlotWord { state, owner: (word >> 2) as u8, generation: word >> 10 }
+        // All four numbers name a state.
+        let state = SlotState::from_number(word & STATE_MASK).unwrap_or(SlotState::Orphaned);
+        SlotWord { state, owner: (word >> STATE_BITS) as u8, generation: word >> GENERATION_SHIFT }
     }
 }
 
@@ -90,26 +120,6 @@ pub struct SlotContent {
     pub hidden: bool,
 }
 
-/// One entry of the slot table: two cache lines, of which a load looks at the first.
-#[repr(C, align(128))]
-pub struct SlotHeader {
-    word: AtomicU64,
-    key: [AtomicU64; 2],
-    /// namespace | rank << 32
-    place: AtomicU64,
-    offset: AtomicU64,
-    length: AtomicU64,
-    checksum: AtomicU64,
-    _pad0: Pad<8>,
-    /// Second line: what recovery needs.
-    nonce: AtomicU64,
-    round: AtomicU64,
-    last_touch: AtomicU64,
-    /// 0, or 1 for a committed shard that is damaged.
-    hidden: AtomicU64,
-    _pad1: Pad<32>,
-}
-
 // SAFETY: atomics and padding only.
 unsafe impl Shared for SlotHeader {}
 
@@ -121,9 +131,6 @@ const _: () = {
     assert!(offset_of!(SlotHeader, checksum) + 8 <= 64);
     assert!(offset_of!(SlotHeader, nonce) == 64);
 };
-
-/// Bytes of a header.
-pub const SLOT_HEADER_BYTES: usize = 128;
 
 /// Why a load of a shard was refused, or must not be believed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -159,7 +166,7 @@ impl SlotHeader {
         SlotHeader {
             word: zero(),
             key: [zero(), zero()],
-            place: zero(),
+            namespace_and_rank: zero(),
             offset: zero(),
             length: zero(),
             checksum: zero(),
@@ -184,7 +191,7 @@ impl SlotHeader {
         self.key[0].store(identity.key[0], Ordering::Relaxed);
         self.key[1].store(identity.key[1], Ordering::Relaxed);
         let place = u64::from(identity.namespace) | (u64::from(identity.rank) << 32);
-        self.place.store(place, Ordering::Relaxed);
+        self.namespace_and_rank.store(place, Ordering::Relaxed);
         self.offset.store(identity.offset, Ordering::Relaxed);
         self.length.store(identity.length, Ordering::Relaxed);
         self.checksum.store(0, Ordering::Relaxed);
@@ -260,8 +267,8 @@ impl SlotHeader {
     }
 
     fn check_word(&self, expected: u64, word: u64) -> Result<(), NotServable> {
-        let found = if failpoint::broken("generation") { expected } else { word >> 10 };
-        let committed = word & 3 == SlotState::Committed as u64;
+        let found = if failpoint::broken("generation") { expected } else { word >> GENERATION_SHIFT };
+        let committed = word & STATE_MASK == SlotState::Committed as u64;
         if found == expected && committed {
             Ok(())
         } else {
@@ -293,7 +300,7 @@ impl SlotHeader {
     /// The identity fields as they are now: meaningful only under a word that has been checked.
     #[must_use]
     pub fn identity(&self) -> ShardIdentity {
-        let place = self.place.load(Ordering::Relaxed);
+        let place = self.namespace_and_rank.load(Ordering::Relaxed);
         ShardIdentity {
             key: [self.key[0].load(Ordering::Relaxed), self.key[1].load(Ordering::Relaxed)],
             namespace: place as u32,

@@ -3,30 +3,59 @@
 //! The magic is written last: a segment without it is half-created, by a living creator or a dead one. A mismatch is
 //! a clear error for a client and a cold start for an engine, never a guess.
 
+use crate::abi;
+use crate::abi::Item;
 use crate::mapping::{Pad, Shared};
+use crate::message;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-/// Changes whenever a layout or a message changes its meaning.
-pub const ABI_VERSION: u32 = 5;
+abi! {
+    /// Changes with what something in shared memory *means*, where its form stays: its form is in [`LAYOUT_HASH`].
+    pub const ABI_VERSION: u32 = 5;
 
-/// "kvring\0\x01", little-endian.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");
+    /// "kvring\0\x01", little-endian.
+    pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");
 
-/// Bytes of a superblock.
-pub const SUPERBLOCK_BYTES: usize = 256;
+    /// Bytes of a superblock.
+    pub const SUPERBLOCK_BYTES: usize = 256;
 
-/// Which segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum Kind {
-    /// `kvring.<name>.engine`
-    Engine = 1,
-    /// `kvring.<name>.lobby`
-    Lobby = 2,
-    /// `kvring.<name>.client.<n>.<nonce>`
-    Client = 3,
-    /// `kvring.<name>.arena`; its superblock is at its *end*, so that slots start at offset 0.
-    Arena = 4,
+    /// Which segment.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Kind: u32 {
+        /// `kvring.<name>.engine`
+        Engine = 1,
+        /// `kvring.<name>.lobby`
+        Lobby = 2,
+        /// `kvring.<name>.client.<n>.<nonce>`
+        Client = 3,
+        /// `kvring.<name>.arena`; its superblock is at its *end*, so that slots start at offset 0.
+        Arena = 4,
+    }
+
+    /// The smallest slab.
+    pub const SLAB_BYTES_MIN: u64 = 1 << 20;
+    /// The largest slab; also the boundary that no shard crosses (a GPU registers host memory in such parts).
+    pub const SLAB_BYTES_MAX: u64 = 1 << 30;
+    /// The largest arena: slot ids and 4 KiB page numbers are 32 bits wide.
+    pub const ARENA_BYTES_MAX: u64 = 1 << 44;
+    /// The smallest shard, and the unit of shard sizes.
+    pub const SHARD_UNIT: u64 = crate::message::PAGE_BYTES;
+
+    /// The block itself.
+    #[repr(C, align(256))]
+    pub struct Superblock {
+        magic: AtomicU64,
+        abi_version: AtomicU32,
+        kind: AtomicU32,
+        layout_hash: AtomicU64,
+        segment_bytes: AtomicU64,
+        arena_id: [AtomicU64; 2],
+        boot_id: [AtomicU64; 2],
+        arena_bytes: AtomicU64,
+        slab_bytes: AtomicU64,
+        retired: AtomicU32,
+        _pad: Pad<172>,
+    }
 }
 
 /// The arena's geometry: with it, all offsets follow.
@@ -37,15 +66,6 @@ pub struct Geometry {
     /// Bytes of a slab: a power of two from 1 MiB to 1 GiB.
     pub slab_bytes: u64,
 }
-
-/// The smallest slab.
-pub const SLAB_BYTES_MIN: u64 = 1 << 20;
-/// The largest slab; also the boundary that no shard crosses (a GPU registers host memory in such parts).
-pub const SLAB_BYTES_MAX: u64 = 1 << 30;
-/// The largest arena: slot ids and 4 KiB page numbers are 32 bits wide.
-pub const ARENA_BYTES_MAX: u64 = 1 << 44;
-/// The smallest shard, and the unit of shard sizes.
-pub const SHARD_UNIT: u64 = crate::message::PAGE_BYTES;
 
 /// A geometry that cannot be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -106,22 +126,6 @@ pub struct Identity {
     pub boot_id: [u64; 2],
     /// The arena's geometry.
     pub geometry: Geometry,
-}
-
-/// The block itself.
-#[repr(C, align(256))]
-pub struct Superblock {
-    magic: AtomicU64,
-    abi_version: AtomicU32,
-    kind: AtomicU32,
-    layout_hash: AtomicU64,
-    segment_bytes: AtomicU64,
-    arena_id: [AtomicU64; 2],
-    boot_id: [AtomicU64; 2],
-    arena_bytes: AtomicU64,
-    slab_bytes: AtomicU64,
-    retired: AtomicU32,
-    _pad: Pad<172>,
 }
 
 // SAFETY: atomics and padding.
@@ -265,54 +269,47 @@ pub fn random_u64() -> std::io::Result<u64> {
     getrandom::u64().map_err(|e| std::io::Error::other(e.to_string()))
 }
 
-/// FNV-1a over every size, offset and limit that two processes must agree on.
+/// What every module defines that two processes must agree on.
+const MODULES: &[(&str, &[Item])] = &[
+    ("superblock", ABI),
+    ("epoch", crate::epoch::ABI),
+    ("life", crate::life::ABI),
+    ("probe", crate::probe::ABI),
+    ("park", crate::park::ABI),
+    ("ring", crate::ring::ABI),
+    ("payload", crate::payload::ABI),
+    ("slot", crate::slot::ABI),
+    ("engine_segment", crate::engine_segment::ABI),
+    ("lobby", crate::lobby::ABI),
+    ("channel", crate::channel::ABI),
+    ("message", message::ABI),
+    ("message::words", message::words::ABI),
+    ("message::record", message::record::ABI),
+    ("message::request", message::request::ABI),
+    ("message::completion", message::completion::ABI),
+];
+
+/// A hash of all that, with the version: see [`abi`](crate::abi).
 pub const LAYOUT_HASH: u64 = {
-    use crate::channel::{COMPLETIONS_AT, PAYLOAD_AT, SUBMISSIONS_AT};
-    use crate::engine_segment as engine;
-    use crate::lobby;
-    let facts = [
-        SUPERBLOCK_BYTES,
-        ABI_VERSION as usize,
-        crate::ring::DEPTH,
-        crate::ring::WORDS,
-        size_of::<crate::ring::Slot>(),
-        SUBMISSIONS_AT,
-        COMPLETIONS_AT,
-        PAYLOAD_AT,
-        size_of::<crate::slot::SlotHeader>(),
-        crate::slot::GENERATION_BITS as usize,
-        size_of::<crate::epoch::Epoch>(),
-        crate::life::LIFE_WORD_STRIDE,
-        size_of::<engine::AttachRecord>(),
-        size_of::<engine::Namespace>(),
-        size_of::<engine::SlabRecord>(),
-        size_of::<engine::EngineInfo>(),
-        engine::STATS_WORDS,
-        engine::LIFE_WORDS_AT,
-        engine::ATTACH_AT,
-        engine::NAMESPACES_AT,
-        engine::SLABS_AT,
-        engine::NAMESPACES_MAX,
-        engine::RANKS_MAX,
-        lobby::CLIENTS_MAX,
-        lobby::LIFE_WORDS_AT,
-        lobby::ENTRIES_AT,
-        size_of::<lobby::Entry>(),
-        lobby::DMA_AT,
-        size_of::<crate::message::Registration>(),
-        size_of::<crate::message::SlotRecord>(),
-        size_of::<crate::message::ReserveAnswer>(),
-        size_of::<crate::message::ShardAnswer>(),
-        size_of::<crate::message::LeaseRecord>(),
-    ];
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    let mut i = 0;
-    while i < facts.len() {
-        hash = (hash ^ facts[i] as u64).wrapping_mul(0x0000_0100_0000_01b3);
-        i += 1;
+    let mut hash = abi::Hash::new();
+    let mut at = 0;
+    while at < MODULES.len() {
+        hash = hash.module(MODULES[at].0, MODULES[at].1);
+        at += 1;
     }
-    hash
+    hash.0
 };
+
+/// All that in words.
+#[must_use]
+pub fn describe_abi() -> String {
+    let mut text = format!("layout hash {LAYOUT_HASH:#018x}\n");
+    for (module, items) in MODULES {
+        text += &format!("\n# {module}\n");
+        text.extend(items.iter().map(Item::to_string));
+    }
+    text
+}
 
 #[cfg(test)]
 mod tests {

@@ -326,7 +326,7 @@ impl RawClient {
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
         let mut words = vec![0u64; slots.len()];
         self.payload.read(ANSWER_AT, &mut words).expect("room");
-        words.into_iter().map(|word| SlotOutcome::from_word(word).expect("an outcome")).collect()
+        words.into_iter().map(|word| SlotOutcome::from_number(word).expect("an outcome")).collect()
     }
 
     /// Declares slots; what became of each.
@@ -340,7 +340,7 @@ impl RawClient {
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
         let mut words = vec![0u64; slots.len()];
         self.payload.read(ANSWER_AT, &mut words).expect("room");
-        words.into_iter().map(|word| SlotOutcome::from_word(word).expect("an outcome")).collect()
+        words.into_iter().map(|word| SlotOutcome::from_number(word).expect("an outcome")).collect()
     }
 
     /// Says that a shard is damaged; what became of that.
@@ -351,7 +351,7 @@ impl RawClient {
         let SlotRecord { slot, generation, key, .. } = record;
         let completion = self.call(Request::Invalidate { slot: slot as u32, generation, key });
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
-        SlotOutcome::from_word(completion.results[0]).expect("an outcome")
+        SlotOutcome::from_number(completion.results[0]).expect("an outcome")
     }
 
     /// A declaration of a lease on these keys, wherever they are.

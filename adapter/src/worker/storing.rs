@@ -477,7 +477,7 @@ impl<'a> Store<'a> {
         for index in 0..commit.count {
             let mut word = [0u64; 1];
             let read = answered.payload().read(answer + index, &mut word);
-            match read.ok().and_then(|()| SlotOutcome::from_word(word[0])) {
+            match read.ok().and_then(|()| SlotOutcome::from_number(word[0])) {
                 Some(SlotOutcome::Done) => self.report.stored += 1,
                 Some(SlotOutcome::Gone) => self.report.drop_shards(1, Dropped::Gone),
                 Some(SlotOutcome::NotYours) | None => {

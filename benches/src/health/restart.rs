@@ -12,6 +12,7 @@ use kvring_adapter::{
 use kvring_engine::preflight::Room;
 use kvring_engine::segments::ARENA_TRAILER;
 use kvring_engine::stats::Stat;
+use kvring_shm_abi::abi::{Described, Type};
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::mapping::Shared;
@@ -161,6 +162,11 @@ fn count(client: &std::sync::Arc<Client>, chains: &Chains) -> anyhow::Result<u64
 /// A line of a slot header, to be read whatever is in it.
 #[repr(C, align(64))]
 struct Line([AtomicU64; 8]);
+
+/// As a reader that has it to itself.
+impl Described for Line {
+    const TYPE: &'static Type = &Type::itself::<Line>("a line");
+}
 
 // SAFETY: atomics.
 unsafe impl Shared for Line {}

@@ -298,7 +298,7 @@ fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
         };
         Some(ClientStatus {
             entry,
-            role: Role::from_u32(content.role).map_or("unknown", Role::as_str),
+            role: Role::from_number(content.role.into()).map_or("unknown", Role::as_str),
             name: content.name,
             pid: content.pid,
             alive: matches!(life, Life::Alive { .. }),

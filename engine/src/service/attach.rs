@@ -60,7 +60,7 @@ impl Service {
     fn judge(&mut self, entry: usize) {
         let Some(content) = self.segments.lobby.entries[entry].read() else { return };
         let incarnation = self.segments.engine.epoch().incarnation();
-        let status = match Role::from_u32(content.role) {
+        let status = match Role::from_number(content.role.into()) {
             None => AttachStatus::BadRole,
             Some(_) if content.incarnation != incarnation => AttachStatus::Stale,
             Some(role) => {
@@ -91,7 +91,7 @@ impl Service {
             self.judged[entry] = Some(content.nonce);
         }
         if status == AttachStatus::Attached {
-            let role = Role::from_u32(content.role).map_or("", Role::as_str);
+            let role = Role::from_number(content.role.into()).map_or("", Role::as_str);
             tracing::info!(entry, client = %content.name, role, pid = content.pid, "client attached");
             self.stat(Stat::Attaches, 1);
             if self.awaited.entries >> entry & 1 == 1 {

@@ -7,9 +7,12 @@
 //! This module only packs and unpacks. It checks that opcodes, statuses and roles exist; whether an offset, an index
 //! or a count makes sense is checked by who uses it.
 
-mod completion;
-mod record;
-mod request;
+pub(crate) mod completion;
+pub(crate) mod record;
+pub(crate) mod request;
+pub(crate) mod words;
+
+use crate::abi;
 
 pub use completion::{Completion, Disagreement, Status};
 pub use record::{
@@ -21,11 +24,13 @@ pub use request::{ANY_NAMESPACE, Request};
 /// A chunk's 128-bit name, opaque here: it covers the chunk's whole prefix.
 pub type Key = [u64; 2];
 
-/// Words of one key.
-pub const KEY_WORDS: usize = 2;
+abi! {
+    /// Words of one key.
+    pub const KEY_WORDS: usize = 2;
 
-/// The most keys that one request may name: 8192 chunks are two million tokens at 256 a chunk.
-pub const KEYS_MAX: usize = 8192;
+    /// The most keys that one request may name: 8192 chunks are two million tokens at 256 a chunk.
+    pub const KEYS_MAX: usize = 8192;
+}
 
 /// Which attachment sent a message: a message of another life or another attachment is stale and ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -34,17 +39,6 @@ pub struct Ident {
     pub incarnation: u32,
     /// The low half of the attachment's nonce.
     pub nonce: u32,
-}
-
-impl Ident {
-    fn pack(self) -> u64 {
-        join(self.incarnation, self.nonce)
-    }
-
-    fn unpack(word: u64) -> Ident {
-        let (incarnation, nonce) = split(word);
-        Ident { incarnation, nonce }
-    }
 }
 
 /// One store of a chunk by all ranks. Rounds of one source (one scheduler attachment) are ordered by their number;
@@ -61,14 +55,13 @@ impl Round {
     /// As one word.
     #[must_use]
     pub fn pack(self) -> u64 {
-        join(self.number, self.source)
+        words::word_of(self)
     }
 
     /// From one word.
     #[must_use]
     pub fn unpack(word: u64) -> Round {
-        let (number, source) = split(word);
-        Round { source, number }
+        words::from_word(word)
     }
 }
 
@@ -85,30 +78,15 @@ pub struct Records {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// No such operation.
-    #[error("expected an opcode of 1..=15, found {0}")]
+    #[error("expected an opcode of 1..={max}, found {0}", max = request::LAST)]
     Opcode(u8),
     /// No such status.
-    #[error("expected a status of 0..={max}, found {0}", max = Status::LAST as u16)]
+    #[error("expected a known status, found {0}")]
     Status(u16),
 }
 
 fn join(low: u32, high: u32) -> u64 {
     u64::from(low) | (u64::from(high) << 32)
-}
-
-fn split(word: u64) -> (u32, u32) {
-    (word as u32, (word >> 32) as u32)
-}
-
-impl Records {
-    fn unpack(word: u64) -> Records {
-        let (offset, count) = split(word);
-        Records { offset, count }
-    }
-
-    fn pack(self) -> u64 {
-        join(self.offset, self.count)
-    }
 }
 
 #[cfg(test)]
@@ -188,7 +166,7 @@ mod tests {
             let completion = Completion {
                 operation,
                 ident: Ident { incarnation: 2, nonce: 3 },
-                status: Status::from_u16(status).unwrap(),
+                status: Status::from_number(status.into()).unwrap(),
                 results,
             };
             prop_assert_eq!(completion.status as u16, status);

@@ -1,26 +1,121 @@
 //! Plain records of the payload area: longer arguments and answers.
 
 use super::{Key, join};
+use crate::abi;
+use crate::abi::Described;
 use bytemuck::{Pod, Zeroable};
 
 /// Plain records of the payload area, each a whole number of words.
-pub trait Record: Pod {
+pub trait Record: Pod + Described {
     /// Words of one record.
     const WORDS: usize = size_of::<Self>() / 8;
 }
 
-/// Where one shard of a looked-up chunk is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct ShardAnswer {
-    /// The slot, and in the high half its place in the arena in pages of 4 KiB.
-    slot_and_page: u64,
-    /// The slot's generation.
-    pub generation: u64,
-}
+abi! {
+    /// Where one shard of a looked-up chunk is.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+    #[repr(C)]
+    pub struct ShardAnswer {
+        /// The slot, and in the high half its place in the arena in pages of 4 KiB.
+        slot_and_page: u64,
+        /// The slot's generation.
+        pub generation: u64,
+    }
 
-/// Bytes of an arena page: shards start on one.
-pub const PAGE_BYTES: u64 = 4096;
+    /// Bytes of an arena page: shards start on one.
+    pub const PAGE_BYTES: u64 = 4096;
+
+    /// What became of one key of a reservation.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ReserveOutcome: u32 {
+        /// Write the shard there, then commit.
+        Write = 0,
+        /// Visible already: nothing to do.
+        Present = 1,
+        /// This rank has a slot for this chunk and round already (a repeated request).
+        Held = 2,
+        /// A newer round of the same source has begun: this store is moot.
+        Superseded = 3,
+        /// No room: the store of this chunk is dropped.
+        NoSpace = 4,
+        /// The client's share is full: the store of this chunk is dropped.
+        Busy = 5,
+    }
+
+    /// The answer for one key of a reservation.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+    #[repr(C)]
+    pub struct ReserveAnswer {
+        outcome: u64,
+        /// Meaningful with [`ReserveOutcome::Write`].
+        pub shard: ShardAnswer,
+    }
+
+    /// One slot that its writer commits or aborts.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+    #[repr(C)]
+    pub struct SlotRecord {
+        /// The slot, zero-extended.
+        pub slot: u64,
+        /// Its generation.
+        pub generation: u64,
+        /// The key it was reserved for.
+        pub key: Key,
+        /// The shard's checksum, or 0 where checksums are off.
+        pub checksum: u64,
+    }
+
+    /// One chunk of a lease that a client held under an earlier engine.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+    #[repr(C)]
+    pub struct LeaseRecord {
+        /// The chunk's key.
+        pub key: Key,
+        /// Where its first rank's shard was: the same chunk still, or another one under the same key?
+        pub shard: ShardAnswer,
+    }
+
+    /// What became of one slot of a commit or abort.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum SlotOutcome: u64 {
+        /// Done, now or by an earlier message.
+        Done = 0,
+        /// The reservation no longer counts: its round failed or was replaced. Nothing to do.
+        Gone = 1,
+        /// The slot is not this client's.
+        NotYours = 2,
+    }
+
+    /// Bytes of a model's name in a registration; longer names are cut.
+    pub const MODEL_NAME_BYTES: usize = 64;
+
+    /// Bytes of a dtype's name.
+    pub const DTYPE_BYTES: usize = 16;
+
+    /// One rank's registration of a namespace: model + KV layout + parallel geometry.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+    #[repr(C)]
+    pub struct Registration {
+        /// Names the namespace: a digest of everything that the keys do not cover.
+        pub fingerprint: [u64; 4],
+        /// A digest of this rank's page layout.
+        pub layout: u64,
+        /// Bytes of this rank's shard of one chunk.
+        pub shard_bytes: u64,
+        /// Number of ranks.
+        pub world: u32,
+        /// This rank.
+        pub rank: u32,
+        /// Tokens per chunk.
+        pub chunk_tokens: u32,
+        /// Reserved, 0.
+        pub reserved: u32,
+        /// For people: UTF-8, zero padded.
+        pub model: [u8; MODEL_NAME_BYTES],
+        /// For people.
+        pub dtype: [u8; DTYPE_BYTES],
+    }
+}
 
 impl ShardAnswer {
     /// `offset` is a multiple of [`PAGE_BYTES`] below 16 TiB: the arena's limit.
@@ -53,33 +148,6 @@ impl ShardAnswer {
 
 impl Record for ShardAnswer {}
 
-/// What became of one key of a reservation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-pub enum ReserveOutcome {
-    /// Write the shard there, then commit.
-    Write = 0,
-    /// Visible already: nothing to do.
-    Present = 1,
-    /// This rank has a slot for this chunk and round already (a repeated request).
-    Held = 2,
-    /// A newer round of the same source has begun: this store is moot.
-    Superseded = 3,
-    /// No room: the store of this chunk is dropped.
-    NoSpace = 4,
-    /// The client's share is full: the store of this chunk is dropped.
-    Busy = 5,
-}
-
-/// The answer for one key of a reservation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct ReserveAnswer {
-    outcome: u64,
-    /// Meaningful with [`ReserveOutcome::Write`].
-    pub shard: ShardAnswer,
-}
-
 impl ReserveAnswer {
     /// Write there.
     #[must_use]
@@ -96,8 +164,7 @@ impl ReserveAnswer {
     /// The outcome; `None` for one that does not exist.
     #[must_use]
     pub fn outcome(&self) -> Option<ReserveOutcome> {
-        use ReserveOutcome::{Busy, Held, NoSpace, Present, Superseded, Write};
-        [Write, Present, Held, Superseded, NoSpace, Busy].into_iter().find(|o| *o as u64 == self.outcome)
+        ReserveOutcome::from_number(self.outcome)
     }
 
     /// As words of the payload area.
@@ -109,82 +176,9 @@ impl ReserveAnswer {
 
 impl Record for ReserveAnswer {}
 
-/// One slot that its writer commits or aborts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct SlotRecord {
-    /// The slot, zero-extended.
-    pub slot: u64,
-    /// Its generation.
-    pub generation: u64,
-    /// The key it was reserved for.
-    pub key: Key,
-    /// The shard's checksum, or 0 where checksums are off.
-    pub checksum: u64,
-}
-
 impl Record for SlotRecord {}
 
-/// One chunk of a lease that a client held under an earlier engine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct LeaseRecord {
-    /// The chunk's key.
-    pub key: Key,
-    /// Where its first rank's shard was: the same chunk still, or another one under the same key?
-    pub shard: ShardAnswer,
-}
-
 impl Record for LeaseRecord {}
-
-/// What became of one slot of a commit or abort.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u64)]
-pub enum SlotOutcome {
-    /// Done, now or by an earlier message.
-    Done = 0,
-    /// The reservation no longer counts: its round failed or was replaced. Nothing to do.
-    Gone = 1,
-    /// The slot is not this client's.
-    NotYours = 2,
-}
-
-impl SlotOutcome {
-    /// From the answer's word.
-    #[must_use]
-    pub fn from_word(word: u64) -> Option<SlotOutcome> {
-        [Self::Done, Self::Gone, Self::NotYours].into_iter().find(|o| *o as u64 == word)
-    }
-}
-
-/// Bytes of a model's name in a registration; longer names are cut.
-pub const MODEL_NAME_BYTES: usize = 64;
-/// Bytes of a dtype's name.
-pub const DTYPE_BYTES: usize = 16;
-
-/// One rank's registration of a namespace: model + KV layout + parallel geometry.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-#[repr(C)]
-pub struct Registration {
-    /// Names the namespace: a digest of everything that the keys do not cover.
-    pub fingerprint: [u64; 4],
-    /// A digest of this rank's page layout.
-    pub layout: u64,
-    /// Bytes of this rank's shard of one chunk.
-    pub shard_bytes: u64,
-    /// Number of ranks.
-    pub world: u32,
-    /// This rank.
-    pub rank: u32,
-    /// Tokens per chunk.
-    pub chunk_tokens: u32,
-    /// Reserved, 0.
-    pub reserved: u32,
-    /// For people: UTF-8, zero padded.
-    pub model: [u8; MODEL_NAME_BYTES],
-    /// For people.
-    pub dtype: [u8; DTYPE_BYTES],
-}
 
 impl Record for Registration {}
 

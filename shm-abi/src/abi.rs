@@ -1,0 +1,393 @@
+//! What two processes must agree on, written down by the code that defines it.
+//!
+//! Everything that has a place or a number in shared memory is defined inside [`abi!`], once: records with their fields,
+//! enums with their numbers, constants. What the macro makes of an item is the item, and its description; the descriptions of a
+//! module are its `ABI`, and [`LAYOUT_HASH`](crate::superblock::LAYOUT_HASH) is a hash of them all. None can be forgotten: what is
+//! looked at in a mapping must be [`Shared`](crate::mapping::Shared), what travels through a payload area a
+//! [`Record`](crate::message::Record), both must be [`Described`], only the macro makes them so; and an `ABI` that the hash leaves
+//! out is dead code, which is an error here.
+//!
+//! `tests/abi.txt` has the whole description in words, so that whoever changes it sees that, and reviewers do.
+
+/// One type as it lies in memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Type {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes.
+    pub size: usize,
+    /// Of its address.
+    pub align: usize,
+    /// What it is made of.
+    pub of: Of,
+}
+
+/// What a type is made of.
+#[derive(Clone, Copy, Debug)]
+pub enum Of {
+    /// A number, or bytes that nobody looks at.
+    Itself,
+    /// So many of another type.
+    Many(&'static Type, usize),
+    /// Fields.
+    Fields(&'static [Field]),
+    /// Numbers that have names.
+    Numbers(&'static [(&'static str, u64)]),
+}
+
+/// One field of a record.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// Bytes from the record's first one.
+    pub offset: usize,
+    /// What it holds.
+    pub of: &'static Type,
+}
+
+/// A message: what it is about, its number, and its arguments in the order in which they are packed.
+#[derive(Clone, Copy, Debug)]
+pub struct Message {
+    /// Its name.
+    pub name: &'static str,
+    /// Its number.
+    pub opcode: u8,
+    /// Name and type of each.
+    pub arguments: &'static [(&'static str, &'static str)],
+}
+
+/// One thing that a module defines.
+#[derive(Clone, Copy, Debug)]
+pub enum Item {
+    /// A type.
+    Type(&'static Type),
+    /// A constant.
+    Number(&'static str, u64),
+    /// Messages.
+    Messages(&'static [Message]),
+}
+
+/// A type of which is known how it lies in memory.
+pub trait Described {
+    /// How.
+    const TYPE: &'static Type;
+}
+
+macro_rules! itself {
+    ($($name:ty),+) => {
+        $(impl Described for $name {
+            const TYPE: &'static Type = &Type::itself::<$name>(stringify!($name));
+        })+
+    };
+}
+
+use crate::sync::{AtomicU32, AtomicU64};
+itself!(u8, u32, u64, AtomicU32, AtomicU64);
+
+impl<const N: usize> Described for crate::mapping::Pad<N> {
+    const TYPE: &'static Type = &Type::itself::<Self>("padding");
+}
+
+impl<T: Described, const N: usize> Described for [T; N] {
+    const TYPE: &'static Type = &Type { of: Of::Many(T::TYPE, N), ..Type::itself::<Self>("array") };
+}
+
+impl Type {
+    /// One without parts.
+    #[must_use]
+    pub const fn itself<T>(name: &'static str) -> Type {
+        Type { name, size: size_of::<T>(), align: align_of::<T>(), of: Of::Itself }
+    }
+}
+
+/// Defines records, enums and constants that are in shared memory, and `ABI`, which describes them.
+///
+/// An enum is written with the type of its numbers, `enum Role: u32`; `from_number` finds the one that a number names.
+#[macro_export]
+macro_rules! abi {
+    (@next [$($known:tt)*]) => {
+        #[cfg_attr(loom, allow(dead_code, reason = "models have no superblock"))]
+        pub(crate) const ABI: &[$crate::abi::Item] = &[$($known)*];
+    };
+    (@next [$($known:tt)*]
+        $(#[$meta:meta])* $vis:vis const $name:ident: $type:ty = $value:expr; $($rest:tt)*
+    ) => {
+        $(#[$meta])* $vis const $name: $type = $value;
+        $crate::abi!(@next [$($known)* $crate::abi::Item::Number(stringify!($name), $name as u64),] $($rest)*);
+    };
+    (@next [$($known:tt)*]
+        $(#[$meta:meta])* $vis:vis enum $name:ident: $repr:ident {
+            $($(#[$of:meta])* $variant:ident = $number:literal,)+
+        } $($rest:tt)*
+    ) => {
+        $(#[$meta])*
+        #[repr($repr)]
+        $vis enum $name { $($(#[$of])* $variant = $number,)+ }
+
+        impl $name {
+            /// The one that this number names; `None` for a number that names none.
+            #[must_use]
+            #[inline]
+            $vis const fn from_number(number: u64) -> Option<$name> {
+                match number {
+                    $($number => Some($name::$variant),)+
+                    _ => None,
+                }
+            }
+        }
+
+        impl $crate::abi::Described for $name {
+            const TYPE: &'static $crate::abi::Type = &$crate::abi::Type {
+                of: $crate::abi::Of::Numbers(&[$((stringify!($variant), $number)),+]),
+                ..$crate::abi::Type::itself::<$name>(stringify!($name))
+            };
+        }
+
+        $crate::abi!(@next [$($known)*
+            $crate::abi::Item::Type(<$name as $crate::abi::Described>::TYPE),
+        ] $($rest)*);
+    };
+    (@next [$($known:tt)*]
+        $(#[$meta:meta])* $vis:vis struct $name:ident($type:ty); $($rest:tt)*
+    ) => {
+        $(#[$meta])* $vis struct $name($type);
+
+        impl $crate::abi::Described for $name {
+            const TYPE: &'static $crate::abi::Type = &$crate::abi::Type {
+                of: $crate::abi::Of::Many(<$type as $crate::abi::Described>::TYPE, 1),
+                ..$crate::abi::Type::itself::<$name>(stringify!($name))
+            };
+        }
+
+        $crate::abi!(@next [$($known)*
+            $crate::abi::Item::Type(<$name as $crate::abi::Described>::TYPE),
+        ] $($rest)*);
+    };
+    (@next [$($known:tt)*]
+        $(#[$meta:meta])* $vis:vis struct $name:ident {
+            $($(#[$of:meta])* $field_vis:vis $field:ident: $type:ty,)+
+        } $($rest:tt)*
+    ) => {
+        $(#[$meta])* $vis struct $name { $($(#[$of])* $field_vis $field: $type,)+ }
+
+        impl $crate::abi::Described for $name {
+            const TYPE: &'static $crate::abi::Type = &$crate::abi::Type {
+                of: $crate::abi::Of::Fields(&[$($crate::abi::Field {
+                    name: stringify!($field),
+                    offset: core::mem::offset_of!($name, $field),
+                    of: <$type as $crate::abi::Described>::TYPE,
+                }),+]),
+                ..$crate::abi::Type::itself::<$name>(stringify!($name))
+            };
+        }
+
+        $crate::abi!(@next [$($known)*
+            $crate::abi::Item::Type(<$name as $crate::abi::Described>::TYPE),
+        ] $($rest)*);
+    };
+    (@$($wrong:tt)*) => { compile_error!(concat!("not an item of an ABI: ", stringify!($($wrong)*))); };
+    ($($items:tt)*) => { $crate::abi!(@next [] $($items)*); };
+}
+
+/// FNV-1a, over text and numbers.
+#[derive(Clone, Copy)]
+pub(crate) struct Hash(pub(crate) u64);
+
+impl Hash {
+    pub(crate) const fn new() -> Hash {
+        Hash(0xcbf2_9ce4_8422_2325)
+    }
+
+    const fn byte(self, byte: u8) -> Hash {
+        Hash((self.0 ^ byte as u64).wrapping_mul(0x0000_0100_0000_01b3))
+    }
+
+    const fn number(self, number: u64) -> Hash {
+        let (mut hash, mut at) = (self, 0);
+        while at < 8 {
+            hash = hash.byte(number.to_le_bytes()[at]);
+            at += 1;
+        }
+        hash
+    }
+
+    const fn text(self, text: &str) -> Hash {
+        let (mut hash, mut at) = (self.number(text.len() as u64), 0);
+        while at < text.len() {
+            hash = hash.byte(text.as_bytes()[at]);
+            at += 1;
+        }
+        hash
+    }
+
+    const fn of(self, of: &Type) -> Hash {
+        let mut hash = self.text(of.name).number(of.size as u64).number(of.align as u64);
+        let mut at = 0;
+        match of.of {
+            Of::Itself => {}
+            Of::Many(one, count) => hash = hash.of(one).number(count as u64),
+            Of::Fields(fields) => {
+                while at < fields.len() {
+                    let Field { name, offset, of } = fields[at];
+                    hash = hash.text(name).number(offset as u64).of(of);
+                    at += 1;
+                }
+            }
+            Of::Numbers(numbers) => {
+                while at < numbers.len() {
+                    hash = hash.text(numbers[at].0).number(numbers[at].1);
+                    at += 1;
+                }
+            }
+        }
+        hash
+    }
+
+    const fn messages(self, messages: &[Message]) -> Hash {
+        let (mut hash, mut at) = (self, 0);
+        while at < messages.len() {
+            let Message { name, opcode, arguments } = messages[at];
+            hash = hash.text(name).number(opcode as u64);
+            let mut argument = 0;
+            while argument < arguments.len() {
+                hash = hash.text(arguments[argument].0).text(arguments[argument].1);
+                argument += 1;
+            }
+            at += 1;
+        }
+        hash
+    }
+
+    /// What a module defines.
+    pub(crate) const fn module(self, name: &str, items: &[Item]) -> Hash {
+        let (mut hash, mut at) = (self.text(name), 0);
+        while at < items.len() {
+            hash = match items[at] {
+                Item::Type(of) => hash.of(of),
+                Item::Number(name, number) => hash.text(name).number(number),
+                Item::Messages(messages) => hash.messages(messages),
+            };
+            at += 1;
+        }
+        hash
+    }
+}
+
+impl core::fmt::Display for Item {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self {
+            Item::Type(of) => {
+                writeln!(f, "{}: {} bytes, aligned to {}", of.name, of.size, of.align)?;
+                match of.of {
+                    Of::Itself => Ok(()),
+                    Of::Many(..) => writeln!(f, "  {}", Short(of)),
+                    Of::Fields(fields) => fields.iter().try_for_each(|field| {
+                        writeln!(f, "  {:>4} {}: {}", field.offset, field.name, Short(field.of))
+                    }),
+                    Of::Numbers(numbers) => {
+                        numbers.iter().try_for_each(|(name, number)| writeln!(f, "  {number:>4} {name}"))
+                    }
+                }
+            }
+            Item::Number(name, number) => writeln!(f, "{name} = {number}"),
+            Item::Messages(messages) => {
+                messages.iter().try_for_each(|Message { name, opcode, arguments }| {
+                    writeln!(f, "{opcode} {name}")?;
+                    arguments.iter().try_for_each(|(name, of)| writeln!(f, "     {name}: {of}"))
+                })
+            }
+        }
+    }
+}
+
+/// A type in a word or two.
+struct Short(&'static Type);
+
+impl core::fmt::Display for Short {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        match self.0.of {
+            Of::Many(one, count) => write!(f, "{count} × {}", Short(one)),
+            _ => write!(f, "{}, {} bytes", self.0.name, self.0.size),
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::Hash;
+
+    macro_rules! hash_of {
+        ($($items:tt)*) => {{
+            mod defined {
+                #![allow(dead_code, reason = "it is only described")]
+                use crate::sync::{AtomicU32, AtomicU64};
+                abi! { $($items)* }
+                struct _Unused(AtomicU32, AtomicU64);
+            }
+            Hash::new().module("m", defined::ABI).0
+        }};
+    }
+
+    #[test]
+    fn every_place_and_every_number_counts() {
+        let hashes = [
+            hash_of! { #[repr(C)] struct Header { offset: AtomicU64, length: AtomicU64, } },
+            hash_of! { #[repr(C)] struct Header { length: AtomicU64, offset: AtomicU64, } },
+            hash_of! { #[repr(C)] struct Header { offset: AtomicU64, length: [AtomicU32; 2], } },
+            hash_of! { #[repr(C, align(64))] struct Header { offset: AtomicU64, length: AtomicU64, } },
+            hash_of! { enum Outcome: u32 { Done = 0, Gone = 1, } },
+            hash_of! { enum Outcome: u32 { Done = 1, Gone = 0, } },
+            hash_of! { enum Outcome: u64 { Done = 0, Gone = 1, } },
+            hash_of! { enum Outcome: u32 { Done = 0, Gone = 1, Held = 2, } },
+            hash_of! { const DEPTH: usize = 256; const WORDS: usize = 7; },
+            hash_of! { const DEPTH: usize = 7; const WORDS: usize = 256; },
+            hash_of! { const DEPTH: usize = 256; },
+            hash_of! { struct Word(AtomicU64); },
+            hash_of! { struct Word(AtomicU32); },
+            // Far inside.
+            hash_of! {
+                #[repr(C)] struct Inner { one: AtomicU32, other: AtomicU32, }
+                #[repr(C)] struct Outer { all: [Inner; 2], }
+            },
+            hash_of! {
+                #[repr(C)] struct Inner { other: AtomicU32, one: AtomicU32, }
+                #[repr(C)] struct Outer { all: [Inner; 2], }
+            },
+        ];
+        for (at, hash) in hashes.iter().enumerate() {
+            assert_eq!(hashes.iter().position(|other| other == hash), Some(at), "{at} is as an earlier one");
+        }
+    }
+
+    #[test]
+    fn so_does_every_argument_of_a_message() {
+        use super::{Item, Message};
+        const ARGUMENTS: [&[(&str, &str)]; 4] = [
+            &[("session", "u64"), ("keep", "u32")],
+            &[("keep", "u32"), ("session", "u64")],
+            &[("session", "u64")],
+            &[("session", "u32"), ("keep", "u32")],
+        ];
+        let mut hashes = Vec::new();
+        for arguments in ARGUMENTS {
+            for opcode in [1, 2] {
+                let messages: &[Message] = &[Message { name: "Release", opcode, arguments }];
+                // Leaked: a description is of static things.
+                let items = [Item::Messages(Vec::leak(messages.to_vec()))];
+                hashes.push(Hash::new().module("m", &items).0);
+            }
+        }
+        let all: std::collections::BTreeSet<_> = hashes.iter().collect();
+        assert_eq!(all.len(), hashes.len());
+    }
+
+    #[test]
+    fn numbers_that_name_nothing_are_nothing() {
+        use crate::slot::SlotState;
+        assert_eq!(
+            (0..6).filter_map(SlotState::from_number).map(|state| state as u64).collect::<Vec<_>>(),
+            [0, 1, 2, 3]
+        );
+    }
+}
