@@ -103,10 +103,9 @@ mod tests {
                 assert!(other.is_byte_locked(7).unwrap(), "a fork takes nothing from the parent");
                 // What a death does: the descriptor is closed, nothing is unlocked.
                 drop(file);
-                let began = std::time::Instant::now();
+                // For ever, if the child holds the parent's lock.
                 while other.is_byte_locked(7).unwrap() {
-                    assert!(began.elapsed().as_secs() < 20, "the child holds the parent's lock");
-                    std::thread::yield_now();
+                    std::thread::sleep(std::time::Duration::from_millis(1));
                 }
                 drop(writer);
                 assert_eq!(waitpid(child, None).unwrap(), WaitStatus::Exited(child, 0));

@@ -120,11 +120,9 @@ mod tests {
         let stat = ProcessStat::of(child.id()).unwrap().unwrap();
         assert!(stat.started >= own.started && !stat.has_ended(), "{stat:?} after {own:?}");
         child.kill().unwrap();
-        let began = std::time::Instant::now();
         // A zombie until it is waited for.
         while !ProcessStat::of(child.id()).unwrap().unwrap().has_ended() {
-            assert!(began.elapsed().as_secs() < 20);
-            std::thread::yield_now();
+            std::thread::sleep(std::time::Duration::from_millis(1));
         }
         child.wait().unwrap();
         assert_eq!(ProcessStat::of(child.id()).unwrap(), None);

@@ -1,7 +1,7 @@
 //! An engine in a process of its own, and everything that a test does to it from outside.
 
 use crate::isolate::segments;
-use crate::wait::{becomes, eventually};
+use crate::wait::{becomes, eventually, until};
 use kvring_adapter::EngineView;
 use kvring_engine::stats::Snapshot;
 use kvring_shm_abi::life::Life;
@@ -284,8 +284,7 @@ impl EngineProcess {
     /// When it is not there.
     #[must_use]
     pub fn view(&self) -> EngineView {
-        let name = EngineName::new(&self.name).expect("a good name");
-        EngineView::open(&name).unwrap_or_else(|error| panic!("the engine's segment: {error}"))
+        view_of(&self.name)
     }
 
     /// A counter or gauge of its statistics, of a moment after this call began: gauges are published with each tick,
@@ -413,6 +412,26 @@ pub fn has_stopped(pid: u32) -> bool {
 pub fn thread_state(task: &Path) -> Option<char> {
     let stat = std::fs::read_to_string(task.join("stat")).ok()?;
     stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// The segment of the engine of this name, read-only.
+///
+/// # Panics
+/// When it is not there.
+#[must_use]
+pub fn view_of(name: &str) -> EngineView {
+    let name = EngineName::new(name).expect("a good name");
+    EngineView::open(&name).unwrap_or_else(|error| panic!("the engine's segment: {error}"))
+}
+
+/// Does it come to be so before this engine has beaten so often? A bound in the engine's own time.
+pub fn within_beats(view: &EngineView, beats: u32, mut state: impl FnMut() -> bool) -> bool {
+    let began = view.segment.epoch().beat();
+    until(format_args!("it is so, or the engine has beaten {beats} times"), || {
+        // Looked at before the state, or what came with the last beat would be missed.
+        let is_over = view.segment.epoch().beat().wrapping_sub(began) >= beats;
+        if state() { Some(true) } else { is_over.then_some(false) }
+    })
 }
 
 /// A counter or gauge of an engine's statistics.

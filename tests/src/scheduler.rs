@@ -1,14 +1,14 @@
 //! A scheduler as a test sees it: either adapter, behind one face.
 
 use crate::proto::{Found, Handle, SchedulerSpec, Tally};
-use crate::wait::LIMIT;
+use crate::wait::until;
 use crate::worker::client;
 use kvring_adapter::{
     CallError, Client, Hit, Key, Lookup, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi,
     SchedulerOptions,
 };
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A scheduler of one namespace.
 pub struct SchedulerSide {
@@ -48,19 +48,9 @@ impl SchedulerSide {
     ///
     /// # Errors
     /// The adapter's.
-    ///
-    /// # Panics
-    /// When a lookup stays pending for ever.
     pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<Found, CallError> {
         self.api.submit_lookup(request, admission, keys)?;
-        let (began, world) = (Instant::now(), self.world);
-        loop {
-            if let Lookup::Hit(hit) = self.api.check_lookup(request) {
-                return Ok(found(hit, world));
-            }
-            assert!(began.elapsed() < LIMIT, "the lookup of {request} stays pending");
-            std::thread::yield_now();
-        }
+        Ok(until(format_args!("the lookup of {request} is answered"), || self.check(request)))
     }
 
     /// The answer as it stands; `None` while it is pending.

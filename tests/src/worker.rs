@@ -2,14 +2,17 @@
 
 use crate::kv::{Content, Kv, Shape, with_fake_gpu};
 use crate::proto::{ClientSpec, Handle, Loaded, Stored, WorkerSpec};
-use crate::wait::LIMIT;
+use crate::wait::until;
 use kvring_adapter::{
     Checksum, Client, JobId, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError,
     WorkerAdapter, WorkerOptions,
 };
 use kvring_gpu_kernels::{CopyBackend, CpuBackend};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+/// How long a look at a job may wait for its end.
+const A_LOOK: Duration = Duration::from_millis(20);
 
 /// One rank's worker with its KV cache.
 pub struct WorkerSide {
@@ -171,18 +174,11 @@ impl WorkerSide {
     }
 
     /// Waits for a store's report.
-    ///
-    /// # Panics
-    /// When there is none.
     pub fn finished_store(&mut self, job: JobId) -> Stored {
-        let began = Instant::now();
-        loop {
-            if let Some(stored) = self.report_of(job) {
-                return stored;
-            }
-            assert!(began.elapsed() < LIMIT, "store {job:?} was never reported");
-            self.adapter.wait_idle(Duration::from_millis(20));
-        }
+        until(format_args!("store {job:?} is reported"), || {
+            let _ = self.adapter.wait_job(job, A_LOOK);
+            self.report_of(job)
+        })
     }
 
     /// A store's report, if it has come.
@@ -249,17 +245,15 @@ impl WorkerSide {
     }
 
     fn finished_load(&mut self, job: JobId) -> (u32, u32, Vec<u32>) {
-        let began = Instant::now();
-        loop {
-            // Errors are there no later than the report: so they are asked for after it.
+        let (loaded, failed) = until(format_args!("load {job:?} is reported"), || {
+            let _ = self.adapter.wait_job(job, A_LOOK);
             self.collect();
-            if let Some(at) = self.loads.iter().position(|(id, ..)| *id == job) {
-                let (_, loaded, failed) = self.loads.swap_remove(at);
-                return (loaded, failed, self.adapter.get_block_ids_with_load_errors());
-            }
-            assert!(began.elapsed() < LIMIT, "load {job:?} was never reported");
-            self.adapter.wait_idle(Duration::from_millis(20));
-        }
+            let at = self.loads.iter().position(|(id, ..)| *id == job)?;
+            let (_, loaded, failed) = self.loads.swap_remove(at);
+            Some((loaded, failed))
+        });
+        // Errors are there no later than the report: so they are asked for after it.
+        (loaded, failed, self.adapter.get_block_ids_with_load_errors())
     }
 }
 

@@ -22,9 +22,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// So long would a call wait if nobody noticed that there is no answer to come.
-const MINUTE: Duration = Duration::from_secs(60);
-
 /// No notice of it where a file lock stands in: that lasts as long as the process.
 const KEEPERS_END: &str = "the end of its keepers";
 
@@ -36,10 +33,10 @@ fn fast() -> serde_json::Value {
     json!({ "beat_interval_ms": 1, "client_share": 1.0 })
 }
 
-/// A client whose calls wait for a minute: spinning all the time, or sleeping from the first moment on.
+/// A client whose calls would wait for ever if nobody noticed that there is no answer to come: spinning all the time, or
+/// sleeping from the first moment on.
 fn client(engine: &str, spin: Duration) -> Arc<Client> {
-    let patient = ClientSpec { operation_ms: 60_000, stall_ms: 60_000, ..ClientSpec::new(engine) };
-    let options = ClientOptions { spin: Some(spin), ..patient.options() };
+    let options = ClientOptions { spin: Some(spin), ..ClientSpec::new(engine).options() };
     let client = Client::new(Role::Scheduler, options).unwrap();
     client.wait_ready(LIMIT).unwrap();
     client
@@ -81,10 +78,9 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     engine.kill();
     engine.restart_with(&[(ENDS, &end.name())]).unwrap();
     let [spins, sleeps, idle] =
-        [MINUTE, Duration::ZERO, Duration::ZERO].map(|spin| client(&engine.name, spin));
+        [LIMIT, Duration::ZERO, Duration::ZERO].map(|spin| client(&engine.name, spin));
     let backend = HeldBackend::new();
-    let mut spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
-    spec.client.operation_ms = 60_000;
+    let spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
     let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
     let mut reader = WorkerSide::start(&spec).unwrap();
     for worker in [&worker, &reader] {
@@ -172,7 +168,7 @@ fn busy_peer(engine: &str, source: u32) -> Peer {
     for ask in [
         Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
         Ask::Scheduler(Box::new(scheduler_spec(engine, SOLO, 1))),
-        Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 },
+        Ask::WaitReady,
         Ask::HoldAStore { round: (source, 1), keys: chain(source.into(), 8), version: source.into() },
     ] {
         let told = peer.ask(&ask);

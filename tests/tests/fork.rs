@@ -12,7 +12,6 @@ use kvring_tests::wait::{LIMIT, eventually};
 use kvring_tests::worker::{WorkerSide, client};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
-use std::time::Duration;
 
 /// Runs `body` in a forked child; a panic there, a signal or a hang is a failure here.
 fn in_a_child(body: impl FnOnce()) {
@@ -104,7 +103,7 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
                 let client = scheduler.client();
                 assert_eq!(client.noop(), Err(CallError::Forked));
                 assert_eq!(client.clear(), Err(CallError::Forked));
-                assert_eq!(client.wait_ready(Duration::from_secs(60)), Err(Health::ShutDown));
+                assert_eq!(client.wait_ready(LIMIT), Err(Health::ShutDown));
                 scheduler.api().shutdown();
             }
             let adapter = worker.adapter();
@@ -115,7 +114,7 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             assert_eq!(adapter.get_finished(), kvring_adapter::Finished::default());
             assert!(adapter.get_block_ids_with_load_errors().is_empty());
             adapter.handle_preemptions(None);
-            assert!(adapter.wait_idle(Duration::from_secs(60)));
+            assert!(adapter.wait_idle(LIMIT));
             assert!(!adapter.is_healthy());
             adapter.shutdown();
         });

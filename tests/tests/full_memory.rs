@@ -103,7 +103,7 @@ fn a_client_comes_back_in_a_full_shm() {
         engine.kill();
         engine.restart();
         assert_eq!(engine.stat("warm_start"), 1);
-        let ready = worker.wait_ready(std::time::Duration::from_secs(5));
+        let ready = worker.wait_ready(kvring_tests::wait::LIMIT);
         assert_eq!(ready, Ok(()), "its own old channel takes the room");
     });
 }

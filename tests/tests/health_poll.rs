@@ -112,15 +112,14 @@ fn in_the_middle_of_a_poll(
     tag: &str,
     act: impl FnOnce(&mut EngineProcess),
 ) -> (EngineProcess, WorkerSide, SchedulerSide, u32) {
-    let minute = Duration::from_secs(60);
-    let (mut engine, worker, mut scheduler) = scene(tag, minute.as_millis() as u64);
+    let (mut engine, worker, mut scheduler) = scene(tag, LIMIT.as_millis() as u64);
     engine.stop();
     let (tell, told) = mpsc::channel();
     let (scheduler, chunks) = std::thread::scope(|scope| {
         let poller = scope.spawn(move || {
             tell.send(nix::unistd::gettid()).unwrap();
-            // Far below the deadline of a minute: that is the point.
-            let found = within(LIMIT, "the lookup", || scheduler.lookup("r", 0, &chain(1, KEYS))).unwrap();
+            // Its deadline is as good as never: that it comes back at all is the point.
+            let found = scheduler.lookup("r", 0, &chain(1, KEYS)).unwrap();
             (scheduler, found.chunks)
         });
         let task = std::path::PathBuf::from(format!("/proc/self/task/{}", told.recv().unwrap()));

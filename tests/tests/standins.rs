@@ -9,17 +9,17 @@ use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::probe::{DeathNotice, Means, Waiting};
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::Ordering;
-use kvring_tests::engine::{EngineProcess, overrides, stat_of};
+use kvring_tests::engine::{EngineProcess, overrides, stat_of, within_beats};
 use kvring_tests::isolate::{isolated, segments};
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{Ask, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::wait::{LIMIT, SLACK, eventually};
+use kvring_tests::wait::{LIMIT, eventually};
 use kvring_tests::worker::client;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{ForkResult, Pid, fork};
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const WITHOUT: &str = "KVRING_WITHOUT";
 const BREAK: &str = "KVRING_BREAK";
@@ -52,13 +52,9 @@ fn scheduler_in(environment: &[(&'static str, &str)], engine: &EngineProcess) ->
     peer
 }
 
-/// Within a second, give or take what a busy machine takes; [`eventually`] would wait for a hang.
-fn within_a_second(what: &str, mut state: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !state() {
-        assert!(began.elapsed() < SECOND + SLACK, "a second is over, and still not: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+/// Within some seconds of the engine's own, in which it beats 500 times each; [`eventually`] would wait for a hang.
+fn within_seconds(view: &EngineView, what: &str, state: impl FnMut() -> bool) {
+    assert!(within_beats(view, 1500, state), "the engine has beaten 1500 times, and still not: {what}");
 }
 
 fn signal(peer: &Peer, signal: Signal) {
@@ -123,9 +119,9 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     signal(&victims[1], Signal::SIGCONT);
     assert_eq!(victims[1].lookup("more", 0, &keys).chunks, CHUNKS as u32);
     victims.iter_mut().for_each(Peer::kill);
-    within_a_second("what the dead held is free", || held_by() == [0, 1, 2, 2]);
+    within_seconds(&view, "what the dead held is free", || held_by() == [0, 1, 2, 2]);
     let claimed = || lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count();
-    within_a_second("their entries are free", || claimed() == 2);
+    within_seconds(&view, "their entries are free", || claimed() == 2);
     drop(victims);
 
     // An engine that stands still is not dead, and all is well when it moves.
@@ -141,8 +137,8 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
 
     // An engine that is killed is dead to everybody within a second, and comes back with everything.
     engine.kill();
-    within_a_second("the worker knows", || worker.health() == "dead");
-    within_a_second("the scheduler knows", || scheduler.health() == "dead");
+    eventually("the worker knows", || worker.health() == "dead");
+    eventually("the scheduler knows", || scheduler.health() == "dead");
     assert!(!view.owner_lives());
     // Degraded, and what was looked up can be loaded all the same.
     assert_eq!(scheduler.lookup("nothing", 0, &keys).chunks, 0);
@@ -272,7 +268,7 @@ fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
         eventually("the child has a child", || !std::fs::read_to_string(&children).unwrap().is_empty());
         kill(parent, Signal::SIGKILL).unwrap();
         let view = engine.view();
-        within_a_second("the parent is dead", || {
+        within_seconds(&view, "the parent is dead", || {
             (stat_of(&view, "clients"), stat_of(&view, "deaths")) == (0, 1)
         });
         nix::sys::wait::waitpid(parent, None).unwrap();

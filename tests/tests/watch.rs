@@ -90,8 +90,9 @@ const ON_ONE_CORE: &str = "import os; os.sched_setaffinity(0, [min(os.sched_geta
 #[test]
 fn what_has_no_core_is_not_ended() {
     let _rivals = Rivals::new(7);
-    let program =
-        format!("{ON_ONE_CORE}\nimport time\nbegan = time.monotonic()\nwhile time.process_time() < 1: pass\nprint(time.monotonic() - began)");
+    let program = format!(
+        "{ON_ONE_CORE}\nimport time\nbegan = time.monotonic()\nwhile time.process_time() < 1: pass\nprint(time.monotonic() - began)"
+    );
     let output = watched(&["--still", "3", "--own", "4"], &program);
     assert!(output.status.success(), "{output:?}");
     let took: f64 = String::from_utf8_lossy(&output.stdout).trim().parse().unwrap();

@@ -135,3 +135,20 @@ def test_an_absurd_number_is_an_error_that_names_the_key(key: str, value: float,
         assert key in str(error)
     else:
         made.shutdown()
+
+
+def test_a_prompt_of_more_chunks_than_a_lookup_asks_for_is_found_up_to_there(engine: str) -> None:
+    most = 8192
+    prompt = [3 + n * n % 977 for n in range(4 * (most + 40))]
+    made = harness(engine, num_blocks=most + 100, max_model_len=len(prompt) + 16, max_batched=4096)
+    for name in ("cold", "warm"):
+        made.add(want(name, prompt, 4))
+        made.run(100)
+        made.check_idle(last=False)
+        made.reset(running=False, connector=False)
+    made.check_outputs()
+    found = made.ledger.counters.get("hit_tokens", 0)
+    # That it is not all of it is what a rule of the harness has to say against it.
+    blames = [str(one) for one in made.ledger.violations if one.rule != "P5"]
+    made.shutdown()
+    assert not blames and found == 4 * most, (found, blames)

@@ -125,7 +125,7 @@ def test_an_error_inside_costs_nobody_anything(
     for seed in SEEDS:
         with monkeypatch.context() as patch:
             calls = _spoil(patch, *place, nth, when == "after")
-            report = run_scenario(target(engine), seed, {"theme": "plain", "aborts": 0.05, "patience_s": 1.0, "kill_at": None})
+            report = run_scenario(target(engine), seed, {"theme": "plain", "aborts": 0.05, "kill_at": None})
         hit += calls[0] >= nth
         # What an error costs may well be a hit (P5); and who does not know whether a session was ended ends it once more.
         wrong = [one for one in report.violations if one.rule != "P5" and "was ended 2 times" not in str(one)]

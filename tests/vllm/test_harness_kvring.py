@@ -6,7 +6,6 @@
 import itertools
 import logging
 import os
-import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ pytest.importorskip("kvring.vllm", exc_type=ImportError)
 from harness.driver import Harness  # noqa: E402
 from harness.scenario import Target, run_scenario  # noqa: E402
 from harness.support import PLUG  # noqa: E402
+from waiting import PATIENT, wait_for  # noqa: E402
 
 import kvring.vllm.guard as guard  # noqa: E402
 from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
@@ -50,9 +50,7 @@ class Engines:
         """As `kill -9`."""
         if self.engine is not None and self.engine.is_running:
             os.kill(self.engine.pid, 9)
-            deadline = time.monotonic() + 10
-            while self.engine.is_running and time.monotonic() < deadline:
-                time.sleep(0.005)
+            wait_for(lambda: not self.engine.is_running, "the engine is dead")
 
     def stop(self) -> None:
         """At the end."""
@@ -84,8 +82,8 @@ def target(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> Target:
             "kvring.chunk_blocks": choices["chunk_blocks"],
             "kvring.load": choices["load"],
             "kvring.lookup": choices["lookup"],
-            "kvring.lookup_timeout_ms": 1000.0,
             "kvring.copy_threads": 1,
+            **PATIENT,
         }
 
     def watch(harness: Harness) -> None:
@@ -205,7 +203,7 @@ def test_a_mistake_in_it_is_caught(mistake: str, engines: Engines, monkeypatch: 
     seen: set[str] = set()
     for seed in range(40):
         engines.start()
-        report = run_scenario(target(engines, monkeypatch), seed, overrides | {"patience_s": 2.0})
+        report = run_scenario(target(engines, monkeypatch), seed, overrides | {"patience": 2_000})
         seen |= report.rules
         if rule in report.rules:
             return

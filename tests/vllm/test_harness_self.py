@@ -95,7 +95,7 @@ def test_a_mistake_is_caught(mistake: str) -> None:
     overrides, rules = CASES[mistake]
     reports: list[Report] = []
     for seed in range(40):
-        report = run_scenario(toy(mistake), seed, overrides | {"step_limit": 300, "patience_s": 0.2})
+        report = run_scenario(toy(mistake), seed, overrides | {"step_limit": 300, "patience": 200})
         reports.append(report)
         if rules <= report.rules:
             return

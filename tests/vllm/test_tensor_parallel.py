@@ -15,17 +15,9 @@ def test_cold_and_warm(scene, baseline, llama, load):
     vllm = scene.vllm(kvring={"load": load}, **TWO_RANKS)
     assert_same(vllm.generate(prompts, max_tokens=16), expected, "cold")
     scene.settle(vllm)
-    # vLLM's ranks wait for one another by spinning: where they are as many as cores the engine may not run for half a second,
-    # which is a stall, and what ends meanwhile is not kept. What was missed once is there the next time.
-    for _ in range(3):
-        warm = vllm.generate(prompts, max_tokens=16)
-        assert_same(warm, expected, "warm")
-        scene.settle(vllm)
-        missed = [
-            len(ask) for ask, answer in zip(prompts, warm, strict=True) if sum(answer["external"]) < least_loadable(len(ask))
-        ]
-        if not missed:
-            return
+    warm = vllm.generate(prompts, max_tokens=16)
+    assert_same(warm, expected, "warm")
+    missed = [len(ask) for ask, answer in zip(prompts, warm, strict=True) if sum(answer["external"]) < least_loadable(len(ask))]
     assert not missed, f"not found, of prompts of these lengths: {missed}"
 
 

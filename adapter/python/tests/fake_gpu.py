@@ -12,7 +12,6 @@ import warnings
 
 import pytest
 
-LIMIT_S = 240
 INSIDE = "KVRING_TEST_FAKE_CUDA"
 BUILD = pathlib.Path(__file__).parents[3] / "gpu-kernels" / "tests" / "fake" / "build"
 
@@ -44,7 +43,7 @@ def with_driver(**settings):
             environ = {**os.environ, **settings, INSIDE: "1", "LD_LIBRARY_PATH": path}
             name = f"{request.node.path}::{request.node.name}"
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", name]
-            ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=LIMIT_S)
+            ended = subprocess.run(command, env=environ, capture_output=True, text=True)
             assert ended.returncode == 0 and "1 passed" in ended.stdout, ended.stdout + ended.stderr
 
         return run

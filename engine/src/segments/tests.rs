@@ -58,7 +58,8 @@ impl Drop for Name {
     }
 }
 
-const WAIT: Duration = Duration::from_secs(10);
+/// As good as for ever.
+const WAIT: Duration = Duration::from_secs(24 * 3600);
 const SHORT: Duration = Duration::from_millis(60);
 
 /// A mapped segment as a client has it.
@@ -105,13 +106,12 @@ fn a_second_engine_is_refused_while_the_first_lives() {
     let name = Name::new("second");
     let first = name.start().unwrap();
     let before = name.inodes();
-    let began = std::time::Instant::now();
+    // A living engine is not waited for: this would take a day.
     let error = name.start().err().unwrap();
     assert!(
         matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == std::process::id()),
         "{error}"
     );
-    assert!(began.elapsed() < Duration::from_secs(2), "a living engine is not waited for");
     assert!(matches!(remove(&name.0, false, SHORT), Err(SetupError::AlreadyRunning { .. })));
     assert_eq!(name.inodes(), before);
     assert!(!first.is_retired());

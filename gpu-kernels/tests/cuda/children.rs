@@ -78,7 +78,6 @@ fn a_forked_child_makes_no_call() {
         let (mut backend, mut transfer, mut mapped) = (Some(backend), Some(transfer), Some(mapped));
         child(|| {
             let before = calls_made(fake);
-            let began = std::time::Instant::now();
             let here = backend.take().unwrap();
             let forked = CopyError::Gpu(GpuError::Forked);
             let again = batch(Direction::Store, &cache, true, fence.clone(), &shards);
@@ -92,7 +91,6 @@ fn a_forked_child_makes_no_call() {
             assert_eq!(transfer.take().unwrap().wait().unwrap_err(), forked);
             drop(mapped.take());
             drop(here);
-            assert!(began.elapsed().as_millis() < 3000, "{:?}", began.elapsed());
             assert_eq!(calls_made(fake), before);
         });
         // The parent has all of it.

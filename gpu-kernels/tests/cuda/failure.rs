@@ -422,7 +422,6 @@ fn lose(fake: &Fake, code: i32) {
     };
     let waiting = [submit(0, Direction::Store), submit(1, Direction::Load)];
     let (dropped, mut polled) = (submit(2, Direction::Store), submit(3, Direction::Load));
-    let began = std::time::Instant::now();
     std::thread::scope(|scope| {
         let waiting = waiting.map(|transfer| scope.spawn(move || transfer.wait()));
         while fake.calls("cuEventSynchronize") < 2 {
@@ -449,7 +448,6 @@ fn lose(fake: &Fake, code: i32) {
     drop(backend.map_arena(Arena::new(PART).mapping(Arc::new(()))));
     drop((mapped, backend));
     assert_eq!(Arc::strong_count(&kept), 1, "the arena is let go");
-    assert!(began.elapsed().as_secs() < if code == 999 { 15 } else { 3 }, "{:?}", began.elapsed());
 }
 
 #[test]

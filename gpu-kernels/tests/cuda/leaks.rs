@@ -86,7 +86,7 @@ fn an_arena_goes_when_its_last_transfer_has_ended() {
                 backend.submit(batch(Direction::Store, &cache, false, fence, &shards)).unwrap();
             drop(mapped);
             std::thread::sleep(std::time::Duration::from_millis(10));
-            assert!(!transfer.poll(), "too slow a machine");
+            assert!(!transfer.poll());
             assert!(fake.counts().registrations == 2 && Arc::strong_count(&kept) > 1, "{mode}");
             transfer.wait().unwrap();
             until("unregistered", || fake.counts().registrations == 0 && Arc::strong_count(&kept) == 1);
@@ -118,7 +118,6 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
             if how % 3 == 2 {
                 until("half of it", || mapped.registered_bytes() == 4 * PART as u64);
             }
-            let began = std::time::Instant::now();
             if how < 3 {
                 drop(backend);
                 assert_eq!(fake.counts().registrations, 0);
@@ -128,7 +127,6 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
                 until("it is let go", || Arc::strong_count(&kept) == 1);
                 drop(backend);
             }
-            assert!(began.elapsed().as_secs() < 5);
             assert_eq!(Arc::strong_count(&kept), 1);
             assert_eq!(fake.counts(), before);
         }

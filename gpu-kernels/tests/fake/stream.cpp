@@ -1,8 +1,11 @@
 // Streams and events. Each stream is a thread with a queue.
 #include "fake.h"
 
+#include <algorithm>
 #include <chrono>
 #include <ctime>
+#include <filesystem>
+#include <fstream>
 
 namespace fake {
 namespace {
@@ -78,12 +81,28 @@ std::shared_ptr<Event> event_of(State &fake, CUevent handle) {
     return entry == fake.events.end() ? nullptr : entry->second;
 }
 
+// How long the threads of this process were ready and had no core, all of them together.
+uint64_t refused_us() {
+    uint64_t sum = 0;
+    for (auto &task : std::filesystem::directory_iterator("/proc/self/task")) {
+        uint64_t ran = 0, refused = 0;
+        if (std::ifstream(task.path() / "schedstat") >> ran >> refused) sum += refused / 1000;
+    }
+    return sum;
+}
+
 }  // namespace
 
 void sleep_us(uint64_t microseconds) {
-    if (!microseconds) return;
-    timespec time{time_t(microseconds / 1000000), long(microseconds % 1000000) * 1000};
-    nanosleep(&time, nullptr);
+    // What is to happen during a long sleep of a test's does happen, however busy the machine is.
+    bool is_long = microseconds >= 10000;
+    uint64_t began = now() / 1000, before = is_long ? refused_us() : 0, left = microseconds;
+    while (left) {
+        timespec time{time_t(left / 1000000), long(left % 1000000) * 1000};
+        nanosleep(&time, nullptr);
+        uint64_t until = began + microseconds + (is_long ? std::max(refused_us(), before) - before : 0);
+        left = until - std::min(until, now() / 1000);
+    }
 }
 
 CUresult find_stream(Call &call, CUstream handle, std::shared_ptr<Stream> &out) {

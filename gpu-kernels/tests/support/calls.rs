@@ -10,7 +10,7 @@ use sys::CUresult as E;
 
 /// Long against the fake's random delays.
 pub(crate) const LATE_US: u32 = 20_000;
-/// For a race that has to be lost at the first try, on a loaded machine too.
+/// For a race that has to be lost at the first try: time in which a thread of the test has no core is added to it.
 pub(crate) const FAR_LATER_US: u32 = 200_000;
 /// Of most copies here.
 pub(crate) const BYTES: usize = 8192;

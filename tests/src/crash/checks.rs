@@ -1,15 +1,15 @@
 //! Checks that are counted instead of panicking: with a rule broken some must fail, without one none may.
 
 use super::BREAK;
-use crate::wait::{LIMIT, SLACK};
+use crate::wait::{Looks, SLACK, took};
 use core::fmt::{Debug, Display};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What has gone wrong so far.
 pub struct Checks {
     violations: Vec<String>,
-    /// How long a state is waited for.
-    patience: Duration,
+    /// How often a state is looked at before it counts as one that does not come.
+    looks: u32,
 }
 
 impl Default for Checks {
@@ -22,9 +22,9 @@ impl Checks {
     /// Nothing has gone wrong yet.
     #[must_use]
     pub fn new() -> Checks {
-        // Where a rule is broken a hang is what we wait for.
-        let patience = if std::env::var_os(BREAK).is_some() { Duration::from_secs(4) } else { LIMIT };
-        Checks { violations: Vec::new(), patience }
+        // Where a rule is broken a hang is what we wait for. Else `tests/watch` ends it.
+        let looks = if std::env::var_os(BREAK).is_some() { 500 } else { u32::MAX };
+        Checks { violations: Vec::new(), looks }
     }
 
     /// Something that must be so.
@@ -48,38 +48,29 @@ impl Checks {
         expected: T,
         mut value: impl FnMut() -> T,
     ) -> bool {
-        let began = Instant::now();
+        let mut looks = Looks::default();
         loop {
             let now = value();
             if now == expected {
                 return true;
             }
-            if began.elapsed() > self.patience {
-                let patience = self.patience;
-                self.violations
-                    .push(format!("{what}: expected {expected:?}, after {patience:?} it is {now:?}"));
+            let in_vain = format!("{what}: expected {expected:?}, it is {now:?}");
+            if looks.count() == self.looks {
+                self.violations.push(in_vain);
                 return false;
             }
-            std::thread::sleep(Duration::from_millis(1));
+            looks.pause(&in_vain);
         }
     }
 
     /// A call that must come back at once, or by its own deadline.
     pub fn within<T>(&mut self, deadline: Duration, what: impl Display, call: impl FnOnce() -> T) -> T {
-        let began = Instant::now();
-        let result = call();
-        let took = began.elapsed();
+        let (result, took) = took(call);
         self.holds(
             took <= deadline + SLACK,
             format_args!("{what} took {took:?}, its deadline is {deadline:?}"),
         );
         result
-    }
-
-    /// How long a state is waited for.
-    #[must_use]
-    pub fn patience(&self) -> Duration {
-        self.patience
     }
 
     /// Has anything gone wrong?

@@ -8,16 +8,16 @@ use super::{FAIL_POINT, was_killed};
 use crate::engine::EngineProcess;
 use crate::peer::Peer;
 use crate::proto::{Ask, Found, Tell, all_stored};
-use crate::wait::LIMIT;
+use crate::wait::until;
 use kvring_adapter::Key;
 use serde_json::json;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// What a client in another process has come to.
 type Step = fn(&mut Checks, &mut EngineProcess, &mut Cast, &mut Peer) -> bool;
 
 fn ready() -> Ask {
-    Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 }
+    Ask::WaitReady
 }
 
 fn store(cast: &mut Cast, keys: &[Key], version: u64) -> Ask {
@@ -128,11 +128,7 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
     let mut has_stopped = false;
     let mut ask = |checks: &mut Checks, engine: &mut EngineProcess, cast: &Cast, ask: &Ask| {
         victim.begin(ask);
-        let began = Instant::now();
-        loop {
-            if let Some(told) = victim.end_within(ask, Duration::from_millis(1)) {
-                return Some(told);
-            }
+        until(format_args!("{ask:?} is answered"), || {
             if !has_stopped && crate::engine::has_stopped(victim.pid()) {
                 has_stopped = true;
                 for _ in 0..restarts {
@@ -142,17 +138,14 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
                 }
                 victim.resume();
             }
-            if began.elapsed() > checks.patience() {
-                checks.holds(false, format_args!("{ask:?} was not answered"));
-                return None;
-            }
-        }
+            victim.end_within(ask, Duration::from_millis(1))
+        })
     };
     let worker = worker_spec(&engine.name, PAIR, 2, 1, SHARD);
     let scheduler = scheduler_spec(&engine.name, PAIR, 2);
     for comes in [Ask::Worker(Box::new(worker)), Ask::Scheduler(Box::new(scheduler)), ready()] {
         let told = ask(&mut checks, &mut engine, &cast, &comes);
-        checks.holds(matches!(told, Some(Tell::Done)), format_args!("{comes:?}: {told:?}"));
+        checks.holds(matches!(told, Tell::Done), format_args!("{comes:?}: {told:?}"));
     }
     for step in 0..4 {
         if step == 1 {
@@ -179,19 +172,19 @@ pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
         let store = store(&mut cast, &keys, version);
         let told = ask(&mut checks, &mut engine, &cast, &store);
         cast.settle(&mut checks, || false);
-        let done = matches!(told, Some(Tell::Stored(stored)) if stored == all_stored(3));
+        let done = matches!(told, Tell::Stored(stored) if stored == all_stored(3));
         cast.groups[group].acknowledged &= done;
-        checks.holds(matches!(told, Some(Tell::Stored(_))), format_args!("a store: {told:?}"));
+        checks.holds(matches!(told, Tell::Stored(_)), format_args!("a store: {told:?}"));
         // Its scheduler may be later than its worker: until then it finds nothing, as it may.
         ask(&mut checks, &mut engine, &cast, &ready());
         let lookup = Ask::Lookup { request: format!("theirs-{step}"), admission: 0, keys };
         let told = ask(&mut checks, &mut engine, &cast, &lookup);
         let expected = if cast.groups[group].acknowledged { 3 } else { 0 };
-        let found = matches!(&told, Some(Tell::Found(found)) if found.chunks >= expected);
+        let found = matches!(&told, Tell::Found(found) if found.chunks >= expected);
         checks.holds(found, format_args!("{expected} chunks were stored: {told:?}"));
     }
     let told = ask(&mut checks, &mut engine, &cast, &Ask::Shutdown);
-    checks.holds(matches!(told, Some(Tell::Done)), format_args!("a client's end: {told:?}"));
+    checks.holds(matches!(told, Tell::Done), format_args!("a client's end: {told:?}"));
     checks.holds(has_stopped, format_args!("{place}:{time} was not reached"));
     cast.is_ready(&mut checks, || false);
     cast.finish_copies(&mut checks);

@@ -5,7 +5,7 @@ use super::checks::Checks;
 use super::settled::{is_gone, is_settled};
 use super::table::Way;
 use super::{FAIL_POINT, was_killed};
-use crate::engine::{EngineProcess, has_stopped, thread_state};
+use crate::engine::{EngineProcess, has_stopped, thread_state, view_of, within_beats};
 use crate::kv::chain;
 use crate::peer::Peer;
 use crate::proto::Ask;
@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with who comes back.
 #[must_use]
@@ -95,27 +95,23 @@ pub fn stops_at(place: &str, way: Way, time: u32) -> Vec<String> {
     let victim = busy_peer(&engine.name, &keys);
     engine.kill();
     engine.launch(&[(FAIL_POINT, &format!("{place}:{time}:stop"))]);
-    let (pid, theirs, over) = (engine.pid(), victim.pid(), AtomicBool::new(false));
+    let (name, pid, theirs, over) = (engine.name.clone(), engine.pid(), victim.pid(), AtomicBool::new(false));
     let was_reached = std::thread::scope(|scope| {
         let killer = scope.spawn(|| {
+            eventually("the engine stops, or has done every step", || {
+                has_stopped(pid) || over.load(Ordering::Acquire)
+            });
             // Also a moment after the last step: what that leads to may be still to come.
-            let mut since_over = None;
-            while since_over.is_none_or(|since: Instant| since.elapsed() < LATE) {
-                if since_over.is_none() && over.load(Ordering::Acquire) {
-                    since_over = Some(Instant::now());
-                }
-                if has_stopped(pid) {
-                    let kill = |pid, signal| nix::sys::signal::kill(Pid::from_raw(pid as i32), signal);
-                    kill(theirs, Signal::SIGKILL).expect("a signal to our own child");
-                    eventually("the client has died", || {
-                        thread_state(&task_of(theirs)).is_none_or(|state| state == 'Z')
-                    });
-                    kill(pid, Signal::SIGCONT).expect("a signal to our own child");
-                    return true;
-                }
-                std::thread::sleep(Duration::from_millis(1));
+            if !has_stopped(pid) && !within_beats(&view_of(&name), LATE, || has_stopped(pid)) {
+                return false;
             }
-            false
+            let kill = |pid, signal| nix::sys::signal::kill(Pid::from_raw(pid as i32), signal);
+            kill(theirs, Signal::SIGKILL).expect("a signal to our own child");
+            eventually("the client has died", || {
+                thread_state(&task_of(theirs)).is_none_or(|state| state == 'Z')
+            });
+            kill(pid, Signal::SIGCONT).expect("a signal to our own child");
+            true
         });
         let started = engine.serves();
         checks.holds(started.is_ok(), format_args!("{place}: {started:?}"));
@@ -137,8 +133,8 @@ pub fn stops_at(place: &str, way: Way, time: u32) -> Vec<String> {
     checks.finish()
 }
 
-/// How much later than the last step an engine may come to a place.
-const LATE: Duration = Duration::from_secs(3);
+/// How much later than the last step an engine may come to a place, in beats: some three seconds.
+const LATE: u32 = 3000;
 
 fn task_of(pid: u32) -> std::path::PathBuf {
     format!("/proc/{pid}/task/{pid}").into()
@@ -150,7 +146,7 @@ fn busy_peer(engine: &str, keys: &[Key]) -> Peer {
     for ask in [
         Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
         Ask::Scheduler(Box::new(super::cast::scheduler_spec(engine, SOLO, 1))),
-        Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 },
+        Ask::WaitReady,
         Ask::HoldAStore { round: (2, 1), keys: chain(66, 4), version: 2 },
         Ask::Lookup { request: "theirs".to_owned(), admission: 0, keys: keys.to_vec() },
     ] {
@@ -211,6 +207,7 @@ fn run_until_dead(
     if let Err(status) = engine.restart_with(&[(FAIL_POINT, point)]) {
         return Some(status);
     }
+    let view = engine.view();
     if way != Way::Stop {
         engine.is_allocated_or_dead();
     }
@@ -225,23 +222,11 @@ fn run_until_dead(
         engine.send(nix::sys::signal::Signal::SIGTERM);
     }
     let mut status = None;
-    let died = soon(|| {
+    within_beats(&view, LATE, || {
         status = engine.ended();
         status.is_some()
     });
-    if died { status } else { None }
-}
-
-/// Does it come to be so within a few seconds? For what has been brought about already.
-fn soon(mut state: impl FnMut() -> bool) -> bool {
-    let began = Instant::now();
-    while began.elapsed() < LATE {
-        if state() {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    false
+    status
 }
 
 /// A client with a lease, a reservation, and another client's role beside it is killed: what it has is reclaimed.
@@ -250,7 +235,7 @@ fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cas
     let worker = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
     let scheduler = super::cast::scheduler_spec(&engine.name, SOLO, 1);
     let round = cast.next_round();
-    let ready = Ask::WaitReady { limit_ms: LIMIT.as_millis() as u64 };
+    let ready = Ask::WaitReady;
     let store = Ask::Store {
         request: "victim".to_owned(),
         round: (round.source, round.number),
@@ -264,6 +249,8 @@ fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cas
         }
     }
     // An engine that has died over it may not have been seen to, by the kernel.
-    let has_died = soon(|| victim.has_ended().is_some_and(was_killed) || engine.ended().is_some());
+    let view = engine.view();
+    let has_died =
+        within_beats(&view, LATE, || victim.has_ended().is_some_and(was_killed) || engine.ended().is_some());
     checks.holds(has_died, "the victim was to die once it had slots");
 }

@@ -6,7 +6,7 @@ use super::engines::{dies_at, engine};
 use super::settled::is_gone;
 use super::table::Way;
 use super::{BREAK, FAIL_POINT};
-use crate::engine::stat_of;
+use crate::engine::{stat_of, within_beats};
 use crate::kv::chain;
 use crate::peer::Peer;
 use crate::proto::{Loaded, all_loaded, all_stored};
@@ -335,9 +335,7 @@ pub fn a_keeper_ends_before_its_process(restarts: bool) -> Vec<String> {
     peer.kill();
     let ended = Instant::now();
     let what = "the end of its process, and its slots are free";
-    checks.within(Duration::from_millis(100), what, || {
-        crate::wait::eventually("they are free", || stat_of(&view, "slots_orphaned") == 0)
-    });
+    checks.holds(within_beats(&view, 2000, || stat_of(&view, "slots_orphaned") == 0), what);
     eprintln!("killed {:?}, free {:?} after that", ended.duration_since(began), ended.elapsed());
     if checks.is_clean() {
         // What it had, and nothing but that.

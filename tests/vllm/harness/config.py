@@ -76,7 +76,7 @@ def _model_dir() -> str:
         "num_key_value_heads": 2,
         "head_dim": 32,
         "hidden_act": "silu",
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 1 << 20,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,

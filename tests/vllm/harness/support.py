@@ -3,8 +3,9 @@
 import itertools
 import logging
 import os
-import time
 from typing import Any
+
+from waiting import PATIENT, wait_for
 
 import kvring
 from harness import config as configs
@@ -34,9 +35,7 @@ PLUG = Plug(
 
 
 def extra(name: str, **more: Any) -> dict[str, Any]:
-    return {"kvring.name": name, "kvring.lookup_timeout_ms": 1000.0, "kvring.copy_threads": 1} | {
-        f"kvring.{key}": value for key, value in more.items()
-    }
+    return {"kvring.name": name, "kvring.copy_threads": 1} | PATIENT | {f"kvring.{key}": value for key, value in more.items()}
 
 
 def harness(
@@ -56,9 +55,7 @@ def harness(
         **setup,
     )
     ready = Harness(made, PLUG, chunk_blocks=chunk_blocks, faults=faults, seed=1)
-    until = time.monotonic() + 10
-    while not ready.scheduler.connector.scheduler.adapter.is_healthy() and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_for(ready.scheduler.connector.scheduler.adapter.is_healthy, "the scheduler is attached")
     return ready
 
 

@@ -2,8 +2,9 @@
 
 import os
 import signal
-import time
 from pathlib import Path
+
+from waiting import FOREVER_MS, wait_for
 
 from real import tap
 
@@ -16,24 +17,16 @@ def state(pid: int) -> str:
         return ""
 
 
-def wait_for(condition, what: str, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {seconds} s")
-        time.sleep(0.001)
-
-
 def kill(pid: int) -> None:
     """`kill -9`, and returns when the process is really dead."""
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: state(pid) in ("", "Z", "X"), f"process {pid} is not dead")
+    wait_for(lambda: state(pid) in ("", "Z", "X"), f"process {pid} is dead")
 
 
 def stop(pid: int) -> None:
     """SIGSTOP, and returns when the process has really stopped."""
     os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: state(pid) in ("T", ""), f"process {pid} has not stopped")
+    wait_for(lambda: state(pid) in ("T", ""), f"process {pid} has stopped")
 
 
 def resume(pid: int) -> None:
@@ -63,7 +56,7 @@ def instances() -> list[str]:
     return [connector.role.name for connector in tap.record.instances]
 
 
-def worker_idle(seconds: float = 10.0) -> int:
+def worker_idle() -> int:
     """Waits until kvring's workers in this process have no open job; the number of workers."""
     adapters = [
         side.adapter
@@ -72,8 +65,7 @@ def worker_idle(seconds: float = 10.0) -> int:
         if hasattr(getattr(side, "adapter", None), "wait_idle")
     ]
     for adapter in adapters:
-        if not adapter.wait_idle(seconds * 1e3):
-            raise TimeoutError(f"a worker still has open jobs after {seconds} s")
+        adapter.wait_idle(FOREVER_MS)
     return len(adapters)
 
 

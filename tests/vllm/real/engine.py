@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_for
+
 from real import actions
-from real.actions import wait_for
 
 _numbers = itertools.count()
 
@@ -34,14 +35,12 @@ class Engine:
         self.log_path = directory / f"engine-{self.name}.log"
         self.process: subprocess.Popen | None = None
 
-    def start(self) -> float:
-        """Starts it, and waits until it serves; the seconds that took."""
-        began = time.monotonic()
+    def start(self) -> None:
+        """Starts it, and waits until it serves."""
         with self.log_path.open("a") as log:
             command = [binary(), "serve", "--name", self.name, "--arena", self.arena]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        wait_for(self.serves, f"the engine does not serve: {self.log_path.read_text()[-2000:]}")
-        return time.monotonic() - began
+        wait_for(self.serves, "the engine serves")
 
     def serves(self) -> bool:
         if self.process is not None and self.process.poll() is not None:
@@ -71,7 +70,7 @@ class Engine:
     def reap(self) -> None:
         """Takes notice of a death that a hook brought about."""
         if self.process is not None:
-            self.process.wait(10)
+            self.process.wait()
 
     def pause(self) -> None:
         actions.stop(self.pid)
@@ -79,7 +78,7 @@ class Engine:
     def resume(self) -> None:
         actions.resume(self.pid)
 
-    def settle(self, quiet_reads: int = 4, seconds: float = 10.0) -> dict[str, int]:
+    def settle(self, quiet_reads: int = 4) -> dict[str, int]:
         """Waits until nothing is being stored and no counter of stores has moved for a while; the counters."""
         moving = ("shards_reserved", "shards_skipped", "shards_dropped", "shards_committed", "shards_aborted")
         seen, last, still = {}, None, 0
@@ -93,7 +92,7 @@ class Engine:
             time.sleep(0.005)
             return still >= quiet_reads
 
-        wait_for(quiet, "the engine's stores do not come to rest", seconds)
+        wait_for(quiet, "the engine's stores come to rest")
         return seen
 
     def spoil(self) -> int:
@@ -108,11 +107,7 @@ class Engine:
             os.kill(pid, signal.SIGCONT)
             os.kill(pid, signal.SIGTERM)
         if self.process is not None:
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+            self.process.wait()
         elif pid:
-            wait_for(lambda: actions.state(pid) in ("", "Z"), "an engine that was started by vLLM does not end")
+            wait_for(lambda: actions.state(pid) in ("", "Z"), "an engine that was started by vLLM ends")
         subprocess.run([binary(), "remove", "--name", self.name, "--force"], capture_output=True)

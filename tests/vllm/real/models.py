@@ -1,9 +1,13 @@
 """Tiny models with real seeded weights, made once and kept."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from real.prompts import VOCABULARY
 
 HERE = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("KVRING_TEST_CACHE", HERE.parent.parent / ".cache" / "vllm"))
@@ -20,5 +24,23 @@ def model(arch: str = "llama", seed: int = 0) -> str:
         window = ["--window", str(WINDOW), "--layers", "4"] if arch == "swa" else []
         command = [sys.executable, HERE / "make_model.py", path, "--arch", arch, "--seed", str(seed), *window]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+        (path / "done").touch()
+    return str(path)
+
+
+def spoken() -> str:
+    """The directory of a llama with a tokenizer: its words are `w3`, `w4` and so on, one for each token id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    plain = Path(model("llama"))
+    path = plain.with_name("llama-spoken")
+    if not (path / "done").exists():
+        shutil.copytree(plain, path, dirs_exist_ok=True)
+        words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCABULARY)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(path / "tokenizer.json"))
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        (path / "tokenizer_config.json").write_text(json.dumps(about))
         (path / "done").touch()
     return str(path)

@@ -1,21 +1,27 @@
 """A test's scene: an engine, the vLLMs that use it, and what must be true of them when the test is over."""
 
-import time
 from pathlib import Path
 from typing import Any
+
+from waiting import PATIENT, wait_for
 
 from real.baseline import Baseline
 from real.engine import Engine
 from real.logs import repeated
 from real.models import model as make_model
+from real.prompts import least_loadable
 from real.vllm import Connector, Vllm, Zygote
 
-SLACK_MS = 50.0
-"""What a call may take beyond its deadline: our own Python, page faults, a machine that is not ours alone. Time in which
-the thread was ready and had no core does not count at all (see `tap.Clock`)."""
+LOOKUP_MS = 5.0
+"""The deadline of a lookup that users have, kvring's default."""
 
-PATIENT_MS = 500.0
-"""`kvring.lookup_timeout_ms` where a test asks for hits: on a busy machine an answer may take longer than users would wait."""
+SLACK_MS = 500.0
+"""What a call may take beyond that: our own Python, page faults, threads of ours that it waits for and that have no core.
+Time in which the thread itself was ready and had no core does not count at all (see `tap.Clock`)."""
+
+ATTEMPTS = 1000
+"""How often a prompt is asked before its hit counts as lost: the engine is attached and answers in far fewer, and each takes
+longer where the machine is slow."""
 
 UNBOUNDED = {"__init__", "register_kv_caches", "shutdown"}
 """Start and end have deadlines of their own, in seconds; no request waits for them."""
@@ -28,11 +34,13 @@ class Scene:
         self.zygote, self.baseline, self.standin = zygote, baseline, standin
         self.engine = Engine(directory=directory)
         self.vllms: list[Vllm] = []
-        self.deadline_ms = PATIENT_MS
+        self.hasty: list[Vllm] = []
+        """Those whose calls have deadlines."""
 
-    def options(self, **options: Any) -> dict[str, Any]:
+    def options(self, hasty: bool = False, **options: Any) -> dict[str, Any]:
         """kvring's configuration: `load="sync"` is `kvring.load`, and so on."""
-        return {"kvring.name": self.engine.name, **{f"kvring.{key}": value for key, value in options.items()}}
+        patience = {} if hasty else PATIENT
+        return {"kvring.name": self.engine.name, **patience, **{f"kvring.{key}": value for key, value in options.items()}}
 
     def vllm(
         self,
@@ -42,17 +50,22 @@ class Scene:
         broken: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
         kvring: dict[str, Any] | None = None,
+        hasty: bool = False,
         **llm: Any,
     ) -> Vllm:
-        """A vLLM with the connector; it starts in the background until it is asked something."""
-        options = {"lookup_timeout_ms": PATIENT_MS, **(kvring or {})}
-        self.deadline_ms = options["lookup_timeout_ms"]
+        """A vLLM with the connector; it starts in the background until it is asked something.
+
+        `hasty`: with the deadlines that users have, and its calls must keep them. Else it waits for the engine as long as
+        that takes."""
+        options = kvring or {}
         if self.standin:
             connector = Connector("StandIn", "real.standin", {"load": options.get("load", "async")}, policy)
         else:
-            connector = Connector("KvringConnector", "kvring.vllm", self.options(**options), policy)
+            connector = Connector("KvringConnector", "kvring.vllm", self.options(hasty, **options), policy)
         made = Vllm(self.zygote, model or make_model(), connector, broken=broken, environment=environment, **llm)
         self.vllms.append(made)
+        if hasty:
+            self.hasty.append(made)
         return made
 
     def settle(self, vllm: Vllm) -> None:
@@ -63,16 +76,14 @@ class Scene:
         workers_here = vllm.act(action="worker_idle")
         self.engine.settle(quiet_reads=4 if workers_here else 20)
 
-    def hits_are_back(self, vllm: Vllm, prompt: list[int], seconds: float = 1.0, **params: Any) -> dict[str, Any]:
-        """Asks again and again until the answer comes from the cache; fails when that takes longer than `seconds`."""
-        began = time.monotonic()
-        while True:
+    def hits_are_back(self, vllm: Vllm, prompt: list[int], **params: Any) -> dict[str, Any]:
+        """Asks again and again until the whole prompt comes from the cache."""
+        for _ in range(ATTEMPTS):
             vllm.reset()
             answer = vllm.generate([prompt], **params)[0]
-            if answer["cached"]:
+            if sum(answer["external"]) >= least_loadable(len(prompt)):
                 return answer
-            waited = time.monotonic() - began
-            assert waited < seconds, f"no hit {waited:.2f} s after the engine serves again\n{vllm.tail()}"
+        raise AssertionError(f"not found in {ATTEMPTS} attempts: {answer['external']} of {len(prompt)}\n{vllm.tail()}")
 
     def check(self) -> None:
         """What must hold at the end of every test: P0, no exception in the log, every call within its deadline."""
@@ -83,7 +94,8 @@ class Scene:
             for bad in ("Traceback", "an error inside kvring"):
                 assert bad not in log, log[-4000:]
             assert not (said := repeated(log)), f"said more than once: {said}\n{log[-4000:]}"
-            self.check_calls(vllm)
+            if vllm in self.hasty:
+                self.check_calls(vllm)
             state = vllm.scheduler_state()
             assert state is None or not any(state.values()), f"left in the scheduler: {state}"
         if not self.standin and self.engine.state() == "serving" and self.vllms:
@@ -91,7 +103,7 @@ class Scene:
             self.no_leases()
 
     def check_calls(self, vllm: Vllm) -> None:
-        limit = self.deadline_ms + SLACK_MS
+        limit = LOOKUP_MS + SLACK_MS
         late = {
             method: f"{longest * 1e3:.1f} ms"
             for method, (_, longest, _) in vllm.all_calls().items()
@@ -100,10 +112,11 @@ class Scene:
         assert not late, f"calls of the connector longer than {limit} ms: {late}"
 
     def no_leases(self) -> None:
-        deadline = time.monotonic() + 5
-        while (held := self.engine.counters())["leases"] or held["pins"]:
-            assert time.monotonic() < deadline, f"leases are left: {held}"
-            time.sleep(0.01)
+        def none() -> bool:
+            held = self.engine.counters()
+            return not (held["leases"] or held["pins"])
+
+        wait_for(none, "no lease is left")
 
     def close(self) -> None:
         try:

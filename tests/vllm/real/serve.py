@@ -59,6 +59,7 @@ class Driver:
         self.running: dict[str, Running] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self.steps = 0
+        self.outputs = 0
         self.count = 0
 
     def generate(self, prompts: list[list[int]], together: bool = False, **params) -> list[dict[str, Any]]:
@@ -71,23 +72,60 @@ class Driver:
         self.finish()
         return [self.finished.pop(name) for name in names]
 
+    def settings(self, regex: str | None = None, **params) -> Any:
+        """Sampling parameters; `regex`: what the answer must look like."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        if regex is not None:
+            params["structured_outputs"] = StructuredOutputsParams(regex=regex)
+        return SamplingParams(**{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params})
+
     def add(self, prompts: list[list[int]], salt: str | None = None, **params) -> list[str]:
         """Starts requests; the names that the other steps know them by."""
-        from vllm import SamplingParams
-
         names = []
         for prompt in prompts:
             self.count += 1
             name = f"r{self.count}"
             told = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
-            settings = SamplingParams(**{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params})
+            settings = self.settings(**params)
             internal = self.engine.add_request(name, told, settings)
             started = Running(name, internal, time.perf_counter(), self.steps)
             if self.scheduler is not None:
-                started.request = self.scheduler.requests[internal]
+                # With `n` > 1 each answer is a request of its own, under another name.
+                started.request = self.scheduler.requests.get(internal)
             self.running[name] = started
             names.append(name)
         return names
+
+    def session(self, pieces: list[list[int]], **params) -> dict[str, Any]:
+        """A streaming session: each piece of input continues what came of those before. vLLM discards the last token of an
+        answer when the next piece comes. Only `AsyncLLM` has this for its users; here it is done as it does it.
+
+        The tokens of each answer, and what vLLM held in the end that was not discarded."""
+        from vllm.sampling_params import RequestOutputKind
+
+        self.count += 1
+        name, answers, tokens = f"s{self.count}", [], []
+        for last, piece in [*((False, piece) for piece in pieces), (True, [0])]:
+            request = self.engine.input_processor.process_inputs(
+                name,
+                {"prompt_token_ids": piece},
+                self.settings(output_kind=RequestOutputKind.DELTA, **params),
+                supported_tasks=self.engine.get_supported_tasks(),
+                resumable=not last,
+            )
+            request.external_req_id = name
+            self.engine.output_processor.add_request(request, None, None, 0)
+            self.engine.engine_core.add_request(request)
+            answer: list[int] = []
+            while not last and len(answer) < params["max_tokens"]:
+                for output in self.engine.step():
+                    answer += output.outputs[0].token_ids
+            answers.append(answer)
+            tokens += [*piece, *answer[:-1]]
+        self.drain()
+        return {"answers": answers[:-1], "tokens": tokens[:-1]}
 
     def step(self, times: int = 1) -> int:
         """Engine steps; the number of requests that are still running."""
@@ -96,8 +134,13 @@ class Driver:
                 break
             self.steps += 1
             for output in self.engine.step():
+                self.outputs += 1
                 self.note(output)
         return len(self.running)
+
+    def counted_steps(self) -> int:
+        """So many there were."""
+        return self.steps
 
     def timed_steps(self, times: int) -> dict[str, float]:
         """Engine steps, and what they took: by the clock, and of this thread's time on a core. Milliseconds, all together."""
@@ -121,6 +164,11 @@ class Driver:
             for token, choice in zip(completion.token_ids, completion.logprobs or [], strict=False)
         ]
         answer["finish_reason"] = completion.finish_reason
+        answer["choices"] = [list(choice.token_ids) for choice in output.outputs]
+        answer["prompt_logprobs"] = [
+            sorted((choice.logprob for choice in position.values()), reverse=True) if position else []
+            for position in output.prompt_logprobs or []
+        ]
         answer["cached"] = output.num_cached_tokens
         answer["seconds"] = time.perf_counter() - running.started
         answer["external"] = tap.record.admissions.get(running.internal, [])
@@ -129,14 +177,17 @@ class Driver:
         self.finished[running.name] = answer
         del self.running[running.name]
 
-    def finish(self, patience: float = 60.0) -> dict[str, dict[str, Any]]:
-        """Steps until nothing is running. A request that hangs is an error, with what the scheduler says of it."""
-        deadline = time.monotonic() + patience
+    def finish(self, patience: int = 100_000) -> dict[str, dict[str, Any]]:
+        """Steps until nothing is running. A request that hangs is an error, with what the scheduler says of it: so many
+        steps in a row without a token take many seconds, and longer where the machine is slow."""
+        empty = 0
         while self.running:
+            before = self.outputs
             self.step()
-            if time.monotonic() > deadline:
+            empty = empty + 1 if self.outputs == before else 0
+            if empty > patience:
                 state = {name: str(r.request.status if r.request else "?") for name, r in self.running.items()}
-                raise TimeoutError(f"requests did not end in {patience} s: {state}")
+                raise TimeoutError(f"requests do not end: {empty} steps without a token, {state}")
         return {}
 
     def take(self) -> dict[str, dict[str, Any]]:
@@ -159,13 +210,12 @@ class Driver:
             raise RuntimeError("vLLM did not reset its prefix cache: somebody holds blocks")
         return done
 
-    def drain(self, patience: float = 5.0) -> None:
+    def drain(self, patience: int = 20_000) -> None:
         """Empty steps while blocks of requests that have ended are held for a store, as vLLM's own loop does them."""
-        deadline = time.monotonic() + patience
-        while self.scheduler is not None and len(self.scheduler.requests) > len(self.running):
-            self.engine.step()
-            if time.monotonic() > deadline:
+        for _ in range(patience):
+            if self.scheduler is None or len(self.scheduler.requests) <= len(self.running):
                 return
+            self.engine.step()
             time.sleep(0.0005)
 
     def calls(self, clear: bool = False) -> dict[str, Any]:

@@ -4,15 +4,15 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from waiting import wait_for
 
 from real import tap
 from real.actions import state
@@ -44,8 +44,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+FIRST = {"generate": "prompts", "session": "pieces", "add": "prompts", "step": "times", "abort": "names"}
+"""The name of a step's first argument, where it may be left out."""
+
+
 class VllmDied(Exception):
-    """The process ended, or did not answer: with the end of its log."""
+    """The process ended: with the end of its log."""
 
 
 class StepFailed(Exception):
@@ -80,11 +84,7 @@ class Zygote:
 
     def close(self) -> None:
         self.link.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self.process.wait()
         self.log.close()
 
 
@@ -151,14 +151,11 @@ class Vllm:
         except BrokenPipeError:
             raise VllmDied(self.tail()) from None
 
-    def receive(self, patience: float) -> Any:
-        deadline = time.monotonic() + patience
+    def receive(self) -> Any:
         while b"\n" not in self.rest:
-            ready, _, _ = select.select([self.answers], [], [], max(0.0, deadline - time.monotonic()))
-            piece = os.read(self.answers, 1 << 16) if ready else None
+            piece = os.read(self.answers, 1 << 16)
             if not piece:
-                how = "ended" if ready else f"did not answer in {patience} s"
-                raise VllmDied(f"vLLM {how}:\n{self.tail()}")
+                raise VllmDied(f"vLLM ended:\n{self.tail()}")
             self.rest += piece
         line, self.rest = self.rest.split(b"\n", 1)
         answer = json.loads(line)
@@ -170,9 +167,9 @@ class Vllm:
         """Waits until the `LLM` is made; from here on its log counts."""
         if self.waiting:
             try:
-                self.receive(120)
+                self.receive()
             except (StepFailed, VllmDied):
-                self.close(0)
+                self.kill()
                 raise
             self.waiting = False
             # vLLM itself logs a traceback while it starts without a tokenizer.
@@ -184,12 +181,12 @@ class Vllm:
         if step.startswith("_"):
             raise AttributeError(step)
 
-        def call(*positional, patience: float = 120, **named):
+        def call(*positional, **named):
             if positional:
-                named[{"generate": "prompts", "add": "prompts", "step": "times", "abort": "names"}[step]] = positional[0]
+                named[FIRST[step]] = positional[0]
             self.ready()
             self.send({"do": step, **named})
-            return self.receive(patience)
+            return self.receive()
 
         return call
 
@@ -216,16 +213,15 @@ class Vllm:
         """The end of the log; once it runs, without how it started."""
         return self.log_since_ready()[-6000:] if self.log_path.exists() else ""
 
-    def close(self, patience: float = 20) -> None:
-        """Ends it, gently and then not."""
+    def close(self, gently: bool = True) -> None:
+        """Ends it."""
         if self.closed:
             return
         self.closed = True
         with contextlib.suppress(BrokenPipeError):  # it has died before it read the last step
             self.steps.close()
-        deadline = time.monotonic() + patience
-        while state(self.pid) not in ("", "Z") and time.monotonic() < deadline:
-            time.sleep(0.005)
+        if gently:
+            wait_for(lambda: state(self.pid) in ("", "Z"), "vLLM ends")
         try:
             os.killpg(self.pid, signal.SIGKILL)  # its workers as well
         except ProcessLookupError:
@@ -241,7 +237,7 @@ class Vllm:
                 left.unlink(missing_ok=True)
 
     def kill(self) -> None:
-        self.close(0)
+        self.close(gently=False)
 
     def __enter__(self) -> "Vllm":
         return self.ready()

@@ -1,8 +1,11 @@
-//! Every call into the adapter against its own deadline, and a canary that knows how late the machine itself was.
+//! Every call into the adapter against its own deadline; a canary that knows how late the machine itself was, and the kernel's
+//! word on how long the caller had no core.
 
 use super::message::Tally;
 use anyhow::Context;
 use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,6 +37,8 @@ struct Seen {
 pub(super) struct Watch {
     seen: Arc<Mutex<Seen>>,
     tally: Tally,
+    /// What the kernel tells of this thread; `None` where it does not.
+    schedstat: Option<File>,
 }
 
 impl Watch {
@@ -61,15 +66,25 @@ impl Watch {
             .name("chaos-canary".to_owned())
             .spawn(canary)
             .context("the canary's thread")?;
-        Ok(Watch { seen, tally: Tally::default() })
+        let schedstat = File::open("/proc/thread-self/schedstat").ok();
+        Ok(Watch { seen, tally: Tally::default(), schedstat })
+    }
+
+    /// How long this thread was ready and had no core: no call is to be blamed for that.
+    fn refused(&self) -> Duration {
+        let mut told = [0; 64];
+        let read = self.schedstat.as_ref().and_then(|file| file.read_at(&mut told, 0).ok()).unwrap_or(0);
+        let told = str::from_utf8(&told[..read]).unwrap_or_default();
+        Duration::from_nanos(told.split(' ').nth(1).and_then(|ns| ns.parse().ok()).unwrap_or(0))
     }
 
     /// Does it, and sees whether it returns by its deadline.
     pub(super) fn call<T>(&mut self, what: &str, deadline: Duration, call: impl FnOnce() -> T) -> T {
-        let began = Instant::now();
+        let (began, refused) = (Instant::now(), self.refused());
         let result = call();
         let took = began.elapsed();
         self.tally.operations += 1;
+        let deadline = deadline + self.refused().saturating_sub(refused);
         if took > deadline + SLACK {
             self.look_closer(what, deadline, began, took);
         }

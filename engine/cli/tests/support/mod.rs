@@ -7,12 +7,9 @@ use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
-use std::time::{Duration, Instant};
-
-/// No test depends on how fast something is: this only ends a hang.
-const HANG: Duration = Duration::from_secs(120);
+use std::time::Duration;
 
 /// A name that no other test has.
 pub(crate) fn unique_name(tag: &str) -> String {
@@ -59,12 +56,17 @@ pub(crate) fn segments(prefix: &str) -> Vec<String> {
     names.filter(|name| name.starts_with(prefix)).collect()
 }
 
-/// Waits for something that must happen.
+/// Waits for something that must happen. No test depends on how fast something is: `tests/watch` ends a hang.
 pub(crate) fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
-    let began = Instant::now();
-    while !happened() {
-        assert!(began.elapsed() < HANG, "{what}: did not happen within {HANG:?}");
-        std::thread::sleep(Duration::from_millis(5));
+    for looks in 1_u64.. {
+        if happened() {
+            return;
+        }
+        if looks.is_multiple_of(1000) {
+            // Past what captures a test's output.
+            let _ = writeln!(std::io::stderr(), "still waiting, after {looks} looks: {what}");
+        }
+        std::thread::sleep(Duration::from_millis((5 + looks / 50).min(100)));
     }
 }
 
