@@ -24,8 +24,12 @@ pub enum CallError {
     /// No engine holds this namespace, or this client's registration has not come through yet.
     #[error("this KV cache is not registered with the kvring engine, or not yet again")]
     NotRegistered,
-    /// Full for now: the client's share of leased and reserved bytes, or operations in flight.
-    #[error("busy: this process has too many loads and stores under way; try again when some have ended")]
+    /// Full for now: the client's share of leased and reserved bytes, or operations in flight. Or an engine that has just
+    /// been restarted clears nothing yet: clients that have not come back may still hold some of it.
+    #[error(
+        "busy: this process has too many loads and stores under way, or the kvring engine has just been restarted and \
+         waits for those that were attached before; try again in a few seconds"
+    )]
     Busy,
     /// The arena has no room, even after eviction.
     #[error(
@@ -75,6 +79,16 @@ pub enum RegisterError {
     /// The engine's namespace table is full.
     #[error("the kvring engine's namespace table is full; `kvring clear` frees namespaces that nobody uses")]
     TooManyNamespaces,
+    /// The engine's table of shard sizes is full.
+    #[error(
+        "the kvring engine's table of shard sizes is full: expected at most {most} different sizes among the models that are \
+         attached or cached; a size is free again when no attached model has it and the cached chunks of that size are \
+         gone (stop models that are not needed, then `kvring clear`)"
+    )]
+    TooManySizes {
+        /// How many there may be.
+        most: u64,
+    },
     /// The record itself makes no sense.
     #[error("registration: {what}: expected {expected}, got {got}")]
     Invalid {

@@ -15,7 +15,7 @@ pub(crate) fn check(completion: &Completion) -> Result<(), CallError> {
             let limit = usize::try_from(completion.results[0]).unwrap_or(KEYS_MAX);
             Err(CallError::TooManyKeys { limit, got: limit.saturating_add(1) })
         }
-        Status::Disagreement | Status::TooManyNamespaces | Status::ShardTooLarge => {
+        Status::Disagreement | Status::TooManyNamespaces | Status::TooManySizes | Status::ShardTooLarge => {
             Err(CallError::Refused("an answer that belongs to registrations"))
         }
     }
@@ -35,6 +35,7 @@ pub(crate) fn check_registration(
             None => Err(CallError::Refused("a disagreement about nothing that exists").into()),
         },
         Status::TooManyNamespaces => Err(RegisterError::TooManyNamespaces),
+        Status::TooManySizes => Err(RegisterError::TooManySizes { most: first }),
         Status::ShardTooLarge => {
             Err(RegisterError::ShardTooLarge { shard_bytes: record.shard_bytes, largest: first })
         }

@@ -1,7 +1,7 @@
 //! An engine, from a configuration to its end.
 
 use crate::allocator::{Allocator, AllocatorError, Progress};
-use crate::cache::{self, Cache, CacheConfig};
+use crate::cache::{self, Cache, CacheConfig, NotRestorable};
 use crate::config::{self, EngineConfig};
 use crate::preflight::Room;
 use crate::process;
@@ -31,6 +31,9 @@ pub enum StartError {
     /// Limits that do not go together.
     #[error(transparent)]
     Cache(#[from] cache::ConfigError),
+    /// What an earlier engine left cannot be read now, and is left as it is.
+    #[error("{0}; the earlier engine's cache is kept, `--cold` gives it up")]
+    Recovery(String),
     /// A slab that an earlier engine had allocated.
     #[error(transparent)]
     Slab(#[from] cache::AddSlabError),
@@ -132,6 +135,10 @@ impl Engine {
             }
             match recovery::recover(&segments, &mut cache, &mut registry) {
                 Ok(recovered) => inherited = recovered,
+                Err(NotRecoverable::Tables(why @ NotRestorable::Memory { .. })) => {
+                    give_up(segments);
+                    return Err(StartError::Recovery(why.to_string()));
+                }
                 Err(why) => return Ok(Opened::NotRecoverable(why, tier)),
             }
         }

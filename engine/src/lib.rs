@@ -9,6 +9,7 @@ pub mod cache;
 pub mod cgroup;
 pub mod config;
 mod engine;
+mod lazy;
 pub mod policy;
 pub mod preflight;
 pub mod process;

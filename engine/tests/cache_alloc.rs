@@ -64,12 +64,17 @@ fn no_operation_allocates() {
         let slabs = 12;
         let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, slabs) };
         let mut cache = Cache::new(config, VecTable::new(slabs as usize * 256)).unwrap();
+        // Also registering and forgetting: what a client asks for cannot fail for want of memory.
+        let registering = allocations();
+        cache.register(3, 64, 63, 4096).unwrap();
+        assert!(cache.forget(3));
         for (namespace, ranks) in [&[50_000_u64][..], &[30_000, 90_000], &[20_000; 9]].into_iter().enumerate()
         {
             for (rank, bytes) in ranks.iter().enumerate() {
                 cache.register(namespace as u32, ranks.len() as u32, rank as u32, *bytes).unwrap();
             }
         }
+        assert_eq!(allocations(), registering, "{policy} allocated for a namespace");
         for slab in 0..slabs {
             cache.add_slab(slab).unwrap();
         }

@@ -205,6 +205,26 @@ fn recovery_refuses_what_makes_no_sense() {
     }
 }
 
+/// Which namespace goes first when their table is full does not depend on how often the engine has been started.
+#[test]
+fn the_age_of_a_namespace_survives_a_restart() {
+    let worlds: &[&[u64]] = &[&[4096][..]; 8];
+    let mut old = cache(8, worlds[0]);
+    (1..8).for_each(|namespace| register(&mut old, namespace, worlds[0]));
+    let order = [3_u32, 0, 7, 5, 1, 6, 2, 4];
+    for namespace in order {
+        let slot = slot_of(reserve_in(&mut old, namespace, 0, round(1), &[key(1, 0)])[0]);
+        commit(&mut old, 0, slot, key(1, 0));
+    }
+    let mut new = restored(old.table(), 8, worlds);
+    new.restore_end();
+    for cache in [&old, &new] {
+        let mut sorted = order;
+        sorted.sort_by_key(|namespace| cache.used(*namespace));
+        assert_eq!(sorted, order);
+    }
+}
+
 #[test]
 fn ten_rounds_of_recovery_never_reuse_a_generation() {
     let mut table = cache(1, &[SLAB_BYTES / 2]).table().clone();

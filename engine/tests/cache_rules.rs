@@ -214,6 +214,78 @@ fn a_colder_span_of_another_size_goes_before_a_warmer_chunk_of_this_one() {
     assert_eq!(cache.stats().spans_taken, 1);
 }
 
+/// A chunk of another world gives back some of what is lacking, or it stays.
+#[test]
+fn nothing_is_evicted_that_gives_back_nothing_of_what_is_wanted() {
+    // 1000 records; chunks of 8 ranks, and then of 64.
+    let mut cache = cache_of(CacheConfig { chunks_max: 1000, ..config(64) }, &[4096; 8]);
+    register(&mut cache, 1, &[4096; 64]);
+    for first in (0..1000).step_by(500) {
+        let keys: Vec<Key> = (first..first + 500).map(|place| key(1, place)).collect();
+        for rank in 0..8 {
+            for (answer, key) in reserve(&mut cache, rank, round(1), &keys).into_iter().zip(&keys) {
+                cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
+            }
+        }
+    }
+    assert_eq!((cache.stats().chunks_visible, cache.stats().evicted), (1000, 0));
+    for place in 0..100 {
+        let before = cache.stats().evicted;
+        let answers = reserve_in(&mut cache, 1, 0, round(2), &[key(2, place)]);
+        assert!(matches!(answers[0], Reservation::Write { .. }), "{answers:?}");
+        assert!(cache.stats().evicted - before <= 4, "{} chunks for one", cache.stats().evicted - before);
+    }
+    // The other way round.
+    let mut cache = cache_of(CacheConfig { chunks_max: 16, ..config(64) }, &[4096; 8]);
+    register(&mut cache, 1, &[4096; 64]);
+    for rank in 0..64 {
+        let answers = reserve_in(&mut cache, 1, rank, round(1), &chain(1, 4));
+        for (answer, key) in answers.into_iter().zip(chain(1, 4)) {
+            commit(&mut cache, rank as u8, slot_of(answer), key);
+        }
+    }
+    let answers = reserve(&mut cache, 0, round(1), &chain(2, 8));
+    assert!(answers.iter().all(|answer| matches!(answer, Reservation::Write { .. })), "{answers:?}");
+    assert_eq!(cache.stats().evicted, 2);
+}
+
+/// Half a chunk that has no slot of the size that is wanted stays.
+#[test]
+fn an_incomplete_chunk_without_a_slot_of_the_size_stays() {
+    let mut cache = cache(2, &[SLAB_BYTES / 2, SLAB_BYTES]);
+    let half = reserve_one(&mut cache, 0, round(1), key(1, 0));
+    commit(&mut cache, 0, half, key(1, 0));
+    // Its span cannot be taken either: it has another slot, which is being written.
+    reserve_one(&mut cache, 0, round(1), key(4, 0));
+    reserve_one(&mut cache, 1, round(1), key(2, 0));
+    assert_eq!(reserve(&mut cache, 1, round(1), &[key(3, 0)]), [Reservation::NoSpace]);
+    assert_eq!((cache.stats().evicted, cache.stats().chunks_forming), (0, 3));
+}
+
+#[test]
+fn shard_sizes_that_no_namespace_has_any_more_are_given_back() {
+    let mut cache = cache(4, &[4096]);
+    for life in 0..20_u64 {
+        for namespace in 1..4_u32 {
+            for rank in 0..64 {
+                let bytes =
+                    4096 * (2 + 64 * (3 * life + u64::from(namespace)) + u64::from(rank)) % (2 << 20) + 8192;
+                cache.register(namespace, 64, rank, bytes).unwrap();
+            }
+        }
+        // A slot of a size keeps it, also one that is written for nobody any more.
+        let slot = reserve_in(&mut cache, 1, 0, round(1), &[key(life, 0)])[0];
+        cache.clear(None);
+        (1..4).for_each(|namespace| assert!(cache.forget(namespace)));
+        let (sizes, most) = cache.sizes();
+        assert_eq!((sizes, most), (2, 256), "life {life}");
+        cache.client_gone(0, NONCE, false);
+        assert!(matches!(slot, Reservation::Write { .. }));
+        assert_eq!(cache.sizes().0, 1);
+        cache.check_all().unwrap();
+    }
+}
+
 #[test]
 fn caps_shorten_an_answer_and_then_refuse() {
     let bytes = SLAB_BYTES / 16;

@@ -188,6 +188,28 @@ fn the_table_of_namespaces_is_finite_and_unused_ones_make_room() {
     engine.settles(0);
 }
 
+/// The error names the table that is full, and what it advises helps.
+#[test]
+fn the_table_of_shard_sizes_is_finite_and_unused_ones_make_room() {
+    let engine = EngineProcess::start("sizes", 8);
+    let of_size = |size: u64| registration(1000 + size / 64, 64, size as u32 % 64, 4096 * (size + 1));
+    for life in 0..3 {
+        let mut raw = RawClient::attach(&engine.name, Role::Worker);
+        for size in 256 * life..256 * (life + 1) {
+            assert_eq!(raw.call_register(&of_size(size)).status, Status::Ok, "size {size}");
+        }
+        let refused = raw.call_register(&of_size(256 * (life + 1)));
+        assert_eq!((refused.status, refused.results[0]), (Status::TooManySizes, 256));
+        assert_eq!(engine.stat("namespaces"), 4, "what was refused leaves nothing behind");
+        // Nobody has these sizes any more.
+        drop(raw);
+        engine.stat_becomes("clients", 0);
+    }
+    let error = RegisterError::TooManySizes { most: 256 }.to_string();
+    assert!(error.contains("table of shard sizes is full") && error.contains("256"), "{error}");
+    engine.settles(0);
+}
+
 #[test]
 fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
     let engine = EngineProcess::start("models", 64);

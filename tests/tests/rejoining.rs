@@ -3,7 +3,9 @@
 
 use kvring_adapter::Round;
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, Transfer};
-use kvring_shm_abi::engine_segment::EngineSegment;
+use kvring_shm_abi::engine_segment::{EngineSegment, NAMESPACES_MAX};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_shm_abi::sync::Ordering;
 use kvring_tests::engine::{EngineProcess, all_stopped, overrides, unique_name};
@@ -11,6 +13,7 @@ use kvring_tests::held::HeldBackend;
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{ClientSpec, SchedulerSpec, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::raw::RawClient;
 use kvring_tests::scheduler::SchedulerSide;
 use kvring_tests::wait::{LIMIT, eventually};
 use kvring_tests::worker::WorkerSide;
@@ -54,6 +57,51 @@ fn a_lease_that_ends_between_two_attempts_to_declare_does_not_stay() {
     worker.wait_ready(LIMIT).unwrap();
     engine.beats(50);
     assert_eq!((engine.stat("leases"), engine.stat("pins")), (0, 0), "every session has ended");
+}
+
+/// Who has not come back yet is not gone: neither its namespace is forgotten nor what it has leased cleared.
+#[test]
+fn what_awaited_clients_may_hold_is_neither_forgotten_nor_cleared() {
+    let mut engine = EngineProcess::configured("rj-awaited", 16, &json!({ "reattach_grace_ms": 600_000 }));
+    let mut holder = Peer::worker(&WorkerSpec::new(&engine.name));
+    holder.add_scheduler(&SchedulerSpec::new(&engine.name));
+    holder.ready();
+    let keys = chain(1, 4);
+    assert_eq!(holder.store(round(1), &keys, 1), all_stored(4));
+    assert_eq!(holder.lookup("r", 0, &keys).chunks, 4);
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    // Enough of them that one goes with each registration; each is younger than the holder's.
+    for model in 0..NAMESPACES_MAX as u64 - 7 {
+        let namespace = raw.register(1000 + model, 1, 0, 4096);
+        let slots = raw.reserve(namespace, 0, raw_round(1), &chain(9, 1));
+        assert_eq!(raw.finish(&slots, true), [SlotOutcome::Done]);
+    }
+    drop(raw);
+    let namespaces = engine.stat("namespaces");
+    let chunks = engine.stat("chunks_visible");
+    holder.stop();
+    engine.kill();
+    engine.restart();
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let mut other = RawClient::attach(&engine.name, Role::Scheduler);
+    raw.register(5000, 1, 0, 4096);
+    let clear = Request::Clear { namespace: ANY_NAMESPACE };
+    assert_eq!(other.call(clear).status, Status::Busy);
+    engine.beats(50);
+    assert_eq!((engine.stat("namespaces"), engine.stat("chunks_visible")), (namespaces + 1, chunks));
+    holder.resume();
+    engine.stat_becomes("clients_awaited", 0);
+    engine.stat_becomes("leases", 1);
+    // Now it is known what is held, and everything else goes.
+    assert_eq!(other.call(clear).status, Status::Ok);
+    assert_eq!(engine.stat("chunks_visible"), 4);
+    assert_eq!(holder.store(round(2), &keys, 1).skipped, 4);
+    raw.register(5001, 1, 0, 4096);
+    engine.stat_becomes("namespaces", namespaces + 1);
+}
+
+fn raw_round(number: u32) -> kvring_shm_abi::message::Round {
+    kvring_shm_abi::message::Round { source: 1, number }
 }
 
 /// A copy that stands still, and then fails.

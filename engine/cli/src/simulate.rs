@@ -129,8 +129,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         args.capacity.iter().map(|capacity| capacity.chunks(distinct_blocks)).collect();
 
     // A cache that holds every block never evicts, so any policy shows the ceiling.
-    let ceiling = hit_rate(&trace, PolicyKind::Lru, distinct_blocks);
-    let results = simulate_all(&trace, &args.policy, &capacities);
+    let ceiling = hit_rate(&trace, PolicyKind::Lru, distinct_blocks)?;
+    let results = simulate_all(&trace, &args.policy, &capacities)?;
 
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -145,14 +145,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
 }
 
 /// Every capacity with every policy: the policies of the first capacity, then of the second, and so on.
-fn simulate_all(trace: &Trace, policies: &[PolicyKind], capacities: &[usize]) -> Vec<SimResult> {
+fn simulate_all(trace: &Trace, policies: &[PolicyKind], capacities: &[usize]) -> Result<Vec<SimResult>> {
     let start = Instant::now();
     let total = (policies.len() * capacities.len()) as u64;
     let progress = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
     let mut results = Vec::with_capacity(policies.len() * capacities.len());
     for &capacity in capacities {
         for &policy in policies {
-            results.push(hit_rate(trace, policy, capacity));
+            results.push(hit_rate(trace, policy, capacity)?);
             progress.inc(1);
             if progress.is_hidden() && start.elapsed() > QUIET {
                 // Stays hidden where stderr is no terminal.
@@ -161,7 +161,7 @@ fn simulate_all(trace: &Trace, policies: &[PolicyKind], capacities: &[usize]) ->
         }
     }
     progress.finish_and_clear();
-    results
+    Ok(results)
 }
 
 fn summary(trace: &Trace, distinct_blocks: usize) -> String {
@@ -249,7 +249,7 @@ mod tests {
     #[test]
     fn the_report_has_a_row_for_each_policy_and_capacity() {
         let trace = trace_of(&[&[1, 2, 3], &[1, 2, 3]]);
-        let results = simulate_all(&trace, &PolicyKind::ALL, &[1, 3]);
+        let results = simulate_all(&trace, &PolicyKind::ALL, &[1, 3]).unwrap();
         let rows: Vec<_> =
             results.iter().map(|r| (r.capacity_chunks, r.policy.name(), r.hit_blocks)).collect();
         assert_eq!(rows, [(1, "lru", 1), (1, "arc", 1), (3, "lru", 3), (3, "arc", 3)]);

@@ -301,7 +301,7 @@ impl<T: SlotTable> Cache<T> {
                     Life::Free | Life::Hidden => {}
                 }
             }
-            let mut ordered = namespace.policy.dump();
+            let mut ordered = self.policy.dump(number);
             ordered.sort_unstable();
             let is_same = ordered == visible;
             link("policy and visible chunks", is_same, number as u32, ordered.len() as u32)?;

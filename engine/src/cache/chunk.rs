@@ -3,9 +3,9 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::index::Hash;
-use super::lazy::{Lazy, prefetch};
 use super::pins::Pins;
-use super::{Key, NAMESPACES, RANKS, Round, SlotId};
+use super::{Key, NAMESPACES, NamespaceId, RANKS, Round, SlotId};
+use crate::lazy::{Lazy, NoMemory, prefetch};
 use crate::policy::ChunkId;
 
 /// No chunk before it in its chain; stands for the hash of that one's key.
@@ -16,6 +16,23 @@ const NO_SLOT: u32 = u32::MAX;
 const NARROW: usize = 4;
 /// Slots in a line of the wide pool.
 const LINE: usize = 16;
+/// Lines of a chunk of the most ranks.
+pub(super) const LINES_MAX: usize = RANKS / LINE;
+const _: () = assert!(LINES_MAX <= 4, "a chunk's line names them");
+
+/// Lines of the wide pool that a chunk of a world needs.
+fn lines_of(world: u32) -> usize {
+    if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 }
+}
+
+/// What there is too little of for one more chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lack {
+    /// A record: any chunk that goes gives one back.
+    Record,
+    /// Lines of the wide pool: a chunk of many ranks gives some back.
+    Lines,
+}
 
 /// What a chunk is. Zeroed memory says FREE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +53,7 @@ pub(super) enum Life {
 pub(super) struct Chunk {
     pub(super) key: Key,
     /// World 1: slot, and once visible offset in pages and generation (low, high): a lookup needs nothing else.
-    /// World 2–4: the slot of each rank. Above: the first line of the wide pool that holds them.
+    /// World 2–4: the slot of each rank. Above: the lines of the wide pool that hold them, 16 ranks to a line.
     place: [u32; 4],
     /// Logical time of the last access; larger is later.
     pub(super) tick: u64,
@@ -116,6 +133,12 @@ pub(super) struct ChunkCounts {
     pub(super) hidden: u64,
 }
 
+/// Where the wide pool has a rank's slot.
+#[inline(always)]
+fn wide_at(place: &[u32; 4], rank: u32) -> usize {
+    place[rank as usize / LINE] as usize * LINE + rank as usize % LINE
+}
+
 /// All chunks, by id, and the slots of their shards.
 pub(super) struct Chunks {
     chunks: Lazy<Chunk>,
@@ -124,11 +147,16 @@ pub(super) struct Chunks {
     free: u32,
     /// Records from here on have never been used.
     pub(super) fresh: u32,
-    /// Slots of chunks of more than `NARROW` ranks; empty until one is registered.
+    /// Slots of chunks of more than `NARROW` ranks, in lines of which each is given by itself: what a chunk of any world
+    /// gives back, one of any other can use.
     wide: Lazy<u32>,
     wide_fresh: u32,
-    /// Free runs of 1–4 lines: first line + 1.
-    wide_free: [u32; RANKS / LINE],
+    /// The first free line, + 1; its first word is the next one.
+    wide_free: u32,
+    /// Free lines before `wide_fresh`.
+    wide_free_len: u32,
+    /// Chunks, forming and visible, of each namespace.
+    of: [u32; NAMESPACES],
     idle: [IdleList; NAMESPACES],
     /// The first hidden chunk whose last lease has ended, + 1: for the end of the call that ended it.
     unheld: u32,
@@ -138,27 +166,28 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    pub(super) fn new(count: u32) -> Self {
-        Self {
-            chunks: Lazy::new_dense(count as usize),
-            cold: Lazy::new(count as usize),
+    pub(super) fn new(count: u32) -> Result<Self, NoMemory> {
+        Ok(Self {
+            chunks: Lazy::new_dense(count as usize)?,
+            cold: Lazy::new(count as usize)?,
             free: 0,
             fresh: 0,
-            wide: Lazy::new(0),
+            // At least one chunk of any world.
+            wide: Lazy::new((count as usize).max(LINES_MAX) * LINE)?,
             wide_fresh: 0,
-            wide_free: [0; RANKS / LINE],
+            wide_free: 0,
+            wide_free_len: 0,
+            of: [0; NAMESPACES],
             idle: [IdleList::default(); NAMESPACES],
             unheld: 0,
             guard: 0,
             counts: ChunkCounts::default(),
-        }
+        })
     }
 
-    /// Takes the memory for shards of a world this large, when it is registered.
-    pub(super) fn prepare(&mut self, world: u32) {
-        if world as usize > NARROW && self.wide.is_empty() {
-            self.wide = Lazy::new(self.chunks.len() * LINE);
-        }
+    /// Chunks of a namespace, forming and visible.
+    pub(super) fn of(&self, namespace: NamespaceId) -> u32 {
+        self.of.get(namespace as usize).copied().unwrap_or(0)
     }
 
     #[inline(always)]
@@ -178,11 +207,8 @@ impl Chunks {
     /// Asks for the line that `shard` will read, where that is not the chunk's own.
     #[inline(always)]
     pub(super) fn prefetch_shards(&self, id: ChunkId, world: u32) {
-        if world as usize > NARROW {
-            let first = self.get(id).place[0] as usize * LINE;
-            for line in (0..world as usize).step_by(LINE) {
-                prefetch(&self.wide, first + line);
-            }
+        for line in &self.get(id).place[..lines_of(world)] {
+            prefetch(&self.wide, *line as usize * LINE);
         }
     }
 
@@ -192,7 +218,7 @@ impl Chunks {
         let place = &self.get(id).place;
         let slot = match world as usize {
             ..=NARROW => place[rank as usize],
-            _ => self.wide[place[0] as usize * LINE + rank as usize],
+            _ => self.wide[wide_at(place, rank)],
         };
         (slot != NO_SLOT).then_some(slot)
     }
@@ -202,11 +228,28 @@ impl Chunks {
         let place = &mut self.chunks[id as usize].place;
         match world as usize {
             ..=NARROW => place[rank as usize] = slot,
-            _ => self.wide[place[0] as usize * LINE + rank as usize] = slot,
+            _ => self.wide[wide_at(place, rank)] = slot,
         }
     }
 
-    /// A record for a forming chunk of one WRITING shard to come. `None`: there are too many chunks.
+    /// Do chunks of this world have lines of the wide pool?
+    pub(super) fn is_wide(world: u32) -> bool {
+        lines_of(world) > 0
+    }
+
+    /// What a chunk of this world still lacks, if anything.
+    pub(super) fn lack(&self, world: u32) -> Option<Lack> {
+        let lines = self.wide.len() / LINE - self.wide_fresh as usize + self.wide_free_len as usize;
+        if self.free == 0 && self.fresh as usize == self.chunks.len() {
+            Some(Lack::Record)
+        } else if lines < lines_of(world) {
+            Some(Lack::Lines)
+        } else {
+            None
+        }
+    }
+
+    /// A record for a forming chunk of one WRITING shard to come. `None`: see [`Chunks::lack`].
     pub(super) fn create(
         &mut self,
         key: Key,
@@ -215,11 +258,7 @@ impl Chunks {
         world: u32,
         round: Round,
     ) -> Option<ChunkId> {
-        let lines = if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 };
-        let has_lines = lines == 0
-            || self.wide_free[lines - 1] != 0
-            || (self.wide_fresh as usize + lines) * LINE <= self.wide.len();
-        if !has_lines || (self.free == 0 && self.fresh as usize == self.chunks.len()) {
+        if self.lack(world).is_some() {
             return None;
         }
         let id = match self.free.checked_sub(1) {
@@ -233,10 +272,10 @@ impl Chunks {
             }
         };
         let mut place = [NO_SLOT; 4];
-        if lines > 0 {
-            place[0] = self.take_lines(lines);
-            let first = place[0] as usize * LINE;
-            self.wide[first..first + lines * LINE].fill(NO_SLOT);
+        for line in &mut place[..lines_of(world)] {
+            *line = self.take_line();
+            let first = *line as usize * LINE;
+            self.wide[first..first + LINE].fill(NO_SLOT);
         }
         self.chunks[id as usize] = Chunk {
             key,
@@ -250,17 +289,18 @@ impl Chunks {
         };
         self.cold[id as usize] = Cold::zeroed();
         self.counts.forming += 1;
+        self.of[usize::from(namespace)] += 1;
         Some(id)
     }
 
     /// The record is free; the chunk has no shards, is in no list and not in the index.
     pub(super) fn destroy(&mut self, id: ChunkId, world: u32) {
-        if world as usize > NARROW {
-            let lines = (world as usize).div_ceil(LINE);
-            let first = self.get(id).place[0];
-            self.wide[first as usize * LINE] = self.wide_free[lines - 1];
-            self.wide_free[lines - 1] = first + 1;
+        let Chunk { place, namespace, .. } = *self.get(id);
+        for line in &place[..lines_of(world)] {
+            self.wide[*line as usize * LINE] = std::mem::replace(&mut self.wide_free, line + 1);
+            self.wide_free_len += 1;
         }
+        self.of[usize::from(namespace)] -= 1;
         match self.get(id).life() {
             Life::Forming => self.counts.forming -= 1,
             Life::Visible => self.counts.visible -= 1,
@@ -271,16 +311,17 @@ impl Chunks {
         self.chunks[id as usize] = Chunk { chain, ..Chunk::zeroed() };
     }
 
-    fn take_lines(&mut self, lines: usize) -> u32 {
-        match self.wide_free[lines - 1].checked_sub(1) {
-            Some(first) => {
-                self.wide_free[lines - 1] = self.wide[first as usize * LINE];
-                first
+    /// The caller has seen that there is one.
+    fn take_line(&mut self) -> u32 {
+        match self.wide_free.checked_sub(1) {
+            Some(line) => {
+                self.wide_free = self.wide[line as usize * LINE];
+                self.wide_free_len -= 1;
+                line
             }
             None => {
-                let first = self.wide_fresh;
-                self.wide_fresh += lines as u32;
-                first
+                self.wide_fresh += 1;
+                self.wide_fresh - 1
             }
         }
     }

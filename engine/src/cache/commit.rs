@@ -96,9 +96,7 @@ impl<T: SlotTable> Cache<T> {
             hash => self.index.any_visible(&self.chunks, hash, namespace),
         };
         self.show(id);
-        if let Some(registered) = &mut self.namespaces[usize::from(namespace)] {
-            registered.policy.insert(id, hash.whole(), parent);
-        }
+        self.policy.insert(usize::from(namespace), id, hash.whole(), parent);
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
     }
 

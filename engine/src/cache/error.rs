@@ -1,6 +1,7 @@
 //! What can be wrong with a request, one closed enum for each kind. A full cache is an answer and not an error.
 
 use super::{Key, NAMESPACES, NamespaceId, OWNERS, Owner, RANKS, SlotId};
+use crate::lazy::NoMemory;
 
 /// Why a cache cannot be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum ConfigError {
         /// The most it may be.
         most: u64,
     },
+    /// The tables have no room.
+    #[error(transparent)]
+    Memory(#[from] NoMemory),
 }
 
 /// Why a slab cannot be added.

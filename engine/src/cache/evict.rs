@@ -1,6 +1,6 @@
 //! Making room: free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order.
 
-use super::chunk::Life;
+use super::chunk::{Chunks, LINES_MAX, Lack, Life};
 use super::slab::Class;
 use super::slot::State;
 use super::{Cache, NamespaceId, SlotId, SlotTable};
@@ -44,6 +44,11 @@ impl<T: SlotTable> Cache<T> {
         self.evictions_held = hold;
     }
 
+    /// Is nothing to be evicted at the moment?
+    pub fn evictions_held(&self) -> bool {
+        self.evictions_held
+    }
+
     /// Evicts until the class has a few free slots, so that the next keys find them; true if there is one.
     fn make_room(&mut self, class: u16) -> bool {
         if self.evictions_held {
@@ -53,7 +58,7 @@ impl<T: SlotTable> Cache<T> {
         let spare = (slots / SPARE_PARTS).clamp(1, SPARE_MAX);
         let mut may_steal = true;
         for _ in 0..EVICTIONS_MAX {
-            let coldest = self.coldest(namespaces);
+            let coldest = self.coldest(namespaces, Some(class));
             if may_steal {
                 may_steal = false;
                 if self.steal(class, coldest.map(|(tick, _)| tick)) {
@@ -77,21 +82,33 @@ impl<T: SlotTable> Cache<T> {
         self.slabs.class(class).free > 0
     }
 
-    /// The coldest chunk of these namespaces (bit n: namespace n) that may go, and when it was used last.
-    pub(super) fn coldest(&mut self, namespaces: u64) -> Option<(u64, ChunkId)> {
+    /// The coldest chunk of these namespaces (bit n: namespace n) that may go, and when it was used last. One that forms
+    /// may have no slot of a class yet: it goes only where it gives back what is wanted.
+    fn coldest(&mut self, namespaces: u64, class: Option<u16>) -> Option<(u64, ChunkId)> {
         let mut coldest: Option<(u64, ChunkId)> = None;
         let mut left = namespaces;
         while left != 0 {
             let namespace = left.trailing_zeros() as usize;
             left &= left - 1;
-            let Some(registered) = &mut self.namespaces[namespace] else { continue };
+            let Some(registered) = &self.namespaces[namespace] else { continue };
             let chunks = &self.chunks;
-            let idle = chunks.idle(namespace).take(IDLE_LOOK).find(|id| chunks.is_evictable(*id));
+            let gives = |id| {
+                class.is_none_or(|class| {
+                    let mut ranks = (0..).zip(&registered.layouts[..registered.world as usize]);
+                    ranks.any(|(rank, layout)| {
+                        layout.class == class && chunks.shard(id, registered.world, rank).is_some()
+                    })
+                })
+            };
+            let mut idle = chunks.idle(namespace).take(IDLE_LOOK);
+            let idle = idle.find(|id| chunks.is_evictable(*id) && gives(*id));
             // Where all are leased, looking would take long and find nothing.
-            let all_pinned = registered.policy.len() <= registered.pinned;
+            let all_pinned = self.policy.len(namespace) <= registered.pinned;
             let visible = match all_pinned {
                 true => None,
-                false => registered.policy.victim(&mut |id| chunks.is_evictable(id)),
+                false => {
+                    self.policy.victim(namespace, &mut u32::MAX.clone(), &mut |id| chunks.is_evictable(id))
+                }
             };
             for id in idle.into_iter().chain(visible) {
                 let tick = chunks.get(id).tick;
@@ -101,6 +118,31 @@ impl<T: SlotTable> Cache<T> {
             }
         }
         coldest
+    }
+
+    /// Makes room for the record of one more chunk of this world; false where there is none, and nothing was evicted in
+    /// vain: each chunk that goes gives back some of what is lacking, and what it gives stays until the next one needs it.
+    pub(super) fn make_record(&mut self, world: u32) -> bool {
+        for _ in 0..=LINES_MAX {
+            let namespaces = match self.chunks.lack(world) {
+                None => return true,
+                Some(Lack::Record) => u64::MAX,
+                Some(Lack::Lines) => self.wide_namespaces(),
+            };
+            if self.evictions_held {
+                return false;
+            }
+            let Some((_, coldest)) = self.coldest(namespaces, None) else { return false };
+            self.evict(coldest);
+        }
+        false
+    }
+
+    /// The namespaces whose chunks have lines of the wide pool, a bit each.
+    fn wide_namespaces(&self) -> u64 {
+        let namespaces = (0..).zip(&self.namespaces);
+        let wide = namespaces.filter(|(_, n)| n.as_ref().is_some_and(|n| Chunks::is_wide(n.world)));
+        wide.fold(0, |bits, (number, _): (u32, _)| bits | 1 << number)
     }
 
     /// Drops a chunk because room is needed.
@@ -135,9 +177,7 @@ impl<T: SlotTable> Cache<T> {
     pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
         let chunk = self.chunks.get(id);
         if chunk.life() == Life::Visible {
-            if let Some(namespace) = &mut self.namespaces[usize::from(chunk.namespace)] {
-                namespace.policy.remove(id, evicted);
-            }
+            self.policy.remove(id, evicted);
         } else if chunk.writing == 0 {
             self.chunks.idle_remove(id);
         }

@@ -185,6 +185,7 @@ impl<T: SlotTable> Cache<T> {
             return false;
         };
         self.version += 1;
+        self.use_namespace(u32::from(found.namespace));
         for i in 0..self.found.len() {
             self.pin(self.found[i], found.owner);
         }

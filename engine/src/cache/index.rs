@@ -7,8 +7,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::chunk::{Chunks, Life};
-use super::lazy::{Lazy, prefetch};
 use super::{Key, NamespaceId};
+use crate::lazy::{Lazy, NoMemory, prefetch};
 use crate::policy::ChunkId;
 
 /// Chunks in a bucket's own line.
@@ -103,15 +103,15 @@ pub(super) struct Index {
 
 impl Index {
     /// Takes the (untouched) memory for this many chunks.
-    pub(super) fn new(chunks: u32) -> Self {
+    pub(super) fn new(chunks: u32) -> Result<Self, NoMemory> {
         let buckets =
             (u64::from(chunks) / LOAD + 1).next_power_of_two().clamp(u64::from(BUCKETS_MIN), 1 << 30);
-        Self {
-            buckets: Lazy::new_dense(buckets as usize),
+        Ok(Self {
+            buckets: Lazy::new_dense(buckets as usize)?,
             level: BUCKETS_MIN.trailing_zeros(),
             split: 0,
             len: 0,
-        }
+        })
     }
 
     #[inline(always)]

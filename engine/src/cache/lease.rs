@@ -2,8 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::lazy::Lazy;
 use super::{OWNERS, Owner};
+use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
 
 /// Chunks in a block.
@@ -64,24 +64,24 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    pub(super) fn new(leases_max: u32, pins_max: u32, seed: u64) -> Self {
+    pub(super) fn new(leases_max: u32, pins_max: u32, seed: u64) -> Result<Self, NoMemory> {
         // Each lease may leave its last block unfilled.
         let blocks = (pins_max as usize).div_ceil(BLOCK) + leases_max as usize;
-        Self {
-            leases: Lazy::new(leases_max as usize),
+        Ok(Self {
+            leases: Lazy::new(leases_max as usize)?,
             free: 0,
             fresh: 0,
-            blocks: Lazy::new(blocks),
+            blocks: Lazy::new(blocks)?,
             blocks_free: 0,
             blocks_fresh: 0,
             blocks_used: 0,
-            buckets: Lazy::new((leases_max as usize).next_power_of_two()),
+            buckets: Lazy::new((leases_max as usize).next_power_of_two())?,
             seed,
             owners: [0; OWNERS],
             len: 0,
             pins: 0,
             pins_max: u64::from(pins_max),
-        }
+        })
     }
 
     fn bucket(&self, owner: Owner, session: u64) -> usize {

@@ -1,7 +1,7 @@
 //! The heart of the engine: which chunks there are, where their shards lie, who may read and who may write them.
 //!
-//! One owner, `&mut self`: no locks, no atomics, no clock, no I/O, and no heap allocation after [`Cache::new`] and
-//! [`Cache::register`]. It decides; a [`SlotTable`] publishes each slot's transition.
+//! One owner, `&mut self`: no locks, no atomics, no clock, no I/O, and no heap allocation after [`Cache::new`]: whatever
+//! a client asks for, there is nothing that could fail for want of memory. It decides; a [`SlotTable`] publishes each slot's transition.
 //!
 //! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and
 //!   [`Cache::pin_found`] pins what was found; it cannot fail, because `find` asked for the room first.
@@ -23,7 +23,6 @@ mod find;
 mod forget;
 mod index;
 mod invalidate;
-mod lazy;
 mod lease;
 mod pins;
 mod reserve;
@@ -67,7 +66,9 @@ pub struct Cache<T> {
     chunks: Chunks,
     index: Index,
     leases: Leases,
-    namespaces: [Option<Box<Namespace>>; NAMESPACES],
+    namespaces: Box<[Option<Namespace>]>,
+    /// The order of eviction of each namespace.
+    policy: Box<dyn Policy>,
     /// Bytes that each client has leased or reserved.
     charges: Charges,
     /// Logical time: grows with each access.
@@ -106,9 +107,10 @@ struct Namespace {
     /// Bit r: rank r is registered.
     ranks: u64,
     layouts: [Layout; RANKS],
-    policy: Box<dyn Policy>,
     /// Visible chunks that are leased.
     pinned: usize,
+    /// Logical time of the last use of any of its chunks, or of a registration.
+    used: u64,
 }
 
 /// One rank's part of each chunk.
@@ -136,28 +138,29 @@ impl Namespace {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Takes the memory for everything but policies: most of it address space that is never touched.
+    /// Takes the memory for everything: most of it address space that is never touched.
     ///
     /// No slab is usable yet: see [`Cache::add_slab`].
     ///
     /// # Errors
     ///
-    /// A geometry or a limit that is out of range.
+    /// A geometry or a limit that is out of range; no address space for the tables.
     pub fn new(config: CacheConfig, table: T) -> Result<Self, ConfigError> {
         let slots = config.check()?;
         let chunks = config.chunks_max.min(slots);
         Ok(Self {
             table,
-            slabs: Slabs::new(config.slab_bytes, config.slab_count),
-            slots: Slots::new(slots),
-            chunks: Chunks::new(chunks),
-            index: Index::new(chunks),
+            slabs: Slabs::new(config.slab_bytes, config.slab_count)?,
+            slots: Slots::new(slots)?,
+            chunks: Chunks::new(chunks)?,
+            index: Index::new(chunks)?,
             leases: Leases::new(
                 config.leases_max,
                 config.pins_max,
                 config.seed[0].rotate_left(17) ^ config.seed[1],
-            ),
-            namespaces: [const { None }; NAMESPACES],
+            )?,
+            namespaces: (0..NAMESPACES).map(|_| None).collect(),
+            policy: policy::build(config.policy, chunks as usize)?,
             charges: Charges { of: [0; OWNERS], unpaid: 0, most: config.client_bytes_max },
             tick: 0,
             guard: 0,
@@ -196,8 +199,6 @@ impl<T: SlotTable> Cache<T> {
 
     /// Fixes one rank's layout: `shard_bytes` of each chunk. The first rank fixes the world. Repeatable.
     ///
-    /// Allocates on a namespace's first call.
-    ///
     /// # Errors
     ///
     /// An id, a rank or a size out of range, or a disagreement with what was registered.
@@ -229,16 +230,30 @@ impl<T: SlotTable> Cache<T> {
             }
         }
         let class = self.slabs.class_for(shard_bytes, Some(namespace))?;
-        self.chunks.prepare(world);
-        let max_chunks = self.config.chunks_max.min(self.slots.len()) as usize;
-        let entry = self.namespaces[namespace as usize].get_or_insert_with(|| {
-            let policy = policy::build(self.config.policy, max_chunks);
-            Box::new(Namespace { world, ranks: 0, layouts: [Layout::default(); RANKS], policy, pinned: 0 })
-        });
+        let new = Namespace { world, ranks: 0, layouts: [Layout::default(); RANKS], pinned: 0, used: 0 };
+        let entry = self.namespaces[namespace as usize].get_or_insert(new);
         entry.ranks |= 1 << rank;
         entry.layouts[rank as usize] =
             Layout { shard_bytes, slot_bytes: self.slabs.class(class).bytes, class };
         Ok(())
+    }
+
+    /// The namespace is in use: the others are older.
+    pub fn use_namespace(&mut self, id: NamespaceId) {
+        self.tick += 1;
+        if let Some(Some(namespace)) = self.namespaces.get_mut(id as usize) {
+            namespace.used = self.tick;
+        }
+    }
+
+    /// When the namespace was used last, in logical time. A successor knows it from the slots' last accesses.
+    pub fn used(&self, id: NamespaceId) -> u64 {
+        self.namespace(id).map_or(0, |namespace| namespace.used)
+    }
+
+    /// Different shard sizes in use, and how many there may be.
+    pub fn sizes(&self) -> (usize, usize) {
+        (self.slabs.sizes(), slab::CLASSES_MAX)
     }
 
     /// Every call that changes something begins here: what `find` promised holds no longer.
@@ -248,7 +263,7 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn namespace(&self, id: NamespaceId) -> Option<&Namespace> {
-        self.namespaces.get(id as usize)?.as_deref()
+        self.namespaces.get(id as usize)?.as_ref()
     }
 
     fn hash(&self, namespace: NamespaceId, key: Key) -> Hash {
@@ -275,9 +290,7 @@ impl<T: SlotTable> Cache<T> {
     fn touch(&mut self, id: ChunkId, tick: u64) {
         let chunk = self.chunks.get_mut(id);
         chunk.tick = tick;
-        if let Some(namespace) = &mut self.namespaces[chunk.namespace as usize] {
-            namespace.policy.touch(id);
-        }
+        self.policy.touch(id, None);
         self.each_slot(id, |cache, slot| {
             cache.slabs.touch(slot, tick);
             cache.table.touched(slot, tick);
@@ -311,7 +324,7 @@ impl<T: SlotTable> Cache<T> {
     fn unpin(
         chunks: &mut Chunks,
         slabs: &mut Slabs,
-        namespaces: &mut [Option<Box<Namespace>>],
+        namespaces: &mut [Option<Namespace>],
         charges: &mut Charges,
         leaving: Option<Owner>,
         id: ChunkId,

@@ -104,6 +104,7 @@ impl<T: SlotTable> Cache<T> {
         let (class, slot_bytes, shard_bytes) = (layout.class, layout.slot_bytes, layout.shard_bytes);
         let context = Context { message, world, class, slot_bytes, shard_bytes, attachment };
 
+        self.use_namespace(namespace);
         self.guard_keys(&message);
         // The head gets the latest time, as if the chain had been touched tail first.
         self.tick += keys.len() as u64 + 1;
@@ -189,7 +190,12 @@ impl<T: SlotTable> Cache<T> {
                 return Reservation::NoSpace;
             }
         }
-        // What matched is guarded, so making room leaves it as it is.
+        // What matched is guarded, so making room leaves it as it is. The record first: without one, a slot is of no use.
+        let has_record = same.is_some() || replaced.is_some() || self.make_record(context.world);
+        if !has_record {
+            self.counters.no_space += 1;
+            return Reservation::NoSpace;
+        }
         let Some(slot) = self.take_slot(context.class, starved) else {
             self.counters.no_space += 1;
             return Reservation::NoSpace;
@@ -219,16 +225,7 @@ impl<T: SlotTable> Cache<T> {
     fn create_chunk(&mut self, key: Key, context: &Context<'_>, before: u32, tick: u64) -> Option<ChunkId> {
         let Reserve { namespace, round, .. } = context.message;
         let hash = self.hash(namespace, key);
-        let create = |cache: &mut Self| cache.chunks.create(key, hash, namespace as u8, context.world, round);
-        let id = match create(self) {
-            Some(id) => id,
-            None if self.evictions_held => return None,
-            None => {
-                let (_, coldest) = self.coldest(u64::MAX)?;
-                self.evict(coldest);
-                create(self)?
-            }
-        };
+        let id = self.chunks.create(key, hash, namespace as u8, context.world, round)?;
         debug_assert_eq!(self.chunks.get(id).life(), Life::Forming);
         self.chunks.get_mut(id).tick = tick;
         self.chunks.set_parent(id, before);

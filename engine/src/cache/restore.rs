@@ -77,6 +77,14 @@ pub enum NotRestorable {
         /// Bytes of a slot.
         slot_bytes: u64,
     },
+    /// There is no memory for the order in which chunks were used. Nothing is wrong with what was left.
+    #[error(
+        "no memory to put {chunks} chunks in the order in which they were used last; free some and start again"
+    )]
+    Memory {
+        /// Chunks so far.
+        chunks: usize,
+    },
     /// A slot in use that cannot be where it is.
     #[error("slot {slot} cannot hold what its header says: {shard:?}")]
     Slot {
@@ -85,6 +93,15 @@ pub enum NotRestorable {
         /// Its header.
         shard: Box<Shard>,
     },
+}
+
+/// Puts these behind what there is, if there is memory for them.
+fn push<V>(list: &mut Vec<V>, more: impl IntoIterator<Item = V>) -> Result<(), NotRestorable> {
+    for value in more {
+        list.try_reserve(1).map_err(|_| NotRestorable::Memory { chunks: list.len() })?;
+        list.push(value);
+    }
+    Ok(())
 }
 
 impl<T: SlotTable> Cache<T> {
@@ -122,7 +139,7 @@ impl<T: SlotTable> Cache<T> {
     ///
     /// # Errors
     ///
-    /// The header makes no sense here.
+    /// The header makes no sense here; or there is no memory.
     pub fn restore(&mut self, slot: SlotId, shard: &Shard) -> Result<(), NotRestorable> {
         self.change();
         let nonsense = || NotRestorable::Slot { slot, shard: Box::new(*shard) };
@@ -147,12 +164,12 @@ impl<T: SlotTable> Cache<T> {
                 let chunk = self.chunks.get_mut(id);
                 chunk.committed += 1;
                 if u32::from(chunk.committed) == world {
-                    self.restore_visible(id, hash);
+                    self.restore_visible(id, hash)?;
                 }
             }
             (_, Found::Hidden) | (None, Found::Committed) => {
                 self.slots.restore_committed(slot, 0, 0);
-                self.restored.useless.push(slot);
+                push(&mut self.restored.useless, [slot])?;
             }
             (chunk, Found::Writing | Found::Orphaned) => {
                 let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
@@ -199,24 +216,27 @@ impl<T: SlotTable> Cache<T> {
         let chunk = self.chunks.get_mut(id);
         chunk.tick = chunk.tick.max(tick);
         self.tick = self.tick.max(tick);
+        if let Some(registered) = &mut self.namespaces[namespace as usize] {
+            registered.used = registered.used.max(tick);
+        }
         Some((id, world, hash))
     }
 
     /// All shards of a chunk have been restored: it is visible, and other rounds of it are not wanted. Its place in the
     /// order of eviction is known when all have been.
-    fn restore_visible(&mut self, id: ChunkId, hash: Hash) {
+    fn restore_visible(&mut self, id: ChunkId, hash: Hash) -> Result<(), NotRestorable> {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
         let matches = self.index.matches(&self.chunks, hash, namespace, key);
-        self.restored.unwanted.extend(matches.forming().iter().filter(|other| **other != id));
+        push(&mut self.restored.unwanted, matches.forming().iter().copied().filter(|other| *other != id))?;
         self.show(id);
-        self.restored.visible.push((self.chunks.get(id).tick, id, hash.whole()));
+        push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, hash.whole())])
     }
 
     /// The last slot has been restored: what is of no use goes (not before: a span that is empty is given back, and may
     /// hold more), and visible chunks take their places in the order of their last access. Incomplete ones go on forming,
     /// also those that nobody is writing: another rank of their round may not have asked for its slot yet, and what has
     /// been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and a newer round
-    /// replaces them. Allocates.
+    /// replaces them.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
         let Unfinished { mut visible, unwanted, useless } = core::mem::take(&mut self.restored);
@@ -245,9 +265,7 @@ impl<T: SlotTable> Cache<T> {
         visible.sort_unstable();
         for (_, id, hash) in visible {
             let namespace = usize::from(self.chunks.get(id).namespace);
-            if let Some(registered) = &mut self.namespaces[namespace] {
-                registered.policy.insert(id, hash, None);
-            }
+            self.policy.insert(namespace, id, hash, None);
         }
         self.slabs.release_unused(&mut self.table);
         restored

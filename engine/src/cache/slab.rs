@@ -10,12 +10,12 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::error::{AddSlabError, RegisterError};
-use super::lazy::Lazy;
 use super::slot::Slots;
 use super::{PAGE_BYTES, SlotId, SlotTable};
+use crate::lazy::{Lazy, NoMemory};
 
 /// Different shard sizes at once.
-const CLASSES_MAX: usize = 256;
+pub(super) const CLASSES_MAX: usize = 256;
 /// No span crosses a multiple of this many bytes.
 const BOUNDARY_BYTES: u64 = 1 << 30;
 /// A span may waste one part in this many; else a longer one is looked for.
@@ -74,6 +74,13 @@ pub(super) struct Class {
     pub(super) namespaces: u64,
 }
 
+impl Class {
+    /// No namespace has shards of this size, and no span is cut into it: the entry may be another size's.
+    fn is_unused(&self) -> bool {
+        self.namespaces == 0 && self.slots == 0
+    }
+}
+
 /// The arena's slabs and their division.
 pub(super) struct Slabs {
     slab_bytes: u64,
@@ -84,7 +91,7 @@ pub(super) struct Slabs {
     group: u32,
     spans: Lazy<Span>,
     /// One bit for each slab: usable and in no span.
-    pool: Vec<u64>,
+    pool: Lazy<u64>,
     pub(super) pool_len: u32,
     /// Slabs that were added.
     pub(super) usable: u32,
@@ -93,18 +100,18 @@ pub(super) struct Slabs {
 
 impl Slabs {
     /// The caller has checked the geometry: see `CacheConfig::check`.
-    pub(super) fn new(slab_bytes: u64, count: u32) -> Self {
-        Self {
+    pub(super) fn new(slab_bytes: u64, count: u32) -> Result<Self, NoMemory> {
+        Ok(Self {
             slab_bytes,
             count,
             shift: (slab_bytes / PAGE_BYTES).trailing_zeros(),
             group: (BOUNDARY_BYTES / slab_bytes) as u32,
-            spans: Lazy::new(count as usize),
-            pool: vec![0; (count as usize).div_ceil(64)],
+            spans: Lazy::new(count as usize)?,
+            pool: Lazy::new((count as usize).div_ceil(64))?,
             pool_len: 0,
             usable: 0,
             classes: Vec::with_capacity(CLASSES_MAX),
-        }
+        })
     }
 
     pub(super) fn count(&self) -> u32 {
@@ -145,16 +152,30 @@ impl Slabs {
         let bytes = shard_bytes.next_multiple_of(PAGE_BYTES);
         let class = match self.classes.iter().position(|class| class.bytes == bytes) {
             Some(class) => class,
-            None if self.classes.len() == CLASSES_MAX => {
-                return Err(RegisterError::TooManySizes { shard_bytes, most: CLASSES_MAX as u32 });
-            }
             None => {
-                self.classes.push(self.new_class(bytes));
-                self.classes.len() - 1
+                let new = self.new_class(bytes);
+                match self.classes.iter().position(Class::is_unused) {
+                    Some(unused) => {
+                        self.classes[unused] = new;
+                        unused
+                    }
+                    None if self.classes.len() < CLASSES_MAX => {
+                        self.classes.push(new);
+                        self.classes.len() - 1
+                    }
+                    None => {
+                        return Err(RegisterError::TooManySizes { shard_bytes, most: CLASSES_MAX as u32 });
+                    }
+                }
             }
         };
         self.classes[class].namespaces |= namespace.map_or(0, |namespace| 1 << namespace);
         Ok(class as u16)
+    }
+
+    /// Shard sizes that are in use.
+    pub(super) fn sizes(&self) -> usize {
+        self.classes.iter().filter(|class| !class.is_unused()).count()
     }
 
     /// No size is this namespace's any more.

@@ -2,8 +2,8 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::lazy::{Lazy, prefetch};
 use super::{OWNERS, Owner, SlotId};
+use crate::lazy::{Lazy, NoMemory, prefetch};
 
 /// Bits of a generation, as the published slot word has room for.
 const GENERATION_MASK: u64 = kvring_shm_abi::slot::GENERATION_MAX;
@@ -88,13 +88,13 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    pub(super) fn new(count: u32) -> Self {
-        Self {
-            slots: Lazy::new(count as usize),
+    pub(super) fn new(count: u32) -> Result<Self, NoMemory> {
+        Ok(Self {
+            slots: Lazy::new(count as usize)?,
             attachments: Box::new([Attachment::default(); ATTACHMENTS]),
             current: [None; OWNERS],
             counts: SlotCounts::default(),
-        }
+        })
     }
 
     pub(super) fn len(&self) -> u32 {

@@ -37,8 +37,8 @@ fn random(state: &mut u64) -> u64 {
 
 #[test]
 fn the_index_finds_what_is_in_it_as_it_grows_and_shrinks() {
-    let mut chunks = Chunks::new(50_000);
-    let mut index = Index::new(50_000);
+    let mut chunks = Chunks::new(50_000).unwrap();
+    let mut index = Index::new(50_000).unwrap();
     let mut known: HashMap<Key, Vec<ChunkId>> = HashMap::new();
     let mut state = 1;
     for step in 0..100_000_u64 {
@@ -75,8 +75,8 @@ fn the_index_finds_what_is_in_it_as_it_grows_and_shrinks() {
 
 #[test]
 fn a_guess_is_of_visible_chunks_only() {
-    let mut chunks = Chunks::new(5000);
-    let mut index = Index::new(5000);
+    let mut chunks = Chunks::new(5000).unwrap();
+    let mut index = Index::new(5000).unwrap();
     for at in 0..5000_u64 {
         let key = [at, 1];
         let hash = Hash::new(SEED, 0, key);
@@ -93,7 +93,7 @@ fn a_guess_is_of_visible_chunks_only() {
 #[test]
 fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
     let mib = 1 << 20;
-    let mut slabs = Slabs::new(mib, 4096);
+    let mut slabs = Slabs::new(mib, 4096).unwrap();
     let mut ideal = |bytes| {
         let class = slabs.class_for(bytes, None).unwrap();
         let class = slabs.class(class);
@@ -114,7 +114,7 @@ fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
         slabs.add(slab).unwrap();
     }
     assert!(slabs.add(24).is_err() && slabs.add(4096).is_err());
-    let slots = Slots::new(4096 * 256);
+    let slots = Slots::new(4096 * 256).unwrap();
     let class = slabs.class_for(600 * mib, None).unwrap();
     for head in [24, 1024] {
         assert!(slabs.assign(class, &mut NoTable));
@@ -128,8 +128,8 @@ fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
 fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
     let mib = 1 << 20;
     for bytes in [4096, 5000, 100_000, 700_000, mib, 3 * mib / 2] {
-        let mut slabs = Slabs::new(mib, 64);
-        let mut slots = Slots::new(64 * 256);
+        let mut slabs = Slabs::new(mib, 64).unwrap();
+        let mut slots = Slots::new(64 * 256).unwrap();
         (0..64).for_each(|slab| slabs.add(slab).unwrap());
         let class = slabs.class_for(bytes, None).unwrap();
         let mut seen = Vec::new();
@@ -161,7 +161,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
 
 #[test]
 fn leases_keep_the_order_of_their_chunks_and_lose_their_tails() {
-    let mut leases = Leases::new(4, 100, 9);
+    let mut leases = Leases::new(4, 100, 9).unwrap();
     let chunks: Vec<ChunkId> = (100..140).collect();
     leases.create(1, 7, 0, 0, &chunks);
     leases.create(1, 7, 1, 0, &chunks[..15]);

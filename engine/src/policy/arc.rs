@@ -19,20 +19,28 @@
 
 use super::ghosts::Ghosts;
 use super::lists::Lists;
-use super::{ChunkId, MAX_CHUNKS, Policy};
+use super::{ChunkId, MAX_CHUNKS, NoMemory, ORDERS, Policy};
+use crate::lazy::Lazy;
 
-/// The lists, of residents (T1, T2) and of ghosts (B1, B2) alike.
+/// The lists of an order, of residents (T1, T2) and of ghosts (B1, B2) alike; those of order n begin at n × `LISTS`.
 const ONCE: usize = 0;
 const TWICE: usize = 1;
+const LISTS: usize = 2;
 
 /// The adaptive order. Every call is O(1), [`victim`](Policy::victim) amortised.
 pub struct Arc {
     /// T1 and T2.
-    residents: Lists<2>,
+    residents: Lists<{ LISTS * ORDERS }>,
     /// B1 and B2.
     ghosts: Ghosts,
     /// The content hash of each resident chunk: what its ghost will be known by.
-    hashes: Vec<u64>,
+    hashes: Lazy<u64>,
+    orders: [Order; ORDERS],
+}
+
+/// What adapts, in one order.
+#[derive(Clone, Copy, Default)]
+struct Order {
     /// The paper's p: how many residents T1 should have, at most `c`. Its steps are fractions.
     target_once: f64,
     /// The residents when the cache last began to make room: `c`, unless there are more now.
@@ -47,34 +55,38 @@ impl Arc {
     /// # Panics
     ///
     /// If `max_chunks` is above [`MAX_CHUNKS`].
-    pub fn new(max_chunks: usize) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// The system has no address space for it.
+    pub fn new(max_chunks: usize) -> Result<Self, NoMemory> {
         assert!(
             max_chunks <= MAX_CHUNKS,
             "a policy orders at most {MAX_CHUNKS} chunks, and {max_chunks} were asked for"
         );
-        Self {
-            residents: Lists::new(max_chunks),
-            ghosts: Ghosts::new(max_chunks),
-            hashes: vec![0; max_chunks],
-            target_once: 0.0,
-            full_len: 0,
-            grew: false,
-        }
+        Ok(Self {
+            residents: Lists::new(max_chunks)?,
+            ghosts: Ghosts::new(max_chunks)?,
+            hashes: Lazy::new(max_chunks)?,
+            orders: [Order::default(); ORDERS],
+        })
     }
 
     /// The paper's c.
-    fn capacity(&self) -> usize {
-        self.full_len.max(self.len())
+    fn capacity(&self, order: usize) -> usize {
+        self.orders[order].full_len.max(self.len(order))
     }
 
     /// Moves the target after a miss whose ghost was on `list`. `once` and `twice` are the ghosts there were then.
-    fn adapt(&mut self, list: usize, once: usize, twice: usize) {
+    fn adapt(&mut self, order: usize, list: usize, once: usize, twice: usize) {
         let (once, twice) = (once as f64, twice as f64);
+        let capacity = self.capacity(order) as f64;
+        let target = &mut self.orders[order].target_once;
         // The rarer a list's ghosts are, the more a hit among them says. Its own list is not empty.
-        self.target_once = if list == ONCE {
-            (self.target_once + (twice / once).max(1.0)).min(self.capacity() as f64)
+        *target = if list == ONCE {
+            (*target + (twice / once).max(1.0)).min(capacity)
         } else {
-            (self.target_once - (once / twice).max(1.0)).max(0.0)
+            (*target - (once / twice).max(1.0)).max(0.0)
         };
     }
 }
@@ -84,14 +96,16 @@ impl Policy for Arc {
         "arc"
     }
 
-    fn insert(&mut self, id: ChunkId, hash: u64, parent: Option<ChunkId>) {
-        let (once, twice) = (self.ghosts.len(ONCE), self.ghosts.len(TWICE));
+    fn insert(&mut self, order: usize, id: ChunkId, hash: u64, parent: Option<ChunkId>) {
+        let first = order * LISTS;
+        let (once, twice) = (self.ghosts.len(first + ONCE), self.ghosts.len(first + TWICE));
         let list = match self.ghosts.take(hash) {
-            Some(ghost_list) => {
-                self.adapt(ghost_list, once, twice);
-                TWICE
+            // A ghost of another order is one whose hash is the same by chance.
+            Some(ghost_list) if ghost_list / LISTS == order => {
+                self.adapt(order, ghost_list % LISTS, once, twice);
+                first + TWICE
             }
-            None => ONCE,
+            _ => first + ONCE,
         };
         match parent {
             Some(parent) if self.residents.list_of(parent) == Some(list) => {
@@ -102,31 +116,59 @@ impl Policy for Arc {
         if let Some(known_by) = self.hashes.get_mut(id as usize) {
             *known_by = hash;
         }
-        self.grew = true;
+        self.orders[order].grew = true;
     }
 
-    fn touch(&mut self, id: ChunkId) {
-        self.residents.move_warm(TWICE, id);
+    fn touch(&mut self, id: ChunkId, front: Option<ChunkId>) {
+        let Some(list) = self.residents.list_of(id) else {
+            debug_assert!(false, "chunk {id} is not resident");
+            return;
+        };
+        let list = list - list % LISTS + TWICE;
+        match front {
+            Some(front) if self.residents.list_of(front) == Some(list) => {
+                self.residents.move_behind(front, id)
+            }
+            _ => self.residents.move_warm(list, id),
+        }
     }
 
     fn remove(&mut self, id: ChunkId, evicted: bool) {
-        if evicted && self.grew {
-            self.full_len = self.len();
-            self.target_once = self.target_once.min(self.full_len as f64);
-            self.grew = false;
+        let Some(list) = self.residents.list_of(id) else {
+            debug_assert!(false, "chunk {id} is not resident");
+            return;
+        };
+        let order = list / LISTS;
+        let len = self.len(order);
+        let state = &mut self.orders[order];
+        if evicted && state.grew {
+            state.full_len = len;
+            state.target_once = state.target_once.min(len as f64);
+            state.grew = false;
         }
-        if let (Some(list), true) = (self.residents.unlink(id), evicted) {
-            self.ghosts.push(list, self.hashes[id as usize], self.full_len);
+        let bound = state.full_len;
+        self.residents.unlink(id);
+        if evicted {
+            self.ghosts.push(list, self.hashes[id as usize], bound);
         }
         // What was cleared, replaced or aborted has made the capacity smaller.
-        self.target_once = self.target_once.min(self.capacity() as f64);
+        let capacity = self.capacity(order) as f64;
+        let target = &mut self.orders[order].target_once;
+        *target = target.min(capacity);
     }
 
-    fn victim(&mut self, evictable: &mut dyn FnMut(ChunkId) -> bool) -> Option<ChunkId> {
-        let first = if self.residents.len(ONCE) as f64 > self.target_once { ONCE } else { TWICE };
-        for list in [first, ONCE + TWICE - first] {
+    fn victim(
+        &mut self,
+        order: usize,
+        looks: &mut u32,
+        evictable: &mut dyn FnMut(ChunkId) -> bool,
+    ) -> Option<ChunkId> {
+        let (once, twice) = (order * LISTS + ONCE, order * LISTS + TWICE);
+        let once_first = self.residents.len(once) as f64 > self.orders[order].target_once;
+        for list in if once_first { [once, twice] } else { [twice, once] } {
             // One look at each: a refused chunk goes to its list's warm end and would be met again.
             for _ in 0..self.residents.len(list) {
+                *looks = looks.checked_sub(1)?;
                 let id = self.residents.coldest(list)?;
                 if evictable(id) {
                     return Some(id);
@@ -137,13 +179,18 @@ impl Policy for Arc {
         None
     }
 
-    fn len(&self) -> usize {
-        self.residents.len(ONCE) + self.residents.len(TWICE)
+    fn forget(&mut self, order: usize) {
+        // Its ghosts are nobody's: nothing has their hashes, and others' take their places.
+        self.orders[order] = Order::default();
     }
 
-    fn dump(&self) -> Vec<ChunkId> {
-        let (mut once, twice) = (self.residents.dump(ONCE), self.residents.dump(TWICE));
-        for list in [ONCE, TWICE] {
+    fn len(&self, order: usize) -> usize {
+        self.residents.len(order * LISTS + ONCE) + self.residents.len(order * LISTS + TWICE)
+    }
+
+    fn dump(&self, order: usize) -> Vec<ChunkId> {
+        let lists = [ONCE, TWICE].map(|list| order * LISTS + list);
+        for list in lists {
             let ghosts = self.ghosts.dump(list).len();
             assert!(
                 ghosts <= self.hashes.len(),
@@ -151,14 +198,9 @@ impl Policy for Arc {
                 self.hashes.len()
             );
         }
-        let capacity = self.capacity();
-        assert!(
-            (0.0..=capacity as f64).contains(&self.target_once),
-            "target {} of {capacity}",
-            self.target_once
-        );
-        once.extend(twice);
-        once
+        let (capacity, target) = (self.capacity(order), self.orders[order].target_once);
+        assert!((0.0..=capacity as f64).contains(&target), "target {target} of {capacity}");
+        lists.into_iter().flat_map(|list| self.residents.dump(list)).collect()
     }
 }
 
@@ -225,52 +267,52 @@ mod tests {
             capacity in 1..12_usize,
             accesses in proptest::collection::vec((0..30_u64, proptest::option::of(0..30_u64)), 1..600),
         ) {
-            let mut arc = Arc::new(capacity);
+            let mut arc = Arc::new(capacity).unwrap();
             let mut reference = Reference { capacity, ..Reference::default() };
             let mut contents: Vec<u64> = Vec::new();
             for (block, parent) in accesses {
                 let id_of = |contents: &[u64], block| contents.iter().position(|&other| other == block);
                 let evicted = reference.access(block, parent);
                 if let Some(id) = id_of(&contents, block) {
-                    arc.touch(id as ChunkId);
+                    arc.touch(id as ChunkId, None);
                 } else {
                     let id = if contents.len() < capacity {
                         contents.push(block);
                         contents.len() - 1
                     } else {
-                        let id = arc.victim(&mut |_| true).unwrap();
+                        let id = arc.victim(0, &mut u32::MAX.clone(), &mut |_| true).unwrap();
                         prop_assert_eq!(Some(contents[id as usize]), evicted);
                         arc.remove(id, true);
                         contents[id as usize] = block;
                         id as usize
                     };
                     let parent = parent.filter(|&parent| parent != block).and_then(|parent| id_of(&contents, parent));
-                    arc.insert(id as ChunkId, block, parent.map(|parent| parent as ChunkId));
+                    arc.insert(0, id as ChunkId, block, parent.map(|parent| parent as ChunkId));
                 }
-                let order: Vec<u64> = arc.dump().iter().map(|&id| contents[id as usize]).collect();
+                let order: Vec<u64> = arc.dump(0).iter().map(|&id| contents[id as usize]).collect();
                 prop_assert_eq!(order, reference.t.concat());
                 prop_assert_eq!(arc.residents.len(ONCE), reference.t[0].len());
                 prop_assert_eq!([arc.ghosts.dump(ONCE), arc.ghosts.dump(TWICE)], reference.b.clone());
-                prop_assert_eq!(arc.target_once, reference.p);
+                prop_assert_eq!(arc.orders[0].target_once, reference.p);
             }
         }
 
         /// Calls that no fixed capacity makes: refusals, removals without need, room made before it is full.
         #[test]
         fn keeps_its_invariants_whatever_is_called(ops in ops()) {
-            let mut arc = Arc::new(32);
+            let mut arc = Arc::new(32).unwrap();
             let mut resident: Vec<Option<u64>> = vec![None; 32];
             let mut ghosts = BTreeSet::new();
             for op in ops {
                 match op {
                     Op::Insert { id, hash, parent } if resident[id as usize].is_none() => {
                         let was_ghost = ghosts.remove(&hash);
-                        arc.insert(id, hash, parent);
+                        arc.insert(0, id, hash, parent);
                         prop_assert_eq!(arc.residents.list_of(id), Some(if was_ghost { TWICE } else { ONCE }));
                         resident[id as usize] = Some(hash);
                     }
-                    Op::Touch(id) if resident[id as usize].is_some() => {
-                        arc.touch(id);
+                    Op::Touch { id, .. } if resident[id as usize].is_some() => {
+                        arc.touch(id, None);
                         prop_assert_eq!(arc.residents.list_of(id), Some(TWICE));
                     }
                     Op::Remove { id, evicted } if resident[id as usize].is_some() => {
@@ -288,45 +330,45 @@ mod tests {
                         ghosts = now;
                     }
                     Op::Victim { refused } => {
-                        let before = arc.dump();
-                        let victim = arc.victim(&mut |id| refused & 1 << id == 0);
+                        let before = arc.dump(0);
+                        let victim = arc.victim(0, &mut u32::MAX.clone(), &mut |id| refused & 1 << id == 0);
                         let may_go = |id: &ChunkId| refused & 1 << *id == 0;
                         prop_assert_eq!(victim.is_some(), before.iter().any(may_go));
                         prop_assert!(victim.is_none_or(|id| may_go(&id) && before.contains(&id)));
                     }
                     _ => {}
                 }
-                let mut dump = arc.dump();
+                let mut dump = arc.dump(0);
                 dump.sort_unstable();
                 let expected: Vec<ChunkId> = (0..32).filter(|&id| resident[id as usize].is_some()).collect();
                 prop_assert_eq!(&dump, &expected);
-                prop_assert_eq!(arc.len(), expected.len());
+                prop_assert_eq!(arc.len(0), expected.len());
             }
         }
     }
 
     #[test]
     fn a_burst_that_never_comes_back_leaves_what_did() {
-        let mut arc = Arc::new(10);
+        let mut arc = Arc::new(10).unwrap();
         for id in 0..5 {
-            arc.insert(id, u64::from(id), None);
+            arc.insert(0, id, u64::from(id), None);
         }
-        (0..5).for_each(|id| arc.touch(id));
+        (0..5).for_each(|id| arc.touch(id, None));
         for id in 5..10 {
-            arc.insert(id, u64::from(id), None);
+            arc.insert(0, id, u64::from(id), None);
         }
         for hash in 100..200 {
-            let id = arc.victim(&mut |_| true).unwrap();
+            let id = arc.victim(0, &mut u32::MAX.clone(), &mut |_| true).unwrap();
             assert!(id >= 5, "chunk {id} was used twice");
             arc.remove(id, true);
-            arc.insert(id, hash, None);
+            arc.insert(0, id, hash, None);
         }
     }
 
     /// A policy with room for `capacity` chunks, full, and what it holds: chunk n of hash n.
     fn full(capacity: u32) -> Arc {
-        let mut arc = Arc::new(capacity as usize);
-        (0..capacity).for_each(|id| arc.insert(id, u64::from(id), None));
+        let mut arc = Arc::new(capacity as usize).unwrap();
+        (0..capacity).for_each(|id| arc.insert(0, id, u64::from(id), None));
         arc
     }
 
@@ -336,8 +378,8 @@ mod tests {
         arc.remove(0, true);
         arc.remove(1, false);
         assert_eq!(arc.ghosts.dump(ONCE), [0]);
-        arc.insert(1, 1, None);
-        arc.insert(0, 0, None);
+        arc.insert(0, 1, 1, None);
+        arc.insert(0, 0, 0, None);
         assert_eq!([0, 1].map(|id| arc.residents.list_of(id)), [Some(TWICE), Some(ONCE)]);
     }
 
@@ -345,10 +387,10 @@ mod tests {
     fn the_capacity_is_what_was_resident_before_room_was_made() {
         let mut arc = full(10);
         (0..4).for_each(|id| arc.remove(id, true));
-        assert_eq!((arc.len(), arc.capacity()), (6, 10), "within a batch");
-        arc.insert(0, 100, None);
+        assert_eq!((arc.len(0), arc.capacity(0)), (6, 10), "within a batch");
+        arc.insert(0, 0, 100, None);
         arc.remove(9, true);
-        assert_eq!((arc.len(), arc.capacity()), (6, 7), "the next batch begins lower");
+        assert_eq!((arc.len(0), arc.capacity(0)), (6, 7), "the next batch begins lower");
     }
 
     #[test]
@@ -357,16 +399,16 @@ mod tests {
         arc.remove(0, true);
         for hash in 0..8 {
             // Each comes back as a ghost from T1 and leaves another one.
-            arc.insert(hash as ChunkId, hash, None);
+            arc.insert(0, hash as ChunkId, hash, None);
             arc.remove(hash as ChunkId + 1, true);
         }
-        assert!(arc.target_once >= 8.0, "{}", arc.target_once);
-        for id in arc.dump() {
+        assert!(arc.orders[0].target_once >= 8.0, "{}", arc.orders[0].target_once);
+        for id in arc.dump(0) {
             arc.remove(id, false);
         }
-        arc.insert(0, 200, None);
+        arc.insert(0, 0, 200, None);
         arc.remove(0, true);
-        arc.dump();
-        assert!(arc.target_once <= 2.0, "{}", arc.target_once);
+        arc.dump(0);
+        assert!(arc.orders[0].target_once <= 2.0, "{}", arc.orders[0].target_once);
     }
 }

@@ -1,4 +1,4 @@
-//! Ghosts: chunks that were evicted, remembered by hash alone, on two lists from warm to cold.
+//! Ghosts: chunks that were evicted, remembered by hash alone, on two lists of each order, from warm to cold.
 //!
 //! A hash is found through an open-addressing table (linear probing, half full at most, holes closed on removal,
 //! so no tombstones pile up). All memory is taken by [`Ghosts::new`], zeroed and untouched until used.
@@ -7,32 +7,37 @@
 //! hashes of its own making, never a client's bytes.
 
 use super::lists::Lists;
+use super::{NoMemory, ORDERS};
+use crate::lazy::Lazy;
 
-/// The list of nodes that were used once and are free again.
-const FREE: usize = 2;
+/// Two for each order; the last one is of nodes that were used once and are free again.
+const LISTS: usize = 2 * ORDERS + 1;
+const FREE: usize = LISTS - 1;
 
 /// The most ghosts that one [`Ghosts::push`] drops. A list exceeds its bound by more only when the bound fell, and
 /// then the excess goes over the next calls, so that no single one takes long.
 const DROPS_PER_PUSH: usize = 4;
 
-/// A bounded set of 64-bit hashes on the lists 0 and 1.
+/// A bounded set of 64-bit hashes on the lists below [`FREE`].
 pub(super) struct Ghosts {
-    /// Lists 0 and 1 are the ghosts', the third is of free nodes.
-    lists: Lists<3>,
-    /// The hash of each node that is on list 0 or 1.
-    hashes: Vec<u64>,
+    lists: Lists<LISTS>,
+    /// The hash of each ghost's node.
+    hashes: Lazy<u64>,
     /// Nodes from here on were never used: they are on no list, their pages untouched.
     fresh: u32,
     /// The table: a node's number + 1; 0 is empty. Its length is a power of two.
-    table: Vec<u32>,
+    table: Lazy<u32>,
+    /// Where a node comes from when all are in use and the list that needs one has none: the next list's coldest.
+    from: usize,
 }
 
 impl Ghosts {
-    /// Takes memory for `per_list` ghosts on each of the two lists: 28 to 36 bytes a ghost.
-    pub(super) fn new(per_list: usize) -> Self {
+    /// Takes memory for twice `per_list` ghosts, in all orders together: 28 to 36 bytes a ghost.
+    pub(super) fn new(per_list: usize) -> Result<Self, NoMemory> {
         let capacity = 2 * per_list;
         let table_len = (2 * capacity).next_power_of_two();
-        Self { lists: Lists::new(capacity), hashes: vec![0; capacity], fresh: 0, table: vec![0; table_len] }
+        let (lists, hashes, table) = (Lists::new(capacity)?, Lazy::new(capacity)?, Lazy::new(table_len)?);
+        Ok(Self { lists, hashes, fresh: 0, table, from: 0 })
     }
 
     /// How many ghosts are on `list`.
@@ -58,9 +63,16 @@ impl Ghosts {
                 self.lists.unlink(node);
                 node
             }
-            None => {
+            None if (self.fresh as usize) < self.hashes.len() => {
                 self.fresh += 1;
                 self.fresh - 1
+            }
+            // Other orders have them all: what was evicted there long ago. Each ghost takes one of theirs.
+            None => {
+                self.drop_any(list);
+                let Some(node) = self.lists.coldest(FREE) else { return };
+                self.lists.unlink(node);
+                node
             }
         };
         self.hashes[node as usize] = hash;
@@ -91,6 +103,15 @@ impl Ghosts {
         if let Some(node) = self.lists.coldest(list) {
             self.take(self.hashes[node as usize]);
         }
+    }
+
+    /// Forgets a ghost of another list than this one.
+    fn drop_any(&mut self, list: usize) {
+        let lists = (0..FREE).map(|step| (self.from + step) % FREE);
+        let other = lists.clone().find(|other| *other != list && self.len(*other) > 0);
+        let Some(other) = other.or_else(|| lists.clone().find(|other| self.len(*other) > 0)) else { return };
+        self.from = (other + 1) % FREE;
+        self.drop_coldest(other);
     }
 
     fn forget(&mut self, slot: usize, node: u32) {
@@ -128,7 +149,7 @@ impl Ghosts {
     pub(super) fn dump(&self, list: usize) -> Vec<u64> {
         let nodes = self.lists.dump(list);
         let entries = self.table.iter().filter(|&&entry| entry != 0).count();
-        assert_eq!(entries, self.len(0) + self.len(1), "entries in the table");
+        assert_eq!(entries, (0..FREE).map(|list| self.len(list)).sum::<usize>(), "entries in the table");
         assert_eq!(self.lists.dump(FREE).len() + entries, self.fresh as usize, "nodes ever used");
         for &node in &nodes {
             let mut slot = self.home(self.hashes[node as usize]);
@@ -160,7 +181,7 @@ mod tests {
             per_list in 0..9_usize,
             ops in proptest::collection::vec((0..3_usize, 0..40_u64, 0..9_usize), 1..400),
         ) {
-            let mut ghosts = Ghosts::new(per_list);
+            let mut ghosts = Ghosts::new(per_list).unwrap();
             let mut model = [Vec::new(), Vec::new()];
             for (op, hash, bound) in ops {
                 let on = model.iter().position(|list| list.contains(&hash));
@@ -185,9 +206,18 @@ mod tests {
     }
 
     #[test]
+    fn an_order_that_comes_late_takes_its_ghosts_from_the_others() {
+        let mut ghosts = Ghosts::new(4).unwrap();
+        (0..4).for_each(|hash| ghosts.push(0, hash, 4));
+        (4..8).for_each(|hash| ghosts.push(1, hash, 4));
+        (8..12).for_each(|hash| ghosts.push(9, hash, 4));
+        assert_eq!([0, 1, 9].map(|list| ghosts.dump(list)), [vec![2, 3], vec![6, 7], vec![8, 9, 10, 11]]);
+    }
+
+    #[test]
     fn dense_and_strided_hashes_probe_short() {
         for step in [1, 64, 1 << 32, 0x9e37_79b9_7f4a_7c15] {
-            let mut ghosts = Ghosts::new(4096);
+            let mut ghosts = Ghosts::new(4096).unwrap();
             (0..4096_u64).for_each(|n| ghosts.push(0, n.wrapping_mul(step), 4096));
             let far = |n: u64| {
                 let node = n as u32 + 1;

@@ -3,6 +3,8 @@
 //! Zeroed memory means "on no list", so the nodes come from the system untouched and a page is taken only
 //! when a node on it is first used. A link is the neighbour's number + 1; 0 is "none".
 
+use crate::lazy::{Lazy, NoMemory};
+
 /// A node's words: kept together, because a step along a list needs all of them.
 type Node = [u32; 3];
 /// The link to the next node towards the warm end.
@@ -17,7 +19,7 @@ const LIST: usize = 2;
 /// A call about a node in the wrong state is a bug in the caller: debug builds stop there, release builds
 /// ignore the call, and the lists stay whole either way.
 pub(super) struct Lists<const LISTS: usize> {
-    nodes: Vec<Node>,
+    nodes: Lazy<Node>,
     ends: [Ends; LISTS],
 }
 
@@ -30,10 +32,9 @@ struct Ends {
 
 impl<const LISTS: usize> Lists<LISTS> {
     /// Takes memory for `nodes` nodes, all on no list.
-    pub(super) fn new(nodes: usize) -> Self {
+    pub(super) fn new(nodes: usize) -> Result<Self, NoMemory> {
         assert!(nodes < u32::MAX as usize, "nodes are numbered by 32 bits, and {nodes} were asked for");
-        // `vec!` of zeroed integers, or arrays of them, is calloc: fresh pages stay untouched.
-        Self { nodes: vec![[0; 3]; nodes], ends: [Ends::default(); LISTS] }
+        Ok(Self { nodes: Lazy::new(nodes)?, ends: [Ends::default(); LISTS] })
     }
 
     /// The list that `node` is on; `None` also for a node out of range.
@@ -83,6 +84,13 @@ impl<const LISTS: usize> Lists<LISTS> {
     pub(super) fn move_warm(&mut self, list: usize, node: u32) {
         if self.unlink(node).is_some() {
             self.push_warm(list, node);
+        }
+    }
+
+    /// Takes `node` off its list and puts it on the list of `front`, just behind it.
+    pub(super) fn move_behind(&mut self, front: u32, node: u32) {
+        if front != node && self.unlink(node).is_some() {
+            self.push_behind(front, node);
         }
     }
 

@@ -1,17 +1,14 @@
-//! Least recently used: one list, warm end to cold end.
+//! Least recently used: one list for each order, warm end to cold end.
 //!
 //! It does not resist a scan: a burst of prompts that never come back pushes everything else out. Where the
 //! cache is small against what passes through it, see [`arc`](super::arc).
 
 use super::lists::Lists;
-use super::{ChunkId, MAX_CHUNKS, Policy};
-
-/// The one list there is.
-const ALL: usize = 0;
+use super::{ChunkId, MAX_CHUNKS, NoMemory, ORDERS, Policy};
 
 /// The least-recently-used order. Every call is O(1), [`victim`](Policy::victim) amortised.
 pub struct Lru {
-    order: Lists<1>,
+    orders: Lists<ORDERS>,
 }
 
 impl Lru {
@@ -20,12 +17,16 @@ impl Lru {
     /// # Panics
     ///
     /// If `max_chunks` is above [`MAX_CHUNKS`].
-    pub fn new(max_chunks: usize) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// The system has no address space for it.
+    pub fn new(max_chunks: usize) -> Result<Self, NoMemory> {
         assert!(
             max_chunks <= MAX_CHUNKS,
             "a policy orders at most {MAX_CHUNKS} chunks, and {max_chunks} were asked for"
         );
-        Self { order: Lists::new(max_chunks) }
+        Ok(Self { orders: Lists::new(max_chunks)? })
     }
 }
 
@@ -34,40 +35,55 @@ impl Policy for Lru {
         "lru"
     }
 
-    fn insert(&mut self, id: ChunkId, _hash: u64, parent: Option<ChunkId>) {
+    fn insert(&mut self, order: usize, id: ChunkId, _hash: u64, parent: Option<ChunkId>) {
         match parent {
             // Also where the parent is not the warmest: a leaf stored late must not outlive its prefix.
-            Some(parent) if self.order.list_of(parent).is_some() => self.order.push_behind(parent, id),
-            _ => self.order.push_warm(ALL, id),
+            Some(parent) if self.orders.list_of(parent) == Some(order) => self.orders.push_behind(parent, id),
+            _ => self.orders.push_warm(order, id),
         }
     }
 
-    fn touch(&mut self, id: ChunkId) {
-        self.order.move_warm(ALL, id);
+    fn touch(&mut self, id: ChunkId, front: Option<ChunkId>) {
+        let Some(order) = self.orders.list_of(id) else {
+            debug_assert!(false, "chunk {id} is not resident");
+            return;
+        };
+        match front {
+            Some(front) if self.orders.list_of(front) == Some(order) => self.orders.move_behind(front, id),
+            _ => self.orders.move_warm(order, id),
+        }
     }
 
     fn remove(&mut self, id: ChunkId, _evicted: bool) {
-        self.order.unlink(id);
+        self.orders.unlink(id);
     }
 
-    fn victim(&mut self, evictable: &mut dyn FnMut(ChunkId) -> bool) -> Option<ChunkId> {
+    fn victim(
+        &mut self,
+        order: usize,
+        looks: &mut u32,
+        evictable: &mut dyn FnMut(ChunkId) -> bool,
+    ) -> Option<ChunkId> {
         // One look at each resident chunk: a refused one goes to the warm end and would be met again.
-        for _ in 0..self.len() {
-            let id = self.order.coldest(ALL)?;
+        for _ in 0..self.len(order) {
+            *looks = looks.checked_sub(1)?;
+            let id = self.orders.coldest(order)?;
             if evictable(id) {
                 return Some(id);
             }
-            self.order.move_warm(ALL, id);
+            self.orders.move_warm(order, id);
         }
         None
     }
 
-    fn len(&self) -> usize {
-        self.order.len(ALL)
+    fn forget(&mut self, _order: usize) {}
+
+    fn len(&self, order: usize) -> usize {
+        self.orders.len(order)
     }
 
-    fn dump(&self) -> Vec<ChunkId> {
-        self.order.dump(ALL)
+    fn dump(&self, order: usize) -> Vec<ChunkId> {
+        self.orders.dump(order)
     }
 }
 
@@ -92,9 +108,11 @@ mod tests {
             self.0.retain(|&other| other != id);
         }
 
-        fn touch(&mut self, id: ChunkId) {
-            self.remove(id);
-            self.0.push(id);
+        fn touch(&mut self, id: ChunkId, front: Option<ChunkId>) {
+            if front != Some(id) {
+                self.remove(id);
+                self.insert(id, front);
+            }
         }
 
         fn victim(&mut self, refused: u32) -> Option<ChunkId> {
@@ -102,7 +120,7 @@ mod tests {
                 if refused & 1 << id == 0 {
                     return Some(id);
                 }
-                self.touch(id);
+                self.touch(id, None);
             }
             None
         }
@@ -113,41 +131,42 @@ mod tests {
 
         #[test]
         fn does_what_the_model_does(ops in ops()) {
-            let (mut lru, mut model) = (Lru::new(32), Model::default());
+            let (mut lru, mut model) = (Lru::new(32).unwrap(), Model::default());
             for op in ops {
                 let resident = |id: &ChunkId| model.0.contains(id);
                 match op {
                     Op::Insert { id, parent, .. } if !resident(&id) => {
                         // A parent that is not resident is as good as none.
-                        lru.insert(id, 0, parent);
+                        lru.insert(5, id, 0, parent);
                         model.insert(id, parent);
                     }
-                    Op::Touch(id) if resident(&id) => {
-                        lru.touch(id);
-                        model.touch(id);
+                    Op::Touch { id, front } if resident(&id) => {
+                        lru.touch(id, front);
+                        model.touch(id, front);
                     }
                     Op::Remove { id, evicted } if resident(&id) => {
                         lru.remove(id, evicted);
                         model.remove(id);
                     }
                     Op::Victim { refused } => {
-                        prop_assert_eq!(lru.victim(&mut |id| refused & 1 << id == 0), model.victim(refused));
+                        let victim = lru.victim(5, &mut u32::MAX.clone(), &mut |id| refused & 1 << id == 0);
+                        prop_assert_eq!(victim, model.victim(refused));
                     }
                     _ => {}
                 }
-                prop_assert_eq!(lru.dump(), &model.0[..]);
-                prop_assert_eq!(lru.len(), model.0.len());
+                prop_assert_eq!(lru.dump(5), &model.0[..]);
+                prop_assert_eq!(lru.len(5), model.0.len());
             }
         }
     }
 
     #[test]
     fn a_leaf_stored_late_goes_just_behind_its_parent() {
-        let mut lru = Lru::new(4);
-        lru.insert(0, 0, None);
-        lru.insert(1, 0, Some(0));
-        lru.insert(2, 0, None);
-        lru.insert(3, 0, Some(1));
-        assert_eq!(lru.dump(), [3, 1, 0, 2]);
+        let mut lru = Lru::new(4).unwrap();
+        lru.insert(0, 0, 0, None);
+        lru.insert(0, 1, 0, Some(0));
+        lru.insert(0, 2, 0, None);
+        lru.insert(0, 3, 0, Some(1));
+        assert_eq!(lru.dump(0), [3, 1, 0, 2]);
     }
 }

@@ -1,8 +1,9 @@
 //! Which chunk goes when room is needed: one trait, one file per policy, all the same shape.
 //!
-//! A policy orders the chunks of one namespace. It knows nothing of slots, leases or shared memory; the
-//! cache tells it what was inserted, used and removed, and asks for the coldest chunk that may go.
-//! Everything a policy needs is taken when it is made: no call allocates from the heap.
+//! A policy orders the chunks of each namespace by themselves, all of them in the same tables. It knows nothing of slots,
+//! leases or shared memory; the cache tells it what was inserted, used and removed, and asks for the coldest chunk that
+//! may go. Everything a policy needs is taken when it is made, which is when the engine starts: no call allocates from the
+//! heap, and a namespace that is registered costs no memory.
 //!
 //! | policy | right for | why |
 //! | --- | --- | --- |
@@ -16,6 +17,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::lazy::NoMemory;
+
 pub mod arc;
 mod ghosts;
 mod lists;
@@ -26,41 +29,54 @@ mod tests;
 /// A chunk's place in the cache's private chunk table; dense, reused after a removal.
 pub type ChunkId = u32;
 
-/// The order in which one namespace's chunks are evicted.
+/// Orders that a policy keeps, one for each namespace.
+pub const ORDERS: usize = 64;
+
+/// The orders in which chunks are evicted: one order for each namespace, by its number below [`ORDERS`].
 ///
-/// Chains are touched *tail first* by the caller, so that the head of a prefix ends as the warmest and
-/// leaves go first. Polls and retries are not accesses: the caller filters them out.
+/// The head of a chain is warmer than what follows it, so that leaves go first. Polls and retries are not accesses: the
+/// caller filters them out.
 pub trait Policy: Send {
     /// The name used in configuration, statistics and tables: `lru`, `arc`.
     fn name(&self) -> &'static str;
 
-    /// A chunk that was not resident now is. `hash` identifies its content across residencies (for ghost
+    /// A chunk that was not resident now is, in this order. `hash` identifies its content across residencies (for ghost
     /// lists); `parent` is the chunk just before it in its chain, where that is resident: a new leaf is
     /// colder than its parent, however late it is stored.
-    fn insert(&mut self, id: ChunkId, hash: u64, parent: Option<ChunkId>);
+    fn insert(&mut self, order: usize, id: ChunkId, hash: u64, parent: Option<ChunkId>);
 
-    /// A resident chunk was used.
-    fn touch(&mut self, id: ChunkId);
+    /// A resident chunk was used: it becomes the warmest; or where one in front of it in its chain was touched in the same
+    /// access, just colder than that `front`. So a chain is touched from its head on, in as many pieces as there are.
+    fn touch(&mut self, id: ChunkId, front: Option<ChunkId>);
 
     /// A resident chunk is gone. `evicted` is true where room was needed (ghost lists remember it) and false
     /// where it was cleared, replaced or aborted.
     fn remove(&mut self, id: ChunkId, evicted: bool);
 
-    /// The coldest chunk for which `evictable` holds; the caller then calls [`Policy::remove`].
+    /// The coldest chunk of this order for which `evictable` holds; the caller then calls [`Policy::remove`].
     /// A chunk that is refused is in use, and may be moved to the warm end, so that the next call does not
-    /// meet it again: a scan is amortised O(1). `None` when every chunk was refused.
-    fn victim(&mut self, evictable: &mut dyn FnMut(ChunkId) -> bool) -> Option<ChunkId>;
+    /// meet it again: a scan is amortised O(1). Each look takes one off `looks`; `None` when there are none left, or every
+    /// chunk was refused.
+    fn victim(
+        &mut self,
+        order: usize,
+        looks: &mut u32,
+        evictable: &mut dyn FnMut(ChunkId) -> bool,
+    ) -> Option<ChunkId>;
 
-    /// How many chunks are resident.
-    fn len(&self) -> usize;
+    /// The order, in which nothing is resident, is another namespace's from now on.
+    fn forget(&mut self, order: usize);
 
-    /// True when no chunk is resident.
-    fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// How many chunks of this order are resident.
+    fn len(&self, order: usize) -> usize;
+
+    /// True when no chunk of this order is resident.
+    fn is_empty(&self, order: usize) -> bool {
+        self.len(order) == 0
     }
 
     /// The resident chunks, coldest first; asserts the policy's own invariants. For tests and self-checks.
-    fn dump(&self) -> Vec<ChunkId>;
+    fn dump(&self, order: usize) -> Vec<ChunkId>;
 }
 
 /// The most chunks that one policy can order: links are 32-bit, and there are two ghosts to a chunk.
@@ -120,9 +136,13 @@ impl FromStr for PolicyKind {
 /// # Panics
 ///
 /// If `max_chunks` is above [`MAX_CHUNKS`].
-pub fn build(kind: PolicyKind, max_chunks: usize) -> Box<dyn Policy> {
-    match kind {
-        PolicyKind::Lru => Box::new(lru::Lru::new(max_chunks)),
-        PolicyKind::Arc => Box::new(arc::Arc::new(max_chunks)),
-    }
+///
+/// # Errors
+///
+/// The system has no address space for it.
+pub fn build(kind: PolicyKind, max_chunks: usize) -> Result<Box<dyn Policy>, NoMemory> {
+    Ok(match kind {
+        PolicyKind::Lru => Box::new(lru::Lru::new(max_chunks)?),
+        PolicyKind::Arc => Box::new(arc::Arc::new(max_chunks)?),
+    })
 }

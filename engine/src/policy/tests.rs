@@ -12,7 +12,10 @@ pub(super) enum Op {
         hash: u64,
         parent: Option<ChunkId>,
     },
-    Touch(ChunkId),
+    Touch {
+        id: ChunkId,
+        front: Option<ChunkId>,
+    },
     Remove {
         id: ChunkId,
         evicted: bool,
@@ -29,7 +32,7 @@ pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         4 => (id.clone(), 0..32_u64, proptest::option::of(id.clone()))
             .prop_map(|(id, hash, parent)| Op::Insert { id, hash, parent }),
-        2 => id.clone().prop_map(Op::Touch),
+        2 => (id.clone(), proptest::option::of(id.clone())).prop_map(|(id, front)| Op::Touch { id, front }),
         2 => (id, any::<bool>()).prop_map(|(id, evicted)| Op::Remove { id, evicted }),
         1 => (any::<u32>(), any::<u32>()).prop_map(|(a, b)| Op::Victim { refused: a & b }),
         1 => Just(Op::Victim { refused: u32::MAX }),
@@ -38,14 +41,14 @@ pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
 }
 
 fn policies(max_chunks: usize) -> impl Iterator<Item = Box<dyn Policy>> {
-    PolicyKind::ALL.into_iter().map(move |kind| build(kind, max_chunks))
+    PolicyKind::ALL.into_iter().map(move |kind| build(kind, max_chunks).unwrap())
 }
 
 #[test]
 fn names_are_parsed_printed_and_serialised_alike() {
     for kind in PolicyKind::ALL {
         assert_eq!(kind.to_string().parse(), Ok(kind));
-        assert_eq!(build(kind, 1).name(), kind.name());
+        assert_eq!(build(kind, 1).unwrap().name(), kind.name());
         let toml = toml::to_string(&std::collections::BTreeMap::from([("policy", kind)])).unwrap();
         assert_eq!(toml.trim(), format!("policy = \"{kind}\""));
     }
@@ -59,20 +62,29 @@ fn names_are_parsed_printed_and_serialised_alike() {
 #[test]
 fn a_chain_goes_leaf_first_however_it_was_stored_and_used() {
     for mut policy in policies(8) {
-        policy.insert(0, 100, None);
-        policy.insert(1, 101, Some(0));
-        policy.insert(2, 102, Some(1));
-        assert_eq!(policy.dump(), [2, 1, 0], "{}: stored", policy.name());
-        for id in [2, 1, 0] {
-            policy.touch(id);
+        policy.insert(3, 0, 100, None);
+        policy.insert(3, 1, 101, Some(0));
+        policy.insert(3, 2, 102, Some(1));
+        assert_eq!(policy.dump(3), [2, 1, 0], "{}: stored", policy.name());
+        policy.insert(3, 3, 103, None);
+        for (id, front) in [(0, None), (1, Some(0)), (2, Some(1))] {
+            policy.touch(id, front);
         }
-        assert_eq!(policy.dump(), [2, 1, 0], "{}: touched tail-first", policy.name());
+        assert_eq!(policy.dump(3), [3, 2, 1, 0], "{}: touched from its head on", policy.name());
+        policy.touch(2, None);
+        policy.touch(1, Some(1));
+        assert_eq!(policy.dump(3), [3, 1, 0, 2], "{}: touched alone", policy.name());
+        policy.remove(3, false);
+        for id in [2, 1, 0] {
+            policy.touch(id, None);
+        }
+        assert_eq!(policy.dump(3), [2, 1, 0], "{}: touched tail-first", policy.name());
         for expected in [2, 1, 0] {
-            let id = policy.victim(&mut |_| true).unwrap();
+            let id = policy.victim(3, &mut u32::MAX.clone(), &mut |_| true).unwrap();
             assert_eq!(id, expected, "{}", policy.name());
             policy.remove(id, true);
         }
-        assert!(policy.is_empty());
+        assert!(policy.is_empty(3));
     }
 }
 
@@ -80,19 +92,51 @@ fn a_chain_goes_leaf_first_however_it_was_stored_and_used() {
 fn a_search_for_a_victim_looks_at_each_chunk_once() {
     for mut policy in policies(100) {
         for id in 0..100 {
-            policy.insert(id, u64::from(id), None);
+            policy.insert(3, id, u64::from(id), None);
         }
         // So that arc has both of its lists.
-        (0..40).for_each(|id| policy.touch(id));
+        (0..40).for_each(|id| policy.touch(id, None));
         let mut seen = Vec::new();
-        let found = policy.victim(&mut |id| {
+        let found = policy.victim(3, &mut u32::MAX.clone(), &mut |id| {
             seen.push(id);
             false
         });
         seen.sort_unstable();
         assert_eq!(found, None, "{}", policy.name());
         assert!(seen.iter().copied().eq(0..100), "{}: {seen:?}", policy.name());
-        assert_eq!(policy.len(), 100);
+        assert_eq!(policy.len(3), 100);
+    }
+}
+
+#[test]
+fn a_search_goes_on_where_its_looks_were_at_an_end() {
+    for mut policy in policies(100) {
+        for id in 0..100 {
+            policy.insert(3, id, u64::from(id), None);
+        }
+        let mut seen = Vec::new();
+        for _ in 0..10 {
+            let mut looks = 10;
+            let found = policy.victim(3, &mut looks, &mut |id| {
+                seen.push(id);
+                false
+            });
+            assert_eq!((found, looks), (None, 0), "{}", policy.name());
+        }
+        assert!(seen.iter().copied().eq(0..100), "{}: {seen:?}", policy.name());
+    }
+}
+
+#[test]
+fn orders_are_kept_apart() {
+    for mut policy in policies(8) {
+        for id in 0..8 {
+            policy.insert(id as usize % 2, id, u64::from(id), None);
+        }
+        policy.touch(0, Some(1));
+        assert_eq!((policy.dump(0), policy.len(1)), (vec![2, 4, 6, 0], 4), "{}", policy.name());
+        let victim = policy.victim(1, &mut u32::MAX.clone(), &mut |id| id > 1);
+        assert_eq!(victim, Some(3), "{}", policy.name());
     }
 }
 
@@ -100,11 +144,11 @@ fn a_search_for_a_victim_looks_at_each_chunk_once() {
 fn a_refused_chunk_is_not_met_again_soon() {
     for mut policy in policies(100) {
         for id in 0..100 {
-            policy.insert(id, u64::from(id), None);
+            policy.insert(3, id, u64::from(id), None);
         }
         let mut looks = 0;
         for expected in 10..20 {
-            let id = policy.victim(&mut |id| {
+            let id = policy.victim(3, &mut u32::MAX.clone(), &mut |id| {
                 looks += 1;
                 id >= 10
             });
@@ -132,14 +176,18 @@ fn memory_for_many_chunks_is_not_touched_until_used() {
 #[test]
 fn a_call_in_the_wrong_state_stops_a_debug_build_and_harms_no_release_build() {
     for kind in PolicyKind::ALL {
-        let wrong: [fn(&mut dyn Policy); 4] =
-            [|p| p.touch(1), |p| p.remove(1, true), |p| p.insert(0, 0, None), |p| p.insert(4, 0, None)];
+        let wrong: [fn(&mut dyn Policy); 4] = [
+            |p| p.touch(1, None),
+            |p| p.remove(1, true),
+            |p| p.insert(3, 0, 0, None),
+            |p| p.insert(3, 4, 0, None),
+        ];
         for call in wrong {
             let result = std::panic::catch_unwind(|| {
-                let mut policy = build(kind, 4);
-                policy.insert(0, 0, None);
+                let mut policy = build(kind, 4).unwrap();
+                policy.insert(3, 0, 0, None);
                 call(&mut *policy);
-                policy.dump()
+                policy.dump(3)
             });
             assert_eq!(result.is_err(), cfg!(debug_assertions), "{kind}");
             assert!(

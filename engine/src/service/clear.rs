@@ -25,7 +25,8 @@ pub(super) struct Clearing {
 }
 
 impl Service {
-    /// Begins a clear; false when one is under way already.
+    /// Begins a clear; false when one is under way already, or while clients of the earlier engine are awaited: what they
+    /// have leased they have not said yet.
     pub(super) fn begin_clear(
         &mut self,
         entry: usize,
@@ -33,7 +34,7 @@ impl Service {
         ident: Ident,
         namespace: Option<u32>,
     ) -> bool {
-        let free = self.clearing.is_none();
+        let free = self.clearing.is_none() && !self.is_awaiting();
         if free {
             self.stat(Stat::Clears, 1);
             let asker = Some(Asker { entry, operation, ident });

@@ -2,7 +2,7 @@
 //!
 //! A living client keeps its life word, and with it its entry; so whatever was reserved for that entry is its own, and a
 //! message on that entry's channel is all the proof there is to give. What it does not declare is free when it says that it
-//! has declared everything. Until all have, or [`Awaited::grace_ns`] has passed, nothing is evicted.
+//! has declared everything. Until all have, or [`Awaited::grace_ns`] has passed, nothing is evicted, cleared or forgotten.
 
 use super::Service;
 use super::dispatch::{Done, refuse};
@@ -21,6 +21,12 @@ impl Service {
             self.awaited.until_ns = monotonic_ns().saturating_add(self.awaited.grace_ns);
             self.cache.hold_evictions(true);
         }
+    }
+
+    /// Are clients of the earlier engine waited for? Until they are back, or the grace is over, nothing of what they may
+    /// hold is taken away: nothing is evicted, cleared, or forgotten.
+    pub(super) fn is_awaiting(&self) -> bool {
+        self.cache.evictions_held()
     }
 
     /// Nobody waits for this client any more: it has declared everything, or is gone.
@@ -42,7 +48,7 @@ impl Service {
             let missing = self.awaited.entries.count_ones();
             tracing::warn!(
                 missing,
-                "clients of the earlier engine have not come back; evictions go on without them"
+                "clients of the earlier engine have not come back; evicting and clearing go on without them"
             );
         }
     }

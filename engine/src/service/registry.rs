@@ -2,6 +2,7 @@
 //! layout; keys never match across namespaces, because a namespace's id is part of every chunk's name.
 
 use super::Service;
+use crate::cache::RegisterError;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
 use kvring_shm_abi::failpoint;
@@ -13,21 +14,19 @@ use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 pub(crate) struct Registry {
     namespaces: Vec<Option<Known>>,
     largest_shard: u64,
-    /// Registrations so far.
-    registrations: u64,
 }
 
 /// Places of the table that are kept free for namespaces to come.
 const SPARE: usize = 8;
+/// Shard sizes that are kept free for them: a namespace has one for each rank, at most.
+const SIZES_SPARE: usize = RANKS_MAX;
 
 struct Known {
     fingerprint: [u64; 4],
     world: u32,
     chunk_tokens: u32,
     /// Layout digest and bytes per shard, by rank.
-    ranks: Vec<Option<(u64, u64)>>,
-    /// The count of registrations at its last one.
-    registered: u64,
+    ranks: [Option<(u64, u64)>; RANKS_MAX],
 }
 
 impl Registry {
@@ -36,7 +35,6 @@ impl Registry {
             namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
             // A shard is contiguous and does not cross a 1 GiB boundary.
             largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
-            registrations: 0,
         }
     }
 
@@ -51,14 +49,14 @@ impl Registry {
         if !(1..=RANKS_MAX as u32).contains(&world) {
             return Err(Nonsense { what: "world", expected: "1 to 64", got: u64::from(world) });
         }
-        let ranks: Vec<Option<(u64, u64)>> =
-            (0..world as usize).map(|rank| namespace.rank_layout(rank)).collect();
+        let rank_layout = |rank| if rank < world as usize { namespace.rank_layout(rank) } else { None };
+        let ranks: [Option<(u64, u64)>; RANKS_MAX] = core::array::from_fn(rank_layout);
         if let Some((_, bytes)) = ranks.iter().flatten().find(|(_, bytes)| *bytes > self.largest_shard) {
             return Err(Nonsense { what: "shard_bytes", expected: "what fits the arena", got: *bytes });
         }
         let (fingerprint, chunk_tokens) = (info.fingerprint, info.chunk_tokens);
         if let Some(place) = self.namespaces.get_mut(id) {
-            *place = Some(Known { fingerprint, world, chunk_tokens, ranks, registered: 0 });
+            *place = Some(Known { fingerprint, world, chunk_tokens, ranks });
         }
         Ok(())
     }
@@ -131,14 +129,16 @@ impl Service {
         if registration.shard_bytes > largest {
             return (Status::ShardTooLarge, [largest, 0, 0, 0]);
         }
-        let id = match self.registry.find(&registration.fingerprint) {
+        let known = self.registry.find(&registration.fingerprint);
+        let id = match known {
             Some(id) => id,
             None => match self.found_namespace(registration) {
                 Some(id) => id,
                 None => return (Status::TooManyNamespaces, [0; 4]),
             },
         };
-        let Some(known) = &mut self.registry.namespaces[id] else {
+        let is_new = known.is_none();
+        let Some(known) = &self.registry.namespaces[id] else {
             return (Status::TooManyNamespaces, [0; 4]);
         };
         let rank = registration.rank as usize;
@@ -164,20 +164,29 @@ impl Service {
             }
             Some(_) => {}
             None => {
-                known.ranks[rank] = Some((registration.layout, registration.shard_bytes));
-                let (world, bytes) = (registration.world, registration.shard_bytes);
-                if let Err(error) = self.cache.register(id as u32, world, registration.rank, bytes) {
-                    tracing::error!(%error, "the cache refused a namespace");
-                    known.ranks[rank] = None;
-                    return (Status::TooManyNamespaces, [0; 4]);
+                let (layout, bytes) = (registration.layout, registration.shard_bytes);
+                if let Err(error) = self.register_rank(id, registration) {
+                    tracing::error!(%error, "a registration is refused");
+                    if is_new {
+                        self.end_namespace(id);
+                    }
+                    return match error {
+                        RegisterError::TooManySizes { most, .. } => {
+                            (Status::TooManySizes, [most.into(), 0, 0, 0])
+                        }
+                        // All else was compared with what the registry knows, which is what the cache knows.
+                        _ => (Status::Busy, [0; 4]),
+                    };
+                }
+                if let Some(known) = &mut self.registry.namespaces[id] {
+                    known.ranks[rank] = Some((layout, bytes));
                 }
                 failpoint::here("rank.registered");
-                self.segments.engine.namespaces[id].set_rank(rank, registration.layout, bytes);
+                self.segments.engine.namespaces[id].set_rank(rank, layout, bytes);
                 failpoint::here("rank.published");
             }
         }
-        self.registry.registrations += 1;
-        known.registered = self.registry.registrations;
+        self.cache.use_namespace(id as u32);
         if let Some(connection) = &mut self.connections[entry] {
             connection.set_rank(id, registration.rank);
         }
@@ -190,50 +199,79 @@ impl Service {
         self.connections.iter().flatten().any(|connection| connection.uses(namespace))
     }
 
-    /// Each change of a model's weights or of vLLM's version makes a namespace, so the table fills up over the months. Before it
-    /// is full, the one that nobody uses and that was registered longest ago goes, in the background.
+    /// Gives a rank its shard size. Where there are too many, those of namespaces go that nobody uses and that hold nothing.
+    fn register_rank(&mut self, id: usize, registration: &Registration) -> Result<(), RegisterError> {
+        let Registration { world, rank, shard_bytes, .. } = *registration;
+        loop {
+            match self.cache.register(id as u32, world, rank, shard_bytes) {
+                Err(RegisterError::TooManySizes { .. }) if self.forget_an_empty_one(Some(id)).is_some() => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Each change of a model's weights or of vLLM's version makes a namespace, so the tables of namespaces and of shard sizes
+    /// fill up over the months. Before one is full, the namespace that nobody uses and that was used longest ago goes, in
+    /// the background. Not while clients of the earlier engine are awaited: who has not come back is not gone.
     fn make_room(&mut self) {
-        if self.registry.len() + SPARE <= NAMESPACES_MAX {
+        let (sizes, sizes_max) = self.cache.sizes();
+        let is_room = self.registry.len() + SPARE <= NAMESPACES_MAX && sizes + SIZES_SPARE <= sizes_max;
+        if is_room || self.is_awaiting() {
             return;
         }
-        let known = self.registry.namespaces.iter().enumerate();
-        let unused = known
-            .filter_map(|(id, known)| known.as_ref().map(|known| (known.registered, id)))
-            .filter(|(_, id)| !self.is_used(*id));
-        if let Some((_, id)) = unused.min() {
+        let known = (0..NAMESPACES_MAX).filter(|id| self.registry.namespaces[*id].is_some());
+        let unused = known.filter(|id| !self.is_used(*id));
+        if let Some(id) = unused.min_by_key(|id| self.cache.used(*id as u32)) {
             self.begin_retiring(id as u32);
         }
+    }
+
+    /// Forgets a namespace that nobody uses and that holds nothing, other than `but`; which one that was.
+    fn forget_an_empty_one(&mut self, but: Option<usize>) -> Option<usize> {
+        if self.is_awaiting() {
+            return None;
+        }
+        let mut candidates = (0..NAMESPACES_MAX).filter(|id| Some(*id) != but);
+        let id = candidates.find(|id| {
+            self.registry.namespaces[*id].is_some() && !self.is_used(*id) && self.cache.forget(*id as u32)
+        })?;
+        self.end_namespace(id);
+        Some(id)
+    }
+
+    /// It is forgotten: clients find it no longer.
+    fn end_namespace(&mut self, id: usize) {
+        self.segments.engine.namespaces[id].end();
+        failpoint::here("namespace.ended");
+        self.registry.namespaces[id] = None;
     }
 
     /// A namespace has been cleared to be forgotten, unless somebody uses it by now, or has leased some of it.
     pub(super) fn retire(&mut self, namespace: Option<u32>, dropped: u64) {
         let Some(id) = namespace else { return };
         if !self.is_used(id as usize) && self.cache.forget(id) {
-            self.segments.engine.namespaces[id as usize].end();
-            self.registry.namespaces[id as usize] = None;
+            self.end_namespace(id as usize);
             tracing::info!(
                 namespace = id,
                 dropped,
-                "namespace forgotten: nobody uses it, and the table is nearly full"
+                "namespace forgotten: nobody uses it, and the table of namespaces, or of shard sizes, is nearly full"
             );
         }
     }
 
     /// A place for a new namespace: a free one, or one that nobody uses and that holds nothing.
     fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
-        let id = (0..NAMESPACES_MAX)
-            .find(|id| self.registry.namespaces[*id].is_none())
-            .or_else(|| (0..NAMESPACES_MAX).find(|id| !self.is_used(*id) && self.cache.forget(*id as u32)))?;
-        self.segments.engine.namespaces[id].end();
-        failpoint::here("namespace.ended");
+        let free = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none());
+        let id = free.or_else(|| self.forget_an_empty_one(None))?;
+        // Whatever lies there, half made perhaps.
+        self.end_namespace(id);
         self.segments.engine.namespaces[id].begin(registration);
         failpoint::here("namespace.begun");
         self.registry.namespaces[id] = Some(Known {
             fingerprint: registration.fingerprint,
             world: registration.world,
             chunk_tokens: registration.chunk_tokens,
-            ranks: vec![None; registration.world as usize],
-            registered: 0,
+            ranks: [None; RANKS_MAX],
         });
         let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
         tracing::info!(

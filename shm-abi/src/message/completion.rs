@@ -31,6 +31,8 @@ abi! {
         ShardTooLarge = 7,
         /// More keys or records than a request may name: result 1 is the limit.
         TooMany = 8,
+        /// The table of shard sizes is full: result 1 is how many there may be.
+        TooManySizes = 9,
     }
 
     /// What two ranks of one namespace did not agree on.

@@ -162,7 +162,7 @@ mod tests {
         }
 
         #[test]
-        fn completions_survive_the_ring(operation in any::<u16>(), status in 0u16..9, results in any::<[u64; 4]>()) {
+        fn completions_survive_the_ring(operation in any::<u16>(), status in 0u16..10, results in any::<[u64; 4]>()) {
             let completion = Completion {
                 operation,
                 ident: Ident { incarnation: 2, nonce: 3 },

@@ -196,7 +196,7 @@ fn replay(
     // Where the engine has ended, or we were interrupted, everything else only follows from that.
     let (driven, checked, said) = driven.map_err(|error| engine.check(abort).err().unwrap_or(error))?;
     engine.stop()?;
-    let simulated = simulate::hit_rate(trace, resolved.policy, checked.capacity_chunks);
+    let simulated = simulate::hit_rate(trace, resolved.policy, checked.capacity_chunks)?;
     Ok((Report::new(args, resolved, trace, driven, &checked, &simulated), said))
 }
 

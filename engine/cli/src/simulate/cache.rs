@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use kvring_engine::policy::{self, ChunkId, Policy, PolicyKind};
+use kvring_engine::policy::{self, ChunkId, NoMemory, Policy, PolicyKind};
 
 use crate::trace::{Trace, TraceRequest};
 
@@ -38,15 +38,19 @@ impl SimResult {
 }
 
 /// Plays `trace` against one policy with room for `capacity_chunks` blocks, one block a chunk.
-pub(crate) fn hit_rate(trace: &Trace, policy: PolicyKind, capacity_chunks: usize) -> SimResult {
-    let mut cache = Cache::new(policy, capacity_chunks);
+pub(crate) fn hit_rate(
+    trace: &Trace,
+    policy: PolicyKind,
+    capacity_chunks: usize,
+) -> Result<SimResult, NoMemory> {
+    let mut cache = Cache::new(policy, capacity_chunks)?;
     let (mut hit_blocks, mut hit_tokens) = (0, 0);
     for request in &trace.requests {
         let hit = cache.serve(request) as u64;
         hit_blocks += hit;
         hit_tokens += (hit * u64::from(trace.block_tokens)).min(u64::from(request.input_tokens));
     }
-    SimResult {
+    Ok(SimResult {
         policy,
         capacity_chunks,
         prompt_blocks: trace.requests.iter().map(|request| request.blocks.len() as u64).sum(),
@@ -54,7 +58,7 @@ pub(crate) fn hit_rate(trace: &Trace, policy: PolicyKind, capacity_chunks: usize
         prompt_tokens: trace.input_tokens(),
         hit_tokens,
         evictions: cache.evictions,
-    }
+    })
 }
 
 /// Which blocks are resident, and in whose order they go.
@@ -70,10 +74,10 @@ struct Cache {
 }
 
 impl Cache {
-    fn new(policy: PolicyKind, capacity: usize) -> Self {
-        let policy = policy::build(policy, capacity);
+    fn new(policy: PolicyKind, capacity: usize) -> Result<Self, NoMemory> {
+        let policy = policy::build(policy, capacity)?;
         let (resident, chunks, free) = (HashMap::new(), Vec::new(), Vec::new());
-        Self { policy, resident, chunks, free, capacity, requests: 0, evictions: 0 }
+        Ok(Self { policy, resident, chunks, free, capacity, requests: 0, evictions: 0 })
     }
 
     /// Looks the prompt up, then stores what is missing. Answers how many of its blocks hit.
@@ -105,14 +109,14 @@ impl Cache {
     fn touch_tail_first(&mut self, blocks: &[u64]) {
         for block in blocks.iter().rev() {
             if let Some(&id) = self.resident.get(block) {
-                self.policy.touch(id);
+                self.policy.touch(id, None);
                 self.chunks[id as usize].1 = self.requests;
             }
         }
     }
 
     fn insert(&mut self, id: ChunkId, block: u64, parent: Option<ChunkId>) {
-        self.policy.insert(id, block, parent);
+        self.policy.insert(0, id, block, parent);
         self.resident.insert(block, id);
         self.chunks[id as usize] = (block, self.requests);
     }
@@ -127,7 +131,7 @@ impl Cache {
             return Some(self.chunks.len() as ChunkId - 1);
         }
         let (chunks, request) = (&self.chunks, self.requests);
-        let id = self.policy.victim(&mut |id| chunks[id as usize].1 != request)?;
+        let id = self.policy.victim(0, &mut u32::MAX.clone(), &mut |id| chunks[id as usize].1 != request)?;
         self.policy.remove(id, true);
         self.resident.remove(&self.chunks[id as usize].0);
         self.evictions += 1;
@@ -151,7 +155,7 @@ pub(crate) mod tests {
     }
 
     fn hits(prompts: &[&[u64]], policy: PolicyKind, capacity: usize) -> (u64, u64) {
-        let result = hit_rate(&trace_of(prompts), policy, capacity);
+        let result = hit_rate(&trace_of(prompts), policy, capacity).unwrap();
         (result.hit_blocks, result.evictions)
     }
 
@@ -171,7 +175,7 @@ pub(crate) mod tests {
         assert_eq!(hits(burst, lru, 3), (1, 2));
         assert_eq!(hits(burst, PolicyKind::Arc, 3), (2, 1));
         // The longest *prefix* counts: 2 is resident behind a hole.
-        let mut cache = Cache::new(lru, 9);
+        let mut cache = Cache::new(lru, 9).unwrap();
         for (blocks, hit) in [(vec![2], 0), (vec![1, 2, 3], 0), (vec![1, 2, 3], 3)] {
             let request = TraceRequest { timestamp_ms: 0, input_tokens: 0, output_tokens: 0, blocks };
             assert_eq!(cache.serve(&request), hit);
@@ -182,7 +186,7 @@ pub(crate) mod tests {
     fn a_partial_block_counts_whole_as_a_block_and_in_part_as_tokens() {
         let mut trace = trace_of(&[&[1, 2], &[1, 2], &[3]]);
         trace.requests[1].input_tokens = 600;
-        let result = hit_rate(&trace, PolicyKind::Lru, 3);
+        let result = hit_rate(&trace, PolicyKind::Lru, 3).unwrap();
         assert_eq!((result.hit_blocks, result.prompt_blocks), (2, 5));
         assert_eq!((result.hit_tokens, result.prompt_tokens), (600, 1024 + 600 + 512));
         assert!(
@@ -200,7 +204,7 @@ pub(crate) mod tests {
         {
             let chunks = (distinct_blocks as f64 * percent / 100.0) as usize;
             for (policy, expected) in [(PolicyKind::Lru, lru), (PolicyKind::Arc, arc)] {
-                let rate = hit_rate(&trace, policy, chunks).hit_rate();
+                let rate = hit_rate(&trace, policy, chunks).unwrap().hit_rate();
                 assert!(
                     (rate - expected).abs() < 0.002,
                     "{policy} at {percent} %: expected {expected}, got {rate:.4}"
@@ -209,7 +213,7 @@ pub(crate) mod tests {
         }
         // In an infinite cache each block misses once.
         for policy in PolicyKind::ALL {
-            let ceiling = hit_rate(&trace, policy, distinct_blocks);
+            let ceiling = hit_rate(&trace, policy, distinct_blocks).unwrap();
             assert_eq!(ceiling.hit_blocks, ceiling.prompt_blocks - distinct_blocks as u64);
             assert_eq!(ceiling.evictions, 0);
         }
@@ -218,7 +222,7 @@ pub(crate) mod tests {
     #[test]
     fn lru_never_loses_from_more_room() {
         let trace = Trace::bundled().unwrap();
-        let hit = |chunks| hit_rate(&trace, PolicyKind::Lru, chunks).hit_blocks;
+        let hit = |chunks| hit_rate(&trace, PolicyKind::Lru, chunks).unwrap().hit_blocks;
         let hits: Vec<u64> = (1..=20).map(|step| hit(1000 * step)).collect();
         assert!(hits.is_sorted(), "{hits:?}");
     }

@@ -1,8 +1,11 @@
 //! Zeroed arrays that take pages only where they are touched, on cache-line boundaries.
 //!
 //! The tables are sized for the largest arena they may serve, and most of them is never used. `alloc_zeroed`
-//! with an alignment above 16 writes every byte, so the memory is asked for as `u128` and aligned here.
+//! with an alignment above 16 writes every byte, so the memory is asked for as `u128` and aligned here. All of them are
+//! taken when an engine starts, which fails with [`NoMemory`] where the address space is limited; so that nothing that a
+//! client does later depends on an allocation.
 
+use std::alloc::Layout;
 use std::ops::{Deref, DerefMut};
 
 use bytemuck::Zeroable;
@@ -12,8 +15,19 @@ const LINE_BYTES: usize = 64;
 /// Bytes of a page, where advice begins and ends.
 const PAGE_BYTES: usize = 4096;
 
+/// There is no address space for a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "expected {bytes} bytes of address space for a table of the index, and the system gives none; raise the limit \
+     (`ulimit -v`), or lower --max-chunks or --max-pins"
+)]
+pub struct NoMemory {
+    /// What was asked for; most of it is never touched.
+    pub bytes: u64,
+}
+
 /// A fixed-length array of zeroed `T`.
-pub(super) struct Lazy<T> {
+pub(crate) struct Lazy<T> {
     /// Where the first element is: inside `_memory`, whose heap block never moves because it never grows.
     first: *mut T,
     len: usize,
@@ -27,24 +41,39 @@ unsafe impl<T: Sync> Sync for Lazy<T> {}
 
 impl<T: Zeroable + Copy> Lazy<T> {
     /// Takes `len` zeroed elements; none of their pages is touched.
-    pub(super) fn new(len: usize) -> Self {
-        const { assert!(align_of::<T>() <= LINE_BYTES) };
-        let units = (len * size_of::<T>()).div_ceil(size_of::<u128>());
-        let mut memory = vec![0_u128; units + LINE_BYTES / size_of::<u128>()];
+    ///
+    /// # Errors
+    ///
+    /// The system has no address space for them.
+    pub(crate) fn new(len: usize) -> Result<Self, NoMemory> {
+        const { assert!(align_of::<T>() <= LINE_BYTES && size_of::<T>() > 0) };
+        let bytes = len.saturating_mul(size_of::<T>());
+        let units = bytes.div_ceil(size_of::<u128>()) + LINE_BYTES / size_of::<u128>();
+        let none = NoMemory { bytes: bytes as u64 };
+        let layout = Layout::array::<u128>(units).map_err(|_| none)?;
+        // SAFETY: the layout has at least a line: it is not empty.
+        let zeroed = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<u128>();
+        if zeroed.is_null() {
+            return Err(none);
+        }
+        // SAFETY: just allocated, with the layout of that many `u128`s, all of them zero.
+        let mut memory = unsafe { Vec::from_raw_parts(zeroed, units, units) };
         let skip = memory.as_ptr().align_offset(LINE_BYTES);
         // SAFETY: at most LINE_BYTES are skipped, and that much more than needed was taken.
         let first = unsafe { memory.as_mut_ptr().add(skip) }.cast();
-        Self { first, len, _memory: memory }
+        Ok(Self { first, len, _memory: memory })
     }
-}
 
-impl<T: Zeroable + Copy> Lazy<T> {
     /// As `new`, for an array that is filled densely from its start and read at random: asks for huge pages, because
     /// half of such a read's time is the page walk. A hint; nothing depends on it.
-    pub(super) fn new_dense(len: usize) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// As `new`.
+    pub(crate) fn new_dense(len: usize) -> Result<Self, NoMemory> {
         use nix::sys::mman::{MmapAdvise, madvise};
 
-        let lazy = Self::new(len);
+        let lazy = Self::new(len)?;
         let bytes = len * size_of::<T>();
         let skip = (lazy.first.cast::<u8>()).align_offset(PAGE_BYTES);
         if let Some(whole) =
@@ -56,7 +85,7 @@ impl<T: Zeroable + Copy> Lazy<T> {
                 let _ = madvise(first, whole, MmapAdvise::MADV_HUGEPAGE);
             }
         }
-        lazy
+        Ok(lazy)
     }
 }
 
@@ -81,7 +110,7 @@ impl<T> DerefMut for Lazy<T> {
 
 /// Asks for the cache line at index `i` of `of`, if there is one, before it is needed.
 #[inline(always)]
-pub(super) fn prefetch<T>(of: &[T], i: usize) {
+pub(crate) fn prefetch<T>(of: &[T], i: usize) {
     if let Some(element) = of.get(i) {
         let address: *const T = element;
         #[cfg(target_arch = "x86_64")]
@@ -106,12 +135,20 @@ mod tests {
 
     #[test]
     fn elements_are_zeroed_aligned_and_as_many_as_asked() {
-        let mut lazy = Lazy::<[u64; 3]>::new(1001);
+        let mut lazy = Lazy::<[u64; 3]>::new(1001).unwrap();
         assert_eq!(lazy.len(), 1001);
         assert_eq!(lazy.as_ptr() as usize % LINE_BYTES, 0);
         assert!(lazy.iter().all(|element| *element == [0; 3]));
         lazy[1000] = [7; 3];
         assert_eq!(lazy[1000], [7; 3]);
-        assert!(Lazy::<u8>::new(0).is_empty());
+        assert!(Lazy::<u8>::new(0).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_the_address_space_has_no_room_for_is_an_error() {
+        let error = Lazy::<u64>::new(1 << 50).err().unwrap();
+        assert_eq!(error, NoMemory { bytes: 1 << 53 });
+        assert!(error.to_string().contains("ulimit -v"), "{error}");
+        assert!(Lazy::<u64>::new(usize::MAX).is_err());
     }
 }
