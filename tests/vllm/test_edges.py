@@ -152,3 +152,9 @@ def test_a_prompt_of_more_chunks_than_a_lookup_asks_for_is_found_up_to_there(eng
     blames = [str(one) for one in made.ledger.violations if one.rule != "P5"]
     made.shutdown()
     assert not blames and found == 4 * most, (found, blames)
+
+
+@pytest.mark.parametrize("copy", ["batch", "staged", "zerocopy"])
+def test_a_way_of_copying_that_only_a_gpu_has_is_refused_on_a_cpu(copy: str, engine: str) -> None:
+    with pytest.raises(kvring.ConfigError, match=r"kvring\.copy: .*CPU"):
+        harness(engine, num_blocks=60, options={"copy": copy})

@@ -77,6 +77,20 @@ def test_what_is_wrong_is_named(extra: dict[str, object], named: str) -> None:
     assert named in str(error.value)
 
 
+def test_what_is_said_in_vain_is_named() -> None:
+    extra = {
+        "kvring.lookup": "async",
+        "kvring.lookup_timeout_ms": 2,
+        "kvring.pending_timeout_ms": 2,
+        "kvring.poll_interval_us": None,
+    }
+    assert Config.parse(extra).without_effect(extra) == [
+        'kvring.lookup_timeout_ms has no effect: it needs kvring.lookup = "poll", which is "async"'
+    ]
+    extra = {"kvring.pending_timeout_ms": 2, "kvring.poll_interval_us": 0}
+    assert [line.split()[0] for line in Config.parse(extra).without_effect(extra)] == ["kvring.pending_timeout_ms"]
+
+
 def test_the_table_has_every_key() -> None:
     text = table()
     for name in Config.__dataclass_fields__:

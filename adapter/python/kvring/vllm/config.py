@@ -75,8 +75,9 @@ def _size(key: str, value: Any) -> str:
     return str(value)
 
 
-def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "meaning": meaning})
+def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str, only: tuple[str, object] | None = None) -> Any:
+    """`only`: it has an effect only where that other option has that value."""
+    return field(default=default, metadata={"parse": parse, "meaning": meaning, "only": only})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,12 +96,20 @@ class Config:
         "KV group, no asynchronous scheduling, no pipeline",
     )
     lookup_timeout_ms: float = _option(
-        5.0, _above_zero, "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)"
+        5.0,
+        _above_zero,
+        "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)",
+        ("lookup", "poll"),
     )
     poll_interval_us: float | None = _option(
-        None, _zero_or_more, "how long a lookup spins before it sleeps; unset: 200, or 0 on a single CPU"
+        None,
+        _zero_or_more,
+        "how long a lookup spins before it sleeps (`poll`); unset: 200, or 0 on a single CPU",
+        ("lookup", "poll"),
     )
-    pending_timeout_ms: float = _option(30_000.0, _above_zero, "how long a lookup may stay pending (`async`)")
+    pending_timeout_ms: float = _option(
+        30_000.0, _above_zero, "how long a lookup may stay pending (`async`)", ("lookup", "async")
+    )
     attach_timeout_ms: float = _option(5_000.0, _above_zero, "one attempt to attach to an engine")
     register_timeout_ms: float = _option(
         5_000.0, _above_zero, "how long vLLM's start waits for the engine; later it attaches by itself"
@@ -155,6 +164,16 @@ class Config:
         if config.arena is not None and not config.autostart:
             raise ConfigError(f"{PREFIX}arena: expected {PREFIX}autostart with it: an engine that runs has its own size")
         return config
+
+    def without_effect(self, extra: Mapping[str, Any]) -> list[str]:
+        """What `kv_connector_extra_config` says in vain, with the reason, in words."""
+        told = [option for option in fields(self) if extra.get(PREFIX + option.name) is not None and option.metadata["only"]]
+        needs = [(option.name, *option.metadata["only"]) for option in told]
+        return [
+            f'{PREFIX}{name} has no effect: it needs {PREFIX}{other} = "{value}", which is "{getattr(self, other)}"'
+            for name, other, value in needs
+            if getattr(self, other) != value
+        ]
 
     @property
     def client(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvring._logs import share_handlers
+from kvring._logs import get_logger, share_handlers
 
 from . import autostart, decisions
 from .config import Config
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+logger = get_logger("vllm.kvring")
+
 _MULTI_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector"
 
 
@@ -66,6 +68,8 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
             self._autostart.ensure()
             self._autostart.watch()
         if role == KVConnectorRole.SCHEDULER:
+            for line in config.without_effect(self._kv_transfer_config.kv_connector_extra_config):
+                logger.warning("%s", line)
             wants_events = vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
             events = Events(geometry) if wants_events else None
             self._scheduler = SchedulerSide(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvring import SKIP, KvGroup, LayoutError, WorkerAdapter
+from kvring import SKIP, ConfigError, KvGroup, LayoutError, WorkerAdapter
 from kvring._logs import get_logger
 
 from .config import Config
@@ -101,6 +101,7 @@ class WorkerSide:
         )
         self.device: int | None = None
         """The CUDA device that the cache is on; `None`: host memory."""
+        self._config = config
         self._may_sleep = may_sleep
         self._reads_at_once = self._writes_at_once = False
         """Have stores read, and loads written, when the call that starts them returns?"""
@@ -120,7 +121,8 @@ class WorkerSide:
         self._outcomes: dict[int, Outcome] = {}
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
-        """Hands the engine the shape of this rank's cache. Raises `LayoutError` or `RegisterError`: vLLM is just starting."""
+        """Hands the engine the shape of this rank's cache. Raises `LayoutError`, `ConfigError` or `RegisterError`: vLLM
+        is just starting."""
         num_blocks = kv_cache_config.num_blocks
         groups, layers = [], {}
         for index, (group, spec) in enumerate(zip(self.geometry.groups, kv_cache_config.kv_cache_groups, strict=True)):
@@ -138,6 +140,12 @@ class WorkerSide:
                 raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
             groups.append(KvGroup(num_blocks, group.blocks, list(tensors)))
         self.device = cuda_device(layers)
+        if self.device is None and self._config.copy != "auto":
+            raise ConfigError(
+                f'kvring.copy: expected "auto", got {self._config.copy!r}: the KV cache is in CPU memory, which no GPU copies'
+            )
+        if self.device is not None and self._config.copy_threads is not None:
+            logger.warning("kvring.copy_threads has no effect: the KV cache is in a GPU's memory, and the GPU copies")
         # A vLLM that sleeps unmaps the cache between two steps, and tells nobody: a copy that was still to begin then would break
         # the GPU's context for the whole process.
         self._writes_at_once = self.device is not None and self._may_sleep
