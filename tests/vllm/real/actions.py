@@ -60,13 +60,21 @@ def worker_idle() -> int:
     """Waits until kvring's workers in this process have no open job; the number of workers."""
     adapters = [
         side.adapter
-        for connector in tap.record.instances
+        for outer in tap.record.instances
+        for connector in getattr(outer, "sub_connectors", [outer])
         for side in vars(connector).values()
         if hasattr(getattr(side, "adapter", None), "wait_idle")
     ]
     for adapter in adapters:
         adapter.wait_idle(FOREVER_MS)
     return len(adapters)
+
+
+def metric(name: str) -> float:
+    """A counter as `/metrics` would show it, summed over its labels."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
+
+    return sum(one.value for one in get_metrics_snapshot() if one.name == name)
 
 
 def spoil_standin() -> int:

@@ -23,6 +23,8 @@ ATTEMPTS = 1000
 """How often a prompt is asked before its hit counts as lost: the engine is attached and answers in far fewer, and each takes
 longer where the machine is slow."""
 
+MULTI = "vllm.distributed.kv_transfer.kv_connector.v1.multi_connector"
+
 UNBOUNDED = {"__init__", "register_kv_caches", "shutdown"}
 """Start and end have deadlines of their own, in seconds; no request waits for them."""
 
@@ -51,15 +53,24 @@ class Scene:
         environment: dict[str, str] | None = None,
         kvring: dict[str, Any] | None = None,
         hasty: bool = False,
+        beside: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None,
         **llm: Any,
     ) -> Vllm:
         """A vLLM with the connector; it starts in the background until it is asked something.
 
         `hasty`: with the deadlines that users have, and its calls must keep them. Else it waits for the engine as long as
-        that takes."""
+        that takes. `beside`: in a `MultiConnector`, with these before it and those behind it."""
         options = kvring or {}
         if self.standin:
             connector = Connector("StandIn", "real.standin", {"load": options.get("load", "async")}, policy)
+        elif beside is not None:
+            # By its name alone: that is what `MultiConnector` asks for it by.
+            ours = {
+                "kv_connector": "KvringConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": self.options(hasty, **options),
+            }
+            connector = Connector("MultiConnector", MULTI, {"connectors": [*beside[0], ours, *beside[1]]}, policy)
         else:
             connector = Connector("KvringConnector", "kvring.vllm", self.options(hasty, **options), policy)
         made = Vllm(self.zygote, model or make_model(), connector, broken=broken, environment=environment, **llm)

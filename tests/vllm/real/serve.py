@@ -51,8 +51,14 @@ class Driver:
         from vllm import LLM
 
         fork_workers()
-        self.llm = LLM(**spec["llm"])
-        self.engine = self.llm.llm_engine
+        if spec["llm"].get("runner") == "pooling":
+            # An `LLM` wants a tokenizer then, for the scores that it offers as well.
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            self.engine = LLMEngine.from_engine_args(EngineArgs(**spec["llm"], disable_log_stats=True))
+        else:
+            self.engine = LLM(**spec["llm"]).llm_engine
         core = getattr(self.engine.engine_core, "engine_core", None)
         # In a process of its own the engine core is out of reach; its tokens are all that is seen of it then.
         self.scheduler = core.scheduler if core is not None else None
@@ -126,6 +132,19 @@ class Driver:
             tokens += [*piece, *answer[:-1]]
         self.drain()
         return {"answers": answers[:-1], "tokens": tokens[:-1]}
+
+    def embed(self, prompts: list[list[int]]) -> list[dict[str, Any]]:
+        """The embeddings of prompts, one after the other, and how many tokens of each came from a cache."""
+        from vllm import PoolingParams
+
+        answers = []
+        for prompt in prompts:
+            self.count += 1
+            self.engine.add_request(f"r{self.count}", {"prompt_token_ids": prompt}, PoolingParams(task="embed"))
+            while self.engine.has_unfinished_requests():
+                for output in self.engine.step():
+                    answers.append({"embedding": output.outputs.data.tolist(), "cached": output.num_cached_tokens})
+        return answers
 
     def step(self, times: int = 1) -> int:
         """Engine steps; the number of requests that are still running."""
