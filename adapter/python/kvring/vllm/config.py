@@ -125,7 +125,8 @@ class Config:
     checksum: str = _option(
         "off",
         _choice("off", "store", "verify"),
-        "`store`: computed when storing; `verify`: checked when loading as well, a mismatch is a failed load",
+        "`store`: computed when storing; `verify`: checked when loading as well: a mismatch is a failed load, and the damaged "
+        "chunk is found no more and stored again (`chunks_invalidated` in `kvring status`)",
     )
     copy_threads: int | None = _option(
         None, _count(1, 64), "threads that copy, for each worker (KV in CPU memory); unset: 2, or 1 on one CPU"
