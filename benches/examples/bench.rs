@@ -10,5 +10,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     kvring_benches::child_main();
     let args = <Args as clap::Parser>::parse();
-    kvring_benches::run(args.bench)
+    args.bench.check()?;
+    #[allow(clippy::disallowed_methods, reason = "an example: whoever stops reading sees an error")]
+    kvring_benches::run(args.bench, || Box::new(std::io::stdout()))
 }

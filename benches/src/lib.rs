@@ -24,10 +24,15 @@ mod sweeper;
 
 pub use child::{CHILD_ENV, child_main};
 
+use std::io::Write;
+
 /// Fewer windows than this say nothing on a machine whose CPUs move.
 const WINDOWS_MIN: u32 = 15;
 
-/// What `kvring bench` takes.
+/// Measure, each number beside the machine's own limit
+///
+/// A benchmark starts engines and clients of its own, under names of their own, and leaves nothing in /dev/shm. What it
+/// measures, and what the machine can do at best, are measured in turn, since virtual CPUs move.
 #[derive(clap::Args, Clone, Debug)]
 pub struct BenchArgs {
     /// What to measure.
@@ -65,12 +70,25 @@ pub enum Bench {
     Health(health::HealthArgs),
 }
 
-/// Runs a benchmark and prints what it found.
+impl BenchArgs {
+    /// Do its options go together?
+    ///
+    /// # Errors
+    /// They do not: what was expected, and what came.
+    pub fn check(&self) -> anyhow::Result<()> {
+        match &self.bench {
+            Bench::Gpu(gpu) => gpu.check(),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Runs a benchmark and prints what it found to `out`.
 ///
 /// # Errors
 /// Whatever keeps it from measuring: no room for the arena, a child that does not start, an answer that is not right.
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
-    let how = report::How { json: args.json, windows: args.windows as usize };
+pub fn run(args: BenchArgs, out: fn() -> Box<dyn Write>) -> anyhow::Result<()> {
+    let how = report::How { json: args.json, windows: args.windows as usize, out };
     // Dropped when all engines have ended; it also survives us, however we end. One benchmark starts no engine.
     let starts_engines = !matches!(args.bench, Bench::Gpu(_));
     let _sweeper = starts_engines.then(sweeper::Sweeper::start).transpose()?;

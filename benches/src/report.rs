@@ -12,6 +12,8 @@ pub(crate) struct How {
     pub(crate) json: bool,
     /// Windows of each measurement.
     pub(crate) windows: usize,
+    /// Where to.
+    pub(crate) out: fn() -> Box<dyn Write>,
 }
 
 impl How {
@@ -27,7 +29,7 @@ impl How {
 
     /// Prints rows: all their fields as JSON, or the table and the notes under it.
     pub(crate) fn print(&self, json: &impl Serialize, table: &Sheet, notes: &[String]) -> anyhow::Result<()> {
-        let mut out = std::io::stdout().lock();
+        let mut out = (self.out)();
         if self.json {
             serde_json::to_writer_pretty(&mut out, json)?;
             writeln!(out)?;

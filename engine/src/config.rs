@@ -52,8 +52,8 @@ pub struct EngineConfig {
     pub keep: bool,
     /// May the process dump core? A dump delays the notice of its death by seconds.
     pub core_dumps: bool,
-    /// What is logged: `error`, `warn`, `info`, `debug`, `trace`, or a `tracing` filter.
-    pub log: String,
+    /// What is logged: `off`, `error`, `warn`, `info`, `debug`, `trace`; see `kvring --help`.
+    pub log_level: String,
 }
 
 impl Default for EngineConfig {
@@ -74,7 +74,7 @@ impl Default for EngineConfig {
             cold: false,
             keep: false,
             core_dumps: false,
-            log: "info".to_owned(),
+            log_level: "info".to_owned(),
         }
     }
 }
@@ -99,27 +99,27 @@ pub struct Overrides {
     pub cold: Option<bool>,
     pub keep: Option<bool>,
     pub core_dumps: Option<bool>,
-    pub log: Option<String>,
+    pub log_level: Option<String>,
 }
 
 /// A configuration that cannot be.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("configuration {path}: {source}")]
+    #[error("configuration {path}: {error}")]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The file is not what it should be: syntax, an unknown key, a value of another type.
-    #[error("configuration {path}: {source}")]
+    #[error("configuration {path}: {error}")]
     Toml {
         /// The file.
         path: PathBuf,
         /// Where and why; names the key.
-        source: Box<toml::de::Error>,
+        error: Box<toml::de::Error>,
     },
     /// The name.
     #[error(transparent)]
@@ -159,9 +159,9 @@ impl EngineConfig {
     /// The file cannot be read, has an unknown key, or a value that cannot be.
     pub fn from_toml(path: &Path) -> Result<EngineConfig, ConfigError> {
         let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+            .map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
         let file: Overrides = toml::from_str(&text)
-            .map_err(|source| ConfigError::Toml { path: path.to_owned(), source: Box::new(source) })?;
+            .map_err(|error| ConfigError::Toml { path: path.to_owned(), error: Box::new(error) })?;
         EngineConfig::default().with(file)
     }
 
@@ -187,7 +187,7 @@ impl EngineConfig {
             cold,
             keep,
             core_dumps,
-            log,
+            log_level,
         } = overrides;
         let merged = EngineConfig {
             name: name.unwrap_or(self.name),
@@ -205,7 +205,7 @@ impl EngineConfig {
             cold: cold.unwrap_or(self.cold),
             keep: keep.unwrap_or(self.keep),
             core_dumps: core_dumps.unwrap_or(self.core_dumps),
-            log: log.unwrap_or(self.log),
+            log_level: log_level.unwrap_or(self.log_level),
         };
         merged.check()?;
         Ok(merged)

@@ -73,6 +73,14 @@ impl EngineName {
     }
 }
 
+impl core::str::FromStr for EngineName {
+    type Err = BadName;
+
+    fn from_str(name: &str) -> Result<EngineName, BadName> {
+        EngineName::new(name)
+    }
+}
+
 impl core::fmt::Display for EngineName {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         f.write_str(&self.0)
@@ -89,7 +97,10 @@ pub enum SegmentError {
     #[error("shared memory segment {0} exists already")]
     Exists(String),
     /// It belongs to another user.
-    #[error("segment {name}: expected owner uid {expected}, found {found}; use another engine name")]
+    #[error(
+        "segment {name}: expected one of this user (uid {expected}), found one of uid {found}; run this as that user, or use \
+         another engine name"
+    )]
     WrongOwner {
         /// The segment.
         name: String,
@@ -99,7 +110,9 @@ pub enum SegmentError {
         found: u32,
     },
     /// Others may read or write it.
-    #[error("segment {name}: expected mode 0600, found {found:04o}; fix it or run `kvring remove`")]
+    #[error(
+        "segment {name}: expected mode 0600, found {found:04o}; `chmod 600 {SHM_DIR}{name}`, or take it away with `kvring remove`"
+    )]
     WrongMode {
         /// The segment.
         name: String,
@@ -118,8 +131,8 @@ pub enum SegmentError {
     },
     /// `/dev/shm` (or the cgroup) is full.
     #[error(
-        "segment {name}: no room in {SHM_DIR} for {bytes} more bytes ({available} available); \
-         enlarge it (docker: --shm-size) or use a smaller arena"
+        "segment {name}: expected room for {bytes} more bytes in {SHM_DIR}, it has {available} left; enlarge it (docker run \
+         --shm-size, mount -o remount,size=), free some of it, or start the kvring engine with a smaller --arena"
     )]
     NoSpace {
         /// The segment.
@@ -140,12 +153,12 @@ pub enum SegmentError {
         errno: Errno,
     },
     /// The crate `shared_memory` refused.
-    #[error("segment {name}: {source}")]
+    #[error("segment {name}: {error}")]
     Crate {
         /// The segment.
         name: String,
         /// Its error.
-        source: shared_memory::ShmemError,
+        error: shared_memory::ShmemError,
     },
 }
 
@@ -169,6 +182,21 @@ pub struct SegmentFile {
 #[must_use]
 pub fn available_bytes() -> u64 {
     nix::sys::statvfs::statvfs(SHM_DIR).map_or(0, |s| s.blocks_available() * s.fragment_size())
+}
+
+/// Why a segment that is there may not be opened: whose it is, or its mode. Both can be seen without opening it.
+fn not_ours(name: &str) -> SegmentError {
+    let path = format!("{SHM_DIR}/{}", name.trim_start_matches('/'));
+    let (name, expected) = (name.to_owned(), nix::unistd::geteuid().as_raw());
+    match nix::sys::stat::stat(path.as_str()) {
+        Ok(stat) if stat.st_uid != expected => {
+            SegmentError::WrongOwner { name, expected, found: stat.st_uid }
+        }
+        Ok(stat) if stat.st_mode & 0o777 != 0o600 => {
+            SegmentError::WrongMode { name, found: stat.st_mode & 0o777 }
+        }
+        _ => SegmentError::Os { name, what: "shm_open", errno: Errno::EACCES },
+    }
 }
 
 impl SegmentFile {
@@ -204,6 +232,7 @@ impl SegmentFile {
         } | OFlag::O_CLOEXEC;
         let fd = nix::sys::mman::shm_open(name, flags, Mode::empty()).map_err(|errno| match errno {
             Errno::ENOENT => SegmentError::NotFound(name.to_owned()),
+            Errno::EACCES => not_ours(name),
             errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
         })?;
         let file = SegmentFile { fd, name: name.to_owned() };
@@ -399,7 +428,7 @@ pub fn create_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> 
     let mut shmem =
         shared_memory::ShmemConf::new().os_id(name).size(bytes).create().map_err(|source| match source {
             shared_memory::ShmemError::MappingIdExists => SegmentError::Exists(name.to_owned()),
-            source => SegmentError::Crate { name: name.to_owned(), source },
+            error => SegmentError::Crate { name: name.to_owned(), error },
         })?;
     // Its drop would unlink by name, also a successor's segment of the same name.
     shmem.set_owner(false);
@@ -423,7 +452,7 @@ pub fn open_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> {
     let mut shmem = shared_memory::ShmemConf::new()
         .os_id(name)
         .open()
-        .map_err(|source| SegmentError::Crate { name: name.to_owned(), source })?;
+        .map_err(|error| SegmentError::Crate { name: name.to_owned(), error })?;
     shmem.set_owner(false);
     if shmem.len() < bytes {
         let found = shmem.len() as u64;
@@ -491,12 +520,16 @@ mod tests {
     }
 
     #[test]
-    fn more_than_the_file_system_holds_is_an_error_with_the_numbers() {
+    fn more_than_the_file_system_holds_is_an_error_with_the_numbers_and_what_helps() {
         let name = name("full");
         let file = SegmentFile::create(&name, 1 << 44).unwrap();
         let result = file.allocate(0, 1 << 44);
         unlink(&name);
-        assert!(matches!(result, Err(SegmentError::NoSpace { bytes, .. }) if bytes == 1 << 44), "{result:?}");
+        let error = result.unwrap_err();
+        assert!(matches!(error, SegmentError::NoSpace { bytes, .. } if bytes == 1 << 44), "{error:?}");
+        for helps in ["--shm-size", "free some of it", "--arena"] {
+            assert!(error.to_string().contains(helps), "{error}");
+        }
     }
 
     #[test]

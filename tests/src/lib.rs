@@ -4,6 +4,7 @@
 //! Every test makes its own engine under its own name; guards kill processes and remove segments when they are dropped,
 //! also when a test panics.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+#![allow(clippy::disallowed_methods, reason = "what these processes print is for the test that started them")]
 
 pub mod attempts;
 pub mod crash;
@@ -33,8 +34,11 @@ pub fn soak() -> u64 {
 
 /// Logs of every process of a test go to its standard error, if `KVRING_LOG` says which (`debug`, say).
 pub fn log() {
-    if let Ok(filter) = std::env::var("KVRING_LOG") {
+    let level = std::env::var("KVRING_LOG")
+        .ok()
+        .and_then(|text| text.parse::<tracing_subscriber::filter::LevelFilter>().ok());
+    if let Some(level) = level {
         // A second call in one process changes nothing.
-        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+        let _ = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).try_init();
     }
 }

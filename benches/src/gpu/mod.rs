@@ -85,11 +85,18 @@ struct Goals {
 pub(crate) fn run(how: How, args: &GpuArgs) -> anyhow::Result<()> {
     let measured = measure(how, args);
     if let (true, Err(error)) = (how.json, &measured) {
-        let mut out = std::io::stdout().lock();
+        let mut out = (how.out)();
         serde_json::to_writer(&mut out, &serde_json::json!({ "error": format!("{error:#}") }))?;
         writeln!(out)?;
     }
     print(how, &measured?)
+}
+
+impl GpuArgs {
+    /// Do its sizes go together?
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        shapes(self).map(drop)
+    }
 }
 
 fn bytes(size: ByteSize) -> anyhow::Result<usize> {
@@ -101,8 +108,18 @@ fn sizes(all: &[ByteSize]) -> String {
     all.iter().map(ByteSize::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// The shapes of rows: every fragment in every chunk that is not shorter.
-fn shapes(args: &GpuArgs, working_set: usize) -> anyhow::Result<Vec<Shape>> {
+/// The working set in bytes, and the shapes of rows: every fragment in every chunk that is not shorter.
+///
+/// # Errors
+/// Sizes that do not go together.
+fn shapes(args: &GpuArgs) -> anyhow::Result<(usize, Vec<Shape>)> {
+    let working_set = bytes(args.working_set)?;
+    ensure!(
+        working_set.is_power_of_two() && working_set >= extras::TINY,
+        "--working-set: expected a power of two from {} on, got {}",
+        show_bytes(extras::TINY),
+        show_bytes(working_set)
+    );
     let mut shapes = Vec::new();
     for chunk in &args.chunks {
         let chunk = bytes(*chunk)?;
@@ -130,20 +147,13 @@ fn shapes(args: &GpuArgs, working_set: usize) -> anyhow::Result<Vec<Shape>> {
         sizes(&args.chunks),
         sizes(&args.fragments)
     );
-    Ok(shapes)
+    Ok((working_set, shapes))
 }
 
 fn measure(how: How, args: &GpuArgs) -> anyhow::Result<Report> {
     // Its answers say what is missing, and where to look.
     probe()?;
-    let working_set = bytes(args.working_set)?;
-    ensure!(
-        working_set.is_power_of_two() && working_set >= extras::TINY,
-        "--working-set: expected a power of two from {} on, got {}",
-        show_bytes(extras::TINY),
-        show_bytes(working_set)
-    );
-    let shapes = shapes(args, working_set)?;
+    let (working_set, shapes) = shapes(args)?;
     let mut fragments: Vec<usize> = shapes.iter().map(|shape| shape.fragment).collect();
     fragments.sort_unstable();
     fragments.dedup();

@@ -42,7 +42,7 @@ pub struct HealthArgs {
     kills: u32,
 
     /// How long to kill engines with the whole arena: each is allocated first, at a GiB a second or less
-    #[arg(long, value_name = "S", default_value_t = 45)]
+    #[arg(long, value_name = "S", default_value_t = 45, value_parser = clap::value_parser!(u64).range(..=86_400))]
     seconds: u64,
 
     /// Measure only these, instead of everything

@@ -30,7 +30,8 @@ use std::time::Duration;
 #[derive(clap::Args, Clone, Debug)]
 pub struct LookupArgs {
     /// Index sizes to measure, in chunks. The arena takes 4 KiB for each.
-    #[arg(long, value_delimiter = ',', default_value = "10000,100000,1000000")]
+    #[arg(long, value_delimiter = ',', default_value = "10000,100000,1000000",
+        value_parser = clap::value_parser!(u32).range(CHAIN as i64..))]
     pub index: Vec<u32>,
 }
 
@@ -93,7 +94,6 @@ pub(crate) fn run(how: How, args: &LookupArgs) -> anyhow::Result<()> {
     let bar = how.bar(args.index.len() * (how.windows + 2));
     let mut measured = Vec::new();
     for index in &args.index {
-        ensure!(*index >= CHAIN as u32, "--index: expected at least {CHAIN} chunks, got {index}");
         bar.set_message(format!("{index} chunks: filling"));
         let (engine, chains) = filled_engine(
             *index,

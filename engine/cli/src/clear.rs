@@ -1,8 +1,10 @@
 //! `kvring clear`: an operator empties the cache.
 
+use crate::console;
 use crate::status::quoted_name;
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, DEFAULT_ENGINE, Role};
+use kvring_shm_abi::segment::EngineName;
 use std::io::Write;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,10 +19,10 @@ use std::time::Duration;
 pub(crate) struct Args {
     /// The engine's name
     #[arg(long, default_value = DEFAULT_ENGINE)]
-    name: String,
+    name: EngineName,
 
-    /// How long to wait for the engine, in seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    /// How long to wait for the engine, in seconds: 1 to 86400
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: u64,
 }
 
@@ -28,7 +30,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let client = attach(&args.name, "kvring clear", Duration::from_secs(args.timeout))?;
     let dropped = client.clear().with_context(|| format!("cannot clear {}", quoted_name(&args.name)))?;
-    writeln!(std::io::stdout(), "dropped {dropped} chunks")?;
+    writeln!(console::out(), "dropped {dropped} chunks")?;
     Ok(())
 }
 
@@ -36,9 +38,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// No engine, a dead one, one that does not answer: with what to do about it.
-pub(crate) fn attach(engine: &str, client: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
+pub(crate) fn attach(engine: &EngineName, client: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
     let options = ClientOptions {
-        engine: engine.to_owned(),
+        engine: engine.to_string(),
         client: client.to_owned(),
         attach_timeout: timeout,
         operation_timeout: timeout,

@@ -1,12 +1,17 @@
-//! What people see: logs and progress bars, which share stderr without tearing each other, and the style of tables.
+//! What people see: standard output, logs and progress bars, which share stderr without tearing each other, and the style of
+//! tables.
 
-use anyhow::{Context, anyhow};
+use crate::flags::wrong;
+use anyhow::anyhow;
 use comfy_table::{CellAlignment, LineStyle, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Stdout, Write};
 use std::sync::OnceLock;
+use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Where a level is taken from when the command line does not say.
 pub(crate) const LOG_ENV: &str = "KVRING_LOG";
@@ -14,15 +19,52 @@ pub(crate) const LOG_ENV: &str = "KVRING_LOG";
 /// Lines that wait for an engine's log to be read.
 const LOG_LINES: usize = 4096;
 
+/// What there is to log, by crate: a filter for something else would silence everything.
+const LOG_PARTS: [&str; 6] =
+    ["kvring", "kvring_adapter", "kvring_benches", "kvring_engine", "kvring_gpu_kernels", "kvring_shm_abi"];
+
+/// What is logged, from a text such as `info` or `warn,kvring_engine=debug`. Where it has no level for everything, that is
+/// `otherwise`.
+fn log_filter(text: &str, otherwise: LevelFilter) -> Option<Targets> {
+    let level = |text: &str| text.parse::<LevelFilter>().ok().filter(|_| !text.is_empty());
+    let mut filter = Targets::new().with_default(otherwise);
+    for directive in text.split(',').map(str::trim) {
+        filter = match directive.split_once('=') {
+            None => filter.with_default(level(directive)?),
+            Some((target, of)) if LOG_PARTS.iter().any(|part| target.split("::").next() == Some(part)) => {
+                filter.with_target(target, level(of)?)
+            }
+            Some(_) => return None,
+        };
+    }
+    Some(filter)
+}
+
+/// Checks such a text; `from` says where it comes from.
+pub(crate) fn check_log(from: &str, text: &str) -> anyhow::Result<()> {
+    let parts = LOG_PARTS.join(", ");
+    log_filter(text, LevelFilter::OFF).map(|_| ()).ok_or_else(|| {
+        wrong(format!(
+            "{from}: expected off, error, warn, info, debug or trace, or such a level for a part (kvring_engine=debug; parts: \
+             {parts}), or several of them with commas between, got {text:?}"
+        ))
+    })
+}
+
 /// The level or filter that the user asked for, if any.
 #[derive(Clone, Debug)]
 pub(crate) struct LogChoice(Option<String>);
 
 impl LogChoice {
     /// The flag, else the environment.
-    pub(crate) fn new(flag: Option<String>) -> LogChoice {
+    pub(crate) fn new(flag: Option<String>) -> anyhow::Result<LogChoice> {
+        let from = if flag.is_some() { "--log-level" } else { LOG_ENV };
         let environment = || std::env::var(LOG_ENV).ok().filter(|text| !text.is_empty());
-        LogChoice(flag.or_else(environment))
+        let asked = flag.or_else(environment);
+        if let Some(text) = &asked {
+            check_log(from, text)?;
+        }
+        Ok(LogChoice(asked))
     }
 
     /// What the user asked for.
@@ -55,18 +97,13 @@ impl LogChoice {
         otherwise: &str,
         writer: impl Fn() -> W + Send + Sync + 'static,
     ) -> anyhow::Result<()> {
-        let text = self.asked().unwrap_or(otherwise);
-        let filter = EnvFilter::try_new(text).with_context(|| {
-            format!(
-                "--log-level or {LOG_ENV}: expected error, warn, info, debug, trace or a filter, got {text:?}"
-            )
-        })?;
-        tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_writer(writer)
-            .try_init()
-            .map_err(|error| anyhow!("cannot start logging: {error}"))
+        // Both have been checked.
+        let level = otherwise.parse().unwrap_or(LevelFilter::INFO);
+        let filter = log_filter(self.asked().unwrap_or(otherwise), level).unwrap_or_default();
+        let lines =
+            tracing_subscriber::fmt::layer().with_ansi(std::io::stderr().is_terminal()).with_writer(writer);
+        let started = tracing_subscriber::registry().with(lines).with(filter).try_init();
+        started.map_err(|error| anyhow!("cannot start logging: {error}"))
     }
 }
 
@@ -90,6 +127,33 @@ fn bar(total: u64, template: &str) -> ProgressBar {
     // A template that cannot be is shown as the default bar; the unit test below sees to it.
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     bars().add(ProgressBar::new(total).with_style(style))
+}
+
+/// Standard output: everything that a command prints for its user goes here. Whoever reads it may stop in the middle (`| head`):
+/// the rest is printed to nobody, and the command does what it does otherwise.
+pub(crate) fn out() -> Out {
+    #[allow(clippy::disallowed_methods, reason = "the one place")]
+    Out(std::io::stdout())
+}
+
+/// See [`out`].
+pub(crate) struct Out(Stdout);
+
+fn unless_unread<T>(written: std::io::Result<T>, as_if: T) -> std::io::Result<T> {
+    match written {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(as_if),
+        written => written,
+    }
+}
+
+impl Write for Out {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        unless_unread(self.0.write(bytes), bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        unless_unread(self.0.flush(), ())
+    }
 }
 
 /// A line on stderr, above the bars. That nobody reads it is no reason to fail.
@@ -146,6 +210,33 @@ mod tests {
 
     #[test]
     fn the_flag_wins_over_the_environment() {
-        assert_eq!(LogChoice::new(Some("debug".into())).asked(), Some("debug"));
+        assert_eq!(LogChoice::new(Some("debug".into())).unwrap().asked(), Some("debug"));
+    }
+
+    #[test]
+    fn a_filter_that_would_silence_everything_is_wrong() {
+        let of = |text| log_filter(text, LevelFilter::INFO);
+        for wrong in [
+            "inof",
+            "",
+            "info,",
+            "kvring_engin=debug",
+            "kvring_engine=debgu",
+            "=debug",
+            "kvring_engine",
+            "a=b=c",
+        ] {
+            assert_eq!(of(wrong), None, "{wrong}");
+        }
+        let filter = of("kvring_engine::service=debug, warn").unwrap();
+        assert_eq!(
+            filter,
+            Targets::new()
+                .with_default(LevelFilter::WARN)
+                .with_target("kvring_engine::service", LevelFilter::DEBUG)
+        );
+        let filter = of("kvring_engine=off").unwrap();
+        assert!(filter.would_enable("kvring_adapter", &tracing::Level::INFO), "the rest stays as it was");
+        assert!(!filter.would_enable("kvring_engine", &tracing::Level::ERROR));
     }
 }

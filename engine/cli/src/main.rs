@@ -1,11 +1,13 @@
 //! The command `kvring`: the engine (`serve`), what looks at it and after it (`status`, `clear`, `remove`), and what
 //! shows what it does (`replay`, `simulate`, `bench`).
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve. That nobody reads what is printed
+//! is no failure: see [`console::out`].
 
 mod chaos;
 mod clear;
 mod console;
+mod flags;
 mod remove;
 mod replay;
 mod serve;
@@ -31,11 +33,12 @@ Examples:
   kvring simulate trace.jsonl    how much memory is worth its price
 
 `kvring COMMAND --help` explains a command. Exit codes: 0 done, 1 failed,
-2 wrong usage, and from `status` 3: the engine does not serve."
+2 wrong usage (a flag, or a setting in a file, that cannot be), and from `status` 3:
+the engine does not serve."
 )]
 struct Cli {
-    /// What is logged to stderr: error, warn, info, debug, trace, or a filter such as kvring_engine=debug
-    /// [env: KVRING_LOG] [default: info for serve, error for bench and clear, else warn]
+    /// What is logged to stderr: off, error, warn, info, debug or trace; also for a part of kvring, as kvring_engine=debug,
+    /// several of these joined by commas [env: KVRING_LOG] [default: info for serve, error for bench and clear, else warn]
     #[arg(long, global = true, value_name = "LEVEL")]
     log_level: Option<String>,
 
@@ -45,21 +48,14 @@ struct Cli {
 
 #[derive(Subcommand, Debug)]
 enum Command {
-    /// Run an engine until SIGTERM or Ctrl-C
+    // A command's help is all of its arguments' documentation: a line here would take its place.
     Serve(serve::Args),
-    /// Show how an engine is and what it holds; works while it hangs, and after its death
     Status(status::Args),
-    /// Drop everything in an engine that is not in use
     Clear(clear::Args),
-    /// Remove what a dead engine left in /dev/shm; with --force also a living one's memory
     Remove(remove::Args),
-    /// Drive a real trace through an engine and simulated vLLM instances, and verify every byte
     Replay(replay::Args),
-    // Its help is all of its arguments' documentation: a line here would take its place.
     Chaos(chaos::Args),
-    /// Measure, each number beside the machine's own limit
     Bench(kvring_benches::BenchArgs),
-    /// Simulate the hit rate of each eviction policy by capacity
     Simulate(simulate::Args),
     /// One simulated vLLM scheduler; started by `replay`
     #[command(hide = true)]
@@ -78,6 +74,9 @@ enum Command {
     ChaosGuard,
 }
 
+/// As `clap` has it.
+const WRONG_USAGE: u8 = 2;
+
 fn main() -> ExitCode {
     // A benchmark's processes are this executable again.
     kvring_benches::child_main();
@@ -87,13 +86,13 @@ fn main() -> ExitCode {
         Err(error) => {
             // In one piece: a replay's processes share stderr.
             console::say(&format!("error: {error:#}"));
-            ExitCode::FAILURE
+            if error.is::<flags::WrongUsage>() { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    let log = console::LogChoice::new(cli.log_level);
+    let log = console::LogChoice::new(cli.log_level)?;
     match cli.command {
         // The engine's level may also come from its configuration file.
         Command::Serve(args) => serve::run(args, &log)?,
@@ -121,7 +120,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Bench(args) => {
             // Its engines come and go: what their clients say of that is not news.
             log.start("error")?;
-            kvring_benches::run(args)?;
+            args.check().map_err(flags::wrong)?;
+            kvring_benches::run(args, || Box::new(console::out()))?;
         }
         Command::Simulate(args) => {
             log.start("warn")?;
@@ -160,5 +160,17 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_command_explains_itself_in_its_help() {
+        for command in Cli::command().get_subcommands().filter(|command| !command.is_hide_set()) {
+            let name = command.get_name();
+            let explained = command.get_long_about().map(ToString::to_string).unwrap_or_default();
+            assert!(
+                explained.lines().count() > 2,
+                "{name}: more than the line that the list of commands has: {explained}"
+            );
+        }
     }
 }

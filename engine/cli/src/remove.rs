@@ -1,5 +1,6 @@
 //! `kvring remove`: takes an engine's segments away.
 
+use crate::console;
 use crate::status::quoted_name;
 use kvring_adapter::DEFAULT_ENGINE;
 use kvring_engine::byte_size::ByteSize;
@@ -8,7 +9,7 @@ use kvring_engine::segments;
 use kvring_shm_abi::segment::EngineName;
 use std::io::Write;
 
-/// Remove what a dead engine left in /dev/shm.
+/// Remove what a dead engine left in /dev/shm; with --force also a living one's memory
 ///
 /// An engine that ends cleanly leaves nothing, and the next `kvring serve` of the same name sweeps by itself: this is
 /// for a name that is not used again. A living engine is left alone, unless forced: then it ends by itself, its
@@ -20,7 +21,7 @@ use std::io::Write;
 pub(crate) struct Args {
     /// The engine's name
     #[arg(long, default_value = DEFAULT_ENGINE)]
-    name: String,
+    name: EngineName,
 
     /// Take the memory of a living engine away as well
     #[arg(long)]
@@ -29,9 +30,8 @@ pub(crate) struct Args {
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let name = EngineName::new(&args.name)?;
-    let removed = segments::remove(&name, args.force, EngineConfig::default().start_wait())?;
-    let mut out = std::io::stdout().lock();
+    let removed = segments::remove(&args.name, args.force, EngineConfig::default().start_wait())?;
+    let mut out = console::out();
     if removed.segments == 0 {
         writeln!(out, "nothing to remove: no segment of engine {} in /dev/shm", quoted_name(&args.name))?;
     } else {

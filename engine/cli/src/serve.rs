@@ -1,11 +1,13 @@
 //! `kvring serve`: one engine, in the foreground.
 
 use crate::console::{self, LogChoice};
+use crate::flags::wrong;
 use anyhow::{Context, bail};
 use kvring_engine::byte_size::ByteSize;
-use kvring_engine::config::{EngineConfig, Overrides};
+use kvring_engine::config::{ConfigError, EngineConfig, Overrides};
 use kvring_engine::policy::PolicyKind;
-use kvring_engine::{Engine, StopHandle};
+use kvring_engine::{Engine, StartError, StopHandle};
+use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -42,7 +44,7 @@ Llama-3.1-8B in bf16 has 128 KiB per token: 100 GiB hold 819200 tokens.
 `kvring simulate` says what hit rate that gives on a trace. In a container
 /dev/shm is 64 MiB unless you say otherwise: docker run --shm-size=33g.")]
 pub(crate) struct Args {
-    /// Settings as a TOML file, with the names of the flags below (and `_` for `-`)
+    /// Settings as a TOML file, with the names of the flags here (and `_` for `-`)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -67,13 +69,13 @@ fn with_default<T: ToString>(text: &str, of: impl FnOnce(EngineConfig) -> T) -> 
 #[derive(clap::Args, Debug)]
 struct Settings {
     #[arg(long, help = with_default("The engine's name: one engine per name and node", |c| c.name))]
-    name: Option<String>,
+    name: Option<EngineName>,
 
     /// Size of the arena, as 32GiB or 500MB [default: half of what /dev/shm, the cgroup and the machine have left]
     #[arg(long, value_name = "SIZE")]
     arena: Option<ByteSize>,
 
-    /// Size of a slab, the unit that is allocated and given to one shard size: a power of two from 1MiB to 1GiB
+    /// Size of a slab, the piece in which the arena is allocated and divided: a power of two from 1MiB to 1GiB
     /// [default: 1/64 of the arena, from 1MiB to 64MiB]
     #[arg(long, value_name = "SIZE")]
     slab: Option<ByteSize>,
@@ -82,7 +84,7 @@ struct Settings {
     policy: Option<PolicyKind>,
 
     #[arg(long, value_name = "MS",
-        help = with_default("How often the beat moves at least, in milliseconds", |c| c.beat_interval_ms))]
+        help = with_default("How often the engine shows its clients that it lives, at least, in milliseconds", |c| c.beat_interval_ms))]
     beat_interval_ms: Option<u32>,
 
     #[arg(long, value_name = "US",
@@ -104,7 +106,7 @@ struct Settings {
     max_chunks: Option<u32>,
 
     #[arg(long, value_name = "MS",
-        help = with_default("How long to wait for another start, or a predecessor's end, in milliseconds",
+        help = with_default("How long to wait for another start of this name, or the end of an engine that is dying, in milliseconds",
             |c| c.start_wait_ms))]
     start_wait_ms: Option<u32>,
 
@@ -148,7 +150,7 @@ impl Settings {
             keep,
         } = self;
         Overrides {
-            name,
+            name: name.map(|name| name.to_string()),
             arena,
             slab,
             policy,
@@ -164,7 +166,7 @@ impl Settings {
             // Not given is not "no": the file may say yes.
             cold: cold.then_some(true),
             keep: keep.then_some(true),
-            log: None,
+            log_level: None,
         }
     }
 }
@@ -172,31 +174,45 @@ impl Settings {
 /// Runs the command. The calling thread becomes the service thread.
 pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     let base = match &args.config {
-        Some(path) => EngineConfig::from_toml(path)?,
+        Some(path) => EngineConfig::from_toml(path).map_err(config_error)?,
         None => EngineConfig::default(),
     };
-    let config = base.with(args.settings.overrides())?;
+    let config = base.with(args.settings.overrides()).map_err(config_error)?;
+    console::check_log("log_level", &config.log_level)?;
     // Written to its end when we return.
-    let _log = log.start_unwaited(&config.log)?;
+    let _log = log.start_unwaited(&config.log_level)?;
     if args.print_config {
         let text = toml::to_string(&config).context("cannot print the configuration")?;
-        std::io::stdout().write_all(text.as_bytes())?;
+        console::out().write_all(text.as_bytes())?;
         return Ok(());
     }
     if let Some(parent) = args.stop_with_parent {
         stop_with_parent(parent)?;
     }
     let stop = StopOnSignal::install(args.stop_with_parent.is_some())?;
-    let engine = Engine::create(&config).with_context(|| format!("cannot start engine `{}`", config.name))?;
+    let engine = Engine::create(&config).map_err(|error| match error {
+        StartError::Config(error) => config_error(error),
+        StartError::Cache(error) => wrong(error),
+        error => error.into(),
+    });
+    let engine = engine.with_context(|| format!("cannot start engine `{}`", config.name))?;
     engine.doubt_after_a_panic();
     stop.stops(engine.stop_handle());
     show_allocation(engine.progress());
     engine.run(|| {
         // A script that has gone away again does not end the engine.
-        let mut out = std::io::stdout().lock();
+        let mut out = console::out();
         let _ = writeln!(out, "{READY_LINE}").and_then(|()| out.flush());
     });
     Ok(())
+}
+
+/// Settings that cannot be are wrong usage; a file that cannot be read, or a machine that is too small, is not.
+fn config_error(error: ConfigError) -> anyhow::Error {
+    match error {
+        ConfigError::Read { .. } | ConfigError::ArenaTooSmall { by_default: true, .. } => error.into(),
+        error => wrong(error),
+    }
 }
 
 fn stop_with_parent(parent: u32) -> anyhow::Result<()> {

@@ -14,6 +14,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget};
 use kvring_engine::policy::{MAX_CHUNKS, PolicyKind};
 use serde::Serialize;
 
+use crate::console;
 use crate::trace::Trace;
 
 mod cache;
@@ -132,7 +133,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let ceiling = hit_rate(&trace, PolicyKind::Lru, distinct_blocks)?;
     let results = simulate_all(&trace, &args.policy, &capacities)?;
 
-    let mut out = std::io::stdout().lock();
+    let mut out = console::out();
     if args.json {
         let report = report(&trace, distinct_blocks, &ceiling, &results);
         writeln!(out, "{}", serde_json::to_string(&report)?)?;

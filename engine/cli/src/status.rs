@@ -3,6 +3,7 @@
 
 mod show;
 
+use crate::console;
 use anyhow::Context;
 use kvring_adapter::{AttachError, DEFAULT_ENGINE, EngineView, Role};
 use kvring_engine::stats::Snapshot;
@@ -12,6 +13,7 @@ use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::LIFE_WORDS_AT;
 use kvring_shm_abi::segment::EngineName;
+use kvring_shm_abi::superblock::Mismatch;
 use kvring_shm_abi::sync::Ordering;
 use serde::Serialize;
 use std::io::Write;
@@ -27,7 +29,7 @@ const WATCH_MIN: Duration = Duration::from_millis(50);
 /// Beats that must be missed: an engine that shares its core misses some.
 const WATCH_BEATS: u32 = 20;
 
-/// Show how an engine is and what it holds.
+/// Show how an engine is and what it holds; works while it hangs, and after its death
 ///
 /// It only reads shared memory, so it works while the engine hangs, and after its death. Exit code 0 when the engine
 /// serves, else 3.
@@ -37,13 +39,14 @@ const WATCH_BEATS: u32 = 20;
   kvring status --name prod --json        one JSON object, for programs
   kvring status >/dev/null && echo up     is it well?
 
-States: serving; stalled (its beat stands still); recovering; unhealthy
-(it found itself broken); stopping; dead (its process is gone, its memory
-is not); absent (there is none, or it is another build's).")]
+States: serving; stalled (its process lives, and does nothing); recovering;
+unhealthy (it found itself broken); stopping; dead (its process is gone, its
+memory is not); absent (there is none); incompatible (another release made
+it); inaccessible (it is another user's, or cannot be read).")]
 pub(crate) struct Args {
     /// The engine's name
     #[arg(long, default_value = DEFAULT_ENGINE)]
-    name: String,
+    name: EngineName,
 
     /// Print one JSON object instead of tables
     #[arg(long)]
@@ -66,8 +69,12 @@ enum State {
     Stopping,
     /// Its process is gone.
     Dead,
-    /// No such engine, or one that cannot be read.
+    /// No such engine.
     Absent,
+    /// There is one, of another release or build.
+    Incompatible,
+    /// There is one, and it is another user's, or cannot be read.
+    Inaccessible,
 }
 
 /// Everything that is shown.
@@ -137,18 +144,17 @@ struct NamespaceStatus {
 }
 
 /// A name as messages show it.
-pub(crate) fn quoted_name(name: &str) -> String {
+pub(crate) fn quoted_name(name: &EngineName) -> String {
     format!("`{name}`")
 }
 
 /// Runs the command.
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let name = EngineName::new(&args.name)?;
-    let status = match EngineView::open(&name) {
-        Ok(view) => read(&name, &view),
-        Err(error) => unreadable(&name, &error),
+    let status = match EngineView::open(&args.name) {
+        Ok(view) => read(&args.name, &view),
+        Err(error) => unreadable(&args.name, &error),
     };
-    let mut out = std::io::stdout().lock();
+    let mut out = console::out();
     if args.json {
         let text = serde_json::to_string(&status).context("cannot print the status")?;
         writeln!(out, "{text}")?;
@@ -160,9 +166,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
 /// No engine of that name, or one whose segment says nothing to us: the error has the reason and the remedy.
 fn unreadable(name: &EngineName, error: &AttachError) -> Status {
+    let state = match error {
+        AttachError::NoEngine(_) => State::Absent,
+        // It is being made, or was left like this.
+        AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. } => State::Recovering,
+        AttachError::Mismatch { .. } => State::Incompatible,
+        _ => State::Inaccessible,
+    };
     Status {
         name: name.to_string(),
-        state: State::Absent,
+        state,
         detail: error.to_string(),
         engine: None,
         clients: Vec::new(),
@@ -218,15 +231,15 @@ fn judge(name: &EngineName, view: &EngineView) -> (State, String) {
     let interval = Duration::from_micros(segment.info().beat_interval_us.load(Ordering::Relaxed).into());
     let watch = WATCH_MIN.max(interval.saturating_mul(WATCH_BEATS));
     if beats(segment, watch) {
-        return (State::Serving, "its beat moves".to_owned());
+        return (State::Serving, "it answers".to_owned());
     }
     // It may have died under our eyes.
     if !view.owner_lives() {
         return (State::Dead, format!("its process (pid {pid}) has just ended"));
     }
     let detail = format!(
-        "its process (pid {pid}) lives, but its beat has not moved for {} ms: stopped, starved or stuck; clients run \
-         without it until it moves",
+        "its process (pid {pid}) lives, but did nothing while this command watched it for {} ms: stopped, starved or stuck; \
+         clients run without it until it goes on",
         watch.as_millis()
     );
     (State::Stalled, detail)

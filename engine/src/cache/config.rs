@@ -59,9 +59,9 @@ impl CacheConfig {
         // A lookup pins what it found before it ends the lease that it stands for.
         let pins_most = u64::from(super::pins::PINS_MAX.saturating_sub(self.keys_max));
         let limits = [
-            ("chunks_max", self.chunks_max, MAX_CHUNKS as u64 / 2),
-            ("leases_max", self.leases_max, 1 << 24),
-            ("pins_max", self.pins_max, pins_most),
+            ("max_chunks", self.chunks_max, MAX_CHUNKS as u64 / 2),
+            ("max_leases", self.leases_max, 1 << 24),
+            ("max_pins", self.pins_max, pins_most),
             ("keys_max", self.keys_max, 1 << 24),
         ];
         for (name, value, most) in limits {

@@ -25,9 +25,9 @@ pub enum ConfigError {
         most: u64,
     },
     /// A limit must be in its range.
-    #[error("{name} is {value}: expected 1 to {most}")]
+    #[error("{name}: expected 1 to {most}, got {value}")]
     Limit {
-        /// The field of `CacheConfig`.
+        /// The setting's name, as in `EngineConfig`.
         name: &'static str,
         /// What was given.
         value: u64,
@@ -207,7 +207,7 @@ pub enum CommitError {
         owner: Owner,
     },
     /// The slot holds a shard of another chunk.
-    #[error("slot {slot} does not hold a shard of {key:x?}")]
+    #[error("slot {slot} does not hold a shard of {:016x}{:016x}", .key[1], .key[0])]
     OtherKey {
         /// The slot.
         slot: SlotId,

@@ -191,15 +191,17 @@ pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed,
         }
         Err(error) => error,
     };
-    let forced_pid = match &refused {
-        SetupError::AlreadyRunning { pid, .. } => Some(*pid),
-        SetupError::Starting { .. } | SetupError::Exiting { .. } | SetupError::OtherBuild { .. } => None,
+    let (forced_pid, state) = match &refused {
+        SetupError::AlreadyRunning { pid, .. } => (Some(*pid), "runs"),
+        SetupError::Starting { .. } => (None, "is being started or removed"),
+        SetupError::Exiting { .. } => (None, "is dead, and its process still exiting"),
+        SetupError::OtherBuild { .. } => (None, "is another build's"),
         _ => return Err(refused),
     };
     if !force {
         return Err(refused);
     }
-    tracing::warn!(name = %name, reason = %refused, "removing by force");
+    tracing::warn!(name = %name, "this engine {state}; its segments are removed by force, as asked");
     // Without the lock: whoever holds it does not let go. A start that is under way notices at its end.
     let file = SegmentFile::open(&name.engine_segment(), Access::ReadWrite)?;
     let removed = held(name, &Found::look(&file)?)?;

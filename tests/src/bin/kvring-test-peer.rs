@@ -55,6 +55,7 @@ fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
     kvring_tests::ends::install();
     kvring_tests::ends::unblock();
     engine.run(|| {
+        #[allow(clippy::disallowed_methods, reason = "the test that started it reads it")]
         let mut out = std::io::stdout().lock();
         let _ = writeln!(out, "serving");
         let _ = out.flush();

@@ -20,7 +20,7 @@ impl Conductor<'_> {
     /// After all sessions have ended, and a second of quiet: leases, slots that are written, channels; and after a
     /// clear every slot. The clients are still attached: a leak of theirs must not be cured by their leaving.
     pub(super) fn check_leaks(&mut self, phase: u32) -> anyhow::Result<()> {
-        let operator = clear::attach(self.engine.name.as_str(), "chaos coordinator", ANSWER_MAX)?;
+        let operator = clear::attach(&self.engine.name, "chaos coordinator", ANSWER_MAX)?;
         let lease = match self.sabotage {
             Some(Sabotage::Leak) => Some(self.hold_lease(&operator, phase)?),
             _ => None,

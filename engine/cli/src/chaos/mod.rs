@@ -117,7 +117,7 @@ pub(crate) struct Args {
     sabotage: Option<Sabotage>,
 
     /// How long after its deadline something counts as hanging, in milliseconds
-    #[arg(long, hide = true, default_value_t = 30_000)]
+    #[arg(long, hide = true, default_value_t = 30_000, value_parser = clap::value_parser!(u64).range(..=86_400_000))]
     hang_limit_ms: u64,
 }
 
@@ -145,7 +145,7 @@ pub(crate) fn run(args: &Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let bar = console::count_bar("chaos", args.seconds * 1000);
     let report = chaos(args, log, &abort, &bar)?;
     bar.finish_and_clear();
-    let mut out = std::io::stdout().lock();
+    let mut out = console::out();
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&report).context("cannot print the report")?)?;
     } else {

@@ -35,6 +35,7 @@ use kvring_adapter::{Client, PollingSchedulerAdapter, SchedulerApi, SchedulerOpt
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::stats::{Snapshot, Stat};
+use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::segment::EngineName;
 use plan::Resolved;
 use report::Report;
@@ -75,11 +76,11 @@ pub(crate) struct Args {
     limit: Option<u64>,
 
     /// Simulated vLLM instances
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
     instances: u32,
 
     /// Ranks of each instance, a worker process each
-    #[arg(long, value_name = "R", default_value_t = 2)]
+    #[arg(long, value_name = "R", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=RANKS_MAX as i64))]
     ranks: u32,
 
     /// Size of the engine's arena [default: 1GiB, or half of what is left if that is less]
@@ -164,7 +165,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<ExitCode> {
     let abort = Abort::default();
     signals::abort_on_signal(&abort)?;
     let (report, said) = replay(&args, &resolved, &trace, log, &abort)?;
-    let mut out = std::io::stdout().lock();
+    let mut out = console::out();
     if args.json {
         let text = serde_json::to_string(&report).context("cannot print the report")?;
         writeln!(out, "{text}")?;
@@ -240,7 +241,7 @@ fn check_leaks(
     trace: &Trace,
     engine: &mut Engine,
 ) -> anyhow::Result<Checked> {
-    let operator = clear::attach(engine.name().as_str(), "replay coordinator", ANSWER_MAX)?;
+    let operator = clear::attach(engine.name(), "replay coordinator", ANSWER_MAX)?;
     // Held until the checks are over.
     let _lease = match args.sabotage {
         Some(Sabotage::Leak) => Some(hold_lease(&operator, resolved, trace)?),

@@ -2,6 +2,7 @@
 
 use super::Args;
 use super::message::{BLOCK_TOKENS, PLANES, Plan};
+use crate::flags::wrong;
 use crate::simulated::content::LANES;
 use crate::simulated::shape::Shape;
 use crate::trace::Trace;
@@ -10,7 +11,6 @@ use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::preflight::Room;
-use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 /// The arena where none is given and there is room.
@@ -33,19 +33,19 @@ impl Resolved {
     /// Checks the options against each other, the trace and the machine.
     pub(super) fn new(args: &Args, trace: &Trace) -> anyhow::Result<Resolved> {
         let (instances, ranks) = (args.instances, args.ranks);
-        ensure!(instances > 0, "--instances: expected at least 1, got 0");
-        ensure!((1..=RANKS_MAX as u32).contains(&ranks), "--ranks: expected 1 to {RANKS_MAX}, got {ranks}");
         // The coordinator itself is one more, at the end.
         let clients = u64::from(instances) * (u64::from(ranks) + 1) + 1;
-        ensure!(
-            clients <= CLIENTS_MAX as u64,
-            "expected at most {CLIENTS_MAX} clients of one engine, got {clients}: {instances} instances of 1 scheduler \
-             and {ranks} workers, and the coordinator; use fewer --instances or --ranks"
-        );
+        if clients > CLIENTS_MAX as u64 {
+            return Err(wrong(format!(
+                "expected at most {CLIENTS_MAX} clients of one engine, got {clients}: {instances} instances of 1 scheduler \
+                 and {ranks} workers, and the coordinator; use fewer --instances or --ranks"
+            )));
+        }
         let shape = shape(args.bytes_per_token, ranks, trace)?;
         let room = Room::now();
         let arena = args.arena.unwrap_or_else(|| ByteSize(ARENA_DEFAULT.0.min(room.tightest().1 / 2)));
-        let memory = shape.kv_bytes() * u64::from(ranks) * u64::from(instances) + arena.0;
+        let workers = u64::from(ranks) * u64::from(instances);
+        let memory = shape.kv_bytes().saturating_mul(workers).saturating_add(arena.0);
         if let Some(free) = room.memory.filter(|free| memory > *free) {
             bail!(
                 "expected {} of memory for the arena and the paged KV caches of all workers, {} are left; use a \
@@ -56,7 +56,7 @@ impl Resolved {
         }
         let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         // Where workers outnumber the processors, a second thread in each only gets in the way.
-        let copy_threads = (u64::from(instances) * u64::from(ranks) * 2 > cpus as u64).then_some(1);
+        let copy_threads = (workers * 2 > cpus as u64).then_some(1);
         let plan = Plan {
             engine: format!("replay-{}", std::process::id()),
             instance: 0,

@@ -75,6 +75,7 @@ impl Pipe {
     }
 
     /// A child's end: standard input and output.
+    #[allow(clippy::disallowed_methods, reason = "its parent reads it, and is told of every failure")]
     pub(crate) fn to_parent() -> anyhow::Result<Pipe> {
         let input = std::io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
         let output = std::io::stdout().as_fd().try_clone_to_owned().context("standard output")?;

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 /// Nothing stays behind, also after a `kill -9`.
 pub(crate) fn sweep(name: &EngineName) {
     match segments::remove(name, true, EngineConfig::default().start_wait()) {
-        Ok(removed) => tracing::debug!(?removed, "swept"),
+        Ok(removed) => tracing::debug!(segments = removed.segments, bytes = removed.bytes, "swept"),
         Err(error) => tracing::error!(%error, "the engine {name} may have left segments in /dev/shm"),
     }
 }
