@@ -281,7 +281,7 @@ impl Client {
     /// Waits until the client is attached and its registrations are through, at most `timeout`. For start-up and
     /// tools; nothing else needs to wait.
     pub fn wait_ready(&self, timeout: Duration) -> Result<(), Health> {
-        let until = Instant::now() + timeout;
+        let until = crate::options::until(timeout);
         let mut current = self.shared.current();
         loop {
             if !self.shared.fork.is_ours() {
@@ -392,7 +392,7 @@ impl Client {
         registered: &Registered,
         timeout: Duration,
     ) -> Result<Option<u32>, RegisterError> {
-        let until = Instant::now() + timeout;
+        let until = crate::options::until(timeout);
         let mut current = self.shared.current();
         loop {
             if let Some(Outcome { nonce, namespace, .. }) = registered.outcome().clone() {

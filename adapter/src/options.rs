@@ -2,7 +2,7 @@
 
 use kvring_shm_abi::channel::{PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MIN};
 use kvring_shm_abi::segment::{BadName, EngineName};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The engine's name where none is given.
 pub const DEFAULT_ENGINE: &str = "default";
@@ -125,6 +125,15 @@ impl ClientOptions {
     }
 }
 
+/// `timeout` from now; so far away that nobody gets there, where the sum cannot be told. Times come from callers.
+pub(crate) fn until(timeout: Duration) -> Instant {
+    let now = Instant::now();
+    now.checked_add(timeout).unwrap_or(now + FAR)
+}
+
+/// A century.
+const FAR: Duration = Duration::from_secs(100 * 365 * 86_400);
+
 /// CPUs that this thread may run on; 1 where the system does not say, which only costs spinning.
 pub(crate) fn usable_cpus() -> usize {
     let mask = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
@@ -136,6 +145,19 @@ pub(crate) fn usable_cpus() -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_time_is_too_long_to_wait_for() {
+        assert!(until(Duration::MAX) > Instant::now() + Duration::from_secs(1 << 30));
+        let name = format!("t-until-{}", std::process::id());
+        let client = crate::Client::new(
+            crate::Role::Scheduler,
+            ClientOptions { engine: name, ..ClientOptions::default() },
+        )
+        .unwrap();
+        client.shutdown();
+        assert_eq!(client.wait_ready(Duration::MAX), Err(crate::Health::ShutDown), "no panic");
+    }
 
     #[test]
     fn wrong_options_are_errors_that_name_them() {

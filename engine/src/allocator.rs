@@ -26,7 +26,7 @@ const NICE: i32 = 10;
 pub enum AllocatorError {
     /// The first slab.
     #[error("the arena's first slab: {0}")]
-    FirstSlab(#[from] SegmentError),
+    FirstSlab(SegmentError),
     /// Its thread.
     #[error("the allocator's thread: {0}")]
     Thread(std::io::Error),
@@ -141,7 +141,7 @@ impl Allocator {
         let mut at = 0;
         while ready == 0 && at < geometry.slab_bytes {
             let piece = PIECE_BYTES.min(geometry.slab_bytes - at);
-            allocate(at, piece)?;
+            allocate(at, piece).map_err(AllocatorError::FirstSlab)?;
             at += piece;
         }
         let shared = Arc::new(Shared {

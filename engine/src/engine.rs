@@ -181,7 +181,13 @@ impl Engine {
             return segments.leave();
         }
         match segments.retire_and_unlink() {
-            Ok(removed) => tracing::info!(?removed, "stopped"),
+            Ok(removed) => {
+                tracing::info!(
+                    segments = removed.segments,
+                    bytes = removed.bytes,
+                    "stopped; its memory is given back"
+                );
+            }
             Err(error) => tracing::error!(%error, "stopped, but something is left behind"),
         }
     }

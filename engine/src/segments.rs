@@ -117,7 +117,7 @@ pub enum SetupError {
     #[error(transparent)]
     Bounds(#[from] OutOfBounds),
     /// A life word of a fresh segment was taken.
-    #[error("a life word of a fresh segment: {0}")]
+    #[error(transparent)]
     Claim(#[from] ClaimError),
     /// No random numbers.
     #[error("no random numbers for the arena's id: {0}")]

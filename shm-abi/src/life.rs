@@ -64,6 +64,18 @@ pub enum Life {
     Dead,
 }
 
+impl Life {
+    /// For messages.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Life::Unclaimed => "unclaimed",
+            Life::Alive { .. } => "claimed by a thread that lives",
+            Life::Dead => "claimed by a thread that is dead",
+        }
+    }
+}
+
 impl LifeWord {
     /// What it says now.
     #[inline]
@@ -181,7 +193,7 @@ pub struct RobustList {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ClaimError {
     /// Somebody has it, alive or dead and not yet reclaimed.
-    #[error("expected an unclaimed life word, found {0:?}")]
+    #[error("expected an unclaimed life word, found one that is {}", .0.as_str())]
     Taken(Life),
     /// No such word in the table.
     #[error("expected an index below {count}, got {index}")]

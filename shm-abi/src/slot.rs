@@ -103,6 +103,16 @@ pub struct ShardIdentity {
     pub length: u64,
 }
 
+impl core::fmt::Display for ShardIdentity {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let ShardIdentity { key: [low, high], namespace, rank, offset, length } = self;
+        write!(
+            f,
+            "rank {rank} of chunk {high:016x}{low:016x} in namespace {namespace}, {length} bytes at {offset}"
+        )
+    }
+}
+
 /// All that a header says: what a recovery reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotContent {
@@ -147,7 +157,7 @@ pub enum NotServable {
         committed: bool,
     },
     /// The header describes something else: the handle belongs to another key, namespace, rank or place.
-    #[error("expected shard {expected:?}, the slot holds {found:?}")]
+    #[error("expected {expected}, the slot holds {found}")]
     OtherShard {
         /// What was asked for.
         expected: ShardIdentity,

@@ -161,7 +161,7 @@ pub enum Mismatch {
         found: u64,
     },
     /// Another kind of segment.
-    #[error("expected a segment of kind {expected:?}, found {found}")]
+    #[error("expected a segment of kind {}, found {found}", *.expected as u32)]
     Kind {
         /// Expected.
         expected: Kind,

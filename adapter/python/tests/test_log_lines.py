@@ -11,6 +11,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 RUST = [ROOT / "adapter" / "src", ROOT / "adapter" / "python" / "src", ROOT / "gpu-kernels" / "src"]
+"""What runs in vLLM's processes."""
+ALL_RUST = [*RUST, ROOT / "shm-abi" / "src", ROOT / "engine" / "src"]
 PYTHON = ROOT / "adapter" / "python" / "kvring"
 
 INSIDE = (
@@ -44,9 +46,9 @@ def _arguments(text, start):
     return text[start : at - 1]
 
 
-def _in_rust(pattern):
+def _in_rust(pattern, roots=RUST):
     """Where, and the arguments, of every macro or attribute that begins so, tests excepted."""
-    for path in sorted(path for root in RUST for path in root.rglob("*.rs")):
+    for path in sorted(path for root in roots for path in root.rglob("*.rs")):
         text = path.read_text().split("#[cfg(test)]")[0]
         for found in pattern.finditer(text):
             where = f"{path.relative_to(ROOT)}:{text.count(chr(10), 0, found.start()) + 1}"
@@ -96,9 +98,25 @@ def test_whose_engine_it_is_is_said(where, text):
     assert not re.search(r"\bengine\b(?!=)", bare), f"{where}: {text}"
 
 
-@pytest.mark.parametrize("where, arguments", [*_in_rust(_MACRO), *_in_rust(_ERROR)])
+@pytest.mark.parametrize("where, arguments", [*_in_rust(_MACRO, ALL_RUST), *_in_rust(_ERROR, ALL_RUST)])
 def test_nothing_is_shown_as_rust_shows_it_to_programmers(where, arguments):
     """`{…:?}` quotes what a user gave (`got {…:?}`), and nothing else."""
     code = re.sub(r'"((?:[^"\\]|\\.)*)"', "", arguments)
     shown = re.findall(r"(?<!got )\{\w*:[#x]?\?\}", arguments) + re.findall(r"\?\w+", code)
     assert not shown, f"{where}: {shown} in {arguments}"
+
+
+def test_no_error_tells_its_cause_twice():
+    """Whoever prints an error with its causes (`{:#}`) would: an error that has its cause in its own words does not also name it
+    as its source (`#[from]`, `#[source]`, a field called `source`)."""
+    twice = []
+    for where, arguments in _in_rust(_ERROR, [*ALL_RUST, ROOT / "benches" / "src", ROOT / "engine" / "cli" / "src"]):
+        name, line = where.rsplit(":", 1)
+        text = (ROOT / name).read_text()
+        after = "".join(text.splitlines(keepends=True)[int(line) - 1 :]).split(arguments, 1)[1]
+        # The variant, up to the next one's comment or attribute.
+        variant = re.split(r"\n    (?:///|#\[)|\n\}", after, maxsplit=1)[0]
+        shown = re.search(r"\{0[:}]|\{source[:}]", arguments)
+        if shown and re.search(r"#\[(from|source)\]|\bsource:", variant):
+            twice.append(f"{where}: {arguments.strip()}")
+    assert not twice

@@ -122,7 +122,7 @@ impl Job {
     /// Caller: waits until its blocks are not looked at any more; after `patience` no further copy begins, but one
     /// that runs is always waited for.
     pub(crate) fn wait_copied(&self, patience: std::time::Duration) {
-        let until = std::time::Instant::now() + patience;
+        let until = crate::options::until(patience);
         let mut phase = self.phase();
         while !phase.copied && !phase.cancelled {
             let left = until.saturating_duration_since(std::time::Instant::now());

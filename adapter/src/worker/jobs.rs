@@ -64,7 +64,7 @@ impl Jobs {
         let fit = self.client.is_healthy();
         let patience = if fit { self.client.options().flush_timeout } else { Duration::ZERO };
         // One deadline for all of them.
-        let until = Instant::now() + patience;
+        let until = crate::options::until(patience);
         for job in stores {
             job.wait_copied(until.saturating_duration_since(Instant::now()));
         }

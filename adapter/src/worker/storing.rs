@@ -169,7 +169,7 @@ impl Mover {
         if commits.is_empty() {
             Ok(report)
         } else {
-            let until = Instant::now() + self.client.options().operation_timeout;
+            let until = crate::options::until(self.client.options().operation_timeout);
             Err(Unsettled { report, commits, until })
         }
     }
@@ -220,7 +220,7 @@ impl<'a> Store<'a> {
         // Whoever preempts waits for copies, not for answers.
         self.job.end_copies();
         // One deadline for all of them.
-        let until = Instant::now() + self.timeout();
+        let until = crate::options::until(self.timeout());
         while let Some(commit) = self.commits.pop_front() {
             self.end_commit(commit, until);
         }
@@ -253,7 +253,7 @@ impl<'a> Store<'a> {
                 }
             }
             self.finish_running();
-            self.end_commit(commit, Instant::now() + self.timeout());
+            self.end_commit(commit, crate::options::until(self.timeout()));
         }
     }
 

@@ -86,7 +86,7 @@ pub enum NotRestorable {
         chunks: usize,
     },
     /// A slot in use that cannot be where it is.
-    #[error("slot {slot} cannot hold what its header says: {shard:?}")]
+    #[error("slot {slot} cannot hold what its header says: {} bytes at {}", .shard.header.length, .shard.header.offset)]
     Slot {
         /// The slot.
         slot: SlotId,

@@ -34,7 +34,7 @@ pub enum ColdStart {
     #[error("the segments are another build's: {0}")]
     OtherBuild(Mismatch),
     /// Another arena is wanted.
-    #[error("the arena's geometry changed: {found:?}")]
+    #[error("another arena is wanted: there was one of {} bytes in slabs of {}", .found.arena_bytes, .found.slab_bytes)]
     OtherGeometry {
         /// What there was.
         found: Geometry,

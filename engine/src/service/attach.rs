@@ -98,7 +98,7 @@ impl Service {
                 self.stat(Stat::Reattachments, 1);
             }
         } else {
-            tracing::warn!(entry, client = %content.name, ?status, "client refused");
+            tracing::warn!(entry, client = %content.name, reason = status.as_str(), "client refused");
             self.stat(Stat::Refusals, 1);
         }
         failpoint::here("attach.answer");
