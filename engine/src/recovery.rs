@@ -162,8 +162,9 @@ fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
         if lives && !failpoint::broken("quarantine") {
             inherited.living |= 1 << entry;
             inherited.nonces[entry] = lobby.entries[entry].read_nonce();
-        } else if lobby.life_words[entry].life() == Life::Dead && lobby.entries[entry].dma().is_some() {
-            // A device may still be writing for it: the service's first look finds out, and frees it or waits.
+        } else if lobby.entries[entry].dma().is_some() {
+            // A device may still be writing for it, whatever somebody wrote into its word: the service's first look finds out,
+            // and frees it or waits.
             cache.owner_lingers(entry as u8);
         } else {
             cache.owner_gone(entry as u8);

@@ -91,10 +91,11 @@ impl ProcessStat {
     }
 }
 
-/// Is there a process with this id, also one that has ended and has not been waited for? What cannot be asked is there.
+/// Is there a process with this id, also one that has ended and has not been waited for? None has a number that is no id; what
+/// cannot be asked is there.
 fn exists(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_none_or(|pid| test_kill_process(pid) != Err(Errno::SRCH))
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
 }
 
 /// The name in the second field may hold anything, so the fields are counted from its last parenthesis on.

@@ -178,6 +178,32 @@ fn who_names_a_living_stranger_has_its_own_slots_kept_and_nothing_else() {
     engine.settles(0);
 }
 
+/// 0 in a word is no death: anybody could have written it there. Nor is it one to the next engine.
+#[test]
+fn who_loses_its_word_to_a_zero_is_waited_for_as_well() {
+    let mut engine = engine("zero");
+    for without_engine in [false, true] {
+        let stranger = Stranger::new();
+        let mut raw = RawClient::attach(&engine.name, Role::Worker);
+        raw.lobby.entries[raw.entry].register_dma(&known(stranger.identity()));
+        let namespace = raw.register(SOLO, 1, 0, SHARD.shard_bytes());
+        assert_eq!(raw.reserve(namespace, 0, Round { source: 9, number: 1 }, &chain(9, 8)).len(), 8);
+        if without_engine {
+            engine.kill();
+        }
+        raw.lobby.life_words[raw.entry].futex().store(0, kvring_shm_abi::sync::Ordering::Release);
+        if without_engine {
+            engine.restart();
+        }
+        engine.stat_becomes("clients_lingering", 1);
+        assert_eq!(engine.written_slots().len(), 8, "without an engine: {without_engine}");
+        drop(stranger);
+        engine.stat_becomes("slots_writing", 0);
+        drop(raw);
+        engine.settles(0);
+    }
+}
+
 /// Where an id means nothing: a lock, and then a grace.
 #[test]
 fn a_process_of_another_namespace_is_waited_for_by_its_lock() {

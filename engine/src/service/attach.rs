@@ -37,10 +37,9 @@ impl Service {
             }
             let raw = self.segments.lobby.life_words[entry].raw();
             match LifeWord::interpret(raw) {
-                // Judged, and yet unclaimed: its owner wrote 0 into its own word, and will never be marked as dead.
-                Life::Unclaimed if self.judged[entry].is_some() || self.awaited.entries >> entry & 1 == 1 => {
-                    self.reclaim(entry);
-                }
+                // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So it
+                // counts as dead; but that says no more of its process than a mark does.
+                Life::Unclaimed if self.is_known(entry) => self.bury(entry),
                 Life::Unclaimed => {}
                 Life::Dead => self.bury(entry),
                 Life::Alive { .. } => {
@@ -53,6 +52,14 @@ impl Service {
                 }
             }
         }
+    }
+
+    /// Does something here belong to whoever claimed this entry? Also what an earlier engine gave to devices of its: what an entry
+    /// says of those is taken back before its word is.
+    fn is_known(&self, entry: usize) -> bool {
+        self.judged[entry].is_some()
+            || self.awaited.entries >> entry & 1 == 1
+            || self.segments.lobby.entries[entry].dma().is_some()
     }
 
     /// Attaches the client in `entry`, or says why not. Each claim is judged once; one that was meant for another engine
