@@ -40,7 +40,7 @@ impl End {
 }
 
 /// Seconds after which a forked child ends by itself: a test that fails leaves nobody behind.
-const CHILD_LIVES: u32 = 120;
+const CHILD_LIVES: u32 = 1200;
 
 static END: AtomicU32 = AtomicU32::new(0);
 static GO: AtomicBool = AtomicBool::new(false);
@@ -118,7 +118,7 @@ pub fn end(how: u32) {
         1 => unsafe { core::ptr::without_provenance_mut::<u8>(8).write_volatile(1) },
         2 => std::process::abort(),
         3 => {
-            let (program, argument) = (c"/bin/sleep", c"60");
+            let (program, argument) = (c"/bin/sleep", c"1200");
             let arguments = [program.as_ptr(), argument.as_ptr(), core::ptr::null()];
             // SAFETY: strings and an array that end with zeros.
             unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };

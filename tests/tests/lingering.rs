@@ -30,7 +30,7 @@ struct Stranger(Child);
 
 impl Stranger {
     fn new() -> Stranger {
-        Stranger(Command::new("sleep").arg("120").spawn().unwrap())
+        Stranger(Command::new("sleep").arg("1200").spawn().unwrap())
     }
 
     fn identity(&self) -> ProcessIdentity {

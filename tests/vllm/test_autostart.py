@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from waiting import wait_for
 
 import kvring
 from kvring.vllm.autostart import Keeper
@@ -31,9 +32,7 @@ def name():
     yield name
     for pid in _pids(name):
         os.kill(pid, signal.SIGTERM)
-    until = time.monotonic() + 30
-    while _pids(name) and time.monotonic() < until:
-        time.sleep(0.02)
+    wait_for(lambda: not _pids(name), "the engines have ended")
     for path in glob.glob(f"/dev/shm/kvring.{name}.*"):
         os.unlink(path)
     log = kvring.Engine(name, "64MiB", detach=True).log_path
@@ -60,10 +59,8 @@ def test_who_finds_an_engine_does_not_empty_its_log(name: str) -> None:
     first = kvring.Engine(name, "64MiB", detach=True).start()
     path = first.log_path
     # A thread of the engine's own writes its log: it may serve before the first line is there.
-    until = time.monotonic() + 10
-    while (size := os.path.getsize(path)) == 0 and time.monotonic() < until:
-        time.sleep(0.01)
-    assert size > 0
+    wait_for(lambda: os.path.getsize(path) > 0, "the log has a line")
+    size = os.path.getsize(path)
     with pytest.raises(kvring.EngineError):
         # As a Keeper that lost the race.
         kvring.Engine(name, "64MiB", detach=True).start()
@@ -81,11 +78,8 @@ def test_an_engine_that_dies_is_started_again_and_leaves_no_zombie(name: str) ->
         keeper.watch()
         os.kill(pid, signal.SIGKILL)
         # It is nobody's child, so whoever takes orphans in reaps it.
-        until = time.monotonic() + 20
-        while (kvring.engine_state(name) != "serving" or os.path.exists(f"/proc/{pid}")) and time.monotonic() < until:
-            time.sleep(0.02)
-        assert kvring.engine_state(name) == "serving"
-        assert not os.path.exists(f"/proc/{pid}"), "a zombie until this process ends"
+        wait_for(lambda: not os.path.exists(f"/proc/{pid}"), "it is no zombie any more")
+        wait_for(lambda: kvring.engine_state(name) == "serving", "another one serves")
     finally:
         keeper.close()
 
@@ -97,18 +91,18 @@ def test_closing_does_not_wait_for_an_engine_that_is_starting(name: str, monkeyp
 
     def slow(self):
         starting.set()
-        assert may_start.wait(60)
+        may_start.wait()
         return start(self)
 
     monkeypatch.setattr(kvring.Engine, "start", slow)
     keeper = Keeper(name, "64MiB")
     keeper.watch()
-    assert starting.wait(60) and keeper._thread is not None
-    began = time.monotonic()
+    starting.wait()
+    assert keeper._thread is not None
+    # This would never come back if it waited.
     keeper.close()
-    took = time.monotonic() - began
-    assert keeper._thread.is_alive() and took < 5, f"close took {took:.1f} s"
+    assert keeper._thread.is_alive()
     # What had begun ends, and nothing begins after it: an engine that outlives this vLLM is what was asked for.
     may_start.set()
-    keeper._thread.join(60)
-    assert not keeper._thread.is_alive() and kvring.engine_state(name) == "serving"
+    keeper._thread.join()
+    assert kvring.engine_state(name) == "serving"

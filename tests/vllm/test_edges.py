@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from harness.support import harness, want
+from waiting import FOREVER_MS, wait_for
 
 import kvring
 from kvring.vllm.scheduler import SchedulerSide
@@ -96,14 +97,12 @@ def test_a_load_that_fails_says_so_in_a_few_lines(caplog: pytest.LogCaptureFixtu
     address = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
     with kvring.Engine(name, "64MiB"):
         worker = kvring.WorkerAdapter(b"f" * 32, world=1, rank=0, chunk_tokens=16, name=name)
-        asker = kvring.PollingSchedulerAdapter(b"f" * 32, name=name, lookup_timeout_ms=1000.0)
+        asker = kvring.PollingSchedulerAdapter(b"f" * 32, name=name, lookup_timeout_ms=FOREVER_MS)
         worker.register_kv_caches([kvring.KvGroup(64, 1, [(address, (64, 1024), (1024, 1), 4)])], owner=memory)
         keys = [bytes([index % 256, index // 256]) * 8 for index in range(1000)]
-        until = time.monotonic() + 20
-        while not (asker.is_healthy() and worker.is_healthy()) and time.monotonic() < until:
-            time.sleep(0.01)
+        wait_for(lambda: asker.is_healthy() and worker.is_healthy(), "both are attached")
         worker.submit_store("r", (1, 1), keys, [index % 64 for index in range(1000)])
-        assert worker.wait_idle(20_000)
+        assert worker.wait_idle(FOREVER_MS)
         asker.begin_step()
         hit = asker.lookup("r", 0, keys)
         # The arena may still be being allocated.
@@ -118,7 +117,7 @@ def test_a_load_that_fails_says_so_in_a_few_lines(caplog: pytest.LogCaptureFixtu
         kvring.set_log_level(logging.INFO)
         caplog.set_level(logging.INFO, "kvring")
         worker.submit_load("r", shards, [index % 64 for index in range(found)])
-        worker.wait_idle(20_000)
+        assert worker.wait_idle(FOREVER_MS)
         time.sleep(1.0)
         worker.shutdown()
         asker.shutdown()

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import traceback
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -81,8 +82,10 @@ class Driver:
     def settings(self, regex: str | None = None, **params) -> Any:
         """Sampling parameters; `regex`: what the answer must look like."""
         from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        if params.get("n", 1) > 1:  # or each of them would end the answer
+            params["output_kind"] = RequestOutputKind.FINAL_ONLY
         if regex is not None:
             params["structured_outputs"] = StructuredOutputsParams(regex=regex)
         return SamplingParams(**{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params})
@@ -123,7 +126,10 @@ class Driver:
             )
             request.external_req_id = name
             self.engine.output_processor.add_request(request, None, None, 0)
-            self.engine.engine_core.add_request(request)
+            # `AsyncLLM` has its engine core in another process: here the two would append to one list.
+            theirs = copy(request)
+            theirs.prompt_token_ids = list(piece)
+            self.engine.engine_core.add_request(theirs)
             answer: list[int] = []
             while not last and len(answer) < params["max_tokens"]:
                 for output in self.engine.step():
