@@ -516,6 +516,15 @@ impl Probe {
         &self.client
     }
 
+    /// Is the engine behind the attachment of this nonce still the one that is there, alive, and not restarted? Also while it
+    /// stalls: what it has answered holds.
+    #[inline]
+    pub(crate) fn lives(&mut self, nonce: u64) -> bool {
+        self.refresh();
+        self.fork.is_ours()
+            && self.held.as_ref().is_some_and(|link| link.nonce == nonce && link.alive().is_ok())
+    }
+
     /// Is this the process that made it?
     pub(crate) fn is_ours(&self) -> bool {
         self.fork.is_ours()

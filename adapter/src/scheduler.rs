@@ -37,14 +37,19 @@ impl SchedulerOptions {
 /// A request is known by its name; an *admission* is one of its lives: a request that was preempted comes back with
 /// the next one. An answer stays until the session ends or the next admission.
 pub trait SchedulerApi {
-    /// Starts the lookup of the longest visible prefix of `keys`, once per request and admission.
+    /// Starts the lookup of the longest visible prefix of `keys`, once per request and admission, and engine.
     ///
     /// # Errors
     /// Only the caller's own: too many keys, or called in a forked child. An engine in trouble is an answer of 0.
     fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError>;
 
-    /// The answer, or that it is pending. A request that was never submitted has 0 chunks.
+    /// The answer, or that it is pending. A request that was never submitted has 0 chunks. Where too many lookups are under way
+    /// for one more it is sent when there is room, and is pending until then.
     fn check_lookup(&mut self, request: &str) -> Lookup<'_>;
+
+    /// Does the answer of the request's present admission still hold? Not when the engine that has pinned what was found has
+    /// died, or was restarted: then the next `submit_lookup` or `lookup` of this admission asks again. A few loads.
+    fn is_current(&mut self, request: &str) -> bool;
 
     /// Gives up an admission's pins beyond its first `keep` chunks: when all ranks have reported the load (0), or when
     /// less was loaded than found. Unknown is fine; delivered later where it cannot be delivered now.
@@ -95,6 +100,21 @@ enum Patience {
     /// For a definite answer, but not for as long as an engine may take for it.
     WaitShort(Duration),
 }
+
+impl Patience {
+    /// What is left of it after a while.
+    fn after(self, gone: Duration) -> Patience {
+        match self {
+            Patience::Look => Patience::Look,
+            Patience::Spin(time) => Patience::Spin(time.saturating_sub(gone)),
+            Patience::Wait(time) => Patience::Wait(time.saturating_sub(gone)),
+            Patience::WaitShort(time) => Patience::WaitShort(time.saturating_sub(gone)),
+        }
+    }
+}
+
+/// How often a lookup that waits for room looks for some.
+const ROOM_EVERY: Duration = Duration::from_micros(50);
 
 /// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
 /// would rather wait a step than a microsecond.
@@ -201,6 +221,10 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
         self.settle(request, patience)
     }
 
+    fn is_current(&mut self, request: &str) -> bool {
+        self.sessions.is_current(request)
+    }
+
     fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
         self.sessions.release(request, admission, keep);
     }
@@ -235,9 +259,29 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
 }
 
 impl Sessions {
-    /// Has this request's lookup been asked, and its answer not been taken?
+    /// Has this request's lookup not been answered yet?
     fn is_waiting(&mut self, request: &str) -> bool {
-        self.get(request).is_some_and(|session| matches!(session.state, State::Waiting(_)))
+        self.get(request).is_some_and(|session| !matches!(session.state, State::Answered(_)))
+    }
+
+    /// Sends a lookup for which there was no room, if there is some now, or within the caller's patience: what is left of that.
+    /// `None`: there is none yet.
+    fn send(&mut self, request: &str, patience: Patience) -> Option<Patience> {
+        let began = Instant::now();
+        loop {
+            let asked = self.ask_again(request);
+            let left = patience.after(began.elapsed());
+            match left {
+                left if asked => return Some(left),
+                Patience::Wait(Duration::ZERO) | Patience::WaitShort(Duration::ZERO) => {
+                    self.give_up_asking(request);
+                    return Some(left);
+                }
+                Patience::Look | Patience::Spin(Duration::ZERO) => return None,
+                Patience::Spin(_) => core::hint::spin_loop(),
+                Patience::Wait(_) | Patience::WaitShort(_) => std::thread::sleep(ROOM_EVERY),
+            }
+        }
     }
 
     /// The answer, as far as it is known.
@@ -250,6 +294,7 @@ impl Sessions {
 
     /// The answer of a request's current admission; waits for it with `patience`.
     fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
+        let Some(patience) = self.send(request, patience) else { return Lookup::Pending };
         let Some(session) = self.get(request) else { return Lookup::Hit(&NOTHING) };
         if let State::Waiting(_) = &session.state {
             let State::Waiting(asked) =

@@ -92,6 +92,12 @@ pub struct LookupStats {
 }
 
 pub(crate) enum State {
+    /// Nothing has been asked yet: our own table of operations was full.
+    Unasked {
+        keys: Vec<Key>,
+        /// When it is answered 0.
+        until: Option<Deadline>,
+    },
     Waiting(Asked),
     Answered(Hit),
 }
@@ -166,8 +172,8 @@ impl Sessions {
         self.sessions.get_mut(request)
     }
 
-    /// Starts the lookup of this admission, unless it has been started already. It may stay pending for `timeout`, if
-    /// one is given; where that is zero, the engine is not asked.
+    /// Starts the lookup of this admission, unless it has been started already and its answer holds. It may stay pending for
+    /// `timeout`, if one is given; where that is zero, the engine is not asked.
     pub(crate) fn begin(
         &mut self,
         request: &str,
@@ -175,28 +181,22 @@ impl Sessions {
         keys: &[Key],
         timeout: Option<Duration>,
     ) -> Result<(), CallError> {
-        if self.sessions.get(request).is_some_and(|session| session.admission == admission) {
+        let is_known = self.sessions.get(request).is_some_and(|session| session.admission == admission);
+        if is_known && self.is_current(request) {
             return Ok(());
         }
         if keys.len() > KEYS_MAX {
             return Err(CallError::TooManyKeys { limit: KEYS_MAX, got: keys.len() });
         }
+        if is_known {
+            // What an engine that is gone had pinned: its successor, if it has taken that over, gives it back.
+            self.release(request, admission, 0);
+        }
         let id = match self.sessions.get(request) {
             Some(session) => session.id,
             None => self.probe.client().shared.next_session(),
         };
-        let (state, lease) = match self.submit(id, admission, keys, timeout) {
-            Ok(Some(asked)) => {
-                let nonce = asked.parts.link.nonce;
-                (State::Waiting(asked), Some(Asking { admission, nonce, keep: u32::MAX }))
-            }
-            Ok(None) => (State::Answered(Hit::default()), None),
-            Err(CallError::Forked) => return Err(CallError::Forked),
-            Err(error) => {
-                self.count_failure(&error);
-                (State::Answered(Hit::default()), None)
-            }
-        };
+        let (state, lease) = self.ask(id, admission, keys, timeout.map(Deadline::after))?;
         match self.sessions.get_mut(request) {
             // Dropping an earlier admission's pending lookup abandons it: its lease is given back when it comes.
             Some(session) => {
@@ -212,19 +212,81 @@ impl Sessions {
         Ok(())
     }
 
-    /// `None`: nothing to look up.
+    /// Does what was answered in this request's present admission still hold? Not where the engine that has pinned it is gone:
+    /// its successor may have nothing of it. True where nothing was found, or is not known yet.
+    pub(crate) fn is_current(&mut self, request: &str) -> bool {
+        let Some(session) = self.sessions.get(request) else { return true };
+        match &session.state {
+            State::Answered(hit) if hit.chunks > 0 => {
+                let asking = session.leases.iter().find(|asking| asking.admission == session.admission);
+                asking.is_none_or(|asking| self.probe.lives(asking.nonce))
+            }
+            _ => true,
+        }
+    }
+
+    /// Sends a lookup, if that can be done now: how the session stands then, and what may be leased for it.
+    fn ask(
+        &mut self,
+        id: u64,
+        admission: u32,
+        keys: &[Key],
+        until: Option<Deadline>,
+    ) -> Result<(State, Option<Asking>), CallError> {
+        Ok(match self.submit(id, admission, keys, until) {
+            Ok(Some(asked)) => {
+                let nonce = asked.parts.link.nonce;
+                (State::Waiting(asked), Some(Asking { admission, nonce, keep: u32::MAX }))
+            }
+            Ok(None) => (State::Answered(Hit::default()), None),
+            Err(CallError::Forked) => return Err(CallError::Forked),
+            // Our own table is full, of what others have asked: that is no answer.
+            Err(CallError::Busy) => (State::Unasked { keys: keys.to_vec(), until }, None),
+            Err(error) => {
+                self.count_failure(&error);
+                (State::Answered(Hit::default()), None)
+            }
+        })
+    }
+
+    /// A lookup that could not be sent: once more. False: it still could not.
+    pub(crate) fn ask_again(&mut self, request: &str) -> bool {
+        let Some(session) = self.sessions.get_mut(request) else { return true };
+        let State::Unasked { keys, until } = &mut session.state else { return true };
+        let (keys, until) = (core::mem::take(keys), *until);
+        let (id, admission) = (session.id, session.admission);
+        // In a forked child there is nothing to ask, and never will be.
+        let asked = self.ask(id, admission, &keys, until);
+        let (state, lease) = asked.unwrap_or((State::Answered(Hit::default()), None));
+        let could = !matches!(state, State::Unasked { .. });
+        if let Some(session) = self.sessions.get_mut(request) {
+            session.state = state;
+            session.leases.extend(lease);
+        }
+        could
+    }
+
+    /// A lookup that could not be sent for as long as its caller can wait.
+    pub(crate) fn give_up_asking(&mut self, request: &str) {
+        if let Some(session) = self.sessions.get_mut(request) {
+            session.state = State::Answered(Hit::default());
+            self.stats.timed_out += 1;
+        }
+    }
+
+    /// `None`: nothing to look up. An answer of [`CallError::Busy`] is our own: the engine has not been asked.
     fn submit(
         &mut self,
         session: u64,
         admission: u32,
         keys: &[Key],
-        timeout: Option<Duration>,
+        until: Option<Deadline>,
     ) -> Result<Option<Asked>, CallError> {
         let link = self.probe.link()?;
         if keys.is_empty() {
             return Ok(None);
         }
-        if timeout == Some(Duration::ZERO) {
+        if until.is_some_and(Deadline::passed) {
             return Err(CallError::TimedOut { waited_ms: 0 });
         }
         let link = link.clone();
@@ -245,7 +307,6 @@ impl Sessions {
                 Request::Lookup { session, admission, namespace, keys, answer }
             },
         )?;
-        let until = timeout.map(Deadline::after);
         let parts = AskedParts { keys: keys.to_vec(), world, namespace, link };
         Ok(Some(Asked { pending, until, parts }))
     }

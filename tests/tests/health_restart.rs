@@ -112,6 +112,41 @@ fn leases_that_end_while_the_engine_is_away_are_not_taken_up_again() {
     engine.settles(0);
 }
 
+/// A request that waits for room keeps its answer, but not over the death of the engine that gave it.
+#[test]
+fn an_answer_of_an_engine_that_is_gone_is_asked_for_again() {
+    let mut engine = EngineProcess::start("again", 16);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    let keys = chain(1, 12);
+    assert_eq!(worker.store("r", round(0), None, &keys, 7), all_stored(12));
+    for request in ["dead", "warm"] {
+        assert_eq!(scheduler.lookup(request, 0, &keys).unwrap().chunks, 12);
+        assert!(scheduler.api().is_current(request));
+    }
+    engine.stop();
+    assert!(scheduler.api().is_current("warm"), "what an engine has pinned that only hangs can be loaded");
+    engine.resume();
+    engine.kill();
+    assert!(!scheduler.api().is_current("dead") && !scheduler.api().is_current("warm"));
+    assert_eq!(scheduler.lookup("dead", 0, &keys).unwrap().chunks, 0);
+    assert!(scheduler.api().is_current("dead"), "nothing that was not found can be lost");
+    engine.restart();
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    assert!(!scheduler.api().is_current("warm"));
+    assert_eq!(scheduler.lookup("dead", 0, &keys).unwrap().chunks, 0, "an answer is an answer");
+    assert_eq!(scheduler.lookup("warm", 0, &keys).unwrap().chunks, 12);
+    assert!(scheduler.api().is_current("warm"));
+    engine.stat_becomes("pins", 12);
+    for request in ["dead", "warm"] {
+        scheduler.api().end_session(request);
+    }
+    engine.stat_becomes("leases", 0);
+    drop((worker, scheduler));
+    engine.settles(0);
+}
+
 /// A copy that outlives its engine: twice over, and then the third one commits it.
 #[test]
 fn a_store_whose_copy_outlives_the_engine_is_committed_by_the_next() {

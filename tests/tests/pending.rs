@@ -2,7 +2,7 @@
 //! test's, the engine a thread of this process, its clients processes and threads as everywhere.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{Key, Round};
+use kvring_adapter::{Key, PollingSchedulerAdapter, Round, SchedulerApi, SchedulerOptions};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Snapshot;
@@ -295,5 +295,37 @@ fn more_pending_lookups_than_there_is_room_for() {
         schedulers[*index].api().end_session(request);
     }
     drop(schedulers);
+    ends_clean(scene);
+}
+
+/// More than this client may have under way: that is not what the engine says, so it is no answer.
+#[test]
+fn a_full_table_of_our_own_is_no_answer() {
+    let scene = scene("full");
+    let mut scheduler = scheduler(&scene, false, 5);
+    let keys = chain(1, 4);
+    let requests: Vec<String> = (0..400).map(|number| format!("r{number}")).collect();
+    for request in &requests {
+        scheduler.api().submit_lookup(request, 0, &keys).unwrap();
+    }
+    becomes("lookups that the tier was asked for", 256, || scene.tier.begun());
+    let client = scheduler.client().clone();
+    let options = SchedulerOptions::new(SchedulerSpec::new(&scene.name).fingerprint());
+    let mut polling = PollingSchedulerAdapter::new(&client, options);
+    assert_eq!(polling.lookup("definite", 0, &keys).unwrap().chunks, 0);
+    let stats = polling.lookup_stats();
+    assert_eq!((stats.timed_out, stats.refused), (1, 0), "nobody has refused it: there was no time");
+    drop(polling);
+    assert!(
+        requests.iter().all(|request| scheduler.check(request).is_none()),
+        "what was not asked is pending"
+    );
+    scene.tier.set_done(true);
+    eventually("all are answered", || requests.iter().all(|request| scheduler.check(request).is_some()));
+    for request in &requests {
+        assert_eq!(scheduler.check(request).unwrap().chunks, 2, "{request}");
+        scheduler.api().end_session(request);
+    }
+    drop((scheduler, client));
     ends_clean(scene);
 }

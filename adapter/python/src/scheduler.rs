@@ -128,6 +128,10 @@ macro_rules! scheduler_class {
         impl $name {
             $($own)*
 
+            fn is_current(&self, py: Python<'_>, request: &str) -> PyResult<bool> {
+                guarded(py, || Ok(self.0.held.now(py, |adapter| adapter.is_current(request))))
+            }
+
             #[pyo3(signature = (request, admission, keep = 0))]
             fn free_lookup_locks(&self, py: Python<'_>, request: &str, admission: u32, keep: u32) -> PyResult<()> {
                 guarded(py, || {
