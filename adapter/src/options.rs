@@ -23,7 +23,7 @@ pub struct ClientOptions {
     /// How long `shutdown` waits for running copies and for the engine's goodbye. Copies themselves are never
     /// abandoned half-way. Default 5 s.
     pub drain_timeout: Duration,
-    /// How long a flush (before blocks are reused) waits for stores that have not been copied yet; what has not begun by then
+    /// How long after its submission a store may still be copied when its blocks are wanted (a flush); what has not begun by then
     /// is dropped, and a copy that runs is always waited for. Default 200 ms.
     pub flush_timeout: Duration,
     /// How long the engine's beat may stand still, under this client's own eyes, until it counts as stalled.

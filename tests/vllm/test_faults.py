@@ -17,6 +17,7 @@ import kvring
 import kvring.vllm.guard as guard
 from kvring.vllm.geometry import Geometry
 from kvring.vllm.scheduler import SchedulerSide
+from kvring.vllm.stores import OpenStores
 from kvring.vllm.worker import WorkerSide
 
 SEEDS = [int(seed) for seed in os.environ.get("KVRING_FAULT_SEEDS", "0,1,2,3").split(",")]
@@ -31,8 +32,7 @@ PLACES: list[tuple[type, str]] = [
     (SchedulerSide, "build_connector_meta"),
     (SchedulerSide, "_store"),
     (SchedulerSide, "_key"),
-    (SchedulerSide, "_fence"),
-    (SchedulerSide, "_owns_blocks"),
+    (SchedulerSide, "has_pending_block_frees"),
     (SchedulerSide, "_spoilt"),
     (SchedulerSide, "request_finished"),
     (SchedulerSide, "_forget_if_over"),
@@ -41,6 +41,13 @@ PLACES: list[tuple[type, str]] = [
     (SchedulerSide, "_store_ended"),
     (SchedulerSide, "reset_cache"),
     (SchedulerSide, "_job"),
+    (OpenStores, "add"),
+    (OpenStores, "fence"),
+    (OpenStores, "_owns_blocks"),
+    (OpenStores, "pin"),
+    (OpenStores, "let_go"),
+    (OpenStores, "let_go_in_time"),
+    (OpenStores, "close"),
     (Geometry, "to_store"),
     (Geometry, "to_load"),
     (WorkerSide, "flush"),
@@ -62,7 +69,6 @@ PLACES: list[tuple[type, str]] = [
     (RecordingWorkerAdapter, "submit_load"),
     (RecordingWorkerAdapter, "get_finished"),
     (RecordingWorkerAdapter, "get_block_ids_with_load_errors"),
-    (RecordingWorkerAdapter, "is_reading"),
     (RecordingWorkerAdapter, "flush"),
     (RecordingWorkerAdapter, "wait_job"),
     (RecordingWorkerAdapter, "wait_some"),

@@ -104,7 +104,7 @@ def side(
     monkeypatch: pytest.MonkeyPatch, *, zeroing: bool = False, gpu: bool = True, may_sleep: bool = False
 ) -> tuple[WorkerSide, Recorder]:
     monkeypatch.setattr(worker_module, "WorkerAdapter", Recorder)
-    geometry = Geometry((Group("full_attention", 16, 1, None),), 16, 16, 1, 1)
+    geometry = Geometry((Group("full_attention", 16, 1, None),), 16, 16, 1, 1, 0)
     made = WorkerSide(Config.parse({"kvring.copy": "staged"}), geometry, bytes(32), 0, may_sleep=may_sleep)
     recorder: Any = made.adapter
     tensor = torch.zeros(4, 2, 16, 8)

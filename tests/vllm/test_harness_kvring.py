@@ -22,6 +22,7 @@ from waiting import PATIENT, wait_for  # noqa: E402
 
 import kvring.vllm.guard as guard  # noqa: E402
 from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
+from kvring.vllm.stores import OpenStore, OpenStores  # noqa: E402
 from kvring.vllm.tracker import Tracker  # noqa: E402
 
 QUICK = 40
@@ -121,22 +122,25 @@ PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail
 
 
 def _no_fence(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SchedulerSide, "_fence", lambda self, preempted: [])
+    patch.setattr(OpenStores, "fence", lambda self, preempted: [])
 
 
 def _no_window_fence(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(SchedulerSide, "_owns_blocks", lambda self, store: True)
+    patch.setattr(OpenStores, "_owns_blocks", lambda self, store: True)
 
 
 def _blocks_given_back_early(patch: pytest.MonkeyPatch) -> None:
-    finished = SchedulerSide.request_finished
+    patch.setattr(OpenStores, "pin", lambda self, request: None)
 
-    def too_early(self: SchedulerSide, request: str) -> bool:
-        finished(self, request)
-        self._saved.clear()
-        return False
 
-    patch.setattr(SchedulerSide, "request_finished", too_early)
+def _let_go_without_a_flush(patch: pytest.MonkeyPatch) -> None:
+    unpin = OpenStores._unpin
+
+    def forgotten(self: OpenStores, store: OpenStore) -> None:
+        unpin(self, store)
+        store.lost = False
+
+    patch.setattr(OpenStores, "_unpin", forgotten)
 
 
 def _stale_hit(patch: pytest.MonkeyPatch) -> None:
@@ -171,6 +175,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no fence": (_no_fence, PLAIN | {"window": None, "slack_blocks": 0}, "P2"),
     "no fence for window blocks": (_no_window_fence, PLAIN | {"window": 6, "chunk_blocks": 1}, "P2"),
     "blocks given back while they are read": (_blocks_given_back_early, PLAIN | {"window": None}, "P2"),
+    "blocks let go while they are read": (_let_go_without_a_flush, PLAIN | {"window": None, "slack_blocks": 0}, "P2"),
     "an earlier admission's hit": (_stale_hit, PLAIN | {"window": None, "prefix_caching": False, "slack_blocks": 0}, "P5"),
     "one rank's failed synchronous load ignored": (
         _poison,

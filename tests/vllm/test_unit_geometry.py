@@ -1,10 +1,12 @@
 """Blocks, chunks and ranks: by hand-made block tables, and by comparing with a list of every token's block."""
 
 import random
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -26,6 +28,10 @@ def full(tokens: int = 16, **more: object) -> FullAttentionSpec:
 
 def window(of: int, tokens: int = 16) -> SlidingWindowSpec:
     return SlidingWindowSpec(block_size=tokens, num_kv_heads=2, head_size=64, dtype=torch.float32, sliding_window=of)
+
+
+def blocks(table: Sequence[Sequence[int]]) -> list[list[KVCacheBlock]]:
+    return [[KVCacheBlock(block_id=index) for index in ids] for ids in table]
 
 
 def geometry(
@@ -51,9 +57,10 @@ def test_a_chunk_covers_the_same_tokens_in_every_group() -> None:
     assert it.groups == (Group("full_attention", 16, 4, None), Group("sliding_window", 32, 2, 128))
     assert it.hash_tokens == 16 and it.hashes_per_chunk == 4 and it.has_windows
     table = (list(range(100, 108)), [0, 0, 7, 8])
-    assert it.to_store(table, 1) == [104, 105, 106, 107, 7, 8]
-    assert it.to_store(table, 0) is None, "a block of it has left the window"
-    assert it.to_store(table, 2) is None, "it is not allocated yet"
+    assert it.to_store(blocks(table), 1) == [104, 105, 106, 107, 7, 8]
+    assert it.to_store(blocks(table), 0) is None, "a block of it has left the window"
+    assert it.to_store(blocks(table), 2) is None, "it is not allocated yet"
+    assert it.chunk_bytes == 2 * 2 * 64 * 2 * 4 * 64, "two layers; K and V, two heads of 64 floats, for each of 64 tokens"
 
 
 def test_loads_never_write_what_is_held_or_not_there() -> None:
@@ -81,7 +88,7 @@ def test_against_every_token_one_by_one() -> None:
             span = range(chunk * it.chunk_tokens, (chunk + 1) * it.chunk_tokens)
             each = [list(dict.fromkeys(ids[token // size] for token in span)) for ids, size in zip(table, sizes, strict=True)]
             whole = all(0 not in ids[span[0] // size : span[-1] // size + 1] for ids, size in zip(table, sizes, strict=True))
-            assert it.to_store(table, chunk) == (sum(each, []) if whole else None)
+            assert it.to_store(blocks(table), chunk) == (sum(each, []) if whole else None)
 
 
 def test_ranks_with_the_same_bytes_store_once() -> None:

@@ -45,7 +45,7 @@ def test_prometheus_gets_every_counter() -> None:
 def test_what_travels_between_processes_survives() -> None:
     load = Load(1, "r", 32, True, (b"a", b"b"), [1, 2])
     store = Store(2, "r", (7, 2), None, [b"k" * 16], [3])
-    meta = KvringMetadata([load], [store], [5], saved=[("r", [2])], idle=True)
+    meta = KvringMetadata([load], [store], [5], idle=True)
     assert pickle.loads(pickle.dumps(meta)) == meta
 
 

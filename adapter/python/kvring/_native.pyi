@@ -87,6 +87,9 @@ class SchedulerAdapter:
     def check_lookup(self, request: str) -> Hit | None:
         """The answer; `None` while it is pending. A request that was never submitted has 0 chunks."""
 
+    def is_current(self, request: str) -> bool:
+        """Does the answer still hold? Not when the engine that gave it is gone: then this admission may be asked for again."""
+
     def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
         """Gives up the pins beyond the first `keep` chunks. Unknown is fine."""
 
@@ -145,6 +148,7 @@ class PollingSchedulerAdapter:
 
         Asked again for the same admission it is the same answer and no work; a timed-out 0 is an answer too."""
 
+    def is_current(self, request: str) -> bool: ...
     def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None: ...
     def end_session(self, request: str) -> None: ...
     def reset_cache(self) -> int: ...
@@ -289,12 +293,10 @@ class WorkerAdapter:
         """Blocks whose load has failed since the last call. A load's blocks are here no later than its report is there:
         call `get_finished` first."""
 
-    def is_reading(self, job: int) -> bool:
-        """May this store still read its blocks? Not when it only waits for the engine's answer, nor when it has ended."""
-
     def flush(self, jobs: Sequence[int]) -> None:
         """Before the blocks that these stores read are given to somebody else: when this returns they read them no more,
-        whatever the engine does. Waits, without the GIL, for copies that run. Unknown and ended jobs are fine."""
+        whatever the engine does. Waits, without the GIL, for copies that run, and until `flush_timeout_ms` after its submission
+        for each store that is still to be copied. Unknown and ended jobs are fine."""
 
     def handle_preemptions(self, requests: Sequence[str] | None = None) -> None:
         """`flush`, by request; `None`: all of them."""

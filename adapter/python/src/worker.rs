@@ -371,10 +371,6 @@ impl WorkerAdapter {
         guarded(py, || Ok(self.jobs.get_block_ids_with_load_errors()))
     }
 
-    fn is_reading(&self, py: Python<'_>, job: u64) -> PyResult<bool> {
-        guarded(py, || Ok(self.jobs.is_reading(JobId(job))))
-    }
-
     fn flush(&self, py: Python<'_>, jobs: Vec<u64>) -> PyResult<()> {
         guarded(py, || {
             let jobs: Vec<JobId> = jobs.into_iter().map(JobId).collect();

@@ -296,14 +296,6 @@ def test_salted_keys_are_other_keys(make):
         scheduler.lookup("wrong", 0, plain, salt=b"abc")
 
 
-def test_a_store_that_has_ended_reads_no_more(make):
-    memory = Memory(4, 4096)
-    worker = make.worker(KvGroup(4, 1, [memory.tensor()]), owner=memory)
-    job = worker.submit_store("r", (1, 1), keys("reading", 2), [0, 1])
-    done(worker, job)
-    assert not worker.is_reading(job) and not worker.is_reading(12345)
-
-
 def test_flush_and_preemptions(make, engine):
     memory = Memory(64, 1 << 16)
     worker = make.worker(KvGroup(64, 1, [memory.tensor()]))

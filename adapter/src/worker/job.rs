@@ -5,6 +5,7 @@ use kvring_gpu_kernels::{Fence, PagedKv};
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Names a job, in the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -51,6 +52,7 @@ pub(crate) struct Job {
     pub(crate) paged: std::sync::Arc<PagedKv>,
     /// Its copies come after this.
     pub(crate) after: Fence,
+    submitted: Instant,
     phase: Mutex<Phase>,
     changed: Condvar,
 }
@@ -79,6 +81,7 @@ impl Job {
             work,
             paged,
             after,
+            submitted: Instant::now(),
             phase: Mutex::new(Phase::default()),
             changed: Condvar::new(),
         }
@@ -107,25 +110,18 @@ impl Job {
         self.phase().cancelled
     }
 
-    /// Does a copy of its blocks run, or may one begin?
-    pub(crate) fn may_copy(&self) -> bool {
-        let phase = self.phase();
-        phase.copying > 0 || !(phase.copied || phase.cancelled)
-    }
-
     /// Mover: its blocks are not looked at any more.
     pub(crate) fn end_copies(&self) {
         self.phase().copied = true;
         self.changed.notify_all();
     }
 
-    /// Caller: waits until its blocks are not looked at any more; after `patience` no further copy begins, but one
-    /// that runs is always waited for.
-    pub(crate) fn wait_copied(&self, patience: std::time::Duration) {
-        let until = crate::options::until(patience);
+    /// Caller: waits until its blocks are not looked at any more. When its submission is `patience` ago no further copy begins,
+    /// but one that runs is always waited for.
+    pub(crate) fn wait_copied(&self, patience: Duration) {
         let mut phase = self.phase();
         while !phase.copied && !phase.cancelled {
-            let left = until.saturating_duration_since(std::time::Instant::now());
+            let left = patience.saturating_sub(self.submitted.elapsed());
             if left.is_zero() {
                 phase.cancelled = true;
                 break;
@@ -140,7 +136,7 @@ impl Job {
     /// Caller: no copy begins any more, and no answer is waited for; waits for a copy that runs.
     pub(crate) fn cancel(&self) {
         self.phase().cancelled = true;
-        self.wait_copied(std::time::Duration::ZERO);
+        self.wait_copied(Duration::ZERO);
     }
 }
 
@@ -159,7 +155,6 @@ mod tests {
     use super::*;
     use kvring_gpu_kernels::Plane;
     use std::sync::{Arc, mpsc};
-    use std::time::Duration;
 
     fn job() -> Arc<Job> {
         let plane =

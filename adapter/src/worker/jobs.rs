@@ -4,7 +4,7 @@ use super::job::{Finished, Job, JobId};
 use super::queue::Queue;
 use crate::client::Client;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The jobs of a [`crate::WorkerAdapter`], for threads that wait for some of them while another one submits more.
 #[derive(Clone)]
@@ -38,8 +38,9 @@ impl Jobs {
     }
 
     /// Before the blocks of these requests (of all, for `None`) are given to somebody else: when this returns, no
-    /// store reads them any more. Stores are finished first as long as the engine answers, and for `flush_timeout` at most;
-    /// a copy that runs is always waited for, also when the engine is not there.
+    /// store reads them any more. Stores are finished first as long as the engine answers, and until `flush_timeout` after
+    /// their submission: where stores come faster than they are copied, who waits is given up at once. A copy that runs is
+    /// always waited for, also when the engine is not there.
     pub fn handle_preemptions(&self, requests: Option<&[&str]>) {
         self.flush_those(|job| requests.is_none_or(|requests| requests.contains(&job.request.as_str())));
     }
@@ -47,12 +48,6 @@ impl Jobs {
     /// `handle_preemptions`, by job. Unknown and ended ones, and loads, are fine.
     pub fn flush(&self, jobs: &[JobId]) {
         self.flush_those(|job| jobs.contains(&job.id));
-    }
-
-    /// May this store still read its blocks? Not when it only waits for the engine's answer, nor when it has ended.
-    #[must_use]
-    pub fn is_reading(&self, job: JobId) -> bool {
-        self.queue().is_some_and(|queue| queue.is_reading(job))
     }
 
     fn flush_those(&self, concerned: impl Fn(&Job) -> bool) {
@@ -63,10 +58,8 @@ impl Jobs {
         }
         let fit = self.client.is_healthy();
         let patience = if fit { self.client.options().flush_timeout } else { Duration::ZERO };
-        // One deadline for all of them.
-        let until = crate::options::until(patience);
         for job in stores {
-            job.wait_copied(until.saturating_duration_since(Instant::now()));
+            job.wait_copied(patience);
         }
     }
 

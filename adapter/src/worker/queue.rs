@@ -133,11 +133,6 @@ impl Queue {
         state.open.iter().filter(|job| job.is_store() && concerned(job)).cloned().collect()
     }
 
-    /// Has this job not ended, and may it look at its blocks?
-    pub(super) fn is_reading(&self, job: JobId) -> bool {
-        self.state().open.iter().any(|open| open.id == job && open.may_copy())
-    }
-
     /// Jobs that have not ended.
     pub(super) fn open_jobs(&self) -> Vec<Arc<Job>> {
         self.state().open.clone()

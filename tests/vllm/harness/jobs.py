@@ -32,7 +32,9 @@ class Faults:
     """What goes wrong, and how often; the same dice for every run of a seed."""
 
     hold: float = 0.0
-    """Chance that a job is held for a few steps."""
+    """Chance that a job is held for some steps."""
+    hold_steps: tuple[int, int] = (1, 6)
+    """At least, at most."""
     fail_load: float = 0.0
     fail_store: float = 0.0
     fail_rank: int | None = None
@@ -120,7 +122,7 @@ class RecordingWorkerAdapter:
 
     def _submit(self, job: int, is_store: bool, request: str, submit: Callable[[], int]) -> None:
         if self._dice.random() < self._faults.hold:
-            self._held[job] = _Held(job, self._dice.randint(1, 6), submit, is_store, request)
+            self._held[job] = _Held(job, self._dice.randint(*self._faults.hold_steps), submit, is_store, request)
             self._ledger.count("held_jobs")
         else:
             self._link(job, submit())
@@ -192,17 +194,6 @@ class RecordingWorkerAdapter:
         """See `WorkerAdapter.get_block_ids_with_load_errors`."""
         bad, self._bad_blocks = self._bad_blocks, []
         return bad + list(self._inner.get_block_ids_with_load_errors())
-
-    def is_reading(self, job: int) -> bool:
-        """See `WorkerAdapter.is_reading`."""
-        if job in self._held:
-            return True
-        theirs = self._theirs.get(job)
-        reading = theirs is not None and self._inner.is_reading(theirs)
-        if not reading:
-            # Told so, the connector may let go of the blocks.
-            self._ledger.flushed(self._rank, [job])
-        return reading
 
     def flush(self, jobs: Sequence[int]) -> None:
         """See `WorkerAdapter.flush`."""

@@ -236,9 +236,9 @@ class Driver:
         return done
 
     def drain(self, patience: int = 20_000) -> None:
-        """Empty steps while blocks of requests that have ended are held for a store, as vLLM's own loop does them."""
+        """Empty steps while something is left to do for requests that have ended, as vLLM's own loop does them."""
         for _ in range(patience):
-            if self.scheduler is None or len(self.scheduler.requests) <= len(self.running):
+            if self.scheduler is None or self.running or not self.scheduler.has_requests():
                 return
             self.engine.step()
             time.sleep(0.0005)

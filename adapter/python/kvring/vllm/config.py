@@ -119,7 +119,10 @@ class Config:
     )
     drain_timeout_ms: float = _option(5_000.0, _zero_or_more, "how long shutting down waits for stores")
     flush_timeout_ms: float = _option(
-        200.0, _zero_or_more, "how long blocks that vLLM needs again are kept for stores that have not been copied yet"
+        200.0,
+        _zero_or_more,
+        "how long a store may take until it is copied, where vLLM needs its blocks again; and how long it keeps those of a "
+        "request that has ended",
     )
     stall_after_ms: float = _option(2_000.0, _above_zero, "an engine that does not move for this long counts as stalled")
     checksum: str = _option(

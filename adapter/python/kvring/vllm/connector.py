@@ -5,6 +5,7 @@ What is wrong with the configuration is raised while vLLM starts. From then on n
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -127,9 +128,32 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's side.
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """vLLM's block tables: who owns which block."""
+        """vLLM's block tables: who owns which block. vLLM resets its prefix cache only while no block is in use, and tells no
+        connector before it looks: so the manager is made to tell us."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self.scheduler.kv_cache_manager = kv_cache_manager
+        reset = kv_cache_manager.reset_prefix_cache
+
+        @functools.wraps(reset)
+        def reset_prefix_cache() -> bool:
+            self._let_go()
+            return reset()
+
+        kv_cache_manager.reset_prefix_cache = reset_prefix_cache
+
+    @fail_open(lambda self: None)
+    def _let_go(self) -> None:
+        self.scheduler.let_go()
+
+    @fail_open(lambda self: False)
+    def has_pending_block_frees(self) -> bool:
+        """See `SchedulerSide`."""
+        return self.scheduler.has_pending_block_frees()
+
+    @fail_open(lambda self: False)
+    def has_pending_push_work(self) -> bool:
+        """See `SchedulerSide`."""
+        return self.scheduler.has_pending_push_work()
 
     @fail_open(lambda self, *_: NOTHING)
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -166,15 +190,17 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @fail_open(_gives_back)
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """See `SchedulerSide`."""
-        return self.scheduler.request_finished(request.request_id), None
+        """See `SchedulerSide`. vLLM never has to keep a request's blocks for us."""
+        self.scheduler.request_finished(request.request_id)
+        return False, None
 
     @fail_open(_gives_back)
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """See `SchedulerSide`."""
-        return self.scheduler.request_finished(request.request_id), None
+        """As `request_finished`."""
+        self.scheduler.request_finished(request.request_id)
+        return False, None
 
     @fail_open(lambda self: ())
     def take_events(self) -> Iterable[KVCacheEvent]:
@@ -226,8 +252,8 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """See `WorkerSide`."""
         self.worker.collect(self._meta)
-        saved, received, failed = self.worker.take_transfer_results()
-        return KVConnectorTransferResults(finished_sending=saved, finished_recving=received, failed_recving=failed)
+        received, failed = self.worker.take_transfer_results()
+        return KVConnectorTransferResults(finished_recving=received, failed_recving=failed)
 
     @fail_open(lambda self: set())
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
 from vllm.v1.kv_cache_interface import (
@@ -24,7 +24,8 @@ from kvring import SKIP, LayoutError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 NULL_BLOCK = 0
 """vLLM's block for tokens that a sliding window does not look at any more: nobody's, and never to be read or written."""
@@ -36,6 +37,9 @@ _WITHOUT_DRAFT_KV = {None, "ngram", "ngram_gpu", "suffix"}
 
 BlockTable = Sequence[Sequence[int]]
 """One request's block ids, for each group."""
+
+Block = TypeVar("Block")
+"""A block's id, or vLLM's own object for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Geometry:
     """vLLM's workers: each reports every job."""
     replicas: int
     """Consecutive ranks that hold the same bytes (MLA): the first of them stores."""
+    chunk_bytes: int
+    """Of one rank's part, the first one's: for limits."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_blocks: int) -> Geometry:
@@ -98,7 +104,9 @@ class Geometry:
         ranks, replicas = vllm_config.parallel_config.world_size, kv_cache_config.kv_tp_replicas
         if replicas < 1 or ranks % replicas:
             raise LayoutError(f"expected a divisor of the {ranks} ranks as kv_tp_replicas, got {replicas}")
-        return cls(groups, chunk_tokens, hash_tokens, ranks, replicas)
+        block_bytes = [_block_bytes(group) for group in kv_cache_config.kv_cache_groups]
+        chunk_bytes = sum(group.blocks * size for group, size in zip(groups, block_bytes, strict=True))
+        return cls(groups, chunk_tokens, hash_tokens, ranks, replicas, chunk_bytes)
 
     @property
     def world(self) -> int:
@@ -123,13 +131,18 @@ class Geometry:
         """Does this rank store its part, or another one that holds the same bytes?"""
         return rank % self.replicas == 0
 
-    def to_store(self, table: BlockTable, chunk: int) -> list[int] | None:
+    def of_chunk(self, table: Sequence[Sequence[Block]], chunk: int) -> list[Block]:
+        """A chunk's blocks, as far as the table has them."""
+        blocks: list[Block] = []
+        for group, of_group in zip(self.groups, table, strict=True):
+            blocks += of_group[chunk * group.blocks : (chunk + 1) * group.blocks]
+        return blocks
+
+    def to_store(self, table: Sequence[Sequence[KVCacheBlock]], chunk: int) -> list[int] | None:
         """A chunk's block ids; `None` where one of them is not there (any more)."""
-        blocks: list[int] = []
-        for group, ids in zip(self.groups, table, strict=True):
-            blocks += ids[chunk * group.blocks : (chunk + 1) * group.blocks]
-        whole = len(blocks) == sum(group.blocks for group in self.groups)
-        return blocks if whole and NULL_BLOCK not in blocks else None
+        ids = [block.block_id for block in self.of_chunk(table, chunk)]
+        whole = len(ids) == sum(group.blocks for group in self.groups)
+        return ids if whole and NULL_BLOCK not in ids else None
 
     def to_load(self, table: BlockTable, first: int, last: int, start: int, end: int) -> list[int]:
         """The block ids that loading tokens `start` to `end` writes, for chunks `first` to `last` (exclusive), one after the
@@ -157,6 +170,12 @@ class Geometry:
         if NULL_BLOCK in wanted:
             wanted = [SKIP if block == NULL_BLOCK else block for block in wanted]
         return [SKIP] * (lowest - begin) + wanted + [SKIP] * (stop - highest)
+
+
+def _block_bytes(group: KVCacheGroupSpec) -> int:
+    layers = list(iter_layer_specs(group.kv_cache_spec))
+    # A spec that all layers of the group share is listed once.
+    return sum(layer.page_size_bytes for layer in layers) * (len(group.layer_names) if len(layers) == 1 else 1)
 
 
 def _check_parallel(vllm_config: VllmConfig) -> None:

@@ -45,8 +45,6 @@ class KvringMetadata(KVConnectorMetadata):
     """Stores whose blocks may have got a new owner: none of them may read any more when the forward pass begins."""
     flush_all: bool = False
     """The scheduler's side does not know: all of them."""
-    saved: list[tuple[str, list[int]]] = field(default_factory=list)
-    """Finished requests whose blocks vLLM keeps until these stores have read them: to be reported, once."""
     idle: bool = False
     """No forward pass in this step: whoever waits for a load costs nobody anything."""
 

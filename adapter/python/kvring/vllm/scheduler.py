@@ -2,12 +2,15 @@
 
 Invariants (P0 to P5 of the obligations that preemption brings; the harness under `tests/vllm` checks them):
 
-* One lookup per admission, over *all* tokens; asked again the answer is the same and costs nothing. What it found stays leased
-  until vLLM has decided, and until every rank has reported the load.
+* One lookup per admission, over *all* tokens; asked again the answer is the same and costs nothing, unless the engine that gave
+  it has died meanwhile: then it is looked up anew. What it found stays leased until vLLM has decided, and until every rank has
+  reported the load.
 * Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from what was added up.
 * A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, once per admission.
 * A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
-  the next forward pass; one that finishes keeps its blocks until they have been read.
+  the next forward pass. Those of one that finishes are *pinned*, until every rank has reported the store, vLLM wants them back,
+  or `flush_timeout_ms` has passed (`stores.py`).
+* What waits is bounded: while the stores that are open have too many bytes no further ones are announced.
 * While a synchronous load is not known to be good nothing is stored, whoever's load and whoever's blocks: vLLM shares them at
   once. Under `MultiConnector` that includes other connectors' loads.
 """
@@ -29,7 +32,8 @@ from .geometry import NULL_BLOCK, Geometry
 from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Outcome, Store
 from .namespace import SALT_BYTES, LoraSalts, joined, salted
 from .stats import KvringStats
-from .tracker import OpenLoad, OpenStore, Tracker
+from .stores import OpenStore, OpenStores
+from .tracker import OpenLoad, Tracker
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -70,7 +74,7 @@ class SchedulerSide:
         self.loads, self.stores = loads, stores
         self.stats = KvringStats()
         self.trackers: dict[str, Tracker] = {}
-        self.kv_cache_manager: KVCacheManager | None = None
+        self.open_stores = OpenStores(geometry, config.flush_timeout_ms)
         self.load_waits = config.load == "sync"
         # Steps that vLLM may have scheduled before it has seen the output of the first of them.
         self._batches = batches
@@ -102,11 +106,18 @@ class SchedulerSide:
         """This step's stores."""
         self._loads: list[Load] = []
         self._open_loads: dict[int, OpenLoad] = {}
-        self._open_stores: dict[int, OpenStore] = {}
-        self._saved: list[tuple[str, list[int]]] = []
         self._flush_all = False
         """An error has cost us the account of who reads which block."""
         self._lora_salts = LoraSalts()
+
+    @property
+    def kv_cache_manager(self) -> KVCacheManager | None:
+        """vLLM's block tables: who owns which block."""
+        return self.open_stores.manager
+
+    @kv_cache_manager.setter
+    def kv_cache_manager(self, manager: KVCacheManager) -> None:
+        self.open_stores.manager = manager
 
     # Lookups and loads.
 
@@ -143,6 +154,8 @@ class SchedulerSide:
     def _lookup(self, tracker: Tracker, request: Request) -> int | None:
         """Tokens of the longest prefix that the cache has."""
         geometry = self.geometry
+        if tracker.hit is not None and not self.adapter.is_current(tracker.request):
+            tracker.hit, tracker.asked = None, False
         if tracker.hit is None:
             if len(tracker.hashes) < geometry.hashes_per_chunk:
                 return 0
@@ -228,34 +241,38 @@ class SchedulerSide:
         """This step's work for the workers. Most steps have none, and cost next to nothing."""
         self._announced = []
         self._unproven = self._batches if output.has_sync_kv_loads else max(0, self._unproven - 1)
+        idle = output.total_num_scheduled_tokens == 0
         try:
-            flush = self._fence(output.preempted_req_ids) if self._open_stores else ()
+            if idle and self.open_stores.has_pins and any(not tracker.settled for tracker in self.trackers.values()):
+                # Nothing runs, and somebody waits: perhaps for just these blocks.
+                self.open_stores.let_go()
+            self.open_stores.let_go_in_time()
+            flush = self.open_stores.fence(output.preempted_req_ids) if self.open_stores else ()
             if self._may_store():
                 self._store_all(output)
         except Exception:
             for store in self._announced:
                 # Nobody will ever report it.
-                self._store_ended(self._open_stores[store.job])
+                self._store_ended(store.job)
             raise
         if self._asked and isinstance(self.adapter, PollingSchedulerAdapter):
             self.adapter.begin_step()
             self._asked = False
-        idle = output.total_num_scheduled_tokens == 0
-        if not (self._loads or self._announced or flush or self._saved or self._flush_all):
+        if not (self._loads or self._announced or flush or self._flush_all):
             return NOTHING_TO_DO_IDLE if idle else NOTHING_TO_DO
-        meta = KvringMetadata(self._loads, self._announced, list(flush), self._flush_all, self._saved, idle)
-        self._loads, self._saved, self._flush_all = [], [], False
+        meta = KvringMetadata(self._loads, self._announced, list(flush), self._flush_all, idle)
+        self._loads, self._flush_all = [], False
         return meta
 
     def _may_store(self) -> bool:
         """Not while a synchronous load may have failed: on any rank, and of any connector, since vLLM's block tables do not tell
-        who has loaded a block. What is not stored in this step is stored in a later one."""
-        return self.stores and not self._unproven
+        who has loaded a block. Nor while too much waits. What is not stored in this step is stored in a later one."""
+        return self.stores and not self._unproven and not self.open_stores.is_full
 
     def emergency_meta(self) -> KvringMetadata:
         """After an error of ours: no store may read on, and what vLLM waits for is still asked for."""
-        meta = KvringMetadata(loads=self._loads, saved=self._saved, flush_all=True)
-        self._loads, self._saved = [], []
+        meta = KvringMetadata(loads=self._loads, flush_all=True)
+        self._loads = []
         return meta
 
     def _store_all(self, output: SchedulerOutput) -> None:
@@ -271,18 +288,18 @@ class SchedulerSide:
                 continue
             chunks = (computed + scheduled[request_id]) // chunk_tokens
             if chunks > tracker.stored_chunks and self.adapter.is_healthy():
-                self._store(tracker, output, chunks)
+                self._store(tracker, chunks)
+                if self.open_stores.is_full:
+                    return
 
-    def _store(self, tracker: Tracker, output: SchedulerOutput, chunks: int) -> None:
+    def _store(self, tracker: Tracker, chunks: int) -> None:
         """Announces up to `chunks` chunks: those whose tokens are known, too. What is only guessed (speculation) is not."""
-        geometry = self.geometry
+        geometry, manager = self.geometry, self.kv_cache_manager
         complete = min(chunks, len(tracker.hashes) // geometry.hashes_per_chunk)
-        if complete <= tracker.stored_chunks:
+        if complete <= tracker.stored_chunks or manager is None:
             return
-        state = output.kv_connector_block_state
-        table = state.get_block_ids(tracker.request) if state is not None else None
-        if table is None:
-            return
+        # Not its ids: making a list of them takes as long as the context is.
+        table = manager.get_blocks(tracker.request).blocks
         first, keys, blocks = tracker.stored_chunks, [], []
         for chunk in range(first, complete):
             ids = geometry.to_store(table, chunk)
@@ -296,66 +313,48 @@ class SchedulerSide:
             return
         job = self._job()
         parent = self._key(tracker, first - 1) if first else None
-        store = OpenStore(job, tracker.request, first, keys, blocks)
-        tracker.stores[job] = self._open_stores[job] = store
         self._announced.append(Store(job, tracker.request, (self._source, job), parent, keys, blocks))
+        self.open_stores.add(OpenStore(job, tracker.request, first, len(keys), blocks))
         if self.events is not None:
             self.events.announce(job, tracker, first, len(keys))
 
     def _key(self, tracker: Tracker, chunk: int) -> bytes:
         return salted(tracker.hashes[(chunk + 1) * self.geometry.hashes_per_chunk - 1], tracker.salt)
 
-    # Fences.
+    # When vLLM wants blocks.
 
-    def _fence(self, preempted: Collection[str] | None) -> list[int]:
-        """Before blocks that a store reads get another owner: the stores to flush."""
-        flush = []
-        for store in self._open_stores.values():
-            # By the stores' own account: a request may have been preempted, and aborted, between two steps.
-            lost = (preempted and store.request in preempted) or (self.geometry.has_windows and not self._owns_blocks(store))
-            if lost and not store.flushed:
-                store.flushed = True
-                flush.append(store.job)
-        return flush
+    def let_go(self) -> None:
+        """vLLM is about to reset its prefix cache: no block of it is ours any more."""
+        self.open_stores.let_go()
 
-    def _owns_blocks(self, store: OpenStore) -> bool:
-        """Does the request still own every block that this store reads? Sliding windows drop blocks from the front, so the first
-        block of each window tells of all."""
-        if store.flushed or self.kv_cache_manager is None:
-            return store.flushed
-        table = self.kv_cache_manager.get_blocks(store.request).blocks
-        at = 0
-        for group, blocks in zip(self.geometry.groups, table, strict=True):
-            index = store.first_chunk * group.blocks
-            if group.window is not None and (index >= len(blocks) or blocks[index].block_id != store.blocks[at]):
-                return False
-            at += group.blocks
-        return True
+    def has_pending_block_frees(self) -> bool:
+        """vLLM is short of blocks, and about to preempt a request. True: there are more of them in the next step."""
+        has_pins = self.open_stores.has_pins
+        self.open_stores.let_go()
+        return has_pins
+
+    def has_pending_push_work(self) -> bool:
+        """Does vLLM have to go on with empty steps, because blocks are still ours? For `flush_timeout_ms` at most."""
+        self.open_stores.let_go_in_time()
+        return self.open_stores.has_pins
 
     # Ends.
 
-    def request_finished(self, request_id: str) -> bool:
-        """A request has ended. True: its blocks are being read, vLLM keeps them until the workers have reported `saved`."""
+    def request_finished(self, request_id: str) -> None:
+        """A request has ended. vLLM takes its blocks back when this returns."""
         tracker = self.trackers.get(request_id)
         if tracker is None:
-            return False
+            return
+        self.open_stores.pin(request_id)
         tracker.finished = True
-        # While a load runs vLLM keeps the blocks by itself.
-        keeps = tracker.reads_blocks and tracker.load is None
-        jobs = [job for job, store in tracker.stores.items() if not store.flushed]
         self._forget_if_over(tracker)
-        if keeps:
-            # The last thing that happens: who is named here must have been answered True.
-            self._saved.append((request_id, jobs))
-        return keeps
 
     def finished_after_error(self, request_id: str) -> None:
         """vLLM takes the blocks back, and we do not know what reads them: nothing may when the next forward pass begins."""
         self._flush_all = True
-        self._saved = [one for one in self._saved if one[0] != request_id]
         tracker = self.trackers.pop(request_id, None)
         if tracker is not None and tracker.load is not None:
-            self._open_loads.pop(tracker.load.job, None)
+            self._drop_load(tracker.load)
         self.adapter.end_session(request_id)
 
     def _forget_if_over(self, tracker: Tracker) -> None:
@@ -388,10 +387,10 @@ class SchedulerSide:
             load.outcome.add(outcome)
             if load.outcome.ranks >= self.geometry.ranks:
                 self._load_ended(load)
-        elif (store := self._open_stores.get(job)) is not None:
+        elif (store := self.open_stores.get(job)) is not None:
             store.outcome.add(outcome)
             if store.outcome.ranks >= self.geometry.world:
-                self._store_ended(store)
+                self._store_ended(job)
 
     def give_up(self, worker_meta: KvringWorkerMetadata | None) -> None:
         """After an error: these reports are lost."""
@@ -401,19 +400,22 @@ class SchedulerSide:
     def _give_up(self, job: int) -> None:
         """After an error: nothing more is known of this job, and nothing more is stored of its request."""
         self._flush_all = True
-        load, store = self._open_loads.pop(job, None), self._open_stores.pop(job, None)
+        load, store = self._open_loads.get(job), self.open_stores.get(job)
+        if load is not None:
+            self._drop_load(load)
+        if store is not None:
+            self.open_stores.close(store)
         request = load.request if load else store.request if store else ""
         tracker = self.trackers.get(request)
         if tracker is None:
             return
         tracker.has_hole, tracker.load = True, None
-        tracker.stores.pop(job, None)
         if tracker.finished:
             del self.trackers[request]
             self.adapter.end_session(request)
 
     def _load_ended(self, load: OpenLoad) -> None:
-        del self._open_loads[load.job]
+        self._drop_load(load)
         tracker = self.trackers.get(load.request)
         if tracker is not None and tracker.load is load:
             tracker.load = None
@@ -426,6 +428,9 @@ class SchedulerSide:
         self.adapter.free_lookup_locks(load.request, load.admission, 0)
         if tracker is not None:
             self._forget_if_over(tracker)
+
+    def _drop_load(self, load: OpenLoad) -> None:
+        self._open_loads.pop(load.job, None)
 
     def _spoilt(self, bad_blocks: Collection[int]) -> None:
         """A synchronous load has failed: its step computed from garbage, and vLLM had put the blocks into its own prefix cache
@@ -443,13 +448,13 @@ class SchedulerSide:
             evict.update(itertools.dropwhile(lambda block: block not in bad, ids))
         manager.evict_blocks(evict)
 
-    def _store_ended(self, store: OpenStore) -> None:
-        del self._open_stores[store.job]
-        tracker = self.trackers.get(store.request)
-        if tracker is not None:
-            tracker.stores.pop(store.job, None)
+    def _store_ended(self, job: int) -> None:
+        store = self.open_stores.get(job)
+        if store is None:
+            return
+        self.open_stores.close(store)
         if self.events is not None:
-            self.events.stored(store.job, failed=store.outcome.chunks_failed > 0)
+            self.events.stored(job, failed=store.outcome.chunks_failed > 0)
 
     # The rest.
 
@@ -480,7 +485,7 @@ class SchedulerSide:
 
     def open_jobs(self) -> int:
         """Loads and stores that not every rank has reported."""
-        return len(self._open_loads) + len(self._open_stores)
+        return len(self._open_loads) + len(self.open_stores)
 
     def shutdown(self) -> None:
         """Ends the client."""

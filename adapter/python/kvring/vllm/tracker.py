@@ -25,19 +25,6 @@ class OpenLoad:
 
 
 @dataclass(slots=True)
-class OpenStore:
-    """A store that not every rank has reported. It reads blocks: they must not get another owner before it has."""
-
-    job: int
-    request: str
-    first_chunk: int
-    keys: list[bytes]
-    blocks: list[int]
-    flushed: bool = False
-    outcome: Outcome = field(default_factory=Outcome)
-
-
-@dataclass(slots=True)
 class Tracker:
     """One request, from its first lookup to the end of its last job."""
 
@@ -65,7 +52,6 @@ class Tracker:
     """Chunks before this one need no storing: they were found, or have been handed to the workers."""
     has_hole: bool = False
     """A chunk could not be stored, so those behind it could never be found."""
-    stores: dict[int, OpenStore] = field(default_factory=dict)
     finished: bool = False
 
     def begin(self, admission: int, salt: bytes | None) -> None:
@@ -78,8 +64,3 @@ class Tracker:
         self.settled = False
         self.stored_chunks = 0
         self.has_hole = False
-
-    @property
-    def reads_blocks(self) -> bool:
-        """May a worker still be reading its blocks?"""
-        return any(not store.flushed for store in self.stores.values())

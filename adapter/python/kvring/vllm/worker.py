@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvring import SKIP, ConfigError, KvGroup, LayoutError, WorkerAdapter
@@ -30,13 +29,6 @@ logger = get_logger("vllm.kvring.worker")
 
 _IDLE_WAIT_MS = 1.0
 """How long a step without a forward pass waits for a load: it has nothing else to do, and would only ask again."""
-
-
-@dataclass(slots=True)
-class _Saving:
-    request: str
-    jobs: set[int]
-    """Stores of it that may still read its blocks."""
 
 
 def cuda_device(layers: Mapping[str, torch.Tensor]) -> int | None:
@@ -111,8 +103,6 @@ class WorkerSide:
         """The scheduler's job, by the adapter's."""
         self._reading: dict[int, int] = {}
         """The adapter's job, by the scheduler's, of stores that may still read their blocks."""
-        self._saving: list[_Saving] = []
-        self._saved: set[str] = set()
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._invalid_blocks: set[int] = set()
@@ -236,6 +226,8 @@ class WorkerSide:
             except Exception as error:
                 logger.warning("request %s: its KV is not stored: %s: %s", store.request, type(error).__name__, error)
                 self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
+                self.stats.add("stores")
+                self.stats.add("store_chunks_dropped", len(store.keys))
         if self._reads_at_once and meta.stores:
             self.adapter.handle_preemptions(None)
 
@@ -247,9 +239,7 @@ class WorkerSide:
 
     def collect(self, meta: KvringMetadata) -> None:
         """Takes what has ended, for the calls that follow."""
-        for request, jobs in meta.saved:
-            self._saving.append(_Saving(request, set(jobs)))
-        if not (self._loads or self._stores or self._saving):
+        if not (self._loads or self._stores):
             return
         if meta.idle and self._loads:
             self.adapter.wait_some(_IDLE_WAIT_MS)
@@ -274,11 +264,6 @@ class WorkerSide:
         if self._invalidates:
             # After `get_finished`: the blocks of a load that it reported are among these.
             self._invalid_blocks.update(self.adapter.get_block_ids_with_load_errors())
-        for saving in self._saving:
-            saving.jobs = {job for job in saving.jobs if job in self._reading and self.adapter.is_reading(self._reading[job])}
-            if not saving.jobs:
-                self._saved.add(saving.request)
-        self._saving = [saving for saving in self._saving if saving.jobs]
 
     def _store_finished(self, finished: Finished) -> None:
         job = self._stores.get(finished.job)
@@ -335,10 +320,10 @@ class WorkerSide:
                 finished.bytes, seconds * 1e3, finished.bytes / seconds / 1e9 if seconds else 0.0,
             )  # fmt: skip
 
-    def take_transfer_results(self) -> tuple[set[str], set[str], set[str]]:
-        """Requests whose blocks have been read, whose load has ended, and of these, whose load has failed. Each once."""
-        results = self._saved, self._received, self._failed
-        self._saved, self._received, self._failed = set(), set(), set()
+    def take_transfer_results(self) -> tuple[set[str], set[str]]:
+        """Requests whose load has ended, and of these, whose load has failed. Each once."""
+        results = self._received, self._failed
+        self._received, self._failed = set(), set()
         return results
 
     def take_invalid_blocks(self) -> set[int]:

@@ -1,0 +1,140 @@
+"""What stores read of requests that have ended, and what waits for us: vLLM has its blocks back when it wants them."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from harness.driver import Harness
+from harness.jobs import Faults
+from harness.support import harness, want
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+import kvring
+import kvring.vllm.stores as stores
+
+PROMPT = list(range(10, 74))
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    """One for each test: what an earlier one has stored is not to be found."""
+    name = f"pins-{os.getpid()}"
+    with kvring.Engine(name, "64MiB"):
+        yield name
+
+
+def slow(steps: int) -> Faults:
+    """A store path on which every store begins so many steps late, unless it is flushed."""
+    return Faults(hold=1.0, hold_steps=(steps, steps))
+
+
+def to_the_last_token(made: Harness) -> None:
+    """As `LLM.generate`: nobody steps again when there are no unfinished requests."""
+    while made.scheduler.has_unfinished_requests():
+        made.step()
+
+
+def ends(made: Harness) -> None:
+    made.run(200)
+    made.check_idle(last=True)
+    made.check_outputs()
+    blames = [str(one) for one in made.ledger.violations]
+    made.shutdown()
+    assert not blames, "\n".join(blames + made.ledger.log)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_reset_right_after_the_last_step_does_not_find_our_blocks_in_use(engine: str, window: int | None) -> None:
+    made = harness(engine, faults=slow(50), num_blocks=60, window=window)
+    made.add(want("a", PROMPT, 6))
+    to_the_last_token(made)
+    assert made.ledger.open, "nothing is being stored: this test tests nothing"
+    assert made.scheduler.reset_prefix_cache()
+    # New owners of the same blocks, at once.
+    for name in "bcd":
+        made.add(want(name, [int(token) + ord(name) for token in PROMPT], 6))
+    ends(made)
+
+
+def test_a_reset_of_running_requests_does_not_find_our_blocks_in_use(engine: str) -> None:
+    made = harness(engine, faults=slow(50), num_blocks=60, max_batched=64)
+    made.add(want("short", PROMPT[:32], 2))
+    made.add(want("long", PROMPT[32:], 30))
+    while made.wanted["short"].reason is None:
+        made.step()
+    assert made.scheduler.running and made.ledger.open, "\n".join(made.ledger.log)
+    assert made.scheduler.reset_prefix_cache(reset_running_requests=True)
+    ends(made)
+
+
+def test_pins_end_with_flush_timeout_also_where_nothing_is_ever_reported(engine: str) -> None:
+    made = harness(engine, faults=slow(1 << 30), num_blocks=60, options={"flush_timeout_ms": 1.0})
+    made.add(want("a", PROMPT, 6))
+    ends(made)
+
+
+def steps_of(engine: str, faults: Faults, first: int) -> int:
+    """Of 16 requests, with room for two of them, empty ones included."""
+    made = harness(engine, faults=faults, num_blocks=2 * 17 + 1, max_model_len=68, max_batched=64, prefix_caching=False)
+    for index in range(first, first + 16):
+        made.add(want(f"r{index}", [token + 10 * index for token in PROMPT], 4))
+    to_the_last_token(made)
+    steps = made.ledger.step
+    ends(made)
+    return steps
+
+
+def test_a_store_path_slower_than_the_model_does_not_slow_it_down(engine: str) -> None:
+    quick = steps_of(engine, Faults(), 0)
+    late = steps_of(engine, slow(50), 16)
+    print(f"{quick} and {late} steps")
+    assert late <= 1.5 * quick, f"{late} steps instead of {quick}"
+
+
+def test_no_more_is_announced_than_may_wait_and_the_rest_when_it_may(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = harness(engine, faults=slow(10), num_blocks=60, max_batched=16)
+    side = made.scheduler.connector.scheduler
+    most, seen = 3 * side.geometry.chunk_bytes, [0]
+    monkeypatch.setattr(stores, "QUEUED_BYTES_MAX", most)
+    made.add(want("a", PROMPT[:16], 40))
+    made.add(want("b", PROMPT[16:32], 40))
+    while made.scheduler.has_unfinished_requests():
+        made.step()
+        seen.append(sum(store.chunks for store in side.open_stores._open.values()) * side.geometry.chunk_bytes)
+    full = [(before, after) for before, after in itertools.pairwise(seen) if before >= most]
+    assert full and all(after <= before for before, after in full), seen
+    ends(made)
+    # What had to wait was stored later, but for what had no time left.
+    stored = made.ledger.counters["stored_chunks"]
+    assert stored >= 56 // 4, stored
+
+
+def test_a_block_that_fills_costs_the_same_however_long_the_context_is(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 60 000 blocks takes milliseconds to be made a list of ids; vLLM would do it for each block that fills."""
+    made = harness(engine, num_blocks=60)
+    made.add(want("a", PROMPT[:30], 30))
+    while not made.wanted["a"].output:
+        made.step()
+    connector, whole, inside = made.scheduler.connector, KVCacheManager.get_block_ids, [False]
+    build, made_lists = connector.build_connector_meta, []
+
+    def counted(self: KVCacheManager, request: str) -> Any:
+        if inside[0]:
+            made_lists.append(request)
+        return whole(self, request)
+
+    def watched(output: Any) -> Any:
+        inside[0] = True
+        try:
+            return build(output)
+        finally:
+            inside[0] = False
+
+    monkeypatch.setattr(KVCacheManager, "get_block_ids", counted)
+    connector.build_connector_meta = watched
+    before = made.ledger.counters["stores"]
+    ends(made)
+    assert made.ledger.counters["stores"] > before + 5
+    assert not made_lists
