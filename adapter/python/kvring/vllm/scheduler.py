@@ -21,6 +21,7 @@ import itertools
 import logging
 import os
 import random
+import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,9 @@ NOTHING = (0, False)
 
 NOTHING_TO_DO, NOTHING_TO_DO_IDLE = KvringMetadata(), KvringMetadata(idle=True)
 """A step without work for the workers. Shared: nobody changes metadata once it has been built."""
+
+LATE_EVERY_S = 600
+"""Seconds between two lines about lookups that were not answered in time."""
 
 
 class SchedulerSide:
@@ -109,6 +113,9 @@ class SchedulerSide:
         self._flush_all = False
         """An error has cost us the account of who reads which block."""
         self._lora_salts = LoraSalts()
+        self._lookups: dict[str, int] = {}
+        """The adapter's own counts, as far as they have been looked at."""
+        self._say_late_after = 0.0
 
     @property
     def kv_cache_manager(self) -> KVCacheManager | None:
@@ -165,9 +172,8 @@ class SchedulerSide:
                 return None
             tracker.stored_chunks = tracker.hit.chunks
             found = tracker.hit.chunks * geometry.chunk_tokens
-            self.stats.add("lookups")
-            self.stats.add("lookup_tokens", request.num_tokens)
-            self.stats.add("hit_tokens", found)
+            if not found:
+                self._count_unanswered()
             if logger.isEnabledFor(logging.DEBUG):
                 logger.debug(
                     "lookup %s: tokens %d, hit %d, local %d, to load %d",
@@ -184,6 +190,28 @@ class SchedulerSide:
             return self.adapter.check_lookup(tracker.request)
         return self.adapter.lookup(*self._question(tracker))
 
+    def _count_unanswered(self) -> None:
+        """Where nothing was found: perhaps the engine has not said so."""
+        before, self._lookups = self._lookups, self.adapter.lookup_stats()
+        new = {why: self._lookups[why] - before.get(why, 0) for why in ("degraded", "refused", "timed_out")}
+        if absent := new["degraded"] + new["refused"]:
+            self.stats.add("lookups_degraded", absent)
+        if late := new["timed_out"]:
+            self.stats.add("lookups_timed_out", late)
+            self._say_late()
+
+    def _say_late(self) -> None:
+        now = time.monotonic()
+        if now < self._say_late_after:
+            return
+        self._say_late_after = now + LATE_EVERY_S
+        key = "lookup_timeout_ms" if self.config.lookup == "poll" else "pending_timeout_ms"
+        logger.warning(
+            "kvring's engine did not answer a lookup within kvring.%s (%g ms); the request is computed as if nothing were cached "
+            "(all such lookups are counted as vllm:kvring_lookups_timed_out; the next line like this comes in %d minutes at the "
+            "earliest)", key, getattr(self.config, key), LATE_EVERY_S // 60,
+        )  # fmt: skip
+
     def _question(self, tracker: Tracker) -> tuple[str, int, Sequence[bytes], int, bytes | None]:
         return tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt
 
@@ -194,7 +222,14 @@ class SchedulerSide:
             return
         tracker.settled = True
         hit, tracker.hit = tracker.hit, None
-        if hit is None or hit.chunks == 0:
+        if hit is None:
+            return
+        if tracker.admission == 0:
+            # As vLLM counts its own: requests that it has begun with, each once, however often it preempts them.
+            self.stats.add("lookups")
+            self.stats.add("lookup_tokens", request.num_tokens)
+            self.stats.add("hit_tokens", hit.chunks * self.geometry.chunk_tokens)
+        if hit.chunks == 0:
             return
         if num_external_tokens == 0:
             self.adapter.free_lookup_locks(tracker.request, tracker.admission, 0)

@@ -8,10 +8,11 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
-    "lookups": "lookups asked of the engine",
-    "lookups_degraded": "lookups answered 0 because the engine was not there, or too late",
+    "lookups": "requests that were looked up, each once, however often vLLM preempts it",
+    "lookups_degraded": "lookups without an answer because the engine was not there, or refused them",
+    "lookups_timed_out": "lookups without an answer because it did not come in time",
     "lookup_tokens": "tokens of the requests that were looked up",
-    "hit_tokens": "tokens that lookups found",
+    "hit_tokens": "tokens that were found for them, also of those that vLLM had itself",
     "load_tokens": "tokens that vLLM was told to take from the cache",
     "loads": "loads that ended, for each rank",
     "loads_failed": "loads that failed, for each rank: their tokens are recomputed",
@@ -57,14 +58,13 @@ class KvringStats(KVConnectorStats):
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """One line for people, in which each number has the name that it has in `/metrics`, or begins as those do."""
+        """One line for people, in which each number has the name that it has in `/metrics`, or begins as those do. No hit rate:
+        vLLM shows that of what a connector brings itself (external prefix cache)."""
         data = self.data
         line: dict[str, int | float] = {name: round(value, 6) for name, value in data.items() if name in COUNTERS}
         for what in ("load", "store"):
             if seconds := data.get(f"{what}_seconds"):
                 line[f"{what}_GB/s"] = round(data.get(f"{what}_bytes", 0) / seconds / 1e9, 2)
-        if data.get("lookup_tokens"):
-            line["hit_rate"] = round(data.get("hit_tokens", 0) / data["lookup_tokens"], 3)
         return {f"kvring_{name}": value for name, value in line.items()}
 
     def is_empty(self) -> bool:
