@@ -1,14 +1,14 @@
-"""Between a lookup's answer and the blocks that vLLM allocates for it: what may happen meanwhile."""
+"""Between a lookup's answer and the blocks that vLLM allocates for it: what may happen meanwhile, and who asks for the same."""
 
 import itertools
 import os
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
 from harness.driver import Harness
 from harness.support import harness, want
+from waiting import wait_for
 
 import kvring
 
@@ -57,16 +57,43 @@ def test_an_answer_is_not_kept_over_the_death_of_its_engine(engine: kvring.Engin
     assert tracker.hit.chunks and not tracker.settled
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
-    while engine.is_running:
-        time.sleep(0.001)
+    wait_for(lambda: not engine.is_running, "the engine is dead")
     if successor != "none":
         engine.extra_args = ["--cold"] if successor == "cold" else []
         engine.start()
-        until = time.monotonic() + 60
         adapters = [side.adapter, *(worker.connector.worker.adapter for worker in made.workers)]
-        while not all(adapter.is_healthy() for adapter in adapters):
-            assert time.monotonic() < until
-            time.sleep(0.005)
+        wait_for(lambda: all(adapter.is_healthy() for adapter in adapters), "all are attached to the next engine")
     ends(made)
     assert not made.wanted["waits"].load_failed
     assert made.calls.hits.get("waits", 0) == (48 if successor == "warm" else 0)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_requests_with_one_prefix_at_once_are_one_load(engine: kvring.Engine, caching: bool) -> None:
+    made = harness(engine.name, num_blocks=200, max_batched=128, max_seqs=8, prefix_caching=caching)
+    made.add(want("first", PROMPT[:48], 2))
+    made.run(100)
+    made.check_idle(last=False)
+    made.reset(running=False, connector=False)
+    for index in range(8):
+        made.add(want(f"r{index}", PROMPT[:48] + [500 + index] * 6, 3))
+    made.run(300)
+    # Without a prefix cache of vLLM's own each needs its own copy.
+    assert made.ledger.counters["loads"] == (1 if caching else 8), "\n".join(made.ledger.log)
+    ends(made)
+
+
+def test_who_waits_for_a_load_that_is_given_up_loads_for_itself(engine: kvring.Engine) -> None:
+    made = harness(engine.name, num_blocks=200, max_batched=128, max_seqs=8)
+    made.add(want("first", PROMPT[:48], 2))
+    made.run(100)
+    made.check_idle(last=False)
+    made.reset(running=False, connector=False)
+    made.faults.hold, made.faults.hold_steps = 1.0, (5, 5)
+    for name in "ab":
+        made.add(want(name, PROMPT[:50], 3))
+    made.step()
+    assert made.ledger.counters["loads"] == 1 and made.ledger.counters["pending_lookups"] == 1
+    made.abort("a")
+    ends(made)
+    assert made.ledger.counters["loads"] == 2

@@ -10,6 +10,7 @@ import pytest
 from harness.driver import Harness
 from harness.jobs import Faults
 from harness.support import harness, want
+from waiting import wait_for
 
 import kvring
 from kvring.vllm.scheduler import SchedulerSide
@@ -121,8 +122,7 @@ def test_lookups_without_an_engine(engine: kvring.Engine, counted: Counted) -> N
     assert counted.total["lookups_degraded"] == 0
     assert engine.pid is not None
     os.kill(engine.pid, signal.SIGKILL)
-    while engine.is_running:
-        pass
+    wait_for(lambda: not engine.is_running, "the engine is dead")
     made.ledger.forget_stored()
     for index in range(3):
         ask(made, f"r{index}", PROMPT[:16])

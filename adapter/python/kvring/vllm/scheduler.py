@@ -110,6 +110,8 @@ class SchedulerSide:
         """This step's stores."""
         self._loads: list[Load] = []
         self._open_loads: dict[int, OpenLoad] = {}
+        self._loading: dict[bytes, int] = {}
+        """The last open load that begins with this chunk."""
         self._flush_all = False
         """An error has cost us the account of who reads which block."""
         self._lora_salts = LoraSalts()
@@ -142,7 +144,17 @@ class SchedulerSide:
             # The last token must be computed, or there is nothing to sample from. After an asynchronous load vLLM sees to that
             # itself, but has by then dropped the block of a sliding window that this token begins to look at.
             external = request.num_tokens - 1 - num_computed_tokens
-        return (external, not self.load_waits) if external > 0 else NOTHING
+        if external <= 0:
+            return NOTHING
+        if not self.load_waits and self._is_being_loaded(tracker):
+            return None, False
+        return external, not self.load_waits
+
+    def _is_being_loaded(self, tracker: Tracker) -> bool:
+        """Does another request's load bring what this one lacks first? When that has ended vLLM has it in its own prefix cache,
+        or this request loads it itself."""
+        caches = self.kv_cache_manager is not None and self.kv_cache_manager.enable_caching
+        return caches and self._key(tracker, tracker.local_tokens // self.geometry.chunk_tokens) in self._loading
 
     def _track(self, request: Request) -> Tracker:
         tracker = self.trackers.get(request.request_id)
@@ -247,8 +259,10 @@ class SchedulerSide:
             shards=tuple(hit.shards(rank, first, last) for rank in range(self.geometry.world)),
             blocks=self.geometry.to_load(table, first, last, start, end),
         )
-        tracker.load = OpenLoad(load.job, load.request, tracker.admission, load.wait, first, start)
+        key = self._key(tracker, first)
+        tracker.load = OpenLoad(load.job, load.request, tracker.admission, load.wait, first, start, key)
         self._open_loads[load.job] = tracker.load
+        self._loading[key] = load.job
         self._loads.append(load)
         self.stats.add("load_tokens", num_external_tokens)
 
@@ -466,6 +480,8 @@ class SchedulerSide:
 
     def _drop_load(self, load: OpenLoad) -> None:
         self._open_loads.pop(load.job, None)
+        if self._loading.get(load.key) == load.job:
+            del self._loading[load.key]
 
     def _spoilt(self, bad_blocks: Collection[int]) -> None:
         """A synchronous load has failed: its step computed from garbage, and vLLM had put the blocks into its own prefix cache

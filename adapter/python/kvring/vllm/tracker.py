@@ -21,6 +21,8 @@ class OpenLoad:
     first_chunk: int
     start: int
     """The first token that it brings."""
+    key: bytes = b""
+    """Of its first chunk."""
     outcome: Outcome = field(default_factory=Outcome)
 
 
