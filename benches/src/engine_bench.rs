@@ -6,6 +6,7 @@ use crate::cores::Pair;
 use crate::lookup::filled_engine;
 use crate::report::{How, Sheet, number, rounded};
 use crate::stats::Windows;
+use crate::turn;
 use anyhow::Context;
 use kvring_adapter::Role;
 use kvring_engine::byte_size::ByteSize;
@@ -20,6 +21,8 @@ const ARENA: u64 = 4 << 30;
 const IDLE: Duration = Duration::from_millis(300);
 /// Health checks of one window.
 const CHECKS: u32 = 1_000_000;
+/// Engines whose longest turn is measured: the median of them is shown.
+const FLOODS: usize = 5;
 /// The index sizes between which the bytes of a chunk are counted.
 const FEW: u32 = 10_000;
 const MANY: u32 = 1_000_000;
@@ -37,7 +40,7 @@ struct Row {
 pub(crate) fn run(how: How) -> anyhow::Result<()> {
     let about = Pair::choose()?.describe();
     let clock = Clock::new();
-    let bar = how.bar(2 * how.windows + 2);
+    let bar = how.bar(2 * how.windows + FLOODS + 2);
     let mut rows = Vec::new();
     let mut add = |name, value: f64, digits, unit, goal| {
         rows.push(Row { name, value: rounded(value, digits), unit, goal });
@@ -84,6 +87,18 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
     napper.finish()?;
     add("idle, share of a core", idle.median() * 100.0, 3, "%", Some(0.3));
     add("  limit: a process that wakes up as often", naps.median() * 100.0, 3, "%", None);
+    bar.set_message("flooding");
+    let (mut turn, mut plain, mut standstill) = (Windows::default(), Windows::default(), Windows::default());
+    for _ in 0..FLOODS {
+        let worst = turn::worst(&clock)?;
+        turn.push(worst.turn);
+        plain.push(worst.plain);
+        standstill.push(worst.standstill);
+        bar.inc(1);
+    }
+    add("longest turn, under the worst clients", turn.median(), 0, "ns", Some(1e6));
+    add("  limit: a plain pass over as many cache lines", plain.median(), 0, "ns", None);
+    add("  the beat's longest standstill meanwhile", standstill.median(), 0, "ns", None);
     add("is_healthy", check.median(), 2, "ns", Some(2.0));
     add("anonymous memory, empty", rss_anon(engine.pid())? as f64, 0, "bytes", None);
     engine.stop()?;
@@ -173,7 +188,8 @@ fn print(how: How, rows: &[Row], about: String) -> anyhow::Result<()> {
         about,
         format!(
             "arena {}; medians over {} windows; idle with two clients attached; the start is from its process's \
-             to the answer to a client's first request",
+             to the answer to a client's first request; the longest turn is that of half a second with 64 ranks, \
+             requests of 8192 keys and full rings, the median of {FLOODS} engines",
             crate::report::bytes(ARENA as usize),
             how.windows
         ),

@@ -21,6 +21,7 @@ mod report;
 mod rtt;
 mod stats;
 mod sweeper;
+mod turn;
 
 pub use child::{CHILD_ENV, child_main};
 
@@ -55,7 +56,7 @@ pub enum Bench {
     Lookup(lookup::LookupArgs),
     /// Stores and loads through a worker, beside the best plain copy.
     Copy,
-    /// The engine itself: start, idling, memory, the cost of a health check.
+    /// The engine itself: start, idling, memory, the cost of a health check, its longest turn under the worst clients.
     Engine,
     /// Stores and loads between a GPU and host memory, by each way of copying, beside plain copies of the same bytes.
     ///

@@ -22,4 +22,4 @@ pub mod tier;
 pub use kvring_shm_abi::byte_size;
 
 pub use engine::{Engine, RunningEngine, StartError, spawn, spawn_with_tier};
-pub use service::StopHandle;
+pub use service::{RECORDS_PER_TURN, StopHandle};

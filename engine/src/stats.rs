@@ -105,6 +105,7 @@ stats! {
     SlotsUndeclared Counter "slots_undeclared" "slots freed because the client that came back did not name them";
     LeasesDeclared Counter "leases_declared" "leases that clients came back with";
     ChunksDeclared Counter "chunks_declared" "chunks in those leases that were still there, and are pinned again";
+    LongestTurnNs Gauge "longest_turn_ns" "the longest that the service loop has worked between two looks at the clock, in nanoseconds";
     Wakes Counter "wakes" "sleeping clients woken";
     Parks Counter "parks" "times the service loop slept";
     CheckFailures Counter "check_failures" "self-checks that failed";

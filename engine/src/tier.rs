@@ -1,6 +1,6 @@
 //! A lower tier (a disk, later): what makes a lookup pending.
 //!
-//! A lookup that misses asks the tier; if the tier has the rest, the answer is given when it has been brought up. The
+//! A lookup that misses asks the tier; if the tier has more, the answer is given when it has been brought up. The
 //! keys stay in the client's payload region, which belongs to the operation until its completion is drained, so
 //! nothing is copied; the lookup is simply done again.
 
@@ -9,7 +9,7 @@ use kvring_shm_abi::ring::DEPTH;
 
 /// Something below the arena that may hold chunks. Called by the service thread: nothing here may block.
 pub trait LowerTier: Send {
-    /// Starts to bring up as many of `missing` (a chain, in order) as it holds. `None`: nothing to wait for.
+    /// Starts to bring up as many of `missing` (the next ones of a chain, in order) as it holds. `None`: nothing to wait for.
     fn begin(&mut self, namespace: u32, missing: &[Key]) -> Option<u64>;
 
     /// Is that done (or failed)? Asked every turn while anything is pending.
@@ -32,7 +32,7 @@ impl LowerTier for NoLowerTier {
 
 /// One lookup, as its message said.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PendingLookup {
+pub(crate) struct AskedLookup {
     pub(crate) entry: usize,
     pub(crate) operation: u16,
     pub(crate) session: u64,
@@ -40,13 +40,12 @@ pub(crate) struct PendingLookup {
     pub(crate) namespace: u32,
     pub(crate) keys: Records,
     pub(crate) answer: Records,
-    /// What it waits for; `None` before the tier was asked.
-    pub(crate) ticket: Option<u64>,
 }
 
 /// Lookups that wait, in order of arrival; as many as one client may have in flight.
 pub(crate) struct PendingLookups {
-    waiting: Vec<PendingLookup>,
+    /// Each with what it waits for.
+    waiting: Vec<(AskedLookup, u64)>,
 }
 
 impl PendingLookups {
@@ -60,18 +59,19 @@ impl PendingLookups {
     }
 
     /// False when there is no room: then the lookup is answered with what there is.
-    pub(crate) fn push(&mut self, lookup: PendingLookup) -> bool {
+    pub(crate) fn push(&mut self, lookup: AskedLookup, ticket: u64) -> bool {
         let room = self.waiting.len() < self.waiting.capacity();
         if room {
-            self.waiting.push(lookup);
+            self.waiting.push((lookup, ticket));
         }
         room
     }
 
-    /// The first one that need not wait any longer.
-    pub(crate) fn take_ready(&mut self, tier: &mut dyn LowerTier) -> Option<PendingLookup> {
-        let at = self.waiting.iter().position(|lookup| lookup.ticket.is_none_or(|t| tier.is_done(t)))?;
-        Some(self.waiting.remove(at))
+    /// The first one of a client that need not wait any longer.
+    pub(crate) fn take_ready(&mut self, entry: usize, tier: &mut dyn LowerTier) -> Option<AskedLookup> {
+        let is_ready = |(lookup, ticket): &(AskedLookup, u64)| lookup.entry == entry && tier.is_done(*ticket);
+        let at = self.waiting.iter().position(is_ready)?;
+        Some(self.waiting.remove(at).0)
     }
 
     /// One of this session, and of this admission if one is named.
@@ -80,17 +80,17 @@ impl PendingLookups {
         entry: usize,
         session: u64,
         admission: Option<u32>,
-    ) -> Option<PendingLookup> {
-        let at = self.waiting.iter().position(|lookup| {
+    ) -> Option<AskedLookup> {
+        let at = self.waiting.iter().position(|(lookup, _)| {
             lookup.entry == entry
                 && lookup.session == session
                 && admission.is_none_or(|admission| lookup.admission == admission)
         })?;
-        Some(self.waiting.remove(at))
+        Some(self.waiting.remove(at).0)
     }
 
     /// The client is gone.
     pub(crate) fn forget(&mut self, entry: usize) {
-        self.waiting.retain(|lookup| lookup.entry != entry);
+        self.waiting.retain(|(lookup, _)| lookup.entry != entry);
     }
 }

@@ -68,6 +68,15 @@ impl Claimed {
     /// When the engine is not there, or its table is full.
     #[must_use]
     pub fn new(engine: &str, role: Role) -> Claimed {
+        Claimed::with_payload(engine, role, PAYLOAD_WORDS)
+    }
+
+    /// The same, with a payload area of so many words.
+    ///
+    /// # Panics
+    /// As `new`.
+    #[must_use]
+    pub fn with_payload(engine: &str, role: Role, payload_words: u32) -> Claimed {
         let name = EngineName::new(engine).expect("a good name");
         let view = EngineView::open(&name).unwrap_or_else(|error| panic!("the engine: {error}"));
         let lobby = view.open_lobby(&name).unwrap_or_else(|error| panic!("the lobby: {error}"));
@@ -82,7 +91,7 @@ impl Claimed {
         let nonce = kvring_shm_abi::superblock::random_u64().expect("random numbers");
         let identity = view.identity;
         let channel =
-            Channel::create(&name, entry, nonce, PAYLOAD_WORDS, identity.arena_id, identity.geometry)
+            Channel::create(&name, entry, nonce, payload_words, identity.arena_id, identity.geometry)
                 .expect("a channel");
         let path = channel_path(&name, entry, nonce);
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("our own channel");
@@ -92,7 +101,7 @@ impl Claimed {
             nonce,
             incarnation,
             pid: std::process::id(),
-            payload_words: PAYLOAD_WORDS,
+            payload_words,
             name: "raw".to_owned(),
         };
         let client = RawClient {

@@ -7,11 +7,15 @@ use super::slot::State;
 use super::{Cache, InvariantBroken, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
+/// Chunks of a lease that are looked at together.
+const LEASE_PART: u32 = 16;
+
 /// Where a check that goes on step by step is.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Check {
     phase: Phase,
-    at: u32,
+    /// The entry, and of a lease the chunk.
+    at: (u32, u32),
     sums: Sums,
     /// What `Cache::version` was when this round of the tables began.
     version: u64,
@@ -52,11 +56,15 @@ impl<T: SlotTable> Cache<T> {
         let mut check = self.check;
         let mut left = budget;
         while left > 0 {
-            // A lease is as many entries as it has chunks.
-            let is_lease = check.phase == Phase::Leases && check.at < self.leases.fresh();
-            let cost = if is_lease { 1 + self.leases.get(check.at).len } else { 1 };
+            // A chunk is as many entries as it has ranks.
+            let cost = match check.phase {
+                Phase::Slots => 1,
+                Phase::Chunks if check.at.0 < self.chunks.fresh => 1 + self.world_of(check.at.0),
+                Phase::Chunks => 1,
+                Phase::Leases => LEASE_PART,
+            };
             left = left.saturating_sub(cost);
-            if check.phase == Phase::Slots && check.at == 0 {
+            if check.phase == Phase::Slots && check.at.0 == 0 {
                 check = Check { version: self.version, ..Check::default() };
             }
             let next = self.check_entry(check.phase, check.at, &mut check.sums)?;
@@ -64,7 +72,7 @@ impl<T: SlotTable> Cache<T> {
                 check.at = at;
                 continue;
             }
-            check.at = 0;
+            check.at = (0, 0);
             check.phase = match check.phase {
                 Phase::Slots => Phase::Chunks,
                 Phase::Chunks => Phase::Leases,
@@ -88,7 +96,7 @@ impl<T: SlotTable> Cache<T> {
     pub fn check_all(&self) -> Result<(), InvariantBroken> {
         let mut sums = Sums::default();
         for phase in [Phase::Slots, Phase::Chunks, Phase::Leases] {
-            let mut at = Some(0);
+            let mut at = Some((0, 0));
             while let Some(entry) = at {
                 at = self.check_entry(phase, entry, &mut sums)?;
             }
@@ -99,31 +107,40 @@ impl<T: SlotTable> Cache<T> {
         self.check_namespaces()
     }
 
-    /// Looks at one entry; answers the next one of the phase.
-    fn check_entry(&self, phase: Phase, at: u32, sums: &mut Sums) -> Result<Option<u32>, InvariantBroken> {
+    /// Looks at one entry, or some of a lease's chunks; answers the next one of the phase.
+    fn check_entry(
+        &self,
+        phase: Phase,
+        (at, chunk): (u32, u32),
+        sums: &mut Sums,
+    ) -> Result<Option<(u32, u32)>, InvariantBroken> {
         match phase {
-            Phase::Slots => self.check_slot(at, sums),
+            Phase::Slots => Ok(self.check_slot(at, sums)?.map(|slot| (slot, 0))),
             Phase::Chunks => {
                 if at >= self.chunks.fresh {
                     return Ok(None);
                 }
                 self.check_chunk(at, sums)?;
-                Ok(Some(at + 1))
+                Ok(Some((at + 1, 0)))
             }
             Phase::Leases => {
                 if at >= self.leases.fresh() {
                     return Ok(None);
                 }
+                // Where it has changed since its first chunks were looked at, the sums are of no use.
                 let len = self.leases.get(at).len;
-                sums.leases += u64::from(len > 0);
-                sums.lease_pins += u64::from(len);
-                sums.blocks += Leases::blocks_of(len);
-                for id in self.leases.chunks(at) {
+                if chunk == 0 {
+                    sums.leases += u64::from(len > 0);
+                    sums.lease_pins += u64::from(len);
+                    sums.blocks += Leases::blocks_of(len);
+                }
+                for id in self.leases.chunks(at, chunk).take(LEASE_PART as usize) {
                     let chunk = self.chunks.get(id);
                     let may_be_leased = matches!(chunk.life(), Life::Visible | Life::Hidden);
                     link("leases and chunks", may_be_leased && chunk.pins.any(), at, id)?;
                 }
-                Ok(Some(at + 1))
+                let next = chunk + LEASE_PART;
+                Ok(Some(if next < len { (at, next) } else { (at + 1, 0) }))
             }
         }
     }
@@ -241,7 +258,7 @@ impl<T: SlotTable> Cache<T> {
             let free = self.slabs.free_list(slab, &self.slots).count() as u32;
             count("free list of a span", free, span.fresh - used)?;
         }
-        count("slabs in the pool", pooled, self.slabs.pool_len)?;
+        count("slabs in the pool", pooled, self.slabs.pool_len())?;
         for (class, entry) in self.slabs.classes().iter().enumerate() {
             let mut free = 0_u64;
             for head in self.slabs.partial_list(class as u16) {

@@ -17,7 +17,7 @@ const NARROW: usize = 4;
 /// Slots in a line of the wide pool.
 const LINE: usize = 16;
 /// Lines of a chunk of the most ranks.
-pub(super) const LINES_MAX: usize = RANKS / LINE;
+const LINES_MAX: usize = RANKS / LINE;
 const _: () = assert!(LINES_MAX <= 4, "a chunk's line names them");
 
 /// Lines of the wide pool that a chunk of a world needs.
@@ -62,8 +62,7 @@ pub(super) struct Chunk {
     number: u32,
     /// How often leases name it.
     pub(super) pins: Pins,
-    /// The next chunk of the same overflowing index bucket, or the next free record, or the next hidden chunk that nobody
-    /// holds; + 1.
+    /// The next chunk of the same overflowing index bucket, or the next free record; + 1.
     pub(super) chain: u32,
     pub(super) hash: u32,
     pub(super) namespace: u8,
@@ -158,8 +157,6 @@ pub(super) struct Chunks {
     /// Chunks, forming and visible, of each namespace.
     of: [u32; NAMESPACES],
     idle: [IdleList; NAMESPACES],
-    /// The first hidden chunk whose last lease has ended, + 1: for the end of the call that ended it.
-    unheld: u32,
     /// The reservation going on; 0: none.
     pub(super) guard: u32,
     pub(super) counts: ChunkCounts,
@@ -179,7 +176,6 @@ impl Chunks {
             wide_free_len: 0,
             of: [0; NAMESPACES],
             idle: [IdleList::default(); NAMESPACES],
-            unheld: 0,
             guard: 0,
             counts: ChunkCounts::default(),
         })
@@ -337,18 +333,6 @@ impl Chunks {
         self.chunks[id as usize].life = Life::Hidden as u8;
         self.counts.visible -= 1;
         self.counts.hidden += 1;
-    }
-
-    /// The last lease of a hidden chunk has ended. Outside the index its chain is free for this.
-    pub(super) fn unheld(&mut self, id: ChunkId) {
-        self.chunks[id as usize].chain = std::mem::replace(&mut self.unheld, id + 1);
-    }
-
-    /// A hidden chunk whose last lease has ended, if there is one.
-    pub(super) fn take_unheld(&mut self) -> Option<ChunkId> {
-        let id = self.unheld.checked_sub(1)?;
-        self.unheld = std::mem::take(&mut self.chunks[id as usize].chain);
-        Some(id)
     }
 
     pub(super) fn parent(&self, id: ChunkId) -> u32 {

@@ -32,6 +32,7 @@ impl<T: SlotTable> Cache<T> {
         checksum: u64,
     ) -> Result<Committed, CommitError> {
         self.change();
+        self.work += 1;
         let Some(state) = self.state_of(slot, generation)? else { return Ok(Committed::Gone) };
         let chunk = self.slots.get(slot).chunk();
         let is_key = chunk.is_none_or(|id| self.chunks.get(id).key == key);

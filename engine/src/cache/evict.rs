@@ -1,9 +1,10 @@
-//! Making room: free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order.
+//! Making room: free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order. Every search goes on in
+//! steps: see `Cache::allow`.
 
-use super::chunk::{Chunks, LINES_MAX, Lack, Life};
+use super::chunk::{Chunks, Lack, Life};
 use super::slab::Class;
 use super::slot::State;
-use super::{Cache, NamespaceId, SlotId, SlotTable};
+use super::{Cache, NAMESPACES, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
 /// Chunks that one search for room evicts at most.
@@ -13,26 +14,69 @@ const SPARE_PARTS: u64 = 64;
 const SPARE_MAX: u64 = 32;
 /// Forming chunks without a writer that are looked at for one that may go.
 const IDLE_LOOK: usize = 8;
-/// Slabs that are looked at for a span to take from another class: where this class could evict as well, and
-/// where it has nothing left to evict.
-const STEAL_LOOK: u32 = 64;
-const STEAL_LOOK_STARVED: u32 = 4096;
-/// Slots in use of spans that are taken at once: bounds the time that this takes.
-const STEAL_SLOTS_MAX: u32 = 1 << 15;
+/// Chunks in each namespace's order that one step of a search for the coldest looks at.
+const VICTIM_LOOK: u32 = 16;
+
+/// What a search for a slot came to.
+pub(super) enum Room {
+    /// This slot.
+    Slot(SlotId),
+    /// There is none.
+    None,
+    /// What is allowed is spent: the search goes on where it stopped.
+    Later,
+}
+
+/// How far a message's search for room has come: one message looks for room in vain once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Search {
+    /// It has looked at everything.
+    pub(super) in_vain: bool,
+    /// Chunks that were refused since one was found, and slabs that were looked at.
+    refused: u64,
+    pub(super) slabs: u32,
+}
+
+/// The same for a chunk's record.
+pub(super) enum Record {
+    /// There is one.
+    There,
+    /// There is none.
+    None,
+    /// As for a slot.
+    Later,
+}
+
+/// What is the coldest, as far as a step of the search has looked.
+enum Coldest {
+    /// This chunk, and when it was used last.
+    Chunk(u64, ChunkId),
+    /// None may go.
+    None,
+    /// Not found yet: so many more were refused.
+    Refused(u32),
+}
 
 impl<T: SlotTable> Cache<T> {
-    /// A free slot of the class, for which room is made if need be. With `starved`, which is set when that failed,
-    /// nothing is tried: one message looks for room in vain once.
-    pub(super) fn take_slot(&mut self, class: u16, starved: &mut bool) -> Option<SlotId> {
-        if self.slabs.class(class).free == 0 && !self.assign(class) && (*starved || !self.make_room(class)) {
-            *starved = true;
-            return None;
+    /// A free slot of the class, for which room is made if need be: at least one step of that, whatever is allowed.
+    pub(super) fn take_slot(&mut self, class: u16, search: &mut Search) -> Room {
+        let mut may_go_on = true;
+        while self.slabs.class(class).free == 0 && !self.assign(class) {
+            if search.in_vain {
+                return Room::None;
+            }
+            if !may_go_on {
+                return Room::Later;
+            }
+            search.in_vain = !self.make_room(class, search);
+            may_go_on = !self.is_spent();
         }
-        let (slot, fresh) = self.slabs.take(class, &self.slots)?;
+        let Some((slot, fresh)) = self.slabs.take(class, &self.slots) else { return Room::None };
+        (search.refused, search.slabs) = (0, 0);
         if fresh {
             self.slots.raise_generation(slot, self.table.generation(slot));
         }
-        Some(slot)
+        Room::Slot(slot)
     }
 
     fn assign(&mut self, class: u16) -> bool {
@@ -49,43 +93,56 @@ impl<T: SlotTable> Cache<T> {
         self.evictions_held
     }
 
-    /// Evicts until the class has a few free slots, so that the next keys find them; true if there is one.
-    fn make_room(&mut self, class: u16) -> bool {
+    /// A step of the search for room: evicts until the class has a few free slots, so that the next keys find them. False
+    /// where there is nothing more to try.
+    fn make_room(&mut self, class: u16, search: &mut Search) -> bool {
         if self.evictions_held {
             return false;
+        }
+        if self.emptying.is_some() {
+            self.go_on_emptying();
+            return true;
         }
         let Class { slots, namespaces, .. } = *self.slabs.class(class);
         let spare = (slots / SPARE_PARTS).clamp(1, SPARE_MAX);
         let mut may_steal = true;
         for _ in 0..EVICTIONS_MAX {
-            let coldest = self.coldest(namespaces, Some(class));
-            if may_steal {
-                may_steal = false;
-                if self.steal(class, coldest.map(|(tick, _)| tick)) {
-                    if self.assign(class) {
-                        return true;
-                    }
-                    // The coldest one may have gone with the span.
-                    continue;
-                }
+            let coldest = match self.coldest(namespaces, Some(class)) {
+                Coldest::Chunk(tick, id) => Some((tick, id)),
+                Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => return true,
+                Coldest::Refused(_) | Coldest::None => None,
+            };
+            let may_steal = std::mem::take(&mut may_steal) && self.may_steal(search);
+            if may_steal && self.steal(class, coldest.map(|(tick, _)| tick), search) {
+                return true;
             }
-            let Some((_, id)) = coldest else { break };
+            let Some((_, id)) = coldest else {
+                return self.slabs.class(class).free > 0 || self.may_steal(search);
+            };
             self.evict(id);
             // Its span may have become free as a whole, and gone back to the pool.
             if self.slabs.class(class).free == 0 {
                 self.assign(class);
             }
-            if self.slabs.class(class).free >= spare {
+            if self.slabs.class(class).free >= spare || self.is_spent() {
                 break;
             }
         }
-        self.slabs.class(class).free > 0
+        true
     }
 
-    /// The coldest chunk of these namespaces (bit n: namespace n) that may go, and when it was used last. One that forms
-    /// may have no slot of a class yet: it goes only where it gives back what is wanted.
-    fn coldest(&mut self, namespaces: u64, class: Option<u16>) -> Option<(u64, ChunkId)> {
-        let mut coldest: Option<(u64, ChunkId)> = None;
+    /// So many more were refused. False where that has been all there are, and none of them may go.
+    fn goes_on(&self, namespaces: u64, refused: u32, search: &mut Search) -> bool {
+        search.refused += u64::from(refused);
+        let all = (0..NAMESPACES).filter(|namespace| namespaces >> namespace & 1 == 1);
+        // Two rounds: who was refused at first may have been let go of meanwhile, and so the other way round.
+        search.refused <= 2 * all.map(|namespace| self.policy.len(namespace) as u64).sum::<u64>()
+    }
+
+    /// The coldest chunk of these namespaces (bit n: namespace n) that may go. One that forms may have no slot of a class yet:
+    /// it goes only where it gives back what is wanted.
+    fn coldest(&mut self, namespaces: u64, class: Option<u16>) -> Coldest {
+        let mut coldest = Coldest::None;
         let mut left = namespaces;
         while left != 0 {
             let namespace = left.trailing_zeros() as usize;
@@ -104,38 +161,50 @@ impl<T: SlotTable> Cache<T> {
             let idle = idle.find(|id| chunks.is_evictable(*id) && gives(*id));
             // Where all are leased, looking would take long and find nothing.
             let all_pinned = self.policy.len(namespace) <= registered.pinned;
-            let visible = match all_pinned {
-                true => None,
-                false => {
-                    self.policy.victim(namespace, &mut u32::MAX.clone(), &mut |id| chunks.is_evictable(id))
-                }
-            };
+            let mut looks = if all_pinned { 0 } else { VICTIM_LOOK };
+            let visible = self.policy.victim(namespace, &mut looks, &mut |id| chunks.is_evictable(id));
+            let refused = if all_pinned { 0 } else { VICTIM_LOOK - looks };
+            self.work += 1 + u64::from(refused);
             for id in idle.into_iter().chain(visible) {
-                let tick = chunks.get(id).tick;
-                if coldest.is_none_or(|(other, _)| tick < other) {
-                    coldest = Some((tick, id));
+                let tick = self.chunks.get(id).tick;
+                let is_colder = if let Coldest::Chunk(other, _) = coldest { tick < other } else { true };
+                if is_colder {
+                    coldest = Coldest::Chunk(tick, id);
                 }
+            }
+            match &mut coldest {
+                Coldest::Chunk(..) => {}
+                Coldest::Refused(all) => *all += refused,
+                Coldest::None if !all_pinned && looks == 0 => coldest = Coldest::Refused(refused),
+                Coldest::None => {}
             }
         }
         coldest
     }
 
-    /// Makes room for the record of one more chunk of this world; false where there is none, and nothing was evicted in
-    /// vain: each chunk that goes gives back some of what is lacking, and what it gives stays until the next one needs it.
-    pub(super) fn make_record(&mut self, world: u32) -> bool {
-        for _ in 0..=LINES_MAX {
+    /// Makes room for the record of one more chunk of this world. Nothing is evicted in vain: each chunk that goes gives back
+    /// some of what is lacking, and what it gives stays until the next one needs it.
+    pub(super) fn make_record(&mut self, world: u32, search: &mut Search) -> Record {
+        loop {
             let namespaces = match self.chunks.lack(world) {
-                None => return true,
+                None => return Record::There,
                 Some(Lack::Record) => u64::MAX,
                 Some(Lack::Lines) => self.wide_namespaces(),
             };
-            if self.evictions_held {
-                return false;
+            if self.evictions_held || search.in_vain {
+                return Record::None;
             }
-            let Some((_, coldest)) = self.coldest(namespaces, None) else { return false };
-            self.evict(coldest);
+            match self.coldest(namespaces, None) {
+                Coldest::Chunk(_, id) => self.evict(id),
+                Coldest::None => return Record::None,
+                Coldest::Refused(refused) if !self.goes_on(namespaces, refused, search) => {
+                    return Record::None;
+                }
+                // Those it looked at are behind the others now.
+                Coldest::Refused(_) if self.is_spent() => return Record::Later,
+                Coldest::Refused(_) => {}
+            }
         }
-        false
     }
 
     /// The namespaces whose chunks have lines of the wide pool, a bit each.
@@ -156,6 +225,7 @@ impl<T: SlotTable> Cache<T> {
     pub(super) fn drop_chunk(&mut self, id: ChunkId, evicted: bool) {
         let chunk = self.chunks.get(id);
         debug_assert!(!chunk.pins.any());
+        self.work += 1;
         match chunk.life() {
             Life::Visible | Life::Forming => self.unlist(id, evicted),
             Life::Hidden => {}
@@ -198,122 +268,35 @@ impl<T: SlotTable> Cache<T> {
             self.charges.of[usize::from(owner)] -= self.slot_bytes(slot);
             self.slabs.idle(slot);
         }
+        self.work += 1;
         let generation = self.slots.free(slot);
         self.table.freed(slot, generation);
         self.slabs.give(slot, &mut self.slots, &mut self.table);
     }
 
-    /// Empties spans of other classes whose chunks are all colder than `colder_than` (`None`: any), so that the
-    /// class can have their slabs.
-    fn steal(&mut self, class: u16, colder_than: Option<u64>) -> bool {
-        let Class { ideal, least, .. } = *self.slabs.class(class);
-        let window = self.find_window(class, ideal, colder_than);
-        let window =
-            window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
-        let Some((start, len)) = window else { return false };
-        // First look, then drop: a span with one chunk that must stay would be emptied for nothing.
-        let may_go = |cache: &Self, slot| match cache.slots.get(slot).chunk() {
-            Some(id) => cache.chunks.is_evictable(id),
-            None => true,
-        };
-        let slots = |cache: &Self, head| {
-            let first = cache.slabs.first_slot(head);
-            first..first + cache.slabs.span(head).fresh
-        };
-        let heads = |cache: &Self, slab: u32| cache.slabs.head_of_slab(slab);
-        for slab in start..start + len {
-            if let Some(head) = heads(self, slab)
-                && !slots(self, head).all(|slot| may_go(self, slot))
-            {
-                return false;
-            }
-        }
-        for slab in start..start + len {
-            if let Some(head) = heads(self, slab) {
-                self.counters.spans_taken += 1;
-                for slot in slots(self, head) {
-                    if let Some(id) = self.slots.get(slot).chunk() {
-                        self.evict(id);
-                    }
-                }
-            }
-        }
-        true
-    }
-
-    /// The coldest run of slabs that are free or of other classes' spans, none of which is busy.
-    fn find_window(&mut self, class: u16, len: u32, colder_than: Option<u64>) -> Option<(u32, u32)> {
-        let count = self.slabs.count();
-        let mut look = if colder_than.is_some() { STEAL_LOOK } else { STEAL_LOOK_STARVED };
-        let mut best: Option<(u64, u32)> = None;
-        let mut start = self.steal_cursor % count;
-        for _ in 0..look.min(count) {
-            let (touch, seen) = self.window_touch(class, start, len);
-            if let Some(touch) = touch.filter(|touch| colder_than.is_none_or(|limit| *touch < limit))
-                && best.is_none_or(|(other, _)| touch < other)
-            {
-                best = Some((touch, start));
-            }
-            start = (start + 1) % count;
-            look = look.saturating_sub(seen);
-            if look == 0 {
-                break;
-            }
-        }
-        self.steal_cursor = start;
-        best.map(|(_, start)| (start, len))
-    }
-
-    /// The latest access to any chunk in these slabs, if all of them may be emptied; and how many were looked at.
-    fn window_touch(&self, class: u16, start: u32, len: u32) -> (Option<u64>, u32) {
-        let slabs = &self.slabs;
-        if start + len > slabs.count() || start % slabs.group() + len > slabs.group() {
-            return (None, 1);
-        }
-        let (mut latest, mut used) = (0, 0);
-        for slab in start..start + len {
-            let seen = slab - start + 1;
-            if slabs.is_pooled(slab) {
-                continue;
-            }
-            let Some(head) = slabs.head_of_slab(slab) else { return (None, seen) };
-            let span = slabs.span(head);
-            if slabs.class_of_span(head) == class || span.busy > 0 {
-                return (None, seen);
-            }
-            if slab == head || slab == start {
-                used += span.used;
-            }
-            if used > STEAL_SLOTS_MAX {
-                return (None, seen);
-            }
-            latest = latest.max(span.touch);
-        }
-        (Some(latest), len)
-    }
-
     /// Drops the chunks that are not leased, of one namespace or of all: visible ones, and rounds that form (whose
-    /// writers then find them gone). Looks at `budget` chunks from `from` on; answers where to go on, `None` at the end.
-    pub fn clear_step(
-        &mut self,
-        namespace: Option<NamespaceId>,
-        from: ChunkId,
-        budget: u32,
-    ) -> Option<ChunkId> {
+    /// writers then find them gone). Looks at chunks from `from` on; answers where to go on when what is allowed is spent,
+    /// `None` at the end.
+    pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId) -> Option<ChunkId> {
         self.change();
-        let end = self.chunks.fresh.min(from.saturating_add(budget));
-        for id in from..end {
+        for id in from..self.chunks.fresh {
+            if self.is_spent() {
+                return Some(id);
+            }
+            self.work += 1;
             let chunk = self.chunks.get(id);
             let is_meant = namespace.is_none_or(|namespace| namespace == u32::from(chunk.namespace));
             if is_meant && chunk.life() != Life::Free && !chunk.pins.any() {
                 self.drop_chunk(id, false);
             }
         }
-        (end < self.chunks.fresh).then_some(end)
+        None
     }
 
     /// As [`Cache::clear_step`], all at once: O(chunks).
     pub fn clear(&mut self, namespace: Option<NamespaceId>) {
-        self.clear_step(namespace, 0, u32::MAX);
+        let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
+        self.clear_step(namespace, 0);
+        self.allowed = allowed;
     }
 }

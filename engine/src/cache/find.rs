@@ -21,29 +21,61 @@ pub struct ShardRef {
     pub offset: u64,
 }
 
-/// What a lookup found, until it is pinned.
+/// A lookup, and how far it has come: one of many keys goes on in pieces, and what a piece has found is leased before the
+/// next one is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lookup {
+    /// Who asks.
+    pub owner: Owner,
+    /// Its session.
+    pub session: u64,
+    /// Which of the session's admissions.
+    pub admission: u32,
+    /// Where.
+    pub namespace: NamespaceId,
+    /// Chunks that its pieces have found and leased so far.
+    pub found: u32,
+    /// Logical time of the access to its first chunk; each chunk behind that is one earlier.
+    time: u64,
+    /// The admission has been looked up before: what it finds is no access.
+    again: bool,
+}
+
+impl Lookup {
+    /// Has the admission been looked up before? Then its lease may be longer than what is found now.
+    #[must_use]
+    pub fn is_repeated(&self) -> bool {
+        self.again
+    }
+}
+
+/// What a piece found, until it is pinned.
 #[derive(Clone, Copy)]
 pub(super) struct Found {
-    owner: Owner,
-    session: u64,
-    admission: u32,
-    namespace: u8,
-    /// The lease of an earlier lookup of this admission.
-    instead: Option<LeaseId>,
+    lookup: Lookup,
+    lease: Option<LeaseId>,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// The longest visible prefix of `keys`: `sink` is called with every shard, chunk by chunk, rank by rank.
-    /// Answers the number of chunks, of which `sink` may have been told of more. Changes nothing;
-    /// [`Cache::pin_found`] is to follow at once.
-    ///
-    /// A prefix that is longer than what this client may still lease is cut to that. What is leased already, by
-    /// whomever, costs nothing more.
+    /// Begins a lookup of so many keys.
+    pub fn lookup(
+        &mut self,
+        owner: Owner,
+        session: u64,
+        admission: u32,
+        namespace: NamespaceId,
+        keys: usize,
+    ) -> Lookup {
+        self.tick += keys as u64;
+        let known = usize::from(owner) < OWNERS && self.leases.find(owner, session, admission).0.is_some();
+        Lookup { owner, session, admission, namespace, found: 0, time: self.tick, again: known }
+    }
+
+    /// As [`Cache::find_piece`], for all keys at once.
     ///
     /// # Errors
     ///
-    /// [`FindError::Busy`] where there is a hit but not even its first chunk may be leased; unknown namespace or
-    /// owner; too many keys.
+    /// As there.
     pub fn find(
         &mut self,
         owner: Owner,
@@ -53,8 +85,30 @@ impl<T: SlotTable> Cache<T> {
         keys: &[Key],
         sink: &mut impl FnMut(ShardRef),
     ) -> Result<u32, FindError> {
+        let lookup = self.lookup(owner, session, admission, namespace, keys.len());
+        self.find_piece(&lookup, keys, sink)
+    }
+
+    /// The longest visible prefix of `keys`, which follow those that the lookup has found: `sink` is called with every
+    /// shard, chunk by chunk, rank by rank. Answers the number of chunks, of which `sink` may have been told of more.
+    /// Changes nothing; [`Cache::pin_found`] is to follow at once.
+    ///
+    /// A prefix that is longer than what this client may still lease is cut to that. What is leased already, by
+    /// whomever, costs nothing more.
+    ///
+    /// # Errors
+    ///
+    /// [`FindError::Busy`] where there is a hit but not even its first chunk may be leased; unknown namespace or
+    /// owner; too many keys.
+    pub fn find_piece(
+        &mut self,
+        lookup: &Lookup,
+        keys: &[Key],
+        sink: &mut impl FnMut(ShardRef),
+    ) -> Result<u32, FindError> {
         self.found_for = None;
         self.found.clear();
+        let Lookup { owner, session, admission, namespace, found: before, .. } = *lookup;
         if usize::from(owner) >= OWNERS {
             return Err(FindError::NoSuchOwner { owner });
         }
@@ -67,9 +121,14 @@ impl<T: SlotTable> Cache<T> {
         };
         let (world, chunk_bytes) = (registered.world, registered.chunk_bytes());
         let complete = registered.is_complete();
-        let (instead, admissions) = self.leases.find(owner, session, admission);
+        let (lease, admissions) = self.leases.find(owner, session, admission);
         let bytes = self.charges.of[usize::from(owner)];
-        let room = self.leases.room(instead, admissions);
+        // What the earlier pieces leased stays until this client says otherwise, which it cannot in between.
+        if before > lease.map_or(0, |lease| self.leases.get(lease).len) {
+            debug_assert!(false, "a lookup that goes on without its lease");
+            return Err(FindError::Busy { owner, bytes });
+        }
+        let room = self.leases.room(lease, before, admissions);
 
         let namespace = namespace as u8;
         let fits = keys.len().min(usize::try_from(room).unwrap_or(usize::MAX));
@@ -79,22 +138,26 @@ impl<T: SlotTable> Cache<T> {
             } else {
                 self.search::<false>(namespace, world, &keys[..fits], sink);
             }
+            self.work += self.found.len() as u64 * u64::from(world) + 1;
             let room_bytes = self.charges.room(owner);
             if self.found.len() as u64 * chunk_bytes > room_bytes {
                 let affordable = self.affordable(room_bytes / chunk_bytes.max(1));
-                if affordable == 0 {
+                if affordable == 0 && before == 0 {
                     self.found.clear();
                     return Err(FindError::Busy { owner, bytes });
                 }
                 self.found.truncate(affordable);
             }
-        } else if complete && let Some(first) = keys.first() {
+        } else if complete
+            && before == 0
+            && let Some(first) = keys.first()
+        {
             let hash = self.hash(u32::from(namespace), *first);
             if self.index.matches(&self.chunks, hash, namespace, *first).visible.is_some() {
                 return Err(FindError::Busy { owner, bytes });
             }
         }
-        self.found_for = Some(Found { owner, session, admission, namespace, instead });
+        self.found_for = Some(Found { lookup: *lookup, lease });
         Ok(self.found.len() as u32)
     }
 
@@ -174,33 +237,51 @@ impl<T: SlotTable> Cache<T> {
         found.truncate(end);
     }
 
-    /// Pins what the last [`Cache::find`] found, in a lease of its (session, admission), and counts it as an access.
-    /// Where that admission had a lease the new one replaces it, and is no access: polls and retries are not.
+    /// Pins what the last [`Cache::find_piece`] found, in the lease of its (session, admission), and counts it as an access.
+    /// A lease that the admission had before becomes this one: what it has already at the same places stays as it is, and
+    /// nothing of it is an access: polls and retries are not. What it has beyond the lookup's end is the caller's to
+    /// [`Cache::release`].
     ///
     /// To be called right after `find`, before anything else; otherwise it does nothing and answers false.
     pub fn pin_found(&mut self) -> bool {
-        let Some(found) = self.found_for.take() else {
+        let Some(Found { lookup, mut lease }) = self.found_for.take() else {
             debug_assert!(false, "pin_found without its find");
             self.counters.unmatched_pins += 1;
             return false;
         };
         self.version += 1;
-        self.use_namespace(u32::from(found.namespace));
+        let Lookup { owner, session, admission, namespace, found: before, time, again } = lookup;
+        if let Some(Some(registered)) = self.namespaces.get_mut(namespace as usize) {
+            registered.used = registered.used.max(time);
+        }
+        let held = lease.map_or(0, |lease| self.leases.get(lease).len);
+        let mut front = match lease {
+            Some(lease) if before > 0 => self.leases.chunks(lease, before - 1).next(),
+            _ => None,
+        };
         for i in 0..self.found.len() {
-            self.pin(self.found[i], found.owner);
-        }
-        if let Some(instead) = found.instead {
-            self.replaced(instead);
-        } else {
-            // The tail first, so that the chain's head ends as the warmest.
-            for i in (0..self.found.len()).rev() {
-                self.tick += 1;
-                self.touch(self.found[i], self.tick);
+            let (id, at) = (self.found[i], before + i as u32);
+            match lease {
+                Some(lease) if at < held => {
+                    let other = self.leases.replace(lease, at, id).filter(|other| *other != id);
+                    if let Some(other) = other {
+                        self.pin(id, owner);
+                        self.unpin(owner, other);
+                    }
+                }
+                Some(lease) => {
+                    self.pin(id, owner);
+                    self.leases.push(lease, id);
+                }
+                None => {
+                    self.pin(id, owner);
+                    lease = Some(self.leases.create(owner, session, admission, namespace as u8, id));
+                }
             }
-        }
-        if !self.found.is_empty() {
-            let Found { owner, session, admission, namespace, .. } = found;
-            self.leases.create(owner, session, admission, namespace, &self.found);
+            if !again {
+                self.touch(id, time - u64::from(at), front);
+            }
+            front = Some(id);
         }
         true
     }

@@ -64,11 +64,4 @@ impl<T: SlotTable> Cache<T> {
         }
         self.chunks.set_hidden(id);
     }
-
-    /// Frees the hidden chunks whose last lease has ended.
-    pub(super) fn drop_unheld(&mut self) {
-        while let Some(id) = self.chunks.take_unheld() {
-            self.drop_chunk(id, false);
-        }
-    }
 }

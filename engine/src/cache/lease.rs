@@ -7,7 +7,7 @@ use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
 
 /// Chunks in a block.
-const BLOCK: usize = 15;
+const BLOCK: usize = 14;
 /// Leases of one session: an honest one has one or two admissions at a time, and ending a session is bounded.
 pub(super) const ADMISSIONS_MAX: usize = 16;
 
@@ -22,8 +22,9 @@ pub(super) struct Lease {
     pub(super) admission: u32,
     /// Chunks; 0: the record is free.
     pub(super) len: u32,
-    /// The first block, + 1.
-    blocks: u32,
+    /// The first block and the last one, + 1.
+    first: u32,
+    last: u32,
     /// The next lease of the same hash bucket, or the next free record.
     chain: u32,
     /// The neighbours in the client's list.
@@ -31,7 +32,7 @@ pub(super) struct Lease {
     next: u32,
     pub(super) owner: Owner,
     pub(super) namespace: u8,
-    _pad: [u8; 6],
+    _pad: [u8; 2],
 }
 
 /// A piece of a lease's list of chunks.
@@ -39,7 +40,8 @@ pub(super) struct Lease {
 #[repr(C, align(64))]
 struct Block {
     chunks: [ChunkId; BLOCK],
-    /// The next block, + 1.
+    /// The neighbours, + 1: a lease grows and shrinks at its tail, and is read from its head.
+    before: u32,
     next: u32,
 }
 
@@ -129,22 +131,22 @@ impl Leases {
         self.owners[owner as usize].checked_sub(1)
     }
 
-    /// How many chunks one more lease could pin, where `instead` ends first.
-    pub(super) fn room(&self, instead: Option<LeaseId>, admissions: usize) -> u64 {
-        let ending = instead.map_or(0, |id| u64::from(self.get(id).len));
+    /// How many chunks a lease could hold from place `from` on, if there is one; else a new one.
+    pub(super) fn room(&self, lease: Option<LeaseId>, from: u32, admissions: usize) -> u64 {
         let has_record = self.len < self.leases.len() as u32 && admissions < ADMISSIONS_MAX;
-        if instead.is_some() || has_record { self.pins_max - self.pins + ending } else { 0 }
+        let held = lease.map_or(0, |id| u64::from(self.get(id).len.saturating_sub(from)));
+        if lease.is_some() || has_record { self.pins_max - self.pins + held } else { 0 }
     }
 
-    /// Makes a lease of at least one chunk; the caller has asked `room` and ended the one it stands for.
+    /// Makes a lease of at least one chunk; the caller has asked `room`.
     pub(super) fn create(
         &mut self,
         owner: Owner,
         session: u64,
         admission: u32,
         namespace: u8,
-        chunks: &[ChunkId],
-    ) {
+        first: ChunkId,
+    ) -> LeaseId {
         let id = match self.free.checked_sub(1) {
             Some(id) => {
                 self.free = self.get(id).chain;
@@ -161,18 +163,69 @@ impl Leases {
         if let Some(next) = next.checked_sub(1) {
             self.leases[next as usize].prev = id + 1;
         }
-        let mut blocks = 0;
-        for part in chunks.chunks(BLOCK).rev() {
-            let block = self.take_block();
-            self.blocks[block as usize].chunks[..part.len()].copy_from_slice(part);
-            self.blocks[block as usize].next = blocks;
-            blocks = block + 1;
-        }
-        let len = chunks.len() as u32;
-        self.leases[id as usize] =
-            Lease { session, admission, len, blocks, chain, prev: 0, next, owner, namespace, _pad: [0; 6] };
+        let lease = Lease { session, admission, chain, next, owner, namespace, ..Lease::zeroed() };
+        self.leases[id as usize] = lease;
         self.len += 1;
-        self.pins += u64::from(len);
+        self.push(id, first);
+        id
+    }
+
+    /// One more chunk, behind the others; the caller has asked `room`.
+    pub(super) fn push(&mut self, id: LeaseId, chunk: ChunkId) {
+        let Lease { len, last, .. } = *self.get(id);
+        let at = len as usize % BLOCK;
+        let block = match last.checked_sub(1) {
+            Some(block) if at > 0 => block,
+            before => {
+                let block = self.take_block();
+                self.blocks[block as usize] = Block { before: last, ..Block::zeroed() };
+                match before {
+                    Some(before) => self.blocks[before as usize].next = block + 1,
+                    None => self.leases[id as usize].first = block + 1,
+                }
+                self.leases[id as usize].last = block + 1;
+                block
+            }
+        };
+        self.blocks[block as usize].chunks[at] = chunk;
+        self.leases[id as usize].len += 1;
+        self.pins += 1;
+    }
+
+    /// Takes the last chunk off a lease; with the only one, the lease ends.
+    pub(super) fn pop(&mut self, id: LeaseId) -> Option<ChunkId> {
+        let Lease { len, last, .. } = *self.get(id);
+        let (at, block) = (len.checked_sub(1)? as usize, last.checked_sub(1)?);
+        let Block { chunks, before, .. } = self.blocks[block as usize];
+        self.leases[id as usize].len -= 1;
+        self.pins -= 1;
+        if at.is_multiple_of(BLOCK) {
+            self.blocks[block as usize].next = std::mem::replace(&mut self.blocks_free, block + 1);
+            self.blocks_used -= 1;
+            self.leases[id as usize].last = before;
+            match before.checked_sub(1) {
+                Some(before) => self.blocks[before as usize].next = 0,
+                None => self.end(id),
+            }
+        }
+        Some(chunks[at % BLOCK])
+    }
+
+    /// Puts another chunk in the place of one; answers that one.
+    pub(super) fn replace(&mut self, id: LeaseId, at: u32, chunk: ChunkId) -> Option<ChunkId> {
+        let block = self.block_of(id, at)?.checked_sub(1)?;
+        let place = &mut self.blocks[block as usize].chunks[at as usize % BLOCK];
+        Some(std::mem::replace(place, chunk))
+    }
+
+    /// The link to the block with the chunk at this place: O(chunks before it).
+    fn block_of(&self, id: LeaseId, at: u32) -> Option<u32> {
+        let Lease { len, first, .. } = *self.get(id);
+        let mut link = first;
+        for _ in 0..at as usize / BLOCK {
+            link = self.blocks[link.checked_sub(1)? as usize].next;
+        }
+        (at < len).then_some(link)
     }
 
     fn take_block(&mut self) -> u32 {
@@ -189,46 +242,16 @@ impl Leases {
         }
     }
 
-    /// The chunks of a lease, head first.
-    pub(super) fn chunks(&self, id: LeaseId) -> impl Iterator<Item = ChunkId> {
-        let lease = self.get(id);
-        let mut link = lease.blocks;
-        (0..lease.len as usize).map(move |i| {
-            if i > 0 && i.is_multiple_of(BLOCK) {
+    /// The chunks of a lease from this place on, towards its tail.
+    pub(super) fn chunks(&self, id: LeaseId, from: u32) -> impl Iterator<Item = ChunkId> {
+        let len = self.get(id).len;
+        let mut link = self.block_of(id, from).unwrap_or(0);
+        (from..len).map_while(move |i| {
+            if i > from && (i as usize).is_multiple_of(BLOCK) {
                 link = self.blocks[link as usize - 1].next;
             }
-            self.blocks[link as usize - 1].chunks[i % BLOCK]
+            Some(self.blocks[link.checked_sub(1)? as usize].chunks[i as usize % BLOCK])
         })
-    }
-
-    /// Takes the chunks beyond the first `keep` off a lease; keeping none ends it.
-    pub(super) fn truncate(&mut self, id: LeaseId, keep: u32, mut dropped: impl FnMut(ChunkId)) {
-        let Lease { len, blocks, .. } = *self.get(id);
-        if keep >= len {
-            return;
-        }
-        let (mut link, mut before, mut at) = (blocks, 0, 0);
-        while let Some(block) = link.checked_sub(1) {
-            let Block { chunks, next } = self.blocks[block as usize];
-            for (i, chunk) in (at..len.min(at + BLOCK as u32)).zip(chunks) {
-                if i >= keep {
-                    dropped(chunk);
-                }
-            }
-            if at >= keep {
-                self.blocks[block as usize].next = std::mem::replace(&mut self.blocks_free, block + 1);
-                self.blocks_used -= 1;
-            } else {
-                before = link;
-            }
-            (link, at) = (next, at + BLOCK as u32);
-        }
-        self.pins -= u64::from(len - keep);
-        self.leases[id as usize].len = keep;
-        match before.checked_sub(1) {
-            Some(last) => self.blocks[last as usize].next = 0,
-            None => self.end(id),
-        }
     }
 
     /// Frees the record of a lease whose chunks are gone.

@@ -17,6 +17,7 @@ mod chunk;
 mod client;
 mod commit;
 mod config;
+mod empty;
 mod error;
 mod evict;
 mod find;
@@ -24,6 +25,7 @@ mod forget;
 mod index;
 mod invalidate;
 mod lease;
+mod part;
 mod pins;
 mod reserve;
 mod restore;
@@ -38,9 +40,10 @@ pub use config::CacheConfig;
 pub use error::{
     AddSlabError, CommitError, ConfigError, FindError, InvariantBroken, RegisterError, ReserveError,
 };
-pub use find::ShardRef;
+pub use find::{Lookup, ShardRef};
 pub use invalidate::Invalidated;
-pub use reserve::{Reservation, Reserve};
+pub use part::{Leaving, Parting};
+pub use reserve::{Going, Reservation, Reserve};
 pub use restore::{Found, NotRestorable, Restored, Shard};
 pub use stats::Stats;
 pub use table::{
@@ -49,6 +52,7 @@ pub use table::{
 
 use check::Check;
 use chunk::{Chunks, Life};
+use empty::Emptying;
 use find::Found as FoundFor;
 use index::{Hash, Index};
 use lease::Leases;
@@ -84,8 +88,12 @@ pub struct Cache<T> {
     found_for: Option<FoundFor>,
     /// What a recovery has put off until its end.
     restored: restore::Unfinished,
-    /// What a reservation found visible: chunk, index of its key.
-    present: Vec<(ChunkId, u32)>,
+    /// Slabs that are being emptied for another size.
+    emptying: Option<Emptying>,
+    /// Records touched so far: see [`Cache::allow`].
+    work: u64,
+    /// How much `work` may become before a call that goes on in pieces stops.
+    allowed: u64,
     counters: Counters,
     check: Check,
     /// Grows with each change, so that a self-check knows whether its sums are of one state.
@@ -169,7 +177,9 @@ impl<T: SlotTable> Cache<T> {
             found: Vec::with_capacity(config.keys_max as usize),
             found_for: None,
             restored: restore::Unfinished::default(),
-            present: Vec::with_capacity(config.keys_max as usize),
+            emptying: None,
+            work: 0,
+            allowed: u64::MAX,
             counters: Counters::default(),
             check: Check::default(),
             version: 0,
@@ -238,6 +248,33 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
+    /// From now on, calls that go on in pieces stop after about so many records of the tables: a chunk, a slot, a place of a
+    /// lease, an entry of the order of eviction. No more than what one chunk takes is done beyond that. Without this call,
+    /// nothing stops.
+    pub fn allow(&mut self, records: u64) {
+        self.allowed = self.work.saturating_add(records);
+    }
+
+    /// Work beside the tables, as many records as take about as long.
+    pub fn spend(&mut self, records: u64) {
+        self.work += records;
+    }
+
+    /// Records touched so far.
+    pub fn work(&self) -> u64 {
+        self.work
+    }
+
+    /// Records that are left of what was allowed.
+    pub fn left(&self) -> u64 {
+        self.allowed.saturating_sub(self.work)
+    }
+
+    /// Has what was allowed been used up?
+    pub fn is_spent(&self) -> bool {
+        self.work >= self.allowed
+    }
+
     /// The namespace is in use: the others are older.
     pub fn use_namespace(&mut self, id: NamespaceId) {
         self.tick += 1;
@@ -279,6 +316,7 @@ impl<T: SlotTable> Cache<T> {
     /// Does `act` with each slot of a chunk.
     fn each_slot(&mut self, id: ChunkId, mut act: impl FnMut(&mut Self, SlotId)) {
         let world = self.world_of(id);
+        self.work += u64::from(world);
         for rank in 0..world {
             if let Some(slot) = self.chunks.shard(id, world, rank) {
                 act(self, slot);
@@ -286,11 +324,10 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The chunk was used at `tick`.
-    fn touch(&mut self, id: ChunkId, tick: u64) {
-        let chunk = self.chunks.get_mut(id);
-        chunk.tick = tick;
-        self.policy.touch(id, None);
+    /// The chunk was used at `tick`, and in the same access the one in `front` of it in its chain.
+    fn touch(&mut self, id: ChunkId, tick: u64, front: Option<ChunkId>) {
+        self.chunks.get_mut(id).tick = tick;
+        self.policy.touch(id, front);
         self.each_slot(id, |cache, slot| {
             cache.slabs.touch(slot, tick);
             cache.table.touched(slot, tick);
@@ -298,6 +335,7 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn pin(&mut self, id: ChunkId, owner: Owner) {
+        self.work += 1;
         let Self { chunks, namespaces, charges, .. } = self;
         let chunk = chunks.get_mut(id);
         let first = !chunk.pins.any();
@@ -321,25 +359,17 @@ impl<T: SlotTable> Cache<T> {
 
     /// A lease names the chunk no longer. What `leaving` has paid for and others still hold, it pays no more: see
     /// [`pins`].
-    fn unpin(
-        chunks: &mut Chunks,
-        slabs: &mut Slabs,
-        namespaces: &mut [Option<Namespace>],
-        charges: &mut Charges,
-        leaving: Option<Owner>,
-        id: ChunkId,
-    ) {
+    fn unpin(&mut self, leaving: Owner, id: ChunkId) {
+        self.work += 1;
+        let Self { chunks, namespaces, charges, .. } = self;
         let chunk = chunks.get_mut(id);
         chunk.pins.remove();
         let Some(namespace) = &mut namespaces[usize::from(chunk.namespace)] else { return };
         let bytes = namespace.chunk_bytes();
         if chunk.pins.any() {
-            if let Some(owner) = leaving
-                && chunk.pins.payer() == leaving
-                && charges.unpaid.saturating_add(bytes) <= charges.most
-            {
+            if chunk.pins.payer() == Some(leaving) && charges.unpaid.saturating_add(bytes) <= charges.most {
                 chunk.pins.charge(None);
-                charges.of[usize::from(owner)] -= bytes;
+                charges.of[usize::from(leaving)] -= bytes;
                 charges.unpaid += bytes;
             }
             return;
@@ -348,14 +378,13 @@ impl<T: SlotTable> Cache<T> {
             Some(payer) => charges.of[usize::from(payer)] -= bytes,
             None => charges.unpaid -= bytes,
         }
-        for rank in 0..namespace.world {
-            if let Some(slot) = chunks.shard(id, namespace.world, rank) {
-                slabs.idle(slot);
-            }
+        let is_hidden = chunk.life() == Life::Hidden;
+        if !is_hidden {
+            namespace.pinned -= 1;
         }
-        match chunks.get(id).life() {
-            Life::Hidden => chunks.unheld(id),
-            _ => namespace.pinned -= 1,
+        self.each_slot(id, |cache, slot| cache.slabs.idle(slot));
+        if is_hidden {
+            self.drop_chunk(id, false);
         }
     }
 }

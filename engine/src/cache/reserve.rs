@@ -2,6 +2,7 @@
 
 use super::chunk::{Life, NO_PARENT};
 use super::error::ReserveError;
+use super::evict::{Record, Room, Search};
 use super::index::FORMING_MAX;
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, SlotTable};
@@ -57,6 +58,17 @@ pub enum Reservation {
     Busy,
 }
 
+/// How far a reservation of many keys has come: it goes on in pieces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Going {
+    /// Logical time of the access to its next key; each key behind that is one earlier, as if the chain had been touched
+    /// tail first.
+    time: u64,
+    /// The last chunk that was found visible, and its key: what is found behind it is touched behind it.
+    front: Option<(ChunkId, Key)>,
+    search: Search,
+}
+
 /// A reservation's message, with what was looked up for it once.
 #[derive(Clone, Copy)]
 struct Context<'a> {
@@ -69,19 +81,47 @@ struct Context<'a> {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Reserves slots for one rank's shards. `sink` is called once for each key, in order, with its index.
-    ///
-    /// Only *visible* chunks are skipped; that counts as an access once for each round. A newer round of the same source
-    /// replaces an older one that is incomplete. Neither the message's own chunks nor `parent` are evicted for it.
+    /// Begins a reservation of so many keys.
+    pub fn reservation(&mut self, namespace: NamespaceId, keys: usize) -> Going {
+        self.tick += keys as u64;
+        self.use_namespace(namespace);
+        Going { time: self.tick, front: None, search: Search::default() }
+    }
+
+    /// As [`Cache::reserve_piece`], for all keys at once.
     ///
     /// # Errors
     ///
-    /// Unknown namespace, rank or owner; too many keys. Then `sink` was not called.
+    /// As there.
     pub fn reserve(
         &mut self,
         message: Reserve<'_>,
         sink: &mut impl FnMut(usize, Reservation),
     ) -> Result<(), ReserveError> {
+        let mut going = self.reservation(message.namespace, message.keys.len());
+        let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
+        let done = self.reserve_piece(message, &mut going, sink);
+        self.allowed = allowed;
+        done.map(|done| debug_assert_eq!(done, message.keys.len()))
+    }
+
+    /// Reserves slots for one rank's shards, key by key until what is allowed is spent; answers how many keys that were.
+    /// `sink` is called once for each of them, in order, with its index. The next piece begins with the key behind them,
+    /// whose `parent` is the last of them.
+    ///
+    /// Only *visible* chunks are skipped; that counts as an access once for each round. A newer round of the same source
+    /// replaces an older one that is incomplete. Neither the piece's own chunks nor `parent` are evicted for it; those of
+    /// earlier pieces are the warmest, or being written.
+    ///
+    /// # Errors
+    ///
+    /// Unknown namespace, rank or owner; too many keys. Then `sink` was not called.
+    pub fn reserve_piece(
+        &mut self,
+        message: Reserve<'_>,
+        going: &mut Going,
+        sink: &mut impl FnMut(usize, Reservation),
+    ) -> Result<usize, ReserveError> {
         self.change();
         let Reserve { owner, nonce, namespace, rank, parent, keys, .. } = message;
         if usize::from(owner) >= OWNERS {
@@ -99,30 +139,26 @@ impl<T: SlotTable> Cache<T> {
         let world = registered.world;
         let Some(attachment) = self.slots.attach(owner, nonce) else {
             (0..keys.len()).for_each(|i| sink(i, Reservation::Busy));
-            return Ok(());
+            return Ok(keys.len());
         };
         let (class, slot_bytes, shard_bytes) = (layout.class, layout.slot_bytes, layout.shard_bytes);
         let context = Context { message, world, class, slot_bytes, shard_bytes, attachment };
 
-        self.use_namespace(namespace);
         self.guard_keys(&message);
-        // The head gets the latest time, as if the chain had been touched tail first.
-        self.tick += keys.len() as u64 + 1;
-        self.present.clear();
         let mut before = parent.map_or(NO_PARENT, |key| self.hash(namespace, key).bits());
-        let mut starved = false;
-        for (i, key) in keys.iter().enumerate() {
-            let tick = self.tick - i as u64;
-            let answer = self.reserve_one(&context, *key, before, tick, &mut starved, i);
+        let mut done = 0;
+        for key in keys {
+            if done > 0 && self.is_spent() {
+                break;
+            }
+            let Some(answer) = self.reserve_one(&context, *key, before, going) else { break };
             before = self.hash(namespace, *key).bits();
-            sink(i, answer);
-        }
-        for at in (0..self.present.len()).rev() {
-            let (id, i) = self.present[at];
-            self.touch(id, self.tick - u64::from(i));
+            sink(done, answer);
+            done += 1;
+            going.time -= 1;
         }
         self.chunks.guard = 0;
-        Ok(())
+        Ok(done)
     }
 
     /// Keeps what the message names from being evicted for it.
@@ -130,6 +166,7 @@ impl<T: SlotTable> Cache<T> {
         self.guard = self.guard.wrapping_add(1).max(1);
         self.chunks.guard = self.guard;
         let (seed, namespace, keys) = (self.config.seed, message.namespace, message.keys);
+        self.work += keys.len() as u64;
         for (i, key) in message.parent.iter().chain(keys).enumerate() {
             if let Some(later) = keys.get(i + AHEAD) {
                 self.index.prefetch(super::Hash::new(seed, namespace, *later));
@@ -142,24 +179,32 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
+    /// The answer for one key; `None` where there is none yet, because what is allowed is spent.
     fn reserve_one(
         &mut self,
         context: &Context<'_>,
         key: Key,
         before: u32,
-        tick: u64,
-        starved: &mut bool,
-        i: usize,
-    ) -> Reservation {
+        going: &mut Going,
+    ) -> Option<Reservation> {
         let Reserve { owner, namespace, rank, round, .. } = context.message;
         let hash = self.hash(namespace, key);
+        self.work += 1;
         let matches = self.index.matches(&self.chunks, hash, namespace as u8, key);
         if let Some(id) = matches.visible {
             if self.chunks.get(id).round() != round {
                 self.chunks.get_mut(id).set_round(round);
-                self.present.push((id, i as u32));
+                let is_there = |(id, key): &(ChunkId, Key)| {
+                    let chunk = self.chunks.get(*id);
+                    chunk.life() == Life::Visible
+                        && chunk.key == *key
+                        && u32::from(chunk.namespace) == namespace
+                };
+                let front = going.front.filter(is_there).map(|(front, _)| front);
+                self.touch(id, going.time, front);
+                going.front = Some((id, key));
             }
-            return Reservation::Present;
+            return Some(Reservation::Present);
         }
         let (mut same, mut older) = (None, None);
         for id in matches.forming() {
@@ -169,36 +214,39 @@ impl<T: SlotTable> Cache<T> {
                 match round.number.wrapping_sub(forming.number) as i32 {
                     0 => same = Some(*id),
                     1.. => older = Some(*id),
-                    _ => return Reservation::Superseded,
+                    _ => return Some(Reservation::Superseded),
                 }
             }
         }
         if let Some(slot) = same.and_then(|id| self.chunks.shard(id, context.world, rank)) {
-            return Reservation::Pending { committed: self.slots.get(slot).state() == State::Committed };
+            let committed = self.slots.get(slot).state() == State::Committed;
+            return Some(Reservation::Pending { committed });
         }
         if self.charges.of[usize::from(owner)].saturating_add(context.slot_bytes)
             > self.config.client_bytes_max
         {
-            return Reservation::Busy;
+            return Some(Reservation::Busy);
         }
         let mut replaced = older;
         if same.is_none() && older.is_none() && matches.forming().len() == FORMING_MAX {
             let idle = matches.forming().iter().filter(|id| self.chunks.get(**id).writing == 0);
             replaced = idle.min_by_key(|id| self.chunks.get(**id).tick).copied();
             if replaced.is_none() {
-                self.counters.no_space += 1;
-                return Reservation::NoSpace;
+                return Some(self.no_space());
             }
         }
         // What matched is guarded, so making room leaves it as it is. The record first: without one, a slot is of no use.
-        let has_record = same.is_some() || replaced.is_some() || self.make_record(context.world);
-        if !has_record {
-            self.counters.no_space += 1;
-            return Reservation::NoSpace;
+        if same.is_none() && replaced.is_none() {
+            match self.make_record(context.world, &mut going.search) {
+                Record::There => {}
+                Record::None => return Some(self.no_space()),
+                Record::Later => return None,
+            }
         }
-        let Some(slot) = self.take_slot(context.class, starved) else {
-            self.counters.no_space += 1;
-            return Reservation::NoSpace;
+        let slot = match self.take_slot(context.class, &mut going.search) {
+            Room::Slot(slot) => slot,
+            Room::None => return Some(self.no_space()),
+            Room::Later => return None,
         };
         if let Some(id) = replaced {
             self.drop_chunk(id, false);
@@ -210,16 +258,20 @@ impl<T: SlotTable> Cache<T> {
                 }
                 id
             }
-            None => match self.create_chunk(key, context, before, tick) {
+            None => match self.create_chunk(key, context, before, going.time) {
                 Some(id) => id,
                 None => {
                     self.slabs.give(slot, &mut self.slots, &mut self.table);
-                    self.counters.no_space += 1;
-                    return Reservation::NoSpace;
+                    return Some(self.no_space());
                 }
             },
         };
-        self.begin_writing(context, id, slot, tick)
+        Some(self.begin_writing(context, id, slot, going.time))
+    }
+
+    fn no_space(&mut self) -> Reservation {
+        self.counters.no_space += 1;
+        Reservation::NoSpace
     }
 
     fn create_chunk(&mut self, key: Key, context: &Context<'_>, before: u32, tick: u64) -> Option<ChunkId> {
@@ -236,6 +288,7 @@ impl<T: SlotTable> Cache<T> {
 
     fn begin_writing(&mut self, context: &Context<'_>, id: ChunkId, slot: SlotId, tick: u64) -> Reservation {
         let Reserve { owner, nonce, namespace, rank, round, .. } = context.message;
+        self.work += 2;
         self.slots.begin_writing(slot, context.attachment, id, rank as u8);
         self.slabs.busy(slot);
         self.chunks.set_shard(id, context.world, rank, Some(slot));

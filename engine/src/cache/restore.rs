@@ -283,6 +283,7 @@ impl<T: SlotTable> Cache<T> {
         {
             return false;
         }
+        self.work += 2;
         let is_key = self.slots.get(slot).chunk().is_none_or(|id| self.chunks.get(id).key == key);
         if self.slots.writer(slot).0 != owner || !is_key {
             return false;

@@ -7,6 +7,8 @@
 //! Slot ids are positional: first slab × (slab bytes / 4096) + i. So they need no allocation, and are unique
 //! whatever class a slab has; the same id at another time may mean other bytes, which generations tell apart.
 
+use core::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 use super::error::{AddSlabError, RegisterError};
@@ -21,7 +23,11 @@ const BOUNDARY_BYTES: u64 = 1 << 30;
 /// A span may waste one part in this many; else a longer one is looked for.
 const WASTE_PARTS: u64 = 16;
 
+mod empty;
+mod pool;
 mod restore;
+
+use pool::Pool;
 
 /// What a slab is doing; everything but `head` is valid at a span's first slab only. Links are slab + 1.
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -47,7 +53,8 @@ pub(super) struct Span {
     next: u32,
     /// Slots that are WRITING or whose chunk is pinned: while there are any, the span cannot be taken away.
     pub(super) busy: u32,
-    _pad: u32,
+    /// 1: it is being emptied, gives out no slot, and its free slots are not its class's.
+    closed: u32,
     /// The latest access to any of its chunks.
     pub(super) touch: u64,
     _reserved: u64,
@@ -90,9 +97,11 @@ pub(super) struct Slabs {
     /// Slabs between two boundaries.
     group: u32,
     spans: Lazy<Span>,
-    /// One bit for each slab: usable and in no span.
-    pool: Lazy<u64>,
-    pub(super) pool_len: u32,
+    pool: Pool,
+    /// The slabs that are being emptied for another class: what is free of them is in no pool.
+    closed: Range<u32>,
+    /// Free slots of closed spans.
+    pub(super) closed_free: u64,
     /// Slabs that were added.
     pub(super) usable: u32,
     classes: Vec<Class>,
@@ -107,8 +116,9 @@ impl Slabs {
             shift: (slab_bytes / PAGE_BYTES).trailing_zeros(),
             group: (BOUNDARY_BYTES / slab_bytes) as u32,
             spans: Lazy::new(count as usize)?,
-            pool: Lazy::new((count as usize).div_ceil(64))?,
-            pool_len: 0,
+            pool: Pool::new(count, (BOUNDARY_BYTES / slab_bytes) as u32)?,
+            closed: 0..0,
+            closed_free: 0,
             usable: 0,
             classes: Vec::with_capacity(CLASSES_MAX),
         })
@@ -131,11 +141,12 @@ impl Slabs {
         if index >= self.count {
             return Err(AddSlabError::OutOfRange { index, count: self.count });
         }
-        if self.is_pooled(index) || self.spans[index as usize].head != 0 {
+        let is_known = self.spans[index as usize].head != 0 || self.closed.contains(&index);
+        if self.is_pooled(index) || is_known {
             return Err(AddSlabError::Twice { index });
         }
         self.usable += 1;
-        self.pool_put(index);
+        self.pool.put(index..index + 1);
         Ok(())
     }
 
@@ -289,10 +300,14 @@ impl Slabs {
         slots.set_next(slot, span.free);
         span.free = slot + 1;
         span.used -= 1;
-        let (used, was_full, class) = (span.used, span.used + 1 == span.slots, span.class);
-        self.classes[class as usize].free += 1;
-        if was_full {
-            self.partial_insert(head);
+        let Span { used, slots, class, closed, .. } = *span;
+        if closed == 1 {
+            self.closed_free += 1;
+        } else {
+            self.classes[class as usize].free += 1;
+            if used + 1 == slots {
+                self.partial_insert(head);
+            }
         }
         if used == 0 {
             self.release(head, table);
@@ -302,7 +317,8 @@ impl Slabs {
     /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard.
     pub(super) fn assign<T: SlotTable>(&mut self, class: u16, table: &mut T) -> bool {
         let Class { ideal, least, .. } = self.classes[class as usize];
-        let Some((head, len)) = self.find_run(least, ideal) else { return false };
+        let Some(run) = self.pool.find(least, ideal) else { return false };
+        let (head, len) = (run.start, run.end - run.start);
         let slots = self.slots_in(class, len);
         if !table.ensure(self.first_slot(head), slots) {
             return false;
@@ -312,15 +328,19 @@ impl Slabs {
         true
     }
 
+    /// Is there a run of free slabs that the class could have? Then it is for want of headers that it has not.
+    pub(super) fn has_run(&self, class: u16) -> bool {
+        let Class { ideal, least, .. } = self.classes[class as usize];
+        self.pool.find(least, ideal).is_some()
+    }
+
     fn slots_in(&self, class: u16, len: u32) -> u32 {
         (self.slab_bytes * u64::from(len) / self.classes[class as usize].bytes) as u32
     }
 
     /// Of pooled slabs.
     fn make_span(&mut self, class: u16, head: u32, len: u32) {
-        for slab in head..head + len {
-            self.pool_remove(slab);
-        }
+        self.pool.take(head..head + len);
         let slots = self.slots_in(class, len);
         let slot_bytes = self.classes[class as usize].bytes as u32;
         for slab in head..head + len {
@@ -334,50 +354,27 @@ impl Slabs {
     }
 
     fn release<T: SlotTable>(&mut self, head: u32, table: &mut T) {
-        let Span { class, len, slots, busy, .. } = *self.span(head);
+        let Span { class, len, slots, busy, closed, .. } = *self.span(head);
         debug_assert_eq!(busy, 0);
         table.span_gone(head);
-        self.partial_remove(head);
         self.classes[class as usize].slots -= u64::from(slots);
-        self.classes[class as usize].free -= u64::from(slots);
-        for slab in head..head + len {
-            self.spans[slab as usize] = Span::zeroed();
-            self.pool_put(slab);
+        if closed == 1 {
+            self.closed_free -= u64::from(slots);
+        } else {
+            self.partial_remove(head);
+            self.classes[class as usize].free -= u64::from(slots);
         }
-    }
-
-    /// The first run of `most` pooled slabs within a boundary, else the longest of at least `least`.
-    fn find_run(&self, least: u32, most: u32) -> Option<(u32, u32)> {
-        if self.pool_len < least {
-            return None;
+        self.spans[head as usize..(head + len) as usize].fill(Span::zeroed());
+        // What is being emptied is kept together until all of it is free.
+        let (before, after) = if self.closed.is_empty() {
+            (head..head + len, 0..0)
+        } else {
+            let Range { start, end } = self.closed;
+            (head..(head + len).min(start), head.max(end)..head + len)
+        };
+        for slabs in [before, after].into_iter().filter(|slabs| !slabs.is_empty()) {
+            self.pool.put(slabs);
         }
-        let (mut best, mut start, mut len) = ((0, 0), 0, 0);
-        let mut slab = 0;
-        while slab < self.count {
-            if slab.is_multiple_of(64) && self.pool[slab as usize / 64] == 0 {
-                (slab, len) = (slab + 64, 0);
-                continue;
-            }
-            if slab.is_multiple_of(self.group) {
-                len = 0;
-            }
-            if self.is_pooled(slab) {
-                if len == 0 {
-                    start = slab;
-                }
-                len += 1;
-                if len == most {
-                    return Some((start, len));
-                }
-                if len > best.1 {
-                    best = (start, len);
-                }
-            } else {
-                len = 0;
-            }
-            slab += 1;
-        }
-        (best.1 >= least).then_some(best)
     }
 
     fn partial_insert(&mut self, head: u32) {
@@ -402,17 +399,12 @@ impl Slabs {
     }
 
     pub(super) fn is_pooled(&self, slab: u32) -> bool {
-        self.pool[slab as usize / 64] >> (slab % 64) & 1 == 1
+        self.pool.has(slab)
     }
 
-    fn pool_put(&mut self, slab: u32) {
-        self.pool[slab as usize / 64] |= 1 << (slab % 64);
-        self.pool_len += 1;
-    }
-
-    fn pool_remove(&mut self, slab: u32) {
-        self.pool[slab as usize / 64] &= !(1 << (slab % 64));
-        self.pool_len -= 1;
+    /// Slabs in the pool.
+    pub(super) fn pool_len(&self) -> u32 {
+        self.pool.len
     }
 
     /// The free slots of a span that have been used before.

@@ -47,7 +47,7 @@ impl<T: SlotTable> Cache<T> {
     pub fn stats(&self) -> Stats {
         let classes = self.slabs.classes();
         Stats {
-            slots_free: classes.iter().map(|class| class.free).sum(),
+            slots_free: classes.iter().map(|class| class.free).sum::<u64>() + self.slabs.closed_free,
             slots_writing: self.slots.counts.writing,
             slots_committed: self.slots.counts.committed,
             orphans: self.slots.counts.orphans,
@@ -57,7 +57,7 @@ impl<T: SlotTable> Cache<T> {
             leases: u64::from(self.leases.len),
             pins: self.leases.pins,
             slabs_usable: u64::from(self.slabs.usable),
-            slabs_free: u64::from(self.slabs.pool_len),
+            slabs_free: u64::from(self.slabs.pool_len()),
             bytes_used: classes.iter().map(|class| (class.slots - class.free) * class.bytes).sum(),
             bytes_usable: u64::from(self.slabs.usable) * self.config.slab_bytes,
             evicted: self.counters.evicted,

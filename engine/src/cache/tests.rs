@@ -155,7 +155,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
         for slot in seen {
             slabs.give(slot, &mut slots, &mut NoTable);
         }
-        assert_eq!(slabs.pool_len, 64);
+        assert_eq!(slabs.pool_len(), 64);
     }
 }
 
@@ -163,25 +163,30 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
 fn leases_keep_the_order_of_their_chunks_and_lose_their_tails() {
     let mut leases = Leases::new(4, 100, 9).unwrap();
     let chunks: Vec<ChunkId> = (100..140).collect();
-    leases.create(1, 7, 0, 0, &chunks);
-    leases.create(1, 7, 1, 0, &chunks[..15]);
+    let make = |leases: &mut Leases, admission, chunks: &[ChunkId]| {
+        let id = leases.create(1, 7, admission, 0, chunks[0]);
+        chunks[1..].iter().for_each(|chunk| leases.push(id, *chunk));
+    };
+    make(&mut leases, 0, &chunks);
+    make(&mut leases, 1, &chunks[..15]);
     let (first, admissions) = leases.find(1, 7, 0);
     let first = first.unwrap();
-    assert_eq!((admissions, leases.pins, leases.room(None, 0)), (2, 55, 45));
-    assert_eq!(leases.chunks(first).collect::<Vec<_>>(), chunks);
-    let mut dropped = Vec::new();
-    leases.truncate(first, 31, |chunk| dropped.push(chunk));
-    leases.truncate(first, 15, |chunk| dropped.push(chunk));
-    leases.truncate(first, 20, |_| panic!("there are no more"));
-    dropped.sort_unstable();
-    assert_eq!(dropped, chunks[15..]);
-    assert_eq!(leases.chunks(first).collect::<Vec<_>>(), chunks[..15]);
-    assert_eq!(leases.blocks_used(), 2);
-    assert_eq!(leases.room(Some(first), ADMISSIONS_MAX), 85, "it takes the other's place");
-    assert_eq!(leases.room(None, ADMISSIONS_MAX), 0);
-    leases.truncate(first, 0, |_| {});
+    assert_eq!((admissions, leases.pins, leases.room(None, 0, 0)), (2, 55, 45));
+    for from in 0..=40 {
+        assert!(leases.chunks(first, from).eq(chunks[from as usize..].iter().copied()), "from {from}");
+    }
+    let dropped: Vec<_> = (0..25).map(|_| leases.pop(first).unwrap()).collect();
+    assert!(dropped.iter().eq(chunks[15..].iter().rev()));
+    assert_eq!(leases.chunks(first, 0).collect::<Vec<_>>(), chunks[..15]);
+    assert_eq!((leases.replace(first, 14, 7), leases.replace(first, 0, 8)), (Some(114), Some(100)));
+    assert_eq!((leases.replace(first, 15, 9), leases.chunks(first, 13).collect()), (None, vec![113, 7]));
+    assert_eq!(leases.blocks_used(), 4);
+    assert_eq!(leases.room(Some(first), 5, ADMISSIONS_MAX), 80, "its own places are room too");
+    assert_eq!(leases.room(None, 0, ADMISSIONS_MAX), 0);
+    (0..15).for_each(|_| assert!(leases.pop(first).is_some()));
     assert_eq!((leases.find(1, 7, 0), leases.find(2, 7, 1)), ((None, 1), (None, 0)));
-    leases.truncate(leases.any_of(1, 7).unwrap(), 0, |_| {});
+    let other = leases.any_of(1, 7).unwrap();
+    (0..15).for_each(|_| assert!(leases.pop(other).is_some()));
     assert_eq!((leases.len, leases.pins, leases.blocks_used(), leases.first_of(1)), (0, 0, 0, None));
 }
 

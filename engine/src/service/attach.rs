@@ -5,7 +5,9 @@
 //! that may be later than its death: `linger`.)
 
 use super::connection::{Claim, Connection};
+use super::parting::Then;
 use super::{Service, Watched};
+use crate::cache::Leaving;
 use crate::segments::sweep;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
@@ -13,6 +15,9 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, Role};
 use kvring_shm_abi::segment;
+
+/// Claims that are judged, and dead clients that are buried, in one look around the lobby.
+const COMING_AND_GOING: u32 = 8;
 
 impl Service {
     /// Has anything changed in the lobby since the last look around it? Looks at what is known and at one count, not at
@@ -24,30 +29,44 @@ impl Service {
             || self.watched.iter().any(|watched| lobby.life_words[watched.entry].raw() != watched.raw)
     }
 
-    /// Looks at every entry of the lobby.
+    /// Looks at every entry of the lobby. Who comes and who goes takes system calls: of more than a few the others are news
+    /// until the next look.
     pub(super) fn look_around(&mut self) {
         // First the count: a claim that comes meanwhile is news again.
         self.claims = self.segments.lobby.claims();
         self.watched.clear();
+        let mut left = COMING_AND_GOING;
         for entry in 0..CLIENTS_MAX {
+            if self.partings[entry].is_some() {
+                // Whatever its word says by now: it is looked at when that is over.
+                continue;
+            }
             if self.lingering[entry].is_some() {
                 // Whatever its word says by now.
                 self.look_at_lingering(entry);
                 continue;
             }
+            if left == 0 {
+                self.claims = self.claims.wrapping_sub(1);
+                break;
+            }
             let raw = self.segments.lobby.life_words[entry].raw();
             match LifeWord::interpret(raw) {
                 // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So it
                 // counts as dead; but that says no more of its process than a mark does.
-                Life::Unclaimed if self.is_known(entry) => self.bury(entry),
-                Life::Unclaimed => {}
-                Life::Dead => self.bury(entry),
+                Life::Unclaimed if !self.is_known(entry) => {}
+                Life::Unclaimed | Life::Dead => {
+                    left -= 1;
+                    self.bury(entry);
+                }
                 Life::Alive { .. } => {
                     self.watched.push(Watched { entry, raw });
                     let nonce = self.segments.lobby.entries[entry].read_nonce();
                     let is_outdated = nonce == self.outdated[entry] && !failpoint::broken("outdated claims");
                     if nonce.is_some() && self.judged[entry].is_none() && !is_outdated {
                         self.judge(entry);
+                        // What could not be read is looked at again, and took nothing.
+                        left -= u32::from(self.judged[entry].is_some() || self.outdated[entry] == nonce);
                     }
                 }
             }
@@ -116,20 +135,26 @@ impl Service {
     /// The client asked to leave: everything it had is freed, its entry waits for its life word.
     pub(super) fn leave(&mut self, entry: usize) {
         let Some(connection) = self.disconnect(entry) else { return };
-        self.cache.client_gone(entry as u8, connection.nonce, false);
-        self.stat(Stat::Detaches, 1);
+        let nonce = connection.nonce;
         tracing::info!(entry, client = %connection.name, "client left");
-        self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
+        self.begin_parting(
+            entry,
+            Leaving::Left { nonce },
+            Then::Answer { nonce, status: AttachStatus::Left },
+        );
     }
 
     /// The client broke the protocol: it is no longer listened to. What it may still write stays WRITING until it dies
     /// or gives its entry up.
     pub(super) fn breach(&mut self, entry: usize, reason: &dyn core::fmt::Display) {
         let Some(connection) = self.disconnect(entry) else { return };
-        self.cache.client_gone(entry as u8, connection.nonce, true);
-        self.stat(Stat::Breaches, 1);
+        let nonce = connection.nonce;
         tracing::error!(entry, client = %connection.name, %reason, "client broke the protocol; detached");
-        self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Breach);
+        self.begin_parting(
+            entry,
+            Leaving::Detached { nonce },
+            Then::Answer { nonce, status: AttachStatus::Breach },
+        );
     }
 
     fn disconnect(&mut self, entry: usize) -> Option<Connection> {
@@ -138,7 +163,8 @@ impl Service {
         self.connections[entry].take()
     }
 
-    /// The owner of this entry is dead, or has given it up: everything is freed, then the entry may be claimed again.
+    /// The owner of this entry is dead, or has given it up: everything is freed, in pieces, then the entry may be claimed
+    /// again.
     pub(super) fn reclaim(&mut self, entry: usize) {
         self.hang_up(entry, "client died; its leases and reservations are freed");
         (self.judged[entry], self.outdated[entry]) = (None, None);
@@ -147,7 +173,11 @@ impl Service {
         }
         failpoint::here("reclaim.slots");
         // Also what it left in quarantine when it was detached, and what it was writing under an earlier engine.
-        self.cache.owner_gone(entry as u8);
+        self.begin_parting(entry, Leaving::Gone, Then::Free);
+    }
+
+    /// Nothing is left of the owner of this entry.
+    pub(super) fn reclaimed(&mut self, entry: usize) {
         self.no_longer_awaited(entry);
         failpoint::here("reclaim.entry");
         self.segments.lobby.entries[entry].clear();

@@ -4,9 +4,6 @@ use super::Service;
 use crate::stats::Stat;
 use kvring_shm_abi::message::{Ident, Status};
 
-/// Chunks looked at in one turn.
-const CHUNKS_PER_TURN: u32 = 256;
-
 /// Who waits for the end of a clear.
 struct Asker {
     entry: usize,
@@ -50,30 +47,28 @@ impl Service {
         }
     }
 
-    /// The next piece. True while there was something to do.
-    pub(super) fn go_on_clearing(&mut self) -> bool {
-        let Some(mut clearing) = self.clearing.take() else { return false };
+    /// The next piece.
+    pub(super) fn go_on_clearing(&mut self) {
+        let Some(mut clearing) = self.clearing.take() else { return };
         let visible = |service: &Service| service.cache.stats().chunks_visible;
         let before = visible(self);
-        let next = self.cache.clear_step(clearing.namespace, clearing.from, CHUNKS_PER_TURN);
+        let next = self.cache.clear_step(clearing.namespace, clearing.from);
         clearing.dropped += before.saturating_sub(visible(self));
         match next {
             Some(from) => self.clearing = Some(Clearing { from, ..clearing }),
             None => {
                 let Clearing { asker, dropped, namespace, .. } = clearing;
                 let Some(Asker { entry, operation, ident }) = asker else {
-                    self.retire(namespace, dropped);
-                    return true;
+                    return self.retire(namespace, dropped);
                 };
                 // A client that has left meanwhile, and whoever has its entry now, is not answered.
                 if self.connections[entry].as_ref().is_some_and(|connection| connection.ident == ident) {
-                    self.complete(entry, operation, ident, Status::Ok, [dropped, 0, 0, 0]);
+                    self.complete(entry, operation, Status::Ok, [dropped, 0, 0, 0]);
                     if let Some(connection) = &mut self.connections[entry] {
                         connection.announce();
                     }
                 }
             }
         }
-        true
     }
 }

@@ -1,5 +1,6 @@
 //! One attached client, as the engine sees it: its channel's ends and what it may do.
 
+use super::dispatch::Doing;
 use kvring_shm_abi::channel::{Channel, ChannelError};
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
 use kvring_shm_abi::lobby::Role;
@@ -23,6 +24,8 @@ pub(super) struct Connection {
     pub(super) name: String,
     /// The rank under which this client registered each namespace.
     ranks: [u8; NAMESPACES_MAX],
+    /// The request that is being done, in pieces.
+    pub(super) doing: Option<Doing>,
     /// Completions pushed since the client was last looked after.
     unannounced: bool,
 }
@@ -49,6 +52,7 @@ impl Connection {
             ident: Ident { incarnation: claim.incarnation, nonce: claim.nonce as u32 },
             name: claim.name,
             ranks: [NO_RANK; NAMESPACES_MAX],
+            doing: None,
             unannounced: false,
         })
     }
@@ -58,9 +62,10 @@ impl Connection {
         self.submissions.pop()
     }
 
+    /// Is there something to do for this client?
     #[inline]
     pub(super) fn has_news(&self) -> bool {
-        self.submissions.has_news()
+        self.doing.is_some() || self.submissions.has_news()
     }
 
     pub(super) fn payload(&self) -> &Payload {

@@ -5,13 +5,13 @@
 //! has declared everything. Until all have, or [`Awaited::grace_ns`] has passed, nothing is evicted, cleared or forgotten.
 
 use super::Service;
-use super::dispatch::{Done, refuse};
-use crate::cache::FindError;
+use super::dispatch::{Done, refuse, too_many};
+use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{KEYS_MAX, Key, LeaseRecord, Records, SlotOutcome, Status};
+use kvring_shm_abi::message::{KEYS_MAX, Key, LeaseRecord, Record, Records, Status};
 use kvring_shm_abi::payload::OutOfArea;
 
 impl Service {
@@ -53,109 +53,113 @@ impl Service {
         }
     }
 
-    /// Slots that this entry was writing, and goes on with.
-    pub(super) fn declare_slots(
+    pub(super) fn begin_lease(
         &mut self,
         entry: usize,
-        slots: Records,
-        answer: u32,
-    ) -> Result<Done, OutOfArea> {
-        let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
-        if connection.role != Role::Worker {
-            return Ok(refuse(Status::WrongRole));
+        session: u64,
+        admission: u32,
+        namespace: u32,
+        chunks: Records,
+    ) -> Result<DeclareLease, Result<Done, OutOfArea>> {
+        let Some(connection) = &self.connections[entry] else { return Err(Ok(Done::Answered)) };
+        if connection.role != Role::Scheduler {
+            return Err(Ok(refuse(Status::WrongRole)));
         }
-        let count = slots.count as usize;
-        if count > KEYS_MAX {
-            return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
+        if chunks.count as usize > KEYS_MAX {
+            return Err(Ok(too_many()));
         }
-        self.named += count as u32;
-        let records = &mut self.scratch.slots[..count];
-        connection.payload().read(slots.offset, bytemuck::cast_slice_mut(records))?;
-        let mut writer = connection.payload().writer(answer, count)?;
-        let mut adopted = 0u64;
-        for record in records.iter() {
-            // A slot id beyond 32 bits is nobody's.
-            let slot = u32::try_from(record.slot).unwrap_or(u32::MAX);
-            failpoint::here("declare.slot");
-            let is_its = self.cache.adopt(entry as u8, connection.nonce, slot, record.generation, record.key);
-            adopted += u64::from(is_its);
-            // Committed already, for one: its commit was done, and the answer lost.
-            writer.push(if is_its { SlotOutcome::Done } else { SlotOutcome::Gone } as u64);
-        }
-        self.stat(Stat::SlotsDeclared, adopted);
-        Ok(Done::Answer(Status::Ok, [adopted, count as u64 - adopted, 0, 0]))
+        let Some((world, _)) = self.registry.shape(namespace) else {
+            return Err(Ok(refuse(Status::UnknownNamespace)));
+        };
+        connection.payload().check(chunks.offset, chunks.count as usize * LeaseRecord::WORDS).map_err(Err)?;
+        let lookup = self.cache.lookup(entry as u8, session, admission, namespace, chunks.count as usize);
+        Ok(DeclareLease { lookup, chunks, world })
     }
 
-    /// A lease that this client had: pinned again as far as its chunks are still the same.
-    pub(super) fn declare_lease(&mut self, entry: usize, lease: &LeaseMessage) -> Result<Done, OutOfArea> {
-        let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
-        if connection.role != Role::Scheduler {
-            return Ok(refuse(Status::WrongRole));
-        }
-        let count = lease.chunks.count as usize;
-        if count > KEYS_MAX {
-            return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
-        }
-        let Some((world, _)) = self.registry.shape(lease.namespace) else {
-            return Ok(refuse(Status::UnknownNamespace));
-        };
-        self.named += count as u32;
-        let records = &mut self.scratch.leases[..count];
-        connection.payload().read(lease.chunks.offset, bytemuck::cast_slice_mut(records))?;
-        let keys: &mut [Key] = &mut self.scratch.keys[..count];
-        for (key, record) in keys.iter_mut().zip(records.iter()) {
-            *key = record.key;
-        }
-        let LeaseMessage { session, admission, namespace, .. } = *lease;
-        let owner = entry as u8;
-        let (mut shard, mut same) = (0usize, 0usize);
-        let records: &[LeaseRecord] = records;
-        let found = self.cache.find(owner, session, admission, namespace, keys, &mut |found| {
-            let (chunk, rank) = (shard / world as usize, shard % world as usize);
-            shard += 1;
-            let was = records[chunk].shard;
-            if rank == 0 && chunk == same && (found.slot, found.generation) == (was.slot(), was.generation) {
-                same += 1;
+    /// A lease that this client had: pinned again, piece by piece, as far as its chunks are still the same.
+    pub(super) fn declare_lease(
+        &mut self,
+        entry: usize,
+        operation: u16,
+        request: &mut DeclareLease,
+    ) -> Result<Done, OutOfArea> {
+        let DeclareLease { chunks, world, .. } = *request;
+        loop {
+            if self.cache.is_spent() {
+                return Ok(Done::More);
             }
-        });
-        // Another chunk under the same key is not what its handles lead to.
-        let found = match found {
-            Ok(chunks) if same < chunks as usize => {
-                self.cache.find(owner, session, admission, namespace, &keys[..same], &mut |_| {})
+            let before = request.lookup.found;
+            // What is not the same is looked up twice.
+            let piece = self.piece_of(2 * world).min((chunks.count - before) as usize);
+            let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
+            let records = &mut self.scratch.leases[..piece];
+            let at = chunks.offset + before * LeaseRecord::WORDS as u32;
+            connection.payload().read(at, bytemuck::cast_slice_mut(records))?;
+            let keys: &mut [Key] = &mut self.scratch.keys[..piece];
+            for (key, record) in keys.iter_mut().zip(records.iter()) {
+                *key = record.key;
             }
-            other => other,
-        };
-        match found {
-            Ok(chunks) => {
-                failpoint::here("declare.lease");
-                self.cache.pin_found();
-                self.stat(Stat::LeasesDeclared, 1);
-                self.stat(Stat::ChunksDeclared, u64::from(chunks));
-                Ok(Done::Answer(Status::Ok, [u64::from(chunks), 0, 0, 0]))
+            let (mut shard, mut same) = (0usize, 0usize);
+            let records: &[LeaseRecord] = records;
+            let found = self.cache.find_piece(&request.lookup, keys, &mut |found| {
+                let (chunk, rank) = (shard / world as usize, shard % world as usize);
+                shard += 1;
+                let was = records[chunk].shard;
+                let is_same = (found.slot, found.generation) == (was.slot(), was.generation);
+                if rank == 0 && chunk == same && is_same {
+                    same += 1;
+                }
+            });
+            // Another chunk under the same key is not what its handles lead to.
+            let found = match found {
+                Ok(chunks) if same < chunks as usize => {
+                    self.cache.find_piece(&request.lookup, &keys[..same], &mut |_| {})
+                }
+                other => other,
+            };
+            match found {
+                Ok(found) => {
+                    failpoint::here("declare.lease");
+                    self.cache.pin_found();
+                    request.lookup.found += found;
+                    if found as usize == piece && request.lookup.found < chunks.count {
+                        continue;
+                    }
+                }
+                Err(FindError::UnknownNamespace { .. }) => return Ok(refuse(Status::UnknownNamespace)),
+                Err(
+                    FindError::Busy { .. } | FindError::NoSuchOwner { .. } | FindError::TooManyKeys { .. },
+                ) => {
+                    return Ok(refuse(Status::Busy));
+                }
             }
-            Err(FindError::UnknownNamespace { .. }) => Ok(refuse(Status::UnknownNamespace)),
-            Err(FindError::Busy { .. } | FindError::NoSuchOwner { .. } | FindError::TooManyKeys { .. }) => {
-                Ok(refuse(Status::Busy))
-            }
+            let Lookup { session, admission, found, .. } = request.lookup;
+            self.stat(Stat::LeasesDeclared, 1);
+            self.stat(Stat::ChunksDeclared, u64::from(found));
+            self.complete(entry, operation, Status::Ok, [u64::from(found), 0, 0, 0]);
+            return Ok(Done::Trim { session, admission, keep: found });
         }
     }
 
     /// Everything has been declared.
-    pub(super) fn declare_end(&mut self, entry: usize) -> Done {
+    pub(super) fn declare_end(&mut self, entry: usize, freed: &mut u32) -> Done {
         failpoint::here("declare.end");
-        let freed = u64::from(self.cache.declare_end(entry as u8));
+        let before = *freed;
+        let is_over = self.cache.declare_end(entry as u8, freed);
+        self.stat(Stat::SlotsUndeclared, u64::from(*freed - before));
+        if !is_over {
+            return Done::More;
+        }
         failpoint::here("declare.ended");
-        self.stat(Stat::SlotsUndeclared, freed);
         self.no_longer_awaited(entry);
-        Done::Answer(Status::Ok, [freed, 0, 0, 0])
+        Done::Answer(Status::Ok, [u64::from(*freed), 0, 0, 0])
     }
 }
 
-/// A lease as its client remembers it.
+/// A lease as its client remembers it, and how much of it has been pinned again.
 #[derive(Clone, Copy)]
-pub(super) struct LeaseMessage {
-    pub(super) session: u64,
-    pub(super) admission: u32,
-    pub(super) namespace: u32,
-    pub(super) chunks: Records,
+pub(super) struct DeclareLease {
+    lookup: Lookup,
+    chunks: Records,
+    world: u32,
 }

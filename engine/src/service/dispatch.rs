@@ -3,20 +3,26 @@
 //! Three ways to be wrong. A request that this client may not make, or that cannot be met, is answered with a status.
 //! One of another life is ignored. One that no correct client can send (an unknown opcode, a range outside the payload
 //! area, a ring that jumps) is a breach: the client is detached and nobody else notices.
+//!
+//! A request of many keys is done in pieces, a slice of work each time it is this client's turn. What it names is copied
+//! out piece by piece, each piece once. Meanwhile nothing else of its client is taken, so nothing of what it does can be
+//! overtaken by what the client says next.
 
-use super::declare::LeaseMessage;
-use super::{BATCH, KEYS_PER_TURN, Service};
-use crate::cache::{self, Aborted, CommitError, Committed, FindError, Invalidated, Reservation, Reserve};
+use super::declare::DeclareLease;
+use super::lookup::LookupRequest;
+use super::store::{Finish, FinishSlots, ReserveMessage, ReserveRequest};
+use super::{BATCH, SLICE, Service};
 use crate::stats::Stat;
-use crate::tier::PendingLookup;
-use kvring_shm_abi::lobby::Role;
+use crate::tier::AskedLookup;
 use kvring_shm_abi::message::{
-    ANY_NAMESPACE, Completion, Ident, KEY_WORDS, KEYS_MAX, Key, LeaseRecord, Record, Records, Request,
-    ReserveAnswer, ReserveOutcome, ShardAnswer, SlotOutcome, SlotRecord, Status,
+    ANY_NAMESPACE, Completion, Ident, KEYS_MAX, Key, LeaseRecord, Request, SlotRecord, Status,
 };
 use kvring_shm_abi::payload::OutOfArea;
 
-/// Memory for one request's arguments, taken at start.
+/// Keys or records that are copied out together.
+pub(super) const PIECE: usize = 512;
+
+/// Memory for a piece of one request's arguments, taken at start.
 pub(super) struct Scratch {
     pub(super) keys: Box<[Key]>,
     pub(super) slots: Box<[SlotRecord]>,
@@ -26,21 +32,54 @@ pub(super) struct Scratch {
 impl Scratch {
     pub(super) fn new() -> Scratch {
         Scratch {
-            keys: vec![[0; 2]; KEYS_MAX].into_boxed_slice(),
-            slots: vec![<SlotRecord as bytemuck::Zeroable>::zeroed(); KEYS_MAX].into_boxed_slice(),
-            leases: vec![<LeaseRecord as bytemuck::Zeroable>::zeroed(); KEYS_MAX].into_boxed_slice(),
+            keys: vec![[0; 2]; PIECE].into_boxed_slice(),
+            slots: vec![<SlotRecord as bytemuck::Zeroable>::zeroed(); PIECE].into_boxed_slice(),
+            leases: vec![<LeaseRecord as bytemuck::Zeroable>::zeroed(); PIECE].into_boxed_slice(),
         }
     }
 }
 
-/// How a request ended, if not in a breach.
+/// A request that is being done, and how far it has come.
+#[derive(Clone, Copy)]
+pub(super) struct Doing {
+    operation: u16,
+    what: What,
+}
+
+/// The requests that take more than a moment.
+#[derive(Clone, Copy)]
+enum What {
+    Lookup(LookupRequest),
+    /// Ends what a lease has beyond its first `keep` chunks; `answered`: for a request that has had its answer.
+    Release {
+        session: u64,
+        admission: u32,
+        keep: u32,
+        answered: bool,
+    },
+    EndSession {
+        session: u64,
+    },
+    Reserve(ReserveRequest),
+    Finish(FinishSlots),
+    DeclareLease(DeclareLease),
+    DeclareEnd {
+        freed: u32,
+    },
+}
+
+/// How a piece of a request ended, if not in a breach.
 pub(super) enum Done {
-    /// Now, with these results.
+    /// The request has ended, with these results.
     Answer(Status, [u64; 4]),
-    /// The answer comes later.
+    /// The answer comes later, and other requests meanwhile.
     Later,
     /// The answer has been given.
     Answered,
+    /// What is allowed is spent: it goes on with its client's next turn.
+    More,
+    /// The answer has been given; what its lease has beyond the first `keep` chunks is to be ended.
+    Trim { session: u64, admission: u32, keep: u32 },
 }
 
 const OK: Done = Done::Answer(Status::Ok, [0; 4]);
@@ -49,15 +88,40 @@ pub(super) fn refuse(status: Status) -> Done {
     Done::Answer(status, [0; 4])
 }
 
+pub(super) fn too_many() -> Done {
+    Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0])
+}
+
 impl Service {
-    /// Takes up to [`BATCH`] requests of one client. True when there was one.
+    /// One client's turn: a slice of work, and at most [`BATCH`] requests. True when there was something to do.
     #[inline]
     pub(super) fn serve(&mut self, entry: usize) -> bool {
         let mut worked = false;
-        self.named = 0;
+        self.cache.allow(SLICE);
         for _ in 0..BATCH {
-            if self.named >= KEYS_PER_TURN {
+            if self.cache.is_spent() {
                 break;
+            }
+            let Some(connection) = &mut self.connections[entry] else { break };
+            if let Some(doing) = connection.doing.take() {
+                worked = true;
+                self.go_on(entry, doing);
+                continue;
+            }
+            if !self.pending.is_empty()
+                && let Some(asked) = self.pending.take_ready(entry, &mut *self.tier)
+            {
+                worked = true;
+                // The tier has brought up what it had: it is looked up again, from its first key on.
+                match self.begin_lookup(asked) {
+                    Ok(mut lookup) => {
+                        lookup.asked_tier = true;
+                        let doing = Doing { operation: asked.operation, what: What::Lookup(lookup) };
+                        self.go_on(entry, doing);
+                    }
+                    Err(ended) => self.ended(entry, asked.operation, ended),
+                }
+                continue;
             }
             let Some(connection) = &mut self.connections[entry] else { break };
             let body = match connection.pop() {
@@ -88,13 +152,14 @@ impl Service {
     #[inline(always)]
     fn request(&mut self, entry: usize, operation: u16, ident: Ident, request: &Request) {
         self.stat(Stat::Requests, 1);
+        self.cache.spend(1);
         if self.unhealthy && !matches!(request, Request::Detach | Request::Noop) {
-            return self.complete(entry, operation, ident, Status::Busy, [0; 4]);
+            return self.complete(entry, operation, Status::Busy, [0; 4]);
         }
-        let done = match *request {
-            Request::Noop => Ok(OK),
+        let what = match *request {
+            Request::Noop => Err(Ok(OK)),
             Request::Detach => {
-                self.complete(entry, operation, ident, Status::Ok, [0; 4]);
+                self.complete(entry, operation, Status::Ok, [0; 4]);
                 if let Some(connection) = &mut self.connections[entry] {
                     connection.announce();
                 }
@@ -102,346 +167,113 @@ impl Service {
                 return;
             }
             Request::Lookup { session, admission, namespace, keys, answer } => {
-                let lookup = PendingLookup {
-                    entry,
-                    operation,
-                    session,
-                    admission,
-                    namespace,
-                    keys,
-                    answer,
-                    ticket: None,
-                };
-                self.lookup(ident, lookup)
+                let asked = AskedLookup { entry, operation, session, admission, namespace, keys, answer };
+                self.begin_lookup(asked).map(What::Lookup)
             }
             Request::Release { session, admission, keep } => {
                 self.pending_cancel(entry, session, Some(admission));
-                self.cache.release(entry as u8, session, admission, keep);
-                Ok(OK)
+                Ok(What::Release { session, admission, keep, answered: false })
             }
             Request::EndSession { session } => {
                 self.pending_cancel(entry, session, None);
-                self.cache.end_session(entry as u8, session);
-                Ok(OK)
+                Ok(What::EndSession { session })
             }
-            Request::Register { record } => self.register(entry, record).map(|(s, r)| Done::Answer(s, r)),
-            Request::Unregister { namespace } => Ok(self.unregister(entry, namespace)),
+            Request::Register { record } => {
+                Err(self.register(entry, record).map(|(s, r)| Done::Answer(s, r)))
+            }
+            Request::Unregister { namespace } => Err(Ok(self.unregister(entry, namespace))),
             Request::Reserve { round, namespace, rank, keys, answer, parent } => {
-                self.reserve(entry, ReserveMessage { round, namespace, rank, keys, answer, parent })
+                let message = ReserveMessage { round, namespace, rank, keys, answer, parent };
+                self.begin_reserve(entry, message).map(What::Reserve)
             }
-            Request::Commit { slots, answer } => self.finish_slots(entry, slots, answer, true),
-            Request::Abort { slots, answer } => self.finish_slots(entry, slots, answer, false),
+            Request::Commit { slots, answer } => {
+                self.begin_slots(entry, slots, answer, Finish::Commit).map(What::Finish)
+            }
+            Request::Abort { slots, answer } => {
+                self.begin_slots(entry, slots, answer, Finish::Abort).map(What::Finish)
+            }
+            Request::DeclareSlots { slots, answer } => {
+                self.begin_slots(entry, slots, answer, Finish::Declare).map(What::Finish)
+            }
             Request::Clear { namespace } => {
                 let which = (namespace != ANY_NAMESPACE).then_some(namespace);
                 let begun = self.begin_clear(entry, operation, ident, which);
-                Ok(if begun { Done::Later } else { refuse(Status::Busy) })
+                Err(Ok(if begun { Done::Later } else { refuse(Status::Busy) }))
             }
-            Request::DeclareSlots { slots, answer } => self.declare_slots(entry, slots, answer),
             Request::DeclareLease { session, admission, namespace, chunks } => {
-                self.declare_lease(entry, &LeaseMessage { session, admission, namespace, chunks })
+                self.begin_lease(entry, session, admission, namespace, chunks).map(What::DeclareLease)
             }
-            Request::DeclareEnd => Ok(self.declare_end(entry)),
+            Request::DeclareEnd => Ok(What::DeclareEnd { freed: 0 }),
             Request::Invalidate { slot, generation, key } => {
-                Ok(self.invalidate(entry, slot, generation, key))
+                Err(Ok(self.invalidate(entry, slot, generation, key)))
             }
         };
+        match what {
+            Ok(what) => self.go_on(entry, Doing { operation, what }),
+            Err(ended) => self.ended(entry, operation, ended),
+        }
+    }
+
+    /// The next piece of a request.
+    #[inline]
+    fn go_on(&mut self, entry: usize, mut doing: Doing) {
+        let operation = doing.operation;
+        let done = match &mut doing.what {
+            What::Lookup(lookup) => self.lookup(lookup),
+            What::Release { session, admission, keep, answered } => {
+                let done = self.cache.release(entry as u8, *session, *admission, *keep);
+                Ok(match (done, *answered) {
+                    (false, _) => Done::More,
+                    (true, true) => Done::Answered,
+                    (true, false) => OK,
+                })
+            }
+            What::EndSession { session } => {
+                Ok(if self.cache.end_session(entry as u8, *session) { OK } else { Done::More })
+            }
+            What::Reserve(reserve) => self.reserve(entry, reserve),
+            What::Finish(finish) => self.finish_slots(entry, finish),
+            What::DeclareLease(lease) => self.declare_lease(entry, operation, lease),
+            What::DeclareEnd { freed } => Ok(self.declare_end(entry, freed)),
+        };
         match done {
-            Ok(Done::Answer(status, results)) => self.complete(entry, operation, ident, status, results),
-            Ok(Done::Later | Done::Answered) => {}
+            Ok(Done::More) => self.put_off(entry, doing),
+            Ok(Done::Trim { session, admission, keep }) => {
+                let what = What::Release { session, admission, keep, answered: true };
+                if !self.cache.release(entry as u8, session, admission, keep) {
+                    self.put_off(entry, Doing { operation, what });
+                }
+            }
+            ended => self.ended(entry, operation, ended),
+        }
+    }
+
+    fn put_off(&mut self, entry: usize, doing: Doing) {
+        if let Some(connection) = &mut self.connections[entry] {
+            connection.doing = Some(doing);
+        }
+    }
+
+    #[inline]
+    fn ended(&mut self, entry: usize, operation: u16, done: Result<Done, OutOfArea>) {
+        match done {
+            Ok(Done::Answer(status, results)) => self.complete(entry, operation, status, results),
+            Ok(Done::Later | Done::Answered | Done::More | Done::Trim { .. }) => {}
             Err(breach) => self.breach(entry, &breach),
         }
     }
 
     /// Publishes a completion.
     #[inline]
-    pub(super) fn complete(
-        &mut self,
-        entry: usize,
-        operation: u16,
-        ident: Ident,
-        status: Status,
-        results: [u64; 4],
-    ) {
+    pub(super) fn complete(&mut self, entry: usize, operation: u16, status: Status, results: [u64; 4]) {
         if let Some(connection) = &mut self.connections[entry] {
+            let ident = connection.ident;
             connection.push(&Completion { operation, ident, status, results });
         }
-    }
-
-    fn has_role(&self, entry: usize, role: Role) -> bool {
-        self.connections[entry].as_ref().is_some_and(|connection| connection.role == role)
-    }
-
-    fn lookup(&mut self, ident: Ident, lookup: PendingLookup) -> Result<Done, OutOfArea> {
-        let entry = lookup.entry;
-        if !self.has_role(entry, Role::Scheduler) {
-            return Ok(refuse(Status::WrongRole));
-        }
-        let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
-        let count = lookup.keys.count as usize;
-        if count > KEYS_MAX {
-            return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
-        }
-        let Some((world, chunk_tokens)) = self.registry.shape(lookup.namespace) else {
-            return Ok(refuse(Status::UnknownNamespace));
-        };
-        let count = count.min(lookup.answer.count as usize / world as usize);
-        self.named += count as u32;
-        let keys = &mut self.scratch.keys[..count];
-        connection.payload().read(lookup.keys.offset, bytemuck::cast_slice_mut(keys))?;
-        let answer = lookup.answer.offset;
-        let mut writer =
-            connection.payload().writer(answer, lookup.answer.count as usize * ShardAnswer::WORDS)?;
-        let found = self.cache.find(
-            entry as u8,
-            lookup.session,
-            lookup.admission,
-            lookup.namespace,
-            keys,
-            &mut |shard| {
-                for word in ShardAnswer::new(shard.slot, shard.offset, shard.generation).words() {
-                    writer.push(word);
-                }
-            },
-        );
-        let chunks = match found {
-            Ok(chunks) => chunks,
-            Err(FindError::UnknownNamespace { .. }) => return Ok(refuse(Status::UnknownNamespace)),
-            Err(FindError::Busy { .. } | FindError::NoSuchOwner { .. } | FindError::TooManyKeys { .. }) => {
-                self.stat(Stat::LookupsBusy, 1);
-                return Ok(refuse(Status::Busy));
-            }
-        };
-        if (chunks as usize) < count && lookup.ticket.is_none() {
-            // A lower tier may have the rest: then the answer comes when it has brought it up.
-            let missing = &self.scratch.keys[chunks as usize..count];
-            if let Some(ticket) = self.tier.begin(lookup.namespace, missing)
-                && self.pending.push(PendingLookup { ticket: Some(ticket), ..lookup })
-            {
-                self.stat(Stat::LookupsPending, 1);
-                return Ok(Done::Later);
-            }
-        }
-        let [low, high] = self.segments.arena_id();
-        self.complete(
-            entry,
-            lookup.operation,
-            ident,
-            Status::Ok,
-            [u64::from(chunks), u64::from(answer), low, high],
-        );
-        if let Some(connection) = &mut self.connections[entry] {
-            connection.announce();
-        }
-        // The answer is on its way; what it promised is done before anything else can happen.
-        self.cache.pin_found();
-        self.stat(Stat::Lookups, 1);
-        self.stat(Stat::ChunksAsked, count as u64);
-        self.stat(Stat::ChunksHit, u64::from(chunks));
-        self.stat(Stat::TokensAsked, count as u64 * u64::from(chunk_tokens));
-        self.stat(Stat::TokensHit, u64::from(chunks) * u64::from(chunk_tokens));
-        Ok(Done::Answered)
-    }
-
-    /// Lookups that waited for a lower tier. True when one was answered.
-    pub(super) fn settle_pending(&mut self) -> bool {
-        let mut settled = false;
-        while let Some(lookup) = self.pending.take_ready(&mut *self.tier) {
-            settled = true;
-            let (entry, operation) = (lookup.entry, lookup.operation);
-            let Some(ident) = self.connections[entry].as_ref().map(|connection| connection.ident) else {
-                continue;
-            };
-            match self.lookup(ident, lookup) {
-                Ok(Done::Answer(status, results)) => self.complete(entry, operation, ident, status, results),
-                Ok(Done::Later | Done::Answered) => {}
-                Err(breach) => self.breach(entry, &breach),
-            }
-            if let Some(connection) = &mut self.connections[entry] {
-                connection.announce();
-            }
-        }
-        settled
-    }
-
-    /// The session ended, or gave up its lease, while its lookup was pending: answered with nothing.
-    fn pending_cancel(&mut self, entry: usize, session: u64, admission: Option<u32>) {
-        while let Some(lookup) = self.pending.take_session(entry, session, admission) {
-            let Some(ident) = self.connections[entry].as_ref().map(|connection| connection.ident) else {
-                return;
-            };
-            self.complete(entry, lookup.operation, ident, Status::Ok, [0; 4]);
-        }
-    }
-
-    fn reserve(&mut self, entry: usize, message: ReserveMessage) -> Result<Done, OutOfArea> {
-        let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
-        if connection.role != Role::Worker {
-            return Ok(refuse(Status::WrongRole));
-        }
-        let count = message.keys.count as usize;
-        if count > KEYS_MAX {
-            return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
-        }
-        if connection.rank_in(message.namespace) != Some(message.rank) {
-            return Ok(refuse(Status::UnknownNamespace));
-        }
-        self.named += count as u32;
-        let keys = &mut self.scratch.keys[..count];
-        connection.payload().read(message.keys.offset, bytemuck::cast_slice_mut(keys))?;
-        let mut parent: Key = [0; KEY_WORDS];
-        if let Some(offset) = message.parent {
-            connection.payload().read(offset, &mut parent)?;
-        }
-        let mut writer = connection.payload().writer(message.answer, count * ReserveAnswer::WORDS)?;
-        let (mut granted, mut skipped, mut dropped) = (0u64, 0u64, 0u64);
-        let reserved = self.cache.reserve(
-            Reserve {
-                owner: entry as u8,
-                nonce: connection.nonce,
-                namespace: message.namespace,
-                rank: message.rank,
-                round: cache::Round { source: message.round.source, number: message.round.number },
-                parent: message.parent.map(|_| parent),
-                keys,
-            },
-            &mut |_, reservation| {
-                let answer = match reservation {
-                    Reservation::Write { slot, generation, offset } => {
-                        granted += 1;
-                        ReserveAnswer::write(ShardAnswer::new(slot, offset, generation))
-                    }
-                    Reservation::Present => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Present)
-                    }
-                    Reservation::Pending { .. } => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Held)
-                    }
-                    Reservation::Superseded => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Superseded)
-                    }
-                    Reservation::NoSpace => {
-                        dropped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::NoSpace)
-                    }
-                    Reservation::Busy => {
-                        dropped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Busy)
-                    }
-                };
-                for word in answer.words() {
-                    writer.push(word);
-                }
-            },
-        );
-        self.stat(Stat::ShardsReserved, granted);
-        self.stat(Stat::ShardsSkipped, skipped);
-        self.stat(Stat::ShardsDropped, dropped);
-        match reserved {
-            Ok(()) => Ok(Done::Answer(Status::Ok, [granted, dropped, 0, 0])),
-            // The rank was compared above with what this client registered, the count with the limit: what is left is a
-            // namespace that is gone.
-            Err(_) => Ok(refuse(Status::UnknownNamespace)),
-        }
-    }
-
-    fn finish_slots(
-        &mut self,
-        entry: usize,
-        slots: Records,
-        answer: u32,
-        commit: bool,
-    ) -> Result<Done, OutOfArea> {
-        let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
-        if connection.role != Role::Worker {
-            return Ok(refuse(Status::WrongRole));
-        }
-        let count = slots.count as usize;
-        if count > KEYS_MAX {
-            return Ok(Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0]));
-        }
-        self.named += count as u32;
-        let records = &mut self.scratch.slots[..count];
-        connection.payload().read(slots.offset, bytemuck::cast_slice_mut(records))?;
-        let mut writer = connection.payload().writer(answer, count)?;
-        let (mut done, mut gone) = (0u64, 0u64);
-        for record in records.iter() {
-            // A slot id beyond 32 bits is nobody's.
-            let slot = u32::try_from(record.slot).unwrap_or(u32::MAX);
-            let outcome = if commit {
-                let committed =
-                    self.cache.commit(entry as u8, slot, record.generation, record.key, record.checksum);
-                committed.map(|committed| !matches!(committed, Committed::Gone))
-            } else {
-                let aborted = self.cache.abort(entry as u8, slot, record.generation, record.key);
-                aborted.map(|aborted| matches!(aborted, Aborted::Freed))
-            };
-            let outcome = match outcome {
-                Ok(true) => {
-                    done += 1;
-                    SlotOutcome::Done
-                }
-                Ok(false) => {
-                    gone += 1;
-                    SlotOutcome::Gone
-                }
-                Err(
-                    CommitError::NoSuchSlot { .. }
-                    | CommitError::NotYours { .. }
-                    | CommitError::OtherKey { .. },
-                ) => SlotOutcome::NotYours,
-            };
-            writer.push(outcome as u64);
-        }
-        self.stat(if commit { Stat::ShardsCommitted } else { Stat::ShardsAborted }, done);
-        self.stat(Stat::ShardsGone, gone);
-        Ok(Done::Answer(Status::Ok, [done, gone, 0, 0]))
-    }
-
-    /// Any worker may say it of a shard that it reads itself. One that lies costs its own namespace a chunk, which any
-    /// client of that could also have replaced.
-    fn invalidate(&mut self, entry: usize, slot: u32, generation: u64, key: Key) -> Done {
-        let Some(connection) = &self.connections[entry] else { return Done::Answered };
-        if connection.role != Role::Worker {
-            return refuse(Status::WrongRole);
-        }
-        let mut ranks = 0;
-        let invalidated = self.cache.invalidate(slot, generation, key, |namespace, rank| {
-            ranks = self.registry.shape(namespace).map_or(0, |(world, _)| world);
-            connection.rank_in(namespace) == Some(rank)
-        });
-        // Each rank's slot is touched, as a key is.
-        self.named += ranks;
-        let outcome = match invalidated {
-            Invalidated::Dropped | Invalidated::Hidden => {
-                self.stat(Stat::ChunksInvalidated, 1);
-                tracing::debug!(
-                    entry,
-                    slot,
-                    "a worker found a shard damaged; lookups do not find its chunk any more"
-                );
-                SlotOutcome::Done
-            }
-            Invalidated::Gone => SlotOutcome::Gone,
-            Invalidated::Refused => SlotOutcome::NotYours,
-        };
-        Done::Answer(Status::Ok, [outcome as u64, 0, 0, 0])
     }
 
     fn unregister(&mut self, entry: usize, namespace: u32) -> Done {
         let forgot = self.connections[entry].as_mut().is_some_and(|c| c.forget_rank(namespace));
         if forgot { OK } else { refuse(Status::UnknownNamespace) }
     }
-}
-
-#[derive(Clone, Copy)]
-struct ReserveMessage {
-    round: kvring_shm_abi::message::Round,
-    namespace: u32,
-    rank: u32,
-    keys: Records,
-    answer: u32,
-    parent: Option<u32>,
 }

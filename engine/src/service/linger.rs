@@ -20,6 +20,8 @@
 //! between the two, or a reader of `/proc` that holds the address space for a moment; hence a grace on top.
 
 use super::Service;
+use super::parting::Then;
+use crate::cache::Leaving;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::DmaOwner;
@@ -124,8 +126,7 @@ impl Service {
             return self.reclaim(entry);
         }
         self.hang_up(entry, "client died; its leases are freed");
-        self.cache.owner_lingers(entry as u8);
-        self.no_longer_awaited(entry);
+        self.begin_parting(entry, Leaving::Lingers, Then::Wait);
         tracing::warn!(
             entry,
             pid = owner.process.pid,

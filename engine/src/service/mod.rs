@@ -5,8 +5,10 @@
 //! clients at once. About every millisecond, and every `beat_interval` while idle, it *ticks*: the beat, the lobby,
 //! the dead, the background allocator, the statistics, a step of its own invariants.
 //!
-//! No client can hold it up for long: it never waits for one, takes at most [`BATCH`] requests of one ring per turn, and no
-//! more once they have named [`KEYS_PER_TURN`] keys, and detaches who breaks the protocol.
+//! No client can hold it up for long: it never waits for one, detaches who breaks the protocol, and **no turn does more
+//! than a bounded amount of work**, counted in records of the cache's tables that it touches. Whatever may take longer, a
+//! request of many keys or the death of a client that held much, goes on in pieces: a client has a [`SLICE`] at a time, and a
+//! turn ends after [`TURN`] and goes on with the next client in the next one. The clock is looked at by work done.
 
 mod attach;
 mod clear;
@@ -15,8 +17,11 @@ mod declare;
 mod dispatch;
 mod gauges;
 mod linger;
+mod lookup;
+mod parting;
 mod registry;
 mod slot_table;
+mod store;
 
 use crate::allocator::Allocator;
 use crate::cache::Cache;
@@ -35,6 +40,7 @@ use kvring_shm_abi::park;
 use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
 use linger::Lingering;
+use parting::Going;
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
@@ -42,10 +48,18 @@ use std::time::Duration;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
 const BATCH: u32 = 32;
-/// Keys and slots named by one client's requests, after which it is the next one's turn: one full request's.
-const KEYS_PER_TURN: u32 = kvring_shm_abi::message::KEYS_MAX as u32;
-/// Turns between two looks at the clock.
+/// Records that are touched for one client, or for a parting, a clear or the like, before it is somebody else's turn.
+const SLICE: u64 = 4096;
+/// Records after which a turn ends, whoever has not had his.
+const TURN: u64 = 4096;
+/// Records that one turn touches at most, but for what a single chunk takes: a slice in the background, all but one of a
+/// turn's, and a client's slice.
+pub const RECORDS_PER_TURN: u64 = SLICE + TURN + SLICE;
+/// Turns, or records, between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
+const CLOCK_RECORDS: u64 = 2048;
+/// Slabs taken over from the allocator in one tick.
+const SLABS_PER_TICK: usize = 64;
 /// The shortest time between two ticks: the beat moves at most at 1 kHz.
 const TICK_NS: u64 = 1_000_000;
 /// The time between two looks at the locks of clients whose kernel marks no life word: so late their deaths are noticed,
@@ -127,14 +141,19 @@ pub(crate) struct Service {
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
     clearing: Option<Clearing>,
+    /// Clients that go, and a bit per entry that has one.
+    partings: [Option<Going>; CLIENTS_MAX],
+    parting: u64,
+    /// The entry that the next turn begins with.
+    first: u32,
     scratch: Scratch,
-    /// Keys and slots that the client whose turn it is has named in it.
-    named: u32,
     stop: Arc<AtomicBool>,
     beat_interval_ns: u64,
     spin: SpinBudget,
     next_tick_ns: u64,
     next_locks_ns: u64,
+    /// The longest time between two looks at the clock, of those between which it did not sleep.
+    longest_ns: u64,
     /// A self-check failed: nothing is served any more.
     unhealthy: bool,
 }
@@ -193,13 +212,16 @@ impl Service {
             tier,
             pending: PendingLookups::new(),
             clearing: None,
+            partings: [const { None }; CLIENTS_MAX],
+            parting: 0,
+            first: 0,
             scratch: Scratch::new(),
-            named: 0,
             stop: Arc::new(AtomicBool::new(false)),
             beat_interval_ns: pace.beat_interval_ns,
             spin: SpinBudget::new(pace.spin_ns),
             next_tick_ns: 0,
             next_locks_ns: 0,
+            longest_ns: 0,
             unhealthy: false,
             segments,
         }
@@ -235,7 +257,8 @@ impl Service {
         let clock_every = if self.spin.max_ns == 0 { 1 } else { CLOCK_EVERY };
         let mut last_work = monotonic_ns();
         let mut worked = false;
-        let mut turns = 0u32;
+        let (mut turns, mut looked) = (0u32, 0u64);
+        let mut before = last_work;
         // SYNC POINT: Acquire; pairs with the Release in `StopHandle::stop`.
         while !self.stop.load(Ordering::Acquire) {
             if self.turn() {
@@ -244,10 +267,13 @@ impl Service {
                 spin_loop();
             }
             turns = turns.wrapping_add(1);
-            if !turns.is_multiple_of(clock_every) {
+            if !turns.is_multiple_of(clock_every) && self.cache.work() - looked < CLOCK_RECORDS {
                 continue;
             }
+            looked = self.cache.work();
             let now = monotonic_ns();
+            self.longest_ns = self.longest_ns.max(now.saturating_sub(before));
+            before = now;
             if now >= self.next_tick_ns {
                 self.tick(now, worked);
             }
@@ -257,6 +283,7 @@ impl Service {
             if now.saturating_sub(last_work) >= self.spin.now_ns {
                 self.park(now);
                 last_work = monotonic_ns();
+                before = last_work;
                 self.spin.slept(last_work.saturating_sub(now), self.rings_have_news());
             }
         }
@@ -268,20 +295,41 @@ impl Service {
     /// One look at every ring. True when there was something.
     #[inline]
     fn turn(&mut self) -> bool {
-        let mut worked = false;
-        let mut left = self.active;
+        let mut worked = self.go_on_in_the_background();
+        let began = self.cache.work();
+        let mut left = self.active.rotate_right(self.first);
         while left != 0 {
-            let entry = left.trailing_zeros() as usize;
+            let entry = (left.trailing_zeros() + self.first) % CLIENTS_MAX as u32;
             left &= left - 1;
-            worked |= self.serve(entry);
-        }
-        if !self.pending.is_empty() {
-            worked |= self.settle_pending();
-        }
-        if self.clearing.is_some() {
-            worked |= self.go_on_clearing();
+            worked |= self.serve(entry as usize);
+            if self.cache.work() - began >= TURN {
+                self.first = (entry + 1) % CLIENTS_MAX as u32;
+                break;
+            }
         }
         worked
+    }
+
+    /// A piece of what nobody waits for, or not in a ring. True when there was something.
+    #[inline]
+    fn go_on_in_the_background(&mut self) -> bool {
+        let has_work = self.has_background_work();
+        if has_work {
+            self.cache.allow(SLICE);
+            if self.parting != 0 {
+                self.go_on_parting();
+            } else if self.cache.is_emptying() {
+                self.cache.go_on_emptying();
+            } else {
+                self.go_on_clearing();
+            }
+        }
+        has_work
+    }
+
+    #[inline]
+    fn has_background_work(&self) -> bool {
+        self.parting != 0 || self.clearing.is_some() || self.cache.is_emptying()
     }
 
     /// Everything that is due now and then rather than on request.
@@ -308,7 +356,8 @@ impl Service {
 
     /// Slabs that the allocator has finished.
     fn take_slabs(&mut self) {
-        while let Some(slab) = self.allocator.take() {
+        for _ in 0..SLABS_PER_TICK {
+            let Some(slab) = self.allocator.take() else { break };
             // Before anything lies in it: a successor believes in as many slabs.
             self.segments.engine.info().slabs_allocated.store(slab + 1, Ordering::Relaxed);
             if let Err(error) = self.cache.add_slab(slab) {
@@ -338,7 +387,7 @@ impl Service {
         let work = self.lobby_has_news()
             || self.rings_have_news()
             || !self.pending.is_empty()
-            || self.clearing.is_some()
+            || self.has_background_work()
             || self.allocator.has_news()
             || self.stop.load(Ordering::Acquire);
         if !work {

@@ -18,6 +18,8 @@ pub(crate) struct Registry {
 
 /// Places of the table that are kept free for namespaces to come.
 const SPARE: usize = 8;
+/// What a registration takes, in records of the cache: it looks through both tables, and is logged.
+const RECORDS: u64 = 512;
 /// Shard sizes that are kept free for them: a namespace has one for each rank, at most.
 const SIZES_SPARE: usize = RANKS_MAX;
 
@@ -124,6 +126,7 @@ impl Service {
     }
 
     fn admit(&mut self, entry: usize, registration: &Registration) -> (Status, [u64; 4]) {
+        self.cache.spend(RECORDS);
         let largest = self.registry.largest_shard;
         // The largest shard is a whole number of pages: rounding up would change nothing, and could overflow.
         if registration.shard_bytes > largest {

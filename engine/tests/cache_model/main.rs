@@ -25,18 +25,15 @@ impl Model {
                 self.find((owner, session, admission), namespace, chain, len);
             }
             Op::Release { owner, session, admission, keep } => {
-                let lease = self.leases.get_mut(&(owner, session, admission));
-                let known = self.cache.release(owner, session, admission, keep);
-                assert_eq!(known, lease.is_some());
-                if let Some(chunks) = lease {
+                self.in_pieces(|model| model.cache.release(owner, session, admission, keep));
+                if let Some(chunks) = self.leases.get_mut(&(owner, session, admission)) {
                     chunks.truncate(keep as usize);
                 }
                 self.leases.retain(|_, chunks| !chunks.is_empty());
             }
             Op::EndSession { owner, session } => {
-                let before = self.leases.len();
                 self.leases.retain(|(o, s, _), _| (*o, *s) != (owner, session));
-                assert_eq!(self.cache.end_session(owner, session), before > self.leases.len());
+                self.in_pieces(|model| model.cache.end_session(owner, session));
             }
             Op::Reserve { owner, namespace, rank, round, chain, from, len, twice } => {
                 let mut keys: Vec<Key> = (from..from + len).map(|place| key(chain, place)).collect();
@@ -75,12 +72,21 @@ impl Model {
                 for owner in [0, 63, 64, 255] {
                     let _ = self.cache.commit(owner, slot, generation, [0; 2], 0);
                     let _ = self.cache.abort(owner, slot, generation, [0; 2]);
-                    assert!(!self.cache.release(owner, u64::MAX, slot, slot));
-                    assert!(!self.cache.end_session(owner, generation | 1 << 63));
+                    assert!(self.cache.release(owner, u64::MAX, slot, slot));
+                    assert!(self.cache.end_session(owner, generation | 1 << 63));
                     let outcome = self.cache.invalidate(slot, generation, [0; 2], |_, _| true);
                     assert!(matches!(outcome, Invalidated::Gone | Invalidated::Refused));
                 }
                 self.cache.client_gone(255, generation, slot % 2 == 0);
+            }
+            Op::Allow(records) => self.allowed = records,
+            Op::GoOnEmptying => {
+                self.in_pieces(|model| {
+                    model.cache.go_on_emptying();
+                    true
+                });
+                let freed = self.take_freed();
+                self.evicted(&freed, u32::MAX, &[]);
             }
             Op::Restart { dead, named } => self.restart(dead, named),
             Op::AddSlab(slab) => {
@@ -144,6 +150,10 @@ proptest! {
             model.writer_gone(owner, nonce, &freed);
         }
         model.clear(None);
+        model.in_pieces(|model| {
+            model.cache.go_on_emptying();
+            !model.cache.is_emptying()
+        });
         model.check();
         let stats = model.cache.stats();
         prop_assert_eq!(stats.slabs_free, stats.slabs_usable);

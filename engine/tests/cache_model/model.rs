@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use kvring_engine::cache::{
-    Aborted, Cache, CacheConfig, CommitError, Committed, Found, Invalidated, Key, Reservation, Reserve,
-    Round, Shard as RestoredShard, ShardRef, SlotId,
+    Aborted, Cache, CacheConfig, CommitError, Committed, Found, Going, Invalidated, Key, Leaving, Parting,
+    Reservation, Reserve, Round, Shard as RestoredShard, ShardRef, SlotId,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -14,6 +14,8 @@ use crate::ops::{NAMESPACES, OWNERS};
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
 pub(crate) const SLABS: u32 = 7;
+/// The most that a call may do beyond what is allowed: what one chunk takes, and a step of a search for room.
+const CHUNK: u64 = 160;
 /// Shard bytes of each rank, by namespace: one rank; pipeline stages of two sizes; more ranks than a chunk's line has
 /// room for; shards longer than a slab.
 pub(crate) const WORLDS: [&[u64]; NAMESPACES as usize] =
@@ -69,6 +71,8 @@ pub(crate) struct Model {
     pub(crate) nonces: [u64; OWNERS as usize],
     pub(crate) quarantined: Vec<(u8, u64)>,
     pub(crate) added: Vec<u32>,
+    /// Records after which a call that goes on in pieces stops; 0: never.
+    pub(crate) allowed: u64,
 }
 
 fn empty(policy: PolicyKind, table: VecTable, slabs: &[u32]) -> Cache<VecTable> {
@@ -109,6 +113,23 @@ impl Model {
             nonces: [1; 3],
             quarantined,
             added,
+            allowed: 0,
+        }
+    }
+
+    /// Calls `piece` with what is allowed until it says that all is done, which it must be in a number of calls.
+    pub(crate) fn in_pieces(&mut self, mut piece: impl FnMut(&mut Self) -> bool) {
+        for calls in 0.. {
+            assert!(calls < 20_000, "it comes to no end");
+            let allowed = if self.allowed == 0 { u64::MAX } else { self.allowed };
+            self.cache.allow(allowed);
+            let before = self.cache.work();
+            let done = piece(self);
+            let spent = self.cache.work() - before;
+            assert!(spent <= allowed.saturating_add(CHUNK), "{spent} records where {allowed} were allowed");
+            if done {
+                return;
+            }
         }
     }
 
@@ -152,7 +173,8 @@ impl Model {
                 write.nonce = 0;
             }
             if dead >> owner & 1 == 1 {
-                self.cache.owner_gone(owner);
+                let mut parting = Parting::new(owner, Leaving::Gone);
+                self.in_pieces(|model| model.cache.part(&mut parting));
             } else {
                 for (place, write) in self.writes.iter_mut().enumerate() {
                     let Write { slot, generation, key, .. } = *write;
@@ -164,7 +186,9 @@ impl Model {
                 }
                 let rest =
                     self.writes.iter().filter(|write| (write.owner, write.nonce) == (owner, 0)).count();
-                assert_eq!(self.cache.declare_end(owner) as usize, rest);
+                let mut freed = 0;
+                self.in_pieces(|model| model.cache.declare_end(owner, &mut freed));
+                assert_eq!(freed as usize, rest);
             }
             let freed = self.take_freed();
             self.writer_gone(owner, 0, &freed);
@@ -259,35 +283,52 @@ impl Model {
         let keys: Vec<Key> = (0..len).map(|place| key(chain, place)).collect();
         let expected: Vec<Key> =
             keys.iter().copied().take_while(|key| self.visible(namespace, *key).is_some()).collect();
-        let mut shards: Vec<ShardRef> = Vec::new();
         let (owner, session, admission) = name;
-        let found =
-            self.cache.find(owner, session, admission, namespace, &keys, &mut |shard| shards.push(shard));
-        assert_eq!(found, Ok(expected.len() as u32));
-        let mut shards = shards.into_iter();
-        for key in &expected {
-            for shard in self.visible(namespace, *key).unwrap().shards.values() {
-                let answer = shards.next().unwrap();
-                assert_eq!((answer.slot, answer.generation), (shard.slot, shard.generation));
-                let State::Committed(header) = self.cache.table().entries[shard.slot as usize].state else {
-                    panic!("slot {} of a visible chunk is not committed", shard.slot);
-                };
-                assert_eq!((header.offset, header.key, header.namespace), (answer.offset, *key, namespace));
+        let known = self.leases.contains_key(&name);
+        let mut lookup = self.cache.lookup(owner, session, admission, namespace, keys.len());
+        let (mut touches, world) = (0, WORLDS[namespace as usize].len());
+        // Piece by piece, or all at once.
+        let piece = if self.allowed == 0 { 64 } else { 1 + self.allowed as usize % 3 };
+        loop {
+            let from = lookup.found as usize;
+            let rest = &keys[from..keys.len().min(from + piece)];
+            let mut shards: Vec<ShardRef> = Vec::new();
+            let found = self.cache.find_piece(&lookup, rest, &mut |shard| shards.push(shard)).unwrap();
+            let visible = expected.len().min(from + rest.len());
+            assert_eq!(found as usize, visible - from);
+            let mut shards = shards.into_iter();
+            for key in &expected[from..visible] {
+                for shard in self.visible(namespace, *key).unwrap().shards.values() {
+                    let answer = shards.next().unwrap();
+                    assert_eq!((answer.slot, answer.generation), (shard.slot, shard.generation));
+                    let State::Committed(header) = self.cache.table().entries[shard.slot as usize].state
+                    else {
+                        panic!("slot {} of a visible chunk is not committed", shard.slot);
+                    };
+                    let name = (header.offset, header.key, header.namespace);
+                    assert_eq!(name, (answer.offset, *key, namespace));
+                }
+            }
+            assert_eq!(shards.next(), None);
+            self.cache.table_mut().touches.clear();
+            assert!(self.cache.pin_found());
+            touches += self.cache.table().touches.len();
+            self.cache.check_all().unwrap();
+            lookup.found += found;
+            if (found as usize) < rest.len() || lookup.found as usize == keys.len() {
+                break;
             }
         }
-        assert_eq!(shards.next(), None);
-
-        let known = self.leases.remove(&name).is_some();
-        self.cache.table_mut().touches.clear();
-        assert!(self.cache.pin_found());
-        let touches = self.cache.table().touches.len();
-        let slots = expected.len() * WORLDS[namespace as usize].len();
-        assert_eq!(touches, if known { 0 } else { slots }, "retries are not accesses");
+        assert_eq!(touches, if known { 0 } else { expected.len() * world }, "retries are not accesses");
         let ids: Vec<u64> =
             expected.iter().filter_map(|key| Some(self.visible(namespace, *key)?.id)).collect();
+        self.leases.remove(&name);
         if !ids.is_empty() {
             self.leases.insert(name, ids);
         }
+        // What an earlier lookup of the admission had leased beyond that goes.
+        let keep = expected.len() as u32;
+        self.in_pieces(|model| model.cache.release(owner, session, admission, keep));
     }
 
     pub(crate) fn reserve(
@@ -299,19 +340,45 @@ impl Model {
         parent: Option<Key>,
         keys: &[Key],
     ) {
+        let mut going = self.cache.reservation(namespace, keys.len());
+        let (mut parent, mut done) = (parent, 0);
+        self.in_pieces(|model| {
+            let rest = &keys[done..];
+            let Some(answered) =
+                model.reserve_piece(owner, (namespace, rank), round, parent, rest, &mut going)
+            else {
+                return true;
+            };
+            done += answered;
+            parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
+            done == keys.len()
+        });
+    }
+
+    /// How many keys were answered; `None` for a rank that there is not.
+    fn reserve_piece(
+        &mut self,
+        owner: u8,
+        (namespace, rank): (u32, u32),
+        round: Round,
+        parent: Option<Key>,
+        keys: &[Key],
+        going: &mut Going,
+    ) -> Option<usize> {
         let nonce = self.nonces[usize::from(owner)];
         let mut answers = Vec::new();
         let message = Reserve { owner, nonce, namespace, rank, round, parent, keys };
-        let result = self.cache.reserve(message, &mut |i, answer| {
+        let result = self.cache.reserve_piece(message, going, &mut |i, answer| {
             assert_eq!(i, answers.len());
             answers.push(answer);
         });
         let world = WORLDS[namespace as usize];
         if rank as usize >= world.len() {
             assert!(result.is_err() && answers.is_empty());
-            return;
+            return None;
         }
-        assert_eq!((result, answers.len()), (Ok(()), keys.len()));
+        let answered = answers.len();
+        assert_eq!(result, Ok(answered));
         let freed = self.take_freed();
         let named: Vec<Key> = keys.iter().copied().chain(parent).collect();
         self.evicted(&freed, namespace, &named);
@@ -377,6 +444,7 @@ impl Model {
             };
             assert!(!chunk.shards.values().any(reused), "lost a slot and stayed: {chunk:?}");
         }
+        Some(answered)
     }
 
     pub(crate) fn chunk_of(&self, write: Write) -> Option<usize> {
@@ -458,7 +526,9 @@ impl Model {
     pub(crate) fn gone(&mut self, owner: u8, quarantine: bool) {
         let nonce = std::mem::replace(&mut self.nonces[usize::from(owner)], 0);
         self.nonces[usize::from(owner)] = nonce + 1;
-        self.cache.client_gone(owner, nonce, quarantine);
+        let how = if quarantine { Leaving::Detached { nonce } } else { Leaving::Left { nonce } };
+        let mut parting = Parting::new(owner, how);
+        self.in_pieces(|model| model.cache.part(&mut parting));
         self.leases.retain(|(other, _, _), _| *other != owner);
         let freed = self.take_freed();
         if quarantine {
@@ -495,7 +565,11 @@ impl Model {
     }
 
     pub(crate) fn clear(&mut self, namespace: Option<u32>) {
-        self.cache.clear(namespace);
+        let mut from = Some(0);
+        self.in_pieces(|model| {
+            from = model.cache.clear_step(namespace, from.unwrap());
+            from.is_none()
+        });
         let freed = self.take_freed();
         let mut at = 0;
         while at < self.chunks.len() {

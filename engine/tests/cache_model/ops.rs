@@ -81,6 +81,10 @@ pub(crate) enum Op {
         generation: u64,
     },
     AddSlab(u32),
+    /// From now on calls that go on in pieces stop after so many records; 0: never.
+    Allow(u64),
+    /// The next piece of emptying slabs.
+    GoOnEmptying,
     /// The engine dies and has a successor; which owners die too (a bit each), which slots the others name.
     Restart {
         dead: u8,
@@ -126,6 +130,8 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => prop::bool::weighted(0.3).prop_map(Op::OutOfSpace),
         1 => (any::<u32>(), any::<u64>()).prop_map(|(slot, generation)| Op::Hostile { slot, generation }),
         1 => (0..9_u32).prop_map(Op::AddSlab),
+        2 => prop_oneof![1..40_u64, 40..400_u64, Just(0)].prop_map(Op::Allow),
+        2 => Just(Op::GoOnEmptying),
         1 => (0..8_u8, any::<u64>(), any::<u64>()).prop_map(|(dead, one, other)| {
             // Most are alive, and name most.
             Op::Restart { dead: dead & (one as u8), named: one | other }

@@ -97,8 +97,9 @@ pub(crate) fn find(
     keys: &[Key],
 ) -> Result<Vec<ShardRef>, FindError> {
     let mut shards = Vec::new();
-    cache.find(0, session, 0, 0, keys, &mut |shard| shards.push(shard))?;
+    let found = cache.find(0, session, 0, 0, keys, &mut |shard| shards.push(shard))?;
     cache.pin_found();
+    cache.release(0, session, 0, found);
     cache.check_all().unwrap();
     Ok(shards)
 }

@@ -1,0 +1,312 @@
+//! What takes long goes on in pieces: none of them does more than it may, and all of them together do what one call would.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod cache_support;
+
+use cache_support::small::{
+    NONCE, SLAB_BYTES, cache, cache_of, config, register, reserve, reserve_in, round, slot_of, store,
+};
+use cache_support::{VecTable, chain, key};
+use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservation, Reserve};
+
+/// What one chunk of 64 ranks takes, with the others of its key, and a step of a search for room.
+const CHUNK: u64 = 1024;
+
+/// Calls `piece` with so much allowed until it says that all is done; how many calls that took.
+fn in_pieces(
+    cache: &mut Cache<VecTable>,
+    allowed: u64,
+    what: &str,
+    mut piece: impl FnMut(&mut Cache<VecTable>) -> bool,
+) -> u32 {
+    for calls in 1.. {
+        cache.allow(allowed);
+        let before = cache.work();
+        let done = piece(cache);
+        let spent = cache.work() - before;
+        assert!(spent <= allowed + CHUNK, "{what}: {spent} records where {allowed} were allowed");
+        if done {
+            cache.allow(u64::MAX);
+            return calls;
+        }
+    }
+    unreachable!()
+}
+
+/// Looks up in pieces of this many keys; what was found.
+fn find_in_pieces(cache: &mut Cache<VecTable>, session: u64, keys: &[Key], piece: usize) -> u32 {
+    let mut lookup = cache.lookup(0, session, 0, 0, keys.len());
+    for part in keys.chunks(piece) {
+        let found = cache.find_piece(&lookup, part, &mut |_| {}).unwrap();
+        assert!(cache.pin_found());
+        lookup.found += found;
+        if (found as usize) < part.len() {
+            break;
+        }
+    }
+    assert!(cache.release(0, session, 0, lookup.found));
+    cache.check_all().unwrap();
+    lookup.found
+}
+
+fn reserve_in_pieces(
+    cache: &mut Cache<VecTable>,
+    namespace: u32,
+    rank: u32,
+    number: u32,
+    keys: &[Key],
+    allowed: u64,
+) -> (Vec<Reservation>, u32) {
+    let (mut answers, mut parent) = (Vec::new(), None);
+    let mut going = cache.reservation(namespace, keys.len());
+    let calls = in_pieces(cache, allowed, "a reservation", |cache| {
+        let keys = &keys[answers.len()..];
+        let owner = rank as u8;
+        let message = Reserve { owner, nonce: NONCE, namespace, rank, round: round(number), parent, keys };
+        let done = cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+        parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
+        done == keys.len()
+    });
+    (answers, calls)
+}
+
+/// The client with the longest requests that there may be, and the most ranks.
+#[test]
+fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
+    // 128 chunks of 64 ranks fill the arena.
+    let mut cache = cache_of(CacheConfig { keys_max: 8192, ..config(32) }, &[4096; 64]);
+    let first = chain(1, 128);
+    for rank in 0..64 {
+        let (answers, calls) = reserve_in_pieces(&mut cache, 0, rank, 1, &first, 64);
+        assert!(calls > 4, "{calls} calls");
+        for (answer, key) in answers.into_iter().zip(&first) {
+            cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
+        }
+    }
+    // Each key 64 times.
+    let keys: Vec<Key> = first.iter().cycle().take(8192).copied().collect();
+    let mut lookup = cache.lookup(0, 1, 0, 0, keys.len());
+    let calls = in_pieces(&mut cache, 4096, "a lookup", |cache| {
+        let from = lookup.found as usize;
+        let piece = &keys[from..keys.len().min(from + 21)];
+        lookup.found += cache.find_piece(&lookup, piece, &mut |_| {}).unwrap();
+        assert!(cache.pin_found());
+        lookup.found == 8192
+    });
+    assert!(calls > 300, "{calls} calls");
+    assert!(in_pieces(&mut cache, 256, "a release", |cache| cache.release(0, 1, 0, 8000)) == 1);
+    let calls = in_pieces(&mut cache, 256, "a session's end", |cache| cache.end_session(0, 1));
+    assert!(calls > 16, "{calls} calls");
+    // All that is there goes for what comes; and its writer dies.
+    let (answers, calls) = reserve_in_pieces(&mut cache, 0, 7, 2, &chain(2, 128), 256);
+    assert!(answers.iter().all(|answer| matches!(answer, Reservation::Write { .. })), "{answers:?}");
+    assert!(calls > 2, "{calls} calls");
+    let mut parting = Parting::new(7, Leaving::Left { nonce: NONCE });
+    let calls = in_pieces(&mut cache, 64, "a death", |cache| cache.part(&mut parting));
+    assert!(calls > 4, "{calls} calls");
+    assert_eq!((cache.stats().slots_writing, cache.stats().chunks_forming), (0, 0));
+    // What is looked up, and what is cleared.
+    store_all(&mut cache, &chain(3, 100));
+    let mut at = Some(0);
+    let calls = in_pieces(&mut cache, 256, "a clear", |cache| {
+        at = cache.clear_step(None, at.unwrap());
+        at.is_none()
+    });
+    assert!(calls > 16, "{calls} calls");
+    assert_eq!(cache.stats().slabs_free, 32);
+    cache.check_all().unwrap();
+}
+
+fn store_all(cache: &mut Cache<VecTable>, keys: &[Key]) {
+    for rank in 0..64 {
+        for (answer, key) in reserve(cache, rank, round(3), keys).into_iter().zip(keys) {
+            cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
+        }
+    }
+}
+
+/// Leaves go first, however many pieces an access had.
+#[test]
+fn the_order_of_eviction_does_not_depend_on_the_pieces() {
+    let left_after = |access: &dyn Fn(&mut Cache<VecTable>)| {
+        // Room for eight, and a spare search that aims at one.
+        let mut cache = cache(1, &[SLAB_BYTES / 8]);
+        store(&mut cache, 1, &chain(1, 6));
+        store(&mut cache, 2, &chain(2, 2));
+        access(&mut cache);
+        cache.end_session(0, 1);
+        let mut left = Vec::new();
+        for number in 3..9 {
+            store(&mut cache, number, &[key(number.into(), 0)]);
+            left.push((hits_quietly(&cache, &chain(1, 6)), hits_quietly(&cache, &chain(2, 2))));
+        }
+        (left, cache)
+    };
+    let (expected, _) = left_after(&|cache| assert_eq!(find_in_pieces(cache, 1, &chain(1, 6), 6), 6));
+    assert_eq!(expected, [(6, 1), (6, 0), (5, 0), (4, 0), (3, 0), (2, 0)]);
+    for piece in 1..6 {
+        let looked_up = left_after(&|cache| assert_eq!(find_in_pieces(cache, 1, &chain(1, 6), piece), 6));
+        assert_eq!(looked_up.0, expected, "looked up in pieces of {piece}");
+    }
+    for allowed in [1, 10, 20, 1000] {
+        let reserved = left_after(&|cache| {
+            let (answers, calls) = reserve_in_pieces(cache, 0, 0, 77, &chain(1, 6), allowed);
+            assert_eq!(answers, [Reservation::Present; 6]);
+            assert_eq!(calls > 1, allowed < 20, "{calls} calls");
+        });
+        assert_eq!(reserved.0, expected, "reserved with {allowed} records at a time");
+    }
+}
+
+/// How much of a chain is there, which is no access.
+fn hits_quietly(cache: &Cache<VecTable>, keys: &[Key]) -> usize {
+    let entries = &cache.table().entries;
+    let is_there = |key: &&Key| {
+        entries.iter().any(
+            |entry| matches!(entry.state, cache_support::State::Committed(header) if header.key == **key),
+        )
+    };
+    keys.iter().take_while(is_there).count()
+}
+
+/// While a lookup of an admission is repeated, piece by piece, what the first one found stays leased.
+#[test]
+fn what_is_looked_up_again_stays_leased_all_the_time() {
+    let mut cache = cache(1, &[SLAB_BYTES / 8]);
+    store(&mut cache, 1, &chain(1, 8));
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 8), 8), 8);
+    let mut lookup = cache.lookup(0, 1, 0, 0, 8);
+    for part in chain(1, 8).chunks(3) {
+        // Somebody else wants room between two pieces.
+        assert_eq!(reserve(&mut cache, 0, round(9), &chain(9, 3)), [Reservation::NoSpace; 3]);
+        lookup.found += cache.find_piece(&lookup, part, &mut |_| {}).unwrap();
+        assert!(cache.pin_found());
+        cache.check_all().unwrap();
+        assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
+    }
+    // Another chain under the same admission: what it does not need goes.
+    cache.end_session(0, 1);
+    let mut other = chain(1, 8);
+    other.truncate(2);
+    assert_eq!(find_in_pieces(&mut cache, 2, &chain(1, 8), 5), 8);
+    assert_eq!(find_in_pieces(&mut cache, 2, &other, 1), 2);
+    assert_eq!(cache.stats().pins, 2);
+}
+
+/// A lookup of an admission whose pieces meet a lease on other chunks.
+#[test]
+fn a_lookup_takes_the_place_of_an_earlier_one_piece_by_piece() {
+    let mut cache = cache(1, &[SLAB_BYTES / 16]);
+    store(&mut cache, 1, &chain(1, 6));
+    store(&mut cache, 2, &chain(2, 8));
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 6), 2), 6);
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(2, 8), 3), 8);
+    assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(3, 8), 3), 0);
+    assert_eq!((cache.stats().leases, cache.stats().pins), (0, 0));
+}
+
+/// Two slabs of small chunks are to become one large slot.
+fn small_and_large() -> Cache<VecTable> {
+    let mut cache = cache(2, &[4096]);
+    register(&mut cache, 1, &[2 * SLAB_BYTES]);
+    register(&mut cache, 2, &[SLAB_BYTES]);
+    store(&mut cache, 1, &chain(1, 500));
+    cache
+}
+
+fn ask_for_large(cache: &mut Cache<VecTable>, allowed: u64) -> Vec<Reservation> {
+    let mut answers = Vec::new();
+    let mut going = cache.reservation(1, 1);
+    let keys = [key(9, 0)];
+    let message =
+        Reserve { owner: 1, nonce: NONCE, namespace: 1, rank: 0, round: round(1), parent: None, keys: &keys };
+    cache.allow(allowed);
+    cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+    cache.allow(u64::MAX);
+    cache.check_all().unwrap();
+    answers
+}
+
+#[test]
+fn what_is_being_emptied_gives_out_nothing_and_stays_together() {
+    let mut cache = small_and_large();
+    // It has begun to drop chunks, and then its client is gone.
+    assert!(ask_for_large(&mut cache, 1000).is_empty());
+    assert!(cache.is_emptying());
+    let (chunks, spans) = (cache.stats().chunks_visible, cache.stats().spans_taken);
+    assert!((1..500).contains(&chunks) && spans == 2, "{chunks} chunks, {spans} spans");
+    // Nobody else gets what is free of it: not its own size, not another.
+    assert_eq!(cache.stats().slabs_free, 0);
+    for (namespace, name) in [(0, 7), (2, 8)] {
+        let mut answers = Vec::new();
+        let mut going = cache.reservation(namespace, 1);
+        let keys = [key(name, 0)];
+        let message = Reserve {
+            owner: 2,
+            nonce: NONCE,
+            namespace,
+            rank: 0,
+            round: round(1),
+            parent: None,
+            keys: &keys,
+        };
+        cache.allow(2);
+        cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+        assert!(answers.is_empty(), "{answers:?}");
+    }
+    cache.allow(u64::MAX);
+    cache.check_all().unwrap();
+    cache.go_on_emptying();
+    assert_eq!((cache.is_emptying(), cache.stats().slabs_free, cache.stats().chunks_visible), (false, 2, 0));
+    assert!(matches!(ask_for_large(&mut cache, u64::MAX)[0], Reservation::Write { .. }));
+}
+
+#[test]
+fn one_chunk_that_is_leased_meanwhile_keeps_its_slabs() {
+    let mut cache = small_and_large();
+    assert!(ask_for_large(&mut cache, 300).is_empty());
+    assert!(cache.is_emptying());
+    assert_eq!(hits_quietly(&cache, &chain(1, 500)), 500, "first it only looks");
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 500)[..300], 100), 300);
+    cache.go_on_emptying();
+    assert!(!cache.is_emptying());
+    cache.check_all().unwrap();
+    assert_eq!(cache.stats().evicted, 0, "looked first, dropped nothing");
+    assert_eq!(ask_for_large(&mut cache, u64::MAX), [Reservation::NoSpace]);
+    cache.end_session(0, 1);
+    assert!(matches!(ask_for_large(&mut cache, u64::MAX)[0], Reservation::Write { .. }));
+}
+
+/// A search that has looked at everything is not made again for the next key of the message.
+#[test]
+fn a_search_in_vain_is_made_once_for_a_message() {
+    // Every slab has a chunk that is being written; a shard needs two slabs.
+    let mut cache = cache(1024, &[SLAB_BYTES / 2]);
+    register(&mut cache, 1, &[2 * SLAB_BYTES]);
+    for place in 0..2048 {
+        let slot = reserve_one_quietly(&mut cache, place);
+        if place % 2 == 0 {
+            cache.commit(0, slot.0, slot.1, key(1, place), 0).unwrap();
+        }
+    }
+    let before = cache.work();
+    let one = reserve_in(&mut cache, 1, 0, round(1), &[key(2, 0)]);
+    let spent_for_one = cache.work() - before;
+    let before = cache.work();
+    let many = reserve_in(&mut cache, 1, 0, round(1), &chain(3, 500));
+    let spent_for_many = cache.work() - before;
+    assert_eq!(one, [Reservation::NoSpace]);
+    assert_eq!(many, [Reservation::NoSpace; 500]);
+    assert!(spent_for_many < spent_for_one + 500 * 8, "{spent_for_one} for one, {spent_for_many} for 500");
+}
+
+fn reserve_one_quietly(cache: &mut Cache<VecTable>, place: u64) -> (u32, u64) {
+    let mut slot = None;
+    let keys = [key(1, place)];
+    let message =
+        Reserve { owner: 0, nonce: NONCE, namespace: 0, rank: 0, round: round(1), parent: None, keys: &keys };
+    cache.reserve(message, &mut |_, answer| slot = Some(slot_of(answer))).unwrap();
+    slot.unwrap()
+}

@@ -1,0 +1,102 @@
+//! No turn of the service loop does unbounded work: what one client asks for does not keep the engine from anything else.
+//! Nothing here looks at a clock: things are counted that happen while others do.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
+
+use kvring_adapter::Key;
+use kvring_shm_abi::engine_segment::RANKS_MAX;
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{KEYS_MAX, Request, Round, SlotOutcome, Status};
+use kvring_tests::engine::EngineProcess;
+use kvring_tests::kv::chain;
+use kvring_tests::raw::{Claimed, RawClient};
+use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::eventually;
+
+const WORLD: u32 = RANKS_MAX as u32;
+/// Room for the keys of the longest lookup, and for its answer.
+const PAYLOAD_WORDS: u32 = (1 << 15) + (KEYS_MAX * RANKS_MAX * 2) as u32;
+
+/// A scheduler that may ask for as much as there is, and the longest list of keys of which all are found.
+fn longest_lookups(engine: &EngineProcess) -> (RawClient, u32, Vec<Key>) {
+    let mut worker = RawClient::attach(&engine.name, Role::Worker);
+    let (mut namespace, stored) = (0, chain(1, 16));
+    for rank in 0..WORLD {
+        namespace = worker.register(500, WORLD, rank, 4096);
+        let slots = worker.reserve(namespace, rank, Round { source: 1, number: 1 }, &stored);
+        assert_eq!(worker.finish(&slots, true), [SlotOutcome::Done; 16]);
+    }
+    let scheduler =
+        Claimed::with_payload(&engine.name, Role::Scheduler, PAYLOAD_WORDS).publish(|_| {}).unwrap();
+    (scheduler, namespace, stored.iter().cycle().take(KEYS_MAX).copied().collect())
+}
+
+/// The beat moves by what is done, not by how many turns that takes: with each of these lookups several times.
+#[test]
+fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
+    const LOOKUPS: u64 = 40;
+    let engine = EngineProcess::start("turns-beat", 16);
+    let (mut client, namespace, keys) = longest_lookups(&engine);
+    let view = engine.view();
+    let before = view.segment.epoch().beat();
+    for session in 0..LOOKUPS {
+        client.send(client.lookup_request(session, 0, namespace, WORLD, &keys));
+    }
+    let mut answered = 0;
+    eventually("all are answered", || {
+        while let Some(completion) = client.poll() {
+            assert_eq!((completion.status, completion.results[0]), (Status::Ok, KEYS_MAX as u64));
+            answered += 1;
+        }
+        answered == LOOKUPS
+    });
+    let beats = view.segment.epoch().beat().wrapping_sub(before);
+    assert!(u64::from(beats) >= LOOKUPS, "{beats} beats during {LOOKUPS} lookups");
+    assert_eq!(engine.stat("pins"), LOOKUPS * KEYS_MAX as u64);
+    drop(client);
+    engine.settles(0);
+}
+
+/// Another client's request is taken between two pieces of one that takes long.
+#[test]
+fn a_short_request_waits_for_no_long_one_to_end() {
+    let engine = EngineProcess::start("turns-fair", 16);
+    let (mut long, namespace, keys) = longest_lookups(&engine);
+    let mut short = RawClient::attach(&engine.name, Role::Scheduler);
+    let mut overtaken = 0;
+    for session in 0..10 {
+        long.send(long.lookup_request(session, 0, namespace, WORLD, &keys));
+        // Of two rings it is not known which one the engine has looked at first.
+        let mut answered = 0;
+        short.send(Request::Noop);
+        while long.poll().is_none() {
+            if short.poll().is_some() {
+                answered += 1;
+                short.send(Request::Noop);
+            }
+            std::thread::yield_now();
+        }
+        // One before it, and one after it.
+        overtaken += u32::from(answered > 2);
+        eventually("the last one is answered", || short.poll().is_some());
+    }
+    assert!(overtaken > 5, "only {overtaken} of 10 lookups let others pass");
+    drop((long, short));
+    engine.settles(0);
+}
+
+/// A client dies in the middle of a request, and with more leased than one turn gives back.
+#[test]
+fn a_client_that_dies_in_the_middle_of_its_request_leaves_nothing() {
+    let engine = EngineProcess::start("turns-death", 16);
+    let bystander = Bystander::start(&engine.name);
+    let (mut client, namespace, keys) = longest_lookups(&engine);
+    for session in 0..8 {
+        client.send(client.lookup_request(session, 0, namespace, WORLD, &keys));
+    }
+    eventually("some of it is done", || client.poll().is_some());
+    drop(client);
+    engine.stat_becomes("leases", 0);
+    bystander.goes_on();
+    bystander.was_undisturbed();
+    engine.settles(0);
+}
