@@ -1,23 +1,105 @@
-"""Who may share KV with whom."""
+"""Who may share KV with whom: content, or the instance; never a time, never a guess."""
 
+import copy
+import json
 import os
-from types import SimpleNamespace
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import config as configs
 
+from kvring.vllm import namespace
 from kvring.vllm.geometry import Geometry
-from kvring.vllm.namespace import LoraSalts, describe, fingerprint, joined, salted, weights_identity
+from kvring.vllm.namespace import describe, fingerprint
 
 SETUP = configs.Setup(connector="KvringConnector", connector_module="kvring.vllm")
 
 
-def _fingerprint(change: Any = lambda config: None, *, worker: bool = False) -> bytes:
+def described(change: Any = lambda config: None, *, worker: bool = False, version: str | None = None) -> dict[str, Any]:
+    """The namespace of a vLLM of its own, of which `change` has changed something."""
     engine = configs.engine(SETUP)
     config, cache = (engine.ranks[0], engine.ranks_kv[0]) if worker else (engine.scheduler, engine.scheduler_kv)
     change(config)
-    return fingerprint(describe(config, cache, Geometry.of(config, cache, 1)))
+    return describe(config, cache, Geometry.of(config, cache, 1), version)
+
+
+def named(change: Any = lambda config: None, **more: Any) -> bytes:
+    return fingerprint(described(change, **more))
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A model's folder, as a mount that anything may be put into."""
+    folder = tmp_path / "model"
+    shutil.copytree(configs._model_dir(), folder)
+    return folder
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """The warnings."""
+    lines: list[str] = []
+    monkeypatch.setattr(namespace.logger, "warning", lines.append)
+    return lines
+
+
+def at(folder: Path, **more: Any) -> Any:
+    """A vLLM that serves the model of this folder. `load_format="dummy"`, or any other thing of the loader's or the model's."""
+
+    def change(config: Any) -> None:
+        config.model_config.model = str(folder)
+        for name, value in more.items():
+            setattr(config.load_config if hasattr(config.load_config, name) else config.model_config, name, value)
+
+    return change
+
+
+def is_private(change: Any) -> bool:
+    """Is it a name that no other vLLM has, and all processes of this one?"""
+    config = configs.engine(SETUP)
+    other = configs.engine(SETUP)
+    for one in (config, other):
+        change(one.scheduler)
+    worker = copy.deepcopy(config.scheduler)
+    geometry = Geometry.of(config.scheduler, config.scheduler_kv, 1)
+    ours, workers, others = (
+        describe(one, cache, geometry)
+        for one, cache in (
+            (config.scheduler, config.scheduler_kv),
+            (worker, config.ranks_kv[0]),
+            (other.scheduler, other.scheduler_kv),
+        )
+    )
+    assert ours == workers, "a vLLM's own processes disagree"
+    return ours != others
+
+
+def rope(**parameters: Any) -> Any:
+    """A model with another rotary embedding."""
+
+    def change(config: Any) -> None:
+        config.model_config.hf_config.rope_parameters = {"rope_theta": 10000.0, **parameters}
+
+    return change
+
+
+def both(*changes: Any) -> Any:
+    def change(config: Any) -> None:
+        for one in changes:
+            one(config)
+
+    return change
+
+
+def longer(config: Any) -> None:
+    config.model_config.original_max_model_len = config.model_config.max_model_len = config.model_config.max_model_len * 2
+
+
+def fitted(config: Any) -> None:
+    """`--max-model-len auto`: what fits into the memory that there is today."""
+    config.model_config.original_max_model_len, config.model_config.max_model_len = -1, os.getpid()
 
 
 @pytest.mark.parametrize(
@@ -26,14 +108,16 @@ def _fingerprint(change: Any = lambda config: None, *, worker: bool = False) -> 
         lambda c: setattr(c.cache_config, "kv_cache_dtype_skip_layers", ["0"]),
         lambda c: setattr(c.model_config, "hf_overrides", {"rope_theta": 5000.0}),
         lambda c: setattr(c.model_config, "quantization", "fp8"),
-        # Phi-3's long rope takes its short or its long factors, for all positions, by this one.
-        lambda c: setattr(c.model_config, "max_model_len", c.model_config.max_model_len * 2),
-        lambda c: (setattr(c.load_config, "load_format", "dummy"), setattr(c.model_config, "seed", 7)),
+        lambda c: setattr(c.model_config, "quantization_config", {"linear": "mxfp8"}),
+        lambda c: setattr(c.model_config, "model_impl", "transformers"),
+        lambda c: setattr(c.load_config, "load_format", "dummy"),
+        lambda c: setattr(c.load_config, "model_loader_extra_config", {"distributed": True}),
+        lambda c: setattr(c.load_config, "ignore_patterns", ["*.safetensors"]),
         lambda c: setattr(c.cache_config, "prefix_caching_hash_algo", "xxhash"),
     ],
 )
 def test_it_is_another_namespace(change: Any) -> None:
-    assert _fingerprint() != _fingerprint(change)
+    assert named() == named() != named(change)
 
 
 def test_the_scheduler_and_a_worker_whose_model_has_changed_its_configuration_agree() -> None:
@@ -42,28 +126,275 @@ def test_the_scheduler_and_a_worker_whose_model_has_changed_its_configuration_ag
     def built(config: Any) -> None:
         config.model_config.hf_config.set_while_the_model_was_built = True
 
-    assert _fingerprint(built, worker=True) == _fingerprint()
+    assert named(built, worker=True) == named()
 
 
-def test_weights_that_are_replaced_in_place_are_others(tmp_path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"one")
+def test_a_description_is_plain_values() -> None:
+    """An address, or the order of a set, would be another one in each process."""
+
+    def change(config: Any) -> None:
+        from vllm.config.quantization import resolve_quantization_config
+
+        config.model_config.hf_overrides = lambda given: given
+        config.model_config.quantization = "fp8_per_tensor"
+        config.model_config.quantization_config = resolve_quantization_config("fp8_per_tensor", None)
+        multimodal()(config)
+
+    text = json.dumps(described(change))
+    assert " at 0x" not in text
+
+
+# Weights, and the files beside them.
+
+
+def test_other_weights_of_the_same_name_size_and_time_are_others(model) -> None:
+    """A mount at a fixed path (KServe), images with normalised times, `rsync -t`."""
+    weights = model / "model.safetensors"
+    stat = weights.stat()
+    before = named(at(model))
+    weights.write_bytes(b"some"[: stat.st_size])
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert weights.stat().st_size == stat.st_size and weights.stat().st_mtime_ns == stat.st_mtime_ns
+    assert named(at(model)) != before
+
+
+def test_the_same_weights_elsewhere_or_touched_are_the_same(model, tmp_path) -> None:
+    before = named(at(model))
+    shutil.copytree(model, tmp_path / "copy")
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert named(at(model)) == before == named(at(tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["notes.json", "README.md", "tokenizer_config.json", "generation_config.json", "optimizer.pt"])
+def test_what_changes_no_kv_is_not_in_it(model, name) -> None:
+    before = named(at(model))
+    (model / name).write_text("{}")
+    assert named(at(model)) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "quantize_config.json", "params.json", "model.safetensors.index.json",
+             "whisper/model.safetensors", "joint.pt"]
+)  # fmt: skip
+def test_files_that_decide_are_in_it(model, name) -> None:
+    before = named(at(model))
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text('{"another": 1}')
+    assert named(at(model)) != before
+
+
+def test_code_counts_where_it_is_run(model, tmp_path) -> None:
+    before = named(at(model)), named(at(model, trust_remote_code=True))
+    (model / "modeling.py").write_text("theirs = 1")
+    assert named(at(model)) == before[0]
+    assert named(at(model, trust_remote_code=True)) != before[1]
+    # From another repository, which a folder stands for here.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "processing.py").write_text("one = 1")
+    (model / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": f"{elsewhere}--processing.P"}}))
+    one = named(at(model, trust_remote_code=True))
+    (elsewhere / "processing.py").write_text("two = 2")
+    assert named(at(model, trust_remote_code=True)) != one
+    (model / "preprocessor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": ["org/none--processing.P"]}}))
+    assert is_private(at(model, trust_remote_code=True)) and not is_private(at(model))
+
+
+def test_a_configuration_of_another_place_counts(model, tmp_path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "config.json").write_text("{}")
+    before = named(at(model, hf_config_path=str(there)))
+    (there / "config.json").write_text('{"rope_theta": 1}')
+    assert named(at(model, hf_config_path=str(there))) != before
+    (there / "quantization.json").write_text("{}")
+    overrides = {"quantization_config_file": str(there / "quantization.json")}
+    before = named(at(model, hf_overrides=overrides))
+    (there / "quantization.json").write_text('{"bits": 4}')
+    assert named(at(model, hf_overrides=overrides)) != before
+
+
+def test_shards_that_are_found_by_a_pattern_count(model, tmp_path) -> None:
+    """`--load-format sharded_state` with a pattern that leads elsewhere."""
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "a.safetensors").write_bytes(b"one")
-    (tmp_path / "notes.txt").write_text("does not matter")
-    before = weights_identity(str(tmp_path), None, "i")
-    assert before == weights_identity(str(tmp_path), "commit", "j"), "local files decide"
-    (tmp_path / "notes.txt").write_text("really not")
-    assert before == weights_identity(str(tmp_path), None, "i")
-    (tmp_path / "shards" / "a.safetensors").write_bytes(b"another")
-    below = weights_identity(str(tmp_path), None, "i")
-    assert below != before
-    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
-    assert below != weights_identity(str(tmp_path), None, "i")
+    shard = tmp_path / "shards" / "rank-0-part-0.weights"
+    shard.write_bytes(b"one")
+    change = at(
+        model, load_format="sharded_state", model_loader_extra_config={"pattern": "../shards/rank-{rank}-part-{part}.weights"}
+    )
+    before = named(change)
+    shard.write_bytes(b"two")
+    assert named(change) != before
+    assert is_private(at(model, load_format="sharded_state", model_loader_extra_config={"pattern": "{"}))
 
 
-def test_weights_from_a_hub_are_their_commit_and_others_are_nobody_elses() -> None:
-    assert weights_identity("org/model", "abc", "i") == ["commit", "abc"]
-    assert weights_identity("s3://bucket/model", None, "i") != weights_identity("s3://bucket/model", None, "j")
+def test_numpy_copies_of_weights_are_what_is_loaded(model) -> None:
+    (model / "np").mkdir()
+    (model / "np" / "lm_head.weight").write_bytes(b"one")
+    before = named(at(model)), named(at(model, load_format="npcache"))
+    (model / "np" / "lm_head.weight").write_bytes(b"two")
+    assert named(at(model)) == before[0] and named(at(model, load_format="npcache")) != before[1]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"load_format": "tensorizer"},
+        {"load_format": "modelexpress"},
+        {"load_format": "ipc_cache"},
+        {"load_format": "of_a_plugin"},
+        {"load_format": "dummy", "quantization": "gptq"},
+        {"model_weights": "s3://bucket/model"},
+        {"hf_overrides": lambda config: config},
+        {"model": "s3://bucket/model"},
+        {"model": "org/never-fetched"},
+        {"hf_config_path": "org/never-fetched"},
+    ],
+)
+def test_weights_that_no_file_tells_are_this_vllms_alone(model, more, said) -> None:
+    assert is_private(at(model, **more)) and not is_private(at(model))
+    assert said and all("kvring.weights_version" in line for line in said)
+    # What only the user knows.
+    assert named(at(model, **more), version="1") == named(at(model, **more), version="1") != named(at(model, **more), version="2")
+
+
+def test_a_folder_without_weights_tells_none(model) -> None:
+    (model / "model.safetensors").unlink()
+    assert is_private(at(model))
+    assert not is_private(at(model, load_format="dummy"))
+
+
+def test_a_version_of_the_weights_adds_to_what_is_known(model) -> None:
+    assert len({named(at(model), version=version) for version in (None, "1", "2")}) == 3
+
+
+def test_a_model_from_a_hub_is_its_files_in_the_cache(model, tmp_path, monkeypatch) -> None:
+    """Whichever commit they came with; also where vLLM has not fetched all of the repository."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--org--name"
+
+    def fetched(commit: str, weights: str) -> None:
+        snapshot = repository / "snapshots" / commit
+        for folder in (snapshot, repository / "blobs", repository / "refs", repository / "trees"):
+            folder.mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        (repository / "blobs" / weights).touch()
+        shutil.copy(model / "config.json", snapshot)
+        (snapshot / "model.safetensors").symlink_to(Path("../../blobs") / weights)
+
+    from huggingface_hub import _snapshot_download as hub
+
+    hub_download = hub.snapshot_download
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *args, **kw: hub_download(*args, **{**kw, "cache_dir": cache})
+    )
+    fetched("a" * 40, "1" * 64)
+    change = at(Path("org/name"))
+    first = described(change)
+    assert first["weights"][0] == "content"
+    fetched("b" * 40, "1" * 64)
+    assert described(change) == first
+    fetched("c" * 40, "2" * 64)
+    assert described(change) != first
+
+
+# What a longest context has to do with it.
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_where_positions_turn_the_same_at_any_length_the_longest_context_is_not_in_it(kind) -> None:
+    change = rope(rope_type=kind, factor=2.0)
+    assert named(change) == named(both(change, longer)) == named(both(change, fitted))
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "some_new_one"])
+def test_where_all_positions_turn_by_the_longest_context_it_is_in_it(kind) -> None:
+    """Phi-3's long rope takes its short or its long factors, for all positions, by this one."""
+    change = rope(rope_type=kind, factor=2.0)
+    assert named(change) != named(both(change, longer))
+    # What vLLM finds itself it has found when the model was built, before it looked at the memory.
+    assert named(both(change, fitted)) == named(both(change, fitted, lambda c: setattr(c.model_config, "max_model_len", 64)))
+    nested = rope(full_attention={"rope_type": kind}, sliding_attention={"rope_type": "default"})
+    assert named(nested) != named(both(nested, longer))
+
+
+def test_llama_4_tunes_its_temperature_by_the_longest_context(model) -> None:
+    def llama4(config: Any) -> None:
+        config.model_config.hf_config.model_type = "llama4_text"
+
+    here = both(at(model), llama4)
+    before = named(here)
+    assert named(both(here, longer)) != before
+    assert named(both(here, lambda c: setattr(c.model_config, "override_generation_config", {"x": 1}))) != before
+    (model / "generation_config.json").write_text('{"attn_temperature_tuning": false}')
+    assert named(here) != before
+
+
+# Images, sound, video.
+
+
+def multimodal(prefix_caching: bool = True, **more: Any) -> Any:
+    def change(config: Any) -> None:
+        from vllm.config.multimodal import MultiModalConfig
+
+        config.model_config.multimodal_config = MultiModalConfig(**more)
+        config.cache_config.enable_prefix_caching = prefix_caching
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"mm_processor_kwargs": {"do_normalize": False}},
+        {"media_io_kwargs": {"video": {"num_frames": 40}}},
+        {"mm_device_do_normalize": False},
+        {"video_pruning_rate": 0.5},
+        {"mm_encoder_tp_mode": "data"},
+    ],
+)
+def test_how_images_are_prepared_is_in_it(more) -> None:
+    assert named(multimodal()) == named(multimodal()) != named(multimodal(**more))
+
+
+def test_images_that_are_counted_are_this_vllms_alone(said) -> None:
+    """With neither cache vLLM's ids of images are a counter of the process: another image has the same one after a restart."""
+    counted = multimodal(prefix_caching=False, mm_processor_cache_gb=0)
+    assert not is_private(multimodal(prefix_caching=False)) and not is_private(multimodal(mm_processor_cache_gb=0))
+    assert not said
+    assert is_private(counted)
+    assert said and all("--mm-processor-cache-gb" in line for line in said)
+    # A version of the weights says nothing of images.
+    assert named(counted, version="1") != named(counted, version="1")
+
+
+def test_scales_of_an_image_encoder_are_their_file_or_this_vllms_own(tmp_path) -> None:
+    scales = tmp_path / "scales.json"
+    scales.write_text("1")
+    change = multimodal(mm_encoder_attn_dtype="fp8", mm_encoder_fp8_scale_path=str(scales))
+    before = named(change)
+    scales.write_text("2")
+    assert named(change) != before and not is_private(change)
+    assert is_private(multimodal(mm_encoder_attn_dtype="fp8"))
+
+
+# Keys.
+
+
+@pytest.mark.parametrize("algorithm", ["xxhash", "xxhash_cbor"])
+def test_keys_that_begin_anew_in_each_process_are_warned_of(algorithm, said, monkeypatch) -> None:
+
+    def change(config: Any) -> None:
+        config.cache_config.prefix_caching_hash_algo = algorithm
+
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    described(change)
+    assert not said
+    monkeypatch.delenv("PYTHONHASHSEED")
+    described()
+    assert not said
+    described(change)
+    assert len(said) == 1 and "PYTHONHASHSEED" in said[0]
 
 
 def test_any_difference_is_another_fingerprint() -> None:
@@ -71,37 +402,3 @@ def test_any_difference_is_another_fingerprint() -> None:
     assert len(fingerprint(one)) == 32
     assert fingerprint(one) == fingerprint(dict(reversed(one.items())))
     assert len({fingerprint(one), fingerprint(one | {"tensor_parallel": 2}), fingerprint(one | {"more": None})}) == 3
-
-
-def _lora(path: Any, **more: Any) -> Any:
-    return SimpleNamespace(**{"lora_name": "l", "lora_int_id": 1, "lora_path": str(path), "load_inplace": False} | more)
-
-
-def test_a_loras_content_is_part_of_the_key(tmp_path) -> None:
-    adapter = tmp_path / "adapter_model.safetensors"
-    adapter.write_bytes(b"one")
-    salts = LoraSalts()
-    first = salts.of(_lora(tmp_path))
-    assert salts.of(None) is None and first == salts.of(_lora(tmp_path)) == LoraSalts().of(_lora(tmp_path))
-    adapter.write_bytes(b"two!")
-    fresh = LoraSalts().of(_lora(tmp_path))
-    assert fresh not in (first, None)
-    # This vLLM may still have the old content: what it computes is nobody's, each time anew.
-    assert len({first, fresh, salts.of(_lora(tmp_path)), salts.of(_lora(tmp_path))}) == 4
-    assert salts.of(_lora(tmp_path, lora_int_id=2)) == fresh, "loaded under another id it is the new content for certain"
-    assert LoraSalts().of(_lora(tmp_path, load_inplace=True)) not in (first, fresh)
-
-
-def test_a_lora_from_a_hub_is_known_to_one_process() -> None:
-    salts = LoraSalts()
-    assert salts.of(_lora("org/lora")) == salts.of(_lora("org/lora")) != LoraSalts().of(_lora("org/lora"))
-
-
-def test_salted_keys_never_meet_others() -> None:
-    key = bytes(range(32))
-    assert salted(key, None) == key[:16]
-    salt = b"\x01" + bytes(14) + b"\x80"
-    assert salted(key, salt) == bytes([1]) + key[1:15] + bytes([15 ^ 0x80])
-    assert salted(salted(key, salt), salt) == key[:16]
-    assert joined(None, None) is None and joined(salt, None) == salt and joined(None, salt) == salt
-    assert joined(salt, b"b" * 16) != joined(b"b" * 16, salt)

@@ -62,7 +62,7 @@ class Setup:
 
 @cache
 def _model_dir() -> str:
-    """A model directory with nothing but a configuration."""
+    """A model directory with a configuration, and weights that nobody loads: they say which model it is."""
     path = tempfile.mkdtemp(prefix="kvring-harness-model-")
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -85,6 +85,8 @@ def _model_dir() -> str:
     }
     with open(os.path.join(path, "config.json"), "w") as file:
         json.dump(config, file)
+    with open(os.path.join(path, "model.safetensors"), "wb") as weights:
+        weights.write(b"none")
     return path
 
 

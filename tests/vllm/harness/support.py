@@ -12,7 +12,7 @@ from harness import config as configs
 from harness.driver import Harness, Plug, Wanted
 from harness.jobs import Faults
 from harness.scenario import Target
-from kvring.vllm.namespace import salted
+from kvring.vllm.adapters import salted
 
 logging.getLogger("vllm").setLevel(logging.CRITICAL)
 _numbers = itertools.count()

@@ -90,15 +90,18 @@ class Driver:
             params["structured_outputs"] = StructuredOutputsParams(regex=regex)
         return SamplingParams(**{"temperature": 0, "ignore_eos": True, "detokenize": False, "logprobs": 5, **params})
 
-    def add(self, prompts: list[list[int]], salt: str | None = None, **params) -> list[str]:
-        """Starts requests; the names that the other steps know them by."""
+    def add(self, prompts: list[list[int]], salt: str | None = None, lora: list[Any] | None = None, **params) -> list[str]:
+        """Starts requests; the names that the other steps know them by. `lora`: an adapter's name, number and folder."""
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(*lora) if lora else None
         names = []
         for prompt in prompts:
             self.count += 1
             name = f"r{self.count}"
             told = {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})}
             settings = self.settings(**params)
-            internal = self.engine.add_request(name, told, settings)
+            internal = self.engine.add_request(name, told, settings, lora_request=adapter)
             started = Running(name, internal, time.perf_counter(), self.steps)
             if self.scheduler is not None:
                 # With `n` > 1 each answer is a request of its own, under another name.

@@ -57,6 +57,12 @@ def _zero_or_more(key: str, value: Any) -> float:
     return 0.0 if value == 0 and not isinstance(value, bool) else _above_zero(key, value)
 
 
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _wrong(key, "a text that is not empty", value)
+    return value
+
+
 def _flag(key: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise _wrong(key, "true or false", value)
@@ -145,6 +151,11 @@ class Config:
         _choice("auto", "block-outermost", "none"),
         "the KV cache layout that vLLM is asked for on a GPU. `block-outermost` (`BLHNC`): a block is one piece over all layers; "
         "`none`: vLLM's choice; `auto`: `block-outermost`, unless something else may want another one",
+    )
+    weights_version: str | None = _option(
+        None,
+        _text,
+        "names the weights, beside what their files tell or where nothing does; vLLMs of different ones share nothing",
     )
     autostart: bool = _option(False, _flag, "start an engine where none runs, and again when it has died")
     arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")

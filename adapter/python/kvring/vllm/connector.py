@@ -61,7 +61,8 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         config = Config.parse(self._kv_transfer_config.kv_connector_extra_config)
         geometry = Geometry.of(vllm_config, kv_cache_config, config.chunk_blocks)
         decisions.check(config, vllm_config, geometry, loads=self._kv_transfer_config.is_kv_consumer)
-        name = fingerprint(describe(vllm_config, kv_cache_config, geometry))
+        tell = role == KVConnectorRole.SCHEDULER
+        name = fingerprint(describe(vllm_config, kv_cache_config, geometry, config.weights_version, tell=tell))
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         self._autostart = autostart.Keeper(config.name, config.arena) if config.autostart and config.arena else None

@@ -11,60 +11,77 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvring import LayoutError
 from kvring._logs import get_logger
 
+from . import identity
 from .geometry import Geometry
+from .identity import plain
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.lora.request import LoRARequest
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = get_logger("vllm.kvring.namespace")
 
-FORMAT = 2
+FORMAT = 3
 """Of what a fingerprint is made of, and of what a shard holds."""
 
-SALT_BYTES = 16
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".json")
 
-
-def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, geometry: Geometry) -> dict[str, Any]:
-    """The namespace in words: plain values, the same in every process that may share KV."""
+def describe(
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    geometry: Geometry,
+    weights_version: str | None = None,
+    *,
+    tell: bool = True,
+) -> dict[str, Any]:
+    """The namespace in words: plain values, the same in every process that may share KV. `tell`: what keeps others from sharing
+    it is said in the log."""
     import torch
     import vllm
 
+    warn = logger.warning if tell else _say_nothing
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
-    speculative = vllm_config.speculative_config
+    load, speculative, lora = vllm_config.load_config, vllm_config.speculative_config, vllm_config.lora_config
+    if str(cache.prefix_caching_hash_algo).startswith("xxhash") and "PYTHONHASHSEED" not in os.environ:
+        # `init_none_hash`: then each process begins its keys with a number of its own.
+        warn(
+            f"with --prefix-caching-hash-algo {cache.prefix_caching_hash_algo} and no PYTHONHASHSEED nothing that kvring stores "
+            "for this vLLM can be found by another one, or after its end; set PYTHONHASHSEED, or take sha256"
+        )
     return {
         "format": FORMAT,
         "vllm": vllm.__version__,
         # Which kernels there are for a backend that vLLM chooses by itself, and what it chooses.
         "torch": torch.__version__,
         "flashinfer": _version("flashinfer-python"),
-        "platform": _platform(vllm_config),
-        "model": str(model.model),
-        "revision": str(model.revision),
-        "weights": weights_identity(str(model.model), getattr(model.hf_config, "_commit_hash", None), vllm_config.instance_id),
-        # The configuration itself is one of the weights' files. Not what has become of it in memory: some models write into it
-        # while they are built, in a worker's process and not in the scheduler's.
-        "code_revision": str(model.code_revision),
-        "hf_overrides": _plain(model.hf_overrides),
-        "generation": _plain(model.override_generation_config),
-        # Some kinds of rotary embedding differ by it, for all positions.
-        "max_model_len": model.max_model_len,
-        "load_format": str(vllm_config.load_config.load_format),
-        "seed": model.seed if str(vllm_config.load_config.load_format) == "dummy" else None,
-        "quantization": str(model.quantization),
+        # What a configuration leaves out, and how images are prepared.
+        "transformers": _version("transformers"),
+        "platform": _platform(vllm_config, warn),
+        # The configuration itself is one of these files. Not what has become of it in memory: some models write into it while
+        # they are built, in a worker's process and not in the scheduler's.
+        "weights": identity.weights(vllm_config, weights_version, warn),
+        "weights_version": weights_version,
+        "media": identity.media(vllm_config, warn),
+        "length": identity.length(model),
+        "config_format": str(model.config_format),
+        "hf_overrides": plain(model.hf_overrides),
+        "generation": plain(model.override_generation_config) if identity.is_llama4(model) else None,
+        "implementation": [str(model.model_impl), plain(model.model_class_overrides)],
+        # Which of the files are read, and how.
+        "load_format": str(load.load_format),
+        "load_options": plain(load.model_loader_extra_config) if isinstance(load.model_loader_extra_config, dict) else None,
+        "ignore_patterns": plain(load.ignore_patterns),
+        "quantization": [str(model.quantization), plain(model.quantization_config)],
         "dtype": str(model.dtype),
+        "lora_dtype": str(lora.lora_dtype) if lora is not None else None,
         # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
         "kv_dtype": [_kv_dtype(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups],
         "e5m2": "e5m2" in str(cache.cache_dtype),
-        "skipped_layers": _plain(getattr(cache, "kv_cache_dtype_skip_layers", None)),
+        "skipped_layers": plain(getattr(cache, "kv_cache_dtype_skip_layers", None)),
         "attention_backend": str(vllm_config.attention_config.backend),
         "layout": str(kv_cache_config.kv_cache_layout),
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
@@ -83,19 +100,7 @@ def fingerprint(description: dict[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).digest()
 
 
-def weights_identity(model: str, commit: str | None, instance: str) -> list[Any]:
-    """Which weights these are: the files themselves where they are local (names, sizes, times of change), else the commit. What
-    can be told by neither (a bucket, a streamed model) is shared with nobody else than this vLLM's own processes."""
-    files = _files(Path(model))
-    if files:
-        return ["files", files]
-    if commit:
-        return ["commit", commit]
-    logger.warning("cannot tell which weights %s has: its KV is kept for this vLLM alone, until it ends", model)
-    return ["instance", instance]
-
-
-def _platform(vllm_config: VllmConfig) -> list[str]:
+def _platform(vllm_config: VllmConfig, warn: identity.Warn) -> list[str]:
     """What computes: the CPU's instruction set, or the kinds of the GPUs, rank by rank. Two kinds of GPU round differently, take
     different kernels, and may have different KV formats.
 
@@ -109,8 +114,8 @@ def _platform(vllm_config: VllmConfig) -> list[str]:
     try:
         return [current_platform.device_name, *gpu_names(vllm_config)]
     except Exception as error:
-        logger.warning("cannot tell which GPUs these are (%s): their KV is kept for this vLLM alone, until it ends", error)
-        return [current_platform.device_name, vllm_config.instance_id]
+        warn(f"cannot tell which GPUs these are ({error}): their KV is kept for this vLLM alone, until it ends")
+        return [current_platform.device_name, *identity.instance(vllm_config)]
 
 
 def gpu_names(vllm_config: VllmConfig) -> list[str]:
@@ -164,57 +169,5 @@ def _version(package: str) -> str:
         return ""
 
 
-class LoraSalts:
-    """What tells a LoRA's content from another's of the same name: its files."""
-
-    def __init__(self) -> None:
-        self._files: dict[tuple[str, int, str], list[Any]] = {}
-        self._nowhere = os.urandom(SALT_BYTES)
-
-    def of(self, lora: LoRARequest | None) -> bytes | None:
-        """For a request. vLLM keeps an adapter that it has loaded while its files change, and loads it anew when it likes: from
-        then on nobody knows which content a request had, and what it computes is found by nobody."""
-        if lora is None:
-            return None
-        name = (lora.lora_name, lora.lora_int_id, lora.lora_path)
-        files: list[Any] = _files(Path(lora.lora_path)) if lora.lora_path else []
-        if self._files.setdefault(name, files) != files or lora.load_inplace:
-            return os.urandom(SALT_BYTES)
-        # What is not here as files may change behind the name: it is known to this process alone.
-        identity = ["lora", lora.lora_name, files or [lora.lora_path, self._nowhere.hex()]]
-        return hashlib.sha256(json.dumps(identity).encode()).digest()[:SALT_BYTES]
-
-
-def salted(key: bytes, salt: bytes | None) -> bytes:
-    """The key that is looked up and stored: keys are digests, so a fixed difference keeps them apart from all others."""
-    if salt is None:
-        return key[:SALT_BYTES]
-    return (int.from_bytes(key[:SALT_BYTES], "little") ^ int.from_bytes(salt, "little")).to_bytes(SALT_BYTES, "little")
-
-
-def joined(first: bytes | None, second: bytes | None) -> bytes | None:
-    """Both salts in one."""
-    if first is None or second is None:
-        return first or second
-    return hashlib.sha256(first + second).digest()[:SALT_BYTES]
-
-
-def _plain(value: Any) -> str:
-    """In words that are the same in every process."""
-    if callable(value):
-        return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _files(path: Path) -> list[list[Any]]:
-    found = []
-    try:
-        for directory, _, names in os.walk(path) if path.is_dir() else [(str(path.parent), [], [path.name])]:
-            for name in names:
-                if name.endswith(_WEIGHTS):
-                    file = Path(directory, name)
-                    stat = file.stat()
-                    found.append([str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns])
-    except OSError:
-        return []
-    return sorted(found)
+def _say_nothing(_: str) -> None:
+    """Another process of this vLLM's says it."""

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 from kvring import KEYS_MAX, EngineError, Hit, PollingSchedulerAdapter, SchedulerAdapter
 from kvring._logs import get_logger
 
+from .adapters import NOT_KNOWN, SALT_BYTES, Adapters, joined, salted
 from .config import Config
 from .geometry import NULL_BLOCK, Geometry
 from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Outcome, Store
-from .namespace import SALT_BYTES, LoraSalts, joined, salted
 from .stats import KvringStats
 from .stores import OpenStore, OpenStores
 from .tracker import OpenLoad, Tracker
@@ -114,7 +114,7 @@ class SchedulerSide:
         """The last open load that begins with this chunk."""
         self._flush_all = False
         """An error has cost us the account of who reads which block."""
-        self._lora_salts = LoraSalts()
+        self._adapters = Adapters()
         self._lookups: dict[str, int] = {}
         """The adapter's own counts, as far as they have been looked at."""
         self._say_late_after = 0.0
@@ -160,14 +160,16 @@ class SchedulerSide:
         tracker = self.trackers.get(request.request_id)
         if tracker is not None and tracker.admission == request.num_preemptions:
             return tracker
-        salt = joined(self._salt, self._lora_salts.of(request.lora_request))
+        adapter = self._adapters.salt(request.lora_request)
         if tracker is None:
             tracker = Tracker(request.request_id, request.block_hashes)
             if self.events is not None:
                 tracker.tokens = request.all_token_ids
                 tracker.lora_name = request.lora_request.lora_name if request.lora_request else None
             self.trackers[request.request_id] = tracker
-        tracker.begin(request.num_preemptions, salt)
+        tracker.begin(request.num_preemptions, joined(self._salt, adapter))
+        if adapter == NOT_KNOWN:
+            tracker.settled = tracker.has_hole = True
         return tracker
 
     def _lookup(self, tracker: Tracker, request: Request) -> int | None:
