@@ -37,7 +37,7 @@ pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
 pub use scheduler::{Adapter, PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 pub use sessions::{Hit, Lookup, LookupStats};
 pub use worker::{
-    BlockError, Checksum, ComputeStream, CopyMode, Drops, Finished, JobId, Jobs, KvGroup, LayoutError,
-    LoadChunk, LoadFailures, LoadReport, Memory, PagedKv, Plane, SKIP, StoreChunk, StoreReport, SubmitError,
-    WorkerAdapter, WorkerOptions,
+    BlockError, Checksum, ComputeStream, CopyError, CopyMode, Drops, Finished, JobId, Jobs, KvGroup, LOST,
+    LayoutError, LoadChunk, LoadFailures, LoadReport, Memory, PagedKv, Plane, SKIP, StoreChunk, StoreReport,
+    SubmitError, WorkerAdapter, WorkerOptions,
 };

@@ -51,7 +51,8 @@ pub enum CopyError {
     /// The GPU, or its driver. Nothing is being copied any more.
     #[error(transparent)]
     Gpu(#[from] crate::cuda::GpuError),
-    /// The driver will not say whether the copy has ended: a device may still write where it was to.
+    /// The driver will not say whether the copy has ended: a device may still write where it was to. What a store was to write may be
+    /// given to nobody else; where a load was to write, nobody may go on to use any of it.
     #[error("it is not known whether a copy has ended: {0}")]
     Unended(crate::cuda::GpuError),
 }

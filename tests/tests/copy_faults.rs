@@ -2,7 +2,7 @@
 //! stays reserved for a client that lives on.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::Round;
+use kvring_adapter::{Finished, LoadChunk, Round};
 use kvring_gpu_kernels::{
     ArenaMapping, ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, Fence, GpuError,
     MappedArena, PagedKv, Transfer,
@@ -122,6 +122,39 @@ fn slots_of_a_copy_that_may_still_run_are_given_to_nobody() {
     worker.wait_ready(LIMIT).unwrap();
     engine.stat_becomes("slots_writing", 8);
     drop(worker);
+    engine.settles(0);
+}
+
+/// A device may still write into its blocks: reported as failed they would be computed again meanwhile, reported as loaded they would
+/// be believed. So it is not reported at all, and whoever asks is told why.
+#[test]
+fn a_load_that_may_still_write_is_reported_as_nothing() {
+    let engine = EngineProcess::start("lost", 16);
+    let backend = Arc::new(Faulty { inner: CpuBackend::new(2), fault: Mutex::new(Fault::None) });
+    let mut worker = WorkerSide::copying_with(&WorkerSpec::new(&engine.name), backend.clone()).unwrap();
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
+    scheduler.client().wait_ready(LIMIT).unwrap();
+    // More than one batch: neither those before the lost one nor those after it make a report.
+    let keys = chain(1, 8);
+    assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &keys, 0), all_stored(8));
+    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    assert_eq!(worker.adapter().lost(), None);
+    backend.set(Fault::Unended);
+    let chunks = found.ranks[0].iter().zip(0..).map(|(handle, chunk)| LoadChunk {
+        shard: handle.shard(),
+        blocks: (0..4).map(|block| 4 * chunk + block).collect(),
+    });
+    let job = worker.adapter().submit_load("r", chunks.collect(), None).unwrap();
+    // Whoever waits for it is not kept waiting for what will not come.
+    assert!(!worker.adapter().wait_job(job, LIMIT));
+    assert_eq!(worker.adapter().lost(), Some(CopyError::Unended(GpuError::NoDriver)));
+    backend.set(Fault::None);
+    let next = worker.store("r", Round { source: 1, number: 2 }, None, &chain(2, 4), 0);
+    assert_eq!(next, all_stored(4), "the mover goes on");
+    assert_eq!(worker.adapter().get_finished(), Finished::default());
+    assert_eq!(worker.adapter().get_block_ids_with_load_errors(), [] as [u32; 0]);
+    // Nor is an end kept waiting.
+    drop((worker, scheduler));
     engine.settles(0);
 }
 

@@ -1,11 +1,16 @@
 """Nothing that goes wrong inside is raised, and what vLLM would wait for is answered."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
+from kvring import DeviceError
 from kvring.vllm import guard
 from kvring.vllm.guard import fail_open
+from kvring.vllm.metadata import KvringMetadata, Load
+from kvring.vllm.stats import KvringStats
+from kvring.vllm.worker import WorkerSide
 
 
 class Connector:
@@ -64,3 +69,39 @@ def test_every_method_that_vllm_calls_after_start_is_guarded() -> None:
     assert harmless <= set(ours)
     unguarded = {name for name, value in ours.items() if not hasattr(value, "__wrapped__")} - harmless
     assert unguarded == set()
+
+
+def test_what_must_end_vllm_ends_it() -> None:
+    """The one exception: a GPU that may still write into blocks which vLLM takes for its own."""
+
+    class Lost(Connector):
+        @fail_open(lambda self: None)
+        def collect(self) -> None:
+            raise DeviceError("lost")
+
+    with pytest.raises(DeviceError):
+        Lost().collect()
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_load_that_may_still_write_is_not_reported_as_failed(wait: bool) -> None:
+    class Adapter:
+        def submit_load(self, *_: object, **__: object) -> int:
+            return 7
+
+        def wait_job(self, *_: object) -> bool:
+            raise DeviceError("lost")
+
+        get_finished = wait_job
+
+    side = WorkerSide.__new__(WorkerSide)
+    side.adapter, side.device, side.rank, side.stats = Adapter(), None, 0, KvringStats()
+    side.geometry = SimpleNamespace(shard_of=lambda rank: rank)
+    side._loads, side._stores, side._saving, side._outcomes, side._writes_at_once = {}, {}, [], {}, False
+    side._received, side._failed, side._saved, side._invalid_blocks, side._invalidates = set(), set(), set(), set(), True
+    meta = KvringMetadata()
+    meta.loads.append(Load(job=1, request="r", tokens=16, wait=wait, shards=(b"x",), blocks=[1, 2]))
+    with pytest.raises(DeviceError):
+        side.start_loads(meta)
+        side.collect(meta)
+    assert side._outcomes == {} and side.take_transfer_results() == (set(), set(), set()) and side.take_invalid_blocks() == set()

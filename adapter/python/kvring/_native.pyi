@@ -27,6 +27,9 @@ class RegisterError(KvringError):
 class EngineError(KvringError, RuntimeError):
     """The engine did not do what only an operator asks of it: start, stop, clear."""
 
+class DeviceError(KvringError, RuntimeError):
+    """A GPU may still write into the KV cache, and its driver does not say: nothing may be computed from it any more."""
+
 def byte_size(text: str) -> int:
     """A size as `kvring serve --arena` takes it (`"8GiB"`, `"1.5G"`, `"4096"`), in bytes. Raises `ConfigError`."""
 

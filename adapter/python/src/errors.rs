@@ -13,6 +13,7 @@ struct Kinds {
     layout: Py<PyType>,
     register: Py<PyType>,
     engine: Py<PyType>,
+    device: Py<PyType>,
 }
 
 static KINDS: PyOnceLock<Kinds> = PyOnceLock::new();
@@ -57,18 +58,25 @@ fn kinds(py: Python<'_>) -> PyResult<&Kinds> {
                 "The engine did not do what only an operator asks of it: start, stop, clear.",
                 &[kvring, &runtime],
             )?,
+            device: make(
+                py,
+                "DeviceError",
+                "A GPU may still write into the KV cache, and its driver does not say: nothing may be computed from it any more.",
+                &[kvring, &runtime],
+            )?,
             base,
         })
     })
 }
 
 pub(crate) fn add_to(module: &Bound<'_, PyModule>) -> PyResult<()> {
-    let Kinds { base, config, layout, register, engine } = kinds(module.py())?;
+    let Kinds { base, config, layout, register, engine, device } = kinds(module.py())?;
     module.add("KvringError", base)?;
     module.add("ConfigError", config)?;
     module.add("LayoutError", layout)?;
     module.add("RegisterError", register)?;
-    module.add("EngineError", engine)
+    module.add("EngineError", engine)?;
+    module.add("DeviceError", device)
 }
 
 fn raised(py: Python<'_>, message: impl Display, kind: impl Fn(&Kinds) -> &Py<PyType>) -> PyErr {
@@ -96,6 +104,10 @@ pub(crate) fn register(py: Python<'_>, message: impl Display) -> PyErr {
 
 pub(crate) fn engine(py: Python<'_>, message: impl Display) -> PyErr {
     raised(py, message, |kinds| &kinds.engine)
+}
+
+pub(crate) fn device(py: Python<'_>, message: impl Display) -> PyErr {
+    raised(py, message, |kinds| &kinds.device)
 }
 
 /// Runs a call from Python. A panic becomes a `KvringError`: PyO3's own exception for it is not an `Exception`, and would end

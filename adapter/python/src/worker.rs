@@ -8,8 +8,8 @@ use crate::options::{self, Shared, milliseconds};
 use crate::scheduler::dict;
 use crate::{keys, logs};
 use kvring_adapter::{
-    Checksum, Client, ComputeStream, CopyMode, Drops, JobId, Jobs, LoadChunk, LoadFailures, Memory, PagedKv,
-    RegisterError, Role, Round, StoreChunk, SubmitError, WorkerOptions,
+    Checksum, Client, ComputeStream, CopyMode, Drops, JobId, Jobs, LOST, LoadChunk, LoadFailures, Memory,
+    PagedKv, RegisterError, Role, Round, StoreChunk, SubmitError, WorkerOptions,
 };
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
@@ -161,6 +161,13 @@ pub(crate) struct WorkerAdapter {
 }
 
 impl WorkerAdapter {
+    /// # Errors
+    /// There is a load of which it is not known whether it has ended.
+    fn nothing_is_lost(&self, py: Python<'_>) -> PyResult<()> {
+        let lost = |error| Err(errors::device(py, format_args!("{LOST}: {error}")));
+        self.jobs.lost().map_or(Ok(()), lost)
+    }
+
     /// Waits in slices, so that Ctrl-C ends it.
     fn wait_for(
         &self,
@@ -364,7 +371,10 @@ impl WorkerAdapter {
     }
 
     fn get_finished(&self, py: Python<'_>) -> PyResult<Vec<Finished>> {
-        guarded(py, || Ok(finished(self.jobs.get_finished())))
+        guarded(py, || {
+            self.nothing_is_lost(py)?;
+            Ok(finished(self.jobs.get_finished()))
+        })
     }
 
     fn get_block_ids_with_load_errors(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
@@ -393,7 +403,11 @@ impl WorkerAdapter {
     }
 
     fn wait_job(&self, py: Python<'_>, job: u64, timeout_ms: f64) -> PyResult<bool> {
-        guarded(py, || self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout)))
+        guarded(py, || {
+            let ended = self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout))?;
+            self.nothing_is_lost(py)?;
+            Ok(ended)
+        })
     }
 
     fn wait_idle(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
@@ -418,7 +432,11 @@ impl WorkerAdapter {
                 worker.adapter.shutdown();
                 worker.owner.take()
             });
-            drop(owner);
+            match self.jobs.lost() {
+                None => drop(owner),
+                // The memory is nobody else's as long as this process lives.
+                Some(_) => core::mem::forget(owner),
+            }
             Ok(())
         })
     }

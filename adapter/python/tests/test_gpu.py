@@ -224,3 +224,23 @@ def test_no_driver(make):
 def test_the_mode_is_checked(make):
     with pytest.raises(kvring.ConfigError, match='copy: expected one of auto, batch, staged, zerocopy, got "dma"'):
         make.worker(copy="dma")
+
+
+@with_driver()
+def test_a_load_of_which_the_driver_says_nothing_more_ends_its_worker(request):
+    """For half a minute: then the GPU may still write into its blocks, and nobody may go on to compute from them."""
+    cuda = Cuda()
+    cache = Cache(cuda)
+    worker = on_gpu(request, cache)
+    cache.write(0, 0)
+    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
+    hit = lookup(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    for call in (b"cuEventQuery", b"cuEventSynchronize", b"cuStreamSynchronize"):
+        cuda.library.fake_cuda_fail(call, 999, 1)
+    job = worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
+    with pytest.raises(kvring.DeviceError, match="vLLM must not go on"):
+        while not worker.wait_job(job, LIMIT_MS):
+            pass
+    with pytest.raises(kvring.DeviceError):
+        worker.get_finished()
+    assert worker.get_block_ids_with_load_errors() == []

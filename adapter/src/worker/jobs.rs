@@ -3,6 +3,7 @@
 use super::job::{Finished, Job, JobId};
 use super::queue::Queue;
 use crate::client::Client;
+use kvring_gpu_kernels::CopyError;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,14 @@ impl Jobs {
     #[must_use]
     pub fn get_finished(&self) -> Finished {
         self.queue().map(Queue::take_finished).unwrap_or_default()
+    }
+
+    /// Why it is not known whether a load has ended, once that is so: a device may still write into its blocks, so it is never
+    /// reported, and nothing may be computed from the cache any more, which the caller must see to. Copies of which this is said
+    /// have been asked about for half a minute.
+    #[must_use]
+    pub fn lost(&self) -> Option<CopyError> {
+        self.queue().and_then(Queue::lost)
     }
 
     /// Blocks whose load has failed since the last call: to be recomputed; never [`crate::SKIP`]. A load's blocks are here no

@@ -6,7 +6,7 @@ use super::job::{CopyRunning, Job, LoadChunk};
 use super::mover::{Ended, Mover};
 use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
-use kvring_gpu_kernels::{Direction, Transfer};
+use kvring_gpu_kernels::{CopyError, Direction, Transfer};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::Request;
@@ -32,6 +32,8 @@ struct Load<'a> {
     failed: Vec<u32>,
     /// Why the first chunk failed that did.
     first: Option<String>,
+    /// A copy of which it is not known whether it has ended.
+    lost: Option<CopyError>,
     /// When the last copy ended: two are in flight at once, and time that both took counts once.
     copied_until_ns: u64,
 }
@@ -39,7 +41,7 @@ struct Load<'a> {
 impl Mover {
     pub(super) fn load(&self, job: &Job, chunks: &[LoadChunk]) -> Ended {
         let (report, failed) = (LoadReport::default(), Vec::new());
-        let mut load = Load { mover: self, job, report, failed, first: None, copied_until_ns: 0 };
+        let mut load = Load { mover: self, job, report, failed, first: None, lost: None, copied_until_ns: 0 };
         let mut copying = None;
         for batch in chunks.chunks(self.chunks_per_batch(job, usize::MAX)) {
             // While this thread ends the batch before, the backend goes on to this one by itself.
@@ -47,11 +49,17 @@ impl Mover {
             if let Some(before) = core::mem::replace(&mut copying, started) {
                 load.finish(before);
             }
+            if load.lost.is_some() {
+                break;
+            }
         }
         if let Some(last) = copying {
             load.finish(last);
         }
-        let Load { report, failed, first, .. } = load;
+        let Load { report, failed, first, lost, .. } = load;
+        if let Some(error) = lost {
+            return Ended::Lost(error);
+        }
         if let Some(why) = first {
             // One line: what fails one chunk (an engine that is gone) fails thousands.
             let (chunks, failed_chunks) = (chunks.len(), report.failed);
@@ -80,6 +88,21 @@ impl<'a> Load<'a> {
 
     fn fail_all<'c>(&mut self, chunks: impl IntoIterator<Item = &'c LoadChunk>, why: &LoadError) {
         chunks.into_iter().for_each(|chunk| self.fail(chunk, why));
+    }
+
+    /// A copy has ended with an error; or it is not known that it has ended, and what it reads stays mapped.
+    fn copy_failed<'c>(
+        &mut self,
+        chunks: impl IntoIterator<Item = &'c LoadChunk>,
+        error: CopyError,
+        attachment: Arc<Attachment>,
+    ) {
+        if matches!(error, CopyError::Unended(_)) {
+            core::mem::forget(attachment);
+            self.lost.get_or_insert(error);
+        } else {
+            self.fail_all(chunks, &LoadError::Copy(error));
+        }
     }
 
     /// Starts copying the chunks of a batch that are what the lookup meant.
@@ -116,7 +139,7 @@ impl<'a> Load<'a> {
                 Some(Copying { transfer, running, attachment, chunks, started_ns })
             }
             Err(error) => {
-                self.fail_all(good.into_iter().map(|(chunk, ..)| chunk), &LoadError::Copy(error));
+                self.copy_failed(good.into_iter().map(|(chunk, ..)| chunk), error, attachment);
                 None
             }
         }
@@ -133,7 +156,7 @@ impl<'a> Load<'a> {
         let checksums = match copied {
             Ok(done) => done.checksums,
             Err(error) => {
-                self.fail_all(chunks.into_iter().map(|(chunk, _)| chunk), &LoadError::Copy(error));
+                self.copy_failed(chunks.into_iter().map(|(chunk, _)| chunk), error, attachment);
                 return;
             }
         };

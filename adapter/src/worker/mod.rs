@@ -11,7 +11,7 @@ mod storing;
 pub use job::{Finished, JobId, LoadChunk, StoreChunk};
 pub use jobs::Jobs;
 pub use kvring_gpu_kernels::{
-    BlockError, ComputeStream, CopyMode, KvGroup, LayoutError, Memory, PagedKv, Plane, SKIP,
+    BlockError, ComputeStream, CopyError, CopyMode, KvGroup, LayoutError, Memory, PagedKv, Plane, SKIP,
 };
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
@@ -20,7 +20,7 @@ use crate::error::RegisterError;
 use crate::health::Health;
 use crate::options::usable_cpus;
 use job::{Job, Work};
-use kvring_gpu_kernels::{CopyBackend, CopyError, CpuBackend, CudaBackend, GpuOptions};
+use kvring_gpu_kernels::{CopyBackend, CpuBackend, CudaBackend, GpuOptions};
 use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration, Round};
@@ -104,6 +104,10 @@ pub enum SubmitError {
     #[error("the adapter is {0}")]
     Ended(Health),
 }
+
+/// What a lost load means, for whoever reads the log.
+pub const LOST: &str = "the GPU's driver has not said whether a load into the KV cache has ended: the GPU may still write there, \
+    so vLLM must not go on";
 
 /// What copies.
 enum Backend {
@@ -331,6 +335,12 @@ impl WorkerAdapter {
     /// See [`Jobs::get_finished`].
     pub fn get_finished(&mut self) -> Finished {
         self.jobs.get_finished()
+    }
+
+    /// See [`Jobs::lost`].
+    #[must_use]
+    pub fn lost(&self) -> Option<CopyError> {
+        self.jobs.lost()
     }
 
     /// See [`Jobs::get_block_ids_with_load_errors`].

@@ -43,6 +43,8 @@ pub(super) enum Ended {
     Unsettled(Unsettled),
     /// With the blocks that must be recomputed.
     Load(LoadReport, Vec<u32>),
+    /// It is not known whether a device still writes into the blocks: they stay the job's, which is never reported.
+    Lost(CopyError),
 }
 
 impl Mover {
@@ -96,6 +98,10 @@ impl Mover {
             (Ok(Ended::Unsettled(store)), _) => return Some(store),
             (Ok(Ended::Store(report)), _) => self.stored(job, report),
             (Ok(Ended::Load(report, failed)), _) => self.queue.finish_load(job, report, &failed),
+            (Ok(Ended::Lost(error)), _) => {
+                tracing::error!(request = %job.request, %error, "{}", super::LOST);
+                self.queue.lose(&error);
+            }
             (Err(_), Work::Store { chunks, .. }) => {
                 tracing::error!(
                     request = %job.request,

@@ -2,7 +2,7 @@
 
 use super::job::{Finished, Job, JobId};
 use super::report::{LoadReport, StoreReport};
-use kvring_gpu_kernels::SKIP;
+use kvring_gpu_kernels::{CopyError, SKIP};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,6 +15,8 @@ struct State {
     open: Vec<Arc<Job>>,
     finished: Finished,
     failed_blocks: Vec<u32>,
+    /// Why it is not known whether a load has ended, which stays open.
+    lost: Option<CopyError>,
     closed: bool,
 }
 
@@ -112,6 +114,17 @@ impl Queue {
         self.ended.notify_all();
     }
 
+    /// A load's job will never end: nobody waits any more.
+    pub(super) fn lose(&self, why: &CopyError) {
+        self.state().lost.get_or_insert_with(|| why.clone());
+        self.ended.notify_all();
+    }
+
+    /// Why it is not known whether a load has ended, if there is one.
+    pub(super) fn lost(&self) -> Option<CopyError> {
+        self.state().lost.clone()
+    }
+
     /// What has ended since the last call.
     pub(super) fn take_finished(&self) -> Finished {
         core::mem::take(&mut self.state().finished)
@@ -150,7 +163,8 @@ impl Queue {
 
     fn wait_until(&self, timeout: Duration, enough: impl Fn(&[Arc<Job>]) -> bool) -> bool {
         let state = self.state();
-        let waited = self.ended.wait_timeout_while(state, timeout, |state| !enough(&state.open));
+        let goes_on = |state: &mut State| !enough(&state.open) && state.lost.is_none();
+        let waited = self.ended.wait_timeout_while(state, timeout, goes_on);
         let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         enough(&state.open)
     }

@@ -116,12 +116,17 @@ impl GpuError {
 
 /// How long it is asked again whether work has ended, where the driver will not say. Longer than a batch takes.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
+/// The same for a load, which writes what others will read: not knowing its end ends the process that it loads for.
+pub(super) const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 const ASK_EVERY: Duration = Duration::from_millis(1);
 
 /// Waits for the end of work, and does not take an error of the asking for an end: memory that is being copied must not be
 /// given to somebody else.
-pub(super) fn insist(mut wait: impl FnMut() -> Result<(), GpuError>) -> Result<(), GpuError> {
-    let until = Instant::now() + PATIENCE;
+pub(super) fn insist(
+    patience: Duration,
+    mut wait: impl FnMut() -> Result<(), GpuError>,
+) -> Result<(), GpuError> {
+    let until = Instant::now() + patience;
     loop {
         match wait() {
             Err(error) if !error.is_final() && Instant::now() < until => std::thread::sleep(ASK_EVERY),

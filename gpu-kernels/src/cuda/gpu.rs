@@ -3,7 +3,7 @@
 use super::arena::{Arena, Arenas};
 use super::calibrate::calibrate;
 use super::device::{Context, DeviceInfo};
-use super::error::GpuError;
+use super::error::{GpuError, LOAD_PATIENCE, PATIENCE};
 use super::kernels::Kernels;
 use super::lanes::Lanes;
 use super::objects::{Events, Recorded};
@@ -19,6 +19,7 @@ use crate::sync::release_fence;
 use crate::tiles::Tiles;
 use cudarc::driver::sys::CUstream;
 use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError, Weak};
+use std::time::Duration;
 
 /// The longest staging buffer: a longer shard goes through it in several windows.
 const STAGING_MAX: u64 = 8 << 20;
@@ -37,13 +38,22 @@ pub struct GpuOptions {
     pub sm_count: u32,
     /// Bytes of one registration of the arena, a multiple of 4096. Default 1 GiB, on whose borders slabs end.
     pub part_bytes: usize,
+    /// How long the driver is asked again whether a load has ended, where it answers with errors that say nothing of that. Default
+    /// 30 s: a driver that has not come to itself by then does not.
+    pub load_patience: Duration,
 }
 
 impl GpuOptions {
     /// The defaults, for a device.
     #[must_use]
     pub fn new(device: u32) -> GpuOptions {
-        GpuOptions { device, mode: CopyMode::Auto, sm_count: 16, part_bytes: 1 << 30 }
+        GpuOptions {
+            device,
+            mode: CopyMode::Auto,
+            sm_count: 16,
+            part_bytes: 1 << 30,
+            load_patience: LOAD_PATIENCE,
+        }
     }
 }
 
@@ -263,6 +273,10 @@ impl CudaBackend {
             sums,
             direction: batch.direction,
         };
+        let patience = match batch.direction {
+            Direction::Store => PATIENCE,
+            Direction::Load => self.options.load_patience,
+        };
         let done = put.batch(&batch, way);
         let sums = put.sums.take();
         match done.and_then(|()| lanes.end_batch(&self.events)) {
@@ -272,12 +286,13 @@ impl CudaBackend {
                 sums,
                 failed: None,
                 unsure: None,
+                patience,
                 batch,
                 _arenas: arenas,
             }),
             Err(error) => {
                 // A part of it may be running. Of an error here the next batch will hear.
-                if lanes.synchronize().is_err_and(|error| !error.is_final()) {
+                if lanes.synchronize(patience).is_err_and(|error| !error.is_final()) {
                     // What may still be written is not given to another batch.
                     core::mem::forget(sums);
                     return Err(CopyError::Unended(error));

@@ -4,10 +4,11 @@
 //! waits for anything: two driver calls for a window. While one lane's DMA runs, another one's kernel does.
 
 use super::device::Context;
-use super::error::{GpuError, insist};
+use super::error::{GpuError, PATIENCE, insist};
 use super::objects::{DeviceBuffer, Event, Events, Recorded, Stream};
 use cudarc::driver::sys::CUstream;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Lanes of a direction: one copies, one gathers or scatters, one is being given work.
 pub(super) const LANES: usize = 3;
@@ -61,7 +62,7 @@ impl Lanes {
                 self.lanes.iter().map(|_| DeviceBuffer::new(&self.context, wanted as usize)).collect();
             match made {
                 Ok(buffers) => {
-                    self.synchronize()?;
+                    self.synchronize(PATIENCE)?;
                     for (lane, buffer) in self.lanes.iter_mut().zip(buffers) {
                         lane.staging = Some(buffer);
                     }
@@ -102,10 +103,10 @@ impl Lanes {
     }
 
     /// Waits for all that is on them: what failed half-way must not go on behind our back.
-    pub(super) fn synchronize(&mut self) -> Result<(), GpuError> {
+    pub(super) fn synchronize(&mut self, patience: Duration) -> Result<(), GpuError> {
         // In any case: the next batch has a fence of its own to wait for.
         self.lanes.iter_mut().for_each(|lane| lane.used = false);
-        insist(|| {
+        insist(patience, || {
             let _entered = self.context.enter()?;
             // Each, whatever the others say.
             let ended: Vec<_> = self.lanes.iter().map(|lane| lane.stream.synchronize()).collect();
@@ -117,6 +118,6 @@ impl Lanes {
 impl Drop for Lanes {
     fn drop(&mut self) {
         // Before their buffers are freed.
-        let _ = self.synchronize();
+        let _ = self.synchronize(PATIENCE);
     }
 }

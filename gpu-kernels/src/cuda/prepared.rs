@@ -1,7 +1,7 @@
 //! What is known of a cache before it is copied from or to.
 
 use super::device::Context;
-use super::error::{GpuError, insist};
+use super::error::{GpuError, PATIENCE, insist};
 use super::objects::{DeviceBuffer, Stream};
 use super::plan::Plan;
 use crate::layout::{KvGroup, Memory, PagedKv, Plane, SKIP};
@@ -56,7 +56,7 @@ impl Tiled {
             let from = bytes.as_ptr().cast::<c_void>();
             context.api.cuMemcpyHtoDAsync_v2(table.address(), from, bytes.len(), stream.raw())?;
         }
-        insist(|| stream.synchronize())?;
+        insist(PATIENCE, || stream.synchronize())?;
         Ok(Tiled { vector: tiles.vector(), table, staged, whole })
     }
 }

@@ -2,7 +2,7 @@
 
 use super::arena::Arena;
 use super::device::Context;
-use super::error::{GpuError, PATIENCE};
+use super::error::GpuError;
 use super::objects::{Event, Recorded};
 use super::sums::Sums;
 use crate::backend::{CopyDone, CopyError, Transfer};
@@ -23,6 +23,8 @@ pub(super) struct GpuTransfer {
     pub(super) failed: Option<CopyError>,
     /// Since when the driver will not say whether it has ended.
     pub(super) unsure: Option<Instant>,
+    /// For how long it is asked again.
+    pub(super) patience: Duration,
     /// What is being copied stays what it is, and the arenas stay registered.
     pub(super) batch: CopyBatch,
     pub(super) _arenas: Vec<Arc<Arena>>,
@@ -55,7 +57,7 @@ impl GpuTransfer {
     /// An event cannot be looked at. That is not the end of what it stands for: it is looked at again for a while.
     fn doubt(&mut self, error: GpuError) {
         let since = *self.unsure.get_or_insert_with(Instant::now);
-        if error.is_final() || since.elapsed() > PATIENCE {
+        if error.is_final() || since.elapsed() > self.patience {
             self.events.clear();
             if error.is_final() {
                 self.failed.get_or_insert(error.into());

@@ -403,6 +403,50 @@ fn a_copy_that_is_not_known_to_have_ended_says_so() {
     });
 }
 
+/// A store is given up when the driver has said nothing for a while: nobody is given what it was to write. A load goes on to be
+/// asked about: until its end is known its blocks cannot be given to anybody.
+#[test]
+fn a_load_is_asked_about_for_longer_than_a_store() {
+    inside("failure::a_load_is_asked_about_for_longer_than_a_store", &[], |fake| {
+        let _context = calls::context();
+        let torch = calls::stream() as u64;
+        let cache = Cache::plain(2, 8192, 40, 8);
+        let arena = Arena::new(2 * cache.shard_bytes());
+        let load_patience = std::time::Duration::from_secs(200);
+        let backend = CudaBackend::new(GpuOptions { load_patience, ..options(CopyMode::Staged) }).unwrap();
+        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+        backend.prepare(&cache.paged).unwrap();
+        let shards = |at| [(arena.at(at * cache.shard_bytes()), vec![1, 2, 3, 4, 5, 6, 7, 8])];
+        for half_way in [false, true] {
+            std::thread::scope(|scope| {
+                let fence = backend.fence(ComputeStream(torch)).unwrap();
+                if half_way {
+                    fake.fail_once("cuEventRecord", 1, 1);
+                }
+                for call in ["cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize"] {
+                    fake.fail(call, 999, 1);
+                }
+                let (backend, asked) = (&backend, fake.calls("cuStreamSynchronize"));
+                let load = batch(Direction::Load, &cache, true, fence, &shards(0));
+                let load = scope.spawn(move || backend.submit(load).and_then(|transfer| transfer.wait()));
+                // Where it could be submitted in part only it is waited for at once, before the store gets that far.
+                while half_way && fake.calls("cuStreamSynchronize") == asked {
+                    std::thread::yield_now();
+                }
+                let store = batch(Direction::Store, &cache, true, Fence::none(), &shards(1));
+                let store = backend.submit(store).and_then(|transfer| transfer.wait());
+                assert!(matches!(store, Err(CopyError::Unended(_))), "{store:?}");
+                assert!(!load.is_finished(), "the load was given up as well");
+                fake.reset();
+                let loaded = load.join().unwrap();
+                assert_eq!(loaded.is_ok(), !half_way, "{loaded:?}");
+                assert!(!matches!(loaded, Err(CopyError::Unended(_))), "{loaded:?}");
+            });
+        }
+    });
+}
+
 fn lose(fake: &Fake, code: i32) {
     let _context = calls::context();
     let torch = calls::stream() as u64;

@@ -310,7 +310,8 @@ pub(crate) fn batch(
 }
 
 pub(crate) fn options(mode: CopyMode) -> GpuOptions {
-    GpuOptions { mode, part_bytes: PART, sm_count: 3, ..GpuOptions::new(0) }
+    let load_patience = std::time::Duration::from_secs(2);
+    GpuOptions { mode, part_bytes: PART, sm_count: 3, load_patience, ..GpuOptions::new(0) }
 }
 
 pub(crate) fn backend(mode: CopyMode) -> CudaBackend {

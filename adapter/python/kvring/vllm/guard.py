@@ -1,4 +1,5 @@
-"""Failing open: vLLM guards none of its connector's calls, so whatever is raised in one ends vLLM. Nothing is raised."""
+"""Failing open: vLLM guards none of its connector's calls, so whatever is raised in one ends vLLM. Nothing is raised, but for
+what must end it: a GPU that may still write where vLLM computes next, of which its driver tells nothing any more."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from kvring import DeviceError
 from kvring._logs import get_logger
 
 logger = get_logger("vllm.kvring")
@@ -24,6 +26,8 @@ def fail_open(instead: Callable[..., Any]) -> Callable[[F], F]:
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return method(self, *args, **kwargs)
+            except DeviceError:
+                raise
             except Exception as error:
                 _tell(method.__name__, error)
                 try:

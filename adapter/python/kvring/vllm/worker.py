@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kvring import SKIP, ConfigError, KvGroup, LayoutError, WorkerAdapter
+from kvring import SKIP, ConfigError, DeviceError, KvGroup, LayoutError, WorkerAdapter
 from kvring._logs import get_logger
 
 from .config import Config
@@ -174,6 +174,9 @@ class WorkerSide:
         for load in meta.loads:
             try:
                 self._start_load(load)
+            except DeviceError:
+                # It has not ended: reported as failed its blocks would be computed again while the GPU still writes there.
+                raise
             except Exception as error:
                 # Whatever it is: vLLM waits for the report, or would compute from what is not there.
                 logger.warning(
@@ -205,6 +208,8 @@ class WorkerSide:
     def _has_ended(self, job: int) -> bool:
         try:
             return self.adapter.wait_job(job, 1_000.0)
+        except DeviceError:
+            raise
         except Exception as error:
             logger.error("an error while this step waits for a load: %s: %s; it waits on", type(error).__name__, error)
             return False
