@@ -81,7 +81,7 @@ pub enum RegisterError {
     TooManyNamespaces,
     /// The engine's table of shard sizes is full.
     #[error(
-        "the kvring engine's table of shard sizes is full: expected at most {most} different sizes among the models that are \
+        "the kvring engine's table of chunk sizes is full: expected at most {most} different sizes among the models that are \
          attached or cached; a size is free again when no attached model has it and the cached chunks of that size are \
          gone (stop models that are not needed, then `kvring clear`)"
     )]

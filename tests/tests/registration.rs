@@ -206,7 +206,7 @@ fn the_table_of_shard_sizes_is_finite_and_unused_ones_make_room() {
         engine.stat_becomes("clients", 0);
     }
     let error = RegisterError::TooManySizes { most: 256 }.to_string();
-    assert!(error.contains("table of shard sizes is full") && error.contains("256"), "{error}");
+    assert!(error.contains("table of chunk sizes is full") && error.contains("256"), "{error}");
     engine.settles(0);
 }
 

@@ -4,6 +4,7 @@ use crate::console::{self, LogChoice};
 use crate::flags::wrong;
 use anyhow::{Context, bail};
 use kvring_engine::byte_size::ByteSize;
+use kvring_engine::cache;
 use kvring_engine::config::{ConfigError, EngineConfig, Overrides};
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::{Engine, StartError, StopHandle};
@@ -192,7 +193,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     let stop = StopOnSignal::install(args.stop_with_parent.is_some())?;
     let engine = Engine::create(&config).map_err(|error| match error {
         StartError::Config(error) => config_error(error),
-        StartError::Cache(error) => wrong(error),
+        StartError::Cache(error) if !matches!(error, cache::ConfigError::Memory(_)) => wrong(error),
         error => error.into(),
     });
     let engine = engine.with_context(|| format!("cannot start engine `{}`", config.name))?;
