@@ -99,18 +99,21 @@ fn what_has_no_core_is_not_ended() {
     assert!(took > 4.0, "it had the core, and this tests nothing: {took} s");
 }
 
-/// The command lives to report it, and its other children are let be.
+/// The command lives to report it. Its other children are let be: one that works, and one that waits for a lock of that one.
 #[test]
 fn of_several_tests_the_one_that_hangs_is_ended() {
     let program = "
-import subprocess, sys
-tests = ['import time; time.sleep(1000)', 'while __import__(\"time\").process_time() < 6: pass']
+import os, subprocess, sys, tempfile
+path = tempfile.mktemp()
+lock = f'import fcntl, time; file = open({path!r}, \"w\"); fcntl.flock(file, fcntl.LOCK_EX)'
+tests = ['import time; time.sleep(1000)', f'{lock}\\nwhile time.process_time() < 6: pass', lock]
 running = [subprocess.Popen([sys.executable, '-c', test]) for test in tests]
 print([test.wait() for test in running])
+os.unlink(path)
 ";
     let output = watched(&["--each", "--still", "3"], program);
     is_ended(&output, "stood still", "time.sleep(1000)");
-    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "[-6, 0]");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "[-6, 0, 0]");
 }
 
 #[test]
