@@ -76,13 +76,11 @@ def is_private(change: Any) -> bool:
     return ours != others
 
 
-def rope(**parameters: Any) -> Any:
+def rope(folder: Path, **parameters: Any) -> Any:
     """A model with another rotary embedding."""
-
-    def change(config: Any) -> None:
-        config.model_config.hf_config.rope_parameters = {"rope_theta": 10000.0, **parameters}
-
-    return change
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": parameters}))
+    return at(folder)
 
 
 def both(*changes: Any) -> Any:
@@ -302,20 +300,44 @@ def test_a_model_from_a_hub_is_its_files_in_the_cache(model, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_where_positions_turn_the_same_at_any_length_the_longest_context_is_not_in_it(kind) -> None:
-    change = rope(rope_type=kind, factor=2.0)
+def test_where_positions_turn_the_same_at_any_length_the_longest_context_is_not_in_it(model, kind) -> None:
+    change = rope(model, rope_type=kind, factor=2.0)
     assert named(change) == named(both(change, longer)) == named(both(change, fitted))
+
+    def built(config: Any) -> None:
+        config.model_config.hf_config.rope_parameters = {"rope_type": "what a model has made of it while it was built"}
+
+    assert named(both(change, built), worker=True) == named(change)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "some_new_one"])
-def test_where_all_positions_turn_by_the_longest_context_it_is_in_it(kind) -> None:
+def test_where_all_positions_turn_by_the_longest_context_it_is_in_it(model, kind) -> None:
     """Phi-3's long rope takes its short or its long factors, for all positions, by this one."""
-    change = rope(rope_type=kind, factor=2.0)
+    change = rope(model, type=kind, factor=2.0)
     assert named(change) != named(both(change, longer))
     # What vLLM finds itself it has found when the model was built, before it looked at the memory.
     assert named(both(change, fitted)) == named(both(change, fitted, lambda c: setattr(c.model_config, "max_model_len", 64)))
-    nested = rope(full_attention={"rope_type": kind}, sliding_attention={"rope_type": "default"})
+    nested = rope(model, full_attention={"rope_type": kind}, sliding_attention={"rope_type": "default"})
     assert named(nested) != named(both(nested, longer))
+
+
+@pytest.mark.parametrize("what", ["phi3", "theirs", "overridden", "nothing"])
+def test_where_the_rotary_embedding_is_not_told_for_certain_the_longest_context_is_in_it(model, what) -> None:
+    def change(config: Any) -> None:
+        at(model)(config)
+        if what == "phi3":
+            config.model_config.hf_config.model_type = "phi3"
+        elif what == "theirs":
+            theirs = type(
+                "TheirConfig", (type(config.model_config.hf_config),), {"__module__": "transformers_modules.org.config"}
+            )
+            config.model_config.hf_config.__class__ = theirs
+        elif what == "overridden":
+            config.model_config.hf_overrides = {"text_config": {"rope_parameters": {"rope_type": "longrope"}}}
+
+    if what == "nothing":
+        (model / "config.json").unlink()
+    assert named(change) == named(change) != named(both(change, longer))
 
 
 def test_llama_4_tunes_its_temperature_by_the_longest_context(model) -> None:

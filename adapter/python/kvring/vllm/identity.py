@@ -103,15 +103,27 @@ def length(model: ModelConfig) -> str | None:
     """The longest context that the model was built for, where what it computes at *every* position depends on it; else `None`.
     One that vLLM finds itself (`--max-model-len auto`, or nothing) follows from the configuration when the model is built;
     what it makes of it later, by the memory that there is, changes nothing."""
-    try:
-        kinds = {*_ropes(model.hf_config.to_dict()), *_ropes(model.hf_text_config.to_dict())}
-    except Exception:
-        # Code from elsewhere: it may depend on it.
-        kinds = {"unknown"}
-    if kinds <= _SAME_AT_ANY_LENGTH and not is_llama4(model):
+    if _is_same_at_any_length(model):
         return None
     given = getattr(model, "original_max_model_len", model.max_model_len)
     return "derived" if given in (None, -1) else str(given)
+
+
+def _is_same_at_any_length(model: ModelConfig) -> bool:
+    """By what its configuration says as it lies there: in memory, models write into it while they are built."""
+    if callable(model.hf_overrides) or is_llama4(model) or model.hf_config.model_type.startswith("phi"):
+        # Phi's own name for a long rope is another one's.
+        return False
+    if type(model.hf_config).__module__.startswith("transformers_modules"):
+        # A configuration of somebody else's code: it may mean anything.
+        return False
+    try:
+        folder = _folder(model.hf_config_path or model.model, getattr(model, "_hf_config_revision", None) or model.revision)
+        files = [file for name in ("config.json", "params.json") if (file := folder / name).is_file()]
+        said = [model.hf_overrides, *(json.loads(file.read_bytes()) for file in files)]
+    except (_Unknown, OSError, ValueError):
+        return False
+    return bool(files) and all(kind in _SAME_AT_ANY_LENGTH for one in said for kind in _ropes(one))
 
 
 def adapter(folder: Path) -> str:
@@ -131,14 +143,11 @@ def _ropes(config: Any, *, inside: bool = False) -> Iterator[str]:
     """The kinds of rotary embedding that a configuration names, at any depth."""
     if not isinstance(config, dict):
         return
-    if inside:
-        kind = config.get("rope_type", config.get("type"))
-        if kind is not None:
-            yield str(kind)
-        if config.get("use_fope"):
-            yield "fope"
+    kind = config.get("rope_type", config.get("type")) if inside else None
+    if kind is not None:
+        yield str(kind)
     for name, value in config.items():
-        yield from _ropes(value, inside=inside or str(name).startswith("rope_"))
+        yield from _ropes(value, inside=inside or name.startswith("rope_"))
 
 
 def is_llama4(model: ModelConfig) -> bool:
