@@ -1,6 +1,8 @@
 """The package around the adapters: the stub, the engine's process, logs, and the end of the interpreter."""
 
 import ast
+import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import os
@@ -72,6 +74,27 @@ def test_versions_and_names():
     assert set(kvring.__all__) <= set(dir(kvring))
     assert kvring.KvringError.__module__ == "kvring"
     assert "Usage" in subprocess.check_output([kvring.binary_path(), "--help"], text=True)
+
+
+def test_vllm_is_told_of_its_plugin():
+    (plugin,) = importlib.metadata.entry_points(group="vllm.general_plugins", name="kvring")
+    assert plugin.value == "kvring.plugin:register" and importlib.util.find_spec(plugin.module) is not None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "parse"),
+    [("--arena", "1..5GiB", kvring.byte_size), ("--arena", "8 G iB", kvring.byte_size), ("--name", "n" * 65, kvring.engine_name)],
+)
+def test_what_serve_refuses_python_refuses_in_the_same_words(option, value, parse):
+    with pytest.raises(kvring.ConfigError) as ours:
+        parse(value)
+    served = subprocess.run([kvring.binary_path(), "serve", option, value], capture_output=True, text=True)
+    assert served.returncode != 0 and str(ours.value) in served.stderr
+
+
+def test_what_serve_takes_python_takes():
+    assert (kvring.byte_size("1.5GiB"), kvring.byte_size("8G"), kvring.byte_size("4096")) == (3 << 29, 8 << 30, 4096)
+    assert kvring.engine_name("n" * 64) == "n" * 64
 
 
 def test_an_engine_starts_and_stops_and_says_why_not():
