@@ -302,6 +302,22 @@ fn a_search_in_vain_is_made_once_for_a_message() {
     assert!(spent_for_many < spent_for_one + 500 * 8, "{spent_for_one} for one, {spent_for_many} for 500");
 }
 
+/// The same where it is records that are wanting: every chunk is being written.
+#[test]
+fn a_search_for_a_record_in_vain_is_made_once_for_a_message() {
+    let mut cache = cache_of(CacheConfig { chunks_max: 16, ..config(4) }, &[4096]);
+    (0..63).for_each(|namespace| register(&mut cache, namespace, &[4096]));
+    reserve(&mut cache, 0, round(1), &chain(1, 16));
+    let mut spent = |keys: u64| {
+        let before = cache.work();
+        let answers = reserve(&mut cache, 0, round(1), &chain(1 + keys, keys));
+        assert_eq!(answers, vec![Reservation::NoSpace; keys as usize]);
+        cache.work() - before
+    };
+    let (one, many) = (spent(1), spent(500));
+    assert!(many < one + 500 * 8, "{one} for one, {many} for 500");
+}
+
 fn reserve_one_quietly(cache: &mut Cache<VecTable>, place: u64) -> (u32, u64) {
     let mut slot = None;
     let keys = [key(1, place)];

@@ -196,13 +196,13 @@ impl<T: SlotTable> Cache<T> {
             }
             match self.coldest(namespaces, None) {
                 Coldest::Chunk(_, id) => self.evict(id),
-                Coldest::None => return Record::None,
-                Coldest::Refused(refused) if !self.goes_on(namespaces, refused, search) => {
-                    return Record::None;
-                }
                 // Those it looked at are behind the others now.
-                Coldest::Refused(_) if self.is_spent() => return Record::Later,
-                Coldest::Refused(_) => {}
+                Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => {
+                    if self.is_spent() {
+                        return Record::Later;
+                    }
+                }
+                Coldest::Refused(_) | Coldest::None => search.in_vain = true,
             }
         }
     }
