@@ -32,7 +32,7 @@ def test_the_name_is_known_wherever_vllm_loads_its_plugins(monkeypatch: pytest.M
         load_plugins_by_group("vllm.general_plugins")["kvring"]()
     assert KVConnectorFactory.get_connector_class_by_name("KvringConnector") is KvringConnector
     stats = MultiConnector.build_kv_connector_stats({"KvringConnector": {"lookups": 1}})
-    assert stats is not None and stats.reduce() == {"KvringConnector": {"lookups": 1}}
+    assert stats is not None and stats.data["KvringConnector"].data == {"lookups": 1}
 
 
 def layout(config: VllmConfig, monkeypatch: pytest.MonkeyPatch, transfer: dict[str, Any]) -> str | None:
