@@ -46,7 +46,9 @@ def test_log_probabilities_of_a_prompt(scene, zygote, llama):
                 assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < TOLERANCE, pass_
             assert answer["cached"] == 0
         scene.settle(vllm)
-    found_all(PROMPTS, vllm.generate(PROMPTS, max_tokens=4))
+    answers = vllm.generate(PROMPTS, max_tokens=4)
+    found_all(PROMPTS, answers)
+    assert_same(answers, expected, "from what was computed for them")
 
 
 def test_structured_output(scene, zygote):

@@ -81,26 +81,38 @@ std::shared_ptr<Event> event_of(State &fake, CUevent handle) {
     return entry == fake.events.end() ? nullptr : entry->second;
 }
 
-// How long the threads of this process were ready and had no core, all of them together.
-uint64_t refused_us() {
-    uint64_t sum = 0;
+// How long each thread of this process was ready and had no core, in microseconds.
+std::map<std::string, uint64_t> refused() {
+    std::map<std::string, uint64_t> threads;
     for (auto &task : std::filesystem::directory_iterator("/proc/self/task")) {
         uint64_t ran = 0, refused = 0;
-        if (std::ifstream(task.path() / "schedstat") >> ran >> refused) sum += refused / 1000;
+        if (std::ifstream(task.path() / "schedstat") >> ran >> refused) threads[task.path()] = refused / 1000;
     }
-    return sum;
+    return threads;
+}
+
+// The same since then, of the thread that fared worst.
+uint64_t refused_since(const std::map<std::string, uint64_t> &then) {
+    uint64_t most = 0;
+    for (auto &[thread, now] : refused()) {
+        auto before = then.find(thread);
+        if (before != then.end()) most = std::max(most, now - before->second);
+    }
+    return most;
 }
 
 }  // namespace
 
 void sleep_us(uint64_t microseconds) {
-    // What is to happen during a long sleep of a test's does happen, however busy the machine is.
+    // A long sleep lasts longer by what a thread had no core for: what a test has happen meanwhile happens on a busy machine too.
     bool is_long = microseconds >= 10000;
-    uint64_t began = now() / 1000, before = is_long ? refused_us() : 0, left = microseconds;
+    auto then = is_long ? refused() : std::map<std::string, uint64_t>();
+    uint64_t began = now() / 1000, left = microseconds;
     while (left) {
         timespec time{time_t(left / 1000000), long(left % 1000000) * 1000};
         nanosleep(&time, nullptr);
-        uint64_t until = began + microseconds + (is_long ? std::max(refused_us(), before) - before : 0);
+        uint64_t longer = is_long ? std::min(refused_since(then), 10 * microseconds) : 0;
+        uint64_t until = began + microseconds + longer;
         left = until - std::min(until, now() / 1000);
     }
 }
