@@ -468,6 +468,27 @@ fn a_full_header_segment_is_no_space_and_not_a_fault() {
 }
 
 #[test]
+fn a_message_asks_once_for_memory_that_is_not_there() {
+    let mut cache = cache(2, &[SLAB_BYTES / 2]);
+    cache.table_mut().out_of_space = true;
+    assert_eq!(reserve(&mut cache, 0, round(1), &chain(1, 500)), [Reservation::NoSpace; 500]);
+    // For a span of free slabs, and for one that would be taken from another size.
+    assert!(cache.table().ensures <= 2, "{}", cache.table().ensures);
+}
+
+#[test]
+fn no_chunk_goes_for_slots_whose_headers_have_no_memory() {
+    let mut cache = cache(4, &[SLAB_BYTES / 8]);
+    register(&mut cache, 1, &[SLAB_BYTES]);
+    store(&mut cache, 1, &chain(1, 32));
+    cache.table_mut().out_of_space = true;
+    assert_eq!(reserve_in(&mut cache, 1, 0, round(1), &chain(9, 8)), [Reservation::NoSpace; 8]);
+    assert_eq!(cache.stats().chunks_visible, 32);
+    cache.table_mut().out_of_space = false;
+    assert!(matches!(reserve_in(&mut cache, 1, 0, round(1), &[key(9, 0)])[0], Reservation::Write { .. }));
+}
+
+#[test]
 fn the_self_check_goes_on_step_by_step_and_notices_a_stray_count() {
     let mut cache = cache(2, &[4096, 8192]);
     for rank in 0..2 {

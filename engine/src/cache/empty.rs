@@ -42,6 +42,11 @@ impl<T: SlotTable> Cache<T> {
         let window =
             window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
         let Some((start, len)) = window else { return false };
+        // Nothing is emptied for slots whose headers would have no memory.
+        if !self.slabs.ensure(class, start, len, &mut self.table) {
+            search.slabs = u32::MAX;
+            return false;
+        }
         self.slabs.close(start..start + len);
         self.emptying = Some(Emptying { slab: start, slot: 0, drops: false });
         self.go_on_emptying();

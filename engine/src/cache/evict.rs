@@ -61,7 +61,7 @@ impl<T: SlotTable> Cache<T> {
     /// A free slot of the class, for which room is made if need be: at least one step of that, whatever is allowed.
     pub(super) fn take_slot(&mut self, class: u16, search: &mut Search) -> Room {
         let mut may_go_on = true;
-        while self.slabs.class(class).free == 0 && !self.assign(class) {
+        while self.slabs.class(class).free == 0 && (search.in_vain || !self.assign(class)) {
             if search.in_vain {
                 return Room::None;
             }

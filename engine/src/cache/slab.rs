@@ -319,8 +319,7 @@ impl Slabs {
         let Class { ideal, least, .. } = self.classes[class as usize];
         let Some(run) = self.pool.find(least, ideal) else { return false };
         let (head, len) = (run.start, run.end - run.start);
-        let slots = self.slots_in(class, len);
-        if !table.ensure(self.first_slot(head), slots) {
+        if !self.ensure(class, head, len, table) {
             return false;
         }
         table.span_made(head, len, self.classes[class as usize].bytes);
@@ -332,6 +331,11 @@ impl Slabs {
     pub(super) fn has_run(&self, class: u16) -> bool {
         let Class { ideal, least, .. } = self.classes[class as usize];
         self.pool.find(least, ideal).is_some()
+    }
+
+    /// Is there memory for the headers of a span of this class there?
+    pub(super) fn ensure<T: SlotTable>(&self, class: u16, head: u32, len: u32, table: &mut T) -> bool {
+        table.ensure(self.first_slot(head), self.slots_in(class, len))
     }
 
     fn slots_in(&self, class: u16, len: u32) -> u32 {

@@ -36,6 +36,8 @@ pub(crate) struct VecTable {
     pub(crate) spans: Vec<(u32, u32, u64)>,
     /// `ensure` answers false.
     pub(crate) out_of_space: bool,
+    /// How often it was asked.
+    pub(crate) ensures: u32,
 }
 
 impl VecTable {
@@ -48,6 +50,7 @@ impl VecTable {
             touches: Vec::with_capacity(1 << 16),
             spans: Vec::with_capacity(slots),
             out_of_space: false,
+            ensures: 0,
         }
     }
 
@@ -126,6 +129,7 @@ impl SlotTable for VecTable {
     }
 
     fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool {
+        self.ensures += 1;
         if self.out_of_space {
             return false;
         }
