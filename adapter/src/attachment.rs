@@ -41,6 +41,11 @@ pub enum AttachError {
     /// Its segments are there, but their owner is dead.
     #[error("the kvring engine named {0} has died; start it again with `kvring serve --name {0}`")]
     Dead(String),
+    /// The same, but it was asked to stop (`kvring serve --keep`).
+    #[error(
+        "the engine named {0} was stopped, and has kept what it held; start it again with `kvring serve --name {0}`"
+    )]
+    Stopped(String),
     /// It is not ready yet.
     #[error("the kvring engine is starting, and takes over what it held before (incarnation {0})")]
     Recovering(u32),
@@ -108,7 +113,7 @@ impl AttachError {
     pub fn health(&self) -> Health {
         match self {
             AttachError::NoEngine(_) => Health::Absent,
-            AttachError::Dead(_) => Health::Dead,
+            AttachError::Dead(_) | AttachError::Stopped(_) => Health::Dead,
             AttachError::Recovering(_) => Health::Recovering,
             AttachError::Unhealthy(_) => Health::Unhealthy,
             AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
@@ -197,10 +202,26 @@ impl EngineView {
         matches!(locks.life(&self.segment.life_words, OWNER_WORD), Life::Alive { .. })
     }
 
+    /// How an engine that has ended came to its end; `None`: it lives. `name`: its own.
+    #[must_use]
+    pub fn end(&self, name: &segment::EngineName) -> Option<AttachError> {
+        let name = name.to_string();
+        if self.owner_lives() {
+            None
+        } else if self.segment.superblock().is_retired() {
+            // It has ended cleanly, or been removed, since we opened it by name.
+            Some(AttachError::NoEngine(name))
+        } else if self.segment.info().stopped.load(Ordering::Relaxed) != 0 {
+            Some(AttachError::Stopped(name))
+        } else {
+            Some(AttachError::Dead(name))
+        }
+    }
+
     /// The incarnation of an engine that serves; why it does not, else. `name`: its own.
     pub fn serving(&self, name: &segment::EngineName) -> Result<u32, AttachError> {
-        if !self.owner_lives() {
-            return Err(AttachError::Dead(name.to_string()));
+        if let Some(end) = self.end(name) {
+            return Err(end);
         }
         let incarnation = self.segment.epoch().incarnation();
         if self.segment.info().unhealthy.load(Ordering::Relaxed) != 0 {
@@ -336,6 +357,7 @@ impl AttachError {
     pub(crate) fn ends_claim(&self) -> bool {
         match self {
             AttachError::Dead(_)
+            | AttachError::Stopped(_)
             // What it holds is not believed, but can be loaded: each load is checked. Its successor starts cold.
             | AttachError::Unhealthy(_)
             | AttachError::Recovering(_)

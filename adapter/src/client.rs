@@ -452,7 +452,7 @@ impl Client {
     pub fn diagnose(&self) -> Option<AttachError> {
         match crate::attachment::EngineView::open(&self.shared.checked.name) {
             Err(error) => Some(error),
-            Ok(view) if !view.owner_lives() => Some(AttachError::Dead(self.shared.checked.name.to_string())),
+            Ok(view) if !view.owner_lives() => view.end(&self.shared.checked.name),
             Ok(_) => None,
         }
     }

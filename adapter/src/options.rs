@@ -1,6 +1,6 @@
 //! What a client can be told, and what it assumes when it is not.
 
-use kvring_shm_abi::channel::{PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MIN};
+use kvring_shm_abi::channel::{PAYLOAD_BYTES_USUAL, PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MIN};
 use kvring_shm_abi::segment::{BadName, EngineName};
 use std::time::{Duration, Instant};
 
@@ -58,7 +58,7 @@ impl Default for ClientOptions {
             spin: None,
             backoff_min: Duration::from_millis(5),
             backoff_max: Duration::from_millis(500),
-            payload_bytes: 4 << 20,
+            payload_bytes: PAYLOAD_BYTES_USUAL,
         }
     }
 }

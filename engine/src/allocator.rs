@@ -2,9 +2,12 @@
 //! own, in order, while clients are already being served.
 //!
 //! Slabs are finished in order, so what has been handed over is one number, and "is there news?" is one relaxed load.
-//! A full `/dev/shm` is no failure: what is there is served, `status` shows the rest as missing, and the thread goes
+//! Before each piece it looks whether there is room for it beside what is kept for others (`preflight`): what was free when the
+//! engine started may be somebody else's by now, and the kernel would kill a neighbour for ours.
+//! No room is no failure: what is there is served, `status` shows the rest as missing, and the thread goes
 //! on trying. After a restart that is the normal case: clients that still map the old arena let go of it soon.
 
+use crate::preflight::{self, NoRoom, Room};
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::park;
 use kvring_shm_abi::segment::{SegmentError, SegmentFile};
@@ -21,12 +24,23 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The thread's niceness: a reservation that waits for a slab is cheaper than a service thread that waits for a core.
 const NICE: i32 = 10;
 
+/// Why a piece was not allocated.
+#[derive(Debug, thiserror::Error)]
+pub enum PieceError {
+    /// There is no room for it, beside what is kept for others.
+    #[error(transparent)]
+    NoRoom(#[from] NoRoom),
+    /// The system refused it.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+}
+
 /// Why the allocator could not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum AllocatorError {
     /// The first slab.
     #[error("the arena's first slab: {0}")]
-    FirstSlab(SegmentError),
+    FirstSlab(PieceError),
     /// Its thread.
     #[error("the allocator's thread: {0}")]
     Thread(std::io::Error),
@@ -124,7 +138,10 @@ impl Allocator {
     ) -> Result<Allocator, AllocatorError> {
         let allocate = {
             let arena = arena.clone();
-            move |offset, bytes| arena.allocate(offset, bytes)
+            move |offset, bytes| {
+                preflight::check_piece(bytes, &Room::now())?;
+                Ok(arena.allocate(offset, bytes)?)
+            }
         };
         let populate = move |offset, bytes| arena.populate(offset, bytes);
         Allocator::start_with(geometry, lobby, ready, allocate, populate)
@@ -135,7 +152,7 @@ impl Allocator {
         geometry: Geometry,
         lobby: Lobby,
         ready: u32,
-        allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
+        allocate: impl Fn(u64, u64) -> Result<(), PieceError> + Send + 'static,
         populate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
     ) -> Result<Allocator, AllocatorError> {
         let mut at = 0;
@@ -225,7 +242,7 @@ struct Worker<F, P> {
 
 impl<F, P> Worker<F, P>
 where
-    F: Fn(u64, u64) -> Result<(), SegmentError>,
+    F: Fn(u64, u64) -> Result<(), PieceError>,
     P: Fn(u64, u64) -> Result<(), SegmentError>,
 {
     fn run(self) {
@@ -271,11 +288,11 @@ where
                     // Half of the time for the others: zeroing pages takes memory bandwidth from whoever copies.
                     self.rest(began.elapsed());
                 }
-                Err(error @ SegmentError::NoSpace { .. }) => {
+                Err(error @ (PieceError::NoRoom(_) | PieceError::Segment(SegmentError::NoSpace { .. }))) => {
                     self.waits(&error);
                     self.rest(RETRY);
                 }
-                Err(error) => {
+                Err(PieceError::Segment(error)) => {
                     tracing::error!(%error, "the rest of the arena is not allocated");
                     self.shared.set(State::Failed(error.to_string()));
                     return false;
@@ -307,7 +324,7 @@ where
     }
 
     /// Told once for each time that it begins.
-    fn waits(&self, error: &SegmentError) {
+    fn waits(&self, error: &PieceError) {
         if !self.shared.stalled.load(Ordering::Relaxed) {
             let slabs = self.shared.ready.load(Ordering::Relaxed);
             tracing::warn!(%error, slabs, "serving goes on with the slabs that are there; trying again every second");
@@ -355,13 +372,13 @@ mod tests {
     fn started(
         geometry: Geometry,
         lobby: Lobby,
-        allocate: impl Fn(u64, u64) -> Result<(), SegmentError> + Send + 'static,
+        allocate: impl Fn(u64, u64) -> Result<(), PieceError> + Send + 'static,
     ) -> Result<Allocator, AllocatorError> {
         Allocator::start_with(geometry, lobby, 0, allocate, |_, _| Ok(()))
     }
 
-    fn no_space() -> SegmentError {
-        SegmentError::NoSpace { name: "arena".to_owned(), bytes: 1, available: 0 }
+    fn no_space() -> PieceError {
+        SegmentError::NoSpace { name: "arena".to_owned(), bytes: 1, available: 0 }.into()
     }
 
     fn wait_for(what: impl Fn() -> bool) {
@@ -422,7 +439,7 @@ mod tests {
         .unwrap();
         let progress = allocator.progress();
         wait_for(|| allocator.is_stalled());
-        assert!(matches!(progress.state(), State::Waiting(text) if text.contains("no room")));
+        assert!(matches!(progress.state(), State::Waiting(text) if text.contains("expected room")));
         assert_eq!((allocator.take(), allocator.take(), allocator.take()), (Some(0), Some(1), None));
         give.send(()).unwrap();
         wait_for(|| progress.is_over());
@@ -442,13 +459,16 @@ mod tests {
 
     #[test]
     fn other_errors_end_it_and_no_first_slab_is_an_error() {
-        let os = || SegmentError::Os {
-            name: "arena".to_owned(),
-            what: "fallocate",
-            errno: nix::errno::Errno::EOPNOTSUPP,
+        let os = || {
+            let (name, errno) = ("arena".to_owned(), nix::errno::Errno::EOPNOTSUPP);
+            PieceError::Segment(SegmentError::Os { name, what: "fallocate", errno })
         };
         let refused = started(geometry(2), lobby(), move |_, _| Err(no_space()));
-        assert!(matches!(refused, Err(AllocatorError::FirstSlab(SegmentError::NoSpace { .. }))));
+        let error = refused.err().unwrap();
+        assert!(matches!(
+            error,
+            AllocatorError::FirstSlab(PieceError::Segment(SegmentError::NoSpace { .. }))
+        ));
         let allocator =
             started(geometry(2), lobby(), move |offset, _| if offset == 0 { Ok(()) } else { Err(os()) })
                 .unwrap();

@@ -46,6 +46,9 @@ pub struct EngineConfig {
     /// How long, after a restart, nothing is evicted while clients of the earlier engine have not come back yet, in
     /// milliseconds.
     pub reattach_grace_ms: u32,
+    /// Take over what an earlier engine of this name left, whatever the size of its arena: `arena` and `slab` are for a start that
+    /// finds nothing. It does so as well where neither is given.
+    pub any_arena: bool,
     /// Keep nothing of what an earlier engine of this name left.
     pub cold: bool,
     /// Leave everything to the next engine of this name at a clean end, too.
@@ -71,6 +74,7 @@ impl Default for EngineConfig {
             max_chunks: None,
             start_wait_ms: 5000,
             reattach_grace_ms: 5000,
+            any_arena: false,
             cold: false,
             keep: false,
             core_dumps: false,
@@ -96,6 +100,7 @@ pub struct Overrides {
     pub max_chunks: Option<u32>,
     pub start_wait_ms: Option<u32>,
     pub reattach_grace_ms: Option<u32>,
+    pub any_arena: Option<bool>,
     pub cold: Option<bool>,
     pub keep: Option<bool>,
     pub core_dumps: Option<bool>,
@@ -184,6 +189,7 @@ impl EngineConfig {
             max_chunks,
             start_wait_ms,
             reattach_grace_ms,
+            any_arena,
             cold,
             keep,
             core_dumps,
@@ -202,6 +208,7 @@ impl EngineConfig {
             max_chunks: max_chunks.or(self.max_chunks),
             start_wait_ms: start_wait_ms.unwrap_or(self.start_wait_ms),
             reattach_grace_ms: reattach_grace_ms.unwrap_or(self.reattach_grace_ms),
+            any_arena: any_arena.unwrap_or(self.any_arena),
             cold: cold.unwrap_or(self.cold),
             keep: keep.unwrap_or(self.keep),
             core_dumps: core_dumps.unwrap_or(self.core_dumps),
@@ -282,10 +289,10 @@ impl EngineConfig {
         let whole = arena.checked_div(slab).map_or(arena, |slabs| slabs * slab);
         let geometry = Geometry::new(whole, slab)?;
         if by_default && whole < SMALL_ARENA {
-            let (limit, left) = room.tightest();
+            let left = room.tightest();
             tracing::warn!(
-                arena = %ByteSize(whole), left = %ByteSize(left).human(), %limit,
-                "the default arena is small: half of what is left; {}", room.help(&limit, None)
+                arena = %ByteSize(whole), "the default arena is small, half of what is left: {left}; {}",
+                room.help(&left.limit, None)
             );
         }
         Ok(geometry)
@@ -294,7 +301,7 @@ impl EngineConfig {
 
 /// Half of the room that is left: engines share a node with vLLM's own processes.
 fn default_arena(room: &Room) -> u64 {
-    (room.tightest().1 / 2).min(ARENA_BYTES_MAX)
+    (room.tightest().usable() / 2).min(ARENA_BYTES_MAX)
 }
 
 fn default_slab(arena: u64) -> u64 {

@@ -6,12 +6,12 @@ use crate::config::{self, EngineConfig};
 use crate::preflight::Room;
 use crate::process;
 use crate::recovery::{self, Inherited, NotRecoverable};
-use crate::segments::{ColdStart, Segments, Setup, SetupError, Start};
+use crate::segments::{self, ColdStart, Segments, Setup, SetupError, Start};
 use crate::service::{Pace, Parts, Registry, Service, SharedSlots, StopHandle};
 use crate::tier::{LowerTier, NoLowerTier};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::KEYS_MAX;
-use kvring_shm_abi::superblock::random_u64;
+use kvring_shm_abi::superblock::{Geometry, random_u64};
 use kvring_shm_abi::sync::Ordering;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -88,11 +88,13 @@ impl Engine {
             process::disable_core_dumps();
         }
         let name = config.engine_name().map_err(config::ConfigError::from)?;
+        let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
+        let seed = [random()?, random()?];
         let geometry = config.geometry(&Room::for_engine(&name))?;
         let mut setup = Setup {
             name: &name,
             geometry,
-            any_geometry: config.arena.is_none() && config.slab.is_none(),
+            any_geometry: config.any_arena || (config.arena.is_none() && config.slab.is_none()),
             beat_interval_us: config.beat_interval_ms.saturating_mul(1000),
             policy: config.policy.name(),
             wait: config.start_wait(),
@@ -100,7 +102,7 @@ impl Engine {
         };
         let mut tier = tier;
         loop {
-            match Engine::open(config, &setup, tier)? {
+            match Engine::open(config, seed, &setup, tier)? {
                 Opened::Engine(engine) => return Ok(*engine),
                 Opened::NotRecoverable(why, unused) => {
                     tracing::error!(name = %name, %why, "nothing of the earlier engine's can be kept");
@@ -111,13 +113,19 @@ impl Engine {
         }
     }
 
+    /// In this order: the name is claimed, and whatever the start can be refused for is looked at; then what a predecessor left
+    /// is taken over, or swept.
     fn open(
         config: &EngineConfig,
+        seed: [u64; 2],
         setup: &Setup<'_>,
         tier: Box<dyn LowerTier>,
     ) -> Result<Opened, StartError> {
-        let segments = Segments::open(setup)?;
-        let made = Furniture::new(config, &segments);
+        let claim = segments::Claim::new(setup)?;
+        let limits = limits(config, seed, &claim.geometry());
+        limits.check()?;
+        let segments = claim.take()?;
+        let made = Furniture::new(config, limits, &segments);
         let Furniture { mut cache, mut allocator, pace } = match made {
             Ok(furniture) => furniture,
             Err(error) => {
@@ -176,8 +184,10 @@ impl Engine {
     /// sleepers are woken, and the names are gone; or, with `keep`, everything is left for a successor.
     pub fn run(self, ready: impl FnOnce()) {
         let segments = self.service.run(ready);
-        if self.keep && !segments.is_retired() {
+        if self.keep && !segments.is_retired() && segments.lost_name().is_none() {
             tracing::info!(name = %segments.name(), "stopped; what it held is kept for the next engine of this name");
+            // Before our life words are given up: who sees those sees that this is no death.
+            segments.engine.info().stopped.store(1, Ordering::Relaxed);
             return segments.leave();
         }
         match segments.retire_and_unlink() {
@@ -200,8 +210,23 @@ struct Furniture {
     pace: Pace,
 }
 
+/// The cache's limits for an arena.
+fn limits(config: &EngineConfig, seed: [u64; 2], geometry: &Geometry) -> CacheConfig {
+    let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
+    limits.seed = seed;
+    limits.policy = config.policy;
+    limits.leases_max = config.max_leases;
+    limits.pins_max = config.max_pins;
+    limits.keys_max = KEYS_MAX as u32;
+    limits.client_bytes_max = config.client_bytes_max(geometry);
+    if let Some(chunks) = config.max_chunks {
+        limits.chunks_max = chunks;
+    }
+    limits
+}
+
 impl Furniture {
-    fn new(config: &EngineConfig, segments: &Segments) -> Result<Furniture, StartError> {
+    fn new(config: &EngineConfig, limits: CacheConfig, segments: &Segments) -> Result<Furniture, StartError> {
         let geometry = segments.geometry();
         let ready = match segments.start() {
             Start::Warm => segments.engine.info().slabs_allocated.load(Ordering::Relaxed),
@@ -209,17 +234,6 @@ impl Furniture {
         };
         let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone(), ready)?;
         failpoint::here("allocator started");
-        let random = || random_u64().map_err(|error| StartError::System { what: "randomness", error });
-        let mut limits = CacheConfig::new(geometry.slab_bytes, geometry.slab_count() as u32);
-        limits.seed = [random()?, random()?];
-        limits.policy = config.policy;
-        limits.leases_max = config.max_leases;
-        limits.pins_max = config.max_pins;
-        limits.keys_max = KEYS_MAX as u32;
-        limits.client_bytes_max = config.client_bytes_max(&geometry);
-        if let Some(chunks) = config.max_chunks {
-            limits.chunks_max = chunks;
-        }
         let slots = SharedSlots::new(segments);
         let cache = Cache::new(limits, slots)?;
         let pace = Pace {

@@ -1,9 +1,11 @@
-//! Does the arena fit? Asked before anything is allocated, so that "no" comes with the numbers and the option that
-//! helps, instead of a full `/dev/shm` or the out-of-memory killer half-way.
+//! Does the arena fit? Asked before anything is swept or allocated, so that "no" comes with the numbers and the option that
+//! helps, instead of a full `/dev/shm` or the out-of-memory killer half-way; and asked again before each piece that is
+//! allocated later, because others take memory meanwhile.
 
 use crate::byte_size::ByteSize;
 use crate::cgroup::{self, CgroupRoom};
 use crate::segments::sweep;
+use kvring_shm_abi::channel::CHANNEL_BYTES_USUAL;
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::lobby::LOBBY_BYTES;
 use kvring_shm_abi::segment::{EngineName, SHM_DIR};
@@ -17,6 +19,31 @@ const DOCKER_DEFAULT: u64 = 64 << 20;
 /// For the estimate of the slot table, which is allocated as slabs get their class: shards are rarely smaller.
 const USUAL_SHARD_MIN: u64 = 64 << 10;
 
+/// Clients whose channels an engine's room includes: they are made in `/dev/shm` as well, after the arena. The smallest vLLM (a
+/// scheduler and a worker), one that comes back, and `kvring clear`.
+const CLIENTS: u64 = 4;
+const CHANNEL: u64 = CHANNEL_BYTES_USUAL as u64;
+
+/// Of the machine's memory and of a control group's, one part in this many is kept free for others, within limits: an engine
+/// that allocates up to the brim makes the kernel kill whoever asks next.
+const KEPT_PARTS: u64 = 32;
+const KEPT_MIN: u64 = 32 << 20;
+const KEPT_MAX: u64 = 1 << 30;
+
+/// Of so much memory.
+fn kept(total: u64) -> u64 {
+    (total / KEPT_PARTS).clamp(KEPT_MIN, KEPT_MAX)
+}
+
+/// The machine's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// All of it, in bytes (`MemTotal`).
+    pub total: u64,
+    /// Bytes that it can give without swapping (`MemAvailable`).
+    pub available: u64,
+}
+
 /// What is left for a new engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Room {
@@ -24,8 +51,8 @@ pub struct Room {
     pub shm_total: u64,
     /// Bytes of `/dev/shm` that are free.
     pub shm_free: u64,
-    /// Bytes that the machine can give without swapping (`MemAvailable`); `None` where it does not say.
-    pub memory: Option<u64>,
+    /// The machine's memory; `None` where it does not say.
+    pub memory: Option<Memory>,
     /// What the control groups leave; `None`: no limit.
     pub cgroup: Option<CgroupRoom>,
     /// Bytes of segments that a start under this name would remove first: they count as free everywhere.
@@ -53,26 +80,51 @@ impl core::fmt::Display for Limit {
     }
 }
 
-/// An arena that cannot fit.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "expected room for {} ({} of arena, the rest tables), {limit} has {} left; {help}",
-    needed.human(), arena.human(), available.human()
-)]
-pub struct NoRoom {
-    /// Arena and tables.
-    pub needed: ByteSize,
-    /// The arena alone.
-    pub arena: ByteSize,
-    /// What is left.
-    pub available: ByteSize,
-    /// Of what.
+/// The limit that leaves least.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tightest {
+    /// Which one it is.
     pub limit: Limit,
+    /// Bytes that it leaves.
+    pub free: u64,
+    /// Bytes of them that are not for us.
+    pub kept: u64,
+}
+
+impl Tightest {
+    /// Bytes that an engine may take.
+    #[must_use]
+    pub fn usable(&self) -> u64 {
+        self.free.saturating_sub(self.kept)
+    }
+}
+
+impl core::fmt::Display for Tightest {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Tightest { limit, free, kept } = self;
+        write!(f, "{limit} has {} left", ByteSize(*free).human())?;
+        if *kept > 0 {
+            write!(f, " (of which {} are kept for others)", ByteSize(*kept).human())?;
+        }
+        Ok(())
+    }
+}
+
+/// Something that does not fit.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expected room for {} ({what}), {left}; {help}", needed.human())]
+pub struct NoRoom {
+    /// Bytes that are needed.
+    pub needed: ByteSize,
+    /// What for.
+    pub what: String,
+    /// What there is.
+    pub left: Tightest,
     /// What to do.
     pub help: String,
 }
 
-/// Bytes that an engine of this geometry will allocate: the arena, and an estimate of its tables.
+/// Bytes that an engine of this geometry and its clients will allocate: the arena, an estimate of its tables, channels.
 #[must_use]
 pub fn needed(geometry: &Geometry) -> u64 {
     let slot_table = geometry.arena_bytes / USUAL_SHARD_MIN * SLOT_HEADER_BYTES as u64;
@@ -81,6 +133,11 @@ pub fn needed(geometry: &Geometry) -> u64 {
 
 /// The part of it that does not grow with the arena, or hardly.
 fn fixed(geometry: &Geometry) -> u64 {
+    tables(geometry) + CLIENTS * CHANNEL
+}
+
+/// What a start allocates before the first slab.
+fn tables(geometry: &Geometry) -> u64 {
     Places::of(geometry).slots_at + LOBBY_BYTES as u64 + crate::segments::ARENA_TRAILER
 }
 
@@ -89,18 +146,27 @@ fn fixed(geometry: &Geometry) -> u64 {
 /// # Errors
 /// [`NoRoom`], with the tightest limit.
 pub fn check(geometry: &Geometry, room: &Room) -> Result<(), NoRoom> {
-    let needed = needed(geometry);
-    let (limit, available) = room.tightest();
-    if needed <= available {
-        return Ok(());
-    }
-    Err(NoRoom {
-        needed: ByteSize(needed),
-        arena: ByteSize(geometry.arena_bytes),
-        available: ByteSize(available),
-        help: room.help(&limit, Some(geometry)),
-        limit,
-    })
+    let arena = ByteSize(geometry.arena_bytes).human();
+    let what = || format!("{arena} of arena, the rest tables and the channels of clients");
+    room.spares(needed(geometry), what, |left| room.help(&left.limit, Some(geometry)))
+}
+
+/// Is there room for what a start allocates before it serves? Asked where [`check`] has said yes, after a sweep.
+///
+/// # Errors
+/// [`NoRoom`], with the tightest limit.
+pub fn check_first(geometry: &Geometry, room: &Room) -> Result<(), NoRoom> {
+    let what = || "tables and the first slab".to_owned();
+    room.spares(tables(geometry) + geometry.slab_bytes, what, |left| room.help(&left.limit, None))
+}
+
+/// May so many more bytes of an arena be allocated now? Then there is still room for one more client's channel.
+///
+/// # Errors
+/// [`NoRoom`], with the tightest limit.
+pub fn check_piece(bytes: u64, room: &Room) -> Result<(), NoRoom> {
+    let what = || "more of the arena, and one more client's channel".to_owned();
+    room.spares(bytes + CHANNEL, what, |left| room.help(&left.limit, None))
 }
 
 impl Room {
@@ -119,20 +185,35 @@ impl Room {
         // A tmpfs without a size limit (size=0) says 0 blocks in all: then only memory limits it.
         let (shm_total, shm_free) = if shm.0 == 0 { (u64::MAX, u64::MAX) } else { shm };
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-        Room { shm_total, shm_free, memory: mem_available(&meminfo), cgroup: cgroup::room(), stale: 0 }
+        Room { shm_total, shm_free, memory: memory(&meminfo), cgroup: cgroup::room(), stale: 0 }
     }
 
-    /// The limit that leaves least, and how much that is, in bytes.
+    /// The limit that leaves us least.
     #[must_use]
-    pub fn tightest(&self) -> (Limit, u64) {
-        let mut tightest = (Limit::Shm, self.shm_free);
-        if let Some(free) = self.memory.filter(|free| *free < tightest.1) {
-            tightest = (Limit::Memory, free);
+    pub fn tightest(&self) -> Tightest {
+        let left = |limit, free: u64, kept| Tightest { limit, free: free.saturating_add(self.stale), kept };
+        let memory = self.memory.map(|memory| left(Limit::Memory, memory.available, kept(memory.total)));
+        let group = self.cgroup.as_ref();
+        let group = group.map(|group| left(Limit::Cgroup(group.path.clone()), group.free, kept(group.limit)));
+        let shm = left(Limit::Shm, self.shm_free, 0);
+        [memory, group]
+            .into_iter()
+            .flatten()
+            .fold(shm, |tightest, other| if other.usable() < tightest.usable() { other } else { tightest })
+    }
+
+    /// Is there room for so many bytes, beside what is kept for others?
+    fn spares(
+        &self,
+        needed: u64,
+        what: impl FnOnce() -> String,
+        help: impl FnOnce(&Tightest) -> String,
+    ) -> Result<(), NoRoom> {
+        let left = self.tightest();
+        if needed <= left.usable() {
+            return Ok(());
         }
-        if let Some(group) = self.cgroup.as_ref().filter(|group| group.free < tightest.1) {
-            tightest = (Limit::Cgroup(group.path.clone()), group.free);
-        }
-        (tightest.0, tightest.1.saturating_add(self.stale))
+        Err(NoRoom { needed: ByteSize(needed), what: what(), help: help(&left), left })
     }
 
     /// What to do about a limit; for a geometry that did not fit it names sizes that would.
@@ -163,7 +244,7 @@ impl Room {
         let Some(geometry) = wanted else { return enlarge };
         // A smaller arena has smaller tables: the room is divided as the wanted arena would divide it.
         let fixed = fixed(geometry);
-        let left = u128::from(self.tightest().1.saturating_sub(fixed));
+        let left = u128::from(self.tightest().usable().saturating_sub(fixed));
         let fits = left * u128::from(geometry.arena_bytes) / u128::from(needed(geometry) - fixed).max(1);
         let fits = ((fits >> 20) << 20) as u64;
         if fits == 0 {
@@ -173,9 +254,12 @@ impl Room {
     }
 }
 
-fn mem_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+fn memory(meminfo: &str) -> Option<Memory> {
+    let bytes = |key: &str| {
+        let line = meminfo.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+    };
+    Some(Memory { total: bytes("MemTotal:")?, available: bytes("MemAvailable:")? })
 }
 
 #[cfg(test)]
@@ -185,7 +269,8 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn room() -> Room {
-        Room { shm_total: 10 * GIB, shm_free: 10 * GIB, memory: Some(20 * GIB), cgroup: None, stale: 0 }
+        let memory = Some(Memory { total: 24 * GIB, available: 20 * GIB });
+        Room { shm_total: 10 * GIB, shm_free: 10 * GIB, memory, cgroup: None, stale: 0 }
     }
 
     fn geometry(arena: u64) -> Geometry {
@@ -195,20 +280,49 @@ mod tests {
     #[test]
     fn the_tightest_limit_counts() {
         assert_eq!(check(&geometry(9 * GIB), &room()), Ok(()));
-        let tight_memory = Room { memory: Some(GIB), ..room() };
-        assert_eq!(check(&geometry(2 * GIB), &tight_memory).unwrap_err().limit, Limit::Memory);
+        let memory = Some(Memory { total: 24 * GIB, available: GIB });
+        let tight_memory = Room { memory, ..room() };
+        assert_eq!(check(&geometry(2 * GIB), &tight_memory).unwrap_err().left.limit, Limit::Memory);
         let group = CgroupRoom { path: "/cg".into(), limit: GIB, free: GIB / 2 };
         let limited = Room { cgroup: Some(group), ..room() };
         let error = check(&geometry(2 * GIB), &limited).unwrap_err();
-        assert!(error.to_string().contains("the control group /cg has 512MiB left"), "{error}");
+        let said = "the control group /cg has 512MiB left (of which 32MiB are kept for others)";
+        assert!(error.to_string().contains(said), "{error}");
         assert!(error.to_string().contains("--memory"), "{error}");
+    }
+
+    #[test]
+    fn what_is_kept_for_others_is_in_the_budget_and_in_each_later_look() {
+        let group = |free| CgroupRoom { path: "/cg".into(), limit: GIB, free };
+        let limited = |free| Room { cgroup: Some(group(free)), ..room() };
+        let arena = geometry(512 << 20);
+        let exactly = needed(&arena) + (32 << 20);
+        assert_eq!(check(&arena, &limited(exactly)), Ok(()));
+        assert!(check(&arena, &limited(exactly - 1)).is_err());
+        let piece = 4 << 20;
+        assert_eq!(check_piece(piece, &limited((32 << 20) + CHANNEL + piece)), Ok(()));
+        let error = check_piece(piece, &limited((32 << 20) + CHANNEL + piece - 1)).unwrap_err();
+        assert!(error.to_string().contains("the control group /cg has 40"), "{error}");
+        assert_eq!([kept(GIB), kept(100 << 20), kept(1 << 41)], [32 << 20, 32 << 20, GIB]);
+    }
+
+    #[test]
+    fn the_channels_of_some_clients_are_in_the_budget_and_in_what_is_advised() {
+        let shm = 64 << 20;
+        let docker = Room { shm_total: shm, shm_free: shm, ..room() };
+        let error = check(&geometry(63 << 20), &docker).unwrap_err();
+        let advised: ByteSize = error.help.rsplit(' ').next().unwrap().parse().unwrap();
+        assert_eq!(check(&geometry(advised.0), &docker), Ok(()));
+        let left = shm - advised.0 - tables(&geometry(advised.0));
+        assert!(left >= CLIENTS * CHANNEL, "{advised} leaves {left} bytes");
+        assert!(advised.0 > 40 << 20, "{advised}");
     }
 
     #[test]
     fn dockers_default_says_what_helps() {
         let docker = Room { shm_total: 64 << 20, shm_free: 60 << 20, ..room() };
         let error = check(&geometry(8 * GIB), &docker).unwrap_err().to_string();
-        for part in ["8GiB of arena", "/dev/shm has 60MiB left", "docker's default", "--shm-size=82"] {
+        for part in ["8GiB of arena", "/dev/shm has 60MiB left", "docker's default", "--shm-size=8"] {
             assert!(error.contains(part), "{part}: {error}");
         }
         // What is advised fits.
@@ -227,8 +341,9 @@ mod tests {
     fn this_machine_can_be_measured() {
         let now = Room::now();
         assert!(now.shm_free > 0 && now.memory.is_some());
-        assert_eq!(mem_available("MemFree: 3 kB\nMemAvailable:   21 kB\n"), Some(21 * 1024));
-        assert_eq!(mem_available("MemFree: 3 kB\n"), None);
+        let read = memory("MemTotal: 30 kB\nMemFree: 3 kB\nMemAvailable:   21 kB\n");
+        assert_eq!(read, Some(Memory { total: 30 * 1024, available: 21 * 1024 }));
+        assert_eq!(memory("MemTotal: 30 kB\nMemFree: 3 kB\n"), None);
     }
 
     #[test]

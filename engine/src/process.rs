@@ -1,6 +1,11 @@
 //! What the engine asks of its own process.
 
+use nix::libc;
+use nix::sched::CpuSet;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::Pid;
+use std::io;
 use std::time::Duration;
 
 /// Switches off core dumps of this process; where that is refused, a warning says so.
@@ -31,9 +36,108 @@ fn spin_time_on(configured: Duration, cpus: usize) -> Duration {
     if cpus <= 1 { Duration::ZERO } else { configured }
 }
 
+/// Makes this process the node's rather than its starter's: what it has inherited, and would keep for ever, is undone. One that
+/// a vLLM's worker starts would else run on that worker's one CPU, and have the whole arena on its memory node. Call it before
+/// there is any other thread. What cannot be undone is answered, with what stands in the way.
+///
+/// | inherited | then |
+/// | --- | --- |
+/// | CPUs (`taskset`, `numactl`) | all that the cpuset allows |
+/// | scheduling class, niceness | the usual one, 0 (below one's own niceness takes a privilege or `ulimit -e`) |
+/// | memory policy (`numactl`) | interleaved over the nodes that the cpuset allows |
+/// | blocked signals | none |
+/// | working directory | `/`, so that no file system is kept busy |
+///
+/// Limits (`ulimit`), the OOM score, control groups, namespaces and seccomp filters stay as they are: leaving them takes privileges.
+#[must_use]
+pub fn belong_to_the_node() -> Vec<(&'static str, io::Error)> {
+    let undone: [(&str, io::Result<()>); 6] = [
+        ("CPU affinity", all_cpus()),
+        ("scheduling class", usual_class()),
+        ("niceness", rustix::process::setpriority_process(None, 0).map_err(io::Error::from)),
+        ("memory policy", interleaved()),
+        ("blocked signals", SigSet::all().thread_unblock().map_err(io::Error::from)),
+        ("working directory", std::env::set_current_dir("/")),
+    ];
+    undone.into_iter().filter_map(|(what, done)| done.err().map(|error| (what, error))).collect()
+}
+
+fn all_cpus() -> io::Result<()> {
+    let mut cpus = CpuSet::new();
+    // The kernel takes those that exist and that the cpuset allows.
+    for cpu in 0..CpuSet::count() {
+        cpus.set(cpu)?;
+    }
+    Ok(nix::sched::sched_setaffinity(Pid::from_raw(0), &cpus)?)
+}
+
+fn usual_class() -> io::Result<()> {
+    let priority = libc::sched_param { sched_priority: 0 };
+    // SAFETY: reads one structure, which lives until it returns.
+    let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const priority) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Nodes that the kernel can be told of at once: more than it can be built for.
+const NODES_MAX: usize = 1024;
+
+fn interleaved() -> io::Result<()> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let nodes = listed(field(&status, "Mems_allowed_list").unwrap_or_default());
+    let mut mask = [0 as libc::c_ulong; NODES_MAX / libc::c_ulong::BITS as usize];
+    for node in nodes.iter().filter(|node| **node < NODES_MAX) {
+        mask[node / libc::c_ulong::BITS as usize] |= 1 << (node % libc::c_ulong::BITS as usize);
+    }
+    let (mode, mask, most) = match nodes.len() {
+        // One node, or a kernel that knows of none.
+        0 | 1 => (libc::MPOL_DEFAULT, std::ptr::null(), 0),
+        _ => (libc::MPOL_INTERLEAVE, mask.as_ptr(), NODES_MAX),
+    };
+    // SAFETY: reads `most` bits from `mask`, which lives until it returns.
+    let done = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, most) };
+    match io::Error::last_os_error() {
+        _ if done == 0 => Ok(()),
+        // Without NUMA there is no policy to be undone.
+        error if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
+        error => Err(error),
+    }
+}
+
+/// The numbers of a list such as `0-2,5`.
+fn listed(text: &str) -> Vec<usize> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        Some(first.parse::<usize>().ok()?..=last.parse().ok()?)
+    };
+    text.split(',').filter_map(range).flatten().collect()
+}
+
+/// A field of `/proc/self/status`.
+fn field<'a>(status: &'a str, key: &str) -> Option<&'a str> {
+    let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    Some(value.trim())
+}
+
+/// Does this process ignore this signal, as `nohup` has it from its start?
+#[must_use]
+pub fn ignores(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = field(&status, "SigIgn").and_then(|mask| u64::from_str_radix(mask, 16).ok());
+    ignored.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lists_of_the_kernels_are_read() {
+        assert_eq!(listed("0-2,5"), [0, 1, 2, 5]);
+        assert_eq!(listed("7"), [7]);
+        assert_eq!(listed(""), Vec::<usize>::new());
+        assert_eq!(field("Name:\tx\nSigIgn:\t0000000000000001\n", "SigIgn"), Some("0000000000000001"));
+        assert!(!ignores(Signal::SIGTERM));
+    }
 
     #[test]
     fn one_cpu_never_spins() {

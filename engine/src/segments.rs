@@ -8,6 +8,10 @@
 //! of all: so whoever holds the lock on the current engine file may do with the other segments what it likes, and a
 //! death at any line leaves something that the next start recognises as half-made and sweeps (`sweep`).
 //!
+//! **Refuse first.** A start claims the name ([`Claim`]) and looks at everything that it could be refused for, before it
+//! changes anything: names that are not ours, an arena that does not fit beside what a sweep gives back, and, in
+//! `engine`, limits. So whoever misspells `--arena` still has the cache that the dead engine left.
+//!
 //! **Warm or cold.** What a dead predecessor left is taken over as it is, if it is whole, of this build, boot and
 //! geometry, and its recovery has not failed twice: the same inodes, which living clients still map. In this order: the
 //! owner word, the odd incarnation, the clients' words; so a client that sees its word alive again sees another
@@ -17,15 +21,21 @@
 
 #[cfg(test)]
 mod deaths;
+mod error;
+mod slot_memory;
+#[cfg(test)]
+mod strangers;
 pub(crate) mod sweep;
 mod takeover;
 #[cfg(test)]
 mod tests;
 
+pub use error::SetupError;
+pub use slot_memory::SlotMemory;
 pub use sweep::{Removed, remove};
 pub use takeover::ColdStart;
 
-use crate::preflight::{self, NoRoom, Room};
+use crate::preflight::{self, Room};
 use crate::stats;
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{
@@ -33,104 +43,23 @@ use kvring_shm_abi::engine_segment::{
 };
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline};
-use kvring_shm_abi::life::ClaimError;
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
 use kvring_shm_abi::probe::{self, DeathNotice, Means, Waiting};
-use kvring_shm_abi::segment::{self, Access, EngineName, SegmentError, SegmentFile, SegmentLock};
-use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
-use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Mismatch, Superblock, boot_id, random_u64};
+use kvring_shm_abi::segment::{self, Access, EngineName, SegmentFile, SegmentLock};
+use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Superblock, boot_id, random_u64};
 use kvring_shm_abi::sync::Ordering;
-use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use sweep::Sweep;
 use takeover::{Claimed, Inherited};
 
 /// Bytes behind the arena: the page with its superblock.
 pub const ARENA_TRAILER: u64 = 4096;
 
-const PAGE: u64 = 4096;
-
-/// How long a start waits for the clients of its predecessor to let go of the old arena, where the new one has no
-/// room beside it. They are woken, and let go as soon as their copies have ended.
+/// How long a start waits for the clients of the predecessor that it has swept to let go of the old arena, where there is no
+/// room to begin beside it. They are woken, and let go as soon as their copies have ended.
 const LET_GO: Duration = Duration::from_secs(3);
-
-/// Why segments could not be made or removed.
-#[derive(Debug, thiserror::Error)]
-pub enum SetupError {
-    /// An engine of that name lives.
-    #[error(
-        "an engine named {name} runs already (pid {pid}); stop it, use another --name, \
-         or take its segments away with `kvring remove --name {name} --force`"
-    )]
-    AlreadyRunning {
-        /// The engine's name.
-        name: EngineName,
-        /// Its process, in its own PID namespace.
-        pid: u32,
-    },
-    /// Another process holds the lock, and its segment is not complete.
-    #[error(
-        "another engine named {name} is starting or being removed: waited {waited_ms} ms for it; try again"
-    )]
-    Starting {
-        /// The engine's name.
-        name: EngineName,
-        /// How long it was waited for.
-        waited_ms: u64,
-    },
-    /// The engine is dead, but what is left of its process still holds the lock.
-    #[error(
-        "the engine named {name} (pid {pid}) is dead, but still exiting: waited {waited_ms} ms for it; try again"
-    )]
-    Exiting {
-        /// The engine's name.
-        name: EngineName,
-        /// Its process, in its own PID namespace.
-        pid: u32,
-        /// How long it was waited for.
-        waited_ms: u64,
-    },
-    /// The lock is held by an engine whose segment this build cannot read.
-    #[error("an engine named {name} of another build runs: {mismatch}; stop it, or use another --name")]
-    OtherBuild {
-        /// The engine's name.
-        name: EngineName,
-        /// In what it differs.
-        mismatch: Mismatch,
-    },
-    /// Somebody removed the segments while they were being made.
-    #[error(
-        "the segments of {name} were removed while they were being made (`kvring remove --force`?); try again"
-    )]
-    Removed {
-        /// The engine's name.
-        name: EngineName,
-    },
-    /// The arena does not fit.
-    #[error(transparent)]
-    NoRoom(#[from] NoRoom),
-    /// A segment.
-    #[error(transparent)]
-    Segment(#[from] SegmentError),
-    /// A segment is too short for what belongs into it.
-    #[error(transparent)]
-    Bounds(#[from] OutOfBounds),
-    /// A life word of a fresh segment was taken.
-    #[error(transparent)]
-    Claim(#[from] ClaimError),
-    /// No random numbers.
-    #[error("no random numbers for the arena's id: {0}")]
-    Random(std::io::Error),
-    /// A name could not be removed.
-    #[error("segment {name}: unlink: {errno}; remove it by hand")]
-    Unlink {
-        /// The segment.
-        name: String,
-        /// Why.
-        errno: Errno,
-    },
-}
 
 /// What an engine is to be.
 #[derive(Clone, Debug)]
@@ -184,27 +113,70 @@ pub struct Segments {
     _lock: SegmentLock,
 }
 
-impl Segments {
-    /// Takes over what a dead predecessor left, or makes new segments after sweeping it. The incarnation is odd until
-    /// the service loop begins to serve. Call it on the service thread.
+/// The name is claimed: nobody else starts or removes an engine of this name meanwhile. Nothing has been changed yet, and
+/// dropping it changes nothing.
+pub struct Claim<'a> {
+    setup: &'a Setup<'a>,
+    claimed: Claimed,
+}
+
+impl<'a> Claim<'a> {
+    /// Claims the name.
     ///
     /// # Errors
     /// An engine of that name lives or starts; the arena does not fit; a segment of that name is not ours.
-    pub fn open(setup: &Setup<'_>) -> Result<Segments, SetupError> {
-        let (unfinished, why) = match takeover::claim_name(setup)? {
-            Claimed::Warm(inherited) => return Segments::take_over(setup, *inherited),
-            Claimed::Cold { unfinished, why } => (unfinished, why),
-        };
-        failpoint::here("claimed");
-        let room = || preflight::check(&setup.geometry, &Room::now());
-        let deadline = Deadline::after(if why.is_some() { LET_GO } else { Duration::ZERO });
-        while let Err(no_room) = room() {
-            if deadline.passed() {
-                return Err(no_room.into());
-            }
-            std::thread::sleep(Duration::from_millis(20));
+    pub fn new(setup: &'a Setup<'a>) -> Result<Claim<'a>, SetupError> {
+        Ok(Claim { setup, claimed: takeover::claim_name(setup, false)? })
+    }
+
+    /// The arena's geometry: the wanted one, or that of the predecessor's that is taken over.
+    #[must_use]
+    pub fn geometry(&self) -> Geometry {
+        match &self.claimed {
+            Claimed::Warm(inherited) => inherited.identity.geometry,
+            Claimed::Fresh(_) | Claimed::Stale(_) => self.setup.geometry,
         }
-        Segments::build(setup, unfinished, why)
+    }
+
+    /// Takes over what a dead predecessor left, or sweeps it and makes new segments. The incarnation is odd until the
+    /// service loop begins to serve. Call it on the service thread.
+    ///
+    /// # Errors
+    /// Somebody else was faster with a name that we had just swept, or there is no memory to begin with after all.
+    pub fn take(self) -> Result<Segments, SetupError> {
+        let Claim { setup, mut claimed } = self;
+        // The first reason is the one that says something: later rounds only meet other starters' traces.
+        let mut swept = None;
+        loop {
+            claimed = match claimed {
+                Claimed::Warm(inherited) => return Segments::take_over(setup, *inherited),
+                Claimed::Fresh(unfinished) => return Segments::build(setup, unfinished, swept),
+                Claimed::Stale(stale) => {
+                    let why = stale.sweep(setup.name)?;
+                    swept.get_or_insert(why);
+                    takeover::claim_name(setup, true)?
+                }
+            };
+        }
+    }
+}
+
+/// What the clients of a swept predecessor still map is free as soon as they let go: waits for as much as a start needs before it
+/// serves. The rest is the allocator's, which waits as long as it takes.
+fn wait_for_room(geometry: &Geometry) {
+    let deadline = Deadline::after(LET_GO);
+    while preflight::check_first(geometry, &Room::now()).is_err() && !deadline.passed() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Segments {
+    /// [`Claim::new`] and [`Claim::take`].
+    ///
+    /// # Errors
+    /// Those of both.
+    pub fn open(setup: &Setup<'_>) -> Result<Segments, SetupError> {
+        Claim::new(setup)?.take()
     }
 
     fn take_over(setup: &Setup<'_>, inherited: Inherited) -> Result<Segments, SetupError> {
@@ -252,10 +224,15 @@ impl Segments {
 
     fn build(
         setup: &Setup<'_>,
-        unfinished: takeover::Unfinished,
+        mut unfinished: takeover::Unfinished,
         why: Option<ColdStart>,
     ) -> Result<Segments, SetupError> {
         let (name, geometry) = (setup.name, setup.geometry);
+        unfinished.begin()?;
+        failpoint::here("claimed");
+        if why.is_some() {
+            wait_for_room(&geometry);
+        }
         let places = Places::of(&geometry);
         let file = unfinished.file();
         // Allocated before it gets its length: no peer ever maps a page of it that is not there.
@@ -350,11 +327,7 @@ impl Segments {
     /// What gives slot headers their memory, for the cache's slot table.
     #[must_use]
     pub fn slot_memory(&self) -> SlotMemory {
-        SlotMemory {
-            file: self.engine_file.clone(),
-            slots_at: Places::of(&self.geometry).slots_at,
-            slots: self.geometry.slot_count() as u64,
-        }
+        SlotMemory::new(self.engine_file.clone(), &self.geometry)
     }
 
     /// Marks the dead among the clients whose deaths a file lock tells: their words say so from here on, as if the
@@ -377,6 +350,14 @@ impl Segments {
         self.engine.superblock().is_retired()
     }
 
+    /// A name of ours that leads to our segment no more, if there is one: somebody has removed it, or put another file in its
+    /// place. Then the engine must end as well, although nobody has told it: three system calls, so not in each turn.
+    #[must_use]
+    pub fn lost_name(&self) -> Option<&str> {
+        let files = [&self.engine_file, &self.lobby_file, &self.arena];
+        files.into_iter().find(|file| !file.is_current()).map(|file| file.name())
+    }
+
     /// A clean end that leaves everything for a successor, as a death does. The memory stays taken until that comes, or
     /// `kvring remove`.
     pub fn leave(self) {
@@ -384,61 +365,37 @@ impl Segments {
         futex::wake_all(self.engine.epoch().incarnation_word());
     }
 
-    /// A clean end: everything is retired, unlinked, and every sleeper woken. Nothing stays in `/dev/shm`.
+    /// A clean end: everything is retired, unlinked, and every sleeper woken. Nothing of ours stays in `/dev/shm`.
     ///
     /// # Errors
     /// A name could not be removed; everything else has been done all the same.
     pub fn retire_and_unlink(self) -> Result<Removed, SetupError> {
-        // Retired by somebody else: then the names are that somebody's to remove, and may lead to a successor's
-        // segments by now. (A process that is stopped between this look and the last unlink, for as long as a forced
-        // removal and a new start take, would unlink the successor's names. Nothing short of that does.)
+        // Retired by somebody else, or the engine's name leads elsewhere: then the names may be a successor's by now, and only
+        // those that lead to our own files are ours to remove. (A process that is stopped between such a look and the unlink, for
+        // as long as a forced removal and a new start take, would unlink the successor's names. Nothing short of that does.)
         let ours = !self.is_retired() && self.engine_file.is_current();
-        let removed = if ours {
-            sweep::retire_engine(&self.engine);
-            failpoint::here("retired");
-            sweep::satellites(&self.name).and_then(|mut removed| {
-                failpoint::here("satellites gone");
-                removed.unlink(&self.name.engine_segment())?;
-                Ok(removed)
-            })
+        sweep::retire_engine(&self.engine);
+        let lobby = self.lobby.superblock().map(Superblock::retire).map_err(SetupError::from);
+        for retired in [lobby, sweep::retire_arena(&self.arena)] {
+            if let Err(error) = retired {
+                tracing::debug!(%error, "not retired");
+            }
+        }
+        failpoint::here("retired");
+        let mut sweep = Sweep::default();
+        if ours {
+            sweep.satellites(&self.name);
+            failpoint::here("satellites gone");
+            sweep.unlink(self.engine_file.name());
         } else {
-            Ok(Removed::default())
-        };
+            for file in [&self.lobby_file, &*self.arena].into_iter().filter(|file| file.is_current()) {
+                sweep.unlink(file.name());
+            }
+        }
         failpoint::here("unlinked");
         drop(self.claims);
         futex::wake_all(self.engine.epoch().incarnation_word());
-        removed
-    }
-}
-
-/// Gives slot headers their memory: the slot table is sparse until slabs get their class.
-pub struct SlotMemory {
-    file: Arc<SegmentFile>,
-    slots_at: u64,
-    slots: u64,
-}
-
-impl SlotMemory {
-    /// Makes sure that the headers of `count` slots from `first` on are backed by memory. Repeatable.
-    ///
-    /// # Errors
-    /// No room, or no such slots.
-    pub fn ensure(&self, first: u32, count: u32) -> Result<(), SegmentError> {
-        let (first, end) = (u64::from(first), u64::from(first) + u64::from(count));
-        if end > self.slots {
-            return Err(SegmentError::TooShort {
-                name: self.file.name().to_owned(),
-                expected: self.slots_at + end * SLOT_HEADER_BYTES as u64,
-                found: self.slots_at + self.slots * SLOT_HEADER_BYTES as u64,
-            });
-        }
-        if count == 0 {
-            return Ok(());
-        }
-        let bytes = SLOT_HEADER_BYTES as u64;
-        let start = (self.slots_at + first * bytes) / PAGE * PAGE;
-        let stop = (self.slots_at + end * bytes).next_multiple_of(PAGE);
-        self.file.allocate(start, stop - start)
+        sweep.end()
     }
 }
 
@@ -477,6 +434,7 @@ fn describe(engine: &EngineSegment, setup: &Setup<'_>, death_notice: DeathNotice
     }
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     info.pid.store(std::process::id(), Ordering::Relaxed);
+    info.stopped.store(0, Ordering::Relaxed);
     info.beat_interval_us.store(setup.beat_interval_us, Ordering::Relaxed);
     info.started_unix_ns.store(u64::try_from(since_epoch.as_nanos()).unwrap_or(0), Ordering::Relaxed);
     store_text(&info.policy, setup.policy.as_bytes());

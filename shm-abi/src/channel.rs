@@ -41,6 +41,11 @@ abi! {
     }
 }
 
+/// The usual payload area, in bytes.
+pub const PAYLOAD_BYTES_USUAL: usize = 4 << 20;
+/// Bytes of a channel with that.
+pub const CHANNEL_BYTES_USUAL: usize = PAYLOAD_AT + PAYLOAD_BYTES_USUAL;
+
 // SAFETY: atomics and padding.
 unsafe impl Shared for Header {}
 const _: () = assert!(HEADER_AT + size_of::<Header>() <= SUBMISSIONS_AT);

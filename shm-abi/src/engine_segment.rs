@@ -70,7 +70,10 @@ abi! {
         pub recoveries: AtomicU32,
         /// What it uses in place of what its kernel lacks: [`Means::to_bits`](crate::probe::Means::to_bits).
         pub stand_ins: AtomicU32,
-        _pad: Pad<16>,
+        /// 1: it has ended because it was asked to, and left everything for a successor. Else an end that leaves something is a
+        /// death.
+        pub stopped: AtomicU32,
+        _pad: Pad<12>,
     }
 
     /// A counter or gauge of the engine's: one word, stored plainly by the service thread.

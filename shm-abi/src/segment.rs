@@ -11,10 +11,18 @@ use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags};
 use nix::sys::stat::Mode;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 
 /// Where POSIX shared memory lives on Linux.
 pub const SHM_DIR: &str = "/dev/shm";
+
+/// Where a segment's file lies.
+#[must_use]
+pub fn path(name: &str) -> PathBuf {
+    Path::new(SHM_DIR).join(name.trim_start_matches('/'))
+}
 
 /// The longest engine name, in bytes.
 pub const NAME_MAX: usize = 64;
@@ -340,10 +348,15 @@ impl SegmentFile {
         Ok(unsafe { Mapping::from_mmap(base.cast(), len.get(), writable) })
     }
 
-    /// Is this still the file that the name leads to? False when it was unlinked or replaced.
+    /// Is this still the file that the name leads to? False when it was unlinked or replaced, and for no other reason: a file
+    /// whose mode somebody has changed, or a name that cannot be looked at, is not another file.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        SegmentFile::open(&self.name, Access::ReadOnly).is_ok_and(|other| other.same_file(self))
+        let ours = nix::sys::stat::fstat(&self.fd).map(|stat| (stat.st_dev, stat.st_ino));
+        match std::fs::symlink_metadata(path(&self.name)) {
+            Ok(named) => ours.is_ok_and(|ours| ours == (named.dev(), named.ino())),
+            Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+        }
     }
 
     /// Opens the same segment once more: another open file, so that locks on it are its own.
@@ -505,6 +518,19 @@ mod tests {
         unlink(&name);
         assert!(!other.is_current());
         assert!(matches!(SegmentFile::open(&name, Access::ReadOnly), Err(SegmentError::NotFound(_))));
+    }
+
+    #[test]
+    fn a_name_leads_to_another_file_only_if_it_was_removed_or_replaced() {
+        let name = name("current");
+        let file = SegmentFile::create(&name, 4096).unwrap();
+        nix::sys::stat::fchmod(&file.fd, Mode::from_bits_truncate(0o640)).unwrap();
+        assert!(file.is_current(), "another mode is not another file");
+        unlink(&name);
+        assert!(!file.is_current());
+        let other = SegmentFile::create(&name, 4096).unwrap();
+        assert!(!file.is_current() && other.is_current());
+        unlink(&name);
     }
 
     #[test]

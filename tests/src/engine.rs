@@ -121,6 +121,19 @@ impl EngineProcess {
         });
     }
 
+    /// Launches an engine with variables in its environment that its restarts do not have, without waiting until it serves:
+    /// [`EngineProcess::serves`] does.
+    ///
+    /// # Panics
+    /// When there is no process to be had.
+    #[must_use]
+    pub fn launched(overrides: &Value, environment: &[(&str, &str)]) -> EngineProcess {
+        let name = overrides["name"].as_str().expect("a name").to_owned();
+        let child = launch(overrides, &[], environment).expect("an engine process");
+        let (overrides, environment) = (overrides.clone(), Vec::new());
+        EngineProcess { name, overrides, environment, child, stopped: false, sweep: true }
+    }
+
     /// Starts an engine; the error is what it said.
     ///
     /// # Errors

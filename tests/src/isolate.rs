@@ -2,6 +2,7 @@
 //! each runs in a process of its own, which is this test binary again.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const INSIDE: &str = "KVRING_TEST_ISOLATED";
@@ -36,6 +37,69 @@ pub fn isolated_by(name: &str, prefix: &[&str], body: impl FnOnce()) {
     assert!(output.status.success(), "{name}, in its own process: {}\n{text}\n{errors}", output.status);
     // A misspelt name runs nothing, and succeeds.
     assert!(text.contains("1 passed"), "{name} ran no test:\n{text}");
+}
+
+/// A control group of this test's own (version 1 or 2), with a limit.
+pub struct ControlGroup {
+    dir: PathBuf,
+    usage: &'static str,
+}
+
+impl ControlGroup {
+    const VERSIONS: [(&'static str, &'static str, &'static str); 2] = [
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ];
+
+    fn dirs() -> impl Iterator<Item = (PathBuf, &'static str, &'static str)> {
+        // The same for the test's own process and the one that it runs in.
+        let own = |inside: bool| if inside { nix::unistd::getppid() } else { nix::unistd::getpid() };
+        let own = format!("kvring-test-{}", own(std::env::var_os(INSIDE).is_some()));
+        ControlGroup::VERSIONS
+            .map(|(root, limit, usage)| (Path::new(root).join(&own), limit, usage))
+            .into_iter()
+    }
+
+    /// Runs `body` as the only process of a new group with this limit. Where no group can be made that is said, and nothing is
+    /// run.
+    ///
+    /// # Panics
+    /// When it fails there.
+    pub fn limited(name: &str, bytes: u64, body: impl FnOnce(&ControlGroup)) {
+        if !is_root(name) {
+            return;
+        }
+        if std::env::var_os(INSIDE).is_some() {
+            let made = ControlGroup::dirs().find(|(dir, limit, _)| dir.join(limit).exists());
+            let (dir, _, usage) = made.expect("the group that this process was started in");
+            return body(&ControlGroup { dir, usage });
+        }
+        let limited = |(dir, limit, _): &(PathBuf, &str, &str)| {
+            std::fs::create_dir(dir).is_ok() && std::fs::write(dir.join(limit), bytes.to_string()).is_ok()
+        };
+        let remove = || ControlGroup::dirs().for_each(|(dir, ..)| drop(std::fs::remove_dir(dir)));
+        let Some((dir, ..)) = ControlGroup::dirs().find(limited) else {
+            remove();
+            eprintln!("SKIPPED {name}: no control group can be made here");
+            return;
+        };
+        let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", dir.display());
+        let ran = std::panic::catch_unwind(|| isolated_by(name, &["sh", "-c", &enter, "sh"], || ()));
+        remove();
+        if let Err(panic) = ran {
+            std::panic::resume_unwind(panic);
+        }
+    }
+
+    /// What is used of it, in bytes.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    #[must_use]
+    pub fn used(&self) -> u64 {
+        let text = std::fs::read_to_string(self.dir.join(self.usage)).expect("the group's usage");
+        text.trim().parse().expect("a number")
+    }
 }
 
 /// Does this user have the privileges of root? What needs them is skipped elsewhere, and says so.

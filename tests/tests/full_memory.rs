@@ -2,18 +2,20 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Role, Round};
+use kvring_engine::byte_size::ByteSize;
 use kvring_tests::attempts::{Others, fails_cleanly, mends_itself};
 use kvring_tests::engine::{EngineProcess, Sweep, overrides};
 use kvring_tests::isolate::{is_root, isolated_by, segments};
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
-use kvring_tests::proto::{SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::proto::{ClientSpec, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::wait::{LIMIT, eventually};
+use kvring_tests::worker::{WorkerSide, client};
 use std::os::unix::fs::FileExt;
 
-/// Mounts a `/dev/shm` of 24 MiB for one process and its children.
+/// Mounts a `/dev/shm` of 32 MiB for one process and its children.
 const SMALL_SHM: [&str; 6] =
-    ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=24m,mode=1777 tmpfs /dev/shm && exec \"$@\"", "sh"];
+    ["unshare", "-m", "sh", "-c", "mount -t tmpfs -o size=32m,mode=1777 tmpfs /dev/shm && exec \"$@\"", "sh"];
 
 /// Takes all that is left in `/dev/shm`, until it is dropped.
 struct Filler;
@@ -47,7 +49,7 @@ fn a_client_without_room_for_its_channel_says_so_and_an_engine_without_room_too(
         let engine = EngineProcess::start("full", 8);
         let others = Others { lobby: engine.lobby(), count: 0 };
         let filler = Filler::new();
-        let parts = ["refused", "no room in /dev/shm", "4231168 more bytes"];
+        let parts = ["refused", "4231168 more bytes in /dev/shm", "--shm-size"];
         fails_cleanly(&engine, &others, Role::Worker, &parts);
         mends_itself(&engine, Role::Worker, || drop(filler));
         engine.settles(0);
@@ -78,12 +80,41 @@ fn stores_without_room_for_their_headers_are_dropped() {
         assert_eq!(stored, Stored { dropped: 8, ..Stored::default() });
         assert_eq!(scheduler.lookup("r", 0, &chain(1, 8)).chunks, 0);
         drop(filler);
-        assert_eq!(worker.store("r", round(2), None, &chain(1, 8), 0), all_stored(8));
+        // It is asked for again once a second.
+        let mut number = 1;
+        eventually("stores have room again", || {
+            number += 1;
+            worker.store("r", round(number), None, &chain(1, 8), 0) == all_stored(8)
+        });
         // What is there goes on.
         let _filler = Filler::new();
         let found = scheduler.lookup("r", 1, &chain(1, 8));
         assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(8));
         drop((worker, scheduler));
+        engine.settles(0);
+    });
+}
+
+/// What is advised where an arena does not fit has room for clients, too.
+#[test]
+fn an_arena_of_the_advised_size_leaves_room_for_clients() {
+    let name = "an_arena_of_the_advised_size_leaves_room_for_clients";
+    if !is_root(name) {
+        return;
+    }
+    isolated_by(name, &SMALL_SHM, || {
+        let error = EngineProcess::try_start(&overrides("advised", 31)).err().unwrap();
+        let (_, advised) = error.rsplit_once("--arena ").unwrap_or_else(|| panic!("no advice: {error}"));
+        let advised: ByteSize = advised.trim().parse().unwrap();
+        let engine = EngineProcess::start("advised", advised.0 >> 20);
+        assert_eq!(engine.view().identity.geometry.arena_bytes, advised.0);
+        let clients: Vec<_> = [Role::Scheduler, Role::Worker, Role::Worker, Role::Scheduler]
+            .map(|role| client(role, &ClientSpec::new(&engine.name)))
+            .into();
+        for client in &clients {
+            client.wait_ready(LIMIT).unwrap();
+        }
+        drop(clients);
         engine.settles(0);
     });
 }

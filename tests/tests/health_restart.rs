@@ -2,7 +2,7 @@
 //! one that was removed or starts cold is another arena on other inodes, and they let go of the old one.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{Role, Round};
+use kvring_adapter::{AttachError, Role, Round};
 use kvring_shm_abi::segment::EngineName;
 use kvring_tests::engine::{EngineProcess, overrides, unique_name};
 use kvring_tests::held::HeldBackend;
@@ -291,11 +291,16 @@ fn a_kept_engine_hands_over_what_it_held_when_it_is_asked_to_stop() {
     assert_eq!(worker.store("r", round(1), None, &keys, 1), all_stored(8));
     assert_eq!(engine.terminate(), Some(0));
     assert_eq!(segments(&engine.name).len(), 3);
+    // Who watches for deaths can tell it from one.
+    let end = |engine: &EngineProcess| engine.view().end(&EngineName::new(&engine.name).unwrap());
+    assert!(matches!(end(&engine), Some(AttachError::Stopped(_))));
     engine.restart();
     worker.wait_ready(LIMIT).unwrap();
+    assert!(end(&engine).is_none());
     assert_eq!(engine.stat("chunks_recovered"), 8);
     // Unless it is asked to start anew.
     engine.kill();
+    assert!(matches!(end(&engine), Some(AttachError::Dead(_))));
     engine.reconfigure(&json!({ "cold": true }));
     engine.restart();
     worker.wait_ready(LIMIT).unwrap();

@@ -8,13 +8,14 @@ use kvring_engine::segments::SetupError;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::Status;
 use kvring_tests::engine::{EngineProcess, Sweep, overrides, remove_segments, unique_name};
-use kvring_tests::isolate::{is_root, isolated_by, segments};
+use kvring_tests::isolate::{ControlGroup, segments};
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{WorkerSpec, all_stored};
 use kvring_tests::raw::{RawClient, registration};
 use kvring_tests::traffic::Bystander;
 use kvring_tests::worker::WorkerSide;
 use serde_json::json;
+use std::os::unix::fs::MetadataExt;
 
 fn config(name: &str, arena: u64) -> EngineConfig {
     EngineConfig {
@@ -68,40 +69,58 @@ fn an_arena_that_does_not_fit_is_refused_before_anything_is_made() {
 #[test]
 fn an_arena_beyond_the_control_groups_limit_is_refused() {
     let name = "an_arena_beyond_the_control_groups_limit_is_refused";
-    if !is_root(name) {
-        return;
-    }
-    let own = format!("kvring-test-{}", std::process::id());
-    let groups = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
-    let usable = groups.iter().find(|(root, limit)| {
-        let group = format!("{root}/{own}");
-        std::fs::create_dir(&group).is_ok() && std::fs::write(format!("{group}/{limit}"), "200000000").is_ok()
+    ControlGroup::limited(name, 200_000_000, |_| {
+        let name = unique_name("cgroup");
+        let text = refused(config(&name, 512 << 20)).to_string();
+        for part in ["512MiB of arena", "the control group", "kvring-test-", "left", "--memory"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        assert!(segments(&name).is_empty());
+        // One that fits starts in it.
+        let small = kvring_engine::spawn(config(&name, 32 << 20)).unwrap();
+        small.stop_and_join();
+        assert!(segments(&name).is_empty());
     });
-    let remove = || groups.iter().for_each(|(root, _)| drop(std::fs::remove_dir(format!("{root}/{own}"))));
-    let Some((root, _)) = usable else {
-        remove();
-        eprintln!("SKIPPED {name}: no control group can be made here");
-        return;
+}
+
+/// Whatever a start is refused for, it finds out before it destroys: what the dead engine left is still there for the next one.
+/// Each of these would be a cold start, because another arena is asked for.
+#[test]
+fn a_refused_start_leaves_the_warm_cache_as_it_was() {
+    let mut engine = EngineProcess::start("typo", 8);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
+    assert_eq!(stored, all_stored(8));
+    engine.kill();
+    drop(worker);
+    let files = || -> Vec<(String, u64)> {
+        let inode = |file: &String| std::fs::metadata(format!("/dev/shm/{file}")).unwrap().ino();
+        segments(&engine.name).into_iter().map(|file| (file.clone(), inode(&file))).collect()
     };
-    let enter = format!("echo $$ > {root}/{own}/cgroup.procs && exec \"$@\"");
-    let ran = std::panic::catch_unwind(|| {
-        isolated_by(name, &["sh", "-c", &enter, "sh"], || {
-            let name = unique_name("cgroup");
-            let text = refused(config(&name, 512 << 20)).to_string();
-            for part in ["512MiB of arena", "the control group", "kvring-test-", "left", "--memory"] {
-                assert!(text.contains(part), "{part}: {text}");
-            }
-            assert!(segments(&name).is_empty());
-            // One that fits starts in it.
-            let small = kvring_engine::spawn(config(&name, 32 << 20)).unwrap();
-            small.stop_and_join();
-            assert!(segments(&name).is_empty());
-        });
-    });
-    remove();
-    if let Err(panic) = ran {
-        std::panic::resume_unwind(panic);
+    let before = files();
+    assert_eq!(before.len(), 3, "{before:?}");
+    for (change, part) in [
+        (json!({ "arena": "8TiB" }), "8TiB of arena"),
+        (json!({ "arena": "256KiB" }), "at least one slab"),
+        (json!({ "slab": "3MiB" }), "power of two"),
+        (json!({ "max_pins": u32::MAX }), "pins"),
+        (json!({ "max_leases": u32::MAX }), "leases"),
+        (json!({ "max_chunks": u32::MAX }), "chunks"),
+        (json!({ "client_share": 2.0 }), "client_share"),
+        (json!({ "beat_interval_ms": 0 }), "beat_interval_ms"),
+        (json!({ "policy": "fifo" }), "fifo"),
+        (json!({ "arenas": "8MiB" }), "arenas"),
+    ] {
+        let mut overrides = overrides(&engine.name, 16);
+        for (key, value) in change.as_object().unwrap() {
+            overrides[key] = value.clone();
+        }
+        let error = EngineProcess::try_start(&overrides).err().unwrap_or_else(|| panic!("{change}: started"));
+        assert!(error.contains(part), "{change}: {error}");
+        assert_eq!(files(), before, "{change}");
     }
+    engine.restart();
+    assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
 }
 
 #[test]
@@ -167,7 +186,7 @@ fn a_shard_larger_than_the_arena_is_refused_with_both_sizes() {
     spec.shape.blocks_per_chunk = 2;
     spec.shape.blocks = 4;
     let error = WorkerSide::start(&spec).err().unwrap().to_string();
-    assert!(error.contains("3145728 bytes does not fit") && error.contains("up to 2097152"), "{error}");
+    assert!(error.contains("3145728 bytes on each rank") && error.contains("up to 2097152"), "{error}");
     // By hand, to the byte.
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     for (bytes, status) in

@@ -129,7 +129,7 @@ pub(crate) fn run(how: How, args: &HealthArgs) -> anyhow::Result<()> {
 
 /// The arena that is wanted, or what there is room for: some is left for everybody else.
 fn fitting(wanted: u64, least: u64, room: &Room) -> u64 {
-    let (_, left) = room.tightest();
+    let left = room.tightest().usable();
     wanted.min((left / 10 * 9) & !(least - 1)).max(least)
 }
 

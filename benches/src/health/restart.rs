@@ -59,7 +59,7 @@ pub(super) fn measure(
     let index_bytes = u64::from(chunks) * SHARD_BYTES as u64;
     // A part of the slots is kept free by eviction, which must have nothing to do.
     let arena = index_bytes + index_bytes / 10 + (64 << 20);
-    if arena + headers + headers / 10 + ARENA_TRAILER > Room::now().tightest().1 {
+    if arena + headers + headers / 10 + ARENA_TRAILER > Room::now().tightest().usable() {
         bar.set_position(steps);
         return Ok(None);
     }

@@ -45,7 +45,7 @@ impl CacheConfig {
     }
 
     /// Whether all of it is in range; answers how many slot ids there are.
-    pub(super) fn check(&self) -> Result<u32, ConfigError> {
+    pub(crate) fn check(&self) -> Result<u32, ConfigError> {
         let bytes = self.slab_bytes;
         if !bytes.is_power_of_two() || !(1 << 20..=1 << 30).contains(&bytes) {
             return Err(ConfigError::SlabBytes { bytes });

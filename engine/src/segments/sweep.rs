@@ -3,6 +3,9 @@
 //! The order is always the same: retire, wake, unlink the lobby, the arena and the channels, and the engine's segment
 //! last, because its lock is what gives the right to remove the others. Nothing is truncated: who still maps a
 //! segment keeps it, sees that it is retired, and lets go.
+//!
+//! Everybody may make files in `/dev/shm`, also under our names. What is not ours ([`Whose`]) is left where it is, with a
+//! warning; and a sweep goes on after whatever it cannot remove, and says so at its end.
 
 use super::takeover::{Found, acquire};
 use super::{SetupError, arena_superblock};
@@ -11,10 +14,9 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::park;
-use kvring_shm_abi::segment::{self, Access, EngineName, SHM_DIR, SegmentError, SegmentFile};
+use kvring_shm_abi::segment::{self, Access, EngineName, SHM_DIR, SegmentError, SegmentFile, path};
 use nix::errno::Errno;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,29 +31,114 @@ pub struct Removed {
     pub forced_pid: Option<u32>,
 }
 
-fn path(segment: &str) -> PathBuf {
-    Path::new(SHM_DIR).join(segment.trim_start_matches('/'))
+/// Whose the file is that a segment's name leads to. Its mode says nothing about that.
+enum Whose {
+    Nobody,
+    /// Ours, with so many bytes of memory.
+    Ours(u64),
+    /// Another user's.
+    User(u32),
+    /// A directory, a link, …: no segment.
+    NoFile,
 }
 
-fn bytes_of(path: &Path) -> u64 {
-    // Blocks are counted in units of 512 bytes, whatever the file system's own are.
-    std::fs::symlink_metadata(path).map_or(0, |meta| meta.blocks() * 512)
-}
-
-impl Removed {
-    /// Unlinks one segment, and counts it; none of that name is fine.
-    pub(super) fn unlink(&mut self, name: &str) -> Result<(), SetupError> {
-        let bytes = bytes_of(&path(name));
-        match nix::sys::mman::shm_unlink(name) {
-            Ok(()) => {
-                self.segments += 1;
-                self.bytes += bytes;
-                Ok(())
-            }
-            Err(Errno::ENOENT) => Ok(()),
-            Err(errno) => Err(SetupError::Unlink { name: name.to_owned(), errno }),
+impl Whose {
+    fn of(segment: &str) -> Whose {
+        let Ok(meta) = std::fs::symlink_metadata(path(segment)) else { return Whose::Nobody };
+        if meta.uid() != nix::unistd::geteuid().as_raw() {
+            Whose::User(meta.uid())
+        } else if meta.is_file() {
+            // Blocks are counted in units of 512 bytes, whatever the file system's own are.
+            Whose::Ours(meta.blocks() * 512)
+        } else {
+            Whose::NoFile
         }
     }
+}
+
+/// A sweep that is under way.
+#[derive(Default)]
+pub(super) struct Sweep {
+    removed: Removed,
+    failed: Option<SetupError>,
+}
+
+impl Sweep {
+    /// Unlinks a segment that is ours, and counts it; none of that name is fine.
+    pub(super) fn unlink(&mut self, name: &str) {
+        let bytes = match Whose::of(name) {
+            Whose::Nobody => return,
+            Whose::Ours(bytes) => bytes,
+            Whose::User(uid) => {
+                tracing::warn!(segment = name, uid, "left where it is: it belongs to another user");
+                return;
+            }
+            Whose::NoFile => {
+                tracing::warn!(segment = name, "left where it is: it is no file of shared memory");
+                return;
+            }
+        };
+        match nix::sys::mman::shm_unlink(name) {
+            Ok(()) => {
+                self.removed.segments += 1;
+                self.removed.bytes += bytes;
+            }
+            Err(Errno::ENOENT) => {}
+            Err(errno) => {
+                let error = SetupError::Unlink { name: name.to_owned(), errno };
+                tracing::warn!(%error, "the others are removed all the same");
+                self.failed.get_or_insert(error);
+            }
+        }
+    }
+
+    /// Retires and unlinks the lobby, the arena and all channels. For whoever holds the lock on the current engine file.
+    pub(super) fn satellites(&mut self, name: &EngineName) {
+        for segment in [name.lobby(), name.arena()] {
+            mend_mode(&segment);
+        }
+        let arena = SegmentFile::open(&name.arena(), Access::ReadWrite).map_err(SetupError::from);
+        for retired in [retire_lobby(name), arena.and_then(|file| retire_arena(&file))] {
+            // What cannot be opened, or is half-made, cannot be marked: it is unlinked all the same, if it is ours.
+            if let Err(error) = retired {
+                tracing::debug!(%error, "not retired");
+            }
+        }
+        failpoint::here("satellites retired");
+        for channel in channels(name) {
+            // A channel needs no mark: its client watches the engine, and makes another one.
+            self.unlink(&channel);
+        }
+        self.unlink(&name.lobby());
+        failpoint::here("lobby gone");
+        self.unlink(&name.arena());
+    }
+
+    /// What was removed.
+    ///
+    /// # Errors
+    /// The first of ours that could not be.
+    pub(super) fn end(self) -> Result<Removed, SetupError> {
+        self.failed.map_or(Ok(self.removed), Err)
+    }
+}
+
+/// Refuses names that a start could not use, before it sweeps anything: the engine's file is locked, and so ours.
+///
+/// # Errors
+/// The lobby's or the arena's name leads to something that is not ours.
+pub(super) fn check_names(name: &EngineName) -> Result<(), SetupError> {
+    for segment in [name.lobby(), name.arena()] {
+        match Whose::of(&segment) {
+            Whose::Nobody | Whose::Ours(_) => {}
+            Whose::User(found) => {
+                let expected = nix::unistd::geteuid().as_raw();
+                return Err(SegmentError::WrongOwner { name: segment, expected, found }.into());
+            }
+            Whose::NoFile => return Err(SetupError::NoFile { name: segment }),
+        }
+    }
+    Ok(())
 }
 
 /// The channels of this engine's clients, as segment names.
@@ -69,7 +156,9 @@ fn channels(name: &EngineName) -> Vec<String> {
 pub(crate) fn unlink_channels_of(name: &EngineName, entry: usize) {
     let prefix = format!("/{}client.{entry}.", name.prefix());
     for channel in channels(name).iter().filter(|channel| channel.starts_with(&prefix)) {
-        segment::unlink(channel);
+        if matches!(Whose::of(channel), Whose::Ours(_)) {
+            segment::unlink(channel);
+        }
     }
 }
 
@@ -81,9 +170,13 @@ fn all(name: &EngineName) -> Vec<String> {
     names
 }
 
-/// Bytes that the segments of this name hold.
+/// Bytes that a sweep of this name would give back.
 pub(crate) fn bytes_held(name: &EngineName) -> u64 {
-    all(name).iter().map(|segment| bytes_of(&path(segment))).sum()
+    let bytes = |segment: &String| match Whose::of(segment) {
+        Whose::Ours(bytes) => bytes,
+        Whose::Nobody | Whose::User(_) | Whose::NoFile => 0,
+    };
+    all(name).iter().map(bytes).sum()
 }
 
 /// Marks an engine's segment as given up, and wakes whoever sleeps on it: after the store, so that who wakes sees it.
@@ -98,96 +191,57 @@ pub(super) fn retire_engine(segment: &EngineSegment) {
     }
 }
 
-/// Retires and unlinks the lobby, the arena and all channels. For whoever holds the lock on the current engine file.
-///
-/// # Errors
-/// One of them is not ours, or cannot be removed.
-pub(super) fn satellites(name: &EngineName) -> Result<Removed, SetupError> {
-    retire_lobby(name)?;
-    retire_arena(name)?;
-    failpoint::here("satellites retired");
-    let mut removed = Removed::default();
-    for channel in channels(name) {
-        // A channel needs no mark: its client watches the engine, and makes another one.
-        removed.unlink(&channel)?;
-    }
-    removed.unlink(&name.lobby())?;
-    failpoint::here("lobby gone");
-    removed.unlink(&name.arena())?;
-    Ok(removed)
-}
-
-/// Is this an error that says "not ours", rather than "not complete"?
-fn not_ours(error: SegmentError) -> Result<(), SetupError> {
-    match error {
-        SegmentError::WrongOwner { .. } | SegmentError::WrongMode { .. } => Err(error.into()),
-        error => {
-            tracing::debug!(%error, "not retired, only unlinked");
-            Ok(())
-        }
-    }
-}
-
 fn retire_lobby(name: &EngineName) -> Result<(), SetupError> {
     // Allocated before it is touched: a half-created one may have no memory yet.
-    let opened = SegmentFile::open(&name.lobby(), Access::ReadWrite)
-        .and_then(|file| file.allocate(0, LOBBY_BYTES as u64))
-        .and_then(|()| segment::open_shared(&name.lobby(), LOBBY_BYTES));
-    let mapping = match opened {
-        Ok(mapping) => mapping,
-        Err(error) => return not_ours(error),
-    };
-    let lobby = Lobby::new(Arc::new(mapping))?;
+    SegmentFile::open(&name.lobby(), Access::ReadWrite)?.allocate(0, LOBBY_BYTES as u64)?;
+    let lobby = Lobby::new(Arc::new(segment::open_shared(&name.lobby(), LOBBY_BYTES)?))?;
     lobby.superblock()?.retire();
     // An engine that still lives (a forced removal) looks at once.
     park::notify(lobby.doorbell());
     Ok(())
 }
 
-fn retire_arena(name: &EngineName) -> Result<(), SetupError> {
-    let retire = || {
-        let file = SegmentFile::open(&name.arena(), Access::ReadWrite)?;
-        let bytes = file.len()?;
-        file.allocate(bytes.saturating_sub(super::ARENA_TRAILER), super::ARENA_TRAILER)?;
-        let mapping = file.map(bytes, Access::ReadWrite)?;
-        if let Ok(superblock) = arena_superblock(&mapping) {
-            superblock.retire();
-        }
-        Ok(())
-    };
-    retire().or_else(not_ours)
+/// Marks an arena as given up.
+pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
+    let bytes = file.len()?;
+    file.allocate(bytes.saturating_sub(super::ARENA_TRAILER), super::ARENA_TRAILER)?;
+    let mapping = file.map(bytes, Access::ReadWrite)?;
+    arena_superblock(&mapping)?.retire();
+    Ok(())
 }
 
 /// Sweeps everything, the engine's segment last. For whoever holds the lock on the current engine file.
+///
+/// # Errors
+/// Something of ours cannot be removed; the rest has been.
 pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupError> {
     found.retire();
     failpoint::here("predecessor retired");
-    let mut removed = satellites(name)?;
+    let mut sweep = Sweep::default();
+    sweep.satellites(name);
     failpoint::here("predecessor's satellites gone");
-    removed.unlink(&name.engine_segment())?;
+    sweep.unlink(&name.engine_segment());
     failpoint::here("predecessor gone");
-    Ok(removed)
+    sweep.end()
 }
 
 /// `kvring remove`: takes all segments of an engine away. Of a living one only with `force`: it keeps its inodes, sees
 /// that they are retired, and ends; its clients lose it as if it had died.
 ///
 /// # Errors
-/// Without `force`: the engine lives or starts. Segments of other users, always.
+/// Without `force`: the engine lives or starts. The engine's segment is another user's. Something of ours cannot be removed.
 pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed, SetupError> {
     let names = all(name);
     if names.is_empty() {
         return Ok(Removed::default());
     }
-    for segment in &names {
-        mend_mode(segment);
-    }
+    mend_mode(&name.engine_segment());
     let refused = match acquire(name, wait) {
         Ok(taken) => {
             let removed = held(name, taken.found.as_ref().unwrap_or(&Found::Incomplete))?;
             // Where only satellites were left, the engine's file was made by `acquire`, for its lock: it does not count.
             let made = u64::from(taken.found.is_none());
-            return Ok(Removed { segments: removed.segments - made, ..removed });
+            return Ok(Removed { segments: removed.segments.saturating_sub(made), ..removed });
         }
         Err(error) => error,
     };
@@ -210,10 +264,10 @@ pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed,
 
 /// A segment of ours with a wrong mode is refused everywhere; removing it must work all the same.
 fn mend_mode(segment: &str) {
-    let path = path(segment);
-    let ours = std::fs::symlink_metadata(&path)
-        .is_ok_and(|meta| meta.is_file() && meta.uid() == nix::unistd::geteuid().as_raw());
-    if ours && let Err(error) = std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)) {
+    let mend = || std::fs::set_permissions(path(segment), std::fs::Permissions::from_mode(0o600));
+    if matches!(Whose::of(segment), Whose::Ours(_))
+        && let Err(error) = mend()
+    {
         tracing::debug!(segment, %error, "its mode cannot be changed");
     }
 }

@@ -5,7 +5,8 @@
 //! checks that the file is still current, and begins again if not. While the lock on the current file is held, nobody
 //! else unlinks or replaces the name (a forced removal excepted), and the other segments belong to its holder.
 
-use super::{ARENA_TRAILER, Setup, SetupError, arena_superblock, sweep};
+use super::{ARENA_TRAILER, Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
+use crate::preflight::{self, Room};
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint;
@@ -244,16 +245,30 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
     }
 }
 
-/// The name is ours.
+/// The name is ours, and everything that a start can be refused for has been looked at. Nothing has been changed yet.
 pub(super) enum Claimed {
-    /// A fresh engine file, locked, and nothing else under the name.
-    Cold {
-        unfinished: Unfinished,
-        /// Why what was there has been swept; `None` where there was nothing.
-        why: Option<ColdStart>,
-    },
-    /// All segments of a dead predecessor, fit to be taken over. Nothing has been changed in them.
+    /// A fresh engine file, locked. The lobby, the arena and channels may be there: somebody removed the engine's file by hand.
+    Fresh(Unfinished),
+    /// All segments of a dead predecessor, fit to be taken over.
     Warm(Box<Inherited>),
+    /// What a predecessor left is to be swept.
+    Stale(Box<Stale>),
+}
+
+/// What a predecessor left, and cannot be kept.
+pub(super) struct Stale {
+    found: Found,
+    pub(super) why: ColdStart,
+    _held: (SegmentFile, SegmentLock),
+}
+
+impl Stale {
+    /// Sweeps it. The name is free then, and to be claimed again: a cold start never uses an inode twice.
+    pub(super) fn sweep(self, name: &EngineName) -> Result<ColdStart, SetupError> {
+        let Removed { segments, bytes, .. } = sweep::held(name, &self.found)?;
+        tracing::warn!(%name, segments, bytes, reason = %self.why, "cold start");
+        Ok(self.why)
+    }
 }
 
 /// What a dead predecessor left.
@@ -266,45 +281,39 @@ pub(super) struct Inherited {
     pub(super) identity: Identity,
 }
 
-/// Gets the name. What a dead predecessor left is taken over if it can be, else swept.
-pub(super) fn claim_name(setup: &Setup<'_>) -> Result<Claimed, SetupError> {
-    let mut cold_start = None;
-    loop {
-        let Held { file, lock, found } = acquire(setup.name, setup.wait)?;
-        let Some(found) = found else {
-            let unfinished = Unfinished { name: setup.name.clone(), held: Some((file, lock)) };
-            // Satellites without an engine file: somebody removed that one by hand.
-            let leftovers = sweep::satellites(setup.name)?;
-            if leftovers.segments > 0 {
-                tracing::warn!(
-                    segments = leftovers.segments,
-                    bytes = leftovers.bytes,
-                    "leftovers were swept"
-                );
+/// Gets the name, decides what is to become of what a dead predecessor left, and refuses what cannot be: all before
+/// anything is swept. Once we have `swept` there is no way back: what the predecessor's clients still map is waited for.
+pub(super) fn claim_name(setup: &Setup<'_>, swept: bool) -> Result<Claimed, SetupError> {
+    let check = || -> Result<(), SetupError> {
+        sweep::check_names(setup.name)?;
+        if !swept {
+            // With what a sweep gives back.
+            preflight::check(&setup.geometry, &Room::for_engine(setup.name))?;
+        }
+        Ok(())
+    };
+    let Held { file, lock, found } = acquire(setup.name, setup.wait)?;
+    let Some(found) = found else {
+        let unfinished = Unfinished { name: setup.name.clone(), held: Some((file, lock)), sweeps: false };
+        check()?;
+        return Ok(Claimed::Fresh(unfinished));
+    };
+    let why = match found.cold_start(setup) {
+        Some(why) => why,
+        None => match siblings(setup.name, &found)? {
+            Ok((lobby, arena)) => {
+                let Found::Known { segment, identity } = found else {
+                    unreachable!("`cold_start` has a reason for everything else")
+                };
+                let engine = *segment;
+                let inherited = Inherited { file, lock, engine, lobby, arena, identity };
+                return Ok(Claimed::Warm(Box::new(inherited)));
             }
-            return Ok(Claimed::Cold { unfinished, why: cold_start });
-        };
-        let why = match found.cold_start(setup) {
-            Some(why) => why,
-            None => match siblings(setup.name, &found)? {
-                Ok((lobby, arena)) => {
-                    let Found::Known { segment, identity } = found else {
-                        unreachable!("`cold_start` has a reason for everything else")
-                    };
-                    let engine = *segment;
-                    let inherited = Inherited { file, lock, engine, lobby, arena, identity };
-                    return Ok(Claimed::Warm(Box::new(inherited)));
-                }
-                Err(why) => ColdStart::Satellite(why),
-            },
-        };
-        let removed = sweep::held(setup.name, &found)?;
-        tracing::warn!(
-            name = %setup.name, segments = removed.segments, bytes = removed.bytes, reason = %why, "cold start"
-        );
-        // The first reason is the one that says something: later rounds only meet other starters' traces.
-        cold_start.get_or_insert(why);
-    }
+            Err(why) => ColdStart::Satellite(why),
+        },
+    };
+    check()?;
+    Ok(Claimed::Stale(Box::new(Stale { found, why, _held: (file, lock) })))
 }
 
 /// The lobby and the arena of the same start. The inner error says why there are none: then a cold start it must be.
@@ -358,9 +367,23 @@ fn siblings(name: &EngineName, found: &Found) -> Result<Result<(Lobby, SegmentFi
 pub(super) struct Unfinished {
     name: EngineName,
     held: Option<(SegmentFile, SegmentLock)>,
+    /// Has anything but the engine's file been made, or swept?
+    sweeps: bool,
 }
 
 impl Unfinished {
+    /// The making begins: what lies under the name without an engine's file is swept.
+    pub(super) fn begin(&mut self) -> Result<(), SetupError> {
+        self.sweeps = true;
+        let mut sweep = Sweep::default();
+        sweep.satellites(&self.name);
+        let Removed { segments, bytes, .. } = sweep.end()?;
+        if segments > 0 {
+            tracing::warn!(name = %self.name, segments, bytes, "leftovers were swept");
+        }
+        Ok(())
+    }
+
     /// The engine's file.
     pub(super) fn file(&self) -> &SegmentFile {
         match &self.held {
@@ -384,9 +407,11 @@ impl Drop for Unfinished {
         if !file.is_current() {
             return;
         }
-        let swept = sweep::held(&self.name, &Found::Incomplete);
-        if let Err(error) = swept {
-            tracing::warn!(%error, "a start failed, and its segments stay: the next start sweeps them");
+        if !self.sweeps {
+            return segment::unlink(file.name());
+        }
+        if let Err(error) = sweep::held(&self.name, &Found::Incomplete) {
+            tracing::warn!(%error, "a start failed, and something of it stays: the next start sweeps it");
         }
     }
 }

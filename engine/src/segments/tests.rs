@@ -3,6 +3,8 @@
 use super::takeover::Found;
 use super::*;
 use kvring_shm_abi::life::Life;
+use kvring_shm_abi::segment::SegmentError;
+use kvring_shm_abi::superblock::Mismatch;
 use kvring_shm_abi::sync::AtomicU32;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
@@ -33,11 +35,11 @@ impl Name {
         Segments::open(&self.setup())
     }
 
-    fn path(&self, segment: &str) -> PathBuf {
-        PathBuf::from(segment::SHM_DIR).join(segment.trim_start_matches('/'))
+    pub(super) fn path(&self, segment: &str) -> PathBuf {
+        segment::path(segment)
     }
 
-    fn inodes(&self) -> [u64; 3] {
+    pub(super) fn inodes(&self) -> [u64; 3] {
         [self.0.engine_segment(), self.0.lobby(), self.0.arena()]
             .map(|segment| std::fs::metadata(self.path(&segment)).unwrap().ino())
     }
@@ -59,7 +61,7 @@ impl Drop for Name {
 }
 
 /// As good as for ever.
-const WAIT: Duration = Duration::from_secs(24 * 3600);
+pub(super) const WAIT: Duration = Duration::from_secs(24 * 3600);
 const SHORT: Duration = Duration::from_millis(60);
 
 /// A mapped segment as a client has it.
@@ -70,7 +72,7 @@ pub(super) fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
     (EngineSegment::new(mapping, &identity.geometry).unwrap(), identity)
 }
 
-fn arena_identity(name: &EngineName) -> (Mapping, Identity) {
+pub(super) fn arena_identity(name: &EngineName) -> (Mapping, Identity) {
     let file = SegmentFile::open(&name.arena(), Access::ReadWrite).unwrap();
     let mapping = file.map(file.len().unwrap(), Access::ReadWrite).unwrap();
     let identity = arena_superblock(&mapping).unwrap().read(Kind::Arena, mapping.len() as u64).unwrap();
@@ -90,11 +92,9 @@ fn a_start_makes_everything_and_a_clean_end_leaves_nothing() {
     let lobby = segments.lobby.superblock().unwrap().read(Kind::Lobby, LOBBY_BYTES as u64).unwrap();
     assert_eq!([identity.arena_id, arena.arena_id, lobby.arena_id], [segments.arena_id(); 3]);
     assert!(crate::stats::Snapshot::read(&engine.stats).is_ok());
-    let memory = segments.slot_memory();
-    memory.ensure(255, 2).unwrap();
-    memory.ensure(0, 0).unwrap();
-    memory.ensure(0, 1024).unwrap();
-    assert!(matches!(memory.ensure(1000, 25), Err(SegmentError::TooShort { .. })));
+    let mut memory = segments.slot_memory();
+    assert!(memory.ensure(255, 2) && memory.ensure(0, 0) && memory.ensure(0, 1024));
+    assert!(!memory.ensure(1000, 25), "there are 1024");
     let removed = segments.retire_and_unlink().unwrap();
     assert_eq!((removed.segments, name.files()), (3, vec![]));
     assert!(engine.superblock().is_retired());
@@ -375,7 +375,7 @@ fn an_arena_that_does_not_fit_is_refused_with_numbers_and_leaves_nothing() {
     let bytes = (segment::available_bytes() >> 20 << 20) + (64 << 20);
     let setup = Setup { geometry: Geometry::new(bytes, 1 << 20).unwrap(), ..name.setup() };
     let error = Segments::open(&setup).err().unwrap();
-    assert!(matches!(&error, SetupError::NoRoom(no) if no.needed.0 > no.available.0), "{error}");
+    assert!(matches!(&error, SetupError::NoRoom(no) if no.needed.0 > no.left.usable()), "{error}");
     let text = error.to_string();
     assert!(text.contains("--arena") && text.contains("GiB"), "{text}");
     assert_eq!(name.files(), Vec::<String>::new());

@@ -65,6 +65,8 @@ const TICK_NS: u64 = 1_000_000;
 /// The time between two looks at the locks of clients whose kernel marks no life word: so late their deaths are noticed,
 /// and half a microsecond for each it costs.
 const LOCKS_NS: u64 = 50_000_000;
+/// The time between two looks at whether our names in `/dev/shm` still lead to our segments.
+const NAMES_NS: u64 = 1_000_000_000;
 /// Steps of the self-check in one idle tick.
 const CHECK_STEPS: u32 = 64;
 
@@ -154,6 +156,7 @@ pub(crate) struct Service {
     next_locks_ns: u64,
     /// The longest time between two looks at the clock, of those between which it did not sleep.
     longest_ns: u64,
+    next_names_ns: u64,
     /// A self-check failed: nothing is served any more.
     unhealthy: bool,
 }
@@ -222,6 +225,7 @@ impl Service {
             next_tick_ns: 0,
             next_locks_ns: 0,
             longest_ns: 0,
+            next_names_ns: 0,
             unhealthy: false,
             segments,
         }
@@ -346,6 +350,17 @@ impl Service {
             // Somebody took our names away: new clients cannot find us, and a successor may run already.
             tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");
             self.stop.store(true, Ordering::Release);
+        }
+        if now >= self.next_names_ns {
+            self.next_names_ns = now + NAMES_NS;
+            if let Some(segment) = self.segments.lost_name() {
+                tracing::error!(
+                    segment,
+                    "this name in /dev/shm leads to this engine no more (rm?): no client finds it, and another one of its name \
+                     may start; stopping"
+                );
+                self.stop.store(true, Ordering::Release);
+            }
         }
         self.take_slabs();
         if !busy && !self.unhealthy {

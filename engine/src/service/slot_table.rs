@@ -64,13 +64,7 @@ impl SlotTable for SharedSlots {
     }
 
     fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool {
-        match self.memory.ensure(first_slot, count) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::warn!(%error, "no memory for slot headers; the slabs stay unused");
-                false
-            }
-        }
+        self.memory.ensure(first_slot, count)
     }
 
     fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64) {

@@ -163,7 +163,7 @@ fn chaos(args: &Args, log: &LogChoice, abort: &Abort, bar: &ProgressBar) -> anyh
     let phases = plan::phases(args.seed, args.seconds);
     // After a cold start the arena before it lives on until its last client has let go.
     let needed = 2 * phases.iter().map(|phase| phase.arena_bytes).max().unwrap_or(0);
-    let left = Room::now().tightest().1;
+    let left = Room::now().tightest().usable();
     ensure!(
         left >= needed,
         "expected room for {} in /dev/shm, {} are left; in a container: docker run --shm-size=2g",

@@ -43,10 +43,10 @@ impl Resolved {
         }
         let shape = shape(args.bytes_per_token, ranks, trace)?;
         let room = Room::now();
-        let arena = args.arena.unwrap_or_else(|| ByteSize(ARENA_DEFAULT.0.min(room.tightest().1 / 2)));
+        let arena = args.arena.unwrap_or_else(|| ByteSize(ARENA_DEFAULT.0.min(room.tightest().usable() / 2)));
         let workers = u64::from(ranks) * u64::from(instances);
         let memory = shape.kv_bytes().saturating_mul(workers).saturating_add(arena.0);
-        if let Some(free) = room.memory.filter(|free| memory > *free) {
+        if let Some(free) = room.memory.map(|memory| memory.available).filter(|free| memory > *free) {
             bail!(
                 "expected {} of memory for the arena and the paged KV caches of all workers, {} are left; use a \
                  smaller --arena or --bytes-per-token, or fewer --instances",
