@@ -1,8 +1,10 @@
 """Engines that start by themselves: races, what the dead leave behind, and what the loser of a race may touch."""
 
 import glob
+import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,7 @@ import pytest
 from waiting import wait_for
 
 import kvring
+from kvring.engine import binary_path
 from kvring.vllm.autostart import Keeper
 
 
@@ -84,6 +87,69 @@ def test_an_engine_that_dies_is_started_again_and_leaves_no_zombie(name: str) ->
         keeper.close()
 
 
+def _arena_bytes(name: str) -> int:
+    said = subprocess.run([binary_path(), "status", "--json", "--name", name], stdout=subprocess.PIPE)
+    return json.loads(said.stdout)["engine"]["arena_bytes"]
+
+
+def _wait(what: str, done) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
+
+
+def _is_left_alone(keeper: Keeper, name: str) -> None:
+    """It has looked, several times, and started none."""
+    _wait("it looks, and looks again", lambda: keeper._gone >= 3)
+    assert kvring.engine_state(name) in ("absent", "stopped") and _pids(name) == []
+
+
+def test_who_stops_the_engine_is_obeyed_and_who_starts_another_one_is_followed(name: str, caplog) -> None:
+    keeper = Keeper(name, "64MiB")
+    try:
+        keeper.ensure()
+        keeper.watch()
+        with caplog.at_level("WARNING"):
+            os.kill(_pids(name)[0], signal.SIGTERM)
+            _is_left_alone(keeper, name)
+        said = [record.getMessage() for record in caplog.records if "stopped or removed" in record.getMessage()]
+        assert len(said) == 1 and name in said[0], said
+        # Resized by hand.
+        by_hand = kvring.Engine(name, "32MiB", detach=True).start()
+        _wait("it is seen", lambda: keeper._gone == 0)
+        os.kill(by_hand.pid, signal.SIGKILL)
+        _wait("it is started again", lambda: kvring.engine_state(name) == "serving" and _pids(name) != [by_hand.pid])
+        assert _arena_bytes(name) == 32 << 20, "with the size that it had"
+        subprocess.run([binary_path(), "remove", "--force", "--name", name], check=True)
+        _is_left_alone(keeper, name)
+        # One that was stopped with --keep leaves its segments, but is not dead either.
+        kept = kvring.Engine(name, "32MiB", extra_args=["--keep"], detach=True).start()
+        _wait("it is seen", lambda: keeper._gone == 0)
+        os.kill(kept.pid, signal.SIGTERM)
+        _is_left_alone(keeper, name)
+        assert kvring.engine_state(name) == "stopped"
+        # A vLLM that starts anew has an engine.
+        Keeper(name, "32MiB").ensure()
+        assert kvring.engine_state(name) == "serving"
+    finally:
+        keeper.close()
+
+
+def test_an_engine_is_not_bound_to_the_cpu_of_the_worker_that_starts_it(name: str) -> None:
+    ours = os.sched_getaffinity(0)
+    if len(ours) < 2:
+        print("SKIPPED the part with CPUs: there is one")
+    try:
+        os.sched_setaffinity(0, {min(ours)})
+        keeper = Keeper(name, "64MiB")
+        keeper.ensure()
+        assert keeper._engine is not None and keeper._engine.pid is not None
+        assert os.sched_getaffinity(keeper._engine.pid) == ours
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
 def test_closing_does_not_wait_for_an_engine_that_is_starting(name: str, monkeypatch) -> None:
     """vLLM's shutdown: `close` meets a thread that may be in `Engine.start`, for up to 30 s."""
     starting, may_start = threading.Event(), threading.Event()
@@ -95,6 +161,9 @@ def test_closing_does_not_wait_for_an_engine_that_is_starting(name: str, monkeyp
         return start(self)
 
     monkeypatch.setattr(kvring.Engine, "start", slow)
+    dead = kvring.Engine(name, "64MiB", detach=True)
+    start(dead)
+    dead.kill()
     keeper = Keeper(name, "64MiB")
     keeper.watch()
     starting.wait()

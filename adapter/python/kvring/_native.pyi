@@ -37,7 +37,8 @@ def engine_name(name: str) -> str:
     """A name as `kvring serve --name` takes it, unchanged. Raises `ConfigError`."""
 
 def engine_state(name: str = "default") -> str:
-    """How the engine of this name looks from outside: "serving", "recovering", "dead", "absent" or "incompatible: why"."""
+    """How the engine of this name looks from outside: "serving", "recovering", "dead", "stopped" (asked to, with `--keep`),
+    "absent" or "incompatible: why"."""
 
 def next_logs(timeout_ms: float) -> list[tuple[int, str, str]]:
     """Log records (`logging` level, target, text) of this process's adapters; waits for the first one, without the GIL.

@@ -50,7 +50,8 @@ def binary_path() -> str:
 class Engine:
     """An engine of ours: `with Engine("name", "8GiB"): …`.
 
-    It ends with us, unless `detach`: then it runs in a session of its own and outlives us, and writes its log to `log_path`.
+    It ends with us, unless `detach`: then it runs in a session of its own and outlives us, is bound to none of our CPUs and
+    memory nodes, and writes its log to `log_path`.
     `extra_args` go to `kvring serve`.
     """
 
@@ -108,7 +109,10 @@ class Engine:
         if self.is_running:
             raise EngineError(f"the kvring engine {self.name} runs already, as process {self.pid}")
         command = [binary_path(), "serve", "--name", self.name, "--arena", self.arena, *self.extra_args]
-        if not self.detach and threading.current_thread() is threading.main_thread():
+        if self.detach:
+            # It belongs to the node: what we are bound to (one CPU, one memory node) is ours alone.
+            command += ["--unbound"]
+        elif threading.current_thread() is threading.main_thread():
             # The kernel tells it of our end, however we end: of that of the thread that started it, to be exact.
             command += ["--stop-with-parent", str(os.getpid())]
         # stderr goes to a file: nobody has to read it, and it is never full.

@@ -15,7 +15,7 @@ mod records;
 mod scheduler;
 mod worker;
 
-use kvring_adapter::{EngineView, Health};
+use kvring_adapter::{AttachError, EngineView, Health};
 use kvring_shm_abi::byte_size::ByteSize;
 use kvring_shm_abi::segment::EngineName;
 use pyo3::prelude::*;
@@ -36,18 +36,21 @@ fn engine_name(py: Python<'_>, name: &str) -> PyResult<String> {
     })
 }
 
-/// How the engine of this name looks from outside.
+/// How the engine of this name looks from outside: `absent`, `dead`, `stopped` (asked to, with `--keep`), `recovering`, `serving`, ….
 #[pyfunction]
 #[pyo3(signature = (name = "default"))]
 fn engine_state(py: Python<'_>, name: &str) -> PyResult<String> {
     errors::guarded(py, || {
         let name = EngineName::new(name).map_err(|error| errors::config(py, error))?;
         let state = py.detach(|| EngineView::open(&name).and_then(|view| view.serving(&name)));
-        Ok(match state.map_err(|error| error.health()) {
+        Ok(match state {
             Ok(_) => "serving".to_owned(),
-            // Half created.
-            Err(Health::Attaching) => Health::Recovering.to_string(),
-            Err(health) => health.to_string(),
+            Err(AttachError::Stopped(_)) => "stopped".to_owned(),
+            Err(error) => match error.health() {
+                // Half created.
+                Health::Attaching => Health::Recovering.to_string(),
+                health => health.to_string(),
+            },
         })
     })
 }

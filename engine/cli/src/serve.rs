@@ -7,14 +7,13 @@ use kvring_engine::byte_size::ByteSize;
 use kvring_engine::cache;
 use kvring_engine::config::{ConfigError, EngineConfig, Overrides};
 use kvring_engine::policy::PolicyKind;
-use kvring_engine::{Engine, StartError, StopHandle};
+use kvring_engine::{Engine, StartError, StopHandle, process};
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::path::PathBuf;
-use std::process;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -25,7 +24,7 @@ pub(crate) const READY_LINE: &str = "serving";
 /// How often the progress bar looks.
 const BAR_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Run an engine in the foreground, until SIGTERM or Ctrl-C; a second signal ends it at once.
+/// Run an engine in the foreground, until SIGTERM, Ctrl-C or the end of its terminal; a second SIGTERM or Ctrl-C ends it at once.
 ///
 /// It prints the line `serving` on stdout as soon as clients can attach, which is when the first slab of its arena is
 /// allocated; the rest follows in the background. Asked to stop, it leaves nothing in /dev/shm, unless started with
@@ -59,6 +58,10 @@ pub(crate) struct Args {
     /// Stop when this process, our parent, ends
     #[arg(long, value_name = "PID", hide = true)]
     stop_with_parent: Option<u32>,
+
+    /// Undo what our starter has bound us to: CPUs, niceness, memory nodes, working directory
+    #[arg(long, hide = true)]
+    unbound: bool,
 }
 
 /// A setting's help: what it is, and its default, taken from where all defaults are.
@@ -120,6 +123,10 @@ struct Settings {
             |c| c.reattach_grace_ms))]
     reattach_grace_ms: Option<u32>,
 
+    /// Take over what an earlier engine of this name has left, also where its arena has another size than --arena says
+    #[arg(long)]
+    any_arena: bool,
+
     /// Start empty, also where an earlier engine of this name has left its cache
     #[arg(long)]
     cold: bool,
@@ -147,6 +154,7 @@ impl Settings {
             start_wait_ms,
             core_dumps,
             reattach_grace_ms,
+            any_arena,
             cold,
             keep,
         } = self;
@@ -165,6 +173,7 @@ impl Settings {
             core_dumps,
             reattach_grace_ms,
             // Not given is not "no": the file may say yes.
+            any_arena: any_arena.then_some(true),
             cold: cold.then_some(true),
             keep: keep.then_some(true),
             log_level: None,
@@ -180,8 +189,13 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     };
     let config = base.with(args.settings.overrides()).map_err(config_error)?;
     console::check_log("log_level", &config.log_level)?;
+    // Before the first thread: others would keep what they have inherited from this one.
+    let bound = if args.unbound { process::belong_to_the_node() } else { Vec::new() };
     // Written to its end when we return.
     let _log = log.start_unwaited(&config.log_level)?;
+    for (what, error) in bound {
+        tracing::warn!(%error, "this engine keeps the {what} of the process that started it");
+    }
     if args.print_config {
         let text = toml::to_string(&config).context("cannot print the configuration")?;
         console::out().write_all(text.as_bytes())?;
@@ -257,22 +271,25 @@ enum StopState {
 }
 
 impl StopOnSignal {
-    /// From here on SIGTERM and SIGINT are ours: also one that comes while the segments are being made.
+    /// From here on SIGTERM, SIGINT and SIGHUP (its terminal is gone) are ours: also one that comes while the segments are being
+    /// made. Where SIGHUP is ignored from the start (`nohup`) it stays ignored.
     ///
-    /// A second one ends the process at once; but with `by_parent` not a second SIGTERM: the kernel sends one for each
-    /// thread of a dying parent that we are handed on to.
+    /// A second one ends the process at once; but no SIGHUP, which the kernel and the shell both send; and with `by_parent` not a
+    /// second SIGTERM: the kernel sends one for each thread of a dying parent that we are handed on to.
     fn install(by_parent: bool) -> anyhow::Result<StopOnSignal> {
-        let mut signals = Signals::new([SIGTERM, SIGINT]).context("cannot watch for SIGTERM and SIGINT")?;
+        let hangup = (!process::ignores(Signal::SIGHUP)).then_some(SIGHUP);
+        let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))
+            .context("cannot watch for SIGTERM, SIGINT and SIGHUP")?;
         let state = Arc::new(Mutex::new(StopState::Starting));
         let watched = state.clone();
         let watch = move || {
-            for (count, signal) in signals.forever().enumerate() {
-                if count > 0 && by_parent && signal == SIGTERM {
-                    continue;
-                }
-                if count > 0 {
-                    // The segments stay as they are; the next start sweeps them.
-                    process::exit(1);
+            let mut insisted = 0;
+            for signal in signals.forever() {
+                let again = signal == SIGHUP || by_parent && signal == SIGTERM;
+                insisted += u32::from(insisted == 0 && signal != SIGHUP || !again);
+                if insisted > 1 {
+                    // The segments stay as they are, for the next engine of this name.
+                    std::process::exit(1);
                 }
                 tracing::info!(signal, "asked to stop; another signal ends the process at once");
                 let mut state = watched.lock().unwrap_or_else(PoisonError::into_inner);

@@ -9,6 +9,7 @@ use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::process::Stdio;
 use support::{Running, run, segments, unique_name};
 
 #[test]
@@ -94,6 +95,95 @@ fn ctrl_c_ends_it_as_well() {
     engine.signal(Signal::SIGINT);
     assert_eq!(engine.wait(), Some(0));
     assert_eq!(segments(&format!("kvring.{}.", engine.name)), Vec::<String>::new());
+}
+
+/// The kernel and the shell both send it.
+#[test]
+fn the_end_of_its_terminal_ends_it_as_well() {
+    let mut engine = Running::serve("hangup");
+    engine.signal(Signal::SIGHUP);
+    engine.signal(Signal::SIGHUP);
+    assert_eq!(engine.wait(), Some(0));
+    assert_eq!(segments(&format!("kvring.{}.", engine.name)), Vec::<String>::new());
+}
+
+#[test]
+fn the_end_of_its_terminal_is_nothing_to_an_engine_under_nohup() {
+    let mut engine = Running::serve_by("nohup", &["sh", "-c", "trap '' HUP && exec \"$@\"", "sh"]);
+    engine.signal(Signal::SIGHUP);
+    // It still answers, after that.
+    assert_eq!(run(&["clear", "--name", &engine.name]).code, Some(0));
+    assert_eq!(run(&["status", "--name", &engine.name]).code, Some(0));
+    engine.signal(Signal::SIGTERM);
+    assert_eq!(engine.wait(), Some(0));
+}
+
+/// Whoever may write to /dev/shm can make files there with our names.
+#[test]
+fn what_is_not_ours_under_an_engines_name_keeps_nobody_from_serving_ending_or_removing() {
+    let name = unique_name("stranger");
+    let stranger = format!("/dev/shm/kvring.{name}.client.0.x");
+    std::fs::create_dir(&stranger).unwrap();
+    let ended = std::panic::catch_unwind(|| {
+        let mut engine = Running::serve_as(&name, &[], &[], Stdio::piped());
+        engine.signal(Signal::SIGTERM);
+        assert_eq!(engine.wait(), Some(0));
+        let stderr = engine.stderr();
+        assert!(stderr.contains("left where it is") && stderr.contains(&stranger[8..]), "{stderr}");
+        let mut engine = Running::serve_as(&name, &[], &[], Stdio::piped());
+        engine.signal(Signal::SIGKILL);
+        engine.wait();
+        let removed = run(&["remove", "--name", &name]);
+        assert_eq!(removed.code, Some(0), "{}", removed.stderr);
+        assert!(removed.stdout.contains("removed 3 segments"), "{}", removed.stdout);
+        assert!(removed.stderr.contains("left where it is"), "{}", removed.stderr);
+        assert_eq!(segments(&format!("kvring.{name}.")), [format!("kvring.{name}.client.0.x")]);
+    });
+    std::fs::remove_dir(&stranger).unwrap();
+    ended.unwrap();
+}
+
+/// Whoever starts an engine for the node may itself be bound to a part of it.
+#[test]
+fn an_engine_is_not_bound_as_its_starter_is() {
+    // Nothing of this takes a privilege: one CPU, and a blocked signal; a niceness of its own is taken back where that is allowed.
+    let starter =
+        "cd /tmp && exec taskset -c \"$(taskset -cp $$ | sed 's/.*: \\([0-9]*\\).*/\\1/')\" nice -n 5 \"$@\"";
+    let status = |engine: &Running, key: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", engine.pid())).unwrap();
+        text.lines().find_map(|line| line.strip_prefix(key)).unwrap().trim().to_owned()
+    };
+    let nice = |engine: &Running| {
+        let text = std::fs::read_to_string(format!("/proc/{}/stat", engine.pid())).unwrap();
+        text.rsplit_once(") ").unwrap().1.split(' ').nth(16).unwrap().to_owned()
+    };
+    let free = Running::serve("free");
+    let starter = ["sh", "-c", starter, "sh"];
+    let bound = Running::serve_by("bound", &starter);
+    assert_ne!(nice(&bound), "0");
+    let unbound = Running::serve_as(&unique_name("unbound"), &starter, &["--unbound"], Stdio::piped());
+    assert_eq!(status(&unbound, "Cpus_allowed:"), status(&free, "Cpus_allowed:"));
+    if std::thread::available_parallelism().unwrap().get() > 1 {
+        assert_ne!(status(&bound, "Cpus_allowed:"), status(&free, "Cpus_allowed:"));
+    } else {
+        eprintln!("SKIPPED the part with CPUs: there is one");
+    }
+    let directory = |engine: &Running| std::fs::read_link(format!("/proc/{}/cwd", engine.pid())).unwrap();
+    assert_eq!(
+        [directory(&bound), directory(&unbound)].map(|path| path.display().to_string()),
+        ["/tmp", "/"]
+    );
+    if nix::unistd::geteuid().is_root() {
+        assert_eq!(nice(&unbound), "0");
+    } else {
+        eprintln!("SKIPPED the part with niceness: it takes a privilege to go back");
+    }
+    // Each thread has its own.
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", unbound.pid())).unwrap();
+    for task in tasks.flatten() {
+        let text = std::fs::read_to_string(task.path().join("status")).unwrap();
+        assert!(text.contains(&format!("Cpus_allowed:\t{}\n", status(&free, "Cpus_allowed:"))), "{text}");
+    }
 }
 
 #[test]

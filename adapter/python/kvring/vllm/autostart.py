@@ -14,8 +14,12 @@ _PAUSE_MAX_S = 30.0
 
 
 class Keeper:
-    """Starts the engine where there is none, now and whenever it has died. Several may try at once: one of them wins, which is
-    the engine's own doing (it holds a lock on its name), and the others find it running."""
+    """Starts the engine where there is none when vLLM starts, and again whenever it has *died*. Several may try at once: one of
+    them wins, which is the engine's own doing (it holds a lock on its name), and the others find it running.
+
+    An engine that somebody has *stopped* is not started again before a vLLM starts anew. One can tell: a dead one leaves its
+    segments behind, one that was asked to stop leaves none, or says in them that it was, and `kvring remove` takes them away. One
+    that somebody starts by hand, whatever its size, is as good as our own: if it dies, its successor takes over what it held."""
 
     def __init__(self, name: str, arena: str):
         self._name = name
@@ -23,25 +27,32 @@ class Keeper:
         self._closed = threading.Event()
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
+        self._owed = False
+        """A start of ours has failed and left nothing, not even what it was to take over: that nobody has asked for."""
+        self._gone = 0
+        """Looks at which it was gone for good, one after another."""
 
     def ensure(self) -> None:
         """Starts an engine where none runs. Raises `EngineError` where it refuses: what does not fit, and what would help."""
-        if not self._is_missing():
-            return
+        if engine_state(self._name) in ("absent", "dead", "stopped"):
+            # The size that vLLM's configuration asks for, also where a dead engine had another one.
+            self._start()
+
+    def _start(self, *arguments: str) -> None:
+        engine = Engine(self._name, self._arena, extra_args=arguments, detach=True)
         try:
-            engine = Engine(self._name, self._arena, detach=True)
             engine.start()
         except EngineError:
-            if self._is_missing():
+            state = engine_state(self._name)
+            self._owed = state == "absent"
+            if state in ("absent", "dead", "stopped"):
                 raise
             # Somebody else was faster.
         else:
             # Kept, to notice when it ends.
             self._engine = engine
+            self._owed = False
             logger.info("started the kvring engine %s (pid %s); its log is %s", self._name, engine.pid, engine.log_path)
-
-    def _is_missing(self) -> bool:
-        return engine_state(self._name) in ("absent", "dead")
 
     def watch(self) -> None:
         """From now on, on a thread of its own."""
@@ -52,15 +63,34 @@ class Keeper:
         pause = _LOOK_EVERY_S
         while not self._closed.wait(pause):
             try:
-                if self._engine is not None and not self._engine.is_running:
-                    self._engine.stop()
-                    self._engine = None
-                self.ensure()
+                self._look()
                 pause = _LOOK_EVERY_S
             except Exception as error:
                 if pause == _LOOK_EVERY_S:
                     logger.warning("the kvring engine %s is gone and cannot be started: %s; trying again", self._name, error)
                 pause = min(pause * 2, _PAUSE_MAX_S)
+
+    def _look(self) -> None:
+        if self._engine is not None and not self._engine.is_running:
+            self._engine.stop()
+            self._engine = None
+        state = engine_state(self._name)
+        if state == "dead" or (state == "absent" and self._owed):
+            # Its size may be another one by now: somebody may have started it by hand.
+            self._start("--any-arena")
+        elif state in ("absent", "stopped"):
+            self._gone += 1
+            # At the first look it may be between the two engines of a cold start.
+            if self._gone == 2:
+                logger.warning(
+                    "the kvring engine %s was stopped or removed by somebody; vLLM goes on without it until a vLLM is started"
+                    " anew, or somebody starts one: kvring serve --name %s --arena %s",
+                    self._name,
+                    self._name,
+                    self._arena,
+                )
+            return
+        self._gone = 0
 
     def close(self) -> None:
         """Looks no more. The engine lives on. A start that is under way is not waited for."""

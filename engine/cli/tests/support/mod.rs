@@ -24,6 +24,15 @@ pub(crate) fn kvring(arguments: &[&str]) -> Command {
     command
 }
 
+/// The same behind a command that ends in `exec "$@"`.
+fn kvring_by(starter: &[&str], arguments: &[&str]) -> Command {
+    let Some((program, before)) = starter.split_first() else { return kvring(arguments) };
+    let mut command = Command::new(program);
+    command.args(before).arg(env!("CARGO_BIN_EXE_kvring")).args(arguments);
+    command.env_remove("KVRING_LOG").stdin(Stdio::null());
+    command
+}
+
 /// What a command that has ended said.
 pub(crate) struct Said {
     pub(crate) code: Option<i32>,
@@ -91,8 +100,19 @@ impl Running {
 
     /// The same, with another standard error.
     pub(crate) fn serve_to(tag: &str, stderr: Stdio) -> Running {
-        let name = unique_name(tag);
-        let child = kvring(&["serve", "--name", &name, "--arena", "8MiB"])
+        Running::serve_as(&unique_name(tag), &[], &[], stderr)
+    }
+
+    /// The same behind a command that ends in `exec "$@"`.
+    pub(crate) fn serve_by(tag: &str, starter: &[&str]) -> Running {
+        Running::serve_as(&unique_name(tag), starter, &[], Stdio::piped())
+    }
+
+    /// The same under a given name, with further arguments.
+    pub(crate) fn serve_as(name: &str, starter: &[&str], further: &[&str], stderr: Stdio) -> Running {
+        let name = name.to_owned();
+        let arguments = ["serve", "--name", &name, "--arena", "8MiB"];
+        let child = kvring_by(starter, &[&arguments, further].concat())
             .stdout(Stdio::piped())
             .stderr(stderr)
             .spawn()
