@@ -134,6 +134,35 @@ def first_load_of_rank_one_fails() -> None:
     _loads_fail(1, every=False)
 
 
+def stores_begin_late() -> None:
+    """A store path slower than the model: each store begins fifty steps late, unless it is flushed before."""
+    from kvring.vllm.metadata import KvringMetadata
+    from kvring.vllm.worker import WorkerSide
+
+    start, flush, collect = WorkerSide.start_stores, WorkerSide.flush, WorkerSide.collect
+    late: list[list[Any]] = []
+
+    def begin(self, chosen):
+        if chosen:
+            late[:] = [one for one in late if one not in chosen]
+            start(self, KvringMetadata(stores=[store for _, store in chosen]))
+
+    def start_late(self, meta):
+        late.extend([50, store] for store in meta.stores)
+
+    def flush_late(self, meta):
+        begin(self, [one for one in late if meta.flush_all or one[1].job in meta.flush])
+        flush(self, meta)
+
+    def collect_late(self, meta):
+        for one in late:
+            one[0] -= 1
+        begin(self, [one for one in late if one[0] <= 0])
+        collect(self, meta)
+
+    WorkerSide.start_stores, WorkerSide.flush, WorkerSide.collect = start_late, flush_late, collect_late
+
+
 def every_load_fails() -> None:
     """No load ever brings anything."""
     _loads_fail(None, every=True)

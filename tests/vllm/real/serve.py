@@ -230,13 +230,22 @@ class Driver:
             self.running.pop(name, None)
         return len(self.running)
 
-    def reset(self, connector: bool = False) -> bool:
-        """Forgets vLLM's own prefix cache, and on demand what the connector holds."""
-        self.drain()
-        done = self.engine.reset_prefix_cache(reset_connector=connector)
-        if not done and not connector:
+    def reset(self, connector: bool = False, running: bool = False, at_once: bool = False) -> bool:
+        """Forgets vLLM's own prefix cache, and on demand what the connector holds; `at_once`: as it is, without a step more."""
+        if not at_once:
+            self.drain()
+        done = self.engine.reset_prefix_cache(reset_running_requests=running, reset_connector=connector)
+        if not done and not connector and not at_once:
             raise RuntimeError("vLLM did not reset its prefix cache: somebody holds blocks")
         return done
+
+    def sleep(self, level: int) -> None:
+        """As `LLM.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """As `LLM.wake_up`."""
+        self.engine.wake_up()
 
     def drain(self, patience: int = 20_000) -> None:
         """Empty steps while something is left to do for requests that have ended, as vLLM's own loop does them."""

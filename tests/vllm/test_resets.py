@@ -1,0 +1,60 @@
+"""vLLM wants its blocks, or its cache, back while kvring stores: it has them as soon as it would without kvring."""
+
+from real.compare import assert_same
+from real.prompts import BLOCK, prompt
+from real.vllm import Vllm
+
+PROMPTS = [prompt(900 + index, 4 * BLOCK + 5) for index in range(3)]
+
+SLOW = ("stores_begin_late",)
+"""A store path slower than the model."""
+
+
+def test_a_reset_right_after_the_last_token(scene, baseline, llama):
+    """As trainers do it that update weights. In-process nobody steps any more by then."""
+    expected = baseline.answers(llama, PROMPTS, max_tokens=8)
+    vllm = scene.vllm(broken=SLOW, enable_prefix_caching=True)
+    for connector in (False, True, False):
+        assert_same(vllm.generate(PROMPTS, max_tokens=8, together=True), expected, "before the reset")
+        assert vllm.reset(connector=connector, at_once=True), "vLLM goes on with what it had cached"
+
+
+def test_sleep_right_after_the_last_token(scene, baseline, llama):
+    """It resets every cache, and raises where it cannot. (On CPU it keeps its memory.)"""
+    expected = baseline.answers(llama, PROMPTS, max_tokens=8)
+    vllm = scene.vllm(broken=SLOW, enable_prefix_caching=True)
+    for _ in range(2):
+        assert_same(vllm.generate(PROMPTS, max_tokens=8, together=True), expected, "awake")
+        vllm.sleep(level=1)
+        vllm.wake_up()
+
+
+def test_a_reset_of_running_requests_in_traffic(scene, baseline, llama):
+    asks = [prompt(920 + index, 2 * BLOCK + 5 * index) for index in range(8)]
+    expected = baseline.answers(llama, asks, max_tokens=24)
+    vllm = scene.vllm(broken=SLOW, enable_prefix_caching=True)
+    names = []
+    for index in range(0, len(asks), 2):
+        names += vllm.add(asks[index : index + 1], max_tokens=4)
+        names += vllm.add(asks[index + 1 : index + 2], max_tokens=24)
+        vllm.step(times=6)
+        assert vllm.reset(running=True, at_once=True)
+    vllm.finish()
+    answers = vllm.take()
+    short = [{**one, "tokens": one["tokens"][:4], "logprobs": one["logprobs"][:4]} for one in expected]
+    right = [(short if index % 2 == 0 else expected)[index] for index in range(len(asks))]
+    assert_same([answers[name] for name in names], right, "with resets")
+
+
+def test_a_store_path_slower_than_the_model(scene, baseline, llama, zygote):
+    """16 requests, with room for two of them: each store would begin fifty steps late."""
+    tight = {"num_gpu_blocks_override": 13, "max_model_len": 192}
+    asks = [prompt(940 + index, 5 * BLOCK - 4) for index in range(16)]
+    expected = baseline.answers(llama, asks, max_tokens=8)
+    with Vllm(zygote, llama, **tight) as plain:
+        plain.generate(asks, max_tokens=8, together=True)
+        without = plain.counted_steps()
+    vllm = scene.vllm(broken=SLOW, **tight)
+    assert_same(vllm.generate(asks, max_tokens=8, together=True), expected, "with a slow store path")
+    steps = vllm.counted_steps()
+    assert steps <= 1.5 * without, f"{steps} steps, {without} without kvring"
