@@ -1,5 +1,6 @@
 """vLLM wants its blocks, or its cache, back while kvring stores: it has them as soon as it would without kvring."""
 
+import pytest
 from real.compare import assert_same
 from real.prompts import BLOCK, prompt
 from real.vllm import Vllm
@@ -58,3 +59,25 @@ def test_a_store_path_slower_than_the_model(scene, baseline, llama, zygote):
     assert_same(vllm.generate(asks, max_tokens=8, together=True), expected, "with a slow store path")
     steps = vllm.counted_steps()
     assert steps <= 1.5 * without, f"{steps} steps, {without} without kvring"
+
+
+@pytest.mark.parametrize("lookup", ["poll", "async"])
+def test_the_engine_is_restarted_cold_while_a_request_with_its_hit_waits_for_room(scene, baseline, llama, lookup):
+    """With vLLM's default policy a load that fails ends its request."""
+    waits, runs = prompt(960, 5 * BLOCK + 3), prompt(961, 7 * BLOCK)
+    expected = baseline.answers(llama, [waits], max_tokens=8) + baseline.answers(llama, [runs], max_tokens=40)
+    vllm = scene.vllm(policy="fail", kvring={"lookup": lookup}, num_gpu_blocks_override=13, max_model_len=320)
+    vllm.generate([waits], max_tokens=8)
+    scene.settle(vllm)
+    (running,) = vllm.add([runs], max_tokens=40)
+    vllm.step(times=2)
+    (waiting,) = vllm.add([waits], max_tokens=8)
+    while not vllm.act(action="has_found", request=waiting):
+        vllm.step()
+    scene.engine.kill()
+    scene.engine.start("--cold")
+    vllm.act(action="attached")
+    vllm.finish()
+    answers = vllm.take()
+    assert_same([answers[waiting], answers[running]], expected, "after the restart")
+    assert answers[waiting]["finish_reason"] == "length"

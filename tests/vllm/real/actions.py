@@ -13,7 +13,7 @@ def state(pid: int) -> str:
     """The state letter of a process; empty when it is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
+    except FileNotFoundError:
         return ""
 
 
@@ -75,6 +75,26 @@ def metric(name: str) -> float:
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     return sum(one.value for one in get_metrics_snapshot() if one.name == name)
+
+
+def _sides() -> list[object]:
+    """kvring's scheduler and workers in this process."""
+    sides = [side for connector in tap.record.instances for side in vars(connector).values()]
+    return [side for side in sides if hasattr(side, "adapter")]
+
+
+def attached() -> int:
+    """Waits until all of kvring's sides in this process are attached to an engine that serves; how many there are."""
+    sides = _sides()
+    wait_for(lambda: all(side.adapter.is_healthy() for side in sides), "all are attached")
+    return len(sides)
+
+
+def has_found(request: str) -> bool:
+    """Has this request's lookup been answered, with a hit that vLLM has not allocated blocks for?"""
+    trackers = next(side.trackers for side in _sides() if hasattr(side, "trackers"))
+    (tracker,) = [one for name, one in trackers.items() if name.startswith(request)] or [None]
+    return tracker is not None and not tracker.settled and tracker.hit is not None and tracker.hit.chunks > 0
 
 
 def spoil_standin() -> int:

@@ -35,10 +35,10 @@ class Engine:
         self.log_path = directory / f"engine-{self.name}.log"
         self.process: subprocess.Popen | None = None
 
-    def start(self) -> None:
+    def start(self, *more: str) -> None:
         """Starts it, and waits until it serves."""
         with self.log_path.open("a") as log:
-            command = [binary(), "serve", "--name", self.name, "--arena", self.arena]
+            command = [binary(), "serve", "--name", self.name, "--arena", self.arena, *more]
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_for(self.serves, "the engine serves")
 
