@@ -43,7 +43,7 @@ pub enum AttachError {
     Dead(String),
     /// The same, but it was asked to stop (`kvring serve --keep`).
     #[error(
-        "the engine named {0} was stopped, and has kept what it held; start it again with `kvring serve --name {0}`"
+        "the kvring engine named {0} was stopped, and has kept what it held; start it again with `kvring serve --name {0}`"
     )]
     Stopped(String),
     /// It is not ready yet.
