@@ -81,3 +81,35 @@ def test_the_engine_is_restarted_cold_while_a_request_with_its_hit_waits_for_roo
     answers = vllm.take()
     assert_same([answers[waiting], answers[running]], expected, "after the restart")
     assert answers[waiting]["finish_reason"] == "length"
+
+
+def test_counters(scene, baseline, llama):
+    """Those of `/metrics`, beside what the requests got and what the engine has."""
+    asks = [prompt(980 + index, length) for index, length in enumerate((20, 3 * BLOCK + 1, 6 * BLOCK))]
+    expected = baseline.answers(llama, asks, max_tokens=4)
+    vllm = scene.vllm(disable_log_stats=False)
+
+    def counted(*names: str) -> list[float]:
+        vllm.drain()
+        return [vllm.act(action="metric", name=f"vllm:kvring_{name}") for name in names]
+
+    def asked(about: str) -> list[dict]:
+        answers = vllm.generate(asks, max_tokens=4)
+        assert_same(answers, expected, about)
+        if scene.engine.state() == "serving":
+            scene.settle(vllm)
+        return answers
+
+    asked("cold")
+    assert counted("lookups", "lookup_tokens", "hit_tokens") == [2, 9 * BLOCK + 1, 0], "20 tokens are no block"
+    assert counted("store_chunks") == [9] == [scene.engine.counters()["shards_committed"]]
+    vllm.reset()
+    warm = asked("warm")
+    assert counted("lookups", "hit_tokens", "loads", "loads_failed") == [4, 9 * BLOCK, 2, 0]
+    assert counted("load_tokens") == [sum(sum(answer["external"]) for answer in warm)] != [0]
+    assert counted("lookups_degraded", "lookups_timed_out", "errors") == [0, 0, 0]
+    scene.engine.kill()
+    vllm.reset()
+    asked("without an engine")
+    assert counted("lookups", "lookups_degraded") == [6, 2]
+    scene.engine.start()
