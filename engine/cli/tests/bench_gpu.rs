@@ -132,10 +132,10 @@ fn sizes_that_do_not_fit_are_named() {
     for (option, value) in [("--chunks", "48KiB"), ("--fragments", "3KiB"), ("--working-set", "100KiB")] {
         let mut command = kvring(&["bench", "gpu", option, value]);
         let said = Said::of(command.env("LD_LIBRARY_PATH", fake()).output().unwrap());
-        assert!(said.code == Some(1) && said.stderr.contains(option), "{}", said.stderr);
+        assert!(said.code == Some(2) && said.stderr.contains(option), "{}", said.stderr);
     }
     let mut command = kvring(&["bench", "gpu", "--chunks", "2KiB", "--fragments", "4KiB,8KiB"]);
     let said = Said::of(command.env("LD_LIBRARY_PATH", fake()).output().unwrap());
     let expected = "error: --fragments: expected one that divides a chunk of 2KiB, got 4KiB, 8KiB\n";
-    assert_eq!((said.code, said.stderr.as_str()), (Some(1), expected));
+    assert_eq!((said.code, said.stderr.as_str()), (Some(2), expected));
 }
