@@ -184,6 +184,8 @@ pub enum Access {
 pub struct SegmentFile {
     fd: OwnedFd,
     name: String,
+    /// Where the name is looked for, so that a look allocates nothing.
+    path: PathBuf,
 }
 
 /// Bytes that the shared-memory file system has left.
@@ -223,7 +225,7 @@ impl SegmentFile {
                     errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
                 },
             )?;
-        let file = SegmentFile { fd, name: name.to_owned() };
+        let file = SegmentFile { fd, name: name.to_owned(), path: path(name) };
         let sized = nix::unistd::ftruncate(&file.fd, i64::try_from(bytes).unwrap_or(i64::MAX));
         if let Err(errno) = sized {
             unlink(name);
@@ -243,7 +245,7 @@ impl SegmentFile {
             Errno::EACCES => not_ours(name),
             errno => SegmentError::Os { name: name.to_owned(), what: "shm_open", errno },
         })?;
-        let file = SegmentFile { fd, name: name.to_owned() };
+        let file = SegmentFile { fd, name: name.to_owned(), path: path(name) };
         let stat = nix::sys::stat::fstat(&file.fd).map_err(file.os("fstat"))?;
         let expected = nix::unistd::geteuid().as_raw();
         if stat.st_uid != expected {
@@ -353,7 +355,7 @@ impl SegmentFile {
     #[must_use]
     pub fn is_current(&self) -> bool {
         let ours = nix::sys::stat::fstat(&self.fd).map(|stat| (stat.st_dev, stat.st_ino));
-        match std::fs::symlink_metadata(path(&self.name)) {
+        match std::fs::symlink_metadata(&self.path) {
             Ok(named) => ours.is_ok_and(|ours| ours == (named.dev(), named.ino())),
             Err(error) => error.kind() != std::io::ErrorKind::NotFound,
         }
