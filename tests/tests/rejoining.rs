@@ -315,7 +315,7 @@ fn two_starts_with_a_wrong_limit_do_not_cost_the_cache() {
     wrong["max_pins"] = json!(1u64 << 30);
     for _ in 0..2 {
         let error = EngineProcess::try_start(&wrong).err().expect("a limit that cannot be");
-        assert!(error.contains("pins_max"), "{error}");
+        assert!(error.contains("max_pins"), "{error}");
     }
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));

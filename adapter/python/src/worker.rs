@@ -168,7 +168,7 @@ impl WorkerAdapter {
         self.jobs.lost().map_or(Ok(()), lost)
     }
 
-    /// Waits in slices, so that Ctrl-C ends it.
+    /// Waits in slices, so that Ctrl-C ends it. Nothing is waited for once a load is lost: it would be waited for in vain.
     fn wait_for(
         &self,
         py: Python<'_>,
@@ -178,7 +178,9 @@ impl WorkerAdapter {
         let until = Instant::now() + milliseconds(py, "timeout_ms", timeout_ms)?;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            if py.detach(|| wait(&self.jobs, left.min(SLICE))) {
+            let enough = py.detach(|| wait(&self.jobs, left.min(SLICE)));
+            self.nothing_is_lost(py)?;
+            if enough {
                 return Ok(true);
             }
             if left <= SLICE {
@@ -403,11 +405,7 @@ impl WorkerAdapter {
     }
 
     fn wait_job(&self, py: Python<'_>, job: u64, timeout_ms: f64) -> PyResult<bool> {
-        guarded(py, || {
-            let ended = self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout))?;
-            self.nothing_is_lost(py)?;
-            Ok(ended)
-        })
+        guarded(py, || self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout)))
     }
 
     fn wait_idle(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
