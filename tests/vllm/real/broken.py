@@ -5,17 +5,21 @@ something that happens to a connector that is right. Both are named in `Vllm(bro
 vLLM before it makes its connector. They know the insides of `kvring.vllm`, and break loudly when those change.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 
-class OtherTable:
-    """A `KVConnectorBlockState` that answers with block tables of our own."""
+class OtherTables:
+    """A `KVCacheManager` that answers with block tables of our own."""
 
     def __init__(self, tables: dict[str, list[list[int]]], real: Any) -> None:
         self.tables, self.real = tables, real
 
-    def get_block_ids(self, request: str) -> Any:
-        return tuple(self.tables[request]) if request in self.tables else self.real.get_block_ids(request)
+    def get_blocks(self, request: str) -> Any:
+        if request not in self.tables:
+            return self.real.get_blocks(request)
+        all_blocks = self.real.block_pool.blocks
+        return SimpleNamespace(blocks=tuple([all_blocks[block] for block in table] for table in self.tables[request]))
 
 
 # Broken variants.
@@ -71,12 +75,12 @@ def appended_block_ids() -> None:
         for request, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             for table, more in zip(tables[request], blocks or (), strict=False):
                 table.extend(more)
-        real = output.kv_connector_block_state
-        output.kv_connector_block_state = OtherTable(tables, real)
+        real = self.kv_cache_manager
+        self.kv_cache_manager = OtherTables(tables, real)
         try:
             return build(self, output)
         finally:
-            output.kv_connector_block_state = real
+            self.kv_cache_manager = real
 
     SchedulerSide.build_connector_meta = appended
 
