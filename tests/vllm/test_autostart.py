@@ -110,7 +110,7 @@ def test_who_stops_the_engine_is_obeyed_and_who_starts_another_one_is_followed(n
     try:
         keeper.ensure()
         keeper.watch()
-        with caplog.at_level("WARNING"):
+        with caplog.at_level("WARNING", logger="vllm.kvring"):
             os.kill(_pids(name)[0], signal.SIGTERM)
             _is_left_alone(keeper, name)
         said = [record.getMessage() for record in caplog.records if "stopped or removed" in record.getMessage()]

@@ -22,6 +22,7 @@ from fake_gpu import Cuda, driver, with_driver
 
 from kvring import KvGroup, LayoutError
 from kvring.vllm import KvringConnector, namespace
+from kvring.vllm import connector as connector_module
 from kvring.vllm import worker as worker_module
 from kvring.vllm.config import Config
 from kvring.vllm.geometry import Geometry, Group
@@ -105,7 +106,7 @@ def side(
 ) -> tuple[WorkerSide, Recorder]:
     monkeypatch.setattr(worker_module, "WorkerAdapter", Recorder)
     geometry = Geometry((Group("full_attention", 16, 1, None),), 16, 16, 1, 1, 0)
-    made = WorkerSide(Config.parse({"kvring.copy": "staged"}), geometry, bytes(32), 0, may_sleep=may_sleep)
+    made = WorkerSide(Config.parse({"kvring.copy": "staged"} if gpu else {}), geometry, bytes(32), 0, may_sleep=may_sleep)
     recorder: Any = made.adapter
     tensor = torch.zeros(4, 2, 16, 8)
     cache = {"a": OnGpu(tensor, 1) if gpu else tensor}
@@ -157,7 +158,7 @@ def test_what_cannot_be_submitted_is_dropped_and_reported(monkeypatch: pytest.Mo
     meta = made.take_worker_meta()
     assert meta is not None and all(outcome.ranks_failed == 1 for outcome in meta.outcomes.values())
     assert set(meta.outcomes) == {1, 2, 3}
-    assert made.take_transfer_results() == (set(), {"r"}, set()) and made.take_invalid_blocks() == {1, 2}
+    assert made.take_transfer_results() == ({"r"}, set()) and made.take_invalid_blocks() == {1, 2}
 
 
 def test_where_vllm_clears_blocks_before_it_says_so_stores_have_read_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,9 +215,15 @@ def test_the_layout_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wanted(**cache: Any) -> str | None:
         settings = {"user_specified_block_size": False, "block_size": 128, "kv_cache_dtype_skip_layers": []}
-        config: Any = SimpleNamespace(cache_config=SimpleNamespace(**(settings | cache)))
+        config: Any = SimpleNamespace(
+            cache_config=SimpleNamespace(**(settings | cache)),
+            kv_transfer_config=SimpleNamespace(kv_connector_extra_config={}),
+            model_config=SimpleNamespace(is_hybrid=False),
+        )
         return KvringConnector.get_required_kvcache_layout(config)
 
+    # Another test may have imported it, which vLLM does only where it is used.
+    monkeypatch.delitem(sys.modules, connector_module._MULTI_CONNECTOR, raising=False)
     assert wanted() is None, "on CPU"
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     assert wanted() == "BLHNC" and KVCacheLayout["BLHNC"].is_block_outermost
@@ -243,21 +250,26 @@ class Gpus:
 def test_kinds_of_gpu_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.platforms
 
+    said: list[str] = []
+
     def platform(*names: str, ranks: int = 1, replica: int = 0) -> list[str]:
         monkeypatch.setattr(vllm.platforms, "current_platform", Gpus(*names))
-        return namespace._platform(config(ranks, replica))
+        return namespace._platform(config(ranks, replica), said.append)
 
     def config(ranks: int, replica: int = 0) -> Any:
         parallel = SimpleNamespace(
             world_size=ranks, distributed_executor_backend="mp", data_parallel_backend="mp", assigned_physical_gpu_ids=None,
             data_parallel_rank_local=replica, data_parallel_index=replica,
         )  # fmt: skip
-        return SimpleNamespace(parallel_config=parallel, instance_id="i")
+        transfer = SimpleNamespace(engine_id="e")
+        return SimpleNamespace(parallel_config=parallel, instance_id="i", kv_transfer_config=transfer)
 
     assert platform("H100", "A100") == ["cuda", "H100"] != platform("A100")
     assert platform("H100", "A100", ranks=2) == ["cuda", "H100", "A100"]
     assert platform("H100", "A100", replica=1) == ["cuda", "A100"]
-    assert platform("H100", ranks=2) == ["cuda", "i"], "what cannot be told is nobody else's"
+    assert not said
+    assert platform("H100", ranks=2) == ["cuda", "i", "e"], "what cannot be told is nobody else's"
+    assert len(said) == 1 and "cannot tell which GPUs" in said[0]
     monkeypatch.setattr(vllm.platforms, "current_platform", Gpus("A100", "H100"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
     namespace.check_gpu(config(2), 1, 1)
