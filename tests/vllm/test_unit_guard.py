@@ -97,11 +97,11 @@ def test_a_load_that_may_still_write_is_not_reported_as_failed(wait: bool) -> No
     side = WorkerSide.__new__(WorkerSide)
     side.adapter, side.device, side.rank, side.stats = Adapter(), None, 0, KvringStats()
     side.geometry = SimpleNamespace(shard_of=lambda rank: rank)
-    side._loads, side._stores, side._saving, side._outcomes, side._writes_at_once = {}, {}, [], {}, False
-    side._received, side._failed, side._saved, side._invalid_blocks, side._invalidates = set(), set(), set(), set(), True
+    side._loads, side._stores, side._outcomes, side._writes_at_once = {}, {}, {}, False
+    side._received, side._failed, side._invalid_blocks, side._invalidates = set(), set(), set(), True
     meta = KvringMetadata()
     meta.loads.append(Load(job=1, request="r", tokens=16, wait=wait, shards=(b"x",), blocks=[1, 2]))
     with pytest.raises(DeviceError):
         side.start_loads(meta)
         side.collect(meta)
-    assert side._outcomes == {} and side.take_transfer_results() == (set(), set(), set()) and side.take_invalid_blocks() == set()
+    assert side._outcomes == {} and side.take_transfer_results() == (set(), set()) and side.take_invalid_blocks() == set()

@@ -157,7 +157,7 @@ class Config:
         _text,
         "names the weights, beside what their files tell or where nothing does; vLLMs of different ones share nothing",
     )
-    autostart: bool = _option(False, _flag, "start an engine where none runs, and again when it has died")
+    autostart: bool = _option(False, _flag, "start an engine where none runs when vLLM starts, and again when it has died")
     arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")
 
     @classmethod
