@@ -92,16 +92,9 @@ def _arena_bytes(name: str) -> int:
     return json.loads(said.stdout)["engine"]["arena_bytes"]
 
 
-def _wait(what: str, done) -> None:
-    until = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < until, what
-        time.sleep(0.02)
-
-
 def _is_left_alone(keeper: Keeper, name: str) -> None:
     """It has looked, several times, and started none."""
-    _wait("it looks, and looks again", lambda: keeper._gone >= 3)
+    wait_for(lambda: keeper._gone >= 3, "it looks, and looks again")
     assert kvring.engine_state(name) in ("absent", "stopped") and _pids(name) == []
 
 
@@ -117,15 +110,15 @@ def test_who_stops_the_engine_is_obeyed_and_who_starts_another_one_is_followed(n
         assert len(said) == 1 and name in said[0], said
         # Resized by hand.
         by_hand = kvring.Engine(name, "32MiB", detach=True).start()
-        _wait("it is seen", lambda: keeper._gone == 0)
+        wait_for(lambda: keeper._gone == 0, "it is seen")
         os.kill(by_hand.pid, signal.SIGKILL)
-        _wait("it is started again", lambda: kvring.engine_state(name) == "serving" and _pids(name) != [by_hand.pid])
+        wait_for(lambda: kvring.engine_state(name) == "serving" and _pids(name) != [by_hand.pid], "it is started again")
         assert _arena_bytes(name) == 32 << 20, "with the size that it had"
         subprocess.run([binary_path(), "remove", "--force", "--name", name], check=True)
         _is_left_alone(keeper, name)
         # One that was stopped with --keep leaves its segments, but is not dead either.
         kept = kvring.Engine(name, "32MiB", extra_args=["--keep"], detach=True).start()
-        _wait("it is seen", lambda: keeper._gone == 0)
+        wait_for(lambda: keeper._gone == 0, "it is seen")
         os.kill(kept.pid, signal.SIGTERM)
         _is_left_alone(keeper, name)
         assert kvring.engine_state(name) == "stopped"
