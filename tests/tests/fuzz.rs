@@ -112,10 +112,10 @@ fn good_messages_in_a_senseless_order() {
         for _ in 0..1500 {
             let rank = random.below(2) as usize;
             let worker = &mut workers[rank];
-            let keys: Vec<_> = (0..1 + random.below(40)).map(|_| random.key()).collect();
+            // Of so few that both ranks often store the same ones, and chunks become visible.
+            let keys: Vec<_> = (0..1 + random.below(40)).map(|_| [0xf0ff, random.below(12)]).collect();
             match random.below(10) {
                 0..=2 => {
-                    // So few that both ranks meet in one now and then, and a chunk becomes visible.
                     let round = kvring_adapter::Round {
                         source: random.below(2) as u32,
                         number: random.below(2) as u32,

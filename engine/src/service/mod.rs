@@ -48,13 +48,15 @@ use std::time::Duration;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
 const BATCH: u32 = 32;
-/// Records that are touched for one client, or for a parting, a clear or the like, before it is somebody else's turn.
+/// Records that are touched for one client before it is somebody else's turn.
 const SLICE: u64 = 4096;
+/// Records that a parting, a clear or the like touches in one turn. A request that comes meanwhile waits for as long.
+const BACKGROUND: u64 = 256;
 /// Records after which a turn ends, whoever has not had his.
 const TURN: u64 = 4096;
-/// Records that one turn touches at most, but for what a single chunk takes: a slice in the background, all but one of a
-/// turn's, and a client's slice.
-pub const RECORDS_PER_TURN: u64 = SLICE + TURN + SLICE;
+/// Records that one turn touches at most, but for what a single chunk takes: what is done in the background, all but one of
+/// a turn's, and a client's slice.
+pub const RECORDS_PER_TURN: u64 = BACKGROUND + TURN + SLICE;
 /// Turns, or records, between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
 const CLOCK_RECORDS: u64 = 2048;
@@ -319,7 +321,7 @@ impl Service {
     fn go_on_in_the_background(&mut self) -> bool {
         let has_work = self.has_background_work();
         if has_work {
-            self.cache.allow(SLICE);
+            self.cache.allow(BACKGROUND);
             if self.parting != 0 {
                 self.go_on_parting();
             } else if self.cache.is_emptying() {
