@@ -56,6 +56,11 @@ def gemma():
     return model("swa")
 
 
+@pytest.fixture(scope="session")
+def mistral():
+    return model("mistral")
+
+
 @pytest.fixture
 def cold_scene(request, zygote, baseline, tmp_path):
     """A scene without a running engine."""

@@ -64,6 +64,24 @@ def swa(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def mistral(args: argparse.Namespace) -> dict[str, Any]:
+    """A Mistral 7B v0.1: sliding attention in every layer, so the only KV cache group is one of a window."""
+    return {
+        **common(args),
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": args.window,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+    }
+
+
+ARCHITECTURES = {"llama": llama, "swa": swa, "mistral": mistral}
+
+
 def write_weights(path: Path, args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -81,7 +99,7 @@ def write_weights(path: Path, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--arch", choices=["llama", "swa"], default="llama")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="llama")
     numbers = {"layers": 2, "hidden": 256, "vocab": 2048, "kv-heads": 2, "head-dim": 64, "max-len": 16384, "seed": 0}
     for name, default in {**numbers, "window": 256}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -90,7 +108,7 @@ def main() -> None:
     args = parser.parse_args()
 
     args.path.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({"llama": llama, "swa": swa}[args.arch](args), indent=1)
+    config = json.dumps(ARCHITECTURES[args.arch](args), indent=1)
     (args.path / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     (args.path / "config.json").write_text(config)
     write_weights(args.path, args)

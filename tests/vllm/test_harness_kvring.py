@@ -21,6 +21,7 @@ from harness.support import PLUG  # noqa: E402
 from waiting import PATIENT, wait_for  # noqa: E402
 
 import kvring.vllm.guard as guard  # noqa: E402
+from kvring.vllm.geometry import Geometry  # noqa: E402
 from kvring.vllm.scheduler import SchedulerSide  # noqa: E402
 from kvring.vllm.stores import OpenStore, OpenStores  # noqa: E402
 from kvring.vllm.tracker import Tracker  # noqa: E402
@@ -121,6 +122,27 @@ def test_scenarios(first: int, engines: Engines, monkeypatch: pytest.MonkeyPatch
 PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail_load": 0.0, "hold": 0.7}
 
 
+ONE_WINDOW_FAILS: dict[str, Any] = PLAIN | {
+    "theme": "fail",
+    "window": 9,
+    "only_windows": True,
+    "chunk_blocks": 1,
+    "fail_load": 0.5,
+    "fail_rank": None,
+    "failure_policy": "recompute",
+}
+
+
+def test_failed_loads_of_a_model_whose_only_kv_group_is_a_window(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM computes such a request again from its first token, or it would look back at blocks that nobody has filled."""
+    failed = 0
+    for seed in range(4):
+        report = run_scenario(target(engines, monkeypatch), seed, ONE_WINDOW_FAILS)
+        assert not report.violations, report
+        failed += report.counters.get("failed_loads", 0)
+    assert failed, "no load has failed: this test tests nothing"
+
+
 def _no_fence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenStores, "fence", lambda self, preempted: [])
 
@@ -171,9 +193,14 @@ def _whole_prompt(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(SchedulerSide, "get_num_new_matched_tokens", all_of_it)
 
 
+def _names_blocks_of_a_window(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Geometry, "knows_bad_blocks", property(lambda self: len(self.groups) == 1))
+
+
 MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no fence": (_no_fence, PLAIN | {"window": None, "slack_blocks": 0}, "P2"),
     "no fence for window blocks": (_no_window_fence, PLAIN | {"window": 6, "chunk_blocks": 1}, "P2"),
+    "the blocks of a window named that a load has not brought": (_names_blocks_of_a_window, ONE_WINDOW_FAILS, "P3"),
     "blocks given back while they are read": (_blocks_given_back_early, PLAIN | {"window": None}, "P2"),
     "blocks let go while they are read": (_let_go_without_a_flush, PLAIN | {"window": None, "slack_blocks": 0}, "P2"),
     "an earlier admission's hit": (_stale_hit, PLAIN | {"window": None, "prefix_caching": False, "slack_blocks": 0}, "P5"),

@@ -49,7 +49,14 @@ def test_a_right_connector_passes(first: int) -> None:
 
 PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail_load": 0.0}
 ONE_GROUP: dict[str, Any] = PLAIN | {"window": None}
-TWO_GROUPS: dict[str, Any] = PLAIN | {"window": 6, "load": "async", "chunk_blocks": 1}
+TWO_GROUPS: dict[str, Any] = PLAIN | {"window": 6, "only_windows": False, "load": "async", "chunk_blocks": 1}
+ONE_WINDOW: dict[str, Any] = TWO_GROUPS | {
+    "only_windows": True,
+    "theme": "fail",
+    "fail_load": 0.5,
+    "fail_rank": None,
+    "failure_policy": "recompute",
+}
 SYNC: dict[str, Any] = ONE_GROUP | {"load": "sync"}
 ONE_RANK_FAILS: dict[str, Any] = SYNC | {
     "theme": "fail",
@@ -80,6 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "lost_report": (ONE_GROUP | {"load": "async"}, {"P0"}),
     "whole_prompt_sync": (SYNC, {"P5"}),
     "whole_prompt_window": (TWO_GROUPS | {"window": 9}, {"P3"}),
+    "blocks_of_a_window": (ONE_WINDOW, {"P3"}),
     "raises": (ONE_GROUP | {"load": "async"}, {"raised"}),
 }
 

@@ -21,8 +21,9 @@ def plain() -> VllmConfig:
     return vllm_config(Setup(connector="KvringConnector", connector_module="kvring.vllm"))
 
 
-def judge(config: VllmConfig, *, groups: int = 1, loads: bool = True, **options: Any) -> None:
-    check(Config(**options), config, SimpleNamespace(groups=(None,) * groups), loads=loads)  # type: ignore[arg-type]
+def judge(config: VllmConfig, *, groups: int = 1, windows: bool = False, loads: bool = True, **options: Any) -> None:
+    geometry = SimpleNamespace(groups=(None,) * groups, has_windows=windows)
+    check(Config(**options), config, geometry, loads=loads)  # type: ignore[arg-type]
 
 
 def test_what_a_user_has_switched_off_is_no_reason(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,9 @@ def test_a_synchronous_load_is_refused_where_its_failure_cannot_be_taken_back(
     judge(plain, load="sync")
     with pytest.raises(ConfigError, match=r"kvring\.load: .*2 KV groups"):
         judge(plain, load="sync", groups=2)
-    judge(plain, load="async", groups=2)
+    with pytest.raises(ConfigError, match=r"kvring\.load: .*sliding window"):
+        judge(plain, load="sync", windows=True)
+    judge(plain, load="async", groups=2, windows=True)
     for owner, name, value in (
         (plain.scheduler_config, "async_scheduling", True),
         (plain.parallel_config, "pipeline_parallel_size", 2),

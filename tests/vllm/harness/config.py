@@ -44,7 +44,9 @@ class Setup:
     max_model_len: int = 96
     layers: int = 2
     window: int | None = None
-    """Tokens of the sliding window of a second KV group; None: one group of full attention."""
+    """Tokens of the sliding window of a KV group; None: there is full attention only."""
+    full: bool = True
+    """Has it a KV group of full attention, too?"""
     tp: int = 1
     replicas: int = 1
     layout: str = "LBHNC"
@@ -135,7 +137,8 @@ def layer_specs(setup: Setup) -> dict[str, KVCacheSpec]:
     }
     specs: dict[str, KVCacheSpec] = {}
     for index in range(setup.layers):
-        specs[f"model.layers.{2 * index}.self_attn.attn"] = FullAttentionSpec(**common)
+        if setup.full:
+            specs[f"model.layers.{2 * index}.self_attn.attn"] = FullAttentionSpec(**common)
         if setup.window is not None:
             name = f"model.layers.{2 * index + 1}.self_attn.attn"
             specs[name] = SlidingWindowSpec(sliding_window=setup.window, **common)

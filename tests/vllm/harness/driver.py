@@ -410,6 +410,8 @@ class Harness:
         """P0: nothing is left over. Reports that wait for the next step are not taken from the connector, unless it is the
         `last` time."""
         for adapter in self.adapters:
+            if kept := adapter.get_block_ids_with_load_errors():
+                self.ledger.blame("P0", f"nobody has asked for the blocks that were not loaded: {kept}")
             adapter.wait_idle(FOREVER_MS)
             if last:
                 adapter.get_finished()

@@ -97,6 +97,7 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
         "max_model_len": 96,
         "step_limit": 1000,
         "patience": 10_000,
+        "only_windows": dice.random() < 0.5,
     }
     choices.update(overrides or {})
     if choices["window"] is not None and "chunk_blocks" not in (overrides or {}):
@@ -158,6 +159,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         num_blocks=least + choices["slack_blocks"],
         max_model_len=choices["max_model_len"],
         window=choices["window"],
+        full=choices["window"] is None or not choices["only_windows"],
         tp=tp,
         replicas=replicas,
         layout=choices["layout"],

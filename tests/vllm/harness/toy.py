@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tp_group
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from .toy_native import ENGINES, SKIP, ToyEngine, ToyLookups, ToyWorkerAdapter
 
@@ -34,6 +35,7 @@ MISTAKES = (
     "lost_report",
     "whole_prompt_sync",
     "whole_prompt_window",
+    "blocks_of_a_window",
     "raises",
 )
 
@@ -96,6 +98,11 @@ class Tracker:
     """Blocks of the last load."""
 
 
+def has_windows(kv_config: Any) -> bool:
+    """Can a request lose blocks while it runs?"""
+    return any(isinstance(group.kv_cache_spec, SlidingWindowSpec) for group in kv_config.kv_cache_groups)
+
+
 class ToyScheduler:
     """Decides."""
 
@@ -106,7 +113,8 @@ class ToyScheduler:
         self.block = kv_config.hash_block_size
         self.chunk = extra["toy.chunk_blocks"]
         self.tokens = self.block * self.chunk
-        self.synchronous = extra.get("toy.load") == "sync" and self.groups == 1
+        self.has_windows = has_windows(kv_config)
+        self.synchronous = extra.get("toy.load") == "sync" and self.groups == 1 and not self.has_windows
         self.mistake = mistake
         self.trackers: dict[str, Tracker] = {}
         self.loads: list[Any] = []
@@ -136,7 +144,7 @@ class ToyScheduler:
         # vLLM would let an asynchronous load bring all tokens, and then compute the last one again. With a sliding window
         # that is wrong: the blocks were chosen for the token after it, so its own window can be one token short.
         careful = self.synchronous and self.mistake != "whole_prompt_sync"
-        careful |= self.groups > 1 and self.mistake != "whole_prompt_window"
+        careful |= self.has_windows and self.mistake != "whole_prompt_window"
         most = request.num_tokens - careful
         tokens = max(0, min(hit.chunks * self.tokens, most) - local)
         return tokens, tokens > 0 and not self.synchronous
@@ -263,6 +271,9 @@ class ToyWorker:
         self.writer = rank % replicas == 0
         self.kv_config = kv_config
         self.mistake = mistake
+        # vLLM goes on from the first block that is named, and of a window nothing is left in front of it.
+        of_one = len(kv_config.kv_cache_groups) == 1
+        self.names_blocks = of_one and (mistake == "blocks_of_a_window" or not has_windows(kv_config))
         self.loads: dict[int, tuple[str, bool]] = {}
         self.stores: dict[int, tuple[str, tuple[int, int], set[int]]] = {}
         self.meta = Meta()
@@ -311,10 +322,10 @@ class ToyWorker:
             request, synchronous = self.loads.pop(job.job)
             if not synchronous and self.mistake != "lost_report":
                 results.finished_recving.add(request)
-                if job.failed and len(self.kv_config.kv_cache_groups) > 1:
+                if job.failed and not self.names_blocks:
                     results.failed_recving.add(request)
         bad = set(self.adapter.get_block_ids_with_load_errors())
-        self.bad = bad if len(self.kv_config.kv_cache_groups) == 1 else set()
+        self.bad = bad if self.names_blocks else set()
         return results
 
 

@@ -99,7 +99,7 @@ class Config:
         "async",
         _choice("async", "sync"),
         "`async`: between steps, beside other requests; `sync`: before the forward pass, where a failure can be taken back: one "
-        "KV group, no asynchronous scheduling, no pipeline",
+        "KV group without a sliding window, no asynchronous scheduling, no pipeline",
     )
     lookup_timeout_ms: float = _option(
         5.0,

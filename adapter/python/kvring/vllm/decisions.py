@@ -63,6 +63,8 @@ def _check_synchronous_loads(config: Config, vllm_config: VllmConfig, geometry: 
     why = None
     if len(geometry.groups) > 1:
         why = f"vLLM cannot be told which blocks were not loaded where a model has {len(geometry.groups)} KV groups"
+    elif geometry.has_windows:
+        why = "where a model has a sliding window vLLM cannot go on from the first block that was not loaded"
     elif vllm_config.max_concurrent_batches > 1:
         why = (
             "vLLM schedules the next step before it knows that a load has failed (asynchronous scheduling, which "

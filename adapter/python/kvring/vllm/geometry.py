@@ -123,6 +123,12 @@ class Geometry:
         """Can a running request lose blocks?"""
         return any(group.window is not None for group in self.groups)
 
+    @property
+    def knows_bad_blocks(self) -> bool:
+        """Can vLLM go on from the first block that a load has not brought? Not with several groups, whose blocks it cannot tell
+        apart, nor with a window, of which it has no block in front of that one: there the whole request is computed again."""
+        return len(self.groups) == 1 and not self.has_windows
+
     def shard_of(self, rank: int) -> int:
         """The part of a chunk that this rank holds."""
         return rank // self.replicas

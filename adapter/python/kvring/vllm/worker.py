@@ -106,8 +106,9 @@ class WorkerSide:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._invalid_blocks: set[int] = set()
-        # With several groups vLLM wants to know the request instead: the same number may be a block of each.
-        self._invalidates = len(geometry.groups) == 1
+        # Else vLLM wants to know the request instead. With several groups the same number may be a block of each. With a window
+        # it goes on from the first block that is named, and what it computes there looks back at blocks that nobody has filled.
+        self._invalidates = geometry.knows_bad_blocks
         self._outcomes: dict[int, Outcome] = {}
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
@@ -266,9 +267,11 @@ class WorkerSide:
                     "request %s: an error while its KV is reported: %s: %s", finished.request, type(error).__name__, error
                 )
                 self._report_at_least(finished)
+        # After `get_finished`: the blocks of a load that it reported are among these. Taken also where vLLM is told the request
+        # instead, or they would be kept for ever.
+        bad_blocks = self.adapter.get_block_ids_with_load_errors()
         if self._invalidates:
-            # After `get_finished`: the blocks of a load that it reported are among these.
-            self._invalid_blocks.update(self.adapter.get_block_ids_with_load_errors())
+            self._invalid_blocks.update(bad_blocks)
 
     def _store_finished(self, finished: Finished) -> None:
         job = self._stores.get(finished.job)
