@@ -84,7 +84,7 @@ def test_of_more_tensors_than_are_read_those_are_spread_evenly(large, tmp_path) 
     files = checkpoint(tmp_path / "m", count=count)
     found = content.digest(files)
     for path in files.values():
-        start, tensors = content._tensors(path, path.stat().st_size)
+        start, tensors = content._tensors(path, path.stat().st_size, content.READ_WHOLE_MAX)
         noticed = []
         with path.open("r+b") as file:
             for begin, end in tensors:
@@ -143,6 +143,7 @@ def test_a_link_to_a_blob_is_known_by_the_blobs_name(tmp_path) -> None:
         struct.pack("<Q", 35) + b'{"t":{"data_offsets":[0,999999999]}}',
         struct.pack("<Q", 29) + b'{"t":{"data_offsets":[-9,4]}} ',
         struct.pack("<Q", 60_000) + b"[" * 60_000,
+        struct.pack("<Q", 36) + b'{"t":{"data_offsets":[0,Infinity]}}'.ljust(36),
         b"",
     ],
 )  # fmt: skip
@@ -152,6 +153,19 @@ def test_what_is_no_safetensors_file_is_read_as_any_other(large, tmp_path, head)
     found = content.digest({path.name: path})
     path.write_bytes(head + bytes(32 * content.BLOCK) + b"\1" * content.BLOCK + bytes(31 * content.BLOCK))
     assert content.digest({path.name: path}) != found
+
+
+def test_headers_are_read_as_far_as_they_are_not_too_long(large, tmp_path, monkeypatch) -> None:
+    """Of a folder full of files each with a header of the format's limit, gigabytes would be parsed."""
+    parsed: list[str] = []
+    loads = json.loads
+    monkeypatch.setattr(content.json, "loads", lambda data: parsed.append(data) or loads(data))
+    monkeypatch.setattr(content, "READ_WHOLE_MAX", 2000)
+    files = {f"{n:02}.safetensors": write(tmp_path / f"{n:02}", {"t": bytes([n]) * TENSOR}) for n in range(60)}
+    found = content.digest(files)
+    assert 0 < sum(map(len, parsed)) <= 2000
+    write(tmp_path / "59", {"t": bytes(TENSOR)})
+    assert content.digest(files) != found, "what comes later is read as any other"
 
 
 def test_the_size_of_a_checkpoint_does_not_matter(tmp_path) -> None:
@@ -181,7 +195,8 @@ def test_a_file_that_cannot_be_read_is_an_error_and_not_left_out(tmp_path) -> No
 
 
 def test_a_folder_is_looked_at_as_deep_as_vllm_does(tmp_path) -> None:
-    for name in ("a.bin", "sub/b.bin", "sub/deep/c.bin", ".cache/d.bin", "checkpoint-500/e.bin", "sub/.f.json"):
+    left_out = ("sub/deep/c.bin", ".cache/d.bin", "checkpoint-500/e.bin", "global_step9/g.pt", "original/consolidated.00.pt")
+    for name in ("a.bin", "sub/b.bin", "sub/.f.json", *left_out):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "dangling.bin").symlink_to("nowhere")
@@ -189,3 +204,41 @@ def test_a_folder_is_looked_at_as_deep_as_vllm_does(tmp_path) -> None:
     assert (
         {"a.bin", "sub/b.bin", "self/a.bin"} <= set(content.look(tmp_path)) <= {"a.bin", "sub/b.bin", "sub/.f.json", "self/a.bin"}
     )
+
+
+@pytest.mark.parametrize("place", ["", "sub/"])
+def test_a_link_that_may_not_be_followed_hides_nothing_beside_it(tmp_path, monkeypatch, place) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a.bin", "z.bin", "locked.bin"):
+        (tmp_path / f"{place}{name}").touch()
+    (tmp_path / "lost+found").mkdir()
+    stat, listed = os.stat, os.listdir
+
+    def guarded(path, *args, **more):
+        if Path(path).name == "locked.bin":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **more)
+
+    def closed(path="."):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    monkeypatch.setattr(os, "listdir", closed)
+    files = content.look(tmp_path)
+    assert set(files) == {f"{place}{name}" for name in ("a.bin", "z.bin", "locked.bin")}
+    with pytest.raises(PermissionError):
+        content.digest(files)
+
+
+def test_a_folder_is_not_looked_at_for_ever(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(content, "FILES_MAX", 10)
+    (tmp_path / "sub").mkdir()
+    for number in range(9):
+        (tmp_path / "sub" / f"{number}.bin").touch()
+    assert len(content.look(tmp_path)) == 9
+    (tmp_path / "sub" / "9.bin").touch()
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(content.Unknown, match="10"):
+        content.look(tmp_path)

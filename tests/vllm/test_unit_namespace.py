@@ -241,12 +241,7 @@ def test_numpy_copies_of_weights_are_what_is_loaded(model) -> None:
         {"load_format": "modelexpress"},
         {"load_format": "ipc_cache"},
         {"load_format": "of_a_plugin"},
-        {"load_format": "dummy", "quantization": "gptq"},
         {"model_weights": "s3://bucket/model"},
-        {"hf_overrides": lambda config: config},
-        {"model": "s3://bucket/model"},
-        {"model": "org/never-fetched"},
-        {"hf_config_path": "org/never-fetched"},
     ],
 )
 def test_weights_that_no_file_tells_are_this_vllms_alone(model, more, said) -> None:
@@ -256,10 +251,85 @@ def test_weights_that_no_file_tells_are_this_vllms_alone(model, more, said) -> N
     assert named(at(model, **more), version="1") == named(at(model, **more), version="1") != named(at(model, **more), version="2")
 
 
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "quantize_config.json", "modeling.py"])
+def test_a_version_of_the_weights_stands_for_their_files_only(model, tmp_path, name) -> None:
+    """Not for a configuration, or for code: two folders of one version may have others."""
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(model, elsewhere)
+    names = []
+    for text in ("1", "2"):
+        (model / name).write_text(f'{{"rope_theta": {text}}}')
+        names.append(named(at(model, load_format="tensorizer", trust_remote_code=True), version="1"))
+    assert names[0] != names[1]
+    theirs = [named(at(folder, load_format="tensorizer"), version="1") for folder in (elsewhere, tmp_path / "model")]
+    assert theirs[0] != theirs[1], "a version of one model's is no version of another one's"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"load_format": "dummy"},
+        {"load_format": "dummy", "quantization": "gptq"},
+        {"hf_overrides": lambda config: config},
+        {"model": "s3://bucket/model"},
+        {"model": "org/never-fetched"},
+        {"hf_config_path": "org/never-fetched"},
+    ],
+)
+def test_what_a_version_of_the_weights_does_not_tell_is_this_vllms_alone(model, more, said) -> None:
+    assert is_private(at(model, **more)) and len(said) == 3
+    assert named(at(model, **more), version="1") != named(at(model, **more), version="1")
+
+
+def test_weights_that_are_pushed_into_it_are_this_vllms_alone(model, said) -> None:
+    pushed = both(at(model), lambda config: setattr(config, "weight_transfer_config", object()))
+    assert is_private(pushed) and all("weight_transfer_config" in line for line in said)
+    assert named(pushed, version="1") != named(pushed, version="1")
+
+
 def test_a_folder_without_weights_tells_none(model) -> None:
     (model / "model.safetensors").unlink()
     assert is_private(at(model))
-    assert not is_private(at(model, load_format="dummy"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a":' + "[" * 200_000 + "]" * 200_000 + "}", '{"rope_scaling": ' + '{"a":' * 50_000 + "1" + "}" * 50_000 + "}"],
+)
+def test_a_configuration_that_cannot_be_read_ends_nothing(model, text) -> None:
+    (model / "config.json").write_text(text)
+    assert is_private(at(model))
+
+
+@pytest.mark.parametrize("overrides", [{1: "a", "1": [1]}, {"a": object()}])
+def test_what_has_no_words_is_this_vllms_alone(overrides, said) -> None:
+    """Such as an object that is told by its address: another one in each process."""
+    private = is_private(lambda config: setattr(config.model_config, "hf_overrides", overrides))
+    assert private and said
+
+
+@pytest.mark.parametrize("error", [OverflowError(), MemoryError(), RecursionError(), ImportError("no such name")])
+def test_whatever_goes_wrong_while_files_are_looked_at_ends_nothing(model, monkeypatch, said, error) -> None:
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(namespace.identity.content, "digest", fails)
+    assert is_private(at(model))
+    assert said and all(type(error).__name__ in line or str(error) in line for line in said)
+
+
+def test_too_many_files_and_configurations_that_are_too_large_are_not_read(model, monkeypatch) -> None:
+    monkeypatch.setattr(namespace.identity.content, "FILES_MAX", 50)
+    assert not is_private(at(model))
+    for number in range(60):
+        (model / f"{number}.bin").touch()
+    assert is_private(at(model))
+    monkeypatch.undo()
+    assert not is_private(at(model))
+    (model / "config.json").touch()
+    os.truncate(model / "config.json", namespace.identity.content.READ_WHOLE_MAX + 1)
+    assert is_private(at(model))
 
 
 def test_a_version_of_the_weights_adds_to_what_is_known(model) -> None:
@@ -397,6 +467,8 @@ def test_scales_of_an_image_encoder_are_their_file_or_this_vllms_own(tmp_path) -
     before = named(change)
     scales.write_text("2")
     assert named(change) != before and not is_private(change)
+    # Gone, or not readable any more.
+    assert is_private(both(lambda _: scales.write_text("2"), change, lambda _: scales.unlink()))
     assert is_private(multimodal(mm_encoder_attn_dtype="fp8"))
 
 

@@ -9,6 +9,8 @@ Checkpoints are too large to be read whole at each start of vLLM. So of weights 
 
 Other files (configurations, code) are read whole. What this does not notice is a change of weights that leaves every header and
 every block that is read as it was.
+
+How much is read is bounded, whatever lies in a folder: vLLM's start waits for it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +30,20 @@ BLOCKS_MAX = 4096
 """Blocks of tensors that are read at most; weights that are no larger than that are read whole."""
 
 _END = 64 * 1024
-"""Bytes read at each end of weights whose format tells nothing."""
-_HEADER_MAX = 100_000_000
-"""Bytes of a safetensors header: the format's own limit."""
+"""Bytes read at each end of weights whose format tells nothing; fewer where there are hundreds of such files."""
+FILES_MAX = 10_000
+"""Files in a model's folder and in those just below it."""
+READ_WHOLE_MAX = 64 << 20
+"""Bytes of all files that are no weights together; and of the headers of safetensors files, of which those that come later are
+read as files of another kind are. (The largest checkpoints have some 15 MB of each.)"""
+_NOT_LOADED = (".", "checkpoint-", "global_step", "original")
+"""How folders begin that vLLM loads nothing from: hidden ones, the steps of a training, Llama's weights in their first format."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LENGTH = 8
+
+
+class Unknown(Exception):
+    """What is in files, or what decides the bytes, cannot be told; the text says of what, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +56,13 @@ class _Piece:
 
 
 def digest(weights: Mapping[str, Path], others: Mapping[str, Path] | None = None) -> str:
-    """Of files by name: the name counts, and what is in the file. Raises `OSError` for what cannot be read."""
+    """Of files by name: the name counts, and what is in the file. Raises `OSError` for what cannot be read, and `Unknown` for
+    what is too much."""
+    size = sum(path.stat().st_size for path in (others or {}).values())
+    if size > READ_WHOLE_MAX:
+        raise Unknown(
+            f"the configurations and the code of the model have {size} bytes, and more than {READ_WHOLE_MAX} are not read"
+        )
     found = hashlib.sha256()
     sizes: dict[str, int] = {}
     for name, path in sorted(weights.items()):
@@ -60,16 +78,38 @@ def digest(weights: Mapping[str, Path], others: Mapping[str, Path] | None = None
 
 
 def look(folder: Path) -> dict[str, Path]:
-    """The files in a folder and in those just below it, by their names from there: vLLM's loaders look no deeper. Not what is
-    hidden, and not the steps that a training leaves below its result."""
-    found: dict[str, Path] = {}
-    for path in [folder, *(sub for sub in folder.iterdir() if sub.is_dir())]:
-        if path is not folder and path.name.startswith((".", "checkpoint-")):
+    """The files in a folder and in those just below it, by their names from there: vLLM's loaders look no deeper. Raises
+    `Unknown` where there are too many."""
+    found, folders = _list(folder, FILES_MAX)
+    for below in folders:
+        if below.name.startswith(_NOT_LOADED):
             continue
-        # What this user may not look into (a volume's `lost+found`), vLLM cannot load from either.
+        # What this user may not list (a volume's `lost+found`), vLLM finds nothing in either.
         with contextlib.suppress(PermissionError):
-            found |= {file.relative_to(folder).as_posix(): file for file in path.iterdir() if file.is_file()}
+            found |= {f"{below.name}/{name}": path for name, path in _list(below, FILES_MAX - len(found))[0].items()}
     return found
+
+
+def _list(folder: Path, most: int) -> tuple[dict[str, Path], list[Path]]:
+    """The files of a folder, by name, and its folders."""
+    files: dict[str, Path] = {}
+    folders: list[Path] = []
+    for path in folder.iterdir():
+        if len(files) + len(folders) >= most:
+            raise Unknown(f"there are more than {FILES_MAX} files in {folder} and beside it")
+        try:
+            mode = path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            # A link that leads nowhere: nothing is loaded by it.
+            continue
+        except OSError:
+            # Whoever needs this one fails when it is read; nobody else does.
+            mode = stat.S_IFREG
+        if stat.S_ISREG(mode):
+            files[path.name] = path
+        elif stat.S_ISDIR(mode):
+            folders.append(path)
+    return files, folders
 
 
 def _add(found: hashlib._Hash, kind: str, name: str, data: bytes) -> None:
@@ -94,12 +134,14 @@ def _pieces(files: Mapping[str, Path], weights: Mapping[str, int]) -> list[_Piec
     heads: list[_Piece] = []
     blocks: list[_Piece] = []
     opaque: dict[str, int] = {}
+    headers_left = READ_WHOLE_MAX
     for name, size in weights.items():
-        header = _tensors(files[name], size) if name.endswith(".safetensors") else None
+        header = _tensors(files[name], size, headers_left) if name.endswith(".safetensors") else None
         if header is None:
             opaque[name] = size
             continue
         start, tensors = header
+        headers_left -= start
         heads.append(_Piece(name, 0, start))
         for begin, end in tensors:
             # The block in its middle; of a small one, all.
@@ -107,8 +149,9 @@ def _pieces(files: Mapping[str, Path], weights: Mapping[str, int]) -> list[_Piec
             middle = start + begin + (end - begin - length) // 2
             blocks.append(_Piece(name, middle, length))
     step = max(BLOCK, -(-sum(opaque.values()) // BLOCKS_MAX))
+    most = max(BLOCK, READ_WHOLE_MAX // (2 * max(1, len(opaque))))
     for name, size in opaque.items():
-        end = min(_END, size)
+        end = min(_END, most, size)
         heads += [_Piece(name, 0, end), _Piece(name, size - end, end)]
         blocks += [_Piece(name, at, min(BLOCK, size - at)) for at in range(0, size, step)]
     return heads + _spread(blocks)
@@ -121,19 +164,21 @@ def _spread(blocks: list[_Piece]) -> list[_Piece]:
     return [blocks[index * len(blocks) // BLOCKS_MAX] for index in range(BLOCKS_MAX)]
 
 
-def _tensors(path: Path, size: int) -> tuple[int, list[tuple[int, int]]] | None:
-    """Of a safetensors file: where its data begins, and where in that each tensor lies. `None`: it is not one."""
+def _tensors(path: Path, size: int, most: int) -> tuple[int, list[tuple[int, int]]] | None:
+    """Of a safetensors file: where its data begins, and where in that each tensor lies. `None`: it is not one, or its header has
+    more than `most` bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
-        if length > min(_HEADER_MAX, size - _LENGTH):
+        if length > min(most, size - _LENGTH):
             return None
-        start = _LENGTH + length
-        try:
-            header = json.loads(file.read(length))
-            places = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-            tensors = sorted((int(begin), int(end)) for begin, end in places)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            return None
+        data = file.read(length)
+    start = _LENGTH + length
+    try:
+        places = [entry["data_offsets"] for name, entry in json.loads(data).items() if name != "__metadata__"]
+        tensors = sorted((int(begin), int(end)) for begin, end in places)
+    except Exception:
+        # Whatever it is: nobody can load it as one.
+        return None
     inside = all(0 <= begin <= end <= size - start for begin, end in tensors)
     return (start, tensors) if inside else None
 

@@ -2,29 +2,28 @@
 
 What is stored may be found for weeks, by any vLLM that names it the same. So a name is made of what the files hold that decide
 the bytes (`content`), wherever they lie. Where that cannot be known (weights that come from elsewhere than files, ids that count
-up) it is made of this very vLLM, whose processes share among themselves and with nobody else; or, for weights, of the version
-that their user gives them. What decides nothing is not in it: copies share, and so does a checkpoint with other files beside it.
+up) it is made of this very vLLM, whose processes share among themselves and with nobody else: whatever is raised here means that.
+For files of weights the version that their user gives them stands in, and for nothing else. What decides nothing is not in it:
+copies share, and so does a checkpoint with other files beside it.
 
 What vLLM 0.32 reads was looked up in its loaders, configurations and models; where a later one reads more, it has to be added.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import content
+from .content import Unknown
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-Warn = Callable[[str], None]
 
 _FROM_FILES = {
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt",
@@ -32,7 +31,7 @@ _FROM_FILES = {
 }  # fmt: skip
 """The load formats that read nothing but files of the model's folder. Not: tensorizer, modelexpress, ipc_cache, plugins' own."""
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_WEIGHTS = (".safetensors", ".bin", ".pt")
 _OF_A_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 """As vLLM leaves them out (`filter_files_not_needed_for_inference`)."""
 _CONFIGURATIONS = ("config.json", "params.json", ".index.json")
@@ -46,10 +45,6 @@ _SAME_AT_ANY_LENGTH = {
 """Rotary embeddings that turn a position by the same angle whatever the longest one is (`get_rope`). Not: longrope, dynamic."""
 
 
-class _Unknown(Exception):
-    """What decides the bytes cannot be told; the text says of what, and why."""
-
-
 def instance(vllm_config: VllmConfig) -> list[str]:
     """This very vLLM: the same in all of its processes, and in no other one's."""
     transfer = vllm_config.kv_transfer_config
@@ -57,37 +52,42 @@ def instance(vllm_config: VllmConfig) -> list[str]:
     return [vllm_config.instance_id, str(transfer.engine_id if transfer is not None else "")]
 
 
-def weights(vllm_config: VllmConfig, version: str | None, warn: Warn) -> list[Any]:
+def weights(vllm_config: VllmConfig, version: str | None) -> list[Any]:
     """Which weights these are, with everything beside them that makes a model of them."""
+    model = vllm_config.model_config
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        raise Unknown("its weights are pushed into it while it runs (weight_transfer_config)")
+    if str(vllm_config.load_config.load_format) == "dummy":
+        raise Unknown("with --load-format dummy it has no weights, or they are pushed into it while it runs")
+    others, parts = _others(vllm_config)
     try:
-        return ["content", _content(vllm_config)]
-    except (_Unknown, OSError) as error:
+        return ["content", content.digest(_weights(vllm_config, parts), others)]
+    except Exception as error:
         if version is not None:
-            return ["version", version]
-        warn(
-            f"what this vLLM stores is kept for itself alone, until it ends: its weights cannot be told ({error}). "
-            "kvring.weights_version would tell them: a name that you change whenever the weights change"
-        )
-        return ["instance", *instance(vllm_config)]
+            return ["version", version, str(model.model_weights or model.model), content.digest({}, others)]
+        raise Unknown(
+            f"its weights cannot be told ({error}); kvring.weights_version would tell them: a name that you change whenever the "
+            "weights change"
+        ) from error
 
 
-def media(vllm_config: VllmConfig, warn: Warn) -> dict[str, Any] | None:
+def media(vllm_config: VllmConfig) -> dict[str, Any] | None:
     """What is made of images, sound and video before the model sees them; `None` for a model that takes none. (The processors'
     own configurations are among the model's files.)"""
     config = vllm_config.model_config.multimodal_config
     if config is None:
         return None
     scales = config.mm_encoder_fp8_scale_path
-    unknown = None
     if config.mm_processor_cache_gb == 0 and not vllm_config.cache_config.enable_prefix_caching:
         # `BaseRenderer._process_mm_uuids`.
-        unknown = "with --mm-processor-cache-gb 0 and --no-enable-prefix-caching vLLM counts images instead of looking at them"
-    elif config.mm_encoder_attn_dtype is not None and scales is None:
-        unknown = "with --mm-encoder-attn-dtype and no --mm-encoder-fp8-scale-path vLLM calibrates itself by the images that come"
-    if unknown is not None:
-        warn(f"what this vLLM stores is kept for itself alone, until it ends: {unknown}")
+        raise Unknown(
+            "with --mm-processor-cache-gb 0 and --no-enable-prefix-caching vLLM counts images instead of looking at them"
+        )
+    if config.mm_encoder_attn_dtype is not None and scales is None:
+        raise Unknown(
+            "with --mm-encoder-attn-dtype and no --mm-encoder-fp8-scale-path vLLM calibrates itself by the images that come"
+        )
     return {
-        "instance": instance(vllm_config) if unknown is not None else None,
         "processor": plain(config.mm_processor_kwargs),
         "io": plain(config.media_io_kwargs),
         "normalized_on_device": config.mm_device_do_normalize,
@@ -121,9 +121,9 @@ def _is_same_at_any_length(model: ModelConfig) -> bool:
         folder = _folder(model.hf_config_path or model.model, getattr(model, "_hf_config_revision", None) or model.revision)
         files = [file for name in ("config.json", "params.json") if (file := folder / name).is_file()]
         said = [model.hf_overrides, *(json.loads(file.read_bytes()) for file in files)]
-    except (_Unknown, OSError, ValueError):
+        return bool(files) and all(kind in _SAME_AT_ANY_LENGTH for one in said for kind in _ropes(one))
+    except Exception:
         return False
-    return bool(files) and all(kind in _SAME_AT_ANY_LENGTH for one in said for kind in _ropes(one))
 
 
 def adapter(folder: Path) -> str:
@@ -135,8 +135,10 @@ def adapter(folder: Path) -> str:
 
 
 def plain(value: Any) -> str:
-    """In words that are the same in every process: a function's name, and not its address."""
-    return json.dumps(value, sort_keys=True, default=lambda other: getattr(other, "__qualname__", None) or str(other))
+    """In words that are the same in every process. Raises for what has none: an object that is told by its address only."""
+    from vllm.config.utils import normalize_value
+
+    return json.dumps(normalize_value(value), sort_keys=True)
 
 
 def _ropes(config: Any, *, inside: bool = False) -> Iterator[str]:
@@ -157,59 +159,81 @@ def is_llama4(model: ModelConfig) -> bool:
     )
 
 
-def _content(vllm_config: VllmConfig) -> str:
-    """One digest of all files that decide what the model computes."""
-    model, load = vllm_config.model_config, vllm_config.load_config
-    load_format = str(load.load_format)
+def _others(vllm_config: VllmConfig) -> tuple[dict[str, Path], dict[str, Path]]:
+    """All files beside the weights that decide what is computed; and the folders of the parts that a model is put together of."""
+    model = vllm_config.model_config
     if callable(model.hf_overrides):
-        raise _Unknown("hf_overrides is a function")
+        raise Unknown("hf_overrides is a function, which may do anything")
     if getattr(vllm_config, "engram_config", None) is not None:
-        raise _Unknown("its tokenizer is a part of the model")
-    if load_format == "dummy" and model.quantization is not None:
-        raise _Unknown("quantized dummy weights are what was in memory")
-    if load_format not in _FROM_FILES | {"dummy"}:
-        raise _Unknown(f"with --load-format {load_format} they may come from anywhere")
-    if model.model_weights:
-        raise _Unknown(f"{model.model_weights} is no folder")
+        raise Unknown("its tokenizer is a part of the model")
     folder = _folder(model.model, model.revision)
-    files = content.look(folder)
-    found: dict[str, Path] = {}
-    others = _others(model, files)
-    if load_format != "dummy":
-        there = _folder(model.model, model.revision, load.download_dir)
-        found = _weights(files if there == folder else content.look(there)) | _by_pattern(there, load.model_loader_extra_config)
-        if load_format == "npcache":
-            # Written at the first start and read at all others; their names are the tensors'.
-            found |= {name: path for name, path in content.look(there).items() if name.startswith("np/")}
-        if not found:
-            raise _Unknown(f"{there} has none")
+    others = _configuring(model, folder)
     if model.hf_config_path:
         there = _folder(model.hf_config_path, getattr(model, "_hf_config_revision", None))
-        others |= {f"hf_config_path/{name}": path for name, path in _others(model, content.look(there)).items()}
+        others |= {f"hf_config_path/{name}": path for name, path in _configuring(model, there).items()}
     if file := model.hf_overrides.get("quantization_config_file"):
         others["quantization_config_file"] = Path(file)
     if is_llama4(model):
         given = folder if model.generation_config in ("auto", "vllm") else Path(model.generation_config)
         if (file := given / "generation_config.json").is_file():
             others["generation_config"] = file
+    parts: dict[str, Path] = {}
     for path in [path for name, path in others.items() if name.endswith("config.json")]:
-        with contextlib.suppress(ValueError):
-            _add_named(model, json.loads(path.read_bytes()), found, others)
-    return content.digest(found, others)
+        _add_named(model, path, others, parts)
+    return others, parts
 
 
-def _weights(files: dict[str, Path]) -> dict[str, Path]:
-    return {name: path for name, path in files.items() if name.endswith(_WEIGHTS) and not name.endswith(_OF_A_TRAINING)}
-
-
-def _others(model: ModelConfig, files: dict[str, Path]) -> dict[str, Path]:
+def _configuring(model: ModelConfig, folder: Path) -> dict[str, Path]:
     """Configurations, and code where it is run."""
     return {
         name: path
-        for name, path in files.items()
+        for name, path in content.look(folder).items()
         if (name.endswith(_CONFIGURATIONS) and not name.endswith(_NOT_OF_KV))
         or (model.trust_remote_code and name.endswith(".py"))
     }
+
+
+def _add_named(model: ModelConfig, path: Path, others: dict[str, Path], parts: dict[str, Path]) -> None:
+    """What a configuration takes from other repositories: code (`auto_map`), and the parts that Ultravox is put together of."""
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError:
+        return
+    if not isinstance(config, dict):
+        return
+    if model.trust_remote_code:
+        for repository in set(re.findall(r'"([^"]+?)--', json.dumps(config.get("auto_map")))):
+            there = content.look(_folder(repository, model.code_revision))
+            others |= {f"{repository}/{name}": path for name, path in there.items() if name.endswith(".py")}
+    for key in ("audio_model_id", "text_model_id"):
+        if repository := config.get(key):
+            parts[key] = _folder(str(repository), None)
+            others |= {f"{key}/{name}": path for name, path in _configuring(model, parts[key]).items()}
+
+
+def _weights(vllm_config: VllmConfig, parts: dict[str, Path]) -> dict[str, Path]:
+    """The files of weights that may be loaded."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    load_format = str(load.load_format)
+    if load_format not in _FROM_FILES:
+        raise Unknown(f"with --load-format {load_format} they may come from anywhere")
+    if model.model_weights:
+        raise Unknown(f"{model.model_weights} is no folder")
+    folder = _folder(model.model, model.revision, load.download_dir)
+    files = content.look(folder)
+    found = _of_weights(files) | _by_pattern(folder, load.model_loader_extra_config)
+    if load_format == "npcache":
+        # Written at the first start and read at all others; their names are the tensors'.
+        found |= {name: path for name, path in files.items() if name.startswith("np/")}
+    if not found:
+        raise Unknown(f"{folder} has none")
+    for key, there in parts.items():
+        found |= {f"{key}/{name}": path for name, path in _of_weights(content.look(there)).items()}
+    return found
+
+
+def _of_weights(files: dict[str, Path]) -> dict[str, Path]:
+    return {name: path for name, path in files.items() if name.endswith(_WEIGHTS) and not name.endswith(_OF_A_TRAINING)}
 
 
 def _by_pattern(folder: Path, extra: Any) -> dict[str, Path]:
@@ -221,23 +245,8 @@ def _by_pattern(folder: Path, extra: Any) -> dict[str, Path]:
         fields = {field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None}
         files = sorted(folder.glob(pattern.format(**dict.fromkeys(fields, "*"))))
     except (ValueError, NotImplementedError, IndexError) as error:
-        raise _Unknown(f"no files can be found by the pattern {pattern!r}: {error}") from error
+        raise Unknown(f"no files can be found by the pattern {pattern!r}: {error}") from error
     return {f"pattern/{os.path.relpath(path, folder)}": path for path in files}
-
-
-def _add_named(model: ModelConfig, config: Any, found: dict[str, Path], others: dict[str, Path]) -> None:
-    """What a configuration takes from other repositories: code (`auto_map`), and the parts that Ultravox is put together of."""
-    if not isinstance(config, dict):
-        return
-    if model.trust_remote_code:
-        for repository in set(re.findall(r'"([^"]+?)--', plain(config.get("auto_map")))):
-            there = content.look(_folder(repository, model.code_revision))
-            others |= {f"{repository}/{name}": path for name, path in there.items() if name.endswith(".py")}
-    for key in ("audio_model_id", "text_model_id"):
-        if repository := config.get(key):
-            there = content.look(_folder(str(repository), None))
-            found |= {f"{key}/{name}": path for name, path in _weights(there).items()}
-            others |= {f"{key}/{name}": path for name, path in _others(model, there).items()}
 
 
 def _folder(name: str, revision: str | None, cache: str | None = None) -> Path:
@@ -246,15 +255,14 @@ def _folder(name: str, revision: str | None, cache: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError
     from vllm import envs
 
     if folder.exists() or "://" in name or envs.VLLM_USE_MODELSCOPE:
-        raise _Unknown(f"{name} is no folder")
+        raise Unknown(f"{name} is no folder")
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
-    except IncompleteSnapshotError as error:
-        # vLLM fetches what it loads, and not all that the repository has.
-        return Path(error.snapshot_path)
     except Exception as error:
-        raise _Unknown(f"{name} is not in Hugging Face's cache") from error
+        # vLLM fetches what it loads, and not all that the repository has.
+        if part := getattr(error, "snapshot_path", None):
+            return Path(part)
+        raise Unknown(f"{name} is not in Hugging Face's cache") from error

@@ -11,12 +11,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from kvring import LayoutError
 from kvring._logs import get_logger
 
 from . import identity
+from .content import Unknown
 from .geometry import Geometry
 from .identity import plain
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger("vllm.kvring.namespace")
 
-FORMAT = 3
+FORMAT = 4
 """Of what a fingerprint is made of, and of what a shard holds."""
 
 
@@ -44,6 +46,18 @@ def describe(
     import vllm
 
     warn = logger.warning if tell else _say_nothing
+    unknown: dict[str, None] = {}
+
+    def known(what: Callable[..., Any], *arguments: Any) -> Any:
+        """What this says. Where it cannot, whatever the reason is, the namespace is this vLLM's own: its start goes on."""
+        try:
+            return what(*arguments)
+        except Unknown as error:
+            unknown[str(error)] = None
+        except Exception as error:
+            unknown[f"{type(error).__name__}: {error}"] = None
+        return None
+
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     load, speculative, lora = vllm_config.load_config, vllm_config.speculative_config, vllm_config.lora_config
     if str(cache.prefix_caching_hash_algo).startswith("xxhash") and "PYTHONHASHSEED" not in os.environ:
@@ -52,7 +66,7 @@ def describe(
             f"with --prefix-caching-hash-algo {cache.prefix_caching_hash_algo} and no PYTHONHASHSEED nothing that kvring stores "
             "for this vLLM can be found by another one, or after its end; set PYTHONHASHSEED, or take sha256"
         )
-    return {
+    description = {
         "format": FORMAT,
         "vllm": vllm.__version__,
         # Which kernels there are for a backend that vLLM chooses by itself, and what it chooses.
@@ -60,28 +74,30 @@ def describe(
         "flashinfer": _version("flashinfer-python"),
         # What a configuration leaves out, and how images are prepared.
         "transformers": _version("transformers"),
-        "platform": _platform(vllm_config, warn),
+        "platform": known(_platform, vllm_config),
         # The configuration itself is one of these files. Not what has become of it in memory: some models write into it while
         # they are built, in a worker's process and not in the scheduler's.
-        "weights": identity.weights(vllm_config, weights_version, warn),
+        "weights": known(identity.weights, vllm_config, weights_version),
         "weights_version": weights_version,
-        "media": identity.media(vllm_config, warn),
+        "media": known(identity.media, vllm_config),
         "length": identity.length(model),
         "config_format": str(model.config_format),
-        "hf_overrides": plain(model.hf_overrides),
-        "generation": plain(model.override_generation_config) if identity.is_llama4(model) else None,
-        "implementation": [str(model.model_impl), plain(model.model_class_overrides)],
+        "hf_overrides": known(plain, model.hf_overrides) if isinstance(model.hf_overrides, dict) else None,
+        "generation": known(plain, model.override_generation_config) if identity.is_llama4(model) else None,
+        "implementation": [str(model.model_impl), known(plain, model.model_class_overrides)],
         # Which of the files are read, and how.
         "load_format": str(load.load_format),
-        "load_options": plain(load.model_loader_extra_config) if isinstance(load.model_loader_extra_config, dict) else None,
-        "ignore_patterns": plain(load.ignore_patterns),
-        "quantization": [str(model.quantization), plain(model.quantization_config)],
+        "load_options": known(plain, load.model_loader_extra_config)
+        if isinstance(load.model_loader_extra_config, dict)
+        else None,
+        "ignore_patterns": known(plain, load.ignore_patterns),
+        "quantization": [str(model.quantization), known(plain, model.quantization_config)],
         "dtype": str(model.dtype),
         "lora_dtype": str(lora.lora_dtype) if lora is not None else None,
         # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
         "kv_dtype": [_kv_dtype(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups],
         "e5m2": "e5m2" in str(cache.cache_dtype),
-        "skipped_layers": plain(getattr(cache, "kv_cache_dtype_skip_layers", None)),
+        "skipped_layers": known(plain, getattr(cache, "kv_cache_dtype_skip_layers", None)),
         "attention_backend": str(vllm_config.attention_config.backend),
         "layout": str(kv_cache_config.kv_cache_layout),
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
@@ -93,6 +109,10 @@ def describe(
         "replicas": geometry.replicas,
         "speculative": str(speculative.method) if speculative is not None else None,
     }
+    if unknown:
+        warn(f"what this vLLM stores is kept for itself alone, until it ends: {'; '.join(unknown)}")
+        description["instance"] = identity.instance(vllm_config)
+    return description
 
 
 def fingerprint(description: dict[str, Any]) -> bytes:
@@ -100,7 +120,7 @@ def fingerprint(description: dict[str, Any]) -> bytes:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).digest()
 
 
-def _platform(vllm_config: VllmConfig, warn: identity.Warn) -> list[str]:
+def _platform(vllm_config: VllmConfig) -> list[str]:
     """What computes: the CPU's instruction set, or the kinds of the GPUs, rank by rank. Two kinds of GPU round differently, take
     different kernels, and may have different KV formats.
 
@@ -114,8 +134,7 @@ def _platform(vllm_config: VllmConfig, warn: identity.Warn) -> list[str]:
     try:
         return [current_platform.device_name, *gpu_names(vllm_config)]
     except Exception as error:
-        warn(f"cannot tell which GPUs these are ({error}): their KV is kept for this vLLM alone, until it ends")
-        return [current_platform.device_name, *identity.instance(vllm_config)]
+        raise Unknown(f"cannot tell which GPUs these are ({error})") from error
 
 
 def gpu_names(vllm_config: VllmConfig) -> list[str]:
