@@ -26,6 +26,9 @@ use crate::lazy::Lazy;
 const ONCE: usize = 0;
 const TWICE: usize = 1;
 const LISTS: usize = 2;
+/// Looks at a list of which all were refused, for each victim that is found on the other one: so it is noticed before long
+/// that some of it may go again, and the looks for a victim stay few however long that list is.
+const LOOKS_BACK: usize = 16;
 
 /// The adaptive order. Every call is O(1), [`victim`](Policy::victim) amortised.
 pub struct Arc {
@@ -47,6 +50,9 @@ struct Order {
     full_len: usize,
     /// True from an insertion to the next eviction, which then is the first of a batch.
     grew: bool,
+    /// How many of each list were refused in a row, at the end of which the other list has its turn: a search whose looks
+    /// are at an end goes on there.
+    refused: [usize; LISTS],
 }
 
 impl Arc {
@@ -163,18 +169,29 @@ impl Policy for Arc {
         looks: &mut u32,
         evictable: &mut dyn FnMut(ChunkId) -> bool,
     ) -> Option<ChunkId> {
-        let (once, twice) = (order * LISTS + ONCE, order * LISTS + TWICE);
-        let once_first = self.residents.len(once) as f64 > self.orders[order].target_once;
-        for list in if once_first { [once, twice] } else { [twice, once] } {
-            // One look at each: a refused chunk goes to its list's warm end and would be met again.
-            for _ in 0..self.residents.len(list) {
-                *looks = looks.checked_sub(1)?;
-                let id = self.residents.coldest(list)?;
-                if evictable(id) {
-                    return Some(id);
+        let once = self.residents.len(order * LISTS + ONCE);
+        let lists = if once as f64 > self.orders[order].target_once { [ONCE, TWICE] } else { [TWICE, ONCE] };
+        // What an earlier call has begun comes to its end first. Then everything is looked at, for those who were refused
+        // then may have been let go of.
+        let rounds = 1 + usize::from(self.orders[order].refused != [0; LISTS]);
+        for _ in 0..rounds {
+            for list in lists {
+                // A refused chunk goes to its list's warm end, and would be met again.
+                while self.orders[order].refused[list] < self.residents.len(order * LISTS + list) {
+                    *looks = looks.checked_sub(1)?;
+                    let id = self.residents.coldest(order * LISTS + list)?;
+                    let refused = &mut self.orders[order].refused;
+                    if evictable(id) {
+                        let other = &mut refused[1 - list];
+                        *other = other.saturating_sub(LOOKS_BACK);
+                        refused[list] = 0;
+                        return Some(id);
+                    }
+                    refused[list] += 1;
+                    self.residents.move_warm(order * LISTS + list, id);
                 }
-                self.residents.move_warm(list, id);
             }
+            self.orders[order].refused = [0; LISTS];
         }
         None
     }

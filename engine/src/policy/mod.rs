@@ -55,8 +55,9 @@ pub trait Policy: Send {
 
     /// The coldest chunk of this order for which `evictable` holds; the caller then calls [`Policy::remove`].
     /// A chunk that is refused is in use, and may be moved to the warm end, so that the next call does not
-    /// meet it again: a scan is amortised O(1). Each look takes one off `looks`; `None` when there are none left, or every
-    /// chunk was refused.
+    /// meet it again: a scan is amortised O(1). Each look takes one off `looks`; `None` when there are none left, or this
+    /// call has looked at every chunk. Calls whose looks come to their end go on where the one before has stopped: after
+    /// twice as many looks as there are chunks they have looked at every one, whatever was looked at before.
     fn victim(
         &mut self,
         order: usize,

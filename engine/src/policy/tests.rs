@@ -127,6 +127,81 @@ fn a_search_goes_on_where_its_looks_were_at_an_end() {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever is leased, and however few looks a call has: a search that goes on call by call finds a chunk that may go
+    /// if there is one, and says that there is none only then.
+    #[test]
+    fn a_search_in_pieces_finds_a_victim_if_there_is_one(
+        ops in ops(),
+        allowances in proptest::collection::vec(1..12_u32, 1..8),
+        kind in proptest::sample::select(&PolicyKind::ALL[..]),
+    ) {
+        let mut policy = build(kind, 32).unwrap();
+        let mut resident = 0_u32;
+        let mut allowances = allowances.iter().copied().cycle();
+        for op in ops {
+            let is_resident = |id: ChunkId| resident >> id & 1 == 1;
+            match op {
+                Op::Insert { id, hash, parent } if !is_resident(id) => {
+                    policy.insert(3, id, hash, parent);
+                    resident |= 1 << id;
+                }
+                Op::Touch { id, front } if is_resident(id) => policy.touch(id, front),
+                Op::Remove { id, evicted } if is_resident(id) => {
+                    policy.remove(id, evicted);
+                    resident &= !(1 << id);
+                }
+                Op::Victim { refused } => {
+                    // Some are leased, or all but one.
+                    let refused = if refused % 2 == 0 { refused } else { !(1 << (refused >> 27)) };
+                    let (may_go, all) = (resident & !refused, resident.count_ones());
+                    let (mut found, mut looked) = (None, 0);
+                    while found.is_none() && looked < 2 * all {
+                        let allowed = allowances.next().unwrap();
+                        let mut looks = allowed;
+                        found = policy.victim(3, &mut looks, &mut |id| refused >> id & 1 == 0);
+                        looked += allowed - looks;
+                        if found.is_none() && looks > 0 {
+                            prop_assert_eq!(may_go, 0, "{}: it says that none may go", kind);
+                            break;
+                        }
+                    }
+                    prop_assert_eq!(found.is_some(), may_go != 0, "{} after {} looks", kind, looked);
+                    prop_assert!(found.is_none_or(|id| may_go >> id & 1 == 1));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn a_search_goes_on_with_another_list_where_all_of_one_is_in_use() {
+    for mut policy in policies(400) {
+        for id in 0..400 {
+            policy.insert(3, id, u64::from(id), None);
+        }
+        // For arc, these are another list than the rest, and the one that goes first.
+        (0..200).for_each(|id| policy.touch(id, None));
+        let mut looked = 0;
+        for leased in [0..200, 200..400] {
+            for _ in 0..100 {
+                let found = (0..50).find_map(|_| {
+                    let mut looks = 16;
+                    let found = policy.victim(3, &mut looks, &mut |id| !leased.contains(&id));
+                    looked += 16 - looks;
+                    found
+                });
+                assert!(found.is_some_and(|id| !leased.contains(&id)), "{}", policy.name());
+                policy.remove(found.unwrap(), true);
+            }
+        }
+        assert!(looked <= 400 + 200 * 17, "{}: {looked} looks for 200 victims", policy.name());
+    }
+}
+
 #[test]
 fn orders_are_kept_apart() {
     for mut policy in policies(8) {
