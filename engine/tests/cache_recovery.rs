@@ -9,7 +9,9 @@ use cache_support::small::{
     slot_of, store,
 };
 use cache_support::{State, VecTable, chain, key};
-use kvring_engine::cache::{Cache, Committed, Found, Invalidated, Reservation, Shard, ShardHeader, SlotId};
+use kvring_engine::cache::{
+    Cache, Committed, Found, Invalidated, NotRestorable, Reservation, Shard, ShardHeader, SlotId,
+};
 
 /// Everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
@@ -54,6 +56,19 @@ fn shard(table: &VecTable, slot: SlotId) -> Option<Shard> {
         State::Free => return None,
     };
     Some(Shard { header, generation: entry.generation, found, tick: entry.tick })
+}
+
+#[test]
+fn a_shortage_is_not_taken_for_nonsense() {
+    let mut cache = cache(2, &[4096]);
+    store(&mut cache, 1, &chain(1, 4));
+    let (first, slabs, slot_bytes) = cache.table().spans[0];
+    let mut new = empty(cache.table(), 2);
+    new.table_mut().out_of_space = true;
+    let short = new.restore_span(first, slabs, slot_bytes);
+    assert!(matches!(short, Err(NotRestorable::Memory { count: 256, .. })), "{short:?}");
+    let nonsense = new.restore_span(first, 3, slot_bytes);
+    assert!(matches!(nonsense, Err(NotRestorable::Span { .. })), "{nonsense:?}");
 }
 
 #[test]

@@ -7,12 +7,14 @@ use kvring_engine::config::EngineConfig;
 use kvring_engine::segments::SetupError;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::Status;
+use kvring_tests::crash::BREAK;
 use kvring_tests::engine::{EngineProcess, Sweep, overrides, remove_segments, unique_name};
 use kvring_tests::isolate::{ControlGroup, segments};
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{WorkerSpec, all_stored};
 use kvring_tests::raw::{RawClient, registration};
 use kvring_tests::traffic::Bystander;
+use kvring_tests::wait::LIMIT;
 use kvring_tests::worker::WorkerSide;
 use serde_json::json;
 use std::os::unix::fs::MetadataExt;
@@ -121,6 +123,25 @@ fn a_refused_start_leaves_the_warm_cache_as_it_was() {
     }
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
+}
+
+/// What is short at the moment is no reason to give up what there is: the next start has it.
+#[test]
+fn a_start_without_memory_for_slot_headers_leaves_the_warm_cache_as_it_was() {
+    let mut engine = EngineProcess::start("short", 8);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
+    assert_eq!(stored, all_stored(8));
+    engine.kill();
+    for _ in 0..5 {
+        let status = engine.restart_with(&[(BREAK, "memory for headers")]).err().expect("it does not start");
+        assert!(!status.success(), "{status}");
+    }
+    engine.restart();
+    assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
+    worker.wait_ready(LIMIT).unwrap();
+    drop(worker);
+    engine.settles(0);
 }
 
 #[test]

@@ -77,13 +77,13 @@ pub enum NotRestorable {
         /// Bytes of a slot.
         slot_bytes: u64,
     },
-    /// There is no memory for the order in which chunks were used. Nothing is wrong with what was left.
-    #[error(
-        "no memory to put {chunks} chunks in the order in which they were used last; free some and start again"
-    )]
+    /// There is no memory. Nothing is wrong with what was left.
+    #[error("no memory for {what} ({count}); free some and start again")]
     Memory {
-        /// Chunks so far.
-        chunks: usize,
+        /// For what.
+        what: &'static str,
+        /// How many, so far.
+        count: usize,
     },
     /// A slot in use that cannot be where it is.
     #[error("slot {slot} cannot hold what its header says: {} bytes at {}", .shard.header.length, .shard.header.offset)]
@@ -98,7 +98,8 @@ pub enum NotRestorable {
 /// Puts these behind what there is, if there is memory for them.
 fn push<V>(list: &mut Vec<V>, more: impl IntoIterator<Item = V>) -> Result<(), NotRestorable> {
     for value in more {
-        list.try_reserve(1).map_err(|_| NotRestorable::Memory { chunks: list.len() })?;
+        let what = "the order in which chunks were used last";
+        list.try_reserve(1).map_err(|_| NotRestorable::Memory { what, count: list.len() })?;
         list.push(value);
     }
     Ok(())
@@ -109,17 +110,18 @@ impl<T: SlotTable> Cache<T> {
     ///
     /// # Errors
     ///
-    /// There can be no such span.
+    /// There can be no such span; or there is no memory.
     pub fn restore_span(&mut self, first: u32, slabs: u32, slot_bytes: u64) -> Result<(), NotRestorable> {
         self.change();
-        // Its headers have memory already; a look at them must not depend on that.
-        if first < self.slabs.count() && self.slabs.restore_span(first, slabs, slot_bytes) {
-            let slots = self.slabs.span(first).slots;
-            if self.table.ensure(self.slabs.first_slot(first), slots) {
-                return Ok(());
-            }
+        if first >= self.slabs.count() || !self.slabs.restore_span(first, slabs, slot_bytes) {
+            return Err(NotRestorable::Span { first, slabs, slot_bytes });
         }
-        Err(NotRestorable::Span { first, slabs, slot_bytes })
+        // Its headers have memory already; a look at them must not depend on that.
+        let slots = self.slabs.span(first).slots;
+        if self.table.ensure(self.slabs.first_slot(first), slots) {
+            return Ok(());
+        }
+        Err(NotRestorable::Memory { what: "slot headers", count: slots as usize })
     }
 
     /// The slots of a restored span.

@@ -1,6 +1,7 @@
 //! Memory for slot headers. The slot table is sparse: a span's headers get their memory when it gets its shard size.
 
 use kvring_shm_abi::engine_segment::Places;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::segment::{SegmentError, SegmentFile};
 use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
@@ -33,6 +34,9 @@ impl SlotMemory {
     #[must_use]
     pub fn ensure(&mut self, first: u32, count: u32) -> bool {
         if self.full_until.is_some_and(|until| !until.passed()) {
+            return false;
+        }
+        if failpoint::broken("memory for headers") {
             return false;
         }
         let outcome = self.allocate(u64::from(first), u64::from(first) + u64::from(count));
