@@ -9,6 +9,8 @@ use cache_support::small::{
 };
 use cache_support::{VecTable, chain, key};
 use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservation, Reserve};
+use proptest::prelude::*;
+use std::collections::BTreeMap;
 
 /// What one chunk of 64 ranks takes, with the others of its key, and a step of a search for room.
 const CHUNK: u64 = 1024;
@@ -205,6 +207,67 @@ fn a_lookup_takes_the_place_of_an_earlier_one_piece_by_piece() {
     assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(3, 8), 3), 0);
     assert_eq!((cache.stats().leases, cache.stats().pins), (0, 0));
+}
+
+/// Of a client's share: chunks.
+const SHARE: u64 = 6;
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whoever leased what before, and however many pieces it has: a lookup charges nobody beyond his share, and finds as
+    /// much as the client may lease.
+    #[test]
+    fn a_lookup_charges_nobody_beyond_his_share(
+        steps in prop::collection::vec((0..3_u8, 0..4_u64, 0..4_u64, 1..12_u64, 1..13_usize), 1..60),
+    ) {
+        let bytes = SLAB_BYTES / 64;
+        let mut cache = cache_of(CacheConfig { client_bytes_max: SHARE * bytes, ..config(1) }, &[bytes]);
+        // Four chains with a prefix in common.
+        let chain_of = |chain: u64, len: u64| -> Vec<Key> {
+            (0..len).map(|place| key(if place < 4 { 0 } else { chain }, place)).collect()
+        };
+        for chain in 0..4 {
+            // What is being written is charged too.
+            chain_of(chain, 12).chunks(4).for_each(|keys| store(&mut cache, chain as u32, keys));
+        }
+        let mut leases: BTreeMap<(u8, u64), Vec<Key>> = BTreeMap::new();
+        for (client, session, chain, len, piece) in steps {
+            prop_assert!(cache.end_session(client, session));
+            leases.remove(&(client, session));
+            let keys = chain_of(chain, len);
+            let mut room = SHARE - cache.client_bytes(client) / bytes;
+            let expected = keys.iter().take_while(|key| {
+                let is_free = leases.values().any(|lease| lease.contains(key));
+                let fits = is_free || room > 0;
+                room -= u64::from(fits && !is_free);
+                fits
+            });
+            let expected = expected.count();
+            let mut lookup = cache.lookup(client, session, 0, 0, keys.len());
+            for part in keys.chunks(piece) {
+                let found = cache.find_piece(&lookup, part, &mut |_| {});
+                let Ok(found) = found else {
+                    prop_assert_eq!((lookup.found, expected), (0, 0), "{:?}", found);
+                    break;
+                };
+                prop_assert!(cache.pin_found());
+                lookup.found += found;
+                if (found as usize) < part.len() {
+                    break;
+                }
+            }
+            prop_assert_eq!(lookup.found as usize, expected);
+            if expected > 0 {
+                leases.insert((client, session), keys[..expected].to_vec());
+            }
+            cache.check_all().unwrap();
+            for client in 0..3 {
+                let charged = cache.client_bytes(client) / bytes;
+                prop_assert!(charged <= SHARE, "client {} stands at {} of {}", client, charged, SHARE);
+            }
+        }
+    }
 }
 
 /// Two slabs of small chunks are to become one large slot.

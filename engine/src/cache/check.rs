@@ -61,7 +61,10 @@ impl<T: SlotTable> Cache<T> {
                 Phase::Slots => 1,
                 Phase::Chunks if check.at.0 < self.chunks.fresh => 1 + self.world_of(check.at.0),
                 Phase::Chunks => 1,
-                Phase::Leases => LEASE_PART,
+                Phase::Leases if check.at.0 < self.leases.fresh() => {
+                    LEASE_PART + self.leases.steps_to(check.at.0, check.at.1)
+                }
+                Phase::Leases => 1,
             };
             left = left.saturating_sub(cost);
             if check.phase == Phase::Slots && check.at.0 == 0 {

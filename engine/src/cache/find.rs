@@ -35,6 +35,8 @@ pub struct Lookup {
     pub namespace: NamespaceId,
     /// Chunks that its pieces have found and leased so far.
     pub found: u32,
+    /// Keys of all pieces.
+    keys: u32,
     /// Logical time of the access to its first chunk; each chunk behind that is one earlier.
     time: u64,
     /// The admission has been looked up before: what it finds is no access.
@@ -54,6 +56,8 @@ impl Lookup {
 pub(super) struct Found {
     lookup: Lookup,
     lease: Option<LeaseId>,
+    /// Chunks that the lookup may find after this piece.
+    to_come: u32,
 }
 
 impl<T: SlotTable> Cache<T> {
@@ -68,7 +72,8 @@ impl<T: SlotTable> Cache<T> {
     ) -> Lookup {
         self.tick += keys as u64;
         let known = usize::from(owner) < OWNERS && self.leases.find(owner, session, admission).0.is_some();
-        Lookup { owner, session, admission, namespace, found: 0, time: self.tick, again: known }
+        let keys = u32::try_from(keys).unwrap_or(u32::MAX);
+        Lookup { owner, session, admission, namespace, found: 0, keys, time: self.tick, again: known }
     }
 
     /// As [`Cache::find_piece`], for all keys at once.
@@ -157,12 +162,17 @@ impl<T: SlotTable> Cache<T> {
                 return Err(FindError::Busy { owner, bytes });
             }
         }
-        self.found_for = Some(Found { lookup: *lookup, lease });
-        Ok(self.found.len() as u32)
+        let found = self.found.len() as u32;
+        // Where it has found less than was asked for, no piece follows.
+        let to_come =
+            if found as usize == keys.len() { lookup.keys.saturating_sub(before + found) } else { 0 };
+        self.found_for = Some(Found { lookup: *lookup, lease, to_come });
+        Ok(found)
     }
 
     /// How many of what was found may be leased, if `new` chunks of it may be that nobody has leased yet.
-    fn affordable(&self, mut new: u64) -> usize {
+    fn affordable(&mut self, mut new: u64) -> usize {
+        self.work += self.found.len() as u64;
         let costs = |id: &ChunkId| !self.chunks.get(*id).pins.any();
         let cut = self.found.iter().position(|id| {
             let costs = costs(id);
@@ -244,38 +254,48 @@ impl<T: SlotTable> Cache<T> {
     ///
     /// To be called right after `find`, before anything else; otherwise it does nothing and answers false.
     pub fn pin_found(&mut self) -> bool {
-        let Some(Found { lookup, mut lease }) = self.found_for.take() else {
+        let Some(Found { lookup, mut lease, to_come }) = self.found_for.take() else {
             debug_assert!(false, "pin_found without its find");
-            self.counters.unmatched_pins += 1;
             return false;
         };
         self.version += 1;
-        let Lookup { owner, session, admission, namespace, found: before, time, again } = lookup;
+        let Lookup { owner, session, admission, namespace, found: before, time, again, .. } = lookup;
         if let Some(Some(registered)) = self.namespaces.get_mut(namespace as usize) {
             registered.used = registered.used.max(time);
         }
+        // One walk for the whole piece, to the last place of the piece before it, or to its own first.
+        let (mut place, mut front) = (None, None);
+        if let Some(lease) = lease {
+            let start = before.saturating_sub(1);
+            self.work += u64::from(self.leases.steps_to(lease, start));
+            place = self.leases.place(lease, start);
+            if before > 0 {
+                front = place.map(|last| self.leases.chunk_at(last));
+                place = place.and_then(|last| self.leases.behind(last));
+            }
+        }
         let held = lease.map_or(0, |lease| self.leases.get(lease).len);
-        let mut front = match lease {
-            Some(lease) if before > 0 => self.leases.chunks(lease, before - 1).next(),
-            _ => None,
-        };
+        self.work += self.found.len() as u64;
         for i in 0..self.found.len() {
             let (id, at) = (self.found[i], before + i as u32);
-            match lease {
-                Some(lease) if at < held => {
-                    let other = self.leases.replace(lease, at, id).filter(|other| *other != id);
-                    if let Some(other) = other {
-                        self.pin(id, owner);
+            // What is new to come is paid for before what others have leased and nobody pays for.
+            let to_come = u64::from(to_come) + (self.found.len() - i - 1) as u64;
+            match (lease, place) {
+                (Some(_), Some(here)) if at < held => {
+                    place = self.leases.behind(here);
+                    let other = self.leases.replace(here, id);
+                    if other != id {
+                        self.pin(id, owner, to_come);
                         self.unpin(owner, other);
                     }
                 }
-                Some(lease) => {
-                    self.pin(id, owner);
+                (Some(lease), _) => {
+                    self.pin(id, owner, to_come);
                     self.leases.push(lease, id);
                 }
-                None => {
-                    self.pin(id, owner);
-                    lease = Some(self.leases.create(owner, session, admission, namespace as u8, id));
+                (None, _) => {
+                    self.pin(id, owner, to_come);
+                    lease = Some(self.leases.create(owner, session, admission, id));
                 }
             }
             if !again {

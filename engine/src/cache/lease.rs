@@ -31,8 +31,7 @@ pub(super) struct Lease {
     prev: u32,
     next: u32,
     pub(super) owner: Owner,
-    pub(super) namespace: u8,
-    _pad: [u8; 2],
+    _pad: [u8; 3],
 }
 
 /// A piece of a lease's list of chunks.
@@ -43,6 +42,13 @@ struct Block {
     /// The neighbours, + 1: a lease grows and shrinks at its tail, and is read from its head.
     before: u32,
     next: u32,
+}
+
+/// Where a lease has one of its chunks, for as long as that is not taken off it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    block: u32,
+    at: usize,
 }
 
 /// All leases.
@@ -63,6 +69,9 @@ pub(super) struct Leases {
     /// Chunks in all leases.
     pub(super) pins: u64,
     pins_max: u64,
+    /// Blocks that were looked at on the way to a place.
+    #[cfg(test)]
+    pub(super) passed: std::cell::Cell<u64>,
 }
 
 impl Leases {
@@ -83,6 +92,8 @@ impl Leases {
             len: 0,
             pins: 0,
             pins_max: u64::from(pins_max),
+            #[cfg(test)]
+            passed: std::cell::Cell::default(),
         })
     }
 
@@ -139,14 +150,7 @@ impl Leases {
     }
 
     /// Makes a lease of at least one chunk; the caller has asked `room`.
-    pub(super) fn create(
-        &mut self,
-        owner: Owner,
-        session: u64,
-        admission: u32,
-        namespace: u8,
-        first: ChunkId,
-    ) -> LeaseId {
+    pub(super) fn create(&mut self, owner: Owner, session: u64, admission: u32, first: ChunkId) -> LeaseId {
         let id = match self.free.checked_sub(1) {
             Some(id) => {
                 self.free = self.get(id).chain;
@@ -163,7 +167,7 @@ impl Leases {
         if let Some(next) = next.checked_sub(1) {
             self.leases[next as usize].prev = id + 1;
         }
-        let lease = Lease { session, admission, chain, next, owner, namespace, ..Lease::zeroed() };
+        let lease = Lease { session, admission, chain, next, owner, ..Lease::zeroed() };
         self.leases[id as usize] = lease;
         self.len += 1;
         self.push(id, first);
@@ -211,21 +215,46 @@ impl Leases {
         Some(chunks[at % BLOCK])
     }
 
-    /// Puts another chunk in the place of one; answers that one.
-    pub(super) fn replace(&mut self, id: LeaseId, at: u32, chunk: ChunkId) -> Option<ChunkId> {
-        let block = self.block_of(id, at)?.checked_sub(1)?;
-        let place = &mut self.blocks[block as usize].chunks[at as usize % BLOCK];
-        Some(std::mem::replace(place, chunk))
+    /// The place of a lease's chunk, looked for from the nearer end.
+    pub(super) fn place(&self, id: LeaseId, at: u32) -> Option<Place> {
+        let Lease { len, first, last, .. } = *self.get(id);
+        if at >= len {
+            return None;
+        }
+        let is_forward = at < len / 2;
+        let mut link = if is_forward { first } else { last };
+        for _ in 0..self.steps_to(id, at) {
+            let Block { before, next, .. } = self.blocks[link.checked_sub(1)? as usize];
+            link = if is_forward { next } else { before };
+            #[cfg(test)]
+            self.passed.set(self.passed.get() + 1);
+        }
+        Some(Place { block: link.checked_sub(1)?, at: at as usize % BLOCK })
     }
 
-    /// The link to the block with the chunk at this place: O(chunks before it).
-    fn block_of(&self, id: LeaseId, at: u32) -> Option<u32> {
-        let Lease { len, first, .. } = *self.get(id);
-        let mut link = first;
-        for _ in 0..at as usize / BLOCK {
-            link = self.blocks[link.checked_sub(1)? as usize].next;
+    /// Blocks that are passed on the way to this place.
+    pub(super) fn steps_to(&self, id: LeaseId, at: u32) -> u32 {
+        let (len, block) = (self.get(id).len, BLOCK as u32);
+        if at < len / 2 { at / block } else { (len.saturating_sub(1) / block).saturating_sub(at / block) }
+    }
+
+    /// The chunk at a place.
+    pub(super) fn chunk_at(&self, place: Place) -> ChunkId {
+        self.blocks[place.block as usize].chunks[place.at]
+    }
+
+    /// Puts another chunk in the place of one; answers that one.
+    pub(super) fn replace(&mut self, place: Place, chunk: ChunkId) -> ChunkId {
+        std::mem::replace(&mut self.blocks[place.block as usize].chunks[place.at], chunk)
+    }
+
+    /// The place behind this one, if the lease has as many blocks.
+    pub(super) fn behind(&self, place: Place) -> Option<Place> {
+        if place.at + 1 < BLOCK {
+            return Some(Place { at: place.at + 1, ..place });
         }
-        (at < len).then_some(link)
+        let next = self.blocks[place.block as usize].next.checked_sub(1)?;
+        Some(Place { block: next, at: 0 })
     }
 
     fn take_block(&mut self) -> u32 {
@@ -244,13 +273,12 @@ impl Leases {
 
     /// The chunks of a lease from this place on, towards its tail.
     pub(super) fn chunks(&self, id: LeaseId, from: u32) -> impl Iterator<Item = ChunkId> {
-        let len = self.get(id).len;
-        let mut link = self.block_of(id, from).unwrap_or(0);
-        (from..len).map_while(move |i| {
-            if i > from && (i as usize).is_multiple_of(BLOCK) {
-                link = self.blocks[link as usize - 1].next;
-            }
-            Some(self.blocks[link.checked_sub(1)? as usize].chunks[i as usize % BLOCK])
+        let rest = self.get(id).len.saturating_sub(from);
+        let mut next = self.place(id, from);
+        (0..rest).map_while(move |_| {
+            let place = next?;
+            next = self.behind(place);
+            Some(self.chunk_at(place))
         })
     }
 

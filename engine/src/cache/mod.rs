@@ -106,7 +106,6 @@ struct Counters {
     evicted: u64,
     no_space: u64,
     spans_taken: u64,
-    unmatched_pins: u64,
 }
 
 /// A registered model and layout.
@@ -334,7 +333,9 @@ impl<T: SlotTable> Cache<T> {
         });
     }
 
-    fn pin(&mut self, id: ChunkId, owner: Owner) {
+    /// A lease names the chunk once more. `to_come`: so many chunks may follow it in the same lookup, for which there has to
+    /// be room before this client takes over what nobody pays for.
+    fn pin(&mut self, id: ChunkId, owner: Owner, to_come: u64) {
         self.work += 1;
         let Self { chunks, namespaces, charges, .. } = self;
         let chunk = chunks.get_mut(id);
@@ -346,7 +347,8 @@ impl<T: SlotTable> Cache<T> {
             if first {
                 charges.of[usize::from(owner)] += bytes;
                 chunk.pins.charge(Some(owner));
-            } else if chunk.pins.payer().is_none() && charges.room(owner) >= bytes {
+            } else if chunk.pins.payer().is_none() && charges.room(owner) >= bytes.saturating_mul(1 + to_come)
+            {
                 charges.unpaid -= bytes;
                 charges.of[usize::from(owner)] += bytes;
                 chunk.pins.charge(Some(owner));

@@ -1,9 +1,15 @@
 //! How often leases name a chunk, and who pays for it.
 //!
 //! Its bytes are charged once, to the client that pinned it first: a thousand requests on one shared prefix hold that
-//! prefix once. When the payer lets go while others still hold it, nobody pays until the next client pins it: else the
-//! others could fill the payer's share. What nobody pays for is capped like a client's share; where that is used up, the
-//! payer goes on paying. So all that is leased is at most one share for each client, and one more.
+//! prefix once. When the payer lets go while others still hold it, nobody pays until a client pins it that has room for it
+//! and for whatever its lookup may still find: else the others could fill the payer's share. What nobody pays for is capped
+//! like a client's share; where that is used up, the payer goes on paying. So all that is leased is at most one share for
+//! each client, and one more.
+//!
+//! A payer that goes on paying may be gone: its entry stands at what others hold, and who has the entry next begins with as
+//! much less of its share, until they let go or a client pins it again. Which clients hold a chunk is not known here, only
+//! how often it is held, so none of them can be charged instead; and to lift the cap for the dead would let clients that
+//! come and go lease the whole arena between them.
 
 use super::Owner;
 use bytemuck::{Pod, Zeroable};

@@ -37,8 +37,6 @@ pub struct Stats {
     pub no_space: u64,
     /// Spans taken from another size so far.
     pub spans_taken: u64,
-    /// Calls of `pin_found` that did not follow their `find`; always 0.
-    pub unmatched_pins: u64,
 }
 
 impl<T: SlotTable> Cache<T> {
@@ -63,7 +61,6 @@ impl<T: SlotTable> Cache<T> {
             evicted: self.counters.evicted,
             no_space: self.counters.no_space,
             spans_taken: self.counters.spans_taken,
-            unmatched_pins: self.counters.unmatched_pins,
         }
     }
 
