@@ -12,6 +12,7 @@ use kvring_engine::cache::{
     Aborted, Cache, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Reservation, Reserve,
     ReserveError, Round, ShardRef,
 };
+use kvring_engine::policy::PolicyKind;
 
 #[test]
 fn interleaving_2_garbage_of_a_failed_round_is_never_combined() {
@@ -261,6 +262,81 @@ fn an_incomplete_chunk_without_a_slot_of_the_size_stays() {
     reserve_one(&mut cache, 1, round(1), key(2, 0));
     assert_eq!(reserve(&mut cache, 1, round(1), &[key(3, 0)]), [Reservation::NoSpace]);
     assert_eq!((cache.stats().evicted, cache.stats().chunks_forming), (0, 3));
+}
+
+/// A search that is cut into steps looks at everything in the end: at whatever comes behind many that may not go.
+#[test]
+fn half_a_chunk_of_the_size_is_found_behind_many_of_another() {
+    let mut cache = cache(4, &[4096, SLAB_BYTES]);
+    let keys = chain(1, 200);
+    let answers = reserve(&mut cache, 0, round(1), &keys);
+    // The first one is being written, so its span cannot be taken.
+    for (answer, key) in answers.into_iter().zip(&keys).skip(1) {
+        commit(&mut cache, 0, slot_of(answer), *key);
+    }
+    for (answer, key) in reserve(&mut cache, 1, round(1), &chain(2, 3)).into_iter().zip(chain(2, 3)) {
+        commit(&mut cache, 1, slot_of(answer), key);
+    }
+    let answers = reserve(&mut cache, 1, round(1), &[key(3, 0)]);
+    assert!(matches!(answers[0], Reservation::Write { .. }), "{answers:?}");
+    assert_eq!(cache.stats().evicted, 1);
+}
+
+#[test]
+fn what_is_not_leased_is_found_behind_many_that_are() {
+    for policy in PolicyKind::ALL {
+        let mut cache = cache_of(CacheConfig { policy, ..config(2) }, &[4096]);
+        register(&mut cache, 1, &[SLAB_BYTES]);
+        // 100 that are leased without an access, 156 that were used again, and a warm one of another size.
+        store(&mut cache, 1, &[key(9, 0)]);
+        store(&mut cache, 2, &chain(1, 100));
+        store(&mut cache, 3, &chain(2, 155));
+        assert_eq!(hits(&mut cache, &chain(2, 155)), 155);
+        assert_eq!(leased(&mut cache, 0, 1, &[key(9, 0)]), Ok(1));
+        assert_eq!(leased(&mut cache, 0, 1, &chain(1, 100)), Ok(100), "the same admission again");
+        let other = slot_of(reserve_in(&mut cache, 1, 0, round(1), &[key(3, 0)])[0]);
+        commit(&mut cache, 0, other, key(3, 0));
+        for place in 0..156 {
+            let answer = reserve(&mut cache, 0, round(3), &[key(4, place)])[0];
+            assert!(matches!(answer, Reservation::Write { .. }), "{policy}, key {place}: {answer:?}");
+        }
+        assert_eq!(cache.stats().spans_taken, 0, "{policy}: another size's was taken");
+    }
+}
+
+#[test]
+fn slabs_that_may_be_emptied_are_found_wherever_they_lie() {
+    // Slabs in a row that one slot needs, and every how many there is one that may not be emptied.
+    for (bytes, run, every) in
+        [(3 * SLAB_BYTES / 2, 2, 1), (16 * SLAB_BYTES, 16, 1), (16 * SLAB_BYTES, 16, 16)]
+    {
+        let slabs = 512;
+        for at in (0..slabs - run).step_by(29) {
+            let mut cache = cache_of(config(slabs as u32), &[SLAB_BYTES]);
+            register(&mut cache, 1, &[bytes]);
+            for place in 0..slabs {
+                let keys = [key(1, place)];
+                let mut slot = None;
+                let message = Reserve {
+                    owner: 0,
+                    nonce: NONCE,
+                    namespace: 0,
+                    rank: 0,
+                    round: round(1),
+                    parent: None,
+                    keys: &keys,
+                };
+                cache.reserve(message, &mut |_, answer| slot = Some(slot_of(answer))).unwrap();
+                let (slot, generation) = slot.unwrap();
+                let slab = u64::from(slot / SLOTS_PER_SLAB);
+                if (at..at + run).contains(&slab) || !slab.is_multiple_of(every) {
+                    cache.commit(0, slot, generation, keys[0], 0).unwrap();
+                }
+            }
+            let answer = reserve_in(&mut cache, 1, 0, round(1), &[key(2, 0)])[0];
+            assert!(matches!(answer, Reservation::Write { .. }), "{run} slabs at {at}: {answer:?}");
+        }
+    }
 }
 
 #[test]

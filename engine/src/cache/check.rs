@@ -240,7 +240,7 @@ impl<T: SlotTable> Cache<T> {
 
     /// Spans: what is used, busy and in the free lists.
     fn check_spans(&self) -> Result<(), InvariantBroken> {
-        let mut pooled = 0_u32;
+        let (mut pooled, mut bytes) = (0_u32, 0_u64);
         for slab in 0..self.slabs.count() {
             let head = self.slabs.head_of_slab(slab);
             pooled += u32::from(self.slabs.is_pooled(slab));
@@ -257,11 +257,13 @@ impl<T: SlotTable> Cache<T> {
                 busy += u32::from(entry.state() == State::Writing || is_pinned);
             }
             count("used slots of a span", used, span.used)?;
+            bytes += u64::from(used) * self.slabs.class(self.slabs.class_of_span(slab)).bytes;
             count("busy slots of a span", busy, span.busy)?;
             let free = self.slabs.free_list(slab, &self.slots).count() as u32;
             count("free list of a span", free, span.fresh - used)?;
         }
         count("slabs in the pool", pooled, self.slabs.pool_len())?;
+        count("bytes of slots in use", bytes, self.slabs.bytes_used)?;
         for (class, entry) in self.slabs.classes().iter().enumerate() {
             let mut free = 0_u64;
             for head in self.slabs.partial_list(class as u16) {
@@ -327,6 +329,7 @@ impl<T: SlotTable> Cache<T> {
             link("policy and visible chunks", is_same, number as u32, ordered.len() as u32)?;
             count("pinned chunks of a namespace", pinned as u64, namespace.pinned as u64)?;
             count("idle list of a namespace", self.chunks.idle(number).count() as u64, idle as u64)?;
+            count("length of an idle list", idle as u64, self.chunks.idle_len(number))?;
         }
         Ok(())
     }

@@ -122,6 +122,7 @@ struct Cold {
 struct IdleList {
     head: u32,
     tail: u32,
+    len: u32,
 }
 
 /// Numbers of chunks.
@@ -361,6 +362,7 @@ impl Chunks {
     /// The forming chunk lost its last writer: it may be evicted, after those that lost theirs earlier.
     pub(super) fn idle_insert(&mut self, id: ChunkId) {
         let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
+        list.len += 1;
         let prev = std::mem::replace(&mut list.tail, id + 1);
         match prev.checked_sub(1) {
             Some(prev) => self.cold[prev as usize].next = id + 1,
@@ -373,6 +375,7 @@ impl Chunks {
     /// The forming chunk has a writer again, or is dropped.
     pub(super) fn idle_remove(&mut self, id: ChunkId) {
         let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
+        list.len -= 1;
         let Cold { prev, next, .. } = self.cold[id as usize];
         match prev.checked_sub(1) {
             Some(prev) => self.cold[prev as usize].next = next,
@@ -384,7 +387,17 @@ impl Chunks {
         }
     }
 
-    /// The forming chunks of a namespace that have no writer, the oldest first.
+    /// The first of those: `idle_insert` puts chunks behind the others.
+    pub(super) fn first_idle(&self, namespace: usize) -> Option<ChunkId> {
+        self.idle[namespace].head.checked_sub(1)
+    }
+
+    /// How many there are.
+    pub(super) fn idle_len(&self, namespace: usize) -> u32 {
+        self.idle[namespace].len
+    }
+
+    /// The forming chunks of a namespace that have no writer.
     pub(super) fn idle(&self, namespace: usize) -> impl Iterator<Item = ChunkId> {
         let mut link = self.idle[namespace].head;
         std::iter::from_fn(move || {

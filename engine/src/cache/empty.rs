@@ -37,11 +37,17 @@ impl<T: SlotTable> Cache<T> {
             return false;
         }
         let Class { ideal, least, .. } = *self.slabs.class(class);
-        search.slabs = search.slabs.saturating_add(LOOK);
-        let window = self.find_window(class, ideal, colder_than);
-        let window =
-            window.or_else(|| if least < ideal { self.find_window(class, least, colder_than) } else { None });
+        let from = search.slab.unwrap_or(self.steal_cursor);
+        let (mut window, mut passed) = self.find_window(class, from, ideal, colder_than);
+        if window.is_none() && least < ideal {
+            let other = self.find_window(class, from, least, colder_than);
+            (window, passed) = (other.0, passed.min(other.1));
+        }
+        self.steal_cursor = (from + passed) % self.slabs.count();
+        search.slab = Some(self.steal_cursor);
+        search.slabs = search.slabs.saturating_add(passed);
         let Some((start, len)) = window else { return false };
+        self.work += self.slabs.records(len) + self.header_records(class, len);
         // Nothing is emptied for slots whose headers would have no memory.
         if !self.slabs.ensure(class, start, len, &mut self.table) {
             search.slabs = u32::MAX;
@@ -74,7 +80,6 @@ impl<T: SlotTable> Cache<T> {
                     break;
                 }
                 emptying = Emptying { slab: closed.start, slot: 0, drops: true };
-                self.counters.spans_taken += self.slabs.spans_of(closed).count() as u64;
                 continue;
             }
             let Some(head) = self.slabs.head_of_slab(emptying.slab) else {
@@ -98,38 +103,40 @@ impl<T: SlotTable> Cache<T> {
             emptying.slot += 1;
         }
         self.emptying = None;
+        self.work += self.slabs.records(self.slabs.closed().len() as u32);
         self.slabs.open();
     }
 
-    /// The coldest run of slabs that are free or of other classes' spans, none of which is busy.
-    fn find_window(&mut self, class: u16, len: u32, colder_than: Option<u64>) -> Option<(u32, u32)> {
+    /// The coldest run of `len` slabs that are free or of other classes' spans, none of which is busy or warmer than it may be;
+    /// looked for from this slab on. And at how many slabs no such run begins, or all runs that do have been looked at.
+    fn find_window(
+        &mut self,
+        class: u16,
+        from: u32,
+        len: u32,
+        colder_than: Option<u64>,
+    ) -> (Option<(u32, u32)>, u32) {
         let count = self.slabs.count();
-        let mut look = LOOK;
         let mut best: Option<(u64, u32)> = None;
-        let mut start = self.steal_cursor % count;
-        for _ in 0..look.min(count) {
-            let (touch, seen) = self.window_touch(class, start, len);
-            if let Some(touch) = touch.filter(|touch| colder_than.is_none_or(|limit| *touch < limit))
-                && best.is_none_or(|(other, _)| touch < other)
-            {
+        let (mut passed, mut seen) = (0, 0);
+        while passed < LOOK.min(count) && seen < LOOK {
+            let start = (from + passed) % count;
+            let window = self.window(class, start, len, colder_than);
+            seen += window.seen;
+            passed += window.passed;
+            if let Some(touch) = window.touch.filter(|touch| best.is_none_or(|(other, _)| *touch < other)) {
                 best = Some((touch, start));
             }
-            start = (start + 1) % count;
-            self.work += u64::from(seen);
-            look = look.saturating_sub(seen);
-            if look == 0 {
-                break;
-            }
         }
-        self.steal_cursor = start;
-        best.map(|(_, start)| (start, len))
+        self.work += u64::from(seen);
+        (best.map(|(_, start)| (start, len)), passed)
     }
 
-    /// The latest access to any chunk in these slabs, if all of them may be emptied; and how many were looked at.
-    fn window_touch(&self, class: u16, start: u32, len: u32) -> (Option<u64>, u32) {
+    /// Looks at a run of slabs.
+    fn window(&self, class: u16, start: u32, len: u32, colder_than: Option<u64>) -> Window {
         let slabs = &self.slabs;
         if start + len > slabs.count() || start % slabs.group() + len > slabs.group() {
-            return (None, 1);
+            return Window { touch: None, seen: 1, passed: 1 };
         }
         let (mut latest, mut used) = (0, 0);
         for slab in start..start + len {
@@ -137,19 +144,33 @@ impl<T: SlotTable> Cache<T> {
             if slabs.is_pooled(slab) {
                 continue;
             }
-            let Some(head) = slabs.head_of_slab(slab) else { return (None, seen) };
+            // No run with this slab will do.
+            let refused = Window { touch: None, seen, passed: seen };
+            let Some(head) = slabs.head_of_slab(slab) else { return refused };
             let span = slabs.span(head);
-            if slabs.class_of_span(head) == class || span.busy > 0 {
-                return (None, seen);
+            let is_warm = colder_than.is_some_and(|limit| span.touch >= limit);
+            if slabs.class_of_span(head) == class || span.busy > 0 || is_warm {
+                return refused;
             }
             if slab == head || slab == start {
                 used += span.used;
             }
             if used > SLOTS_MAX {
-                return (None, seen);
+                return Window { passed: 1, ..refused };
             }
             latest = latest.max(span.touch);
         }
-        (Some(latest), len)
+        Window { touch: Some(latest), seen: len, passed: 1 }
     }
+}
+
+/// What a look at a run of slabs came to.
+#[derive(Clone, Copy)]
+struct Window {
+    /// The latest access to any chunk in them, if all of them may be emptied.
+    touch: Option<u64>,
+    /// How many were looked at.
+    seen: u32,
+    /// At how many of them, from the first on, no other run that will do begins.
+    passed: u32,
 }

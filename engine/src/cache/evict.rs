@@ -12,10 +12,13 @@ const EVICTIONS_MAX: u32 = 64;
 /// Free slots that a search aims at: one part in this many of its class, and at most `SPARE_MAX`.
 const SPARE_PARTS: u64 = 64;
 const SPARE_MAX: u64 = 32;
-/// Forming chunks without a writer that are looked at for one that may go.
-const IDLE_LOOK: usize = 8;
-/// Chunks in each namespace's order that one step of a search for the coldest looks at.
+/// Forming chunks without a writer, and chunks in the order of eviction, that one step of a search for the coldest looks at
+/// in each namespace.
+const IDLE_LOOK: u32 = 8;
 const VICTIM_LOOK: u32 = 16;
+
+/// Slot headers that get their memory, zeroed, in the time that a record takes.
+const HEADERS: u32 = 8;
 
 /// What a search for a slot came to.
 pub(super) enum Room {
@@ -30,11 +33,14 @@ pub(super) enum Room {
 /// How far a message's search for room has come: one message looks for room in vain once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Search {
-    /// It has looked at everything.
-    pub(super) in_vain: bool,
+    /// It has looked at everything for a slot, and for a record: who wants for the one may still get the other.
+    in_vain: bool,
+    no_record: bool,
     /// Chunks that were refused since one was found, and slabs that were looked at.
     refused: u64,
     pub(super) slabs: u32,
+    /// The slab to go on with. Its own: other searches look for other sizes.
+    pub(super) slab: Option<u32>,
 }
 
 /// The same for a chunk's record.
@@ -80,7 +86,16 @@ impl<T: SlotTable> Cache<T> {
     }
 
     fn assign(&mut self, class: u16) -> bool {
-        self.slabs.assign(class, &mut self.table)
+        let slabs = self.slabs.assign(class, &mut self.table);
+        if slabs > 0 {
+            self.work += self.slabs.records(slabs) + self.header_records(class, slabs);
+        }
+        slabs > 0
+    }
+
+    /// Records that it takes about as long as to make sure of the headers of so many slabs.
+    pub(super) fn header_records(&self, class: u16, slabs: u32) -> u64 {
+        u64::from(self.slabs.slots_in(class, slabs) / HEADERS)
     }
 
     /// From now on nothing is evicted, or is again: after a restart, until those who hold something have said so.
@@ -135,8 +150,9 @@ impl<T: SlotTable> Cache<T> {
     fn goes_on(&self, namespaces: u64, refused: u32, search: &mut Search) -> bool {
         search.refused += u64::from(refused);
         let all = (0..NAMESPACES).filter(|namespace| namespaces >> namespace & 1 == 1);
+        let len = |n| self.policy.len(n) as u64 + u64::from(self.chunks.idle_len(n));
         // Two rounds: who was refused at first may have been let go of meanwhile, and so the other way round.
-        search.refused <= 2 * all.map(|namespace| self.policy.len(namespace) as u64).sum::<u64>()
+        search.refused <= 2 * all.map(len).sum::<u64>()
     }
 
     /// The coldest chunk of these namespaces (bit n: namespace n) that may go. One that forms may have no slot of a class yet:
@@ -147,23 +163,13 @@ impl<T: SlotTable> Cache<T> {
         while left != 0 {
             let namespace = left.trailing_zeros() as usize;
             left &= left - 1;
-            let Some(registered) = &self.namespaces[namespace] else { continue };
-            let chunks = &self.chunks;
-            let gives = |id| {
-                class.is_none_or(|class| {
-                    let mut ranks = (0..).zip(&registered.layouts[..registered.world as usize]);
-                    ranks.any(|(rank, layout)| {
-                        layout.class == class && chunks.shard(id, registered.world, rank).is_some()
-                    })
-                })
-            };
-            let mut idle = chunks.idle(namespace).take(IDLE_LOOK);
-            let idle = idle.find(|id| chunks.is_evictable(*id) && gives(*id));
-            // Where all are leased, looking would take long and find nothing.
-            let all_pinned = self.policy.len(namespace) <= registered.pinned;
-            let mut looks = if all_pinned { 0 } else { VICTIM_LOOK };
-            let visible = self.policy.victim(namespace, &mut looks, &mut |id| chunks.is_evictable(id));
-            let refused = if all_pinned { 0 } else { VICTIM_LOOK - looks };
+            if self.namespaces[namespace].is_none() {
+                continue;
+            }
+            let (mut idle_looks, mut looks) = (IDLE_LOOK, VICTIM_LOOK);
+            let idle = self.idle_victim(namespace, class, &mut idle_looks);
+            let visible = self.visible_victim(namespace, &mut looks);
+            let refused = (IDLE_LOOK - idle_looks) + (VICTIM_LOOK - looks);
             self.work += 1 + u64::from(refused);
             for id in idle.into_iter().chain(visible) {
                 let tick = self.chunks.get(id).tick;
@@ -175,11 +181,47 @@ impl<T: SlotTable> Cache<T> {
             match &mut coldest {
                 Coldest::Chunk(..) => {}
                 Coldest::Refused(all) => *all += refused,
-                Coldest::None if !all_pinned && looks == 0 => coldest = Coldest::Refused(refused),
+                Coldest::None if looks == 0 || idle_looks == 0 => coldest = Coldest::Refused(refused),
                 Coldest::None => {}
             }
         }
         coldest
+    }
+
+    /// The first chunk without a writer that may go, and gives back a slot of the class. As a policy's `victim` does, it puts
+    /// those that are refused behind the others.
+    fn idle_victim(&mut self, namespace: usize, class: Option<u16>, looks: &mut u32) -> Option<ChunkId> {
+        for _ in 0..self.chunks.idle_len(namespace) {
+            *looks = looks.checked_sub(1)?;
+            let id = self.chunks.first_idle(namespace)?;
+            if self.chunks.is_evictable(id) && class.is_none_or(|class| self.gives(id, class)) {
+                return Some(id);
+            }
+            self.chunks.idle_remove(id);
+            self.chunks.idle_insert(id);
+        }
+        None
+    }
+
+    /// Has the chunk a slot of this class?
+    fn gives(&mut self, id: ChunkId, class: u16) -> bool {
+        let Some(registered) = self.namespace(u32::from(self.chunks.get(id).namespace)) else { return false };
+        let world = registered.world;
+        let mut ranks = (0..).zip(&registered.layouts[..world as usize]);
+        let gives =
+            ranks.any(|(rank, layout)| layout.class == class && self.chunks.shard(id, world, rank).is_some());
+        self.work += u64::from(world);
+        gives
+    }
+
+    /// The coldest visible chunk that may go. Where all are leased, looking would take long and find nothing.
+    fn visible_victim(&mut self, namespace: usize, looks: &mut u32) -> Option<ChunkId> {
+        let Self { policy, chunks, namespaces, .. } = self;
+        let pinned = namespaces[namespace].as_ref().map_or(0, |registered| registered.pinned);
+        if policy.len(namespace) <= pinned {
+            return None;
+        }
+        policy.victim(namespace, looks, &mut |id| chunks.is_evictable(id))
     }
 
     /// Makes room for the record of one more chunk of this world. Nothing is evicted in vain: each chunk that goes gives back
@@ -191,18 +233,23 @@ impl<T: SlotTable> Cache<T> {
                 Some(Lack::Record) => u64::MAX,
                 Some(Lack::Lines) => self.wide_namespaces(),
             };
-            if self.evictions_held || search.in_vain {
+            if self.evictions_held || search.no_record {
                 return Record::None;
             }
             match self.coldest(namespaces, None) {
-                Coldest::Chunk(_, id) => self.evict(id),
+                Coldest::Chunk(_, id) => {
+                    search.refused = 0;
+                    self.evict(id);
+                }
                 // Those it looked at are behind the others now.
                 Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => {
                     if self.is_spent() {
                         return Record::Later;
                     }
                 }
-                Coldest::Refused(_) | Coldest::None => search.in_vain = true,
+                Coldest::Refused(_) | Coldest::None => {
+                    (search.no_record, search.refused) = (true, 0);
+                }
             }
         }
     }
@@ -268,10 +315,9 @@ impl<T: SlotTable> Cache<T> {
             self.charges.of[usize::from(owner)] -= self.slot_bytes(slot);
             self.slabs.idle(slot);
         }
-        self.work += 1;
         let generation = self.slots.free(slot);
         self.table.freed(slot, generation);
-        self.slabs.give(slot, &mut self.slots, &mut self.table);
+        self.work += self.slabs.give(slot, &mut self.slots, &mut self.table);
     }
 
     /// Drops the chunks that are not leased, of one namespace or of all: visible ones, and rounds that form (whose

@@ -105,7 +105,6 @@ pub struct Cache<T> {
 struct Counters {
     evicted: u64,
     no_space: u64,
-    spans_taken: u64,
 }
 
 /// A registered model and layout.

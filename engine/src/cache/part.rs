@@ -3,6 +3,9 @@
 use super::slot::ATTACHMENTS;
 use super::{Cache, OWNERS, Owner, SlotId, SlotTable};
 
+/// Records that it takes about as long as to look through all attachments.
+const ATTACHMENT_RECORDS: u64 = 16;
+
 /// How a client goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaving {
@@ -142,7 +145,9 @@ impl<T: SlotTable> Cache<T> {
         while let Some(attachment) = self.slots.earlier_attachment(owner) {
             // The record goes with its last slot, or here where it has none.
             self.slots.retire(attachment);
-            if !self.free_all(attachment, freed) {
+            let done = self.free_all(attachment, freed);
+            self.work += ATTACHMENT_RECORDS;
+            if !done {
                 return false;
             }
         }

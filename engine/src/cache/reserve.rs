@@ -138,6 +138,7 @@ impl<T: SlotTable> Cache<T> {
         let layout = registered.layouts[rank as usize];
         let world = registered.world;
         let Some(attachment) = self.slots.attach(owner, nonce) else {
+            self.work += keys.len() as u64;
             (0..keys.len()).for_each(|i| sink(i, Reservation::Busy));
             return Ok(keys.len());
         };
@@ -260,7 +261,9 @@ impl<T: SlotTable> Cache<T> {
             }
             None => match self.create_chunk(key, context, before, going.time) {
                 Some(id) => id,
+                // `make_record` has seen to it, or what is replaced has given it back: what was evicted for the slot takes none.
                 None => {
+                    debug_assert!(false, "a chunk without a record");
                     self.slabs.give(slot, &mut self.slots, &mut self.table);
                     return Some(self.no_space());
                 }

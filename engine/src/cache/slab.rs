@@ -102,6 +102,10 @@ pub(super) struct Slabs {
     closed: Range<u32>,
     /// Free slots of closed spans.
     pub(super) closed_free: u64,
+    /// Closed spans that have become free as a whole, so far.
+    pub(super) spans_taken: u64,
+    /// Bytes of slots that are not free.
+    pub(super) bytes_used: u64,
     /// Slabs that were added.
     pub(super) usable: u32,
     classes: Vec<Class>,
@@ -119,6 +123,8 @@ impl Slabs {
             pool: Pool::new(count, (BOUNDARY_BYTES / slab_bytes) as u32)?,
             closed: 0..0,
             closed_free: 0,
+            spans_taken: 0,
+            bytes_used: 0,
             usable: 0,
             classes: Vec::with_capacity(CLASSES_MAX),
         })
@@ -286,6 +292,7 @@ impl Slabs {
             }
         };
         span.used += 1;
+        self.bytes_used += u64::from(span.slot_bytes);
         if span.used == span.slots {
             self.partial_remove(head);
         }
@@ -293,14 +300,15 @@ impl Slabs {
         Some((slot, fresh))
     }
 
-    /// A slot is free again. A span whose last slot that was goes back to the pool.
-    pub(super) fn give<T: SlotTable>(&mut self, slot: SlotId, slots: &mut Slots, table: &mut T) {
-        let Some(head) = self.head_of(slot) else { return };
+    /// A slot is free again. A span whose last slot that was goes back to the pool. Answers the records that took.
+    pub(super) fn give<T: SlotTable>(&mut self, slot: SlotId, slots: &mut Slots, table: &mut T) -> u64 {
+        let Some(head) = self.head_of(slot) else { return 0 };
         let span = &mut self.spans[head as usize];
         slots.set_next(slot, span.free);
         span.free = slot + 1;
         span.used -= 1;
-        let Span { used, slots, class, closed, .. } = *span;
+        self.bytes_used -= u64::from(span.slot_bytes);
+        let Span { used, slots, class, closed, len, .. } = *span;
         if closed == 1 {
             self.closed_free += 1;
         } else {
@@ -309,22 +317,30 @@ impl Slabs {
                 self.partial_insert(head);
             }
         }
-        if used == 0 {
-            self.release(head, table);
+        if used > 0 {
+            return 1;
         }
+        self.release(head, table);
+        1 + self.records(len)
     }
 
-    /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard.
-    pub(super) fn assign<T: SlotTable>(&mut self, class: u16, table: &mut T) -> bool {
+    /// Records that it takes about as long as to make or to give back a span of so many slabs: these, and the bits of a group.
+    pub(super) fn records(&self, slabs: u32) -> u64 {
+        u64::from(slabs + self.group.div_ceil(64))
+    }
+
+    /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard. Answers how many
+    /// slabs that are; 0 where there are none, or no memory for its headers.
+    pub(super) fn assign<T: SlotTable>(&mut self, class: u16, table: &mut T) -> u32 {
         let Class { ideal, least, .. } = self.classes[class as usize];
-        let Some(run) = self.pool.find(least, ideal) else { return false };
+        let Some(run) = self.pool.find(least, ideal) else { return 0 };
         let (head, len) = (run.start, run.end - run.start);
         if !self.ensure(class, head, len, table) {
-            return false;
+            return 0;
         }
         table.span_made(head, len, self.classes[class as usize].bytes);
         self.make_span(class, head, len);
-        true
+        len
     }
 
     /// Is there a run of free slabs that the class could have? Then it is for want of headers that it has not.
@@ -338,7 +354,8 @@ impl Slabs {
         table.ensure(self.first_slot(head), self.slots_in(class, len))
     }
 
-    fn slots_in(&self, class: u16, len: u32) -> u32 {
+    /// Slots of a span of so many slabs.
+    pub(super) fn slots_in(&self, class: u16, len: u32) -> u32 {
         (self.slab_bytes * u64::from(len) / self.classes[class as usize].bytes) as u32
     }
 
@@ -364,6 +381,7 @@ impl Slabs {
         self.classes[class as usize].slots -= u64::from(slots);
         if closed == 1 {
             self.closed_free -= u64::from(slots);
+            self.spans_taken += 1;
         } else {
             self.partial_remove(head);
             self.classes[class as usize].free -= u64::from(slots);

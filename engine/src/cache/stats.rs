@@ -56,11 +56,11 @@ impl<T: SlotTable> Cache<T> {
             pins: self.leases.pins,
             slabs_usable: u64::from(self.slabs.usable),
             slabs_free: u64::from(self.slabs.pool_len()),
-            bytes_used: classes.iter().map(|class| (class.slots - class.free) * class.bytes).sum(),
+            bytes_used: self.slabs.bytes_used,
             bytes_usable: u64::from(self.slabs.usable) * self.config.slab_bytes,
             evicted: self.counters.evicted,
             no_space: self.counters.no_space,
-            spans_taken: self.counters.spans_taken,
+            spans_taken: self.slabs.spans_taken,
         }
     }
 

@@ -32,14 +32,6 @@ impl Slabs {
         self.closed.clone()
     }
 
-    /// The first slab of each span that has some of these.
-    pub(in crate::cache) fn spans_of(&self, slabs: Range<u32>) -> impl Iterator<Item = u32> + '_ {
-        let mut last = None;
-        slabs
-            .filter_map(|slab| self.head_of_slab(slab))
-            .filter(move |head| last.replace(*head) != Some(*head))
-    }
-
     /// What is free of the closed slabs goes to the pool, and their spans give out slots again.
     pub(in crate::cache) fn open(&mut self) {
         let slabs = std::mem::take(&mut self.closed);

@@ -48,6 +48,7 @@ impl Slabs {
         let span = &mut self.spans[head as usize];
         span.fresh = i + 1;
         span.used += 1;
+        self.bytes_used += u64::from(span.slot_bytes);
         let (is_full, class) = (span.used == span.slots, span.class);
         if is_full {
             self.partial_remove(head);
