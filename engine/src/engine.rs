@@ -122,9 +122,10 @@ impl Engine {
         tier: Box<dyn LowerTier>,
     ) -> Result<Opened, StartError> {
         let claim = segments::Claim::new(setup)?;
-        let limits = limits(config, seed, &claim.geometry());
-        limits.check()?;
+        limits(config, seed, &claim.geometry()).check()?;
         let segments = claim.take()?;
+        // Not always of that geometry: another start may have been faster with what was swept, and have died.
+        let limits = limits(config, seed, &segments.geometry());
         let made = Furniture::new(config, limits, &segments);
         let Furniture { mut cache, mut allocator, pace } = match made {
             Ok(furniture) => furniture,

@@ -42,7 +42,7 @@ use kvring_shm_abi::engine_segment::{
     EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places, store_text,
 };
 use kvring_shm_abi::failpoint;
-use kvring_shm_abi::futex::{self, Deadline};
+use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
 use kvring_shm_abi::probe::{self, DeathNotice, Means, Waiting};
@@ -57,9 +57,8 @@ use takeover::{Claimed, Inherited};
 /// Bytes behind the arena: the page with its superblock.
 pub const ARENA_TRAILER: u64 = 4096;
 
-/// How long a start waits for the clients of the predecessor that it has swept to let go of the old arena, where there is no
-/// room to begin beside it. They are woken, and let go as soon as their copies have ended.
-const LET_GO: Duration = Duration::from_secs(3);
+/// The time between two looks for room, by a start that has swept a predecessor.
+const ROOM_EVERY: Duration = Duration::from_millis(20);
 
 /// What an engine is to be.
 #[derive(Clone, Debug)]
@@ -161,12 +160,17 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// What the clients of a swept predecessor still map is free as soon as they let go: waits for as much as a start needs before it
-/// serves. The rest is the allocator's, which waits as long as it takes.
+/// What the clients of a swept predecessor still map is free as soon as they let go: they have been woken, and do so when their
+/// copies have ended; one that is stopped does so later. Waits for as much as a start needs before it serves, however long
+/// that takes: nothing would be won by giving up, now that the cache is gone. The rest is the allocator's, which waits as well.
 fn wait_for_room(geometry: &Geometry) {
-    let deadline = Deadline::after(LET_GO);
-    while preflight::check_first(geometry, &Room::now()).is_err() && !deadline.passed() {
-        std::thread::sleep(Duration::from_millis(20));
+    let mut said = false;
+    while let Err(error) = preflight::check_first(geometry, &Room::now()) {
+        if !said {
+            tracing::warn!(%error, "waiting for the clients of the earlier engine to let go of its arena");
+            said = true;
+        }
+        std::thread::sleep(ROOM_EVERY);
     }
 }
 

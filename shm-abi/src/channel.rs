@@ -74,6 +74,18 @@ pub enum ChannelError {
         /// Found.
         found: u64,
     },
+    /// Its client has not allocated all of it.
+    #[error(
+        "channel {name}: expected {expected} bytes to have memory, found {found}; its client is to allocate it"
+    )]
+    Sparse {
+        /// The channel.
+        name: String,
+        /// Its length in bytes.
+        expected: u64,
+        /// Bytes that have memory.
+        found: u64,
+    },
     /// A payload area that is too small or too large.
     #[error("expected a payload area of {PAYLOAD_WORDS_MIN} to {PAYLOAD_WORDS_MAX} words, got {0}")]
     PayloadSize(u32),
@@ -137,9 +149,14 @@ impl Channel {
     ) -> Result<Channel, ChannelError> {
         let bytes = bytes(payload_words)?;
         let file = name.client(entry, nonce);
-        // A client that only truncated its channel has left holes: touching one while /dev/shm is full is a SIGBUS.
-        SegmentFile::open(&file, Access::ReadWrite)?.allocate(0, bytes as u64)?;
         let mapping = Arc::new(segment::open_shared(&file, bytes)?);
+        // Not touched before this is known: a client that only truncated its channel has left holes, and touching one while
+        // /dev/shm is full is a SIGBUS. They are not filled here: that memory would be the engine's, for every channel that
+        // a client makes and leaves.
+        let held = SegmentFile::open(&file, Access::ReadWrite)?.allocated_bytes()?;
+        if held < bytes as u64 {
+            return Err(ChannelError::Sparse { name: file, expected: bytes as u64, found: held });
+        }
         mapping.at::<Superblock>(0)?.read(Kind::Client, mapping.len() as u64)?;
         let channel = Channel::views(&mapping, payload_words)?;
         let header = &*channel.header;

@@ -122,7 +122,7 @@ impl LifeWord {
     }
 
     /// Marks it as the kernel does, if it still holds `from`, and wakes all sleepers. True when it did.
-    pub(crate) fn mark_dead(&self, from: u32) -> bool {
+    pub fn mark_dead(&self, from: u32) -> bool {
         // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
         let dead = OWNER_DIED | WAITERS;
         let marked = self.word.compare_exchange(from, dead, Ordering::Release, Ordering::Relaxed).is_ok();

@@ -121,6 +121,12 @@ impl Claimed {
         Claimed { client, content }
     }
 
+    /// The entry.
+    #[must_use]
+    pub fn entry(&self) -> usize {
+        self.client.entry
+    }
+
     /// The channel's file.
     #[must_use]
     pub fn file(&self) -> &std::fs::File {
@@ -250,13 +256,22 @@ impl RawClient {
     /// When there is none.
     pub fn call(&mut self, request: Request) -> Completion {
         let operation = self.send(request);
+        let completion = self.answer();
+        assert_eq!(completion.operation, operation);
+        completion
+    }
+
+    /// Waits for the next completion.
+    ///
+    /// # Panics
+    /// When it is of another life.
+    pub fn answer(&mut self) -> Completion {
         let mut completion = None;
         eventually("the engine answers", || {
             completion = self.poll();
             completion.is_some()
         });
         let completion = completion.expect("just seen");
-        assert_eq!(completion.operation, operation);
         assert_eq!(completion.ident, self.ident);
         completion
     }
@@ -276,8 +291,18 @@ impl RawClient {
     /// # Panics
     /// When the engine does not answer.
     pub fn call_register(&mut self, registration: &Registration) -> Completion {
+        let request = self.register_request(registration);
+        self.call(request)
+    }
+
+    /// A registration.
+    ///
+    /// # Panics
+    /// When the payload area has no room for it.
+    #[must_use]
+    pub fn register_request(&self, registration: &Registration) -> Request {
         self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(&[*registration])).expect("room");
-        self.call(Request::Register { record: ARGUMENTS_AT })
+        Request::Register { record: ARGUMENTS_AT }
     }
 
     /// A reservation of these keys.

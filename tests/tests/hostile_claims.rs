@@ -6,7 +6,7 @@ use kvring_adapter::Round;
 use kvring_shm_abi::channel::{PAYLOAD_AT, PAYLOAD_WORDS_MAX, SUBMISSIONS_AT};
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::{EntryContent, Role};
-use kvring_shm_abi::message::{Request, SlotOutcome, Status};
+use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::sync::Ordering;
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
@@ -87,17 +87,14 @@ fn channels_that_make_no_sense_are_refused() {
     let claim = Claimed::new(&engine.name, Role::Worker);
     claim.unlink_channel();
     assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "no file");
-    // Made sparse: the engine must not find a page missing later, when the file system is full.
+    // Made sparse: the engine must not find a page missing later, when the file system is full. Nor does it pay for the page.
     let claim = Claimed::new(&engine.name, Role::Worker);
     let length = claim.file().metadata().unwrap().len();
     let header = read(claim.file(), SUBMISSIONS_AT);
     claim.file().set_len(0).unwrap();
     claim.file().set_len(length).unwrap();
     claim.file().write_all_at(&header, 0).unwrap();
-    // Its rings were zeroed, which is a jump.
-    if let Ok(client) = claim.publish(|_| {}) {
-        client.is_thrown_out("nonsense");
-    }
+    assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "holes");
     bystander.was_undisturbed();
     engine.settles(0);
 }
@@ -251,4 +248,44 @@ fn a_client_that_wipes_its_own_life_word_is_reclaimed_and_its_entry_serves_the_n
     drop((next, raw));
     bystander.was_undisturbed();
     engine.settles(0);
+}
+
+/// The engine looks at eight claims and deaths at a time, and takes back what one client had at a time. Whoever marks the first
+/// entries as dead again and again (here the engine, which does not free them) keeps nobody else from coming, from clearing and
+/// from going.
+#[test]
+fn who_dies_all_the_time_keeps_the_engine_from_nobody() {
+    let engine = EngineProcess::start_in(&[("KVRING_BREAK", "reset the word")], "dying", 16);
+    for word in &engine.lobby().life_words[..12] {
+        word.futex().store(libc::FUTEX_OWNER_DIED, Ordering::Release);
+    }
+    let mut client = RawClient::attach(&engine.name, Role::Worker);
+    assert!(client.entry >= 12, "{}", client.entry);
+    assert_eq!(client.call(Request::Clear { namespace: ANY_NAMESPACE }).status, Status::Ok);
+    let namespace = client.register(1, 1, 0, Shape::SMALL.shard_bytes());
+    assert_eq!(client.reserve(namespace, 0, round(1), &chain(1, 8)).len(), 8);
+    engine.stat_becomes("slots_writing", 8);
+    client.give_up();
+    engine.stat_becomes("slots_writing", 0);
+}
+
+/// The same of claims: whoever makes new ones of the first entries all the time (here the engine, which judges claims that were
+/// meant for another one again and again) keeps nobody else from coming.
+#[test]
+fn who_claims_all_the_time_keeps_the_engine_from_nobody() {
+    let engine = EngineProcess::start_in(&[("KVRING_BREAK", "outdated claims")], "claiming", 16);
+    let lobby = engine.lobby();
+    for entry in 0..12 {
+        lobby.life_words[entry].futex().store(1, Ordering::Release);
+        lobby.entries[entry].publish(&EntryContent {
+            role: Role::Worker as u32,
+            nonce: 1 + entry as u64,
+            incarnation: 0,
+            pid: 1,
+            payload_words: PAYLOAD_WORDS,
+            name: "claims".to_owned(),
+        });
+    }
+    let client = RawClient::attach(&engine.name, Role::Scheduler);
+    assert!(client.entry >= 12, "{}", client.entry);
 }

@@ -9,12 +9,12 @@ use kvring_shm_abi::process::{ProcessIdentity, ProcessStat};
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_tests::crash::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
 use kvring_tests::crash::rules;
-use kvring_tests::engine::{EngineProcess, stat_of};
+use kvring_tests::engine::{EngineProcess, overrides, stat_of, unique_name};
 use kvring_tests::held::HeldBackend;
 use kvring_tests::kv::chain;
 use kvring_tests::peer::Peer;
 use kvring_tests::proto::{ClientSpec, all_stored};
-use kvring_tests::raw::RawClient;
+use kvring_tests::raw::{Claimed, RawClient};
 use kvring_tests::wait::{LIMIT, becomes, eventually};
 use kvring_tests::worker::{WorkerSide, client};
 use serde_json::json;
@@ -201,6 +201,34 @@ fn who_loses_its_word_to_a_zero_is_waited_for_as_well() {
         engine.stat_becomes("slots_writing", 0);
         drop(raw);
         engine.settles(0);
+    }
+}
+
+/// The engine finds an entry unclaimed, and before it has looked further a client has claimed it and has said that devices write
+/// for it. With the rule that a word is marked before its entry is buried, what it said stays; without it, it is wiped out.
+#[test]
+fn what_a_newcomer_says_of_its_devices_is_not_taken_for_its_predecessors() {
+    for is_marked_first in [true, false] {
+        let mut environment = vec![("KVRING_FAIL_POINT", "look.word:1:stop")];
+        if !is_marked_first {
+            environment.push(("KVRING_BREAK", "mark before burying"));
+        }
+        let name = unique_name("newcomer");
+        let mut engine = EngineProcess::launched(&overrides(&name, 4), &environment);
+        engine.serves().unwrap();
+        engine.has_stopped();
+        let newcomer = Claimed::new(&name, Role::Worker);
+        let said = known(ProcessIdentity::own());
+        let entry = newcomer.entry();
+        assert_eq!(entry, 0, "the engine has stopped at the first one");
+        engine.lobby().entries[entry].register_dma(&said);
+        engine.resume();
+        engine.beats(3);
+        assert_eq!(engine.lobby().entries[entry].dma(), is_marked_first.then_some(said));
+        if is_marked_first {
+            let attached = newcomer.publish(|_| {}).unwrap();
+            assert_eq!(attached.lobby.entries[entry].dma(), Some(said));
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use kvring_adapter::{
     WorkerOptions,
 };
 use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
-use kvring_shm_abi::message::{Disagreement, Status};
+use kvring_shm_abi::message::{Disagreement, Request, Status};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
 use kvring_tests::peer::Peer;
@@ -231,5 +231,41 @@ fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
     let again = workers[0].store("again", round(2), None, &chain(1, 2), 0);
     assert_eq!(again.skipped, 2, "{again:?}");
     drop(workers);
+    engine.settles(0);
+}
+
+/// A request that has been begun, and has leased nothing yet, holds no namespace: by the time it goes on, the id may be another's,
+/// of another number of ranks. It is not answered with that one's chunks.
+#[test]
+fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
+    let mut engine = EngineProcess::start_in(&[("KVRING_BREAK", "begin at once")], "refounded", 16);
+    let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+    let mut worker = RawClient::attach(&engine.name, Role::Worker);
+    assert!(scheduler.entry < worker.entry, "it is looked at first");
+    // So many that a new one gets the id of one that has gone.
+    let ids: Vec<u32> =
+        (0..NAMESPACES_MAX as u64).map(|number| worker.register(number, 1, 0, 4096)).collect();
+    let namespace = ids[5];
+    let keys = chain(1, 1);
+    for (number, declares) in [(100, false), (101, true)] {
+        let asked = if declares {
+            scheduler.declare_request(1, 1, namespace, &keys)
+        } else {
+            scheduler.lookup_request(1, 1, namespace, 2, &keys)
+        };
+        let answer = scheduler.call(asked);
+        assert_eq!((answer.status, answer.results[0]), (Status::Ok, 0), "while it is there");
+        engine.stop();
+        scheduler.send(asked);
+        worker.send(Request::Unregister { namespace });
+        let founded = worker.register_request(&registration(number, 2, 0, 4096));
+        worker.send(founded);
+        engine.resume();
+        assert_eq!(scheduler.answer().status, Status::UnknownNamespace, "declares: {declares}");
+        assert_eq!(worker.answer().status, Status::Ok);
+        let founded = worker.answer();
+        assert_eq!((founded.status, founded.results[0]), (Status::Ok, u64::from(namespace)));
+    }
+    drop((scheduler, worker));
     engine.settles(0);
 }

@@ -6,7 +6,7 @@ use kvring_adapter::Key;
 use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{KEYS_MAX, Request, Round, SlotOutcome, Status};
-use kvring_tests::engine::EngineProcess;
+use kvring_tests::engine::{EngineProcess, overrides, unique_name};
 use kvring_tests::kv::chain;
 use kvring_tests::raw::{Claimed, RawClient};
 use kvring_tests::traffic::Bystander;
@@ -59,27 +59,23 @@ fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
 /// Another client's request is taken between two pieces of one that takes long.
 #[test]
 fn a_short_request_waits_for_no_long_one_to_end() {
-    let engine = EngineProcess::start("turns-fair", 16);
+    let name = unique_name("turns-fair");
+    // In the middle of the lookup, when it has been put off for the third time.
+    let middle = [("KVRING_FAIL_POINT", "request.put off:3:stop")];
+    let mut engine = EngineProcess::launched(&overrides(&name, 16), &middle);
+    engine.serves().unwrap();
+    engine.is_allocated();
     let (mut long, namespace, keys) = longest_lookups(&engine);
     let mut short = RawClient::attach(&engine.name, Role::Scheduler);
-    let mut overtaken = 0;
-    for session in 0..10 {
-        long.send(long.lookup_request(session, 0, namespace, WORLD, &keys));
-        // Of two rings it is not known which one the engine has looked at first.
-        let mut answered = 0;
-        short.send(Request::Noop);
-        while long.poll().is_none() {
-            if short.poll().is_some() {
-                answered += 1;
-                short.send(Request::Noop);
-            }
-            std::thread::yield_now();
-        }
-        // One before it, and one after it.
-        overtaken += u32::from(answered > 2);
-        eventually("the last one is answered", || short.poll().is_some());
-    }
-    assert!(overtaken > 5, "only {overtaken} of 10 lookups let others pass");
+    engine.stop();
+    long.send(long.lookup_request(1, 0, namespace, WORLD, &keys));
+    short.send(Request::Noop);
+    engine.resume();
+    engine.has_stopped();
+    assert!(long.poll().is_none(), "the long one has not been put off");
+    assert!(short.poll().is_some(), "the short one waits");
+    engine.resume();
+    assert_eq!(long.answer().results[0], KEYS_MAX as u64);
     drop((long, short));
     engine.settles(0);
 }

@@ -280,12 +280,12 @@ impl<T: SlotTable> Cache<T> {
     /// would have freed the slot before anybody else could claim the entry.
     pub fn adopt(&mut self, owner: Owner, nonce: u64, slot: SlotId, generation: u64, key: Key) -> bool {
         self.change();
+        self.work += 2;
         if usize::from(owner) >= OWNERS
             || !matches!(self.state_of(slot, generation), Ok(Some(State::Writing)))
         {
             return false;
         }
-        self.work += 2;
         let is_key = self.slots.get(slot).chunk().is_none_or(|id| self.chunks.get(id).key == key);
         if self.slots.writer(slot).0 != owner || !is_key {
             return false;

@@ -297,3 +297,23 @@ fn limits_out_of_range_are_errors() {
     assert!(cache.register(0, 2, 1, 4097).is_err() && cache.register(0, 3, 0, 4096).is_err());
     assert_eq!(cache.find(0, 0, 0, 0, &[[0; 2]], &mut |_| {}), Ok(0), "a rank is missing still");
 }
+
+/// A message of records that make no sense is work all the same: each is looked at.
+#[test]
+fn what_is_refused_counts_as_work() {
+    let mut cache = Cache::new(CacheConfig::new(1 << 20, 4), NoTable).unwrap();
+    let key = [1, 2];
+    for slot in [0, 5, 1 << 20, SlotId::MAX] {
+        let mut worked = cache.work();
+        let mut counts = |cache: &Cache<NoTable>, what: &str| {
+            assert!(cache.work() > worked, "{what}, slot {slot}");
+            worked = cache.work();
+        };
+        assert!(!cache.adopt(1, 7, slot, 0, key));
+        counts(&cache, "a declaration");
+        assert!(!matches!(cache.commit(1, slot, 0, key, 0), Ok(Committed::Committed)));
+        counts(&cache, "a commit");
+        assert!(!matches!(cache.abort(1, slot, 0, key), Ok(Aborted::Freed)));
+        counts(&cache, "an abort");
+    }
+}

@@ -30,13 +30,14 @@ impl Service {
     }
 
     /// Looks at every entry of the lobby. Who comes and who goes takes system calls: of more than a few the others are news
-    /// until the next look.
+    /// until the next look, which begins with them.
     pub(super) fn look_around(&mut self) {
         // First the count: a claim that comes meanwhile is news again.
         self.claims = self.segments.lobby.claims();
         self.watched.clear();
         let mut left = COMING_AND_GOING;
-        for entry in 0..CLIENTS_MAX {
+        let mut put_off = None;
+        for entry in (self.look_from..CLIENTS_MAX).chain(0..self.look_from) {
             if self.partings[entry].is_some() {
                 // Whatever its word says by now: it is looked at when that is over.
                 continue;
@@ -46,16 +47,20 @@ impl Service {
                 self.look_at_lingering(entry);
                 continue;
             }
-            if left == 0 {
-                self.claims = self.claims.wrapping_sub(1);
-                break;
-            }
-            let raw = self.segments.lobby.life_words[entry].raw();
+            let word = &self.segments.lobby.life_words[entry];
+            let raw = word.raw();
+            failpoint::here("look.word");
             match LifeWord::interpret(raw) {
-                // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So it
-                // counts as dead; but that says no more of its process than a mark does.
                 Life::Unclaimed if !self.is_known(entry) => {}
+                // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So
+                // it counts as dead; but that says no more of its process than a mark does. The mark is made here, and the
+                // entry left alone where that fails: then it is a newcomer's, and so may be what is known.
+                Life::Unclaimed if !failpoint::broken("mark before burying") && !word.mark_dead(raw) => {}
                 Life::Unclaimed | Life::Dead => {
+                    if left == 0 {
+                        put_off.get_or_insert(entry);
+                        continue;
+                    }
                     left -= 1;
                     self.bury(entry);
                 }
@@ -64,6 +69,10 @@ impl Service {
                     let nonce = self.segments.lobby.entries[entry].read_nonce();
                     let is_outdated = nonce == self.outdated[entry] && !failpoint::broken("outdated claims");
                     if nonce.is_some() && self.judged[entry].is_none() && !is_outdated {
+                        if left == 0 {
+                            put_off.get_or_insert(entry);
+                            continue;
+                        }
                         self.judge(entry);
                         // What could not be read is looked at again, and took nothing.
                         left -= u32::from(self.judged[entry].is_some() || self.outdated[entry] == nonce);
@@ -71,6 +80,15 @@ impl Service {
                 }
             }
         }
+        if let Some(entry) = put_off {
+            self.look_from = entry;
+            self.look_again();
+        }
+    }
+
+    /// There is news in the lobby that no word tells.
+    pub(super) fn look_again(&mut self) {
+        self.claims = self.segments.lobby.claims().wrapping_sub(1);
     }
 
     /// Does something here belong to whoever claimed this entry? Also what an earlier engine gave to devices of its: what an entry
@@ -183,7 +201,9 @@ impl Service {
         self.segments.lobby.entries[entry].clear();
         failpoint::here("reclaim.word");
         // Last: from here on somebody else may claim it.
-        self.segments.lobby.life_words[entry].reset();
+        if !failpoint::broken("reset the word") {
+            self.segments.lobby.life_words[entry].reset();
+        }
         failpoint::here("reclaim.done");
     }
 

@@ -6,6 +6,7 @@
 
 use super::Service;
 use super::dispatch::{Done, refuse, too_many};
+use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
 use kvring_shm_abi::failpoint;
@@ -68,12 +69,12 @@ impl Service {
         if chunks.count as usize > KEYS_MAX {
             return Err(Ok(too_many()));
         }
-        let Some((world, _)) = self.registry.shape(namespace) else {
+        let Some(shape) = self.registry.shape(namespace) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
         connection.payload().check(chunks.offset, chunks.count as usize * LeaseRecord::WORDS).map_err(Err)?;
         let lookup = self.cache.lookup(entry as u8, session, admission, namespace, chunks.count as usize);
-        Ok(DeclareLease { lookup, chunks, world })
+        Ok(DeclareLease { lookup, chunks, shape })
     }
 
     /// A lease that this client had: pinned again, piece by piece, as far as its chunks are still the same.
@@ -83,7 +84,11 @@ impl Service {
         operation: u16,
         request: &mut DeclareLease,
     ) -> Result<Done, OutOfArea> {
-        let DeclareLease { chunks, world, .. } = *request;
+        let DeclareLease { chunks, shape, .. } = *request;
+        let world = shape.world;
+        if self.registry.shape(request.lookup.namespace) != Some(shape) {
+            return Ok(refuse(Status::UnknownNamespace));
+        }
         loop {
             if self.cache.is_spent() {
                 return Ok(Done::More);
@@ -104,8 +109,9 @@ impl Service {
             let found = self.cache.find_piece(&request.lookup, keys, &mut |found| {
                 let (chunk, rank) = (shard / world as usize, shard % world as usize);
                 shard += 1;
-                let was = records[chunk].shard;
-                let is_same = (found.slot, found.generation) == (was.slot(), was.generation);
+                let is_same = records.get(chunk).is_some_and(|was| {
+                    (found.slot, found.generation) == (was.shard.slot(), was.shard.generation)
+                });
                 if rank == 0 && chunk == same && is_same {
                     same += 1;
                 }
@@ -161,5 +167,5 @@ impl Service {
 pub(super) struct DeclareLease {
     lookup: Lookup,
     chunks: Records,
-    world: u32,
+    shape: Shape,
 }

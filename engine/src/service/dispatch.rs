@@ -14,6 +14,7 @@ use super::store::{Finish, FinishSlots, ReserveMessage, ReserveRequest};
 use super::{BATCH, SLICE, Service};
 use crate::stats::Stat;
 use crate::tier::AskedLookup;
+use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::{
     ANY_NAMESPACE, Completion, Ident, KEYS_MAX, Key, LeaseRecord, Request, SlotRecord, Status,
 };
@@ -209,6 +210,11 @@ impl Service {
             }
         };
         match what {
+            // As if its client's slice had just been spent.
+            Ok(what) if failpoint::broken("begin at once") => {
+                self.cache.allow(0);
+                self.put_off(entry, Doing { operation, what });
+            }
             Ok(what) => self.go_on(entry, Doing { operation, what }),
             Err(ended) => self.ended(entry, operation, ended),
         }
@@ -252,6 +258,7 @@ impl Service {
         if let Some(connection) = &mut self.connections[entry] {
             connection.doing = Some(doing);
         }
+        failpoint::here("request.put off");
     }
 
     #[inline]

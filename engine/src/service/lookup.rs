@@ -2,6 +2,7 @@
 
 use super::Service;
 use super::dispatch::{Done, PIECE, refuse, too_many};
+use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
 use crate::tier::AskedLookup;
@@ -20,8 +21,7 @@ pub(super) struct LookupRequest {
     lookup: Lookup,
     /// Keys that are looked up: as many as there is room for answers.
     keys: u32,
-    world: u32,
-    chunk_tokens: u32,
+    shape: Shape,
     /// A lower tier has been asked for what was missing.
     pub(super) asked_tier: bool,
 }
@@ -45,24 +45,28 @@ impl Service {
         if keys.count as usize > KEYS_MAX {
             return Err(Ok(too_many()));
         }
-        let Some((world, chunk_tokens)) = self.registry.shape(namespace) else {
+        let Some(shape) = self.registry.shape(namespace) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
         let at = keys.offset;
-        let keys = keys.count.min(answer.count / world);
+        let keys = keys.count.min(answer.count / shape.world);
         // All of it is there, or none of it is done.
         let check = |offset, words| connection.payload().check(offset, words).map_err(Err);
         check(at, keys as usize * KEY_WORDS)?;
         check(answer.offset, answer.count as usize * ShardAnswer::WORDS)?;
         let lookup = self.cache.lookup(entry as u8, session, admission, namespace, keys as usize);
-        Ok(LookupRequest { asked, lookup, keys, world, chunk_tokens, asked_tier: false })
+        Ok(LookupRequest { asked, lookup, keys, shape, asked_tier: false })
     }
 
     /// Goes on with a lookup. What a piece has found is pinned before the next one; what the last one has found, when the
     /// answer is on its way.
     pub(super) fn lookup(&mut self, request: &mut LookupRequest) -> Result<Done, OutOfArea> {
-        let LookupRequest { asked, keys: all, world, chunk_tokens, .. } = *request;
+        let LookupRequest { asked, keys: all, shape, .. } = *request;
+        let Shape { world, chunk_tokens, .. } = shape;
         let (entry, answer) = (asked.entry, asked.answer.offset);
+        if self.registry.shape(asked.namespace) != Some(shape) {
+            return Ok(refuse(Status::UnknownNamespace));
+        }
         loop {
             if self.cache.is_spent() {
                 return Ok(Done::More);

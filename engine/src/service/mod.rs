@@ -141,13 +141,18 @@ pub(crate) struct Service {
     watched: Vec<Watched>,
     /// The lobby's count of claims at that look.
     claims: u32,
+    /// The entry at which the next look begins.
+    look_from: usize,
     allocator: Allocator,
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
     clearing: Option<Clearing>,
-    /// Clients that go, and a bit per entry that has one.
+    /// Clients that go, a bit per entry that has one, and the entry at which the next one is looked for.
     partings: [Option<Going>; CLIENTS_MAX],
     parting: u64,
+    part_from: u32,
+    /// The job in the background that went on last.
+    job: usize,
     /// The entry that the next turn begins with.
     first: u32,
     scratch: Scratch,
@@ -213,12 +218,15 @@ impl Service {
             awaited,
             watched: Vec::with_capacity(CLIENTS_MAX),
             claims: 0,
+            look_from: 0,
             allocator,
             tier,
             pending: PendingLookups::new(),
             clearing: None,
             partings: [const { None }; CLIENTS_MAX],
             parting: 0,
+            part_from: 0,
+            job: 0,
             first: 0,
             scratch: Scratch::new(),
             stop: Arc::new(AtomicBool::new(false)),
@@ -316,18 +324,19 @@ impl Service {
         worked
     }
 
-    /// A piece of what nobody waits for, or not in a ring. True when there was something.
+    /// A piece of what nobody waits for, or not in a ring, each kind in turn. True when there was something.
     #[inline]
     fn go_on_in_the_background(&mut self) -> bool {
         let has_work = self.has_background_work();
         if has_work {
             self.cache.allow(BACKGROUND);
-            if self.parting != 0 {
-                self.go_on_parting();
-            } else if self.cache.is_emptying() {
-                self.cache.go_on_emptying();
-            } else {
-                self.go_on_clearing();
+            let due = [self.parting != 0, self.cache.is_emptying(), self.clearing.is_some()];
+            let next = (self.job + 1..).map(|job| job % due.len()).find(|job| due[*job]);
+            self.job = next.unwrap_or_default();
+            match self.job {
+                0 => self.go_on_parting(),
+                1 => self.cache.go_on_emptying(),
+                _ => self.go_on_clearing(),
             }
         }
         has_work

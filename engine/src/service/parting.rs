@@ -5,6 +5,7 @@ use super::Service;
 use crate::cache::{Leaving, Parting};
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 /// What follows a parting.
 #[derive(Clone, Copy)]
@@ -30,9 +31,10 @@ impl Service {
         self.parting |= 1 << entry;
     }
 
-    /// The next piece of somebody's parting.
+    /// The next piece of somebody's parting: one goes on until it is over, then the next entry's that has one.
     pub(super) fn go_on_parting(&mut self) {
-        let entry = self.parting.trailing_zeros() as usize;
+        let from = self.part_from;
+        let entry = ((self.parting.rotate_right(from).trailing_zeros() + from) as usize) % CLIENTS_MAX;
         let Some(Some(going)) = self.partings.get_mut(entry) else { return };
         if !self.cache.part(&mut going.parting) {
             return;
@@ -40,6 +42,7 @@ impl Service {
         let then = going.then;
         self.partings[entry] = None;
         self.parting &= !(1 << entry);
+        self.part_from = (entry as u32 + 1) % CLIENTS_MAX as u32;
         match then {
             Then::Answer { nonce, status } => {
                 let left = status == AttachStatus::Left;
@@ -50,6 +53,6 @@ impl Service {
             Then::Wait => self.no_longer_awaited(entry),
         }
         // Its word may have changed meanwhile.
-        self.look_around();
+        self.look_again();
     }
 }

@@ -13,7 +13,21 @@ use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 /// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
 pub(crate) struct Registry {
     namespaces: Vec<Option<Known>>,
+    /// Namespaces that there have been.
+    founded: u64,
     largest_shard: u64,
+}
+
+/// What a request goes by that is done in pieces: while it has leased nothing yet, its namespace may be forgotten between two
+/// of them, and the id be another's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Ranks.
+    pub(super) world: u32,
+    /// Tokens of a chunk.
+    pub(super) chunk_tokens: u32,
+    /// How many there were when it was founded.
+    founded: u64,
 }
 
 /// Places of the table that are kept free for namespaces to come.
@@ -25,8 +39,7 @@ const SIZES_SPARE: usize = RANKS_MAX;
 
 struct Known {
     fingerprint: [u64; 4],
-    world: u32,
-    chunk_tokens: u32,
+    shape: Shape,
     /// Layout digest and bytes per shard, by rank.
     ranks: [Option<(u64, u64)>; RANKS_MAX],
 }
@@ -35,6 +48,7 @@ impl Registry {
     pub(crate) fn new(geometry: Geometry) -> Registry {
         Registry {
             namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
+            founded: 0,
             // A shard is contiguous and does not cross a 1 GiB boundary.
             largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
         }
@@ -56,17 +70,29 @@ impl Registry {
         if let Some((_, bytes)) = ranks.iter().flatten().find(|(_, bytes)| *bytes > self.largest_shard) {
             return Err(Nonsense { what: "shard_bytes", expected: "what fits the arena", got: *bytes });
         }
-        let (fingerprint, chunk_tokens) = (info.fingerprint, info.chunk_tokens);
-        if let Some(place) = self.namespaces.get_mut(id) {
-            *place = Some(Known { fingerprint, world, chunk_tokens, ranks });
-        }
+        self.found(id, info.fingerprint, world, info.chunk_tokens, ranks);
         Ok(())
     }
 
-    /// Ranks of a namespace and tokens of a chunk; `None` for one that does not exist.
+    fn found(
+        &mut self,
+        id: usize,
+        fingerprint: [u64; 4],
+        world: u32,
+        chunk_tokens: u32,
+        ranks: [Option<(u64, u64)>; RANKS_MAX],
+    ) {
+        self.founded += 1;
+        let shape = Shape { world, chunk_tokens, founded: self.founded };
+        if let Some(place) = self.namespaces.get_mut(id) {
+            *place = Some(Known { fingerprint, shape, ranks });
+        }
+    }
+
+    /// `None` for a namespace that does not exist.
     #[inline]
-    pub(super) fn shape(&self, namespace: u32) -> Option<(u32, u32)> {
-        self.namespaces.get(namespace as usize)?.as_ref().map(|known| (known.world, known.chunk_tokens))
+    pub(super) fn shape(&self, namespace: u32) -> Option<Shape> {
+        self.namespaces.get(namespace as usize)?.as_ref().map(|known| known.shape)
     }
 
     /// How many there are.
@@ -148,15 +174,12 @@ impl Service {
         let differ = |what: Disagreement, expected: u64, got: u64| {
             (Status::Disagreement, [what as u64, expected, got, 0])
         };
-        if known.world != registration.world {
-            return differ(Disagreement::World, known.world.into(), registration.world.into());
+        let Shape { world, chunk_tokens, .. } = known.shape;
+        if world != registration.world {
+            return differ(Disagreement::World, world.into(), registration.world.into());
         }
-        if known.chunk_tokens != registration.chunk_tokens {
-            return differ(
-                Disagreement::ChunkTokens,
-                known.chunk_tokens.into(),
-                registration.chunk_tokens.into(),
-            );
+        if chunk_tokens != registration.chunk_tokens {
+            return differ(Disagreement::ChunkTokens, chunk_tokens.into(), registration.chunk_tokens.into());
         }
         match known.ranks[rank] {
             Some((layout, _)) if layout != registration.layout => {
@@ -270,12 +293,8 @@ impl Service {
         self.end_namespace(id);
         self.segments.engine.namespaces[id].begin(registration);
         failpoint::here("namespace.begun");
-        self.registry.namespaces[id] = Some(Known {
-            fingerprint: registration.fingerprint,
-            world: registration.world,
-            chunk_tokens: registration.chunk_tokens,
-            ranks: [None; RANKS_MAX],
-        });
+        let Registration { fingerprint, world, chunk_tokens, .. } = *registration;
+        self.registry.found(id, fingerprint, world, chunk_tokens, [None; RANKS_MAX]);
         let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
         tracing::info!(
             namespace = id,
