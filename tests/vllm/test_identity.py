@@ -61,7 +61,7 @@ def test_a_lora_of_the_same_name_and_other_content_is_another_one(scene, zygote,
         put(made[seed], path)
         stored = scene.engine.counters()["shards_committed"]
         with scene.vllm(llama, enable_lora=True, max_lora_rank=8) as vllm:
-            # What the adapter holds is read beside the first requests, which find and store nothing.
+            # vLLM loads the adapter for the first requests, which find and store nothing.
             for turn in range(200):
                 answers = vllm.generate(PROMPTS, max_tokens=8, lora=request)
                 assert_same(answers, expected[seed], f"adapter {seed}, turn {turn}")
@@ -76,3 +76,26 @@ def test_a_lora_of_the_same_name_and_other_content_is_another_one(scene, zygote,
     serve(1, hits=False)
     serve(2, hits=False)
     serve(1, hits=True)
+
+
+def test_a_lora_that_is_replaced_in_a_running_vllm_is_not_stored_any_more(scene, zygote, llama, tmp_path):
+    """Its name and path are those of before, and what vLLM computes may rest on either content."""
+    path = tmp_path / "adapter"
+    request, in_place = ["an-adapter", 1, str(path)], ["an-adapter", 1, str(path), None, True]
+    made = {seed: adapter(tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)}
+    before, with_it, after = ([prompt(base + length, length) for length in (64, 300)] for base in (5000, 6000, 7000))
+    with Vllm(zygote, llama, enable_lora=True, max_lora_rank=8) as plain:
+        expected = plain.generate([*with_it, *after], max_tokens=8, lora=["adapter-2", 2, str(made[2])])
+    put(made[1], path)
+    with scene.vllm(llama, enable_lora=True, max_lora_rank=8) as vllm:
+        for _ in range(200):
+            vllm.generate(before, max_tokens=8, lora=request)
+            scene.settle(vllm)
+            if stored := scene.engine.counters()["shards_committed"]:
+                break
+        assert stored
+        put(made[2], path)
+        assert_same(vllm.generate(with_it, max_tokens=8, lora=in_place), expected[: len(with_it)], "in the step of the load")
+        assert_same(vllm.generate(after, max_tokens=8, lora=request), expected[len(with_it) :], "after it")
+        scene.settle(vllm)
+        assert scene.engine.counters()["shards_committed"] == stored

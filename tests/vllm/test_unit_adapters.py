@@ -1,140 +1,278 @@
-"""LoRA adapters: their content salts keys, and nobody waits for it."""
+"""LoRA adapters: what vLLM has loaded salts keys, and not what lies in a folder now."""
 
 import os
-import threading
-import time
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import LoRAConfig
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 
-from kvring.vllm import adapters, identity
-from kvring.vllm.adapters import NOT_KNOWN, Adapters, joined, salted
+from kvring.vllm import adapters
+from kvring.vllm.adapters import NOT_KNOWN, Adapters, LoadedAdapters, joined, salted
+from kvring.vllm.metadata import KvringMetadata, KvringWorkerMetadata, Outcome, Store
+from kvring.vllm.stats import KvringStats
+from kvring.vllm.worker import WorkerSide
 
 
-def lora(path: Any, **more: Any) -> Any:
-    values = {"lora_name": "l", "lora_int_id": 1, "lora_path": str(path), "load_inplace": False, "is_3d_lora_weight": False}
-    return SimpleNamespace(**values | more)
+@pytest.fixture(autouse=True)
+def during(monkeypatch) -> list[Any]:
+    """What happens while vLLM reads an adapter's files, one after the other."""
+    happens: list[Any] = []
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda manager, request: happens and happens.pop(0)())
+    return happens
+
+
+class Vllm:
+    """One, of so many ranks: its workers' managers of adapters, and what both of our sides know of them."""
+
+    def __init__(self, ranks: int = 1, **options: Any) -> None:
+        self.scheduler = Adapters()
+        self.workers = [LoadedAdapters() for _ in range(ranks)]
+        for worker in self.workers:
+            worker.watch()
+        self.manager = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
+        self.manager.lora_config = LoRAConfig(**{"max_loras": 1, "lora_dtype": "float16"} | options)
+
+    def load(self, request: LoRARequest) -> None:
+        """Tells all workers; the test's are all in this process."""
+        self.manager._load_adapter(request)
+
+    def report(self) -> None:
+        """The end of a step."""
+        told = [KvringWorkerMetadata(adapters=worker.take_news()) for worker in self.workers]
+        joined = told[0]
+        for one in told[1:]:
+            joined = joined.aggregate(one)
+        for adapter in joined.adapters:
+            self.scheduler.learn(adapter)
+
+    def salt(self, request: LoRARequest) -> bytes:
+        return self.scheduler.of(request).salt
+
+    def loaded(self, request: LoRARequest) -> bytes:
+        """Loads it; its salt in the next step."""
+        self.load(request)
+        self.report()
+        return self.salt(request)
+
+
+def lora(path: Any, **more: Any) -> LoRARequest:
+    return LoRARequest(**{"lora_name": "l", "lora_int_id": 1, "lora_path": str(path)} | more)
+
+
+def write(folder: Any, content: bytes) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return folder
 
 
 @pytest.fixture
-def adapter(tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
-    return tmp_path
+def adapter(tmp_path) -> Any:
+    return write(tmp_path / "adapter", b"one")
 
 
-def until(condition: Any) -> Any:
-    for _ in range(2000):
-        if found := condition():
-            return found
-        time.sleep(0.005)
-    raise AssertionError("it does not come")
-
-
-def known(salts: Adapters, request: Any) -> bytes:
-    """The salt, once it is there."""
-    return until(lambda: salts.salt(request))
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """The warnings."""
+    lines: list[str] = []
+    monkeypatch.setattr(adapters.logger, "warning", lambda text, *values: lines.append(text % values))
+    return lines
 
 
 def test_a_loras_content_is_part_of_the_key(adapter) -> None:
-    assert Adapters().salt(None) is None
-    first = known(Adapters(), lora(adapter))
-    assert len(first) == 16 and first == known(Adapters(), lora(adapter))
+    assert Adapters().of(None) is None
+    first = Vllm().loaded(lora(adapter))
+    assert len(first) == 16 and first == Vllm().loaded(lora(adapter))
     # After a restart: the same name, path, size and time of change.
     path = adapter / "adapter_model.safetensors"
     stat = path.stat()
     path.write_bytes(b"two")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    second = known(Adapters(), lora(adapter))
+    second = Vllm().loaded(lora(adapter))
     assert second != first
     (adapter / "adapter_config.json").write_text('{"lora_alpha": 2}')
-    assert known(Adapters(), lora(adapter)) not in (first, second)
-    assert known(Adapters(), lora(adapter, is_3d_lora_weight=True)) != known(Adapters(), lora(adapter))
+    assert Vllm().loaded(lora(adapter)) not in (first, second)
+    assert Vllm().loaded(lora(adapter, is_3d_lora_weight=True)) != Vllm().loaded(lora(adapter))
 
 
-def test_touched_files_and_others_beside_them_change_nothing(adapter) -> None:
-    first = known(Adapters(), lora(adapter))
+def test_touched_files_and_others_beside_them_change_nothing(adapter, tmp_path) -> None:
+    first = Vllm().loaded(lora(adapter))
     os.utime(adapter / "adapter_model.safetensors", ns=(1, 1))
     (adapter / "training_args.bin").write_bytes(b"x")
     (adapter / "README.json").write_text("x")
-    assert known(Adapters(), lora(adapter)) == first
+    assert Vllm().loaded(lora(adapter)) == first
+    shutil.copytree(adapter, tmp_path / "copy")
+    assert Vllm().loaded(lora(tmp_path / "copy", lora_int_id=7)) == first
 
 
-def test_a_mount_that_hangs_does_not_hang_the_scheduler(adapter, monkeypatch) -> None:
-    """The files are read by a thread of our own; until it comes back nothing is known, and no other adapter waits for it."""
-    answers = threading.Event()
-    threads = []
-    read = identity.adapter
-
-    def mount(folder: Any) -> str:
-        threads.append(threading.current_thread())
-        if folder.name == "hangs":
-            answers.wait(30)
-        return read(adapter)
-
-    monkeypatch.setattr(identity, "adapter", mount)
-    salts = Adapters(read_again_s=0.0)
-    hanging = [lora("hangs", lora_int_id=number) for number in range(1, 4)]
-    for _ in range(3):
-        assert [salts.salt(one) for one in hanging] == [NOT_KNOWN] * 3
-    assert known(salts, lora(adapter, lora_int_id=9))
-    assert sum(thread.name == "kvring-adapter" for thread in threads) == len(threads)
-    assert len({id(thread) for thread in threads if thread.is_alive()}) <= 4, (
-        "one reads for each adapter, however often it is asked"
-    )
-    answers.set()
-    assert known(salts, hanging[0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["o_proj"]},
+        {"lora_dtype": "bfloat16"},
+        {"fully_sharded_loras": True},
+        {"enable_tower_connector_lora": True},
+        {"enable_moe_shared_loras": True},
+    ],
+)
+def test_what_vllm_makes_of_an_adapter_is_part_of_the_key(adapter, options) -> None:
+    assert Vllm().loaded(lora(adapter)) != Vllm(**options).loaded(lora(adapter))
+    assert Vllm().loaded(lora(adapter)) == Vllm(max_loras=2, max_cpu_loras=8, max_lora_rank=64).loaded(lora(adapter))
 
 
-def test_files_are_not_read_again_for_each_request(adapter, monkeypatch) -> None:
-    reads = []
-    read = identity.adapter
-    monkeypatch.setattr(identity, "adapter", lambda folder: reads.append(folder) or read(folder))
-    salts = Adapters()
-    first = known(salts, lora(adapter))
-    assert all(salts.salt(lora(adapter)) == first for _ in range(1000))
-    assert len(reads) == 1
-    assert known(salts, lora(adapter, lora_int_id=2)) == first, "loaded under another id it is read anew"
-    assert len(reads) == 2
+def test_before_it_is_loaded_nothing_is_known(adapter) -> None:
+    vllm = Vllm()
+    assert vllm.salt(lora(adapter)) == NOT_KNOWN
+    vllm.load(lora(adapter))
+    assert vllm.salt(lora(adapter)) == NOT_KNOWN
+    vllm.report()
+    assert vllm.salt(lora(adapter)) != NOT_KNOWN
+    assert vllm.salt(lora(adapter, lora_name="m")) == vllm.salt(lora("elsewhere")) == NOT_KNOWN
 
 
-def test_an_adapter_that_is_changed_in_place_is_not_kept_any_more(adapter, monkeypatch) -> None:
-    """vLLM goes on with the old content, or loads the new one, as its room allows."""
-    said = []
-    monkeypatch.setattr(adapters.logger, "warning", lambda *line: said.append(line))
-    salts = Adapters(read_again_s=0.0)
-    first = known(salts, lora(adapter))
-    (adapter / "adapter_model.safetensors").write_bytes(b"two")
-    until(lambda: salts.salt(lora(adapter)) == NOT_KNOWN)
-    (adapter / "adapter_model.safetensors").write_bytes(b"one")
-    assert {salts.salt(lora(adapter)) for _ in range(100)} == {NOT_KNOWN}
+def test_it_is_what_vllm_has_loaded_and_not_what_its_files_hold_when_it_is_asked_for(adapter) -> None:
+    """`load_lora_adapter`, then other files, then the first request."""
+    vllm = Vllm()
+    vllm.load(lora(adapter))
+    write(adapter, b"two")
+    vllm.report()
+    write(adapter, b"one")
+    assert vllm.salt(lora(adapter)) == Vllm().loaded(lora(adapter))
+
+
+@pytest.mark.parametrize(
+    "again", [{"load_inplace": True}, {}, {"lora_int_id": 2}], ids=["in place", "after it was evicted", "under another number"]
+)
+def test_another_content_of_the_same_name_and_path_is_not_known_any_more(adapter, again, said) -> None:
+    """vLLM finds the KV of the earlier one in its own prefix cache, so what it computes may rest on either."""
+    vllm = Vllm(ranks=2)
+    assert vllm.loaded(lora(adapter)) != NOT_KNOWN
+    announced = vllm.scheduler.of(lora(adapter))
+    assert all(worker.holds(announced) for worker in vllm.workers)
+    write(adapter, b"two")
+    vllm.load(lora(adapter, **again))
+    # Of the scheduler's side nothing is needed for it, which has announced this before it knew.
+    assert not any(worker.holds(announced) for worker in vllm.workers) and not said
+    vllm.report()
+    assert vllm.salt(lora(adapter)) == vllm.salt(lora(adapter, **again)) == NOT_KNOWN
+    assert len(said) == 1 and str(adapter) in said[0] and "another path" in said[0]
+    write(adapter, b"one")
+    assert vllm.loaded(lora(adapter, **again)) == NOT_KNOWN, "what was computed meanwhile is still in vLLM's cache"
+    assert not any(worker.holds(announced) for worker in vllm.workers)
+    assert vllm.loaded(lora(adapter, lora_name="another", lora_int_id=3)) != NOT_KNOWN
     assert len(said) == 1
-    assert known(salts, lora(adapter, lora_int_id=2)) == first, "loaded again it is what its files hold"
 
 
-def test_an_adapter_whose_files_are_gone_is_what_was_loaded(adapter) -> None:
-    """Fetched into a temporary folder, loaded, removed."""
-    salts = Adapters(read_again_s=0.0)
-    first = known(salts, lora(adapter))
-    for path in adapter.iterdir():
-        path.unlink()
-    for _ in range(20):
-        assert salts.salt(lora(adapter)) == first
-        time.sleep(0.002)
+def test_loaded_again_with_the_same_content_it_stays_what_it_is(adapter, said) -> None:
+    vllm = Vllm(ranks=2)
+    first = vllm.loaded(lora(adapter))
+    for again in (lora(adapter), lora(adapter, load_inplace=True), lora(adapter, lora_int_id=2)):
+        assert vllm.loaded(again) == first and not said
+        assert all(not worker.take_news() for worker in vllm.workers)
 
 
-def test_one_that_is_loaded_at_each_step_is_never_known(adapter) -> None:
-    salts = Adapters()
-    known(salts, lora(adapter))
-    assert salts.salt(lora(adapter, load_inplace=True)) == NOT_KNOWN
+def test_files_that_change_while_vllm_loads_them_tell_nothing(adapter, during, said) -> None:
+    vllm = Vllm()
+    during.append(lambda: write(adapter, b"two"))
+    assert vllm.loaded(lora(adapter)) == vllm.loaded(lora(adapter)) == NOT_KNOWN
+    assert len(said) == 1
 
 
-def test_a_lora_from_a_hub_is_known_to_one_process() -> None:
-    salts = Adapters()
-    here = known(salts, lora("org/lora"))
-    assert here == known(salts, lora("org/lora")) != known(Adapters(), lora("org/lora"))
-    assert here != known(salts, lora("org/lora", lora_int_id=2)), "another load may be of another commit"
+@pytest.mark.parametrize("path", ["org/lora", "/nowhere"])
+def test_what_is_in_no_folder_is_not_known(path, said) -> None:
+    """A repository: vLLM fetches whatever it holds then. And what somebody has put into memory."""
+    vllm = Vllm(ranks=2)
+    assert vllm.loaded(lora(path)) == vllm.loaded(lora(path)) == NOT_KNOWN
+    assert len(said) == 1 and "folder" in said[0]
+
+
+def test_an_adapter_that_cannot_be_loaded_changes_nothing(adapter, during) -> None:
+    vllm = Vllm()
+    first = vllm.loaded(lora(adapter))
+
+    def fails() -> None:
+        raise FileNotFoundError
+
+    write(adapter, b"two")
+    during.append(fails)
+    with pytest.raises(FileNotFoundError):
+        vllm.load(lora(adapter, load_inplace=True))
+    vllm.report()
+    assert vllm.salt(lora(adapter)) == first
+
+
+def test_a_name_at_another_path_is_another_one(adapter, tmp_path) -> None:
+    """As vLLM advises: weights that have changed, from another folder, in place of the earlier ones (under their number)."""
+    vllm = Vllm()
+    first = vllm.loaded(lora(adapter))
+    old = vllm.scheduler.of(lora(adapter))
+    there = lora(write(tmp_path / "there", b"two"), load_inplace=True)
+    assert vllm.loaded(there) not in (first, NOT_KNOWN)
+    # Requests that began with the earlier one go on with this one's weights.
+    assert not vllm.workers[0].holds(old) and vllm.salt(lora(adapter)) == NOT_KNOWN
+
+
+def test_a_number_that_two_adapters_have_tells_neither(adapter, tmp_path) -> None:
+    """vLLM goes by the number: what was asked of the second one may have been computed with the first one."""
+    vllm = Vllm()
+    vllm.loaded(lora(adapter))
+    second = lora(write(tmp_path / "second", b"two"), lora_name="second")
+    assert vllm.loaded(second) == NOT_KNOWN == vllm.salt(lora(adapter))
+
+
+def test_a_worker_stores_nothing_that_was_computed_with_another_content(adapter) -> None:
+    """Announced in the step in which vLLM loads it: the scheduler's side cannot know yet."""
+    vllm = Vllm()
+    vllm.loaded(lora(adapter))
+    side = WorkerSide.__new__(WorkerSide)
+    begun: list[str] = []
+    side.geometry, side.rank, side.device, side.stats = SimpleNamespace(stores=lambda rank: True), 0, None, KvringStats()
+    side.adapter = SimpleNamespace(submit_store=lambda request, *_, **__: begun.append(request) or len(begun))
+    side.adapters, side._stores, side._reading, side._outcomes, side._reads_at_once = vllm.workers[0], {}, {}, {}, False
+
+    def announce(job: int, request: Any) -> Store:
+        return Store(job, f"r{job}", (1, job), None, [bytes(16)], [3], vllm.scheduler.of(request))
+
+    side.start_stores(KvringMetadata(stores=[announce(1, lora(adapter)), announce(2, None)]))
+    assert begun == ["r1", "r2"]
+    late = [announce(3, lora(adapter)), announce(4, None)]
+    write(adapter, b"two")
+    vllm.load(lora(adapter, load_inplace=True))
+    side.start_stores(KvringMetadata(stores=late))
+    assert begun == ["r1", "r2", "r4"]
+    meta = side.take_worker_meta()
+    assert meta.outcomes == {3: Outcome(ranks=1, chunks_failed=1, ranks_failed=1)}
+    assert [one.salt for one in meta.adapters] == [NOT_KNOWN]
+    assert side.take_worker_meta() is None
+
+
+def test_ranks_that_have_loaded_different_contents_know_nothing(adapter, said) -> None:
+    vllm = Vllm(ranks=2)
+    for worker, content in zip(vllm.workers, (b"one", b"two")):
+        write(adapter, content)
+        worker.loaded(lora(adapter), *adapters._salt(lora(adapter), vllm.manager.lora_config))
+    vllm.report()
+    assert vllm.salt(lora(adapter)) == NOT_KNOWN and len(said) == 1
+
+
+def test_not_so_many_are_remembered_that_memory_would_end(adapter, monkeypatch, said) -> None:
+    monkeypatch.setattr(adapters, "ADAPTERS_MAX", 3)
+    vllm = Vllm()
+    salts = [vllm.loaded(lora(adapter, lora_name=str(number), lora_int_id=1 + number)) for number in range(5)]
+    assert [salt != NOT_KNOWN for salt in salts] == [True, True, True, False, False]
+    assert len(said) == 1 and "3 LoRA adapters" in said[0]
+
+
+def test_where_vllm_does_not_tell_what_it_loads_nothing_is_known(adapter, monkeypatch, said) -> None:
+    monkeypatch.delattr(WorkerLoRAManager, "_load_adapter")
+    worker = LoadedAdapters()
+    worker.watch()
+    assert len(said) == 1 and "not kept" in said[0]
+    assert not worker.holds(Adapters().of(lora(adapter))) and worker.holds(None)
 
 
 def test_salted_keys_never_meet_others() -> None:

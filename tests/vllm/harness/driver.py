@@ -67,6 +67,8 @@ class Plug:
     salt: Callable[[Any, str], bytes | None] = lambda connector, request: None
     """Of a scheduler-side connector: what it adds to the keys of a request, beside vLLM's hash."""
     salted: Callable[[bytes, bytes | None], bytes] = lambda key, salt: key
+    loaded: Callable[[Any, LoRARequest], None] = lambda connector, lora: None
+    """Tells a worker-side connector that vLLM has loaded an adapter."""
 
 
 @dataclass
@@ -174,6 +176,8 @@ class Harness:
         lora = None
         if wanted.lora is not None:
             lora = LoRARequest(lora_name=wanted.lora, lora_int_id=1 + len(wanted.lora), lora_path="/nowhere")
+            for worker in self.workers:
+                self.plug.loaded(worker.connector, lora)
         self.arrivals += 1
         request = Request(
             request_id=wanted.request_id,

@@ -31,6 +31,7 @@ PLUG = Plug(
     idle_s=0.001,
     salt=_salt,
     salted=salted,
+    loaded=lambda connector, lora: connector.worker.adapters.loaded(lora, b"adapter's salt..", ""),
 )
 
 

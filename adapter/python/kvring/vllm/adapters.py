@@ -1,31 +1,30 @@
-"""What tells a LoRA adapter's content from that of another one of the same name.
+"""What tells a LoRA adapter's content from that of another one of the same name and path.
 
-vLLM's keys cover an adapter's name and path, and not what is there. So its content salts the keys of its requests. It is read by
-threads of our own, for a mount that hangs must not hang vLLM's scheduler; until it is known, its requests neither find nor store
-anything.
+vLLM's keys cover an adapter's name and path, and not what is there. So its content salts the keys of its requests: not what the
+files hold at some time, but what vLLM has *loaded*, which only the workers know. They read the files just before vLLM does and
+just after, and tell the scheduler's side with the reports of that step; until it knows, requests of this adapter neither find nor
+store anything.
 
-vLLM itself loads an adapter's files when it first needs them, and again when it has had no room for it meanwhile; whoever changes
-them in place without loading them under another id gets either content from it. That is noticed here (they are read again now
-and then, while requests come), and from then on nothing that this adapter computes is stored.
+vLLM goes on serving its own prefix cache whatever it loads under the name and path of before. So what has been loaded with two
+contents, or with one that cannot be told, is not known any more, for as long as this vLLM lives: nothing that it computes is
+stored. A worker refuses by itself what the scheduler's side has announced before it knew.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-import math
-import os
-import threading
-import time
-from collections import OrderedDict
-from dataclasses import dataclass
+import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvring._logs import get_logger
 
 from . import identity
 
 if TYPE_CHECKING:
+    from vllm.config import LoRAConfig
     from vllm.lora.request import LoRARequest
 
 logger = get_logger("vllm.kvring.adapters")
@@ -34,79 +33,151 @@ SALT_BYTES = 16
 NOT_KNOWN = b""
 """The salt of an adapter whose content nobody knows: what its requests compute is neither looked up nor stored."""
 
-_ADAPTERS_MAX = 1024
-_READERS_MAX = 8
-"""At once, those that a mount does not answer among them."""
-_READ_AGAIN_S = 10.0
+ADAPTERS_MAX = 65_536
+"""Names that are remembered; those that come later are not known."""
+_NOT_OF_KV = frozenset(
+    {"max_loras", "max_cpu_loras", "max_lora_rank", "max_lora_cls_labels", "default_mm_loras", "specialize_active_lora"}
+)
+"""Of vLLM's options of adapters: all others decide what one makes of the same files."""
 
 
-@dataclass(slots=True)
-class _Adapter:
-    """One that has been asked for."""
+class Adapter(NamedTuple):
+    """One that was loaded: what vLLM's keys cover, and the salt for what they do not."""
 
-    content: str | None = None
-    salt: bytes = NOT_KNOWN
-    changed: bool = False
-    reading: bool = False
-    read_at: float = -math.inf
+    name: str
+    path: str
+    salt: bytes
+    why: str = ""
+    """It is not known."""
 
 
-class Adapters:
-    """The salts of LoRA adapters. The scheduler's thread asks for them, and never waits."""
+class _Salts:
+    """By name and path: an adapter's salt, as long as it has always been the same."""
 
-    def __init__(self, read_again_s: float = _READ_AGAIN_S) -> None:
-        self._adapters: OrderedDict[tuple[str, int, str, bool], _Adapter] = OrderedDict()
-        self._read_again_s = read_again_s
-        self._readers = 0
-        self._lock = threading.Lock()
-        self._nowhere = os.urandom(SALT_BYTES).hex()
+    def __init__(self) -> None:
+        self._salts: dict[tuple[str, str], bytes] = {}
 
-    def salt(self, lora: LoRARequest | None) -> bytes | None:
-        """Of a request's keys; `None` without an adapter, `NOT_KNOWN` where nobody knows its content (yet)."""
-        if lora is None:
-            return None
-        if lora.load_inplace:
-            # vLLM loads it anew with each step that uses it.
-            return NOT_KNOWN
-        name = (lora.lora_name, lora.lora_int_id, lora.lora_path, lora.is_3d_lora_weight)
-        with self._lock:
-            adapter = self._adapters.setdefault(name, _Adapter())
-            self._adapters.move_to_end(name)
-            if len(self._adapters) > _ADAPTERS_MAX:
-                self._adapters.popitem(last=False)
-            due = not adapter.changed and time.monotonic() - adapter.read_at >= self._read_again_s
-            if due and not adapter.reading and self._readers < _READERS_MAX:
-                threading.Thread(target=self._read, args=(name, adapter), name="kvring-adapter", daemon=True).start()
-                adapter.reading = True
-                self._readers += 1
-            return adapter.salt
+    def _tell(self, adapter: Adapter) -> bool:
+        """True: this is news."""
+        names, salt = (adapter.name, adapter.path), adapter.salt
+        if names not in self._salts and len(self._salts) >= ADAPTERS_MAX:
+            return False
+        before = self._salts.get(names)
+        self._salts[names] = salt if before in (None, salt) else NOT_KNOWN
+        return self._salts[names] != before
 
-    def _read(self, name: tuple[str, int, str, bool], adapter: _Adapter) -> None:
-        try:
-            found = identity.adapter(Path(name[2]).expanduser())
-        except Exception:
-            # Not here, or not here any more.
-            found = None
-        with self._lock:
-            self._readers -= 1
-            adapter.reading, adapter.read_at = False, time.monotonic()
-            if found is None and adapter.content is None:
-                # A repository, or what cannot be read: this vLLM knows which one it is, and no other does.
-                adapter.salt = _salt("instance", self._nowhere, *name)
-            elif adapter.content is None:
-                adapter.content, adapter.salt = found, _salt("content", found, name[3])
-            elif found not in (None, adapter.content):
-                adapter.changed, adapter.salt = True, NOT_KNOWN
-        if adapter.changed:
+
+class Adapters(_Salts):
+    """On the scheduler's side: what the workers have told."""
+
+    def learn(self, adapter: Adapter) -> None:
+        """A worker has loaded this one, or knows it no more."""
+        before = len(self._salts)
+        news = self._tell(adapter)
+        if before < len(self._salts) == ADAPTERS_MAX:
             logger.warning(
-                "the files of the LoRA adapter %s in %s have changed since vLLM began to use it, so its KV is not kept "
-                "any more; load it again, under another id, to have it kept",
-                name[0], name[2],
+                "this vLLM has loaded %d LoRA adapters: the KV of requests with further ones is not kept", ADAPTERS_MAX
+            )
+        if news and self._salts[adapter.name, adapter.path] == NOT_KNOWN:
+            logger.warning(
+                "the KV of requests with the LoRA adapter %s in %s is not kept while this vLLM runs: %s; load it from a folder, "
+                "under another path or another name, to have it kept",
+                adapter.name, adapter.path, adapter.why or "its files are not the same on all ranks",
             )  # fmt: skip
 
+    def of(self, lora: LoRARequest | None) -> Adapter | None:
+        """A request's adapter, with what its keys are salted with."""
+        if lora is None:
+            return None
+        names = (lora.lora_name, lora.lora_path)
+        return Adapter(*names, self._salts.get(names, NOT_KNOWN))
 
-def _salt(*known: object) -> bytes:
-    return hashlib.sha256(identity.plain(known).encode()).digest()[:SALT_BYTES]
+
+class LoadedAdapters(_Salts):
+    """In a worker: what vLLM has loaded there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._by_id: dict[int, Adapter] = {}
+        self._news: list[Adapter] = []
+
+    def watch(self) -> None:
+        """From now on this is told of what vLLM loads."""
+        try:
+            _watch_loads()
+        except Exception as error:
+            logger.warning(
+                "cannot see which LoRA adapters this vLLM loads (%s: %s): the KV of their requests is not kept",
+                type(error).__name__, error,
+            )  # fmt: skip
+        _watching.add(self)
+
+    def loaded(self, request: LoRARequest, salt: bytes, why: str) -> None:
+        """vLLM has loaded the files at this request's path."""
+        adapter = Adapter(request.lora_name, request.lora_path, salt, why)
+        before = self._by_id.get(request.lora_int_id)
+        if before is not None and before[:2] != adapter[:2]:
+            # Requests that still have the id with the earlier name are computed with this one's weights.
+            reused = f"its id {request.lora_int_id} was given to another adapter"
+            self._report(before._replace(salt=NOT_KNOWN, why=reused))
+            if not request.load_inplace:
+                # And those with this name and the id may have been computed with the earlier one's, before this was loaded.
+                adapter = adapter._replace(salt=NOT_KNOWN, why=f"its id {request.lora_int_id} was another adapter's")
+        self._by_id[request.lora_int_id] = adapter
+        self._report(adapter)
+
+    def _report(self, adapter: Adapter) -> None:
+        if self._tell(adapter):
+            salt = self._salts[adapter.name, adapter.path]
+            why = "" if salt else adapter.why or "its files have changed since vLLM first loaded it"
+            self._news.append(adapter._replace(salt=salt, why=why))
+
+    def holds(self, adapter: Adapter | None) -> bool:
+        """Is this what has been computed with, ever since it was first loaded?"""
+        return adapter is None or (adapter.salt != NOT_KNOWN and self._salts.get((adapter.name, adapter.path)) == adapter.salt)
+
+    def take_news(self) -> list[Adapter]:
+        """For the scheduler's side."""
+        news, self._news = self._news, []
+        return news
+
+
+_watching: weakref.WeakSet[LoadedAdapters] = weakref.WeakSet()
+
+
+def _watch_loads() -> None:
+    """vLLM tells nobody what it loads, and when: so the method that does is made to."""
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    load = WorkerLoRAManager._load_adapter
+    if hasattr(load, "tells_kvring"):
+        return
+
+    @functools.wraps(load)
+    def load_adapter(manager: WorkerLoRAManager, request: LoRARequest) -> object:
+        before, _ = _salt(request, manager.lora_config)
+        adapter = load(manager, request)
+        after, why = _salt(request, manager.lora_config)
+        if before != after:
+            after, why = NOT_KNOWN, "its files have changed while vLLM loaded it"
+        for one in list(_watching):
+            one.loaded(request, after, why)
+        return adapter
+
+    load_adapter.tells_kvring = True  # type: ignore[attr-defined]
+    WorkerLoRAManager._load_adapter = load_adapter
+
+
+def _salt(request: LoRARequest, config: LoRAConfig) -> tuple[bytes, str]:
+    """Of the files that are there now; or why there is none. A repository is fetched by vLLM, whichever commit it has then."""
+    try:
+        folder = Path(request.lora_path).expanduser()
+        options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        deciding = {name: value for name, value in options.items() if name not in _NOT_OF_KV}
+        known = identity.plain([identity.adapter(folder), request.is_3d_lora_weight, deciding])
+    except Exception as error:
+        return NOT_KNOWN, f"its files cannot be told ({error})"
+    return hashlib.sha256(known.encode()).digest()[:SALT_BYTES], ""
 
 
 def salted(key: bytes, salt: bytes | None) -> bytes:

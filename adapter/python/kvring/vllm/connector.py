@@ -96,6 +96,8 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
                 .removeprefix("torch."),
                 may_sleep=bool(getattr(model, "enable_sleep_mode", False)),
             )  # fmt: skip
+            if vllm_config.lora_config is not None:
+                self._worker.adapters.watch()
 
     @property
     def scheduler(self) -> SchedulerSide:

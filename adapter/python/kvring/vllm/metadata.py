@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from .adapters import Adapter
+
 
 @dataclass(slots=True)
 class Load:
@@ -33,6 +35,8 @@ class Store:
     parent: bytes | None
     keys: list[bytes]
     blocks: list[int]
+    adapter: Adapter | None = None
+    """What it has to have been computed with."""
 
 
 @dataclass(slots=True)
@@ -69,6 +73,8 @@ class KvringWorkerMetadata(KVConnectorWorkerMetadata):
     """One step, from a worker (or, aggregated, from all of them) to the scheduler."""
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
+    adapters: list[Adapter] = field(default_factory=list)
+    """What is new of LoRA adapters."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """As vLLM joins the ranks' reports of one step. Neither side is changed."""
@@ -76,4 +82,4 @@ class KvringWorkerMetadata(KVConnectorWorkerMetadata):
         joined = {job: Outcome(o.ranks, o.chunks_failed, o.ranks_failed) for job, o in self.outcomes.items()}
         for job, outcome in other.outcomes.items():
             joined.setdefault(job, Outcome()).add(outcome)
-        return KvringWorkerMetadata(joined)
+        return KvringWorkerMetadata(joined, self.adapters + other.adapters)

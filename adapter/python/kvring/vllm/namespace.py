@@ -93,7 +93,8 @@ def describe(
         "ignore_patterns": known(plain, load.ignore_patterns),
         "quantization": [str(model.quantization), known(plain, model.quantization_config)],
         "dtype": str(model.dtype),
-        "lora_dtype": str(lora.lora_dtype) if lora is not None else None,
+        # Its layers may take other kernels, also for requests without an adapter. (What an adapter makes of it salts the keys.)
+        "lora": lora is not None,
         # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
         "kv_dtype": [_kv_dtype(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups],
         "e5m2": "e5m2" in str(cache.cache_dtype),

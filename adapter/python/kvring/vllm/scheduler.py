@@ -160,15 +160,16 @@ class SchedulerSide:
         tracker = self.trackers.get(request.request_id)
         if tracker is not None and tracker.admission == request.num_preemptions:
             return tracker
-        adapter = self._adapters.salt(request.lora_request)
+        adapter = self._adapters.of(request.lora_request)
+        salt = adapter.salt if adapter is not None else None
         if tracker is None:
             tracker = Tracker(request.request_id, request.block_hashes)
             if self.events is not None:
                 tracker.tokens = request.all_token_ids
                 tracker.lora_name = request.lora_request.lora_name if request.lora_request else None
             self.trackers[request.request_id] = tracker
-        tracker.begin(request.num_preemptions, joined(self._salt, adapter))
-        if adapter == NOT_KNOWN:
+        tracker.begin(request.num_preemptions, joined(self._salt, salt), adapter)
+        if salt == NOT_KNOWN:
             tracker.settled = tracker.has_hole = True
         return tracker
 
@@ -364,7 +365,7 @@ class SchedulerSide:
             return
         job = self._job()
         parent = self._key(tracker, first - 1) if first else None
-        self._announced.append(Store(job, tracker.request, (self._source, job), parent, keys, blocks))
+        self._announced.append(Store(job, tracker.request, (self._source, job), parent, keys, blocks, tracker.adapter))
         self.open_stores.add(OpenStore(job, tracker.request, first, len(keys), blocks))
         if self.events is not None:
             self.events.announce(job, tracker, first, len(keys))
@@ -422,6 +423,8 @@ class SchedulerSide:
             self._spoilt(bad_blocks)
         if worker_meta is None:
             return
+        for adapter in worker_meta.adapters:
+            self._adapters.learn(adapter)
         errors = []
         for job, outcome in worker_meta.outcomes.items():
             # Each for itself: nobody reports it a second time.

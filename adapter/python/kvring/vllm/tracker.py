@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvring import Hit
 
+from .adapters import Adapter
 from .metadata import Outcome
 
 
@@ -37,6 +38,8 @@ class Tracker:
     """Both only where KV events are wanted, which carry them."""
     salt: bytes | None = None
     """What its keys are salted with, in this admission."""
+    adapter: Adapter | None = None
+    """Its LoRA adapter, as it is known in this admission."""
     admission: int = -1
     """How often vLLM has preempted it: a lookup, a lease and a load belong to one admission."""
 
@@ -56,10 +59,11 @@ class Tracker:
     """A chunk could not be stored, so those behind it could never be found."""
     finished: bool = False
 
-    def begin(self, admission: int, salt: bytes | None) -> None:
+    def begin(self, admission: int, salt: bytes | None, adapter: Adapter | None = None) -> None:
         """The next admission: nothing of the earlier one's answer counts any more."""
         self.admission = admission
         self.salt = salt
+        self.adapter = adapter
         self.asked = False
         self.hit = None
         self.local_tokens = 0

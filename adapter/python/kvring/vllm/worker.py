@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from kvring import SKIP, ConfigError, DeviceError, KvGroup, LayoutError, WorkerAdapter
 from kvring._logs import get_logger
 
+from .adapters import LoadedAdapters
 from .config import Config
 from .geometry import Geometry
 from .metadata import KvringMetadata, KvringWorkerMetadata, Load, Outcome, Store
@@ -110,6 +111,7 @@ class WorkerSide:
         # it goes on from the first block that is named, and what it computes there looks back at blocks that nobody has filled.
         self._invalidates = geometry.knows_bad_blocks
         self._outcomes: dict[int, Outcome] = {}
+        self.adapters = LoadedAdapters()
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
         """Hands the engine the shape of this rank's cache. Raises `LayoutError`, `ConfigError` or `RegisterError`: vLLM
@@ -227,15 +229,22 @@ class WorkerSide:
         if not self.geometry.stores(self.rank):
             return
         for store in meta.stores:
+            if not self.adapters.holds(store.adapter):
+                # vLLM has loaded another content since the scheduler's side announced this.
+                self._store_failed(store)
+                continue
             try:
                 self._start_store(store)
             except Exception as error:
                 logger.warning("request %s: its KV is not stored: %s: %s", store.request, type(error).__name__, error)
-                self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
-                self.stats.add("stores")
-                self.stats.add("store_chunks_dropped", len(store.keys))
+                self._store_failed(store)
         if self._reads_at_once and meta.stores:
             self.adapter.handle_preemptions(None)
+
+    def _store_failed(self, store: Store) -> None:
+        self._outcomes[store.job] = Outcome(ranks=1, chunks_failed=len(store.keys), ranks_failed=1)
+        self.stats.add("stores")
+        self.stats.add("store_chunks_dropped", len(store.keys))
 
     def _start_store(self, store: Store) -> None:
         stream = self._stream()
@@ -340,11 +349,12 @@ class WorkerSide:
         return blocks
 
     def take_worker_meta(self) -> KvringWorkerMetadata | None:
-        """What has become of jobs."""
-        if not self._outcomes:
+        """What has become of jobs, and which LoRA adapters have been loaded."""
+        adapters = self.adapters.take_news()
+        if not (self._outcomes or adapters):
             return None
         outcomes, self._outcomes = self._outcomes, {}
-        return KvringWorkerMetadata(outcomes)
+        return KvringWorkerMetadata(outcomes, adapters)
 
     def take_stats(self) -> KvringStats | None:
         """Counts since the last call."""
