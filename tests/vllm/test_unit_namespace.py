@@ -112,6 +112,15 @@ def fitted(config: Any) -> None:
         lambda c: setattr(c.load_config, "model_loader_extra_config", {"distributed": True}),
         lambda c: setattr(c.load_config, "ignore_patterns", ["*.safetensors"]),
         lambda c: setattr(c.cache_config, "prefix_caching_hash_algo", "xxhash"),
+        lambda c: setattr(c.cache_config, "cache_dtype", "nvfp4_4over6"),
+        lambda c: setattr(c.cache_config, "cache_dtype", "fp8_e5m2"),
+        lambda c: setattr(c.attention_config, "use_prefill_query_quantization", True),
+        lambda c: setattr(c.attention_config, "disable_flashinfer_q_quantization", True),
+        lambda c: setattr(c.attention_config, "flash_attn_version", 3),
+        lambda c: setattr(c.attention_config, "sparse_mla_force_mqa", True),
+        lambda c: setattr(c.kernel_config, "moe_backend", "marlin"),
+        lambda c: setattr(c.kernel_config, "linear_backend", "cutlass"),
+        lambda c: setattr(c, "lora_config", object()),
     ],
 )
 def test_it_is_another_namespace(change: Any) -> None:
@@ -125,6 +134,158 @@ def test_the_scheduler_and_a_worker_whose_model_has_changed_its_configuration_ag
         config.model_config.hf_config.set_while_the_model_was_built = True
 
     assert named(built, worker=True) == named()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("VLLM_BATCH_INVARIANT", "1"),
+        ("VLLM_MARLIN_INPUT_DTYPE", "int8"),
+        ("VLLM_CPU_INT4_W4A8", "1"),
+        ("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random"),
+        # Which layers a rank has, and so how large its part of a chunk is: another one could not even be registered.
+        ("VLLM_PP_LAYER_PARTITION", "15,17"),
+        ("VLLM_FLOAT32_MATMUL_PRECISION", "medium"),
+        ("VLLM_USE_DEEP_GEMM", "0"),
+        ("VLLM_ROCM_USE_SKINNY_GEMM", "0"),
+    ],
+)
+def test_what_is_computed_follows_from_environment_variables_too(variable, value, monkeypatch) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    before = named()
+    monkeypatch.setenv(variable, value)
+    assert named() == named() == named(worker=True) != before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("VLLM_PORT", "1234"),
+        ("VLLM_HOST_IP", "10.0.0.1"),
+        ("VLLM_DP_RANK", "1"),
+        ("VLLM_LOGGING_LEVEL", "DEBUG"),
+        ("VLLM_CACHE_ROOT", "/tmp/cache"),
+        ("VLLM_NIXL_SIDE_CHANNEL_PORT", "5600"),
+        ("VLLM_RPC_TIMEOUT", "1"),
+        ("VLLM_ENGINE_READY_TIMEOUT_S", "1"),
+        ("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "0-1"),
+        ("VLLM_LORA_RESOLVER_CACHE_DIR", "/tmp/loras"),
+        ("VLLM_OF_SOMEBODY_ELSE", "1"),
+        ("CUDA_VISIBLE_DEVICES", "1"),
+    ],
+)
+def test_equal_deployments_may_have_other_environment_variables(variable, value, monkeypatch) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    before = named()
+    monkeypatch.setenv(variable, value)
+    assert named() == before
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("VLLM_MLA_DISABLE", "1"),
+        ("VLLM_ALLREDUCE_USE_SYMM_MEM", "0"),
+        ("VLLM_USE_AOT_COMPILE", "0"),
+        ("VLLM_ROCM_USE_SKINNY_GEMM", "0"),
+    ],
+)
+def test_what_vllm_sets_in_its_workers_only_is_not_in_it(variable, value, monkeypatch) -> None:
+    """`override_envs_for_invariance`, and a model that is built without MLA: the scheduler's process has it as it was."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    monkeypatch.delenv(variable, raising=False)
+    before = named()
+    monkeypatch.setenv(variable, value)
+    assert named(worker=True) == before
+
+
+def test_a_model_that_sets_options_of_attention_while_it_is_built_has_one_name() -> None:
+    def theirs(config: Any) -> None:
+        config.model_config.model_arch_config.architectures = ["HYV4ForCausalLM"]
+
+    assert named(theirs) == named(both(theirs, lambda c: setattr(c.attention_config, "sparse_mla_force_mqa", True)), worker=True)
+
+
+def test_the_versions_of_plugins_and_packages_are_in_it(monkeypatch) -> None:
+    """A plugin may put code of its own in the place of vLLM's."""
+    from importlib import metadata
+    from types import SimpleNamespace
+
+    before = named()
+    plugins = {"vllm.general_plugins": [], "vllm.platform_plugins": []}
+    found = metadata.entry_points
+    monkeypatch.setattr(metadata, "entry_points", lambda *, group: [*found(group=group), *plugins[group]])
+
+    def plugin(module: str, version: str) -> Any:
+        return SimpleNamespace(name=module, value=module, module=module, dist=SimpleNamespace(name=module, version=version))
+
+    for group in plugins:
+        names = set()
+        for version in ("1", "2"):
+            plugins[group] = [plugin("theirs.plugin", version)]
+            assert named() == named(worker=True)
+            names.add(named())
+        assert len(names | {before}) == 3
+        plugins[group] = [plugin("kvring.plugin", "9")]
+        assert named() == before
+        plugins[group] = []
+    plugins["vllm.general_plugins"] = [plugin("theirs", "1")]
+    monkeypatch.setenv("VLLM_PLUGINS", "kvring")
+    assert named() == before, "it is not loaded"
+    monkeypatch.undo()
+    version = metadata.version
+    for package in ("torchao", "bitsandbytes", "compressed-tensors", "mistral_common", "transformers", "flashinfer-python"):
+        with monkeypatch.context() as patch:
+            patch.setattr(metadata, "version", lambda name, other=package: "0.0.1" if name == other else version(name))
+            assert named() != before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"load_format": "safetensors"}, {"load_format": "fastsafetensors"}),
+        ({"load_format": "safetensors"}, {"load_format": "instanttensor"}),
+        ({}, {"model_loader_extra_config": {"enable_multithread_load": True, "num_threads": 8}}),
+        ({"load_format": "runai_streamer"}, {"load_format": "runai_streamer", "model_loader_extra_config": {"concurrency": 4}}),
+    ],
+)
+def test_how_fast_the_same_files_are_read_is_not_in_it(model, one, other) -> None:
+    assert named(at(model, **one)) == named(at(model, **other))
+
+
+def groups_of(*specs: Any, first_only: bool) -> Any:
+    """A group of several kinds of layers, as a worker has it, or as the scheduler's side does."""
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    def change(cache: Any) -> None:
+        named = {f"layer.{index}": spec for index, spec in enumerate(specs)}
+        (group,) = cache.kv_cache_groups
+        group.kv_cache_spec = (
+            specs[0] if first_only else UniformTypeKVCacheSpecs(block_size=specs[0].block_size, kv_cache_specs=named)
+        )
+
+    return change
+
+
+def test_a_group_of_several_kinds_of_layers_has_one_name_on_both_sides() -> None:
+    """Full attention beside an indexer's cache: a worker is told all layers, the scheduler's side the first of them."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+    more = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float16}
+    specs = MLAAttentionSpec(**more), FullAttentionSpec(**more)
+
+    def name(first_only: bool, specs: Any = specs) -> bytes:
+        engine = configs.engine(SETUP)
+        config, cache = (engine.scheduler, engine.scheduler_kv) if first_only else (engine.ranks[0], engine.ranks_kv[0])
+        groups_of(*specs, first_only=first_only)(cache)
+        return fingerprint(describe(config, cache, Geometry.of(config, cache, 1)))
+
+    assert name(True) == name(False)
+    # As large as the pages are: another size is another shape of what is stored.
+    wider = tuple(type(spec)(**more | {"head_size": 128}) for spec in specs)
+    assert name(True, wider) != name(True)
 
 
 def test_a_description_is_plain_values() -> None:

@@ -7,12 +7,18 @@ each other's chunks. What changes while vLLM runs (a LoRA's content, weights tha
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from vllm.v1.kv_cache_interface import get_kv_cache_spec_kind as kind
+from vllm.v1.kv_cache_interface import get_kv_cache_spec_sliding_window as window
+from vllm.v1.kv_cache_interface import iter_layer_specs
 
 from kvring import LayoutError
 from kvring._logs import get_logger
@@ -23,13 +29,31 @@ from .geometry import Geometry
 from .identity import plain
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
 logger = get_logger("vllm.kvring.namespace")
 
 FORMAT = 4
 """Of what a fingerprint is made of, and of what a shard holds."""
+
+_PACKAGES = (
+    "flashinfer-python", "transformers", "mistral_common", "compressed-tensors", "torchao", "bitsandbytes",
+)  # fmt: skip
+"""Whose versions decide."""
+_SAME_FILES = {"fastsafetensors": "safetensors", "instanttensor": "safetensors"}
+"""Load formats that read what another one does (`DefaultModelLoader._prepare_weights`)."""
+_NOT_OF_LOADING = ("enable_multithread_load", "num_threads", "enable_weights_track", "concurrency", "memory_limit")
+
+_DECIDES_NOTHING = re.compile(
+    "PORT|HOST|_IPS?$|_PATH|_DIR$|URL|TIMEOUT|_LOG_|LOGGING|DEBUG|TRACE|_SCOPES|VLLM_DP_|RAY|VLLM_ALLOW_|USAGE|NIXL|P2P|MOONCAKE"
+    "|_EC_|_NIC_|ELASTIC|PLUGINS|RESOLVER|TOOL|REGEX|XGRAMMAR|GPT_OSS|BUILD|DOCKER|IMAGE_TAG|PRECOMPILED|PROCESS_NAME|OMP_THREADS"
+    "|RESERVED_CPU|COMPILE_CACHE|MEMORY_PROFILER|RUST|MLA_DISABLE"
+)
+"""Environment variables in which equal deployments differ, and those of vLLM's front. The last one some models set while they are
+built, in a worker's process; the kind of a group tells it."""
+_WRITTEN_BY_WORKERS = frozenset({"VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ROCM_USE_SKINNY_GEMM", "VLLM_USE_AOT_COMPILE"})
+"""With `VLLM_BATCH_INVARIANT`, and to the same value (`override_envs_for_invariance`)."""
 
 
 def describe(
@@ -66,14 +90,16 @@ def describe(
             f"with --prefix-caching-hash-algo {cache.prefix_caching_hash_algo} and no PYTHONHASHSEED nothing that kvring stores "
             "for this vLLM can be found by another one, or after its end; set PYTHONHASHSEED, or take sha256"
         )
+    layers = [_first_layer(group) for group in kv_cache_config.kv_cache_groups]
     description = {
         "format": FORMAT,
         "vllm": vllm.__version__,
         # Which kernels there are for a backend that vLLM chooses by itself, and what it chooses.
         "torch": torch.__version__,
-        "flashinfer": _version("flashinfer-python"),
-        # What a configuration leaves out, and how images are prepared.
-        "transformers": _version("transformers"),
+        # And what a configuration leaves out, how images are prepared, how quantized weights are computed with.
+        "packages": {package: _version(package) for package in _PACKAGES},
+        "plugins": known(_plugins),
+        "environment": known(_environment),
         "platform": known(_platform, vllm_config),
         # The configuration itself is one of these files. Not what has become of it in memory: some models write into it while
         # they are built, in a worker's process and not in the scheduler's.
@@ -86,24 +112,32 @@ def describe(
         "generation": known(plain, model.override_generation_config) if identity.is_llama4(model) else None,
         "implementation": [str(model.model_impl), known(plain, model.model_class_overrides)],
         # Which of the files are read, and how.
-        "load_format": str(load.load_format),
-        "load_options": known(plain, load.model_loader_extra_config)
-        if isinstance(load.model_loader_extra_config, dict)
-        else None,
+        "load_format": _SAME_FILES.get(str(load.load_format), str(load.load_format)),
+        "load_options": known(_load_options, load.model_loader_extra_config),
         "ignore_patterns": known(plain, load.ignore_patterns),
         "quantization": [str(model.quantization), known(plain, model.quantization_config)],
         "dtype": str(model.dtype),
         # Its layers may take other kernels, also for requests without an adapter. (What an adapter makes of it salts the keys.)
         "lora": lora is not None,
         # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
-        "kv_dtype": [_kv_dtype(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups],
-        "e5m2": "e5m2" in str(cache.cache_dtype),
+        "kv_dtype": [_kv_dtype(layer) for layer in layers],
+        "kv_variant": [variant for variant in ("e5m2", "4over6") if variant in str(cache.cache_dtype)],
         "skipped_layers": known(plain, getattr(cache, "kv_cache_dtype_skip_layers", None)),
-        "attention_backend": str(vllm_config.attention_config.backend),
+        "attention": known(_options, vllm_config.attention_config, _written_by_a_model(model)),
+        "kernels": known(_options, vllm_config.kernel_config),
         "layout": str(kv_cache_config.kv_cache_layout),
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
         "chunk_tokens": geometry.chunk_tokens,
-        "groups": [[group.kind, group.tokens, group.window] for group in geometry.groups],
+        "groups": [
+            # With a pipeline each stage has a first layer of its own.
+            [
+                kind(layer).value,
+                group.tokens,
+                window(layer),
+                layer.page_size_bytes if parallel.pipeline_parallel_size == 1 else None,
+            ]
+            for layer, group in zip(layers, geometry.groups, strict=True)
+        ],
         "tensor_parallel": parallel.tensor_parallel_size,
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "expert_parallel": bool(parallel.enable_expert_parallel),
@@ -175,11 +209,62 @@ def check_gpu(vllm_config: VllmConfig, rank: int, device: int) -> None:
         )
 
 
-def _kv_dtype(spec: Any) -> list[str]:
-    """Of a group's layers, or of the first of them, which is all that the scheduler's side is told."""
-    layer = next(iter(spec.kv_cache_specs.values())) if hasattr(spec, "kv_cache_specs") else spec
+def _first_layer(group: KVCacheGroupSpec) -> KVCacheSpec:
+    """All that the scheduler's side is told of a group's layers."""
+    return next(iter(iter_layer_specs(group.kv_cache_spec)))
+
+
+def _kv_dtype(layer: KVCacheSpec) -> list[str]:
     quantized = getattr(layer, "kv_quant_mode", None)
     return [str(getattr(layer, "dtype", None)), getattr(quantized, "name", ""), str(getattr(layer, "cache_dtype_str", None))]
+
+
+def _options(config: Any, left_out: frozenset[str] = frozenset()) -> dict[str, str]:
+    """Of one of vLLM's configurations: also those that a later vLLM has."""
+    names = [field.name for field in dataclasses.fields(config) if field.name not in left_out]
+    return {name: plain(getattr(config, name)) for name in names}
+
+
+def _written_by_a_model(model: ModelConfig) -> frozenset[str]:
+    """Options of attention that a model sets while it is built, in a worker's process and not in the scheduler's."""
+    return frozenset({"sparse_mla_force_mqa"} if any("HYV4" in name for name in model.architectures) else ())
+
+
+def _load_options(extra: Any) -> str | None:
+    """Those of the loader that decide which files are read, and how; not how many of them at once."""
+    if not isinstance(extra, dict):
+        return None
+    return plain({name: value for name, value in extra.items() if name not in _NOT_OF_LOADING})
+
+
+def _environment() -> dict[str, Any]:
+    """vLLM's settings by environment variables: those that are set."""
+    from vllm import envs
+
+    left_out = _WRITTEN_BY_WORKERS if envs.VLLM_BATCH_INVARIANT else frozenset()
+    return {
+        name: value
+        for name, value in envs.compile_factors().items()
+        if name.startswith("VLLM_") and name in os.environ and name not in left_out and not _DECIDES_NOTHING.search(name)
+    }
+
+
+def _plugins() -> list[list[str]]:
+    """What may put other code in the place of vLLM's."""
+    from vllm import envs
+
+    plugins = [
+        plugin
+        for group in ("vllm.general_plugins", "vllm.platform_plugins")
+        for plugin in importlib.metadata.entry_points(group=group)
+        if envs.VLLM_PLUGINS is None or plugin.name in envs.VLLM_PLUGINS
+    ]
+    # vLLM has some of its own, and its version is told anyway; for this one, `FORMAT` is.
+    theirs = [plugin for plugin in plugins if plugin.module.partition(".")[0] not in ("vllm", "kvring")]
+    return sorted(
+        [plugin.name, plugin.value, *((plugin.dist.name, plugin.dist.version) if plugin.dist is not None else ())]
+        for plugin in theirs
+    )
 
 
 def _version(package: str) -> str:
