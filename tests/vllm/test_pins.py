@@ -138,3 +138,54 @@ def test_a_block_that_fills_costs_the_same_however_long_the_context_is(engine: s
     ends(made)
     assert made.ledger.counters["stores"] > before + 5
     assert not made_lists
+
+
+def test_an_id_is_used_again_while_a_store_of_its_first_request_is_open(engine: str) -> None:
+    """vLLM finds the blocks in its own prefix cache, so the second request has the same: they are pinned once, and freed once."""
+    made = harness(engine, faults=slow(60), num_blocks=60)
+    for _ in range(2):
+        made.add(want("a", PROMPT, 6))
+        to_the_last_token(made)
+    assert made.ledger.open, "nothing is being stored: this test tests nothing"
+    made.run(200)
+    free = made.pool.get_num_free_blocks()
+    made.shutdown()
+    assert free == made.blocks_at_start
+
+
+def test_a_report_that_is_lost_does_not_stop_storing_for_good(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = harness(engine, num_blocks=60, options={"flush_timeout_ms": 1.0})
+    side, worker = made.scheduler.connector.scheduler, made.workers[0].connector.worker
+    monkeypatch.setattr(stores, "QUEUED_BYTES_MAX", side.geometry.chunk_bytes)
+    monkeypatch.setattr(stores, "REPORT_STEPS", 5)
+    with monkeypatch.context() as patch:
+        take = worker.take_worker_meta
+        patch.setattr(worker, "take_worker_meta", lambda: (take(), None)[1])
+        made.add(want("a", PROMPT, 6))
+        made.run(200)
+    assert side.open_stores.is_full, "no report was lost: this test tests nothing"
+    before = made.ledger.counters["stores"]
+    made.add(want("b", PROMPT[::-1], 30))
+    made.run(200)
+    assert made.ledger.counters["stores"] > before
+    assert all(store.request == "b" for store in side.open_stores._open.values())
+    ends(made)
+
+
+def test_chunks_that_could_not_be_stored_are_stored_once_more(engine: str) -> None:
+    """Or those behind them could never be found."""
+    made = harness(engine, faults=Faults(fail_store=1.0, budget=1), num_blocks=60)
+    made.add(want("a", PROMPT, 20))
+    made.run(200)
+    assert made.ledger.counters["failed_stores"] == 1
+    made.reset(running=False, connector=False)
+    made.add(want("b", PROMPT, 20))
+    ends(made)
+    assert made.calls.hits["b"] == len(PROMPT), "what lies behind a hole is not found"
+
+
+def test_chunks_that_cannot_be_stored_are_not_tried_for_ever(engine: str) -> None:
+    made = harness(engine, faults=Faults(fail_store=1.0), num_blocks=60)
+    made.add(want("a", PROMPT[:16], 60))
+    ends(made)
+    assert 2 <= made.ledger.counters["stores"] <= 8, "each step tries again"

@@ -185,7 +185,7 @@ class RecordingWorkerAdapter:
                 )
             )
         for one in ended:
-            self._ledger.finished(self._rank, one.job, not one.failed and not one.skipped)
+            self._ledger.finished(self._rank, one.job, not one.failed and not one.skipped, one.failed > 0)
             if one.failed and "injected" not in one.why:
                 self._ledger.count("jobs_failed_by_engine")
         return ended

@@ -43,6 +43,8 @@ class Admission:
     """Loads submitted, by rank."""
     stored_to: dict[int, int] = field(default_factory=dict)
     """The chunk up to which stores were submitted, by rank."""
+    again: int | None = None
+    """The first chunk of those whose store has failed on some rank: from there on they may be stored again."""
 
 
 @dataclass
@@ -71,6 +73,9 @@ class Job:
     sources: list[tuple[int, int]]
     """(block id, generation): what it reads or writes."""
     step: int
+    first: int = 0
+    """Of a store: its first chunk."""
+    admission: Admission | None = None
     round: tuple[int, int] = (0, 0)
     keys: list[bytes] = field(default_factory=list)
     pages: list[tuple[int, int, int]] = field(default_factory=list)
@@ -230,7 +235,7 @@ class Ledger:
         admission = now.admissions.get(request)
         if admission is not None:
             done = admission.stored_to.get(rank, 0)
-            if first < done:
+            if first < done and (admission.again is None or first < admission.again):
                 self.blame("P1", f"{where}: chunk {first} again, {done} were stored in admission {admission.number}")
             admission.stored_to[rank] = stop
         sources = []
@@ -252,7 +257,8 @@ class Ledger:
         self.count("stores")
         self.count("stored_chunks", len(keys))
         self.note(f"rank {rank} store {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
-        self.open[rank, job] = Job(rank, job, request, True, sources, self.step, round_, [key[:KEY_BYTES] for key in keys])
+        keys = [key[:KEY_BYTES] for key in keys]
+        self.open[rank, job] = Job(rank, job, request, True, sources, self.step, first, admission, round_, keys)
 
     def load(self, rank: int, job: int, request: str, blocks: Sequence[int]) -> None:
         """P1 of a load: exactly the blocks of the external hit, none that vLLM already held."""
@@ -301,10 +307,13 @@ class Ledger:
         self.note(f"rank {rank} load {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
         self.open[rank, job] = Job(rank, job, request, False, sources, self.step, pages=pages)
 
-    def finished(self, rank: int, job: int, complete: bool) -> None:
+    def finished(self, rank: int, job: int, complete: bool, failed: bool) -> None:
         """The connector has learned that a job has ended. `complete`: a store has written all of its chunks itself; of one
         that somebody else is storing nobody knows whether it will ever be there."""
         record = self.open.pop((rank, job), None)
+        if failed and record is not None and record.admission is not None:
+            again = record.admission.again
+            record.admission.again = record.first if again is None else min(again, record.first)
         if record is not None and record.is_store and complete:
             self._reported += [(record.round, key, rank) for key in record.keys]
 

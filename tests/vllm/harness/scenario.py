@@ -98,6 +98,7 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
         "step_limit": 1000,
         "patience": 10_000,
         "only_windows": dice.random() < 0.5,
+        "fail_store": dice.choice([0.0, 0.2]) if theme == "fail" else 0.0,
     }
     choices.update(overrides or {})
     if choices["window"] is not None and "chunk_blocks" not in (overrides or {}):
@@ -174,7 +175,13 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         nonce=f"{os.getpid()}-{next(_runs)}",
     )
     engine_faults = choices["kill_at"] is not None and target.kill is not None
-    faults = Faults(hold=choices["hold"], fail_load=choices["fail_load"], fail_rank=choices["fail_rank"], budget=6)
+    faults = Faults(
+        hold=choices["hold"],
+        fail_load=choices["fail_load"],
+        fail_store=choices["fail_store"],
+        fail_rank=choices["fail_rank"],
+        budget=6,
+    )
     harness = Harness(
         setup,
         target.plug,
@@ -261,7 +268,7 @@ def _drive(harness: Harness, target: Target, dice: random.Random, choices: Mappi
         harness.check_idle(last=False)
         pass_over([(at, _again("m", one)) for at, one in work], True)
     harness.check_idle(last=False)
-    harness.faults.fail_load = 0.0
+    harness.faults.fail_load = harness.faults.fail_store = 0.0
     if mishaps["down_until"] and target.restart is not None:
         target.restart()
     harness.reset(running=False, connector=False)

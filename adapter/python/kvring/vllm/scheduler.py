@@ -6,7 +6,8 @@ Invariants (P0 to P5 of the obligations that preemption brings; the harness unde
   it has died meanwhile: then it is looked up anew. What it found stays leased until vLLM has decided, and until every rank has
   reported the load.
 * Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from what was added up.
-* A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, once per admission.
+* A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, and once per admission
+  but for what could not be stored.
 * A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
   the next forward pass. Those of one that finishes are *pinned*, until every rank has reported the store, vLLM wants them back,
   or `flush_timeout_ms` has passed (`stores.py`).
@@ -300,6 +301,8 @@ class SchedulerSide:
                 self.open_stores.let_go()
             self.open_stores.let_go_in_time()
             flush = self.open_stores.fence(output.preempted_req_ids) if self.open_stores else ()
+            for job in self.open_stores.overdue():
+                self._store_ended(job)
             if self._may_store():
                 self._store_all(output)
         except Exception:
@@ -366,7 +369,7 @@ class SchedulerSide:
         job = self._job()
         parent = self._key(tracker, first - 1) if first else None
         self._announced.append(Store(job, tracker.request, (self._source, job), parent, keys, blocks, tracker.adapter))
-        self.open_stores.add(OpenStore(job, tracker.request, first, len(keys), blocks))
+        self.open_stores.add(OpenStore(job, tracker.request, tracker.admission, first, len(keys), blocks))
         if self.events is not None:
             self.events.announce(job, tracker, first, len(keys))
 
@@ -475,7 +478,7 @@ class SchedulerSide:
             tracker.load = None
             # What is computed in place of what failed is stored again: the engine skips what it still has.
             if load.outcome.ranks_failed:
-                tracker.stored_chunks = min(tracker.stored_chunks, load.first_chunk)
+                tracker.store_again(load.first_chunk)
         if load.outcome.ranks_failed and load.wait and self.kv_cache_manager is not None:
             (ids,) = self.kv_cache_manager.get_block_ids(load.request)
             self._spoilt(ids[load.start // self.geometry.groups[0].tokens :])
@@ -505,12 +508,17 @@ class SchedulerSide:
         manager.evict_blocks(evict)
 
     def _store_ended(self, job: int) -> None:
+        """Every rank has reported it, or it is not waited for any more."""
         store = self.open_stores.get(job)
         if store is None:
             return
         self.open_stores.close(store)
+        failed = store.outcome.ranks < self.geometry.world or store.outcome.ranks_failed > 0
         if self.events is not None:
-            self.events.stored(job, failed=store.outcome.chunks_failed > 0)
+            self.events.stored(job, failed=failed)
+        tracker = self.trackers.get(store.request)
+        if failed and tracker is not None and tracker.admission == store.admission:
+            tracker.store_again(store.first_chunk)
 
     # The rest.
 

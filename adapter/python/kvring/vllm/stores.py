@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,12 +28,18 @@ QUEUED_BYTES_MAX = 1 << 30
 `flush_timeout_ms`, and would be given up when vLLM needs the blocks."""
 
 
+REPORT_STEPS = 100
+"""Steps in which a flushed store is reported. It has ended by then, but for one that waits for an engine's restart; a report that
+has not come is not waited for any more, or what was lost once would count as open for ever."""
+
+
 @dataclass(slots=True)
 class OpenStore:
     """A store that not every rank has reported."""
 
     job: int
     request: str
+    admission: int
     first_chunk: int
     chunks: int
     blocks: list[int]
@@ -58,6 +65,9 @@ class OpenStores:
         self._by_request: dict[str, dict[int, OpenStore]] = {}
         self._pinned: dict[int, OpenStore] = {}
         """The earliest first."""
+        self._flushed: deque[tuple[int, int]] = deque()
+        """(step, job), the earliest first."""
+        self._step = 0
         self._queued_bytes = 0
 
     def __len__(self) -> int:
@@ -92,6 +102,7 @@ class OpenStores:
     def fence(self, preempted: Collection[str] | None) -> list[int]:
         """Before blocks that a store reads get another owner: the stores to flush."""
         flush = []
+        self._step += 1
         for store in self._open.values():
             if store.flushed or store.pinned:
                 continue
@@ -100,7 +111,15 @@ class OpenStores:
             if lost or (self._geometry.has_windows and not self._owns_blocks(store)):
                 store.flushed = True
                 flush.append(store.job)
+                self._flushed.append((self._step, store.job))
         return flush
+
+    def overdue(self) -> list[int]:
+        """Stores that were flushed long ago: they read nothing any more, whether they are reported or not."""
+        jobs = []
+        while self._flushed and self._flushed[0][0] + REPORT_STEPS <= self._step:
+            jobs.append(self._flushed.popleft()[1])
+        return jobs
 
     def _owns_blocks(self, store: OpenStore) -> bool:
         """Does the request still own every block that this store reads? Sliding windows drop blocks from the front, so the first
@@ -124,7 +143,7 @@ class OpenStores:
     def pin(self, request_id: str) -> None:
         """A request ends, and vLLM takes its blocks back: what is being stored of it keeps its content for now."""
         for store in self._by_request.get(request_id, {}).values():
-            if not store.flushed:
+            if not store.flushed and not store.pinned:
                 self._pin(store)
 
     def _pin(self, store: OpenStore) -> None:

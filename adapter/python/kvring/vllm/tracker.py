@@ -10,6 +10,9 @@ from kvring import Hit
 from .adapters import Adapter
 from .metadata import Outcome
 
+TRIES_MAX = 3
+"""So often chunks are stored again in one admission."""
+
 
 @dataclass(slots=True)
 class OpenLoad:
@@ -57,6 +60,8 @@ class Tracker:
     """Chunks before this one need no storing: they were found, or have been handed to the workers."""
     has_hole: bool = False
     """A chunk could not be stored, so those behind it could never be found."""
+    tries: int = 0
+    """How often chunks were to be stored again in this admission."""
     finished: bool = False
 
     def begin(self, admission: int, salt: bytes | None, adapter: Adapter | None = None) -> None:
@@ -70,3 +75,12 @@ class Tracker:
         self.settled = False
         self.stored_chunks = 0
         self.has_hole = False
+        self.tries = 0
+
+    def store_again(self, first_chunk: int) -> None:
+        """This chunk and those behind it are not in the cache: they are stored once more, or nothing behind them would be found.
+        Not for ever: where there is no room for them each try costs as much as the first."""
+        if first_chunk < self.stored_chunks:
+            self.stored_chunks = first_chunk
+            self.tries += 1
+            self.has_hole |= self.tries > TRIES_MAX
