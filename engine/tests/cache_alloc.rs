@@ -9,7 +9,8 @@ use std::cell::Cell;
 
 use cache_support::{VecTable, chain, key};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Key, Owner, Reservation, Reserve, Round, ShardHeader, SlotId, SlotTable,
+    Cache, CacheConfig, Key, Leaving, Owner, Parting, Reservation, Reserve, Round, ShardHeader, SlotId,
+    SlotTable,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -131,7 +132,7 @@ fn no_operation_allocates() {
                     cache.release(owner, next(20), 0, 3);
                 }
                 37 if next(20) == 0 => {
-                    cache.client_gone(owner, 1, false);
+                    cache.part(&mut Parting::new(owner, Leaving::Left { nonce: 1 }));
                 }
                 38 if next(200) == 0 => {
                     cache.allow(50);

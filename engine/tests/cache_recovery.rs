@@ -5,8 +5,8 @@
 mod cache_support;
 
 use cache_support::small::{
-    SLAB_BYTES, cache, commit, config, find, hits, register, reserve, reserve_in, reserve_one, round,
-    slot_of, store,
+    SLAB_BYTES, cache, commit, config, declare_end, find, hits, register, reserve, reserve_in, reserve_one,
+    round, slot_of, store,
 };
 use cache_support::{State, VecTable, chain, key};
 use kvring_engine::cache::{
@@ -37,13 +37,6 @@ fn empty(table: &VecTable, slabs: u32) -> Cache<VecTable> {
         cache.add_slab(slab).unwrap();
     }
     cache
-}
-
-/// How many slots were not named.
-fn declare_end(cache: &mut Cache<VecTable>, owner: u8) -> u32 {
-    let mut freed = 0;
-    assert!(cache.declare_end(owner, &mut freed));
-    freed
 }
 
 fn shard(table: &VecTable, slot: SlotId) -> Option<Shard> {

@@ -4,13 +4,13 @@
 mod cache_support;
 
 use cache_support::small::{
-    NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, find, hits, leased, register,
-    reserve, reserve_in, reserve_one, round, slot_of, store,
+    NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, declare_end, find, hits, leased,
+    part, register, reserve, reserve_in, reserve_one, round, slot_of, store,
 };
 use cache_support::{State, VecTable, chain, key};
 use kvring_engine::cache::{
-    Aborted, Cache, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Reservation, Reserve,
-    ReserveError, Round, ShardRef,
+    Aborted, Cache, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Leaving, Reservation,
+    Reserve, ReserveError, Round, ShardRef,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -62,7 +62,7 @@ fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
     let keys = chain(1, 4);
     let slots: Vec<_> = reserve(&mut cache, 0, round(1), &keys).into_iter().map(slot_of).collect();
     // The client is detached, and still copies: nobody gets its slots, whatever is tried.
-    cache.client_gone(0, NONCE, true);
+    part(&mut cache, 0, Leaving::Detached { nonce: NONCE });
     cache.clear(None);
     cache.check_all().unwrap();
     assert_eq!(reserve(&mut cache, 0, round(2), &chain(2, 1)), [Reservation::NoSpace]);
@@ -73,7 +73,7 @@ fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
     let (slot, generation) = slots[0];
     assert_eq!(cache.commit(5, slot, generation, keys[0], 0), Err(CommitError::NotYours { slot, owner: 5 }));
     // Its process is gone for good, and with it what a device wrote on its behalf.
-    cache.client_gone(0, NONCE, false);
+    part(&mut cache, 0, Leaving::Left { nonce: NONCE });
     cache.check_all().unwrap();
     assert_eq!((cache.stats().orphans, cache.stats().slots_writing), (0, 0));
     assert_eq!(slot_of(reserve(&mut cache, 0, round(2), &chain(2, 1))[0]).1, generation + 1);
@@ -356,7 +356,7 @@ fn shard_sizes_that_no_namespace_has_any_more_are_given_back() {
         (1..4).for_each(|namespace| assert!(cache.forget(namespace)));
         let (sizes, most) = cache.sizes();
         assert_eq!((sizes, most), (2, 256), "life {life}");
-        cache.client_gone(0, NONCE, false);
+        part(&mut cache, 0, Leaving::Left { nonce: NONCE });
         assert!(matches!(slot, Reservation::Write { .. }));
         assert_eq!(cache.sizes().0, 1);
         cache.check_all().unwrap();
@@ -403,7 +403,7 @@ fn a_shared_prefix_is_charged_once_however_many_requests_hold_it() {
     assert_eq!(leased(&mut cache, 0, 50, &chain(2, 1)), Ok(1));
     assert_eq!(cache.client_bytes(0), 4 * bytes);
     // The payer goes: what the other one still holds is nobody's, until somebody pins it.
-    cache.client_gone(0, 7, false);
+    part(&mut cache, 0, Leaving::Left { nonce: 7 });
     cache.check_all().unwrap();
     assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (0, 0));
     assert_eq!(leased(&mut cache, 2, 1, &chain(1, 2)), Ok(2));
@@ -503,8 +503,8 @@ fn hostile_messages_are_typed_errors() {
         assert_eq!(cache.commit(0, slot, 0, [0; 2], 0), Err(error));
         assert_eq!(cache.abort(0, slot, u64::MAX, [0; 2]), Err(error));
     }
-    cache.client_gone(255, 0, true);
-    cache.client_gone(63, u64::MAX, false);
+    part(&mut cache, 255, Leaving::Detached { nonce: 0 });
+    part(&mut cache, 63, Leaving::Left { nonce: u64::MAX });
     // Five hundred times the same key: one slot.
     let mut writes = 0;
     let message = Reserve { keys: &keys[..512], ..message };
@@ -523,14 +523,11 @@ fn a_client_that_attaches_again_and_again_meets_a_limit() {
         let message =
             Reserve { owner: 3, nonce, namespace: 0, rank: 0, round: round(1), parent: None, keys: &keys };
         cache.reserve(message, &mut |_, answer| busy += u32::from(answer == Reservation::Busy)).unwrap();
-        cache.client_gone(3, nonce, true);
+        part(&mut cache, 3, Leaving::Detached { nonce });
         cache.check_all().unwrap();
     }
     assert_eq!(busy, 400 - 256);
-    for nonce in 0..400 {
-        cache.quarantine_over(3, nonce);
-    }
-    cache.check_all().unwrap();
+    assert_eq!(declare_end(&mut cache, 3), 256);
     assert_eq!((cache.stats().slots_writing, cache.client_bytes(3)), (0, 0));
 }
 

@@ -15,7 +15,8 @@ pub enum Leaving {
         nonce: u64,
     },
     /// It is no longer listened to, and may still be writing, or a device on its behalf. Its leases end, and its rounds are
-    /// dropped. What it is WRITING stays so, for no chunk, until it is [`Leaving::Gone`] (or [`Cache::quarantine_over`]).
+    /// dropped. What it is WRITING stays so, for no chunk, until it is [`Leaving::Gone`], or has said
+    /// in a later attachment what it still writes ([`Cache::declare_end`]).
     Detached {
         /// Its attach nonce.
         nonce: u64,
@@ -107,30 +108,10 @@ impl<T: SlotTable> Cache<T> {
         self.part_at_once(owner, Leaving::Lingers);
     }
 
-    /// As [`Cache::part`] with [`Leaving::Left`], or [`Leaving::Detached`] for `quarantine`, all at once.
-    pub fn client_gone(&mut self, owner: Owner, nonce: u64, quarantine: bool) {
-        self.part_at_once(
-            owner,
-            if quarantine { Leaving::Detached { nonce } } else { Leaving::Left { nonce } },
-        );
-    }
-
     fn part_at_once(&mut self, owner: Owner, how: Leaving) {
         let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
         let over = self.part(&mut Parting::new(owner, how));
         debug_assert!(over);
-        self.allowed = allowed;
-    }
-
-    /// Nothing writes for this attachment any longer: frees its WRITING slots. Leases of the entry stay: they may be a
-    /// later attachment's. O(what it writes): for tests.
-    pub fn quarantine_over(&mut self, owner: Owner, nonce: u64) {
-        self.change();
-        let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
-        if let Some(attachment) = self.slots.find_attachment(owner, nonce) {
-            self.slots.retire(attachment);
-            self.free_all(attachment, &mut 0);
-        }
         self.allowed = allowed;
     }
 

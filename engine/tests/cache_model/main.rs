@@ -9,7 +9,7 @@ mod cache_support;
 mod model;
 mod ops;
 
-use kvring_engine::cache::{Invalidated, Key};
+use kvring_engine::cache::{Invalidated, Key, Leaving, Parting};
 use kvring_engine::policy::PolicyKind;
 use proptest::prelude::*;
 
@@ -58,14 +58,7 @@ impl Model {
             Op::Abort { which } => self.abort(which),
             Op::Forge { which, how } => self.forge(which, how),
             Op::Gone { owner, quarantine } => self.gone(owner, quarantine),
-            Op::QuarantineOver { which } => {
-                if !self.quarantined.is_empty() {
-                    let (owner, nonce) = self.quarantined.remove(which % self.quarantined.len());
-                    self.cache.quarantine_over(owner, nonce);
-                    let freed = self.take_freed();
-                    self.writer_gone(owner, nonce, &freed);
-                }
-            }
+            Op::QuarantineOver { owner } => self.quarantine_over(owner),
             Op::Clear { namespace } => self.clear(namespace),
             Op::OutOfSpace(out) => self.cache.table_mut().out_of_space = out,
             Op::Hostile { slot, generation } => {
@@ -77,7 +70,9 @@ impl Model {
                     let outcome = self.cache.invalidate(slot, generation, [0; 2], |_, _| true);
                     assert!(matches!(outcome, Invalidated::Gone | Invalidated::Refused));
                 }
-                self.cache.client_gone(255, generation, slot % 2 == 0);
+                for how in [Leaving::Left { nonce: generation }, Leaving::Detached { nonce: generation }] {
+                    assert!(self.cache.part(&mut Parting::new(255, how)));
+                }
             }
             Op::Allow(records) => self.allowed = records,
             Op::GoOnEmptying => {
@@ -144,10 +139,8 @@ proptest! {
         for owner in 0..OWNERS {
             model.gone(owner, false);
         }
-        for (owner, nonce) in std::mem::take(&mut model.quarantined) {
-            model.cache.quarantine_over(owner, nonce);
-            let freed = model.take_freed();
-            model.writer_gone(owner, nonce, &freed);
+        for owner in 0..OWNERS {
+            model.quarantine_over(owner);
         }
         model.clear(None);
         model.in_pieces(|model| {

@@ -546,6 +546,20 @@ impl Model {
         }
     }
 
+    /// Nothing that was written under earlier attachments of this entry is any longer.
+    pub(crate) fn quarantine_over(&mut self, owner: u8) {
+        let (its, others) = std::mem::take(&mut self.quarantined).into_iter().partition(|its| its.0 == owner);
+        self.quarantined = others;
+        let before = self.writes.len();
+        let mut freed = 0;
+        self.in_pieces(|model| model.cache.declare_end(owner, &mut freed));
+        let slots = self.take_freed();
+        for (_, nonce) in Vec::from_iter(its) {
+            self.writer_gone(owner, nonce, &slots);
+        }
+        assert_eq!(freed as usize, before - self.writes.len());
+    }
+
     pub(crate) fn writer_gone(&mut self, owner: u8, nonce: u64, freed: &[SlotId]) {
         let is_its = |write: &Write| (write.owner, write.nonce) == (owner, nonce);
         // A chunk may have lost several shards of this writer.

@@ -69,8 +69,9 @@ pub(crate) enum Op {
         owner: u8,
         quarantine: bool,
     },
+    /// A client has said what it still writes: nothing of what it wrote under earlier attachments.
     QuarantineOver {
-        which: usize,
+        owner: u8,
     },
     Clear {
         namespace: Option<u32>,
@@ -124,8 +125,8 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         2 => any::<usize>().prop_map(|which| Op::Abort { which }),
         2 => (any::<usize>(), 0..6_u8).prop_map(|(which, how)| Op::Invalidate { which, how }),
         2 => (any::<usize>(), 0..4_u8).prop_map(|(which, how)| Op::Forge { which, how }),
-        1 => (owner, prop::bool::ANY).prop_map(|(owner, quarantine)| Op::Gone { owner, quarantine }),
-        1 => any::<usize>().prop_map(|which| Op::QuarantineOver { which }),
+        1 => (owner.clone(), prop::bool::ANY).prop_map(|(owner, quarantine)| Op::Gone { owner, quarantine }),
+        1 => owner.prop_map(|owner| Op::QuarantineOver { owner }),
         1 => prop::option::weighted(0.9, namespace).prop_map(|namespace| Op::Clear { namespace }),
         1 => prop::bool::weighted(0.3).prop_map(Op::OutOfSpace),
         1 => (any::<u32>(), any::<u64>()).prop_map(|(slot, generation)| Op::Hostile { slot, generation }),

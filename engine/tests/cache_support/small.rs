@@ -1,7 +1,8 @@
 //! Small caches and the steps that tests take in them. A client entry writes as the rank of its number.
 
 use kvring_engine::cache::{
-    Cache, CacheConfig, Committed, FindError, Key, Reservation, Reserve, Round, ShardRef, SlotId,
+    Cache, CacheConfig, Committed, FindError, Key, Leaving, Owner, Parting, Reservation, Reserve, Round,
+    ShardRef, SlotId,
 };
 
 use super::VecTable;
@@ -123,4 +124,18 @@ pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
     cache.pin_found();
     cache.end_session(9, 999);
     found
+}
+
+/// A client goes, all at once.
+pub(crate) fn part(cache: &mut Cache<VecTable>, owner: Owner, how: Leaving) {
+    assert!(cache.part(&mut Parting::new(owner, how)));
+    cache.check_all().unwrap();
+}
+
+/// What earlier attachments of this entry are writing is free; how many slots that were.
+pub(crate) fn declare_end(cache: &mut Cache<VecTable>, owner: Owner) -> u32 {
+    let mut freed = 0;
+    assert!(cache.declare_end(owner, &mut freed));
+    cache.check_all().unwrap();
+    freed
 }
