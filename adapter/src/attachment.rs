@@ -26,7 +26,7 @@ use kvring_shm_abi::mapping::OutOfBounds;
 use kvring_shm_abi::probe::{DeathNotice, Means};
 use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
-    Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
+    ARENA_TRAILER, Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, random_u64,
 };
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use std::sync::Arc;
@@ -285,7 +285,7 @@ fn check_sibling(
 
 fn open_arena(name: &segment::EngineName, engine: &Identity) -> Result<Arena, AttachError> {
     let Geometry { arena_bytes, .. } = engine.geometry;
-    let bytes = arena_bytes + kvring_shm_abi::message::PAGE_BYTES;
+    let bytes = arena_bytes + ARENA_TRAILER;
     let file = SegmentFile::open(&name.arena(), Access::ReadWrite)?;
     let mapping = Arc::new(file.map(bytes, Access::ReadWrite)?);
     check_sibling(mapping.at(arena_bytes as usize)?, Kind::Arena, bytes, &name.arena(), engine)?;

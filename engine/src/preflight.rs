@@ -10,7 +10,7 @@ use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::lobby::LOBBY_BYTES;
 use kvring_shm_abi::segment::{EngineName, SHM_DIR};
 use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
-use kvring_shm_abi::superblock::Geometry;
+use kvring_shm_abi::superblock::{ARENA_TRAILER, Geometry};
 use std::path::PathBuf;
 
 /// What docker gives a container that asks for nothing.
@@ -138,7 +138,7 @@ fn fixed(geometry: &Geometry) -> u64 {
 
 /// What a start allocates before the first slab.
 fn tables(geometry: &Geometry) -> u64 {
-    Places::of(geometry).slots_at + LOBBY_BYTES as u64 + crate::segments::ARENA_TRAILER
+    Places::of(geometry).slots_at + LOBBY_BYTES as u64 + ARENA_TRAILER
 }
 
 /// Refuses an arena that cannot fit.

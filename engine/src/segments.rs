@@ -47,15 +47,12 @@ use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
 use kvring_shm_abi::probe::{self, DeathNotice, Means, Waiting};
 use kvring_shm_abi::segment::{self, Access, EngineName, SegmentFile, SegmentLock};
-use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Superblock, boot_id, random_u64};
+use kvring_shm_abi::superblock::{ARENA_TRAILER, Geometry, Identity, Kind, Superblock, boot_id, random_u64};
 use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sweep::Sweep;
 use takeover::{Claimed, Inherited};
-
-/// Bytes behind the arena: the page with its superblock.
-pub const ARENA_TRAILER: u64 = 4096;
 
 /// The time between two looks for room, by a start that has swept a predecessor.
 const ROOM_EVERY: Duration = Duration::from_millis(20);

@@ -51,6 +51,10 @@ abi! {
     /// Where the slab table is; the slot table follows on the next page.
     pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
 
+    /// Where the slot table of a certain geometry is, and where the segment ends: stands for how [`Places`] rounds.
+    const SLOTS_AT_EXAMPLE: u64 = EXAMPLE.slots_at;
+    const BYTES_EXAMPLE: u64 = EXAMPLE.bytes;
+
     /// What the engine says of itself, for `status`.
     #[repr(C, align(64))]
     pub struct EngineInfo {
@@ -392,10 +396,13 @@ pub struct Places {
     pub bytes: u64,
 }
 
+/// Of 257 slabs: their table ends one record behind a page, and the slot table begins at an odd one.
+const EXAMPLE: Places = Places::of(&Geometry { arena_bytes: 257 << 20, slab_bytes: 1 << 20 });
+
 impl Places {
     /// The places for a geometry.
     #[must_use]
-    pub fn of(geometry: &Geometry) -> Places {
+    pub const fn of(geometry: &Geometry) -> Places {
         let slabs = geometry.slab_count() as u64 * size_of::<SlabRecord>() as u64;
         let slots_at = (SLABS_AT as u64 + slabs).next_multiple_of(4096);
         let bytes = slots_at + geometry.slot_count() as u64 * SLOT_HEADER_BYTES as u64;

@@ -52,6 +52,10 @@ abi! {
 
     /// Bytes of a header.
     pub const SLOT_HEADER_BYTES: usize = 128;
+
+    /// The checksum of the bytes 0 to 25 in two pages of 13. Whoever computes `checksum` does it in this way, and a test of his
+    /// compares; so that a change of the way is a change of the layout.
+    pub const CHECKSUM_EXAMPLE: u64 = 0x812c_f608_e98e_5ad0;
 }
 
 /// The header's word, unpacked.

@@ -41,6 +41,9 @@ abi! {
     /// The smallest shard, and the unit of shard sizes.
     pub const SHARD_UNIT: u64 = crate::message::PAGE_BYTES;
 
+    /// Bytes behind the arena: the page that its superblock is at the beginning of.
+    pub const ARENA_TRAILER: u64 = 4096;
+
     /// The block itself.
     #[repr(C, align(256))]
     pub struct Superblock {
@@ -96,19 +99,19 @@ impl Geometry {
 
     /// Slabs in the arena.
     #[must_use]
-    pub fn slab_count(&self) -> usize {
+    pub const fn slab_count(&self) -> usize {
         (self.arena_bytes / self.slab_bytes) as usize
     }
 
     /// Slot ids that a slab has: as many as shards of the smallest size fit.
     #[must_use]
-    pub fn slots_per_slab(&self) -> usize {
+    pub const fn slots_per_slab(&self) -> usize {
         (self.slab_bytes / SHARD_UNIT) as usize
     }
 
     /// Slot ids in all.
     #[must_use]
-    pub fn slot_count(&self) -> usize {
+    pub const fn slot_count(&self) -> usize {
         self.slab_count() * self.slots_per_slab()
     }
 }

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
+use kvring_gpu_kernels::checksum;
+use kvring_shm_abi::slot::CHECKSUM_EXAMPLE;
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::chain;
 use kvring_tests::proto::{Handle, Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
@@ -31,6 +33,18 @@ fn damage(engine: &EngineProcess, shard: &Handle) {
     let mut byte = [0];
     arena.read_exact_at(&mut byte, shard.offset + 100).unwrap();
     arena.write_all_at(&[!byte[0]], shard.offset + 100).unwrap();
+}
+
+/// Another way to compute checksums is another layout: what one version has stored would be damaged to another one.
+#[test]
+fn checksums_are_computed_as_the_layout_says() {
+    let bytes: Vec<u8> = (0..26).collect();
+    let sum = bytes.chunks(13).zip([0, 13]).map(|(page, at)| checksum::part(page, at));
+    let computed = checksum::finish(sum.fold(0, u64::wrapping_add), 26);
+    assert_eq!(
+        computed, CHECKSUM_EXAMPLE,
+        "expected what kvring_shm_abi::slot says, got {computed:#018x}: if that is meant, write it down there"
+    );
 }
 
 #[test]

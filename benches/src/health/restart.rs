@@ -10,7 +10,6 @@ use kvring_adapter::{
     Client, ClientOptions, EngineView, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,
 };
 use kvring_engine::preflight::Room;
-use kvring_engine::segments::ARENA_TRAILER;
 use kvring_engine::stats::Stat;
 use kvring_shm_abi::abi::{Described, Type};
 use kvring_shm_abi::engine_segment::Places;
@@ -18,6 +17,7 @@ use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::mapping::Shared;
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
+use kvring_shm_abi::superblock::ARENA_TRAILER;
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
 use std::time::Duration;
 

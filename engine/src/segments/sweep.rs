@@ -15,6 +15,7 @@ use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::park;
 use kvring_shm_abi::segment::{self, Access, EngineName, SHM_DIR, SegmentError, SegmentFile, path};
+use kvring_shm_abi::superblock::ARENA_TRAILER;
 use nix::errno::Errno;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
@@ -204,7 +205,7 @@ fn retire_lobby(name: &EngineName) -> Result<(), SetupError> {
 /// Marks an arena as given up.
 pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
     let bytes = file.len()?;
-    file.allocate(bytes.saturating_sub(super::ARENA_TRAILER), super::ARENA_TRAILER)?;
+    file.allocate(bytes.saturating_sub(ARENA_TRAILER), ARENA_TRAILER)?;
     let mapping = file.map(bytes, Access::ReadWrite)?;
     arena_superblock(&mapping)?.retire();
     Ok(())

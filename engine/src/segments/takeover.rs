@@ -5,7 +5,7 @@
 //! checks that the file is still current, and begins again if not. While the lock on the current file is held, nobody
 //! else unlinks or replaces the name (a forced removal excepted), and the other segments belong to its holder.
 
-use super::{ARENA_TRAILER, Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
+use super::{Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
 use crate::preflight::{self, Room};
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS_AT, OWNER_WORD, Places};
@@ -15,7 +15,9 @@ use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::Mapping;
 use kvring_shm_abi::segment::{self, Access, EngineName, SegmentError, SegmentFile, SegmentLock};
-use kvring_shm_abi::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id};
+use kvring_shm_abi::superblock::{
+    ARENA_TRAILER, Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id,
+};
 use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
