@@ -34,6 +34,33 @@ def test_a_request_is_told_of_only_those_bad_blocks_that_were_to_be_loaded(engin
     assert side._loads[0].blocks == [3, 4]
 
 
+def test_what_vllm_kept_through_our_reset_is_not_found_after_its_own(engine: str) -> None:
+    """Weights are changed, and the reset finds a request running: vLLM keeps its blocks, but resets the connector. New requests
+    find those blocks, and what they find is stored. Then the reset is tried again."""
+    made = harness(engine, num_blocks=60)
+    side = made.scheduler.connector.scheduler
+    made.add(want("running", PROMPT, 30))
+    while not made.wanted["running"].output:
+        made.step()
+    made.ledger.forget_stored()
+    made.calls.cache_was_reset()
+    assert not made.scheduler.reset_prefix_cache(reset_connector=True)
+    before = made.ledger.counters["stored_chunks"]
+    made.add(want("finds", PROMPT, 4))
+    made.run(200)
+    assert made.ledger.counters["stored_chunks"] > before, "nothing was stored: this test tests nothing"
+    assert made.scheduler.reset_prefix_cache()
+    made.add(want("later", PROMPT, 4))
+    made.run(200)
+    hit, salt = made.calls.hits["later"], side._salt
+    # A reset that comes alone is no reason to forget anything.
+    assert made.scheduler.reset_prefix_cache()
+    blames = [str(one) for one in made.ledger.violations]
+    made.shutdown()
+    assert not hit and not blames, (hit, blames)
+    assert side._salt == salt
+
+
 def test_an_unfinished_request_does_not_lose_its_fence_when_the_report_of_its_load_is_lost(engine: str) -> None:
     """`request_finished` says False as long as `tracker.load` is set, and that is reset only after a call that may raise."""
     made = harness(engine, options={"load": "async"}, num_blocks=60, max_batched=64)

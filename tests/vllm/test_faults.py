@@ -40,6 +40,7 @@ PLACES: list[tuple[type, str]] = [
     (SchedulerSide, "_load_ended"),
     (SchedulerSide, "_store_ended"),
     (SchedulerSide, "reset_cache"),
+    (SchedulerSide, "vllm_was_reset"),
     (SchedulerSide, "_job"),
     (OpenStores, "add"),
     (OpenStores, "fence"),

@@ -140,13 +140,19 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         @functools.wraps(reset)
         def reset_prefix_cache() -> bool:
             self._let_go()
-            return reset()
+            done = reset()
+            self._was_reset(done)
+            return done
 
         kv_cache_manager.reset_prefix_cache = reset_prefix_cache
 
     @fail_open(lambda self: None)
     def _let_go(self) -> None:
         self.scheduler.let_go()
+
+    @fail_open(lambda self, *_: None)
+    def _was_reset(self, done: bool) -> None:
+        self.scheduler.vllm_was_reset(done)
 
     @fail_open(lambda self: False)
     def has_pending_block_frees(self) -> bool:

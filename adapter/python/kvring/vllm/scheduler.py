@@ -105,6 +105,10 @@ class SchedulerSide:
         self._source = random.SystemRandom().getrandbits(32)
         self._next_job = 0
         self._salt: bytes | None = None
+        self._vllm_was_reset = True
+        """Has vLLM's prefix cache been reset, when that was tried last? It cannot be while a block is in use."""
+        self._has_older = False
+        """Are blocks of before our last reset in vLLM's prefix cache? They may be stored as if they had been computed since."""
         self._asked = False
         """Has anything been looked up since the last step?"""
         self._announced: list[Store] = []
@@ -522,10 +526,17 @@ class SchedulerSide:
 
     # The rest.
 
+    def vllm_was_reset(self, done: bool) -> None:
+        """vLLM has tried to reset its own prefix cache, and has done it or not."""
+        self._vllm_was_reset = done
+        if done and self._has_older:
+            self.reset_cache()
+
     def reset_cache(self) -> None:
         """Nothing that was stored before is found any more, whether or not the engine can be asked now: weights may have changed,
         and a dead engine comes back with what it held. So from here on this vLLM's keys are different ones."""
         self._salt = os.urandom(SALT_BYTES)
+        self._has_older = not self._vllm_was_reset
         for tracker in self.trackers.values():
             # Their blocks hold the KV of before, and what waits has been promised it.
             tracker.has_hole = True
