@@ -448,6 +448,28 @@ def test_weights_that_are_pushed_into_it_are_this_vllms_alone(model, said) -> No
     assert named(pushed, version="1") != named(pushed, version="1")
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("how", ["written", "replaced by a link to another one"])
+def test_files_that_change_while_vllm_starts_tell_nothing(model, said, name, how) -> None:
+    """It may have loaded what was there before. A time is reason to doubt, and never to believe."""
+    changed = (model / name).stat().st_ctime_ns
+    if how != "written":
+        (model / name).rename(model / "other")
+        there = max(file.stat().st_ctime_ns for file in model.iterdir())
+        while changed < there + 5_000_000:
+            (model / name).unlink(missing_ok=True)
+            (model / name).symlink_to(model / "other")
+            changed = (model / name).lstat().st_ctime_ns
+
+    def started(when: int) -> Any:
+        return both(at(model), lambda config: setattr(config, "instance_id", str(when)))
+
+    latest = max(file.lstat().st_ctime_ns for file in model.iterdir())
+    assert not is_private(started(latest + 1_000_000)) and not said
+    assert is_private(started(changed - 1_000_000)) and said
+    assert named(started(changed - 1_000_000), version="1") != named(started(changed - 1_000_000), version="1")
+
+
 def test_a_folder_without_weights_tells_none(model) -> None:
     (model / "model.safetensors").unlink()
     assert is_private(at(model))

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,13 @@ def digest(weights: Mapping[str, Path], others: Mapping[str, Path] | None = None
     for piece, data in _read(weights, _pieces(weights, sizes)):
         _add(found, f"{piece.offset}", piece.name, data)
     return found.hexdigest()
+
+
+def changed_since(files: Iterable[Path], time_s: float) -> Path | None:
+    """A file that has been written, replaced or given another owner since then, or the link to it. A blob's name tells all."""
+    return next(
+        (path for path in files if _blob(path) is None and max(path.stat().st_ctime, path.lstat().st_ctime) > time_s), None
+    )
 
 
 def look(folder: Path) -> dict[str, Path]:

@@ -60,15 +60,24 @@ def weights(vllm_config: VllmConfig, version: str | None) -> list[Any]:
     if str(vllm_config.load_config.load_format) == "dummy":
         raise Unknown("with --load-format dummy it has no weights, or they are pushed into it while it runs")
     others, parts = _others(vllm_config)
+    found: dict[str, Path] = {}
     try:
-        return ["content", content.digest(_weights(vllm_config, parts), others)]
+        found = _weights(vllm_config, parts)
+        known = ["content", content.digest(found, others)]
     except Exception as error:
-        if version is not None:
-            return ["version", version, str(model.model_weights or model.model), content.digest({}, others)]
-        raise Unknown(
-            f"its weights cannot be told ({error}); kvring.weights_version would tell them: a name that you change whenever the "
-            "weights change"
-        ) from error
+        if version is None:
+            raise Unknown(
+                f"its weights cannot be told ({error}); kvring.weights_version would tell them: a name that you change whenever "
+                "the weights change"
+            ) from error
+        known = ["version", version, str(model.model_weights or model.model), content.digest({}, others)]
+    # When vLLM's configuration was made, the same in all of its processes. A time tells nothing here but that what is in a file
+    # now may not be what was loaded.
+    started = vllm_config.instance_id
+    changed = content.changed_since([*found.values(), *others.values()], int(started) / 1e9) if started.isdigit() else None
+    if changed is not None:
+        raise Unknown(f"{changed} has changed since this vLLM was started, which may have loaded what was there before")
+    return known
 
 
 def media(vllm_config: VllmConfig) -> dict[str, Any] | None:
