@@ -49,8 +49,9 @@ fn nothing_is_wrong_however_often_everything_dies() {
     let said = chaos(&["--seconds", "8", "--seed", "1"]);
     let json = said.json();
     only(&json, &[], &said);
-    assert!(number(&json, "kills") >= 3, "{json}");
-    for more in ["stops", "restarts", "operations", "shards_stored", "shards_loaded", "chunks_judged"] {
+    for more in
+        ["kills", "stops", "restarts", "operations", "shards_stored", "shards_loaded", "chunks_judged"]
+    {
         assert!(number(&json, more) > 0, "{more}: {json}");
     }
     assert_eq!((number(&json, "seed"), number(&json, "seconds"), number(&json, "phases")), (1, 8, 2));
