@@ -495,11 +495,16 @@ fn wait_for_answer(
             Life::Alive { notice, .. } => (true, notice == DeathNotice::FileLock),
             Life::Dead | Life::Unclaimed => (false, false),
         };
-        if !lives || Locks::of(&view.file, engine_segment::LIFE_WORDS_AT).owner_is_dead(entry, raw) {
-            return Err(AttachError::Restarted);
-        }
+        // The incarnation is looked at after the word: a successor makes it odd before it revives the word.
+        let is_dead =
+            !lives || Locks::of(&view.file, engine_segment::LIFE_WORDS_AT).owner_is_dead(entry, raw);
         if engine.epoch().incarnation() != incarnation {
             return Err(AttachError::Restarted);
+        }
+        if is_dead {
+            // The kernel marks an engine's words one after the other: that of its owner may not be marked yet.
+            let name = &shared.checked.name;
+            return Err(view.end(name).unwrap_or_else(|| AttachError::Dead(name.to_string())));
         }
         if deadline.passed() {
             return Err(AttachError::TimedOut(timeout));

@@ -2,20 +2,22 @@
 //! one that was removed or starts cold is another arena on other inodes, and they let go of the old one.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{AttachError, Role, Round};
+use kvring_adapter::{AttachError, Health, Role, Round};
+use kvring_shm_abi::engine_segment::{LIFE_WORDS_AT, OWNER_WORD};
+use kvring_shm_abi::life::LIFE_WORD_STRIDE;
 use kvring_shm_abi::segment::EngineName;
 use kvring_tests::engine::{EngineProcess, overrides, unique_name};
 use kvring_tests::held::HeldBackend;
 use kvring_tests::isolate::{Footprint, isolated, segments};
 use kvring_tests::kv::{Shape, chain};
 use kvring_tests::peer::Peer;
-use kvring_tests::proto::{Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
+use kvring_tests::proto::{ClientSpec, Loaded, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
 use kvring_tests::raw::RawClient;
 use kvring_tests::scheduler::SchedulerSide;
 use kvring_tests::wait::{LIMIT, becomes, eventually};
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::worker::{WorkerSide, client};
 use serde_json::json;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 fn round(number: u32) -> Round {
     Round { source: 1, number }
@@ -342,6 +344,35 @@ fn a_client_that_does_not_come_back_holds_the_others_up_for_the_grace_alone() {
     engine.stat_becomes("slots_writing", 0);
     drop((worker, raw));
     engine.settles(0);
+}
+
+/// The kernel marks an engine's words one after the other, and it may be a while before the owner's is: until then a client that has
+/// been told of the death by its own word tries in vain to attach again. It has nothing new to say of the engine.
+#[test]
+fn an_engine_whose_words_are_not_all_marked_yet_is_dead() {
+    let mut engine = EngineProcess::start("marked", 16);
+    let client = client(Role::Scheduler, &ClientSpec::new(&engine.name));
+    client.wait_ready(LIMIT).unwrap();
+    let lobby = engine.lobby();
+    let entry = &lobby.entries[0];
+    // Of another thread: the kernel leaves it as it is.
+    let file = std::fs::OpenOptions::new().write(true).open(engine.file("engine")).unwrap();
+    let owner_becomes = |word: u32| {
+        let at = (LIFE_WORDS_AT + OWNER_WORD * LIFE_WORD_STRIDE) as u64;
+        file.write_all_at(&word.to_ne_bytes(), at).unwrap();
+    };
+    owner_becomes(1);
+    engine.kill();
+    for attempt in 1..=3 {
+        let nonce = entry.read_nonce();
+        eventually(&format!("attempt {attempt} to attach"), || entry.read_nonce() != nonce);
+    }
+    assert_eq!(client.health(), Health::Dead);
+    let told = client.stats();
+    assert_eq!((told.deaths, told.restarts), (1, 0));
+    owner_becomes(libc::FUTEX_OWNER_DIED);
+    engine.restart();
+    client.wait_ready(LIMIT).unwrap();
 }
 
 /// After a clean end the arena is gone, and so is everything: clients let go of it, and find the next one.

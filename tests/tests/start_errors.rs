@@ -134,7 +134,7 @@ fn a_start_without_memory_for_slot_headers_leaves_the_warm_cache_as_it_was() {
     assert_eq!(stored, all_stored(8));
     engine.kill();
     for _ in 0..5 {
-        let status = engine.restart_with(&[(BREAK, "memory for headers")]).err().expect("it does not start");
+        let status = engine.restart_with(&[(BREAK, "memory for headers")]).expect_err("it does not start");
         assert!(!status.success(), "{status}");
     }
     engine.restart();
