@@ -207,6 +207,19 @@ def test_a_model_that_sets_options_of_attention_while_it_is_built_has_one_name()
     assert named(theirs) == named(both(theirs, lambda c: setattr(c.attention_config, "sparse_mla_force_mqa", True)), worker=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: setattr(c.kernel_config, "enable_jit_warmup", not c.kernel_config.enable_jit_warmup),
+        lambda c: setattr(c.kernel_config, "enable_cutedsl_warmup", not c.kernel_config.enable_cutedsl_warmup),
+        lambda c: setattr(c.attention_config, "sparse_mla_prefill_workspace_factor", 2),
+    ],
+)
+def test_what_is_warmed_up_and_how_much_room_there_is_is_not_in_it(change) -> None:
+    """vLLM sets these by --enforce-eager and by the longest context, for every model."""
+    assert named(change) == named()
+
+
 def test_the_versions_of_plugins_and_packages_are_in_it(monkeypatch) -> None:
     """A plugin may put code of its own in the place of vLLM's."""
     from importlib import metadata

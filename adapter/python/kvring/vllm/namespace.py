@@ -45,6 +45,9 @@ _SAME_FILES = {"fastsafetensors": "safetensors", "instanttensor": "safetensors"}
 """Load formats that read what another one does (`DefaultModelLoader._prepare_weights`)."""
 _NOT_OF_LOADING = ("enable_multithread_load", "num_threads", "enable_weights_track", "concurrency", "memory_limit")
 
+_NOT_OF_KERNELS = frozenset({"enable_cutedsl_warmup", "enable_jit_warmup", "sparse_mla_prefill_workspace_factor"})
+"""What happens before the first request; and room, which vLLM gives any model by its longest context."""
+
 _DECIDES_NOTHING = re.compile(
     "PORT|HOST|_IPS?$|_PATH|_DIR$|URL|TIMEOUT|_LOG_|LOGGING|DEBUG|TRACE|_SCOPES|VLLM_DP_|RAY|VLLM_ALLOW_|USAGE|NIXL|P2P|MOONCAKE"
     "|_EC_|_NIC_|ELASTIC|PLUGINS|RESOLVER|TOOL|REGEX|XGRAMMAR|GPT_OSS|BUILD|DOCKER|IMAGE_TAG|PRECOMPILED|PROCESS_NAME|OMP_THREADS"
@@ -221,7 +224,7 @@ def _kv_dtype(layer: KVCacheSpec) -> list[str]:
 
 def _options(config: Any, left_out: frozenset[str] = frozenset()) -> dict[str, str]:
     """Of one of vLLM's configurations: also those that a later vLLM has."""
-    names = [field.name for field in dataclasses.fields(config) if field.name not in left_out]
+    names = [field.name for field in dataclasses.fields(config) if field.name not in left_out | _NOT_OF_KERNELS]
     return {name: plain(getattr(config, name)) for name in names}
 
 
