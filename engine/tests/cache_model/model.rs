@@ -73,6 +73,8 @@ pub(crate) struct Model {
     pub(crate) added: Vec<u32>,
     /// Records after which a call that goes on in pieces stops; 0: never.
     pub(crate) allowed: u64,
+    /// Keys for which no room was found.
+    refused: u64,
 }
 
 fn empty(policy: PolicyKind, table: VecTable, slabs: &[u32]) -> Cache<VecTable> {
@@ -114,6 +116,7 @@ impl Model {
             quarantined,
             added,
             allowed: 0,
+            refused: 0,
         }
     }
 
@@ -341,18 +344,36 @@ impl Model {
         keys: &[Key],
     ) {
         let mut going = self.cache.reservation(namespace, keys.len());
-        let (mut parent, mut done) = (parent, 0);
+        let (first, mut parent, mut done) = (parent, parent, 0);
         self.in_pieces(|model| {
             let rest = &keys[done..];
+            let refused = model.refused;
             let Some(answered) =
                 model.reserve_piece(owner, (namespace, rank), round, parent, rest, &mut going)
             else {
                 return true;
             };
+            if model.refused > refused {
+                model.assert_no_room(namespace, rank, keys, first);
+            }
             done += answered;
             parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
             done == keys.len()
         });
+    }
+
+    /// Somebody was told that there is no space: then no chunk may go that would give back a slot of the size, but for
+    /// those that the message names.
+    fn assert_no_room(&self, namespace: u32, rank: u32, keys: &[Key], parent: Option<Key>) {
+        let pages = |namespace: u32, rank: u32| WORLDS[namespace as usize][rank as usize].div_ceil(4096);
+        let wanted = pages(namespace, rank);
+        for chunk in &self.chunks {
+            let is_named =
+                chunk.namespace == namespace && (keys.contains(&chunk.key) || parent == Some(chunk.key));
+            let gives = chunk.shards.keys().any(|rank| pages(chunk.namespace, *rank) == wanted);
+            let may_go = !chunk.is_written() && !self.is_leased(chunk);
+            assert!(is_named || !gives || !may_go, "no space, and this may go: {chunk:?}");
+        }
     }
 
     /// How many keys were answered; `None` for a rank that there is not.
@@ -399,6 +420,10 @@ impl Model {
             };
             let Reservation::Write { slot, generation, offset } = answer else {
                 assert_eq!(answer, expected.unwrap_or(Reservation::NoSpace));
+                // Four rounds of a key may form, and headers may have no memory: whatever else may go.
+                let is_full = self.chunks.iter().filter(|chunk| of_key(chunk)).count() == 4;
+                let is_short = is_full || self.cache.table().out_of_space;
+                self.refused += u64::from(answer == Reservation::NoSpace && !is_short);
                 continue;
             };
             assert_eq!(expected, None, "answered {answer:?}");
