@@ -1,6 +1,5 @@
 //! The cache's check of itself, a few entries at a time: tables that name each other agree, and the sums are right.
 
-use super::Namespace;
 use super::chunk::Life;
 use super::lease::Leases;
 use super::slot::State;
@@ -294,7 +293,7 @@ impl<T: SlotTable> Cache<T> {
             if chunk.pins.any() {
                 let namespace = self.namespace(u32::from(chunk.namespace));
                 let charged = chunk.pins.payer().map_or(&mut unpaid, |payer| &mut bytes[usize::from(payer)]);
-                *charged += namespace.map_or(0, Namespace::chunk_bytes);
+                *charged += namespace.map_or(0, |namespace| namespace.chunk_bytes);
             }
         }
         for (counted, recorded) in bytes.into_iter().zip(self.charges.of) {

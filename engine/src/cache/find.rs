@@ -124,7 +124,7 @@ impl<T: SlotTable> Cache<T> {
         let Some(registered) = self.namespace(namespace) else {
             return Err(FindError::UnknownNamespace { namespace });
         };
-        let (world, chunk_bytes) = (registered.world, registered.chunk_bytes());
+        let (world, chunk_bytes) = (registered.world, registered.chunk_bytes);
         let complete = registered.is_complete();
         let (lease, admissions) = self.leases.find(owner, session, admission);
         let bytes = self.charges.of[usize::from(owner)];

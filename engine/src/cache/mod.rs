@@ -113,6 +113,8 @@ struct Namespace {
     /// Bit r: rank r is registered.
     ranks: u64,
     layouts: [Layout; RANKS],
+    /// Bytes of all ranks' slots.
+    chunk_bytes: u64,
     /// Visible chunks that are leased.
     pinned: usize,
     /// Logical time of the last use of any of its chunks, or of a registration.
@@ -135,11 +137,6 @@ impl Namespace {
 
     fn is_complete(&self) -> bool {
         self.ranks.count_ones() == self.world
-    }
-
-    /// Bytes of all ranks' slots.
-    fn chunk_bytes(&self) -> u64 {
-        self.layouts[..self.world as usize].iter().map(|layout| layout.slot_bytes).sum()
     }
 }
 
@@ -238,11 +235,13 @@ impl<T: SlotTable> Cache<T> {
             }
         }
         let class = self.slabs.class_for(shard_bytes, Some(namespace))?;
-        let new = Namespace { world, ranks: 0, layouts: [Layout::default(); RANKS], pinned: 0, used: 0 };
+        let layouts = [Layout::default(); RANKS];
+        let new = Namespace { world, ranks: 0, layouts, chunk_bytes: 0, pinned: 0, used: 0 };
         let entry = self.namespaces[namespace as usize].get_or_insert(new);
         entry.ranks |= 1 << rank;
-        entry.layouts[rank as usize] =
-            Layout { shard_bytes, slot_bytes: self.slabs.class(class).bytes, class };
+        let slot_bytes = self.slabs.class(class).bytes;
+        entry.chunk_bytes += slot_bytes;
+        entry.layouts[rank as usize] = Layout { shard_bytes, slot_bytes, class };
         Ok(())
     }
 
@@ -341,7 +340,7 @@ impl<T: SlotTable> Cache<T> {
         let first = !chunk.pins.any();
         chunk.pins.add();
         if let Some(namespace) = &mut namespaces[chunk.namespace as usize] {
-            let bytes = namespace.chunk_bytes();
+            let bytes = namespace.chunk_bytes;
             namespace.pinned += usize::from(first);
             if first {
                 charges.of[usize::from(owner)] += bytes;
@@ -366,7 +365,7 @@ impl<T: SlotTable> Cache<T> {
         let chunk = chunks.get_mut(id);
         chunk.pins.remove();
         let Some(namespace) = &mut namespaces[usize::from(chunk.namespace)] else { return };
-        let bytes = namespace.chunk_bytes();
+        let bytes = namespace.chunk_bytes;
         if chunk.pins.any() {
             if chunk.pins.payer() == Some(leaving) && charges.unpaid.saturating_add(bytes) <= charges.most {
                 chunk.pins.charge(None);
