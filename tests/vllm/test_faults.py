@@ -32,7 +32,7 @@ PLACES: list[tuple[type, str]] = [
     (SchedulerSide, "build_connector_meta"),
     (SchedulerSide, "_store"),
     (SchedulerSide, "_key"),
-    (SchedulerSide, "has_pending_block_frees"),
+    (SchedulerSide, "has_given_blocks"),
     (SchedulerSide, "_spoilt"),
     (SchedulerSide, "request_finished"),
     (SchedulerSide, "_forget_if_over"),

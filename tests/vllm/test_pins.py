@@ -189,3 +189,18 @@ def test_chunks_that_cannot_be_stored_are_not_tried_for_ever(engine: str) -> Non
     made.add(want("a", PROMPT[:16], 60))
     ends(made)
     assert 2 <= made.ledger.counters["stores"] <= 8, "each step tries again"
+
+
+def test_blocks_that_a_running_request_lacks_do_not_go_to_a_waiting_one(engine: str) -> None:
+    """Its own step is not lost, as it would not be if nothing were pinned: vLLM would preempt the youngest for it."""
+    made = harness(engine, faults=slow(50), num_blocks=24, max_model_len=64, max_batched=64, prefix_caching=False)
+    made.add(want("oldest", PROMPT[:16], 44))
+    for index in range(1, 20):
+        made.add(want(f"r{index}", [token + 10 * index for token in PROMPT[:32]], 2))
+    oldest, lost = made.wanted["oldest"], 0
+    while not oldest.reason:
+        before = len(oldest.output)
+        made.step()
+        lost += len(oldest.output) == before
+    ends(made)
+    assert not lost, f"{lost} steps without it\n" + "\n".join(made.ledger.log)

@@ -132,10 +132,11 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
         """vLLM's block tables: who owns which block. vLLM resets its prefix cache only while no block is in use, and tells no
-        connector before it looks: so the manager is made to tell us."""
+        connector before it looks: so the manager is made to tell us. Where blocks are lacking vLLM does ask
+        (`has_pending_block_frees`), but then offers what it gets to waiting requests: so the manager asks, and tries again."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self.scheduler.kv_cache_manager = kv_cache_manager
-        reset = kv_cache_manager.reset_prefix_cache
+        reset, allocate = kv_cache_manager.reset_prefix_cache, kv_cache_manager.allocate_slots
 
         @functools.wraps(reset)
         def reset_prefix_cache() -> bool:
@@ -144,7 +145,15 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
             self._was_reset(done)
             return done
 
+        @functools.wraps(allocate)
+        def allocate_slots(request: Request, *args: Any, **named: Any) -> KVCacheBlocks | None:
+            blocks = allocate(request, *args, **named)
+            if blocks is None and self._has_given_blocks(request):
+                blocks = allocate(request, *args, **named)
+            return blocks
+
         kv_cache_manager.reset_prefix_cache = reset_prefix_cache
+        kv_cache_manager.allocate_slots = allocate_slots
 
     @fail_open(lambda self: None)
     def _let_go(self) -> None:
@@ -154,10 +163,9 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     def _was_reset(self, done: bool) -> None:
         self.scheduler.vllm_was_reset(done)
 
-    @fail_open(lambda self: False)
-    def has_pending_block_frees(self) -> bool:
-        """See `SchedulerSide`."""
-        return self.scheduler.has_pending_block_frees()
+    @fail_open(lambda self, _: False)
+    def _has_given_blocks(self, request: Request) -> bool:
+        return self.scheduler.has_given_blocks(request.request_id)
 
     @fail_open(lambda self: False)
     def has_pending_push_work(self) -> bool:

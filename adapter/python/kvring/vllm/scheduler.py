@@ -386,11 +386,15 @@ class SchedulerSide:
         """vLLM is about to reset its prefix cache: no block of it is ours any more."""
         self.open_stores.let_go()
 
-    def has_pending_block_frees(self) -> bool:
-        """vLLM is short of blocks, and about to preempt a request. True: there are more of them in the next step."""
-        has_pins = self.open_stores.has_pins
+    def has_given_blocks(self, request_id: str) -> bool:
+        """vLLM lacks blocks for a request. True: there are more now. Only where it has some already, so that it cannot go on, or
+        another one would be preempted for it; a new one waits its turn."""
+        manager = self.kv_cache_manager
+        if manager is None or not self.open_stores.has_pins or not any(manager.get_blocks(request_id).blocks):
+            return False
+        free = manager.block_pool.get_num_free_blocks()
         self.open_stores.let_go()
-        return has_pins
+        return manager.block_pool.get_num_free_blocks() > free
 
     def has_pending_push_work(self) -> bool:
         """Does vLLM have to go on with empty steps, because blocks are still ours? For `flush_timeout_ms` at most."""
