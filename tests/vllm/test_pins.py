@@ -106,9 +106,9 @@ def test_no_more_is_announced_than_may_wait_and_the_rest_when_it_may(engine: str
     full = [(before, after) for before, after in itertools.pairwise(seen) if before >= most]
     assert full and all(after <= before for before, after in full), seen
     ends(made)
-    # What had to wait was stored later, but for what had no time left.
+    # What had to wait was stored later, but for what had no time left: how many steps a report takes is not said.
     stored = made.ledger.counters["stored_chunks"]
-    assert stored >= 56 // 4, stored
+    assert stored >= 3 * 3, stored
 
 
 def test_a_block_that_fills_costs_the_same_however_long_the_context_is(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
