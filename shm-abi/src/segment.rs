@@ -4,6 +4,7 @@
 //! child. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and never a
 //! SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
 
+use crate::failpoint;
 use crate::mapping::Mapping;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag};
@@ -297,6 +298,9 @@ impl SegmentFile {
     pub fn allocate(&self, offset: u64, bytes: u64) -> Result<(), SegmentError> {
         let (start, len) = (i64::try_from(offset), i64::try_from(bytes));
         let (Ok(start), Ok(len)) = (start, len) else { return Err(self.os("fallocate")(Errno::EFBIG)) };
+        if failpoint::broken("memory") {
+            return Err(SegmentError::NoSpace { name: self.name.clone(), bytes, available: 0 });
+        }
         loop {
             match nix::fcntl::fallocate(&self.fd, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
                 Ok(()) => return Ok(()),

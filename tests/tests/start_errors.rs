@@ -127,15 +127,15 @@ fn a_refused_start_leaves_the_warm_cache_as_it_was() {
 
 /// What is short at the moment is no reason to give up what there is: the next start has it.
 #[test]
-fn a_start_without_memory_for_slot_headers_leaves_the_warm_cache_as_it_was() {
+fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     let mut engine = EngineProcess::start("short", 8);
     let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
     let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
     assert_eq!(stored, all_stored(8));
     engine.kill();
-    for _ in 0..5 {
-        let status = engine.restart_with(&[(BREAK, "memory for headers")]).expect_err("it does not start");
-        assert!(!status.success(), "{status}");
+    for what in ["memory", "memory for headers"].repeat(4) {
+        let status = engine.restart_with(&[(BREAK, what)]).expect_err("it does not start");
+        assert!(!status.success(), "{what}: {status}");
     }
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));

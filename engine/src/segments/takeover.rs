@@ -87,8 +87,9 @@ impl Found {
         }
         let backed = |bytes: u64| match file.allocate(0, bytes) {
             Ok(()) => Ok(true),
-            // It was not there before, so nobody has written there.
-            Err(SegmentError::NoSpace { .. }) => Ok(false),
+            // It was not there before, so nobody has written there. Where it was, that is a shortage of the moment (of memory to
+            // swap it in), and says nothing of what lies there.
+            Err(SegmentError::NoSpace { .. }) if file.allocated_bytes()? < bytes => Ok(false),
             Err(error) => Err(error),
         };
         if !backed(SUPERBLOCK_BYTES as u64)? {
