@@ -1,15 +1,15 @@
-//! Life words: robust futexes that the kernel marks at their owner's death, however it dies.
+//! Life words: robust futexes, which the kernel marks when their owner dies, however it dies.
 //!
-//! A word holds `TID | WAITERS` while its owner lives. At the owner thread's death, before the address space is torn
-//! down, the kernel sets `OWNER_DIED` and wakes one sleeper: but only if the WAITERS bit was set, so it always is.
-//! **The word is the claim**: `list_op_pending` → CAS 0 → `TID | WAITERS` → link → clear pending, so that dying
-//! between any two steps is noticed as well. Only the engine turns a dead word back into 0, after it has reclaimed
+//! A word holds `TID | WAITERS` while its owner lives. When the owner thread dies, before its address space is torn
+//! down, the kernel sets `OWNER_DIED` and wakes one sleeper. It wakes one only if the WAITERS bit is set, so a claim always
+//! sets it. **The word is the claim**: `list_op_pending` → CAS 0 → `TID | WAITERS` → link → clear pending, so that a death
+//! between any two of these steps is noticed as well. Only the engine turns a dead word back into 0, after it has reclaimed
 //! everything of its owner's.
 //!
-//! A robust list belongs to one thread and names its words by *node address + one fixed offset*; so the nodes live in
-//! private memory at the same stride as the words, where no peer can break the chain.
+//! A robust list belongs to one thread, and finds each word at *node address + one fixed offset*. So the nodes have the same
+//! stride as the words; they lie in private memory, where no peer can break the chain.
 //!
-//! Where the kernel has no robust lists, a word says that a *file lock* tells of its owner's death: see `claims`.
+//! Where the kernel has no robust lists, the word itself says that a *file lock* tells of its owner's death: see `claims`.
 
 use crate::abi;
 use crate::futex;
@@ -26,8 +26,9 @@ abi! {
 
     const TID_MASK: u32 = libc::FUTEX_TID_MASK;
 
-    /// The kernel will never mark this word: a file lock tells of its owner's death. A bit that no TID has (they end at
-    /// 2²²), but that counts as one: who only asks whether somebody lives need not know of it.
+    /// Set in a word that the kernel will never mark, because a file lock tells of its owner's death. It is a bit of the TID's
+    /// field that no TID has (TIDs end at 2²²), so [`LifeWord::is_alive`], which only asks whether that field is 0, is right
+    /// for both kinds of words.
     const FILE_LOCK: u32 = 1 << 29;
 
     /// Bytes between life words in a table, and between the list's nodes.
@@ -53,11 +54,12 @@ const _: () = assert!(size_of::<LifeWord>() == LIFE_WORD_STRIDE);
 pub enum Life {
     /// Nobody has claimed it.
     Unclaimed,
-    /// Its owner lives, as far as the word says. The TID is for logs: it never identifies a life.
+    /// Its owner lives, as far as the word says.
     Alive {
-        /// Thread id in the owner's PID namespace.
+        /// Thread id in the owner's PID namespace: for logs, it never identifies a life.
         tid: u32,
-        /// What tells of its death. With a file lock the word may be behind: see [`Locks`](crate::claims::Locks).
+        /// What tells of the owner's death. With a file lock the owner may be dead and the word not marked yet: see
+        /// [`Locks`](crate::claims::Locks).
         notice: DeathNotice,
     },
     /// Its owner is dead; the engine has not reclaimed it yet.
@@ -86,7 +88,7 @@ impl LifeWord {
         Self::interpret(self.word.load(Ordering::Acquire))
     }
 
-    /// Does its owner live? As [`LifeWord::life`], in a load and a comparison: for a hot path.
+    /// Does its owner live? The same answer as [`LifeWord::life`], in a load and a comparison: for a hot path.
     #[inline]
     #[must_use]
     pub fn is_alive(&self) -> bool {
@@ -109,19 +111,19 @@ impl LifeWord {
         }
     }
 
-    /// What a word holds whose owner's death a file lock tells.
+    /// What a word holds whose owner is the thread `tid`, with a file lock to tell of its death.
     pub(crate) fn locked_value(tid: u32) -> u32 {
         WAITERS | FILE_LOCK | (tid & TID_MASK)
     }
 
-    /// Claims it for `value`, if it still holds `from`.
+    /// Claims the word by storing `value`, if it still holds `from`.
     pub(crate) fn claim_as(&self, from: u32, value: u32) -> Result<(), ClaimError> {
         // SYNC POINT: AcqRel; Acquire pairs with `reset`'s Release and the kernel's mark, Release with `life`'s Acquire.
         let claimed = self.word.compare_exchange(from, value, Ordering::AcqRel, Ordering::Acquire);
         claimed.map(|_| ()).map_err(|found| ClaimError::Taken(LifeWord::interpret(found)))
     }
 
-    /// Marks it as the kernel does, if it still holds `from`, and wakes all sleepers. True when it did.
+    /// Marks the word as the kernel does, if it still holds `from`, and wakes all sleepers. Returns whether it did.
     pub fn mark_dead(&self, from: u32) -> bool {
         // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
         let dead = OWNER_DIED | WAITERS;
@@ -139,14 +141,14 @@ impl LifeWord {
         self.word.load(Ordering::Acquire)
     }
 
-    /// The futex word. A sleeper that returns and finds it dead wakes the others: the kernel wakes only one.
+    /// The futex word. A sleeper that wakes and finds it dead has to wake the others, because the kernel wakes only one.
     #[must_use]
     pub fn futex(&self) -> &AtomicU32 {
         &self.word
     }
 
-    /// Engine: everything of the dead owner's has been reclaimed; the entry may be claimed again. False when the word
-    /// is not dead (and then nothing happens).
+    /// Called by the engine when it has reclaimed everything of the dead owner's: the word may be claimed again. Does nothing
+    /// and returns false if the word is not dead.
     pub fn reset(&self) -> bool {
         let value = self.raw();
         // SYNC POINT: Release; pairs with the Acquire of the next claim's CAS.
@@ -192,7 +194,7 @@ pub struct RobustList {
 /// Why a word could not be claimed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ClaimError {
-    /// Somebody has it, alive or dead and not yet reclaimed.
+    /// It has an owner, who lives, or is dead and not yet reclaimed.
     #[error("expected an unclaimed life word, found one that is {}", .0.as_str())]
     Taken(Life),
     /// No such word in the table.
@@ -203,10 +205,10 @@ pub enum ClaimError {
         /// Words in the table.
         count: usize,
     },
-    /// Nobody has it, but somebody holds its file lock: its last owner is letting go, or its next one takes it.
+    /// It is unclaimed, but its file lock is held: its last owner is about to unlock it, or its next one is about to claim it.
     #[error("the file lock of an unclaimed life word is held")]
     Locked,
-    /// The file lock that goes with it.
+    /// Its file lock could not be asked for.
     #[error("the file lock of a life word: {0}")]
     Lock(nix::errno::Errno),
 }
@@ -240,13 +242,13 @@ impl RobustList {
     /// Claims the word: from here on the kernel marks it at this thread's death.
     pub fn claim(&mut self, index: usize) -> Result<(), ClaimError> {
         let now = self.raw(index)?;
-        // Somebody else's: not even for a moment our pending operation. In another PID namespace its owner may have our
-        // TID, and the kernel would mark that living owner's word if we died here.
+        // Somebody else's word must never be our pending operation, not even for a moment: its owner may have our TID in
+        // another PID namespace, and if we died here the kernel would mark that living owner's word.
         if now != 0 { Err(ClaimError::Taken(LifeWord::interpret(now))) } else { self.claim_from(index, 0) }
     }
 
-    /// Claims a word that nobody has, or that its owner has left by dying, in one step: between the two owners it never
-    /// looks unclaimed. For who has another right to it, as an engine to its dead predecessor's words.
+    /// Claims a word that is unclaimed or whose owner is dead, in one step: the word never looks unclaimed between its two
+    /// owners. Only for a caller that has a right to the word, as an engine has to its dead predecessor's words.
     pub fn take_over(&mut self, index: usize) -> Result<(), ClaimError> {
         let now = self.raw(index)?;
         match LifeWord::interpret(now) {
@@ -267,7 +269,8 @@ impl RobustList {
         if claimed.is_ok() {
             // SAFETY: `node` is one of our nodes; head and nodes form a circular list that only this thread changes.
             unsafe { (*node).next = self.head.list.next };
-            // The kernel stops at a node that leads nowhere, and then does not look at the pending one either.
+            // The node is linked after its own `next` is set: at a node that leads nowhere the kernel would stop, and then
+            // not look at the pending one either.
             compiler_fence();
             self.head.list.next = node;
             self.nodes[index].linked = true;
@@ -276,13 +279,13 @@ impl RobustList {
         claimed
     }
 
-    /// Is the word still as it was claimed? Peers can write there.
+    /// Does the word still hold our claim? Peers can overwrite it.
     #[must_use]
     pub fn holds(&self, index: usize) -> bool {
         self.nodes.get(index).is_some_and(|node| node.linked) && self.words[index].raw() == self.tid | WAITERS
     }
 
-    /// Gives the word up as if this thread had died: marked dead, one sleeper woken. The engine reclaims and resets.
+    /// Gives the word up as if this thread had died: marks it dead and wakes its sleepers. The engine reclaims and resets.
     pub fn release(&mut self, index: usize) {
         if !self.nodes.get(index).is_some_and(|node| node.linked) {
             return;
@@ -292,11 +295,11 @@ impl RobustList {
         self.unlink(node);
         self.nodes[index].linked = false;
         let word = &self.words[index].word;
-        // Only what is still ours: a peer may have scribbled on it, and the engine have given it to somebody else.
+        // Only a word that is still ours: a peer may have overwritten it, and the engine have given it to somebody else.
         // SYNC POINT: Release; pairs with `life`'s Acquire. The kernel's own mark looks the same.
         let ours = self.tid | WAITERS;
         let _ = word.compare_exchange(ours, OWNER_DIED | WAITERS, Ordering::Release, Ordering::Relaxed);
-        // Before the wake: from the mark on the word may become another's, with our TID in its PID namespace.
+        // Before the wake: once it is marked, the word may be claimed by a thread that has our TID in its PID namespace.
         self.set_pending(null_mut());
         futex::wake_all(&self.words[index].word);
     }
@@ -335,7 +338,7 @@ fn compiler_fence() {}
 
 impl Drop for RobustList {
     fn drop(&mut self) {
-        // What is still claimed is given up, then the kernel forgets the list: its memory goes now, the thread may
+        // Gives up what is still claimed, then makes the kernel forget the list: its memory is freed now, and the thread may
         // live on.
         for index in 0..self.nodes.len() {
             self.release(index);
@@ -367,13 +370,13 @@ mod tests {
             let mut list = RobustList::register(theirs).unwrap();
             list.claim(2).unwrap();
             std::thread::sleep(Duration::from_millis(20));
-            // Dying, not dropping: the list must stay registered.
+            // The thread dies without dropping the list, so that it stays registered.
             std::mem::forget(list);
         });
         while table[2].life() == Life::Unclaimed {
             std::thread::yield_now();
         }
-        // It sleeps for ever where the kernel marks nothing, or wakes nobody.
+        // This sleeps for ever if the kernel does not mark the word, or wakes nobody.
         while table[2].life() != Life::Dead {
             let raw = table[2].raw();
             if LifeWord::interpret(raw) == Life::Dead {
@@ -419,7 +422,7 @@ mod tests {
         })
         .join()
         .unwrap();
-        // The thread is joined a moment before the kernel has walked its list.
+        // Linux marks the word before the thread can be joined; nothing here relies on it.
         while table[0].life() != Life::Dead {
             std::thread::yield_now();
         }

@@ -1,5 +1,5 @@
-//! `kvring.<name>.lobby`: where clients claim their entries and ring the engine's doorbell. Everybody writes here, so
-//! nothing here is believed: the engine copies an entry out once and checks it.
+//! `kvring.<name>.lobby`: where clients claim their entries and ring the engine's doorbell. Every client can write here, so
+//! the engine believes nothing of it: it copies an entry out once and checks it.
 
 use crate::abi;
 use crate::engine_segment::{load_text, store_text};
@@ -13,8 +13,8 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use std::sync::Arc;
 
 abi! {
-    /// Clients that an engine can have: the engine sleeps on their life words and its doorbell at once, and the kernel
-    /// takes at most 128 words.
+    /// The most clients that an engine can have. It sleeps on their life words and its doorbell at once, and the kernel
+    /// takes at most 128 words for one sleep.
     pub const CLIENTS_MAX: usize = 64;
 
     /// Bytes of a client's name; longer names are cut.
@@ -22,10 +22,10 @@ abi! {
 
     const DOORBELL_AT: usize = SUPERBLOCK_BYTES;
 
-    /// Where the clients' life words are.
+    /// Offset of the clients' life words.
     pub const LIFE_WORDS_AT: usize = 4096;
 
-    /// Where the entries are.
+    /// Offset of the entries.
     pub const ENTRIES_AT: usize = LIFE_WORDS_AT + CLIENTS_MAX * size_of::<LifeWord>();
 
     /// Bytes of the segment.
@@ -42,8 +42,8 @@ abi! {
 
     /// One client's entry, valid while its life word is claimed and `state` says ready.
     ///
-    /// A client publishes it again, in the same entry, for each engine that it attaches to: `state` is the sequence number of
-    /// a seqlock. 0 is empty, odd is ready, another even number: being written.
+    /// A client publishes it again, in the same place, for each engine that it attaches to: `state` is the sequence number of
+    /// a seqlock. 0 means empty, an odd number ready, any other even number that the client is writing it.
     #[repr(C, align(128))]
     pub struct Entry {
         state: AtomicU32,
@@ -52,19 +52,19 @@ abi! {
         incarnation: AtomicU32,
         pid: AtomicU32,
         payload_words: AtomicU32,
-        /// For people: what its process uses in place of what its kernel lacks.
+        /// For people: [`Means::to_bits`] of the client's process.
         stand_ins: AtomicU32,
         name: [AtomicU64; CLIENT_NAME_BYTES / 8],
         dma: Dma,
         _pad1: Pad<16>,
     }
 
-    /// Where an entry says that devices write for its client.
+    /// Offset of an entry's word, process and namespaces for devices (`Dma`).
     pub const DMA_AT: usize = core::mem::offset_of!(Entry, dma);
 
-    /// What a client says before devices write into the arena for it: from then on its slots may be written into until its
-    /// *process* is gone for good, whatever its life word says. Beside the seqlock: it is said once for each claim, no
-    /// publication changes it, and it can be read in the middle of one.
+    /// A client's declaration that devices write into the arena for it. From then on its slots may be written into until its
+    /// *process* is gone for good, whatever its life word says. The seqlock does not cover it: a client declares it once for
+    /// each claim, publishing the entry does not change it, and the engine can read it while the entry is being written.
     #[repr(C)]
     struct Dma {
         /// 0, or [`DMA`] with [`DMA_LOCKED`] or without.
@@ -85,9 +85,10 @@ abi! {
     /// How clients call the engine.
     #[repr(C, align(128))]
     struct Doorbell {
-        /// Set while the engine sleeps, see [`crate::park`].
+        /// The word that the engine sleeps on, see [`crate::park`].
         parked: AtomicU32,
-        /// Bumped after an entry was published: the engine looks at this word before it sleeps, not at every entry.
+        /// Each client adds 1 after it has published its entry. Before it sleeps the engine looks at this word, not at every
+        /// entry.
         claims: AtomicU32,
         _pad: Pad<120>,
     }
@@ -112,13 +113,13 @@ const _: () = assert!(size_of::<Entry>() == 128);
 
 const _: () = assert!(DMA_AT == 80 && size_of::<Dma>() == 32);
 
-/// Whom to wait for before what an entry was writing is free, as the entry says itself. A client that lies here, or names a
-/// process that is not its own, is taken at its word: what it can bring about is that its own slots wait, and its entry
-/// with them, for as long as a process lives or a lock is held; that is bounded by its share of the arena and by the
-/// table, and `status` shows it. Or that they do not wait, which is up to it.
+/// The process whose end the engine waits for before it frees the slots that an entry was writing, as the entry itself says.
+/// The engine believes it. A client that lies here, or names another process than its own, harms only itself: its own slots
+/// wait, and its entry with them, for as long as that process lives or that lock is held (at most its share of the arena and
+/// one entry; `status` shows it), or they do not wait although its devices still write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaOwner {
-    /// Its process.
+    /// The client's process.
     pub process: ProcessIdentity,
     /// Does that process hold the lock on [`dma_lock_at`], until it ends?
     pub locked: bool,
@@ -134,14 +135,14 @@ fn is_ready(state: u32) -> bool {
     state & 1 == 1
 }
 
-/// What an entry says, copied out once. Not yet checked: that is the engine's.
+/// What an entry says, copied out once and not yet checked. The engine checks it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntryContent {
     /// The role's number.
     pub role: u32,
     /// Random: names the attachment and its channel.
     pub nonce: u64,
-    /// The incarnation that the client means.
+    /// The incarnation that the client wants to attach to.
     pub incarnation: u32,
     /// The client's process id, in its PID namespace: for people.
     pub pid: u32,
@@ -152,13 +153,13 @@ pub struct EntryContent {
 }
 
 impl Entry {
-    /// Client, after it claimed the life word of the same index and prepared its channel: ready to be attached.
+    /// Client: publishes the entry as ready. It has claimed the life word of the same index and prepared its channel before.
     pub fn publish(&self, content: &EntryContent) {
         // Even and not 0, whatever was there.
         let writing = (self.state.load(Ordering::Relaxed) | 1).wrapping_add(1).max(2);
         self.state.store(writing, Ordering::Relaxed);
-        // SYNC POINT: Release fence; pairs with the Acquire fence in `read`: who saw any of the new fields sees this, or a
-        // later state.
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `read`: a reader that saw any of the new fields sees
+        // this state, or a later one.
         fence(Ordering::Release);
         self.role.store(content.role, Ordering::Relaxed);
         self.nonce.store(content.nonce, Ordering::Relaxed);
@@ -171,7 +172,7 @@ impl Entry {
         self.state.store(writing.wrapping_add(1), Ordering::Release);
     }
 
-    /// What a ready entry says; `None` as long as it is not ready, or changes under our eyes.
+    /// What a ready entry says; `None` while it is not ready, or if it has changed while it was read.
     #[must_use]
     pub fn read(&self) -> Option<EntryContent> {
         // SYNC POINT: Acquire; pairs with the Release in `publish`.
@@ -198,14 +199,15 @@ impl Entry {
         is_ready(self.state.load(Ordering::Acquire)).then(|| self.nonce.load(Ordering::Relaxed))
     }
 
-    /// By which means the process of a ready entry waits and is known to have died, as it says itself: for people.
+    /// How the process of a ready entry waits, and how others learn of its death, as the entry itself says: for people.
     #[must_use]
     pub fn means(&self) -> Means {
         Means::from_bits(self.stand_ins.load(Ordering::Relaxed))
     }
 
-    /// Client, which has claimed the life word: from now on devices may write into the slots that it is given. Said
-    /// before it is given one, so who gave it one has seen this, and sees it after the mark on its life word.
+    /// Called by a client after it has claimed its life word and before its first reservation. Declares that devices may write
+    /// into the slots that it is granted. This Release store precedes the reservation in the ring, so an engine that has
+    /// granted a slot has seen it, also later, when it handles the client's death.
     pub fn register_dma(&self, owner: &DmaOwner) {
         let ProcessIdentity { pid, pid_namespace, time_namespace, started } = owner.process;
         self.dma.pid.store(pid, Ordering::Relaxed);
@@ -216,13 +218,13 @@ impl Entry {
         self.dma.word.store(if owner.locked { DMA | DMA_LOCKED } else { DMA }, Ordering::Release);
     }
 
-    /// Client, whose copies have all ended and of which none will begin: its word that nothing writes for it any more.
-    /// Before it gives its life word up, whose mark (Release) and `life` (Acquire) let the engine see it.
+    /// Called by a client when all its copies have ended and none will begin, before it gives up its life word. Declares that
+    /// nothing writes for it any more. The mark on its life word (Release) and `life` (Acquire) let the engine see this store.
     pub fn withdraw_dma(&self) {
         self.dma.word.store(0, Ordering::Release);
     }
 
-    /// Do devices write for this entry's client? Also of an entry that is not ready.
+    /// Do devices write for this entry's client, and which process is it? Also for an entry that is not ready.
     #[must_use]
     pub fn dma(&self) -> Option<DmaOwner> {
         // SYNC POINT: Acquire; pairs with the Release in `register_dma`.
@@ -238,7 +240,7 @@ impl Entry {
         })
     }
 
-    /// Engine: empty again, before the life word is reset.
+    /// Engine: empties the entry. It resets the life word after that.
     pub fn clear(&self) {
         self.dma.word.store(0, Ordering::Relaxed);
         self.state.store(ENTRY_EMPTY, Ordering::Release);
@@ -253,7 +255,7 @@ const _: () = assert!(size_of::<Doorbell>() == 128);
 #[derive(Clone)]
 pub struct Lobby {
     mapping: Arc<Mapping>,
-    /// One per entry: the claim.
+    /// One per entry.
     pub life_words: View<LifeWord>,
     /// One per client.
     pub entries: View<Entry>,
@@ -276,7 +278,7 @@ impl Lobby {
         self.mapping.at(0)
     }
 
-    /// The engine's parked flag.
+    /// The word that the engine sleeps on.
     #[must_use]
     #[inline]
     pub fn doorbell(&self) -> &AtomicU32 {
@@ -286,13 +288,14 @@ impl Lobby {
     /// Client: publishes its entry and calls the engine.
     pub fn claim(&self, entry: usize, content: &EntryContent) {
         self.entries[entry].publish(content);
-        // SYNC POINT: Release; pairs with the Acquire in `claims`: who sees the count sees the entry.
+        // SYNC POINT: Release; pairs with the Acquire in `claims`: an engine that sees the count sees the entry.
         self.doorbell.claims.fetch_add(1, Ordering::Release);
-        // Its fence orders the count with the engine's look at it after its announcement.
+        // SYNC POINT: SeqCst fence in `notify`; pairs with the one in `park::announce`, after which the engine looks at
+        // `claims` once more: either it sees this count, or `notify` sees that it may sleep.
         park::notify(&self.doorbell.parked);
     }
 
-    /// Engine: how many claims there have been, as far as clients are to be believed: a hint to look at the entries.
+    /// Engine: how many entries have been published. A hint to look at the entries and no more: every client can write it.
     #[must_use]
     #[inline]
     pub fn claims(&self) -> u32 {
@@ -311,7 +314,7 @@ mod tests {
         let entry = &entries[1];
         let said = DmaOwner { process: ProcessIdentity::own(), locked: true };
         assert_eq!(entry.dma(), None);
-        // Before it is ready, too.
+        // A client may declare it before its entry is ready.
         entry.register_dma(&said);
         assert_eq!((entry.dma(), entry.read()), (Some(said), None));
         let content = EntryContent {

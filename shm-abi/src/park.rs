@@ -5,21 +5,22 @@
 //! both sides makes it impossible that both miss each other (store buffering, the classic Dekker pattern). Without
 //! either fence the loom model deadlocks: `tests/loom/park.rs` holds these negative controls.
 //!
-//! A sleep is for the value that its own announcement left, its [`Ticket`]: several threads may sleep on one word, and
-//! one that announces itself after a wake must not make the word look unwoken to one that has not yet gone to sleep.
+//! A sleeper sleeps only while the word holds the value that it had after the sleeper's own announcement, its [`Ticket`].
+//! Several threads may sleep on one word: if one announces itself just after a wake, another that was woken before it had gone
+//! to sleep still finds the word changed, and does not sleep.
 //!
-//! A hostile peer can write anything into the word. The worst it gets is a late wake-up: every sleep has a deadline.
+//! A hostile peer can write anything into the word. It can only make a wake-up late, because every sleep has a deadline.
 
 use crate::abi;
 use crate::futex;
 use crate::sync::{AtomicU32, Ordering, fence};
 
 abi! {
-    /// The bit that says that somebody may sleep.
+    /// The bit that is set while somebody may sleep.
     const PARKED: u32 = 1;
 }
 
-/// What the word held when a sleeper had announced itself: what it sleeps on.
+/// The value that the word had after a sleeper announced itself: the sleeper sleeps while the word holds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticket(u32);
 
@@ -40,15 +41,15 @@ pub fn announce_broken(parked: &AtomicU32) -> Ticket {
     Ticket(parked.fetch_or(PARKED, Ordering::Relaxed) | PARKED)
 }
 
-/// The sleeper found work after all, or has woken up. Only for the one sleeper of a word that has no other: taken
-/// back by one of two, it would be taken from the other as well.
+/// Takes the announcement back: the sleeper has found work after all, or has woken up. Only for a word with one sleeper:
+/// one of two sleepers would take back the other's announcement as well.
 pub fn retract(parked: &AtomicU32, ticket: Ticket) {
     parked.store(ticket.0.wrapping_add(1), Ordering::Relaxed);
 }
 
 impl Ticket {
-    /// What to sleep on, until notified: the word and its value, for [`futex::wait_any`], with whatever else ends this
-    /// sleep. Every return of that means: look again.
+    /// The word and the value to sleep on, for [`futex::wait_any`], beside other words that are to end the sleep. Whenever
+    /// `wait_any` returns, the sleeper looks again.
     #[must_use]
     #[inline]
     pub fn word(self, parked: &AtomicU32) -> (&AtomicU32, u32) {
@@ -69,8 +70,8 @@ pub fn notify_fenced(parked: &AtomicU32) -> bool {
     if value & PARKED == 0 {
         return false;
     }
-    // The word changes before the wake: a sleeper that is only now entering the kernel finds it changed. When another
-    // waker was faster it has changed already; the wake is made all the same, for that waker may die before its own.
+    // The word changes before the wake, so that a sleeper that is only now entering the kernel finds it changed. If another
+    // waker was faster, the word has changed already; this thread wakes all the same, for the other may die before it does.
     let _ = parked.compare_exchange(value, value.wrapping_add(1), Ordering::Relaxed, Ordering::Relaxed);
     futex::wake_all(parked);
     true
