@@ -1,10 +1,10 @@
-//! The payload area: what does not fit into a ring slot (key lists, slot lists), by offset and length in 64-bit words.
+//! The payload area: for what does not fit into a ring's cell (lists of keys and slots), by offset and length in 64-bit words.
 //!
 //! **A region belongs to its operation until that operation's completion has been drained**, also after the caller's
-//! deadline has passed: a stalled engine writes its answer whenever it resumes, and must never hit the keys of a later
-//! operation. [`Regions`] therefore only frees by value, and the adapter frees when it drains.
+//! deadline has passed: a stalled engine writes its answer whenever it resumes, and must never overwrite the keys of a later
+//! operation. So the adapter gives a [`Region`] back when it drains the completion, and not before.
 //!
-//! All access is by relaxed atomic words: a peer that scribbles here is a wrong message, never undefined behaviour.
+//! All access is by relaxed atomic words: a peer that overwrites them makes a wrong message, never undefined behaviour.
 //! The ring's Release/Acquire orders them.
 
 use crate::abi;
@@ -43,7 +43,7 @@ pub struct Region {
     pub words: u32,
 }
 
-/// A message named words that are not in the area.
+/// A message names words that are not in the area.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected {words} words at word {offset} inside a payload area of {area} words")]
 pub struct OutOfArea {
@@ -94,7 +94,7 @@ impl Payload {
         self.range(offset, words).map(|_| ())
     }
 
-    /// Copies words out, once: what is then validated is what is used.
+    /// Copies words out, once, so that the reader validates the same words that it uses.
     #[inline]
     pub fn read(&self, offset: u32, into: &mut [u64]) -> Result<(), OutOfArea> {
         let words = self.range(offset, into.len())?;
@@ -113,19 +113,19 @@ impl Payload {
         Ok(())
     }
 
-    /// A window to be written front to back: bounds are checked once.
+    /// A writer over `words` words at `offset`, whose bounds are checked here, once.
     pub fn writer(&self, offset: u32, words: usize) -> Result<Writer<'_>, OutOfArea> {
         Ok(Writer { words: self.range(offset, words)?.iter() })
     }
 }
 
-/// Writes a region front to back; what does not fit is dropped and reported.
+/// Writes a region word by word, from its first on.
 pub struct Writer<'a> {
     words: core::slice::Iter<'a, Word>,
 }
 
 impl Writer<'_> {
-    /// Appends one word; false when the region is full.
+    /// Appends one word. Returns false, and drops it, when the region is full.
     #[inline]
     pub fn push(&mut self, value: u64) -> bool {
         match self.words.next() {
@@ -138,9 +138,9 @@ impl Writer<'_> {
     }
 }
 
-/// Which words of the area are free: the client's private book, first fit, free neighbours joined.
+/// The free words of the area, in the client's private memory: first fit, free neighbours joined.
 ///
-/// Regions are few (at most one or two per operation in flight), so a sorted list is both simple and fast.
+/// There are few regions (at most one or two for each operation in flight), so a sorted list is both simple and fast.
 #[derive(Debug)]
 pub struct Regions {
     free: Vec<Region>,
@@ -148,7 +148,7 @@ pub struct Regions {
 }
 
 impl Regions {
-    /// All of `words` is free.
+    /// An area of `words` words, all free.
     #[must_use]
     pub fn new(words: u32) -> Regions {
         let mut free = Vec::with_capacity(64);
@@ -156,7 +156,7 @@ impl Regions {
         Regions { free, total: words }
     }
 
-    /// Takes `words` words (rounded up to a cache line); `None` when no stretch is long enough now.
+    /// Takes `words` words (rounded up to a cache line); `None` when no free stretch is long enough now.
     pub fn take(&mut self, words: u32) -> Option<Region> {
         let words = words.max(1).checked_next_multiple_of(8)?;
         let at = self.free.iter().position(|region| region.words >= words)?;
@@ -170,7 +170,7 @@ impl Regions {
         Some(region)
     }
 
-    /// Gives a region back. Each region is given back once, by who drained its operation's completion.
+    /// Gives a region back. Whoever drains an operation's completion gives its regions back, once each.
     pub fn give(&mut self, region: Region) {
         if region.words == 0 {
             return;
@@ -188,7 +188,7 @@ impl Regions {
         }
     }
 
-    /// Is everything back?
+    /// Has every region been given back?
     #[must_use]
     pub fn all_free(&self) -> bool {
         matches!(self.free[..], [Region { offset: 0, words }] if words == self.total)

@@ -1,33 +1,33 @@
-//! Single-producer single-consumer rings of 64-byte slots with the sequence number inside.
+//! Single-producer single-consumer rings of 64-byte cells, each with a sequence number inside.
 //!
-//! Payload and publication share one cache line, and each line is written by one side only: nothing is ever written
-//! back by the consumer. What a producer may reuse follows from the protocol above the ring: every submission gets
+//! A message and the sequence that publishes it share one cache line, and only the producer writes a line: the consumer never
+//! writes anything back. Which cells a producer may reuse follows from the protocol above the ring: every submission gets
 //! exactly one completion, and at most [`DEPTH`] operations are in flight, so
 //!
 //! * submission `p` may be pushed when fewer than `DEPTH` operations are in flight: of the `DEPTH` submissions before
-//!   it at least one has completed, so the consumer has passed slot `p − DEPTH`;
+//!   it at least one has completed, so the consumer has passed the cell of `p − DEPTH`;
 //! * completion `c` may be pushed because the client submitted at most `drained + DEPTH` operations.
 //!
 //! So there is no "full", and the engine never waits for a client. A client that breaks the rule only overwrites its
-//! own completions. What these rings do *not* do: more than one producer or consumer, blocking (see [`crate::park`]),
-//! variable-length entries (see [`crate::payload`]).
+//! own completions. These rings do *not* allow more than one producer or consumer, do not block (see [`crate::park`]), and
+//! have no cells of variable length (see [`crate::payload`]).
 
 use crate::abi;
 use crate::mapping::{Shared, View};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 abi! {
-    /// Slots in a ring, and so the most operations in flight on one channel. A power of two. (For a model two are enough for laps,
-    /// and keep it small.)
+    /// Cells in a ring, and so the most operations in flight on one channel. A power of two. (In loom's models two: enough
+    /// for several laps, and the models stay small.)
     pub const DEPTH: usize = if cfg!(loom) { 2 } else { 256 };
 
-    /// 64-bit words of a slot's body. (One is enough to see a torn message, and keeps a model small.)
+    /// 64-bit words of a cell's body. (In loom's models one: enough to see a torn message, and the models stay small.)
     pub const WORDS: usize = if cfg!(loom) { 1 } else { 7 };
 
-    /// One slot: a line of its own.
+    /// One cell: a cache line of its own.
     #[repr(C, align(64))]
     pub struct Slot {
-        /// `position + 1` of what it holds.
+        /// `position + 1` of the message that it holds.
         sequence: AtomicU32,
         head: AtomicU32,
         words: [AtomicU64; WORDS],
@@ -36,10 +36,10 @@ abi! {
 
 const _: () = assert!(DEPTH.is_power_of_two());
 
-/// What one slot carries: a head and [`WORDS`] words, whose meaning is [`crate::message`]'s.
+/// What one cell carries: a head and [`WORDS`] words. [`crate::message`] says what they mean.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Body {
-    /// Operation slot, opcode or status.
+    /// Operation id; opcode or status.
     pub head: u32,
     /// Arguments or results.
     pub words: [u64; WORDS],
@@ -57,7 +57,7 @@ const _: () = {
 };
 
 impl Slot {
-    /// A slot in private memory, as [`initialise`] leaves slot `index`: for models and unit tests.
+    /// A cell in private memory, in the state in which [`initialise`] leaves cell `index`: for models and unit tests.
     #[must_use]
     pub fn new(index: u32) -> Slot {
         Slot {
@@ -68,46 +68,46 @@ impl Slot {
     }
 }
 
-/// What slot `position % DEPTH` holds before `position` is published there: the sequence of one lap earlier.
+/// The sequence in cell `position % DEPTH` before `position` is published there: that of one lap earlier.
 fn previous_lap(position: u32) -> u32 {
     position.wrapping_add(1).wrapping_sub(DEPTH as u32)
 }
 
-/// Prepares the slots of a fresh ring, before anybody else can see it.
+/// Prepares the cells of a fresh ring, before anybody else can see it.
 pub fn initialise(slots: &[Slot]) {
     for (slot, index) in slots.iter().zip(0u32..) {
         slot.sequence.store(previous_lap(index), Ordering::Relaxed);
     }
 }
 
-/// The writing end. `Send`, and by `&mut` single by type.
+/// The writing end. It is `Send`, and pushing takes `&mut`, so there is one writer at a time.
 pub struct Producer {
     slots: View<Slot>,
-    /// Position of the next push; only its low bits choose the slot.
+    /// Position of the next push; only its low bits choose the cell.
     next: u32,
-    /// How a push is published: Release, except in the models' negative control.
+    /// The ordering that publishes a push: Release, except in the models' negative control.
     #[cfg(loom)]
     order: Ordering,
 }
 
-/// The reading end. `Send`, and by `&mut` single by type.
+/// The reading end. It is `Send`, and popping takes `&mut`, so there is one reader at a time.
 pub struct Consumer {
     slots: View<Slot>,
     /// Position of the next pop.
     next: u32,
 }
 
-/// A slot held neither the expected sequence number nor that of one lap earlier: the producer is broken or hostile.
+/// A cell held neither the expected sequence number nor that of one lap earlier: the producer is broken or hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("ring jumped: expected sequence {expected} or {previous} in slot {index}, found {found}")]
 pub struct RingJump {
-    /// The slot.
+    /// The cell.
     pub index: usize,
-    /// What a new message would carry.
+    /// The sequence that a new message would carry.
     pub expected: u32,
-    /// What the slot holds as long as there is none.
+    /// The sequence that the cell holds as long as there is no new message.
     pub previous: u32,
-    /// What it held.
+    /// The sequence that it held.
     pub found: u32,
 }
 
@@ -115,7 +115,7 @@ impl Producer {
     /// The writing end of a ring that [`initialise`] has prepared and nobody has written to yet.
     ///
     /// # Panics
-    /// When the view does not have [`DEPTH`] slots: a constant of the layout, not a peer's doing.
+    /// When the view does not have [`DEPTH`] cells. No peer can cause that: the number is a constant of the layout.
     #[must_use]
     pub fn new(slots: View<Slot>) -> Producer {
         assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
@@ -141,8 +141,8 @@ impl Producer {
         for (word, value) in slot.words.iter().zip(body.words) {
             word.store(value, Ordering::Relaxed);
         }
-        // SYNC POINT: Release; pairs with the Acquire in `Consumer::pop`. Also publishes what was written to the
-        // payload area before.
+        // SYNC POINT: Release; pairs with the Acquire in `Consumer::pop`. It also publishes what this thread has written to
+        // the payload area before.
         slot.sequence.store(self.next.wrapping_add(1), self.order());
         self.next = self.next.wrapping_add(1);
     }
@@ -160,10 +160,10 @@ impl Producer {
 }
 
 impl Consumer {
-    /// The reading end of a ring nobody has read from yet.
+    /// The reading end of a ring that nobody has read from yet.
     ///
     /// # Panics
-    /// When the view does not have [`DEPTH`] slots: a constant of the layout, not a peer's doing.
+    /// When the view does not have [`DEPTH`] cells. No peer can cause that: the number is a constant of the layout.
     #[must_use]
     pub fn new(slots: View<Slot>) -> Consumer {
         assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
@@ -189,7 +189,7 @@ impl Consumer {
         Ok(Some(body))
     }
 
-    /// Is there a message, or a jump to report? One load.
+    /// Is there a message, or a jump to report? It costs one load.
     #[inline]
     #[must_use]
     pub fn has_news(&self) -> bool {

@@ -6,7 +6,7 @@ use crate::abi;
 use crate::ring::Body;
 
 abi! {
-    /// Words of results that a completion has.
+    /// Words of results in a completion.
     const RESULTS: usize = 4;
 
     /// How an operation ended.
@@ -14,16 +14,16 @@ abi! {
     pub enum Status: u16 {
         /// Done; the results are valid.
         Ok = 0,
-        /// The client's share of leased and reserved bytes, or a table, is full for now.
+        /// For now the client's share of leased and reserved bytes is used up, or a table is full.
         Busy = 1,
         /// No such namespace, or this client did not register it.
         UnknownNamespace = 2,
         /// The arena has no room for what was asked, even after eviction.
         OutOfSpace = 3,
-        /// Not for this role.
+        /// Clients of this role may not ask for this.
         WrongRole = 4,
-        /// A registration disagrees with an earlier rank's: result 1 is a [`Disagreement`], 2 what was expected, 3 what
-        /// came.
+        /// A registration disagrees with an earlier one: result 1 is a [`Disagreement`], result 2 the number that was
+        /// expected, result 3 the number that came.
         Disagreement = 5,
         /// The namespace table is full.
         TooManyNamespaces = 6,
@@ -62,16 +62,16 @@ impl Disagreement {
     }
 }
 
-/// The end of an operation, as the engine tells it.
+/// The engine's answer to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// The client's operation slot.
+    /// The operation's id.
     pub operation: u16,
-    /// Whose operation it was.
+    /// The attachment whose operation it was.
     pub ident: Ident,
     /// How it ended.
     pub status: Status,
-    /// Results, by operation.
+    /// Results; each kind of request says what they are.
     pub results: [u64; RESULTS],
 }
 

@@ -1,11 +1,11 @@
-//! Message formats: what the slots and the payload area carry.
+//! Message formats: what a ring's cells and the payload area carry.
 //!
-//! A request is a ring [`Body`]: `head = operation slot | opcode << 16`, word 0 the sender's [`Ident`], words 1–6 the
-//! arguments. Its completion echoes operation slot and ident: `head = operation slot | status << 16`, words 1–4 the
+//! A request is a ring [`Body`](crate::ring::Body): `head = operation id | opcode << 16`, word 0 the sender's [`Ident`], words
+//! 1–6 the arguments. Its completion repeats id and ident: `head = operation id | status << 16`, words 1–4 the
 //! results. Longer arguments and answers are records in the payload area, named by word offset and count.
 //!
-//! This module only packs and unpacks. It checks that opcodes, statuses and roles exist; whether an offset, an index
-//! or a count makes sense is checked by who uses it.
+//! This module only packs and unpacks. It checks that opcodes and statuses exist. Whether an offset, an index or a count makes
+//! sense, its user checks.
 
 pub(crate) mod completion;
 pub(crate) mod record;
@@ -32,7 +32,7 @@ abi! {
     pub const KEYS_MAX: usize = 8192;
 }
 
-/// Which attachment sent a message: a message of another life or another attachment is stale and ignored.
+/// The attachment that sent a message. A message of another incarnation or another attachment is stale, and ignored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Ident {
     /// The engine's incarnation that the client attached to.
@@ -41,13 +41,13 @@ pub struct Ident {
     pub nonce: u32,
 }
 
-/// One store of a chunk by all ranks. Rounds of one source (one scheduler attachment) are ordered by their number;
-/// rounds of different sources are not comparable.
+/// One store of a chunk by all its ranks. Rounds of one source (one scheduler) are ordered by their number; rounds of different
+/// sources have no order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Round {
-    /// Who counts: random per scheduler.
+    /// The scheduler that counts: a random number of its own.
     pub source: u32,
-    /// The count.
+    /// Its count.
     pub number: u32,
 }
 
@@ -74,7 +74,7 @@ pub struct Records {
     pub count: u32,
 }
 
-/// A message that means nothing: its sender is broken or hostile.
+/// A message that cannot be unpacked: its sender is broken or hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Malformed {
     /// No such operation.

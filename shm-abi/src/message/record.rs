@@ -1,44 +1,44 @@
-//! Plain records of the payload area: longer arguments and answers.
+//! Records of the payload area: longer arguments and answers.
 
 use super::{Key, join};
 use crate::abi;
 use crate::abi::Described;
 use bytemuck::{Pod, Zeroable};
 
-/// Plain records of the payload area, each a whole number of words.
+/// A record of the payload area: plain data, a whole number of words.
 pub trait Record: Pod + Described {
     /// Words of one record.
     const WORDS: usize = size_of::<Self>() / 8;
 }
 
 abi! {
-    /// Where one shard of a looked-up chunk is.
+    /// The place of one shard, in the answer to a lookup or a reservation.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
     #[repr(C)]
     pub struct ShardAnswer {
-        /// The slot, and in the high half its place in the arena in pages of 4 KiB.
+        /// Low half: the slot. High half: the slot's offset in the arena, in pages of 4 KiB.
         slot_and_page: u64,
         /// The slot's generation.
         pub generation: u64,
     }
 
-    /// Bytes of an arena page: shards start on one.
+    /// Bytes of a page of the arena: every shard starts on a page.
     pub const PAGE_BYTES: u64 = 4096;
 
     /// What became of one key of a reservation.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum ReserveOutcome: u32 {
-        /// Write the shard there, then commit.
+        /// Write the shard into the slot that the answer names, then commit.
         Write = 0,
-        /// Visible already: nothing to do.
+        /// The chunk is visible already: nothing to do.
         Present = 1,
         /// This rank has a slot for this chunk and round already (a repeated request).
         Held = 2,
-        /// A newer round of the same source has begun: this store is moot.
+        /// A newer round of the same source has begun: do not store this chunk.
         Superseded = 3,
-        /// No room: the store of this chunk is dropped.
+        /// There is no room: do not store this chunk.
         NoSpace = 4,
-        /// The client's share is full: the store of this chunk is dropped.
+        /// The client's share is used up: do not store this chunk.
         Busy = 5,
     }
 
@@ -71,16 +71,16 @@ abi! {
     pub struct LeaseRecord {
         /// The chunk's key.
         pub key: Key,
-        /// Where its first rank's shard was: the same chunk still, or another one under the same key?
+        /// Where its first rank's shard was. This tells the same chunk from another one under the same key.
         pub shard: ShardAnswer,
     }
 
-    /// What became of one slot of a commit or abort.
+    /// What became of one slot of a commit, an abort or a declaration.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum SlotOutcome: u64 {
         /// Done, now or by an earlier message.
         Done = 0,
-        /// The reservation no longer counts: its round failed or was replaced. Nothing to do.
+        /// The reservation does not count any more: its round failed or was replaced. Nothing to do.
         Gone = 1,
         /// The slot is not this client's.
         NotYours = 2,
@@ -92,11 +92,11 @@ abi! {
     /// Bytes of a dtype's name.
     pub const DTYPE_BYTES: usize = 16;
 
-    /// One rank's registration of a namespace: model + KV layout + parallel geometry.
+    /// One rank's registration of a namespace.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
     #[repr(C)]
     pub struct Registration {
-        /// Names the namespace: a digest of everything that the keys do not cover.
+        /// Names the namespace: a digest of everything that the keys do not cover (model, KV layout, parallel geometry …).
         pub fingerprint: [u64; 4],
         /// A digest of this rank's page layout.
         pub layout: u64,
@@ -118,7 +118,7 @@ abi! {
 }
 
 impl ShardAnswer {
-    /// `offset` is a multiple of [`PAGE_BYTES`] below 16 TiB: the arena's limit.
+    /// `offset` is a multiple of [`PAGE_BYTES`] below 16 TiB, the largest size of an arena.
     #[must_use]
     #[inline]
     pub fn new(slot: u32, offset: u64, generation: u64) -> ShardAnswer {
@@ -132,7 +132,7 @@ impl ShardAnswer {
         self.slot_and_page as u32
     }
 
-    /// First byte in the arena.
+    /// Its first byte in the arena.
     #[must_use]
     pub fn offset(&self) -> u64 {
         (self.slot_and_page >> 32) * PAGE_BYTES
@@ -149,19 +149,19 @@ impl ShardAnswer {
 impl Record for ShardAnswer {}
 
 impl ReserveAnswer {
-    /// Write there.
+    /// The answer that gives the client this slot to write.
     #[must_use]
     pub fn write(shard: ShardAnswer) -> ReserveAnswer {
         ReserveAnswer { outcome: ReserveOutcome::Write as u64, shard }
     }
 
-    /// Do not write, and why.
+    /// The answer that gives no slot, and why.
     #[must_use]
     pub fn skip(outcome: ReserveOutcome) -> ReserveAnswer {
         ReserveAnswer { outcome: outcome as u64, shard: ShardAnswer::new(0, 0, 0) }
     }
 
-    /// The outcome; `None` for one that does not exist.
+    /// The outcome; `None` where its number is unknown.
     #[must_use]
     pub fn outcome(&self) -> Option<ReserveOutcome> {
         ReserveOutcome::from_number(self.outcome)

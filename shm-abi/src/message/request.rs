@@ -1,4 +1,4 @@
-//! What a client asks for.
+//! The requests of clients.
 
 use super::words::{Argument, NO_PARENT, Words};
 use super::{Ident, Key, Malformed, Records, Round};
@@ -31,7 +31,7 @@ macro_rules! requests {
         ];
 
         impl Request {
-            /// Packs the request of operation slot `operation`.
+            /// Packs the request of the operation with the id `operation`.
             #[must_use]
             #[inline]
             pub fn encode(&self, operation: u16, ident: Ident) -> Body {
@@ -46,7 +46,7 @@ macro_rules! requests {
                 words.body(operation, opcode.into())
             }
 
-            /// Unpacks a request: its operation slot, its sender, what is asked.
+            /// Unpacks a request: the operation's id, its sender, and what it asks for.
             #[inline(always)]
             pub fn decode(body: &Body) -> Result<(u16, Ident, Request), Malformed> {
                 let (operation, opcode, mut words) = Words::of(body);
@@ -62,35 +62,36 @@ macro_rules! requests {
 }
 
 requests! {
-    /// Nothing: measures the round trip.
+    /// Does nothing: measures the round trip.
     Noop = 1,
-    /// Leave: the engine frees everything of this client, then answers.
+    /// Leaves: the engine frees everything of this client, then answers.
     Detach = 2,
-    /// Worker: a [`Registration`] in the payload area. Answers the namespace id.
+    /// Worker: registers a namespace by a [`Registration`](super::Registration) in the payload area. Result 1 is the
+    /// namespace's id.
     Register = 3 {
         /// First word of the registration.
         record: u32,
     },
-    /// Worker: this client no longer uses the namespace. What it cached stays.
+    /// Worker: this client does not use the namespace any more. What it has stored stays.
     Unregister = 4 {
         /// The namespace.
         namespace: u32,
     },
-    /// Scheduler: the longest visible prefix of `keys`, pinned for (session, admission). Answers
-    /// [`ShardAnswer`]s, chunk-major, rank-minor, and the number of chunks.
+    /// Scheduler: finds the longest visible prefix of `keys`, and leases it to (session, admission). Answers
+    /// [`ShardAnswer`](super::ShardAnswer)s, chunk by chunk, in each chunk rank by rank, and the number of chunks.
     Lookup = 5 {
-        /// The request's session, an id of the client's.
+        /// The session: an id that the client has chosen.
         session: u64,
-        /// Which life of the request.
+        /// The admission.
         admission: u32,
         /// The namespace.
         namespace: u32,
         /// [`Key`]s, in chain order.
         keys: Records,
-        /// Where the answer goes: room for `count` [`ShardAnswer`]s.
+        /// Where the answer goes: room for `count` [`ShardAnswer`](super::ShardAnswer)s.
         answer: Records,
     },
-    /// Scheduler: drop the lease of (session, admission) beyond its first `keep` chunks. Unknown is fine.
+    /// Scheduler: cuts the lease of (session, admission) to its first `keep` chunks. An unknown one is no error.
     Release = 6 {
         /// The session.
         session: u64,
@@ -99,14 +100,14 @@ requests! {
         /// Chunks that stay pinned.
         keep: u32,
     },
-    /// Scheduler: drop every lease of the session. Unknown is fine.
+    /// Scheduler: drops every lease of the session. An unknown one is no error.
     EndSession = 7 {
         /// The session.
         session: u64,
     },
-    /// Worker: slots for its rank's shards of `keys`. Answers a [`ReserveAnswer`] for each.
+    /// Worker: asks for slots for its rank's shards of `keys`. Answers a [`ReserveAnswer`](super::ReserveAnswer) for each.
     Reserve = 8 {
-        /// Which store.
+        /// The round.
         round: Round,
         /// The namespace.
         namespace: u32,
@@ -114,40 +115,42 @@ requests! {
         rank: u32,
         /// [`Key`]s, in chain order.
         keys: Records,
-        /// Where the answer goes: room for as many [`ReserveAnswer`]s.
+        /// Where the answer goes: room for as many [`ReserveAnswer`](super::ReserveAnswer)s.
         answer: u32,
-        /// Word offset of the key just before the first one in its chain, if there is one.
+        /// Word offset of the key in front of the first one in its chain, if there is one.
         parent: Option<u32>,
     },
-    /// Worker: the bytes of these [`SlotRecord`]s are complete. Answers a [`SlotOutcome`] word for each.
+    /// Worker: the bytes in the slots of these [`SlotRecord`](super::SlotRecord)s are complete. Answers a
+    /// [`SlotOutcome`](super::SlotOutcome), one word for each.
     Commit = 9 {
-        /// [`SlotRecord`]s.
+        /// [`SlotRecord`](super::SlotRecord)s.
         slots: Records,
         /// Where the answer goes: one word for each.
         answer: u32,
     },
-    /// Worker: these [`SlotRecord`]s will not be written; their rounds fail. Answers as `Commit`.
+    /// Worker: it will not complete the slots of these [`SlotRecord`](super::SlotRecord)s, so their rounds fail. Answers as
+    /// `Commit` does.
     Abort = 10 {
-        /// [`SlotRecord`]s.
+        /// [`SlotRecord`](super::SlotRecord)s.
         slots: Records,
         /// Where the answer goes: one word for each.
         answer: u32,
     },
-    /// Drop everything that is not leased, in one namespace or in all ([`ANY_NAMESPACE`]).
+    /// Drops everything that is not leased, in one namespace or in all ([`ANY_NAMESPACE`]).
     Clear = 11 {
         /// The namespace.
         namespace: u32,
     },
-    /// Worker, after a restart: it still holds these [`SlotRecord`]s that its entry was writing. Answers a
-    /// [`SlotOutcome`] for each.
+    /// Worker, after a restart: it still writes into the slots of these [`SlotRecord`](super::SlotRecord)s, which an earlier
+    /// engine granted to its entry. Answers a [`SlotOutcome`](super::SlotOutcome) for each.
     DeclareSlots = 12 {
-        /// [`SlotRecord`]s.
+        /// [`SlotRecord`](super::SlotRecord)s.
         slots: Records,
         /// Where the answer goes: one word for each.
         answer: u32,
     },
-    /// Scheduler, after a restart: it still holds this lease. Answers how many of its chunks, from the first one on, are
-    /// still there and pinned again.
+    /// Scheduler, after a restart: it still holds this lease. Result 1 is how many of its chunks, from the first one on, are
+    /// still there; these are pinned again.
     DeclareLease = 13 {
         /// The session.
         session: u64,
@@ -155,14 +158,14 @@ requests! {
         admission: u32,
         /// The namespace.
         namespace: u32,
-        /// [`LeaseRecord`]s, in chain order.
+        /// [`LeaseRecord`](super::LeaseRecord)s, in chain order.
         chunks: Records,
     },
-    /// After a restart: everything has been declared. What this entry was writing under earlier attachments, and did not
-    /// declare, is free.
+    /// After a restart: the client has declared everything. The engine frees the slots that this entry was writing under
+    /// earlier attachments and has not declared.
     DeclareEnd = 14,
-    /// Worker: the bytes of this shard, one of its rank's, are not those that were stored. From now on lookups do not find
-    /// its chunk, and the next store of it replaces it. Answers a [`SlotOutcome`](super::SlotOutcome).
+    /// Worker: the bytes of this shard, one of its own rank's, are not those that were stored. The engine hides the chunk, and
+    /// the next store of it replaces it. Answers a [`SlotOutcome`](super::SlotOutcome).
     Invalidate = 15 {
         /// The slot.
         slot: u32,

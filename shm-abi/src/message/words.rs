@@ -1,23 +1,23 @@
-//! How a message's numbers lie in its ring slot: in the order in which they are written down, 32-bit ones in halves of a word, the
+//! How a message's numbers lie in a ring's cell: in the order of their definition, 32-bit ones in halves of a word, the
 //! low half first, 64-bit ones in whole words.
 
 use super::{Ident, Records, Round};
 use crate::abi::{Item, Message};
 use crate::ring::{Body, WORDS};
 
-/// No key.
+/// Stands for `None` where the word offset of a parent key is optional.
 pub(super) const NO_PARENT: u32 = u32::MAX;
 
-/// The words of a slot's body, filled or emptied front to back.
+/// The words of a cell's body, filled or emptied from the first on.
 #[derive(Default)]
 pub(super) struct Words {
     words: [u64; WORDS],
-    /// The next half.
+    /// The next half word.
     at: usize,
 }
 
 impl Words {
-    /// Operation slot, opcode or status, and the words, to be emptied.
+    /// Operation id; opcode or status; and the words, to be emptied.
     #[inline(always)]
     pub(super) fn of(body: &Body) -> (u16, u16, Words) {
         (body.head as u16, (body.head >> 16) as u16, Words { words: body.words, at: 0 })
@@ -44,7 +44,7 @@ impl Words {
     }
 }
 
-/// What a message may consist of.
+/// A type of which a message may have arguments.
 pub(super) trait Argument: Copy {
     fn put(self, words: &mut Words);
     fn take(words: &mut Words) -> Self;
@@ -90,7 +90,7 @@ impl<const N: usize> Argument for [u64; N] {
     }
 }
 
-/// [`NO_PARENT`] for none.
+/// `None` is [`NO_PARENT`].
 impl Argument for Option<u32> {
     #[inline(always)]
     fn put(self, words: &mut Words) {
@@ -134,14 +134,14 @@ packed! {
     Records { offset: u32, count: u32 }
 }
 
-/// A number of 64 bits, packed as an argument is.
+/// One word with this argument packed into it.
 pub(super) fn word_of(argument: impl Argument) -> u64 {
     let mut words = Words::default();
     argument.put(&mut words);
     words.words[0]
 }
 
-/// The argument that [`word_of`] has packed.
+/// The argument that [`word_of`] has packed into this word.
 pub(super) fn from_word<T: Argument>(word: u64) -> T {
     let mut words = Words::default();
     words.words[0] = word;
