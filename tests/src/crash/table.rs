@@ -123,9 +123,9 @@ pub const PLACES: &[Place] = &[
     place("request.put off", Way::Broken("begin at once"), &[1]),
 ];
 
-/// Every rule that a test may break: each has a control in `tests/crash_points.rs`, those of the stand-ins in
-/// `tests/standins.rs`. The last three are broken to come to something rare (`lingering.rs`, `hostile_claims.rs`,
-/// `registration.rs`).
+/// Every rule that a test may break. Each has a control in `tests/crash_rules.rs`, but for those of the stand-ins
+/// (`tests/standins.rs`), and for the last ones, which are broken to bring about something rare: see there, in
+/// `lingering.rs`, `hostile_claims.rs`, `registration.rs` and `start_errors.rs`.
 pub const RULES: &[&str] = &[
     "word last",
     "generation",
@@ -145,6 +145,8 @@ pub const RULES: &[&str] = &[
     "mark before burying",
     "reset the word",
     "begin at once",
+    "memory",
+    "memory for headers",
 ];
 
 /// The names in calls of `call` (`failpoint::here`, say) in the product's source: all `.rs` files of the workspace but this
