@@ -5,6 +5,7 @@
 //! that may be later than its death: `linger`.)
 
 use super::connection::{Claim, Connection};
+use super::entry::Entry;
 use super::parting::Then;
 use super::{Service, Watched};
 use crate::cache::Leaving;
@@ -38,14 +39,14 @@ impl Service {
         let mut left = COMING_AND_GOING;
         let mut put_off = None;
         for entry in (self.look_from..CLIENTS_MAX).chain(0..self.look_from) {
-            if self.partings[entry].is_some() {
+            match self.entries[entry] {
                 // Whatever its word says by now: it is looked at when that is over.
-                continue;
-            }
-            if self.lingering[entry].is_some() {
-                // Whatever its word says by now.
-                self.look_at_lingering(entry);
-                continue;
+                Entry::Parting(_) => continue,
+                Entry::Lingering(_) => {
+                    self.look_at_lingering(entry);
+                    continue;
+                }
+                Entry::Free | Entry::Outdated { .. } | Entry::Attached(_) | Entry::Over => {}
             }
             let word = &self.segments.lobby.life_words[entry];
             let raw = word.raw();
@@ -66,17 +67,15 @@ impl Service {
                 }
                 Life::Alive { .. } => {
                     self.watched.push(Watched { entry, raw });
-                    let nonce = self.segments.lobby.entries[entry].read_nonce();
-                    let is_outdated = nonce == self.outdated[entry] && !failpoint::broken("outdated claims");
-                    if nonce.is_some() && self.judged[entry].is_none() && !is_outdated {
-                        if left == 0 {
-                            put_off.get_or_insert(entry);
-                            continue;
-                        }
-                        self.judge(entry);
-                        // What could not be read is looked at again, and took nothing.
-                        left -= u32::from(self.judged[entry].is_some() || self.outdated[entry] == nonce);
+                    if !self.is_to_be_judged(entry) {
+                        continue;
                     }
+                    if left == 0 {
+                        put_off.get_or_insert(entry);
+                        continue;
+                    }
+                    // What could not be read is looked at again, and took nothing.
+                    left -= u32::from(self.judge(entry));
                 }
             }
         }
@@ -91,22 +90,36 @@ impl Service {
         self.claims = self.segments.lobby.claims().wrapping_sub(1);
     }
 
+    /// Has its client published a claim that has not been judged?
+    fn is_to_be_judged(&self, entry: usize) -> bool {
+        let nonce = self.segments.lobby.entries[entry].read_nonce();
+        match self.entries[entry] {
+            Entry::Free => nonce.is_some(),
+            Entry::Outdated { nonce: before } => {
+                nonce.is_some() && (nonce != Some(before) || failpoint::broken("outdated claims"))
+            }
+            _ => false,
+        }
+    }
+
     /// Does something here belong to whoever claimed this entry? Also what an earlier engine gave to devices of its: what an entry
     /// says of those is taken back before its word is.
     fn is_known(&self, entry: usize) -> bool {
-        self.judged[entry].is_some()
+        matches!(self.entries[entry], Entry::Attached(_) | Entry::Over)
             || self.awaited.entries >> entry & 1 == 1
             || self.segments.lobby.entries[entry].dma().is_some()
     }
 
     /// Attaches the client in `entry`, or says why not. Each claim is judged once; one that was meant for another engine
-    /// does not count: its owner tries again.
-    fn judge(&mut self, entry: usize) {
-        let Some(content) = self.segments.lobby.entries[entry].read() else { return };
+    /// does not count: its owner tries again. False where the claim could not be read.
+    fn judge(&mut self, entry: usize) -> bool {
+        let Some(content) = self.segments.lobby.entries[entry].read() else { return false };
         let incarnation = self.segments.engine.epoch().incarnation();
-        let status = match Role::from_number(content.role.into()) {
-            None => AttachStatus::BadRole,
-            Some(_) if content.incarnation != incarnation => AttachStatus::Stale,
+        let (status, state) = match Role::from_number(content.role.into()) {
+            None => (AttachStatus::BadRole, Entry::Over),
+            Some(_) if content.incarnation != incarnation => {
+                (AttachStatus::Stale, Entry::Outdated { nonce: content.nonce })
+            }
             Some(role) => {
                 let claim = Claim {
                     entry,
@@ -117,23 +130,15 @@ impl Service {
                     name: content.name.clone(),
                 };
                 match Connection::open(self.segments.name(), claim) {
-                    Ok(connection) => {
-                        self.connections[entry] = Some(connection);
-                        self.active |= 1 << entry;
-                        AttachStatus::Attached
-                    }
+                    Ok(connection) => (AttachStatus::Attached, Entry::Attached(connection)),
                     Err(error) => {
                         tracing::warn!(entry, client = %content.name, %error, "cannot open the client's channel");
-                        AttachStatus::BadChannel
+                        (AttachStatus::BadChannel, Entry::Over)
                     }
                 }
             }
         };
-        if status == AttachStatus::Stale {
-            self.outdated[entry] = Some(content.nonce);
-        } else {
-            self.judged[entry] = Some(content.nonce);
-        }
+        self.becomes(entry, state);
         if status == AttachStatus::Attached {
             let role = Role::from_number(content.role.into()).map_or("", Role::as_str);
             tracing::info!(entry, client = %content.name, role, pid = content.pid, "client attached");
@@ -148,6 +153,7 @@ impl Service {
         failpoint::here("attach.answer");
         self.segments.engine.attach[entry].answer(content.nonce, status);
         failpoint::here("attach.answered");
+        true
     }
 
     /// The client asked to leave: everything it had is freed, its entry waits for its life word.
@@ -175,17 +181,20 @@ impl Service {
         );
     }
 
+    /// Nobody listens to this entry's client any more, if it had one.
     fn disconnect(&mut self, entry: usize) -> Option<Connection> {
-        self.active &= !(1 << entry);
         self.pending.forget(entry);
-        self.connections[entry].take()
+        self.entries[entry].connection()?;
+        match self.becomes(entry, Entry::Over) {
+            Entry::Attached(connection) => Some(connection),
+            _ => None,
+        }
     }
 
     /// The owner of this entry is dead, or has given it up: everything is freed, in pieces, then the entry may be claimed
     /// again.
     pub(super) fn reclaim(&mut self, entry: usize) {
         self.hang_up(entry, "client died; its leases and reservations are freed");
-        (self.judged[entry], self.outdated[entry]) = (None, None);
         if failpoint::broken("reclaim before reset") {
             self.segments.lobby.life_words[entry].reset();
         }

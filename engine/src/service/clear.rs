@@ -62,9 +62,9 @@ impl Service {
                     return self.retire(namespace, dropped);
                 };
                 // A client that has left meanwhile, and whoever has its entry now, is not answered.
-                if self.connections[entry].as_ref().is_some_and(|connection| connection.ident == ident) {
+                if self.entries[entry].connection().is_some_and(|connection| connection.ident == ident) {
                     self.complete(entry, operation, Status::Ok, [dropped, 0, 0, 0]);
-                    if let Some(connection) = &mut self.connections[entry] {
+                    if let Some(connection) = self.entries[entry].connection_mut() {
                         connection.announce();
                     }
                 }

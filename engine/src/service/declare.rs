@@ -62,7 +62,7 @@ impl Service {
         namespace: u32,
         chunks: Records,
     ) -> Result<DeclareLease, Result<Done, OutOfArea>> {
-        let Some(connection) = &self.connections[entry] else { return Err(Ok(Done::Answered)) };
+        let Some(connection) = self.entries[entry].connection() else { return Err(Ok(Done::Answered)) };
         if connection.role != Role::Scheduler {
             return Err(Ok(refuse(Status::WrongRole)));
         }
@@ -96,7 +96,7 @@ impl Service {
             let before = request.lookup.found;
             // What is not the same is looked up twice.
             let piece = self.piece_of(2 * world).min((chunks.count - before) as usize);
-            let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
+            let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let records = &mut self.scratch.leases[..piece];
             let at = chunks.offset + before * LeaseRecord::WORDS as u32;
             connection.payload().read(at, bytemuck::cast_slice_mut(records))?;

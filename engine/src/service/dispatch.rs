@@ -103,7 +103,7 @@ impl Service {
             if self.cache.is_spent() {
                 break;
             }
-            let Some(connection) = &mut self.connections[entry] else { break };
+            let Some(connection) = self.entries[entry].connection_mut() else { break };
             if let Some(doing) = connection.doing.take() {
                 worked = true;
                 self.go_on(entry, doing);
@@ -124,7 +124,7 @@ impl Service {
                 }
                 continue;
             }
-            let Some(connection) = &mut self.connections[entry] else { break };
+            let Some(connection) = self.entries[entry].connection_mut() else { break };
             let body = match connection.pop() {
                 Ok(Some(body)) => body,
                 Ok(None) => break,
@@ -144,7 +144,7 @@ impl Service {
                 Err(malformed) => self.breach(entry, &malformed),
             }
         }
-        if worked && self.connections[entry].as_mut().is_some_and(|connection| connection.announce()) {
+        if worked && self.entries[entry].connection_mut().is_some_and(|connection| connection.announce()) {
             self.stat(Stat::Wakes, 1);
         }
         worked
@@ -161,7 +161,7 @@ impl Service {
             Request::Noop => Err(Ok(OK)),
             Request::Detach => {
                 self.complete(entry, operation, Status::Ok, [0; 4]);
-                if let Some(connection) = &mut self.connections[entry] {
+                if let Some(connection) = self.entries[entry].connection_mut() {
                     connection.announce();
                 }
                 self.leave(entry);
@@ -255,7 +255,7 @@ impl Service {
     }
 
     fn put_off(&mut self, entry: usize, doing: Doing) {
-        if let Some(connection) = &mut self.connections[entry] {
+        if let Some(connection) = self.entries[entry].connection_mut() {
             connection.doing = Some(doing);
         }
         failpoint::here("request.put off");
@@ -273,14 +273,14 @@ impl Service {
     /// Publishes a completion.
     #[inline]
     pub(super) fn complete(&mut self, entry: usize, operation: u16, status: Status, results: [u64; 4]) {
-        if let Some(connection) = &mut self.connections[entry] {
+        if let Some(connection) = self.entries[entry].connection_mut() {
             let ident = connection.ident;
             connection.push(&Completion { operation, ident, status, results });
         }
     }
 
     fn unregister(&mut self, entry: usize, namespace: u32) -> Done {
-        let forgot = self.connections[entry].as_mut().is_some_and(|c| c.forget_rank(namespace));
+        let forgot = self.entries[entry].connection_mut().is_some_and(|c| c.forget_rank(namespace));
         if forgot { OK } else { refuse(Status::UnknownNamespace) }
     }
 }

@@ -29,7 +29,7 @@ impl Service {
             (Stat::ArenaBytesUsed, cache.bytes_used),
             (Stat::SlabsFree, cache.slabs_free),
             (Stat::ClientsAwaited, u64::from(self.awaited.entries.count_ones())),
-            (Stat::ClientsLingering, self.lingering.iter().flatten().count() as u64),
+            (Stat::ClientsLingering, self.entries.iter().filter(|entry| entry.lingers()).count() as u64),
             (Stat::LongestTurnNs, self.longest_ns),
             (Stat::AllocationStalled, u64::from(self.allocator.is_stalled())),
         ] {

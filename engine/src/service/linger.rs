@@ -20,6 +20,7 @@
 //! between the two, or a reader of `/proc` that holds the address space for a moment; hence a grace on top.
 
 use super::Service;
+use super::entry::Entry;
 use super::parting::Then;
 use crate::cache::Leaving;
 use kvring_shm_abi::failpoint;
@@ -126,19 +127,19 @@ impl Service {
             return self.reclaim(entry);
         }
         self.hang_up(entry, "client died; its leases are freed");
-        self.begin_parting(entry, Leaving::Lingers, Then::Wait);
         tracing::warn!(
             entry,
             pid = owner.process.pid,
             told_by = until.as_str(),
             "devices may still write for a dead client: what it was writing is kept until its process is gone"
         );
-        self.lingering[entry] = Some(Lingering { since_ns, next_look_ns: 0, until });
+        let lingering = Lingering { since_ns, next_look_ns: 0, until };
+        self.begin_parting(entry, Leaving::Lingers, Then::Wait(lingering));
     }
 
     /// With each look around the lobby.
     pub(super) fn look_at_lingering(&mut self, entry: usize) {
-        let Some(lingering) = &mut self.lingering[entry] else { return };
+        let Entry::Lingering(lingering) = &mut self.entries[entry] else { return };
         let now = monotonic_ns();
         if now < lingering.next_look_ns {
             return;
@@ -148,7 +149,6 @@ impl Service {
         if lingering.until.is_over(now, || segments.holds_dma_lock(entry)) {
             let ms = now.saturating_sub(lingering.since_ns) / 1_000_000;
             tracing::info!(entry, ms, "the process of a dead client is gone; what it was writing is freed");
-            self.lingering[entry] = None;
             self.reclaim(entry);
         }
     }

@@ -38,7 +38,7 @@ impl Service {
         asked: AskedLookup,
     ) -> Result<LookupRequest, Result<Done, OutOfArea>> {
         let AskedLookup { entry, session, admission, namespace, keys, answer, .. } = asked;
-        let Some(connection) = &self.connections[entry] else { return Err(Ok(Done::Answered)) };
+        let Some(connection) = self.entries[entry].connection() else { return Err(Ok(Done::Answered)) };
         if connection.role != Role::Scheduler {
             return Err(Ok(refuse(Status::WrongRole)));
         }
@@ -72,7 +72,7 @@ impl Service {
                 return Ok(Done::More);
             }
             let piece = self.piece_of(world).min((all - request.lookup.found) as usize);
-            let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
+            let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let payload = connection.payload();
             let keys = &mut self.scratch.keys[..piece];
             let before = request.lookup.found;
@@ -114,7 +114,7 @@ impl Service {
             let [low, high] = self.segments.arena_id();
             let results = [u64::from(chunks), u64::from(answer), low, high];
             self.complete(entry, asked.operation, Status::Ok, results);
-            if let Some(connection) = &mut self.connections[entry] {
+            if let Some(connection) = self.entries[entry].connection_mut() {
                 connection.announce();
             }
             // The answer is on its way; what it promised is done before anything else can happen.

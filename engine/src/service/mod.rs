@@ -15,6 +15,7 @@ mod clear;
 mod connection;
 mod declare;
 mod dispatch;
+mod entry;
 mod gauges;
 mod linger;
 mod lookup;
@@ -32,6 +33,7 @@ use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
 use dispatch::Scratch;
+use entry::Entry;
 use kvring_shm_abi::engine_segment::EngineSegment;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
@@ -39,8 +41,6 @@ use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
 use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
-use linger::Lingering;
-use parting::Going;
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::sync::Arc;
@@ -124,16 +124,9 @@ pub(crate) struct Service {
     segments: Segments,
     cache: Cache<SharedSlots>,
     registry: Registry,
-    connections: Vec<Option<Connection>>,
-    /// Bit per entry that has a connection: what a turn looks at.
+    entries: Vec<Entry>,
+    /// A bit for each entry that is attached: what a turn looks at.
     active: u64,
-    /// The nonce by which an entry's claim was judged. Once for each life of its life word: what a client that was thrown
-    /// out may still write is known by that nonce, until the entry is reclaimed.
-    judged: [Option<u64>; CLIENTS_MAX],
-    /// The nonce of a claim that was meant for an earlier engine: its owner will publish another one.
-    outdated: [Option<u64>; CLIENTS_MAX],
-    /// Owners that are marked dead, and whose processes are waited for.
-    lingering: [Option<Lingering>; CLIENTS_MAX],
     /// This process, to be compared with what clients say of theirs.
     own: ProcessIdentity,
     awaited: Awaited,
@@ -147,8 +140,7 @@ pub(crate) struct Service {
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
     clearing: Option<Clearing>,
-    /// Clients that go, a bit per entry that has one, and the entry at which the next one is looked for.
-    partings: [Option<Going>; CLIENTS_MAX],
+    /// A bit for each entry that is parting, and the entry at which the next one is looked for.
     parting: u64,
     part_from: u32,
     /// The job in the background that went on last.
@@ -206,14 +198,13 @@ impl Service {
         let Parts { segments, cache, registry, allocator, tier, inherited, pace } = parts;
         let awaited =
             Awaited { entries: inherited.living, until_ns: u64::MAX, grace_ns: pace.reattach_grace_ns };
+        let outdated = |nonce: Option<u64>| nonce.map_or(Entry::Free, |nonce| Entry::Outdated { nonce });
+        let entries = inherited.nonces.into_iter().map(outdated).collect();
         Service {
             cache,
             registry,
-            connections: (0..CLIENTS_MAX).map(|_| None).collect(),
+            entries,
             active: 0,
-            judged: [None; CLIENTS_MAX],
-            outdated: inherited.nonces,
-            lingering: [const { None }; CLIENTS_MAX],
             own: ProcessIdentity::own(),
             awaited,
             watched: Vec::with_capacity(CLIENTS_MAX),
@@ -223,7 +214,6 @@ impl Service {
             tier,
             pending: PendingLookups::new(),
             clearing: None,
-            partings: [const { None }; CLIENTS_MAX],
             parting: 0,
             part_from: 0,
             job: 0,
@@ -448,7 +438,7 @@ impl Service {
         while left != 0 {
             let entry = left.trailing_zeros() as usize;
             left &= left - 1;
-            if self.connections[entry].as_ref().is_some_and(Connection::has_news) {
+            if self.entries[entry].connection().is_some_and(Connection::has_news) {
                 return true;
             }
         }

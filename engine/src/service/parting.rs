@@ -2,20 +2,21 @@
 //! that is over.
 
 use super::Service;
+use super::entry::Entry;
+use super::linger::Lingering;
 use crate::cache::{Leaving, Parting};
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 /// What follows a parting.
-#[derive(Clone, Copy)]
 pub(super) enum Then {
     /// The client is told.
     Answer { nonce: u64, status: AttachStatus },
     /// The entry is free.
     Free,
     /// Its process is waited for.
-    Wait,
+    Wait(Lingering),
 }
 
 /// A parting, and what follows.
@@ -24,24 +25,28 @@ pub(super) struct Going {
     then: Then,
 }
 
+impl Going {
+    /// Is it that of a client whose process will be waited for?
+    pub(super) fn lingers(&self) -> bool {
+        matches!(self.then, Then::Wait(_))
+    }
+}
+
 impl Service {
     /// From now on this entry has no connection, and is not looked at, until the parting is over.
     pub(super) fn begin_parting(&mut self, entry: usize, how: Leaving, then: Then) {
-        self.partings[entry] = Some(Going { parting: Parting::new(entry as u8, how), then });
-        self.parting |= 1 << entry;
+        self.becomes(entry, Entry::Parting(Going { parting: Parting::new(entry as u8, how), then }));
     }
 
     /// The next piece of somebody's parting: one goes on until it is over, then the next entry's that has one.
     pub(super) fn go_on_parting(&mut self) {
         let from = self.part_from;
         let entry = ((self.parting.rotate_right(from).trailing_zeros() + from) as usize) % CLIENTS_MAX;
-        let Some(Some(going)) = self.partings.get_mut(entry) else { return };
+        let Entry::Parting(going) = &mut self.entries[entry] else { return };
         if !self.cache.part(&mut going.parting) {
             return;
         }
-        let then = going.then;
-        self.partings[entry] = None;
-        self.parting &= !(1 << entry);
+        let Entry::Parting(Going { then, .. }) = self.becomes(entry, Entry::Over) else { return };
         self.part_from = (entry as u32 + 1) % CLIENTS_MAX as u32;
         match then {
             Then::Answer { nonce, status } => {
@@ -49,8 +54,14 @@ impl Service {
                 self.stat(if left { Stat::Detaches } else { Stat::Breaches }, 1);
                 self.segments.engine.attach[entry].answer(nonce, status);
             }
-            Then::Free => self.reclaimed(entry),
-            Then::Wait => self.no_longer_awaited(entry),
+            Then::Free => {
+                self.becomes(entry, Entry::Free);
+                self.reclaimed(entry);
+            }
+            Then::Wait(lingering) => {
+                self.becomes(entry, Entry::Lingering(lingering));
+                self.no_longer_awaited(entry);
+            }
         }
         // Its word may have changed meanwhile.
         self.look_again();

@@ -2,6 +2,7 @@
 //! layout; keys never match across namespaces, because a namespace's id is part of every chunk's name.
 
 use super::Service;
+use super::entry::Entry;
 use crate::cache::RegisterError;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
@@ -137,7 +138,7 @@ impl Service {
         entry: usize,
         record: u32,
     ) -> Result<(Status, [u64; 4]), kvring_shm_abi::payload::OutOfArea> {
-        let Some(connection) = &self.connections[entry] else { return Ok((Status::Ok, [0; 4])) };
+        let Some(connection) = self.entries[entry].connection() else { return Ok((Status::Ok, [0; 4])) };
         if connection.role != Role::Worker {
             return Ok((Status::WrongRole, [0; 4]));
         }
@@ -213,7 +214,7 @@ impl Service {
             }
         }
         self.cache.use_namespace(id as u32);
-        if let Some(connection) = &mut self.connections[entry] {
+        if let Some(connection) = self.entries[entry].connection_mut() {
             connection.set_rank(id, registration.rank);
         }
         self.make_room();
@@ -222,7 +223,7 @@ impl Service {
     }
 
     fn is_used(&self, namespace: usize) -> bool {
-        self.connections.iter().flatten().any(|connection| connection.uses(namespace))
+        self.entries.iter().filter_map(Entry::connection).any(|connection| connection.uses(namespace))
     }
 
     /// Gives a rank its shard size. Where there are too many, those of namespaces go that nobody uses and that hold nothing.

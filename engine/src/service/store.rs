@@ -63,7 +63,7 @@ impl Service {
         entry: usize,
         message: ReserveMessage,
     ) -> Result<ReserveRequest, Result<Done, OutOfArea>> {
-        let Some(connection) = &self.connections[entry] else { return Err(Ok(Done::Answered)) };
+        let Some(connection) = self.entries[entry].connection() else { return Err(Ok(Done::Answered)) };
         if connection.role != Role::Worker {
             return Err(Ok(refuse(Status::WrongRole)));
         }
@@ -94,7 +94,7 @@ impl Service {
             if self.cache.is_spent() {
                 return Ok(Done::More);
             }
-            let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
+            let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let piece = PIECE.min((message.keys.count - request.done) as usize);
             let keys = &mut self.scratch.keys[..piece];
             let at = message.keys.offset + request.done * KEY_WORDS as u32;
@@ -165,7 +165,7 @@ impl Service {
         answer: u32,
         how: Finish,
     ) -> Result<FinishSlots, Result<Done, OutOfArea>> {
-        let Some(connection) = &self.connections[entry] else { return Err(Ok(Done::Answered)) };
+        let Some(connection) = self.entries[entry].connection() else { return Err(Ok(Done::Answered)) };
         if connection.role != Role::Worker {
             return Err(Ok(refuse(Status::WrongRole)));
         }
@@ -186,7 +186,7 @@ impl Service {
         let FinishSlots { how, slots, answer, .. } = *request;
         let before = (request.done, request.gone);
         while request.at < slots.count && !self.cache.is_spent() {
-            let Some(connection) = &self.connections[entry] else { return Ok(Done::Answered) };
+            let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let piece = PIECE.min((slots.count - request.at) as usize);
             let records = &mut self.scratch.slots[..piece];
             let at = slots.offset + request.at * SlotRecord::WORDS as u32;
@@ -221,7 +221,7 @@ impl Service {
     /// Any worker may say it of a shard that it reads itself. One that lies costs its own namespace a chunk, which any
     /// client of that could also have replaced.
     pub(super) fn invalidate(&mut self, entry: usize, slot: u32, generation: u64, key: Key) -> Done {
-        let Some(connection) = &self.connections[entry] else { return Done::Answered };
+        let Some(connection) = self.entries[entry].connection() else { return Done::Answered };
         if connection.role != Role::Worker {
             return refuse(Status::WrongRole);
         }
