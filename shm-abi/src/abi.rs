@@ -1,13 +1,13 @@
-//! What two processes must agree on, written down by the code that defines it.
+//! What two processes must agree on, described by the code that defines it.
 //!
-//! Everything that has a place or a number in shared memory is defined inside [`abi!`], once: records with their fields,
-//! enums with their numbers, constants. What the macro makes of an item is the item, and its description; the descriptions of a
-//! module are its `ABI`, and [`LAYOUT_HASH`](crate::superblock::LAYOUT_HASH) is a hash of them all. None can be forgotten: what is
-//! looked at in a mapping must be [`Shared`](crate::mapping::Shared), what travels through a payload area a
-//! [`Record`](crate::message::Record), both must be [`Described`], only the macro makes them so; and an `ABI` that the hash leaves
-//! out is dead code, which is an error here.
+//! Everything that has a place or a number in shared memory is defined inside [`abi!`](crate::abi!), once: records with their
+//! fields, enums with their numbers, constants. The macro makes two things of an item: the item itself, and a description of it. A
+//! module's descriptions are its `ABI`, and [`LAYOUT_HASH`](crate::superblock::LAYOUT_HASH) is a hash of those of all modules.
+//! No description can be forgotten: a type that is looked at in a mapping must be [`Shared`](crate::mapping::Shared), one that
+//! travels through a payload area a [`Record`](crate::message::Record); both must be [`Described`], which only the macro
+//! implements; and an `ABI` that the hash leaves out is dead code, which is an error here.
 //!
-//! `tests/abi.txt` has the whole description in words, so that whoever changes it sees that, and reviewers do.
+//! `tests/abi.txt` has all descriptions in words, so that authors and reviewers see what a change does to them.
 
 /// One type as it lies in memory.
 #[derive(Clone, Copy, Debug)]
@@ -16,7 +16,7 @@ pub struct Type {
     pub name: &'static str,
     /// Bytes.
     pub size: usize,
-    /// Of its address.
+    /// The alignment of its address, in bytes.
     pub align: usize,
     /// What it is made of.
     pub of: Of,
@@ -27,7 +27,7 @@ pub struct Type {
 pub enum Of {
     /// A number, or bytes that nobody looks at.
     Itself,
-    /// So many of another type.
+    /// So many of another type: an array, or a newtype, which has one.
     Many(&'static Type, usize),
     /// Fields.
     Fields(&'static [Field]),
@@ -46,7 +46,7 @@ pub struct Field {
     pub of: &'static Type,
 }
 
-/// A message: what it is about, its number, and its arguments in the order in which they are packed.
+/// A message: its name, its number, and its arguments in the order in which they are packed.
 #[derive(Clone, Copy, Debug)]
 pub struct Message {
     /// Its name.
@@ -68,9 +68,9 @@ pub enum Item {
     Messages(&'static [Message]),
 }
 
-/// A type of which is known how it lies in memory.
+/// A type with a description of how it lies in memory.
 pub trait Described {
-    /// How.
+    /// The description.
     const TYPE: &'static Type;
 }
 
@@ -94,7 +94,7 @@ impl<T: Described, const N: usize> Described for [T; N] {
 }
 
 impl Type {
-    /// One without parts.
+    /// Describes a type without parts.
     #[must_use]
     pub const fn itself<T>(name: &'static str) -> Type {
         Type { name, size: size_of::<T>(), align: align_of::<T>(), of: Of::Itself }
@@ -103,7 +103,7 @@ impl Type {
 
 /// Defines records, enums and constants that are in shared memory, and `ABI`, which describes them.
 ///
-/// An enum is written with the type of its numbers, `enum Role: u32`; `from_number` finds the one that a number names.
+/// An enum is written with the type of its numbers, `enum Role: u32`; its `from_number` finds the variant with a number.
 #[macro_export]
 macro_rules! abi {
     (@next [$($known:tt)*]) => {
@@ -126,7 +126,7 @@ macro_rules! abi {
         $vis enum $name { $($(#[$of])* $variant = $number,)+ }
 
         impl $name {
-            /// The one that this number names; `None` for a number that names none.
+            /// The variant with this number, if there is one.
             #[must_use]
             #[inline]
             $vis const fn from_number(number: u64) -> Option<$name> {
@@ -259,7 +259,7 @@ impl Hash {
         hash
     }
 
-    /// What a module defines.
+    /// Adds what a module defines.
     pub(crate) const fn module(self, name: &str, items: &[Item]) -> Hash {
         let (mut hash, mut at) = (self.text(name), 0);
         while at < items.len() {
@@ -345,7 +345,7 @@ mod tests {
             hash_of! { const DEPTH: usize = 256; },
             hash_of! { struct Word(AtomicU64); },
             hash_of! { struct Word(AtomicU32); },
-            // Far inside.
+            // A change inside a type that another one contains.
             hash_of! {
                 #[repr(C)] struct Inner { one: AtomicU32, other: AtomicU32, }
                 #[repr(C)] struct Outer { all: [Inner; 2], }
@@ -373,7 +373,7 @@ mod tests {
         for arguments in ARGUMENTS {
             for opcode in [1, 2] {
                 let messages: &[Message] = &[Message { name: "Release", opcode, arguments }];
-                // Leaked: a description is of static things.
+                // Leaked, because descriptions are `'static`.
                 let items = [Item::Messages(Vec::leak(messages.to_vec()))];
                 hashes.push(Hash::new().module("m", &items).0);
             }

@@ -15,8 +15,8 @@ pub struct BadByteSize(pub String);
 /// Units of 1024, largest first, in the form that is printed.
 const BINARY: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
 
-/// Everything that is understood, in lower case. A bare letter means the binary unit, as for docker and the JVM;
-/// `MB` and its like are what SI says they are.
+/// All units that are understood, in lower case. A bare letter means the binary unit, as for docker and the JVM;
+/// `MB` and the like are SI's decimal units.
 const UNITS: [(&str, u64); 14] = [
     ("", 1),
     ("b", 1),
@@ -64,7 +64,8 @@ impl FromStr for ByteSize {
         let unit = unit.trim().to_ascii_lowercase();
         let (_, scale) = UNITS.iter().find(|(name, _)| *name == unit).ok_or_else(bad)?;
         let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-        // Twelve decimals of a TiB are a byte: more says nothing, and keeps the arithmetic inside 128 bits.
+        // Twelve decimals of a TiB are a byte, so more would mean nothing; and with this limit the arithmetic fits into 128
+        // bits.
         if whole.is_empty() || fraction.is_empty() || fraction.len() > 12 {
             return Err(bad());
         }

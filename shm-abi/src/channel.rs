@@ -1,7 +1,8 @@
 //! `kvring.<name>.client.<n>.<nonce>`: one client's submission ring, completion ring and payload area.
 //!
-//! Created by the client for one attachment, unlinked by it, or by the engine after its death. The rings are prepared
-//! before the superblock's magic is written, so whoever can open a channel can read it.
+//! A client creates it for one attachment, and unlinks its name as soon as both sides have mapped it; if the client dies before
+//! that, the engine does. The rings are prepared before the superblock's magic is written, so an engine that can open a channel
+//! can read it.
 
 use crate::abi;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
@@ -15,13 +16,13 @@ use std::sync::Arc;
 abi! {
     const HEADER_AT: usize = SUPERBLOCK_BYTES;
 
-    /// Where the submission ring is.
+    /// Offset of the submission ring.
     pub const SUBMISSIONS_AT: usize = 1024;
 
-    /// Where the completion ring is.
+    /// Offset of the completion ring.
     pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
 
-    /// Where the payload area is.
+    /// Offset of the payload area.
     pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
 
     /// The smallest payload area, in words.
@@ -43,7 +44,7 @@ abi! {
 
 /// The usual payload area, in bytes.
 pub const PAYLOAD_BYTES_USUAL: usize = 4 << 20;
-/// Bytes of a channel with that.
+/// Bytes of a channel with the usual payload area.
 pub const CHANNEL_BYTES_USUAL: usize = PAYLOAD_AT + PAYLOAD_BYTES_USUAL;
 
 // SAFETY: atomics and padding.
@@ -53,16 +54,16 @@ const _: () = assert!(HEADER_AT + size_of::<Header>() <= SUBMISSIONS_AT);
 /// Why a channel could not be made or opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
-    /// The segment.
+    /// Its segment could not be created, opened or mapped.
     #[error(transparent)]
     Segment(#[from] SegmentError),
-    /// Its superblock.
+    /// Its superblock is not that of a client's channel of this build.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
-    /// Its length.
+    /// Its segment is too short.
     #[error(transparent)]
     Bounds(#[from] OutOfBounds),
-    /// Its header names something else than the lobby's entry.
+    /// Its header differs from the client's entry in the lobby.
     #[error("channel {name}: expected {what} {expected}, found {found}")]
     Header {
         /// The channel.
@@ -110,7 +111,7 @@ fn bytes(payload_words: u32) -> Result<usize, ChannelError> {
 }
 
 impl Channel {
-    /// Client: a fresh channel, complete before anybody can open it.
+    /// Client: creates a channel, which is complete before anybody can open it.
     pub fn create(
         name: &EngineName,
         entry: usize,
@@ -140,7 +141,7 @@ impl Channel {
         Ok(channel)
     }
 
-    /// Engine: the channel that the entry names, checked.
+    /// Engine: opens and checks the channel that an entry names.
     pub fn open(
         name: &EngineName,
         entry: usize,
@@ -150,9 +151,9 @@ impl Channel {
         let bytes = bytes(payload_words)?;
         let file = name.client(entry, nonce);
         let mapping = Arc::new(segment::open_shared(&file, bytes)?);
-        // Not touched before this is known: a client that only truncated its channel has left holes, and touching one while
-        // /dev/shm is full is a SIGBUS. They are not filled here: that memory would be the engine's, for every channel that
-        // a client makes and leaves.
+        // The engine touches no page before it knows that all have memory: a client that only truncated its channel has left
+        // holes, and touching one while /dev/shm is full is a SIGBUS. The engine does not fill them, because that memory would
+        // count as its own, for every channel that a client makes and leaves.
         let held = SegmentFile::open(&file, Access::ReadWrite)?.allocated_bytes()?;
         if held < bytes as u64 {
             return Err(ChannelError::Sparse { name: file, expected: bytes as u64, found: held });
@@ -182,7 +183,7 @@ impl Channel {
         })
     }
 
-    /// The client's parked flag: set while one of its threads sleeps for a completion.
+    /// The word that the client's threads sleep on while they wait for completions, see [`crate::park`].
     #[must_use]
     #[inline]
     pub fn client_parked(&self) -> &AtomicU32 {

@@ -1,31 +1,32 @@
-//! Claims on life words, whatever the kernel has for telling of a death.
+//! Claims on life words, by either of two ways in which others learn of a death.
 //!
-//! *With robust lists* the kernel marks a word at its owner's death (`life`). *Without* them (gVisor, seccomp: `probe`)
-//! a **file lock** stands in: whoever claims a word also holds a lock on one byte of the segment's file, at the word's own
-//! place, which ends with the process; and the word says so, with a bit that no TID has. So everybody knows which of the
-//! two tells of this life, and a process with robust lists gets on with a peer without, in either direction.
+//! *With robust lists* the kernel marks a word when its owner dies (`life`). *Without* them (gVisor, seccomp: `probe`)
+//! a **file lock** stands in: the owner of a word also holds a lock on one byte of the segment's file, at the word's own
+//! offset, which ends with the process. Such a word says so, with a bit that no TID has. So everybody can see which of the
+//! two tells of this owner's death, and processes with robust lists and processes without them can share an engine.
 //!
-//! Nobody is woken by a lock that ends. Others look at it now and then ([`Locks`]) and **mark the word themselves**, as
-//! the kernel would have done; from there on everything is as usual. The engine looks at its clients' locks; a client
-//! cannot write into the engine's segment, so its keeper looks and tells its own process; a start looks at what a
-//! predecessor left.
+//! Nobody is woken when a lock ends. Other processes look at it now and then ([`Locks`]) and **mark the word themselves**, as
+//! the kernel would have done; from then on everything is as usual. The engine looks at its clients' locks, and at its start
+//! at those of a predecessor. A client cannot write into the engine's segment: its keeper looks at the engine's lock, and tells
+//! its own process.
 //!
-//! **The order makes it safe.** Lock, then word; at the end the word is marked, then the lock let go. So a word that was
-//! read as locked-alive *before* its lock was found free belongs to somebody who is dead, or has marked it himself since;
-//! the mark is a compare-and-exchange from that very value. A lock that cannot be asked about says nothing: alive.
+//! **The order makes it safe.** An owner takes the lock, then claims the word; at the end it marks the word, then unlocks. So if
+//! a word was read as alive *before* its lock was found free, its owner is dead, or has marked it itself since; and the
+//! mark is a compare-and-exchange from the value that was read. Where the kernel does not answer about a lock, its owner counts
+//! as alive.
 //!
-//! **What a free lock proves.** Locks end when the last descriptor of their open file is closed, and at a process's end
-//! that is when its last thread gives up the descriptor table (`exit_files`), which every thread does *after* it has left
-//! its address space (`exit_mm`). So none of them will ever touch the arena again, and the slots that it was writing may
-//! be freed at the mark: that is more than a robust word says, which is marked while sibling threads still run out.
-//! It does not prove that *nothing* is left: descriptors are closed one after the other, and a device may still write
-//! through memory that was registered with it. What a client for which devices write was writing waits until its process is
-//! gone for good, with either notice (`lobby`, and the engine's `linger`). (A thread with a descriptor table of its own, by
-//! `unshare`, is not covered; nothing here makes one.)
+//! **What a free lock proves.** A lock ends when the last descriptor of its open file is closed. When a process ends, its last
+//! thread does that with the descriptor table (`exit_files`), which every thread gives up *after* it has left its address space
+//! (`exit_mm`). So none of its threads will ever touch the arena again, and the slots that the process was writing may be freed
+//! at the mark. A robust word proves less: it is marked while other threads of the process still run.
+//! But a free lock does not prove that *nothing* writes: descriptors are closed one after the other, and a device may still
+//! write through memory that was registered with it. Where devices write for a client, the slots that it was writing wait until
+//! its process is gone for good, with either kind of notice (`lobby`, and the engine's `linger`). (A thread with a descriptor
+//! table of its own, by `unshare`, is not covered; nothing here makes one.)
 //!
-//! **What it costs.** A death is noticed when somebody looks, and only after the address space has been torn down: some
-//! 18 ms per GiB that the process had touched, and a core dump first. The end of the one thread that holds the claims is
-//! not noticed as long as its process lives; but such a thread drops them, also by a panic. Where there are neither
+//! **What it costs.** A death is noticed only when somebody looks, and only after the address space has been torn down: some
+//! 18 ms per GiB that the process had touched, and a core dump first. If the one thread that holds the claims ends, nobody
+//! notices while its process lives; but such a thread drops its claims, also when it panics. Where the kernel has neither
 //! robust lists nor such locks, registering is an error.
 
 use crate::failpoint;
@@ -49,11 +50,11 @@ enum By {
 }
 
 impl Claims {
-    /// No claims yet; made by the thread that will hold them. `open` opens the segment that the words lie in (they begin
-    /// at `words_at`), for this alone: it is called only where a file lock must stand in.
+    /// Prepares the calling thread to hold claims; it has none yet. The words begin at offset `words_at` of their segment.
+    /// `open` opens that segment as a file of its own; it is called only where a file lock must stand in.
     ///
     /// # Errors
-    /// There are neither robust lists nor file locks; or `open`'s.
+    /// There are neither robust lists nor file locks, or `open` failed.
     pub fn register(
         words: View<LifeWord>,
         words_at: usize,
@@ -84,8 +85,8 @@ impl Claims {
         }
     }
 
-    /// Claims a word that nobody has, or whose owner is marked dead, in one step: see [`RobustList::take_over`]. The dead
-    /// whom a file lock would have told of must have been marked: [`Locks::mark_dead`].
+    /// Claims a word that is unclaimed, or whose owner is marked dead, in one step: see [`RobustList::take_over`]. The caller
+    /// has called [`Locks::mark_dead`] before, because a death that only a file lock tells leaves no mark.
     pub fn take_over(&mut self, index: usize) -> Result<(), ClaimError> {
         match &mut self.0 {
             By::Robust(list) => list.take_over(index),
@@ -93,7 +94,7 @@ impl Claims {
         }
     }
 
-    /// Is the word still as it was claimed? Peers can write there.
+    /// Does the word still hold our claim? Peers can overwrite it.
     #[must_use]
     pub fn holds(&self, index: usize) -> bool {
         match &self.0 {
@@ -111,19 +112,19 @@ impl Claims {
     }
 }
 
-/// Claims that a file lock goes with.
+/// Claims that are held together with a file lock.
 struct LockedClaims {
     words: View<LifeWord>,
     words_at: usize,
     held: Box<[bool]>,
-    /// What our words hold.
+    /// The value in our words.
     value: u32,
     file: LockFile,
 }
 
 impl LockedClaims {
     fn new(words: View<LifeWord>, words_at: usize, file: SegmentFile) -> Result<LockedClaims, SegmentError> {
-        // Asked for nothing: does this kernel know such locks at all?
+        // The answer does not matter: this only shows whether the kernel knows such locks.
         file.is_byte_locked(lock_at(words_at, 0)).map_err(|errno| SegmentError::Os {
             name: file.name().to_owned(),
             what: "fcntl(F_OFD_GETLK), which must stand in for robust lists here",
@@ -160,7 +161,7 @@ impl LockedClaims {
         Ok((raw, LifeWord::interpret(raw)))
     }
 
-    /// The lock first: a word that says that there is one, without one, is a dead owner's.
+    /// Takes the lock first: a word that says that it has a lock, while nobody holds it, is a dead owner's.
     fn claim_from(&mut self, index: usize, now: u32) -> Result<(), ClaimError> {
         let at = lock_at(self.words_at, index);
         if !failpoint::broken("life lock") && !self.file.file().try_lock_byte(at).map_err(ClaimError::Lock)? {
@@ -183,13 +184,14 @@ impl LockedClaims {
             return;
         }
         self.held[index] = false;
-        // Only what is still ours, as with a robust list. Before the lock: nobody ever has to find it free.
+        // Marks the word only if it is still ours, as a robust list does. It is marked before it is unlocked, so no other
+        // process has to find the lock free first.
         self.words[index].mark_dead(self.value);
         self.unlock(index);
     }
 
     fn unlock(&self, index: usize) {
-        // It cannot fail for a lock that was taken; were it to, closing the file would do the same.
+        // Unlocking a lock that was taken cannot fail; if it did, closing the file would end the lock.
         let _ = self.file.file().unlock_byte(lock_at(self.words_at, index));
     }
 }
@@ -202,7 +204,7 @@ impl Drop for LockedClaims {
     }
 }
 
-/// The locks behind a table of life words, as everybody sees them but the open file that holds them.
+/// The locks of a table of life words, as every open file sees them but the one that holds them.
 #[derive(Clone, Copy)]
 pub struct Locks<'a> {
     file: &'a SegmentFile,
@@ -210,14 +212,14 @@ pub struct Locks<'a> {
 }
 
 impl<'a> Locks<'a> {
-    /// Of the words that begin at `words_at` in this segment.
+    /// The locks of the words that begin at `words_at` in this segment.
     #[must_use]
     pub fn of(file: &'a SegmentFile, words_at: usize) -> Locks<'a> {
         Locks { file, words_at }
     }
 
-    /// Is the owner dead whose word held `raw` a moment ago? Only a file lock is asked (half a microsecond): a word that
-    /// the kernel marks says all there is to say by itself.
+    /// Is the owner dead whose word held `raw` a moment ago, although the word is not marked? The kernel is asked (half a
+    /// microsecond) only about words whose owner's death a file lock tells.
     #[must_use]
     pub fn owner_is_dead(&self, index: usize, raw: u32) -> bool {
         let by_lock = matches!(LifeWord::interpret(raw), Life::Alive { notice: DeathNotice::FileLock, .. });
@@ -226,15 +228,15 @@ impl<'a> Locks<'a> {
             && matches!(self.file.is_byte_locked(lock_at(self.words_at, index)), Ok(false))
     }
 
-    /// What the word says, and where a file lock knows better, that.
+    /// What the word says, or `Dead` if the word is not marked yet and its file lock is free.
     #[must_use]
     pub fn life(&self, words: &View<LifeWord>, index: usize) -> Life {
         let Some(raw) = words.get(index).map(LifeWord::raw) else { return Life::Unclaimed };
         if self.owner_is_dead(index, raw) { Life::Dead } else { LifeWord::interpret(raw) }
     }
 
-    /// Marks the dead among those whose deaths a file lock tells, as the kernel would have done, and wakes who sleeps on
-    /// their words. Returns how many there were. Right for everybody who can write the words.
+    /// Marks the words of dead owners whose death a file lock tells, as the kernel would have done, and wakes the sleepers on
+    /// them. Returns how many it has marked. Every process that can write the words may call it.
     pub fn mark_dead(&self, words: &View<LifeWord>) -> usize {
         let marked = words.iter().enumerate().filter(|(index, word)| {
             let raw = word.raw();
@@ -286,12 +288,12 @@ mod tests {
         }
     }
 
-    /// As a death: the descriptor is closed, and nothing else happens.
+    /// Does what a death does: closes the descriptor, and nothing else.
     fn die(claims: Claims) {
         let By::Lock(locked) = claims.0 else { unreachable!("made with a lock") };
         let locked = core::mem::ManuallyDrop::new(locked);
-        // SAFETY: what it is read from is never used or dropped again. By its own drop: a descriptor that was closed behind
-        // its back would be closed once more in the next child, where another file may have its number.
+        // SAFETY: the value that this is read from is never used or dropped again. `LockFile`'s own drop closes the descriptor:
+        // closed behind its back, it would be closed once more in the next child, where another file may have its number.
         drop(unsafe { core::ptr::read(&raw const locked.file) });
     }
 
@@ -360,7 +362,7 @@ mod tests {
     #[test]
     fn a_lock_that_somebody_holds_keeps_others_from_the_word_even_where_it_says_unclaimed() {
         let table = table("between");
-        // Between its lock and its word.
+        // Another process has taken the lock and not yet claimed the word.
         let other = table.file.reopen().unwrap();
         assert!(other.try_lock_byte(lock_at(AT, 3)).unwrap());
         let mut claims = table.locked();

@@ -1,9 +1,9 @@
 //! `kvring.<name>.engine`: written by the engine's service thread alone, mapped read-only by clients.
 //!
-//! Superblock, epoch, what the engine says of itself, statistics, its life words (one per client entry, because the
-//! kernel wakes one sleeper per word; and the *owner* word, by which one engine excludes another), the answers to
-//! attachments, namespaces, slab table, slot table. The slot table is sparse: ids follow from the slab's place, and
-//! memory is allocated when a slab gets its size class.
+//! It has the superblock, the epoch, what the engine says of itself, statistics, the engine's life words (one per client entry,
+//! because the kernel wakes only one sleeper per word; and the *owner* word, by which one engine excludes another), the answers
+//! to attachments, namespaces, slab table and slot table. The slot table is sparse: a slot's id follows from the place of its
+//! slab, and memory for headers is allocated when a slab gets its class.
 
 use crate::abi;
 use crate::epoch::Epoch;
@@ -18,10 +18,10 @@ use crate::{futex, slot};
 use std::sync::Arc;
 
 abi! {
-    /// Namespaces that an engine can hold.
+    /// The most namespaces that an engine can have.
     pub const NAMESPACES_MAX: usize = 64;
 
-    /// Ranks that a namespace can have.
+    /// The most ranks that a namespace can have.
     pub const RANKS_MAX: usize = 64;
 
     /// The life word by which an engine owns its segments; the others belong to the client entries of the same index.
@@ -39,19 +39,19 @@ abi! {
     /// Words of the statistics block.
     pub const STATS_WORDS: usize = 256;
 
-    /// Where the life words are.
+    /// Offset of the life words.
     pub const LIFE_WORDS_AT: usize = 4096;
 
-    /// Where the answers to attachments are.
+    /// Offset of the answers to attachments.
     pub const ATTACH_AT: usize = 12288;
 
-    /// Where the namespaces are.
+    /// Offset of the namespaces.
     pub const NAMESPACES_AT: usize = 16384;
 
-    /// Where the slab table is; the slot table follows on the next page.
+    /// Offset of the slab table; the slot table follows on the next page.
     pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
 
-    /// Where the slot table of a certain geometry is, and where the segment ends: stands for how [`Places`] rounds.
+    /// Offset of the slot table and length of the segment for an example, so that the layout hash covers how [`Places`] rounds.
     const SLOTS_AT_EXAMPLE: u64 = EXAMPLE.slots_at;
     const BYTES_EXAMPLE: u64 = EXAMPLE.bytes;
 
@@ -60,22 +60,23 @@ abi! {
     pub struct EngineInfo {
         /// Process id, in the engine's PID namespace.
         pub pid: AtomicU32,
-        /// How often the beat moves at least, in microseconds.
+        /// The beat moves at least once in this time, in microseconds.
         pub beat_interval_us: AtomicU32,
-        /// Nanoseconds since the Unix epoch at its start.
+        /// When it started, in nanoseconds since the Unix epoch.
         pub started_unix_ns: AtomicU64,
         /// Slabs that are allocated so far.
         pub slabs_allocated: AtomicU32,
-        /// 0 healthy; else the self-check that failed, as `engine` numbers them.
+        /// 0 while it is healthy; else the number of the self-check that failed, as the engine numbers them.
         pub unhealthy: AtomicU32,
         /// Eviction policy: zero-padded name.
         pub policy: [AtomicU64; 2],
-        /// Recoveries that were begun since one was last completed: of what makes each engine fail, the third starts cold.
+        /// Recoveries that have begun since one was last completed. After two the next engine starts cold: what it would
+        /// recover may be what made them fail.
         pub recoveries: AtomicU32,
-        /// What it uses in place of what its kernel lacks: [`Means::to_bits`](crate::probe::Means::to_bits).
+        /// The engine's [`Means::to_bits`](crate::probe::Means::to_bits).
         pub stand_ins: AtomicU32,
-        /// 1: it has ended because it was asked to, and left everything for a successor. Else an end that leaves something is a
-        /// death.
+        /// 1: the engine has ended because it was asked to, and has left its segments for a successor. An engine that has ended
+        /// and left a 0 here has died.
         pub stopped: AtomicU32,
         _pad: Pad<12>,
     }
@@ -106,10 +107,10 @@ abi! {
     /// The engine's answer to the client in one entry.
     #[repr(C, align(64))]
     pub struct AttachRecord {
-        /// Counts answers; a client sleeps on it.
+        /// Counts answers; the client sleeps on it.
         answers: AtomicU32,
         _pad0: Pad<4>,
-        /// Which attachment is answered, and how, in one: its nonce without the low byte, and the status in that.
+        /// The attachment that is answered and its status, in one word: the nonce, with the status in place of its low byte.
         answer: AtomicU64,
         _pad: Pad<48>,
     }
@@ -137,10 +138,10 @@ abi! {
 
     const NAMESPACE_READY: u32 = 1;
 
-    /// One slab's place in a size class: what a recovery reads first. Slot headers say the rest.
+    /// The class and the span of one slab. A recovery reads these records first; the slots' headers say the rest.
     #[repr(C, align(16))]
     pub struct SlabRecord {
-        /// Bytes of each slot, 0 while the slab has no class (or is the tail of a span).
+        /// Bytes of each slot; 0 while the slab has no class, and in all slabs of a span but the first.
         class_bytes: AtomicU64,
         /// Slabs in the span that starts here.
         span: AtomicU32,
@@ -175,7 +176,7 @@ impl StatWord {
         self.0.store(value, Ordering::Relaxed);
     }
 
-    /// Adds to it (service thread: the only writer, so load and store suffice).
+    /// Adds to it (service thread, the only writer, so a load and a store suffice).
     pub fn add(&self, value: u64) {
         self.set(self.get().wrapping_add(value));
     }
@@ -206,12 +207,12 @@ impl AttachRecord {
     pub fn answer(&self, nonce: u64, status: AttachStatus) {
         // SYNC POINT: Release; pairs with the Acquire in `read`.
         self.answer.store(nonce & !STATUS_MASK | u64::from(status as u32), Ordering::Release);
-        // SYNC POINT: Release; pairs with the Acquire in `word`: who sees the count sees the answer.
+        // SYNC POINT: Release; pairs with the Acquire in `word`: a client that sees the count sees the answer.
         self.answers.store(self.answers.load(Ordering::Relaxed).wrapping_add(1), Ordering::Release);
         futex::wake_all(&self.answers);
     }
 
-    /// Client: the answer to this nonce, if it is the one that stands.
+    /// Client: the answer to the attachment with this nonce; [`AttachStatus::None`] while the answer here is another's.
     #[must_use]
     pub fn read(&self, nonce: u64) -> AttachStatus {
         // SYNC POINT: Acquire; pairs with the Release in `answer`.
@@ -222,7 +223,7 @@ impl AttachRecord {
         AttachStatus::from_number(answer & STATUS_MASK).unwrap_or(AttachStatus::None)
     }
 
-    /// For a sleep: the word and its value. Take it before `read`.
+    /// For a sleep: the word and its value. A client takes them before it calls `read`, or it could miss an answer.
     #[must_use]
     pub fn word(&self) -> (&AtomicU32, u32) {
         (&self.answers, self.answers.load(Ordering::Acquire))
@@ -236,13 +237,13 @@ const _: () = assert!(size_of::<Namespace>() == 1216 && size_of::<Namespace>().i
 /// A namespace as a reader sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceInfo {
-    /// Names it.
+    /// Its fingerprint.
     pub fingerprint: [u64; 4],
     /// Number of ranks.
     pub world: u32,
     /// Tokens per chunk.
     pub chunk_tokens: u32,
-    /// Which ranks have registered, a bit each.
+    /// The ranks that have registered, one bit each.
     pub ranks: u64,
     /// For people.
     pub model: String,
@@ -253,7 +254,7 @@ pub struct NamespaceInfo {
 }
 
 impl Namespace {
-    /// Engine: a new namespace, without ranks.
+    /// Engine: begins a new namespace, without ranks.
     pub fn begin(&self, registration: &Registration) {
         for (to, from) in self.fingerprint.iter().zip(registration.fingerprint) {
             to.store(from, Ordering::Relaxed);
@@ -267,7 +268,7 @@ impl Namespace {
         self.state.store(NAMESPACE_READY, Ordering::Release);
     }
 
-    /// Engine: a rank registered.
+    /// Engine: enters a rank that has registered.
     pub fn set_rank(&self, rank: usize, layout: u64, shard_bytes: u64) {
         self.layout[rank].store(layout, Ordering::Relaxed);
         self.shard_bytes[rank].store(shard_bytes, Ordering::Relaxed);
@@ -276,7 +277,7 @@ impl Namespace {
         self.ranks.store(ranks, Ordering::Release);
     }
 
-    /// Engine: the entry may be used for another namespace.
+    /// Engine: ends the namespace. The record may be used for another one.
     pub fn end(&self) {
         self.state.store(NAMESPACE_FREE, Ordering::Release);
     }
@@ -316,7 +317,7 @@ impl Namespace {
         Some((self.layout[rank].load(Ordering::Relaxed), self.shard_bytes[rank].load(Ordering::Relaxed)))
     }
 
-    /// Everything, for `status`; `None` for a free entry.
+    /// Everything, for `status`; `None` for a free record.
     #[must_use]
     pub fn read(&self) -> Option<NamespaceInfo> {
         if self.state.load(Ordering::Acquire) != NAMESPACE_READY {
@@ -353,7 +354,7 @@ pub fn store_text(words: &[AtomicU64], text: &[u8]) {
     }
 }
 
-/// Loads zero-padded text; what is not UTF-8 is replaced.
+/// Loads zero-padded text; bytes that are not UTF-8 are replaced.
 #[must_use]
 pub fn load_text(words: &[AtomicU64]) -> String {
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
@@ -366,20 +367,20 @@ unsafe impl Shared for SlabRecord {}
 const _: () = assert!(size_of::<SlabRecord>() == 16);
 
 impl SlabRecord {
-    /// Engine: `span` slabs from this one on are cut into slots of `class_bytes`. Before any of those slots is used; the
-    /// headers of all of them have memory.
+    /// Engine: cuts `span` slabs, from this one on, into slots of `class_bytes`. It calls this when the headers of all those
+    /// slots have memory, and before it uses one of them.
     pub fn assign(&self, class_bytes: u64, span: u32) {
         self.span.store(span, Ordering::Relaxed);
-        // SYNC POINT: Release; pairs with the Acquire in `get`. A death before it leaves the 0 of `clear`.
+        // SYNC POINT: Release; pairs with the Acquire in `get`. An engine that dies before this store leaves a 0 here.
         self.class_bytes.store(class_bytes, Ordering::Release);
     }
 
-    /// Engine: the span is no more. After the last of its slots was freed.
+    /// Engine: gives the span up, after it has freed the last of its slots.
     pub fn clear(&self) {
         self.class_bytes.store(0, Ordering::Release);
     }
 
-    /// Class bytes and slabs of the span that starts here, if one does.
+    /// Bytes of each slot, and slabs, of the span that starts here, if one does.
     #[must_use]
     pub fn get(&self) -> Option<(u64, u32)> {
         let class_bytes = self.class_bytes.load(Ordering::Acquire);
@@ -387,7 +388,7 @@ impl SlabRecord {
     }
 }
 
-/// Where everything is, for one geometry.
+/// The places in the segment that depend on the geometry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
     /// First byte of the slot table.
@@ -396,7 +397,8 @@ pub struct Places {
     pub bytes: u64,
 }
 
-/// Of 257 slabs: their table ends one record behind a page, and the slot table begins at an odd one.
+/// The places for 257 slabs. Their table ends one record behind a page, and the slot table begins at a page with an odd number,
+/// so another rounding would show.
 const EXAMPLE: Places = Places::of(&Geometry { arena_bytes: 257 << 20, slab_bytes: 1 << 20 });
 
 impl Places {
@@ -488,10 +490,10 @@ fn superblock_of(mapping: &Mapping) -> &Superblock {
     }
 }
 
-/// What a shard is called in a load: everything that is compared before and after the copy.
+/// A shard as the answer to a lookup names it: a load compares all of this before and after the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardHandle {
-    /// Which arena.
+    /// The arena's id.
     pub arena_id: [u64; 2],
     /// The slot.
     pub slot: u32,
@@ -508,7 +510,7 @@ mod tests {
     use super::*;
     use crate::sync::AtomicBool;
 
-    /// Nonces are answered with a status that follows from them; a reader must never see another's.
+    /// Each nonce is answered with a status that follows from it; a reader must never see another nonce's.
     #[test]
     fn an_answer_is_never_torn() {
         let mapping = std::sync::Arc::new(Mapping::private(4096));

@@ -1,7 +1,8 @@
-//! The engine's health in two words: *incarnation* (which life) and *beat* (that it moves).
+//! The engine's health in two words: the *incarnation*, another one after each start, and the *beat*, which moves while the
+//! engine works.
 //!
-//! Both are plain stores by the engine's service thread and by nobody else: a stuck loop must look stuck. They sit
-//! on separate cache-line pairs, so that a beat does not disturb clients that watch for a restart.
+//! Only the engine's service thread stores them, so that a loop that is stuck looks stuck. They lie on separate pairs of cache
+//! lines, so that a beat does not disturb clients that watch for a restart.
 
 use crate::abi;
 use crate::mapping::{Pad, Shared};
@@ -11,10 +12,10 @@ abi! {
     /// The two words, each alone on a pair of cache lines.
     #[repr(C, align(128))]
     pub struct Epoch {
-        /// Odd while recovering, even while serving; 0 before the first engine.
+        /// Odd while the engine recovers, even while it serves; 0 before the first engine.
         incarnation: AtomicU32,
         _pad0: Pad<124>,
-        /// Wraps in its own word.
+        /// Counts, and wraps; only its changes mean something.
         beat: AtomicU32,
         _pad1: Pad<124>,
     }
@@ -24,16 +25,17 @@ abi! {
 unsafe impl Shared for Epoch {}
 
 impl Epoch {
-    /// A new engine takes over, before it looks at anything: the next odd number, also after a death while odd.
-    /// Dying half-way therefore never looks ready.
+    /// Called by a new engine before it changes anything: sets the next odd number, also if its predecessor died while the
+    /// number was odd. So an engine that dies half-way through its recovery never looks ready.
     pub fn begin_recovery(&self) -> u32 {
         let odd = self.incarnation.load(Ordering::Relaxed).wrapping_add(1) | 1;
-        // Release: pairs with `incarnation()`'s Acquire; a client that sees it drops what it knew.
+        // SYNC POINT: Release; pairs with the Acquire in `incarnation()`. A client that sees it gives up its attachment.
         self.incarnation.store(odd, Ordering::Release);
         odd
     }
 
-    /// Recovery is complete: even again. Everything the engine wrote before is visible to who sees it.
+    /// Called when the recovery is complete: sets the next even number. A client that sees it sees everything that the engine
+    /// has written before.
     pub fn begin_serving(&self) -> u32 {
         let even = self.incarnation.load(Ordering::Relaxed).wrapping_add(1);
         // SYNC POINT: Release; pairs with the Acquire in `incarnation()`.
@@ -41,10 +43,10 @@ impl Epoch {
         even
     }
 
-    /// Which life.
+    /// The incarnation.
     #[must_use]
     pub fn incarnation(&self) -> u32 {
-        // SYNC POINT: Acquire; pairs with the Release in `begin_serving`.
+        // SYNC POINT: Acquire; pairs with the Release in `begin_recovery` and `begin_serving`.
         self.incarnation.load(Ordering::Acquire)
     }
 
@@ -54,7 +56,7 @@ impl Epoch {
         incarnation != 0 && incarnation.is_multiple_of(2)
     }
 
-    /// The loop has moved. Called by the service loop itself and by nothing else.
+    /// Moves the beat. Only the service loop itself calls it.
     pub fn bump_beat(&self) {
         self.beat.store(self.beat.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
     }
@@ -65,7 +67,7 @@ impl Epoch {
         self.beat.load(Ordering::Relaxed)
     }
 
-    /// The futex word that sleepers watch for a restart.
+    /// The word that sleepers watch for a restart.
     #[must_use]
     pub fn incarnation_word(&self) -> &AtomicU32 {
         &self.incarnation

@@ -1,7 +1,7 @@
 //! Process-shared futexes with deadlines.
 //!
-//! `atomic-wait` cannot be used between processes (it sets `FUTEX_PRIVATE_FLAG` and has no timeout), so this is a
-//! thin layer over `rustix`. Every wait has a deadline; every return is a *maybe*: the caller looks again.
+//! The crate `atomic-wait` cannot be used between processes (it sets `FUTEX_PRIVATE_FLAG` and has no timeout), so this is a
+//! thin layer over `rustix`. Every wait has a deadline. A wait that returns proves nothing: the caller looks again.
 
 #[cfg(not(loom))]
 pub use real::*;
@@ -42,7 +42,7 @@ impl Deadline {
     }
 }
 
-/// Why a wait came back. None of them proves anything about the words: look again.
+/// Why a wait returned. Neither proves anything about the words: the caller looks again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Woken {
     /// Woken, interrupted, or a word had another value already.
@@ -83,43 +83,42 @@ mod real {
     /// Sleeps while every word holds its expected value, until one of them is woken or `deadline` passes.
     /// At most [`WAIT_ANY_MAX`] words; more are not looked at, which only costs promptness, never correctness.
     ///
-    /// Where the kernel cannot wait for several, see [`wait_any_sliced`]: the slices are [`SLICE`] here.
+    /// Where the kernel cannot wait for several words, this is [`wait_any_sliced`] with slices of [`SLICE`].
     pub fn wait_any(words: &[(&AtomicU32, u32)], deadline: Deadline) -> Woken {
         wait_any_sliced(words, deadline, SLICE)
     }
 
-    /// [`wait_any`], and how long a slice is where the kernel cannot wait for several words (no `futex_waitv`: Linux
-    /// before 5.16, gVisor, a seccomp filter). Then this sleeps on the *first* word alone, which should be the one that
-    /// is to be prompt, and compares the others after each slice: they are noticed up to a slice late, and a wake of one
-    /// that has not changed is not noticed at all.
+    /// As [`wait_any`]; `slice` counts only where the kernel cannot wait for several words (no `futex_waitv`: Linux
+    /// before 5.16, gVisor, a seccomp filter). There it sleeps on the *first* word alone, so the caller puts the word first
+    /// that it must notice at once, and compares the others after each slice. So it notices a change of another word up to a
+    /// slice late, and does not notice at all that another word was woken without a change.
     pub fn wait_any_sliced(words: &[(&AtomicU32, u32)], deadline: Deadline, slice: Duration) -> Woken {
         let result = match words {
             [(word, expected)] => wait_one(word, *expected, deadline),
             _ if !probe::can_wait_for_many() => return wait_in_slices(words, deadline, slice),
-            // Few words are the rule, and preparing room for many takes longer than the rest of a sleep's way.
+            // Most sleeps have few words, and preparing room for many takes longer than all the rest before the sleep.
             few if few.len() <= 8 => wait_some::<8>(few, deadline),
             many => wait_some::<WAIT_ANY_MAX>(many, deadline),
         };
         match result {
             Err(Errno::TIMEDOUT) => Woken::TimedOut,
-            // A filter that this process has got since the probe: never a loop without a sleep.
+            // This process has got a seccomp filter since the probe. It sleeps all the same, or its caller would spin.
             Err(Errno::NOSYS | Errno::PERM) => wait_in_slices(words, deadline, slice),
             _ => Woken::LookAgain,
         }
     }
 
-    /// How late a change of any but the first word is noticed where the kernel cannot wait for several, and the caller
-    /// has not said anything else. Somebody waits for an answer then, and seldom for so long; each wake-up costs 25 to
-    /// 60 µs of a core.
+    /// How late [`wait_any`] notices a change of any word but the first where the kernel cannot wait for several. Its callers
+    /// wait for answers, seldom for so long; each wake-up costs 25 to 60 µs of a core.
     pub const SLICE: Duration = Duration::from_millis(10);
 
     /// Sleeps on the first word alone, slice by slice, until it is woken, another has changed, or the deadline passes.
     fn wait_in_slices(words: &[(&AtomicU32, u32)], deadline: Deadline, slice: Duration) -> Woken {
         let Some(((word, expected), others)) = words.split_first() else { return Woken::LookAgain };
-        // A slice of nothing would be a loop without a sleep.
+        // With a slice of 0 this loop would not sleep.
         let slice = slice.max(Duration::from_millis(1));
         loop {
-            // Acquire: as the kernel's own comparison, which is a full barrier.
+            // Acquire, because the kernel's own comparison, which this stands in for, is a full barrier.
             if others.iter().any(|(word, expected)| word.load(Ordering::Acquire) != *expected) {
                 return Woken::LookAgain;
             }
@@ -160,7 +159,7 @@ mod real {
 
     /// Wakes up to `count` sleepers on `word`, in any process. Returns how many were woken.
     pub fn wake(word: &AtomicU32, count: u32) -> usize {
-        // A wake on a mapped word cannot fail in a way that the caller could mend.
+        // A wake on a mapped word cannot fail in a way that the caller could do anything about.
         futex::wake(word.raw(), Flags::empty(), count.min(i32::MAX as u32)).unwrap_or(0)
     }
 
@@ -197,7 +196,7 @@ mod real {
         fn without_waitv_the_first_word_wakes_at_once_and_the_others_after_a_slice() {
             for first in [true, false] {
                 let (own, other) = (AtomicU32::new(1), AtomicU32::new(2));
-                // Beyond the slice there is only the hour: both ways end long before it.
+                // If the first word's wake did not end a slice, the test would take an hour.
                 let slice = if first { Duration::from_secs(3600) } else { Duration::from_millis(5) };
                 std::thread::scope(|scope| {
                     let sleeper = scope.spawn(|| {

@@ -1,13 +1,14 @@
 //! kvring's contract in shared memory.
 //!
-//! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie ([`superblock`],
-//! [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]), how health
-//! is told ([`epoch`], [`life`], [`claims`], [`probe`], [`process`]), and how messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]);
-//! and how people write names ([`segment::EngineName`]) and sizes ([`byte_size`]), for the engine and for who starts one.
-//! No policy, no keys' meaning, nothing of vLLM, no allocation on any path that carries a message.
+//! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie
+//! ([`superblock`], [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]),
+//! how health is told ([`epoch`], [`life`], [`claims`], [`probe`], [`process`]), and how messages travel ([`ring`],
+//! [`payload`], [`message`], [`park`], [`futex`]); and how people write names ([`segment::EngineName`]) and sizes
+//! ([`byte_size`]), for the engine and for the programs that start one. There is no policy here, no meaning of keys, nothing of
+//! vLLM, and no allocation on any path that carries a message.
 //!
-//! All of it assumes a hostile peer: bounds are checked once when a [`mapping::View`] is made, everything else is
-//! read through atomics, copied out once, and validated by who uses it.
+//! All of it assumes a hostile peer: bounds are checked once, when a [`mapping::View`] is made; everything else is
+//! read through atomics, copied out once, and validated where it is used.
 
 pub mod abi;
 pub mod byte_size;

@@ -1,10 +1,10 @@
 //! An open file that holds locks for this process, and for no child of it.
 //!
-//! A lock of an open file (`F_OFD_SETLK`) ends with its last descriptor, and `fork` copies descriptors: a child that lives
-//! on would hold its parent's locks, and the parent would look alive. So the child closes its copy at once, in a handler
-//! that `fork` calls; of the lock that changes nothing while the parent has its own. What the handler does not reach is a
-//! child made by a bare `clone`, one made in the moment between an opening and its entry here, and more than
-//! [`FILES_MAX`] of these files in one process: then the parent's death is noticed when the child has ended, too.
+//! A lock of an open file (`F_OFD_SETLK`) ends with the file's last descriptor, and `fork` copies descriptors: a child that
+//! lives on would keep its parent's locks, and the parent would look alive. So the child closes its copy at once, in a handler
+//! that `fork` calls; the lock stays while the parent has its own descriptor. The handler does not reach a child made by a bare
+//! `clone` or between the opening of a file and its entry here, nor more than [`FILES_MAX`] of these files in one process: in
+//! these cases the parent's death is noticed only when the child has ended, too.
 
 use crate::segment::SegmentFile;
 use crate::sync::{AtomicU32, Ordering};
@@ -24,14 +24,14 @@ extern "C" fn in_child() {
         // Relaxed: right after `fork` the child has one thread.
         let fd = place.swap(NONE, Ordering::Relaxed);
         if let Ok(fd) = i32::try_from(fd) {
-            // SAFETY: the child's copy of a descriptor that nothing in the child uses: what owns it belongs to the parent
-            // (see `LockFile::drop`).
+            // SAFETY: the child's copy of a descriptor that nothing in the child uses: a `LockFile` made by the parent does not
+            // close it in the child (see `LockFile::drop`).
             unsafe { libc::close(fd) };
         }
     }
 }
 
-/// See the module.
+/// An open file whose locks no child of this process holds: see the module.
 pub(crate) struct LockFile {
     file: ManuallyDrop<SegmentFile>,
     place: Option<usize>,
@@ -42,8 +42,8 @@ impl LockFile {
     /// Takes an open file that nobody else uses.
     pub(crate) fn new(file: SegmentFile) -> LockFile {
         REGISTER.call_once(|| {
-            // SAFETY: the handler only touches atomics and closes descriptors. It can only fail for lack of memory, and
-            // then a child keeps its copies.
+            // SAFETY: the handler only touches atomics and closes descriptors. Registering it can only fail for lack of memory,
+            // and then a child keeps its copies.
             unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         });
         let fd = file.raw_fd().unsigned_abs();
@@ -62,7 +62,7 @@ impl LockFile {
 
 impl Drop for LockFile {
     fn drop(&mut self) {
-        // A child has closed its descriptor, and may have another one of the same number by now.
+        // In a child the descriptor is closed already, and another file may have its number by now.
         if self.process != std::process::id() {
             return;
         }
@@ -92,10 +92,10 @@ mod tests {
         // SAFETY: the child calls nothing but `read` and `_exit`.
         match unsafe { fork() }.unwrap() {
             ForkResult::Child => {
-                // Lives until the parent says so, by closing the pipe.
+                // The child lives until the parent closes the pipe.
                 drop(writer);
                 let _ = nix::unistd::read(&reader, &mut [0]);
-                // SAFETY: ends the process, and nothing of the parent's is run down.
+                // SAFETY: it ends the child at once; no destructor and no exit handler of the parent's runs in it.
                 unsafe { libc::_exit(0) };
             }
             ForkResult::Parent { child } => {
@@ -103,7 +103,7 @@ mod tests {
                 assert!(other.is_byte_locked(7).unwrap(), "a fork takes nothing from the parent");
                 // What a death does: the descriptor is closed, nothing is unlocked.
                 drop(file);
-                // For ever, if the child holds the parent's lock.
+                // This loop would not end if the child held the parent's lock.
                 while other.is_byte_locked(7).unwrap() {
                     std::thread::sleep(std::time::Duration::from_millis(1));
                 }

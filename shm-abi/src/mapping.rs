@@ -1,4 +1,4 @@
-//! A mapped segment, and the one checked way to look into it.
+//! A mapped segment, and the only checked way to look into it.
 
 use crate::abi::Described;
 use core::cell::UnsafeCell;
@@ -11,8 +11,8 @@ use std::sync::Arc;
 /// Types that may be looked at inside memory which other processes write at any time.
 ///
 /// # Safety
-/// The type is `#[repr(C)]` (or `transparent`), consists of atomics and [`Pad`] only, and has a meaning (if a useless one) for every
-/// bit pattern. A `&T` to it then asserts nothing about the bytes behind it.
+/// The type is `#[repr(C)]` (or `transparent`), consists of atomics and [`Pad`] only, and accepts every bit pattern (if only as a
+/// useless value). A `&T` to it then asserts nothing about the bytes behind it.
 pub unsafe trait Shared: Described {}
 
 /// Padding that nobody reads, and that another process may scribble on.
@@ -44,7 +44,8 @@ pub struct Mapping {
     len: usize,
     writable: bool,
     backing: Backing,
-    /// The process that has it: a forked child does not (`MADV_DONTFORK`), and must not unmap what it may have put there.
+    /// The process that made the mapping. A forked child does not have it (`MADV_DONTFORK`), and must not unmap whatever it may
+    /// have mapped at the same address itself.
     process: u32,
 }
 
@@ -65,7 +66,7 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-/// A typed look at an offset: out of bounds or misaligned.
+/// A look at items that would lie out of bounds or misaligned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected {count} items of {size} bytes at offset {offset} inside a segment of {len} bytes")]
 pub struct OutOfBounds {
@@ -134,7 +135,7 @@ impl Mapping {
         self.writable
     }
 
-    /// The first byte. What may be done with it is stated where it is used.
+    /// The first byte. Each use of it says why it is sound.
     #[must_use]
     pub fn base(&self) -> NonNull<u8> {
         self.base
@@ -222,7 +223,7 @@ impl<T: Shared> View<T> {
     }
 }
 
-/// One item inside a mapping that this keeps alive: no count, no bounds check left.
+/// One item inside a mapping that this keeps alive: bounds are checked when it is made, and never again.
 pub struct One<T: Shared + 'static> {
     item: NonNull<T>,
     // Held so that `item` stays mapped.

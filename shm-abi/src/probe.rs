@@ -1,10 +1,10 @@
-//! What this kernel, or the sandbox around this process, has of the two things that kvring builds on: *robust lists*, by
-//! which a death is told at once, and `futex_waitv`, by which one sleep waits for several words. gVisor, seccomp filters
+//! Finds out which of two features this kernel, or the sandbox around this process, has: *robust lists*, by which others learn
+//! of a death at once, and `futex_waitv`, by which one sleep waits for several words. gVisor, seccomp filters
 //! and kernels before Linux 5.16 lack one or both; then something slower stands in (`claims`, `futex`), and `status` says
 //! so.
 //!
-//! Probed once in a process, when it is first asked: not what the kernel calls itself counts, but what it does. Nothing
-//! but a test can switch a probe off (`failpoint::without`).
+//! Each is probed once in a process, when somebody first asks for it, by using it: the kernel's name and version do not count.
+//! Only tests can switch a probe off.
 
 use crate::abi;
 use crate::failpoint;
@@ -14,8 +14,8 @@ use crate::mapping::{Mapping, View};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// How long after the end of its thread a word may take to be marked. Linux has marked it before the thread can be
-/// joined; only where nothing marks it is this ever waited for.
+/// How long the probe waits for the mark on a word after its thread has ended. Linux has marked the word before the thread can
+/// be joined, so this time passes only where the kernel does not mark words.
 const MARKED_WITHIN: Duration = Duration::from_millis(100);
 
 /// How others learn of a process's death.
@@ -23,7 +23,7 @@ const MARKED_WITHIN: Duration = Duration::from_millis(100);
 pub enum DeathNotice {
     /// The kernel marks its life word, and wakes a sleeper: some 50 µs.
     RobustFutex,
-    /// A file lock ends with it; the others look at it now and then, and mark the word themselves: some 50 ms.
+    /// A file lock ends with the process; others look at it now and then, and mark the word themselves: some 50 ms.
     FileLock,
 }
 
@@ -43,7 +43,7 @@ impl DeathNotice {
 pub enum Waiting {
     /// For all of them at once.
     Waitv,
-    /// For the first one alone, and for a slice of time, after which it looks at the others.
+    /// For the first one alone, in slices of time; after each it looks at the others.
     Slices,
 }
 
@@ -58,7 +58,7 @@ impl Waiting {
     }
 }
 
-/// What a process uses.
+/// The two ways that a process uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Means {
     /// How its death is told.
@@ -74,7 +74,7 @@ abi! {
 }
 
 impl Means {
-    /// As a word of shared memory: the stand-ins, a bit each; 0 where there is none.
+    /// As a word of shared memory: one bit for each stand-in that the process uses.
     #[must_use]
     pub fn to_bits(self) -> u32 {
         let lock = if self.death_notice == DeathNotice::FileLock { FILE_LOCK } else { 0 };
@@ -82,7 +82,7 @@ impl Means {
         lock | slices
     }
 
-    /// From a word of shared memory; what it says beyond the known is not looked at.
+    /// From a word of shared memory; unknown bits are ignored.
     #[must_use]
     pub fn from_bits(bits: u32) -> Means {
         Means {
@@ -96,7 +96,7 @@ impl Means {
     }
 }
 
-/// What this process uses.
+/// The two ways that this process uses.
 #[must_use]
 pub fn means() -> Means {
     Means {
@@ -120,20 +120,20 @@ pub fn can_wait_for_many() -> bool {
     *WAITV.get_or_init(|| !failpoint::without("waitv") && futex::probe_waitv())
 }
 
-/// Lets a thread end that holds a word, and looks at the word. A kernel that only pretends (it takes the list and never
-/// walks it) does not pass.
+/// Lets a thread end while it holds a word, and looks whether the word has been marked. So a kernel that takes the list but
+/// never walks it does not pass.
 fn probe_robust() -> bool {
     let Ok(words) = View::<LifeWord>::new(&Arc::new(Mapping::private(4096)), 0, 1) else { return false };
     let theirs = words.clone();
     let claim = move || {
         let Ok(mut list) = RobustList::register(theirs) else { return false };
         let claimed = list.claim(0).is_ok();
-        // Dying, not dropping: the list stays registered. What it and its word lie in is never freed.
+        // The thread dies without dropping the list, so that it stays registered. Its memory and the word's are never freed.
         core::mem::forget(list);
         claimed
     };
     let thread = std::thread::Builder::new().name("kvring-probe".into()).stack_size(64 << 10).spawn(claim);
-    // Without a thread to spare nothing is known. Registering says more, a moment later, and a file lock stands in then.
+    // If no thread can be started, nothing is known. `Claims::register`, a moment later, uses a file lock if there are none.
     let Ok(thread) = thread else { return true };
     if !matches!(thread.join(), Ok(true)) {
         return false;
@@ -160,8 +160,8 @@ mod tests {
         assert!(probe_robust() && futex::probe_waitv());
     }
 
-    /// From here on this thread, and those that it starts, get `errno` from both system calls; 0: they seem to succeed, and
-    /// do nothing.
+    /// From here on both system calls fail with `errno` in this thread and those that it starts. With 0 they seem to succeed,
+    /// and do nothing.
     fn filter(errno: u32) -> nix::Result<()> {
         let statement = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
         let is = |number: libc::c_long, jt: u8, jf: u8| libc::sock_filter {
@@ -171,7 +171,7 @@ mod tests {
             k: number as u32,
         };
         let mut program = [
-            // The number is the first field of what a filter sees.
+            // The call's number is the first field of the data that a filter gets.
             statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
             is(libc::SYS_set_robust_list, 1, 0),
             is(libc::SYS_futex_waitv, 0, 1),
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn what_a_sandbox_refuses_or_only_pretends_is_not_there() {
         for errno in [libc::ENOSYS, libc::EPERM, 0] {
-            // A filter is its thread's, and ends with it.
+            // A filter belongs to its thread, and ends with it.
             let probed = std::thread::spawn(move || {
                 filter(errno as u32).map(|()| (probe_robust(), futex::probe_waitv()))
             });

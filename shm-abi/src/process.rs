@@ -1,50 +1,51 @@
-//! Which process is which: what a client says of its own, so that an engine can tell when that one, and not another with
-//! the same number, is gone for good.
+//! Identifies a client's process, so that an engine can tell when that process, and not another one with the same id, is gone
+//! for good.
 //!
-//! A process id means something in one PID namespace, and for as long as nobody else has got it; with the time at which its
-//! process was started it means one process. That time is told in the reader's time namespace. So two processes can speak
-//! of a third only where both namespaces are the same, and where `/proc` shows their own PID namespace.
+//! A process id has a meaning in one PID namespace, and only until another process gets it; together with the time at which its
+//! process was started it identifies that process. `/proc` tells this time in its reader's time namespace. So two processes can
+//! identify a third one to each other only if both of their namespaces are the same, and if `/proc` shows each its own PID
+//! namespace.
 
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 use std::os::unix::fs::MetadataExt;
 
-/// One process, as one who shares its namespaces finds it.
+/// One process, as another one in the same namespaces can find it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessIdentity {
     /// Its process id, in its PID namespace.
     pub pid: u32,
-    /// The inode of its PID namespace; 0 is unknown, or another of these is.
+    /// The inode of its PID namespace; 0 if this or the time namespace is unknown.
     pub pid_namespace: u64,
-    /// The inode of its time namespace; 0 on a kernel that has none.
+    /// The inode of its time namespace; 0 on a kernel that has none, or if it is unknown.
     pub time_namespace: u64,
-    /// When it was started, in clock ticks (field 22 of `/proc/self/stat`); 0 is unknown.
+    /// When it was started, in clock ticks (field 22 of `/proc/self/stat`); 0 if that is unknown.
     pub started: u64,
 }
 
 /// What `/proc/<pid>/stat` says of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessStat {
-    /// `R`, `S`, `Z` …; of its first thread.
+    /// The state of its first thread: `R`, `S`, `Z` …
     pub state: char,
     /// Threads that have not ended.
     pub threads: u64,
-    /// See [`ProcessIdentity::started`].
+    /// As [`ProcessIdentity::started`].
     pub started: u64,
 }
 
 impl ProcessIdentity {
-    /// This process's. What cannot be found out is unknown.
+    /// The identity of this process.
     #[must_use]
     pub fn own() -> ProcessIdentity {
         let pid = std::process::id();
         let inode = |file| std::fs::metadata(file).map(|found| found.ino());
-        // Only a kernel without time namespaces has no such file: what cannot be looked at may be any.
+        // Only a kernel without time namespaces has no such file. A file that cannot be read may belong to any namespace.
         let time_namespace = match inode("/proc/self/ns/time") {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Some(0),
             found => found.ok(),
         };
-        // A `/proc` of another PID namespace has other numbers.
+        // A `/proc` of another PID namespace shows another id.
         let is_ours = std::fs::read_link("/proc/self")
             .is_ok_and(|link| link.to_str().and_then(|text| text.parse().ok()) == Some(pid));
         ProcessIdentity {
@@ -58,7 +59,7 @@ impl ProcessIdentity {
         }
     }
 
-    /// Does the other's process id mean to this process what it means to the other, and its time of start as well?
+    /// Do the other's process id and time of start mean the same process here as there?
     #[must_use]
     pub fn knows(&self, other: &ProcessIdentity) -> bool {
         let is_known = |who: &ProcessIdentity| who.pid_namespace != 0 && who.started != 0;
@@ -69,11 +70,12 @@ impl ProcessIdentity {
 }
 
 impl ProcessStat {
-    /// Of the process with this id; `None` where there is none. That `/proc` shows none does not say so: it also hides the
-    /// living (`hidepid=2`, from who may not trace them), and no signal can be sent to one that is not there.
+    /// That of the process with this id; `None` if there is no such process. A process that `/proc` does not show may still
+    /// live, because `/proc` also hides processes from those who may not trace them (`hidepid=2`). So there is none only if no
+    /// signal can be sent to it either.
     ///
     /// # Errors
-    /// It cannot be read, which says nothing of the process.
+    /// It cannot be read. That says nothing about the process.
     pub fn of(pid: u32) -> std::io::Result<Option<ProcessStat>> {
         match std::fs::read(format!("/proc/{pid}/stat")) {
             Ok(text) => parse(&String::from_utf8_lossy(&text))
@@ -91,8 +93,8 @@ impl ProcessStat {
     }
 }
 
-/// Is there a process with this id, also one that has ended and has not been waited for? None has a number that is no id; what
-/// cannot be asked is there.
+/// Is there a process with this id, perhaps one that has ended and has not been waited for? If the kernel gives no clear answer,
+/// there is. A number that cannot be an id is nobody's.
 fn exists(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     pid.is_some_and(|pid| test_kill_process(pid) != Err(Errno::SRCH))
@@ -102,7 +104,7 @@ fn exists(pid: u32) -> bool {
 fn parse(text: &str) -> Option<ProcessStat> {
     let mut fields = text.rsplit_once(')')?.1.split_ascii_whitespace();
     let state = fields.next()?.chars().next()?;
-    // From here on the fields 4, 5 …; 20 and 22 are wanted.
+    // The next one is field 4; fields 20 and 22 are wanted.
     let threads = fields.nth(16)?.parse().ok()?;
     let started = fields.nth(1)?.parse().ok()?;
     Some(ProcessStat { state, threads, started })
@@ -121,7 +123,7 @@ mod tests {
         let stat = ProcessStat::of(child.id()).unwrap().unwrap();
         assert!(stat.started >= own.started && !stat.has_ended(), "{stat:?} after {own:?}");
         child.kill().unwrap();
-        // A zombie until it is waited for.
+        // It is a zombie until it is waited for.
         while !ProcessStat::of(child.id()).unwrap().unwrap().has_ended() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }

@@ -1,8 +1,8 @@
 //! Segments: files in POSIX shared memory, created, checked, allocated and mapped.
 //!
-//! Mode 0600 and our own uid, or it is refused; descriptors are close-on-exec; mappings are not inherited by a forked
-//! child. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and never a
-//! SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
+//! A segment must have mode 0600 and belong to our own uid, or it is refused. Descriptors are close-on-exec, and a forked child
+//! does not inherit mappings. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and
+//! never a SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
 
 use crate::failpoint;
 use crate::mapping::Mapping;
@@ -19,7 +19,7 @@ use std::ptr::NonNull;
 /// Where POSIX shared memory lives on Linux.
 pub const SHM_DIR: &str = "/dev/shm";
 
-/// Where a segment's file lies.
+/// The path of a segment's file.
 #[must_use]
 pub fn path(name: &str) -> PathBuf {
     Path::new(SHM_DIR).join(name.trim_start_matches('/'))
@@ -28,11 +28,11 @@ pub fn path(name: &str) -> PathBuf {
 /// The longest engine name, in bytes.
 pub const NAME_MAX: usize = 64;
 
-/// An engine's name: one to 64 of `A–Z a–z 0–9 _ -`. Everything that derives a file name from input starts here.
+/// An engine's name: one to 64 of `A–Z a–z 0–9 _ -`. Every file name that is made from input is made from such a checked name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct EngineName(String);
 
-/// A name that cannot be one.
+/// A name that no engine can have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected an engine name of 1 to {NAME_MAX} characters out of A-Z a-z 0-9 _ -, got {0:?}")]
 pub struct BadName(pub String);
@@ -51,31 +51,31 @@ impl EngineName {
         &self.0
     }
 
-    /// The engine's own segment, mapped read-only by clients.
+    /// The name of the engine's own segment, which clients map read-only.
     #[must_use]
     pub fn engine_segment(&self) -> String {
         format!("/kvring.{}.engine", self.0)
     }
 
-    /// The lobby, where clients claim their entries.
+    /// The name of the lobby, where clients claim their entries.
     #[must_use]
     pub fn lobby(&self) -> String {
         format!("/kvring.{}.lobby", self.0)
     }
 
-    /// The KV bytes.
+    /// The name of the arena.
     #[must_use]
     pub fn arena(&self) -> String {
         format!("/kvring.{}.arena", self.0)
     }
 
-    /// One client's channel.
+    /// The name of one client's channel.
     #[must_use]
     pub fn client(&self, entry: usize, nonce: u64) -> String {
         format!("/kvring.{}.client.{entry}.{nonce:016x}", self.0)
     }
 
-    /// What the names of all segments of this engine begin with (without the leading slash).
+    /// The beginning of the names of all segments of this engine (without the leading slash).
     #[must_use]
     pub fn prefix(&self) -> String {
         format!("kvring.{}.", self.0)
@@ -128,7 +128,7 @@ pub enum SegmentError {
         /// Its permission bits.
         found: u32,
     },
-    /// It is shorter than what is to be mapped.
+    /// It is shorter than the part that is to be mapped.
     #[error("segment {name}: expected at least {expected} bytes, found {found}")]
     TooShort {
         /// The segment.
@@ -151,7 +151,7 @@ pub enum SegmentError {
         /// Bytes that the file system says are available.
         available: u64,
     },
-    /// Anything else that the system said.
+    /// Any other error of a system call.
     #[error("segment {name}: {what}: {errno}")]
     Os {
         /// The segment.
@@ -176,7 +176,7 @@ pub enum SegmentError {
 pub enum Access {
     /// A store through it is a SIGSEGV.
     ReadOnly,
-    /// Both.
+    /// For loads and stores.
     ReadWrite,
 }
 
@@ -185,7 +185,7 @@ pub enum Access {
 pub struct SegmentFile {
     fd: OwnedFd,
     name: String,
-    /// Where the name is looked for, so that a look allocates nothing.
+    /// The path of the name, kept so that [`SegmentFile::is_current`] allocates nothing.
     path: PathBuf,
 }
 
@@ -195,7 +195,7 @@ pub fn available_bytes() -> u64 {
     nix::sys::statvfs::statvfs(SHM_DIR).map_or(0, |s| s.blocks_available() * s.fragment_size())
 }
 
-/// Why a segment that is there may not be opened: whose it is, or its mode. Both can be seen without opening it.
+/// Why a segment that exists may not be opened: its owner or its mode. Both can be seen without opening it.
 fn not_ours(name: &str) -> SegmentError {
     let path = format!("{SHM_DIR}/{}", name.trim_start_matches('/'));
     let (name, expected) = (name.to_owned(), nix::unistd::geteuid().as_raw());
@@ -265,8 +265,8 @@ impl SegmentFile {
         &self.name
     }
 
-    /// Creator: lengthens the segment. Made empty, allocated, and only then lengthened, it never shows a peer a page
-    /// that is not there: even *reading* such a page through a mapping is a SIGBUS while `/dev/shm` is full.
+    /// Creator: lengthens the segment. A creator makes a segment empty, allocates its memory, and only then lengthens it, so
+    /// that a peer never maps a page without memory: even *reading* such a page is a SIGBUS while `/dev/shm` is full.
     pub fn grow(&self, bytes: u64) -> Result<(), SegmentError> {
         if self.len()? > bytes {
             // Never shorter: a peer that maps the end would get a SIGBUS.
@@ -304,8 +304,8 @@ impl SegmentFile {
         loop {
             match nix::fcntl::fallocate(&self.fd, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len) {
                 Ok(()) => return Ok(()),
-                // A signal: tmpfs gives back what this call had allocated. So who allocates much does it in small
-                // pieces, or with signals blocked; a periodic signal would make this go on for ever.
+                // After a signal tmpfs gives back what this call had allocated. So callers allocate much memory in small
+                // pieces, or with signals blocked; else a periodic signal could keep this loop from ever ending.
                 Err(Errno::EINTR) => {}
                 Err(Errno::ENOSPC | Errno::ENOMEM) => {
                     let available = available_bytes();
@@ -316,10 +316,10 @@ impl SegmentFile {
         }
     }
 
-    /// Makes allocated memory ready to use. `fallocate` leaves the clearing of each page to whoever touches it first
-    /// (0.6–1 GB/s for a store into fresh memory, against 4–6 after it); this does it now, through a mapping that is
-    /// gone when it returns. Contents do not change, also where somebody already uses the pages. `offset` is a multiple
-    /// of the page size. A kernel before 5.14 cannot, which is an error and costs only speed.
+    /// Makes allocated memory ready to use. `fallocate` leaves the clearing of each page to the first access
+    /// (0.6–1 GB/s for a store into fresh memory, against 4–6 after it); this clears the pages now, through a mapping that is
+    /// gone when it returns. It does not change the contents of pages that are in use already. `offset` is a multiple
+    /// of the page size. A kernel before 5.14 cannot do it: that is an error, and costs only speed.
     pub fn populate(&self, offset: u64, bytes: u64) -> Result<(), SegmentError> {
         let (offset, len) = (i64::try_from(offset), usize::try_from(bytes).ok().and_then(NonZeroUsize::new));
         let (Ok(offset), Some(len)) = (offset, len) else { return Err(self.os("populate")(Errno::EINVAL)) };
@@ -354,8 +354,8 @@ impl SegmentFile {
         Ok(unsafe { Mapping::from_mmap(base.cast(), len.get(), writable) })
     }
 
-    /// Is this still the file that the name leads to? False when it was unlinked or replaced, and for no other reason: a file
-    /// whose mode somebody has changed, or a name that cannot be looked at, is not another file.
+    /// Does the name still lead to this file? False only if it was unlinked or replaced: a file whose mode somebody has
+    /// changed, or a name that cannot be looked at, is not another file.
     #[must_use]
     pub fn is_current(&self) -> bool {
         let ours = nix::sys::stat::fstat(&self.fd).map(|stat| (stat.st_dev, stat.st_ino));
@@ -365,7 +365,7 @@ impl SegmentFile {
         }
     }
 
-    /// Opens the same segment once more: another open file, so that locks on it are its own.
+    /// Opens the same segment once more. The result is another open file, with locks of its own.
     pub fn reopen(&self) -> Result<SegmentFile, SegmentError> {
         let other = SegmentFile::open(&self.name, Access::ReadWrite)?;
         if other.same_file(self) { Ok(other) } else { Err(SegmentError::NotFound(self.name.clone())) }
@@ -377,9 +377,9 @@ impl SegmentFile {
         matches!((stat(self), stat(other)), (Ok(ours), Ok(theirs)) if ours == theirs)
     }
 
-    /// Takes an exclusive lock on one byte, without waiting; false when another open file has it. It ends with this open
-    /// file: with the last descriptor of it in any process, so a forked child must close its own. (Not `F_SETLK`: closing
-    /// *any* descriptor of the file would drop that.)
+    /// Takes an exclusive lock on one byte, without waiting; false if another open file has it. The lock ends with this open
+    /// file, that is, with its last descriptor in any process, so a forked child must close its copy. (`F_SETLK` will not do:
+    /// closing *any* descriptor of the file would drop that lock.)
     pub fn try_lock_byte(&self, at: u64) -> nix::Result<bool> {
         match nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_SETLK(&byte(at, libc::F_WRLCK))) {
             Ok(_) => Ok(true),
@@ -388,25 +388,26 @@ impl SegmentFile {
         }
     }
 
-    /// Lets go of it.
+    /// Unlocks one byte.
     pub fn unlock_byte(&self, at: u64) -> nix::Result<()> {
         nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_SETLK(&byte(at, libc::F_UNLCK))).map(|_| ())
     }
 
-    /// Does another open file hold a lock on this byte? Also through one that is open for reading alone; changes nothing.
+    /// Does another open file hold a lock on this byte? The question changes nothing, and a file opened for reading only may
+    /// ask it.
     pub fn is_byte_locked(&self, at: u64) -> nix::Result<bool> {
         let mut asked = byte(at, libc::F_WRLCK);
         nix::fcntl::fcntl(&self.fd, FcntlArg::F_OFD_GETLK(&mut asked))?;
         Ok(i32::from(asked.l_type) != libc::F_UNLCK)
     }
 
-    /// The descriptor, for who must close it where nothing is dropped.
+    /// The descriptor: a forked child closes it, although nothing is dropped there (`lock`).
     pub(crate) fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
 
-    /// An exclusive lock on the open file, without waiting; `None` when somebody else has it. It orders *creations*;
-    /// it proves nothing about lives (see the owner word).
+    /// Takes an exclusive lock on the open file, without waiting; `None` if somebody else has it. It keeps two engines from
+    /// *creating* segments at once. It does not tell whether an engine lives: the owner word does.
     pub fn try_lock(&self) -> Option<SegmentLock> {
         let fd = self.fd.as_fd().try_clone_to_owned().ok()?;
         Flock::lock(fd, FlockArg::LockExclusiveNonblock).ok().map(SegmentLock)
@@ -425,17 +426,17 @@ fn byte(at: u64, kind: libc::c_int) -> libc::flock {
     }
 }
 
-/// A held creation lock; dropping it lets go.
+/// A lock on a whole open file; dropping it unlocks.
 #[derive(Debug)]
 pub struct SegmentLock(#[allow(dead_code, reason = "held for its Drop")] Flock<OwnedFd>);
 
-/// Removes a name; processes that map the segment keep it. Unknown is fine.
+/// Removes a name; processes that map the segment keep it. An unknown name is no error.
 pub fn unlink(name: &str) {
-    // The only other error is that it is not ours, and then it is not ours to remove.
+    // The only other error is that the file is another user's, and then we must leave it.
     let _ = nix::sys::mman::shm_unlink(name);
 }
 
-/// A child of `fork` does not inherit the mapping: it must not pass for its parent.
+/// Keeps the mapping from children of `fork`: a child must not pass for its parent.
 fn dont_fork(base: NonNull<u8>, len: usize) {
     // SAFETY: our own mapping; DONTFORK changes nothing in this process.
     let advised = unsafe { nix::sys::mman::madvise(base.cast(), len, MmapAdvise::MADV_DONTFORK) };
@@ -449,7 +450,7 @@ pub fn create_shared(name: &str, bytes: usize) -> Result<Mapping, SegmentError> 
             shared_memory::ShmemError::MappingIdExists => SegmentError::Exists(name.to_owned()),
             error => SegmentError::Crate { name: name.to_owned(), error },
         })?;
-    // Its drop would unlink by name, also a successor's segment of the same name.
+    // As the owner its drop would unlink the name, even if a successor's segment had it by then.
     shmem.set_owner(false);
     // The crate only truncates: without this a full /dev/shm would be a SIGBUS at the first touch.
     let allocated =
@@ -595,7 +596,7 @@ mod tests {
             [64, 65, 128, 192].map(|at| reader.is_byte_locked(at).unwrap()),
             [true, false, true, false]
         );
-        // A descriptor of the same file that is closed takes no lock with it.
+        // Closing a descriptor of another open file of the same segment ends no lock.
         drop(first.reopen().unwrap());
         assert!(reader.is_byte_locked(64).unwrap());
         first.unlock_byte(64).unwrap();

@@ -1,7 +1,7 @@
-//! Slot headers: what each place in the arena holds, written by the engine alone, checked by workers around each copy.
+//! Slot headers: what each slot in the arena holds. Only the engine writes them; workers check them before and after each copy.
 //!
-//! One word says it all: `state | owner entry | generation`. Header fields are written first and the word last; a
-//! worker reads the word, the fields, the bytes, and the word again (a seqlock per slot, with the payload elsewhere).
+//! A header's word holds `state | owner entry | generation`. The engine writes the other fields first and the word last; a
+//! worker reads the word, the fields, the slot's bytes, and the word again (a seqlock per slot, with the payload elsewhere).
 
 use crate::abi;
 use crate::failpoint;
@@ -12,25 +12,25 @@ abi! {
     /// What a slot is doing.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum SlotState: u8 {
-        /// Nobody's.
+        /// Nobody has it.
         Free = 0,
-        /// Given to a worker that may be writing its bytes.
+        /// A worker has reserved it, and may be writing its bytes.
         Writing = 1,
-        /// Holds a shard; its bytes do not change until the generation does.
+        /// It holds a shard; its bytes do not change until the generation does.
         Committed = 2,
-        /// As `Writing`, but for no chunk: its round failed or was replaced. It waits for its writer's word or death, and
-        /// nothing that was written there is ever used.
+        /// As `Writing`, but for no chunk: its round failed or was replaced. It stays so until its writer commits, aborts or
+        /// dies, and its bytes are never used.
         Orphaned = 3,
     }
 
     /// Bits of the word that are the state, from the lowest one on.
     const STATE_BITS: u32 = 2;
-    /// The next ones: the owner's entry.
+    /// The next bits: the owner's entry.
     const OWNER_BITS: u32 = 8;
-    /// The rest: the generation.
+    /// The other bits: the generation.
     pub const GENERATION_BITS: u32 = 54;
 
-    /// One entry of the slot table: two cache lines, of which a load looks at the first.
+    /// One record of the slot table: two cache lines, of which a load reads only the first.
     #[repr(C, align(128))]
     pub struct SlotHeader {
         word: AtomicU64,
@@ -41,7 +41,7 @@ abi! {
         length: AtomicU64,
         checksum: AtomicU64,
         _pad0: Pad<8>,
-        /// Second line: what recovery needs.
+        /// This and the following fields are the second line: only a recovery reads it.
         nonce: AtomicU64,
         round: AtomicU64,
         last_touch: AtomicU64,
@@ -53,8 +53,8 @@ abi! {
     /// Bytes of a header.
     pub const SLOT_HEADER_BYTES: usize = 128;
 
-    /// The checksum of the bytes 0 to 25 in two pages of 13. Whoever computes `checksum` does it in this way, and a test of his
-    /// compares; so that a change of the way is a change of the layout.
+    /// The checksum of the bytes 0 to 25 in two pages of 13. Every implementation of checksums has a test against it, so that
+    /// another way to compute them changes the layout hash.
     pub const CHECKSUM_EXAMPLE: u64 = 0x812c_f608_e98e_5ad0;
 }
 
@@ -63,13 +63,13 @@ abi! {
 pub struct SlotWord {
     /// What the slot is doing.
     pub state: SlotState,
-    /// The client entry that writes or wrote it.
+    /// The entry of the client that is writing or has written the slot.
     pub owner: u8,
-    /// Grows each time the slot is freed; never reset while the inode lives. 54 bits.
+    /// Grows each time that the slot is freed, and is never reset in one segment. 54 bits.
     pub generation: u64,
 }
 
-/// The largest generation; the next one wraps to 0 after 2⁵⁴ reuses of one slot.
+/// The largest generation; after 2⁵⁴ uses of one slot the next one is 0 again.
 pub const GENERATION_MAX: u64 = (1 << GENERATION_BITS) - 1;
 
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
@@ -92,14 +92,14 @@ impl SlotWord {
     }
 }
 
-/// What a shard is: the part of the header that is fixed when the slot is given to a writer.
+/// What a shard is: the fields of the header that are fixed when a writer gets the slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardIdentity {
     /// The chunk's key.
     pub key: [u64; 2],
     /// The namespace it belongs to.
     pub namespace: u32,
-    /// Whose part of the chunk.
+    /// The rank whose part of the chunk it is.
     pub rank: u32,
     /// First byte in the arena.
     pub offset: u64,
@@ -117,20 +117,20 @@ impl core::fmt::Display for ShardIdentity {
     }
 }
 
-/// All that a header says: what a recovery reads.
+/// Everything in a header, for a recovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotContent {
     /// State, owner, generation.
     pub word: SlotWord,
-    /// Which shard; means nothing in a free slot.
+    /// The shard; means nothing in a free slot.
     pub identity: ShardIdentity,
-    /// The attachment that writes or wrote it.
+    /// The nonce of the attachment that is writing or has written it.
     pub nonce: u64,
-    /// The packed [`Round`](crate::message::Round) that it may combine in.
+    /// Its packed [`Round`](crate::message::Round).
     pub round: u64,
     /// Logical time of its last access.
     pub last_touch: u64,
-    /// The shard is damaged: leases of one engine still lead to it, and nothing of the next one does.
+    /// The shard is damaged. Leases of this engine may still lead to it; the next engine frees it.
     pub hidden: bool,
 }
 
@@ -146,7 +146,7 @@ const _: () = {
     assert!(offset_of!(SlotHeader, nonce) == 64);
 };
 
-/// Why a load of a shard was refused, or must not be believed.
+/// Why a load of a shard is refused, or why its bytes must not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotServable {
     /// The slot has been freed or given away since the lookup.
@@ -157,15 +157,15 @@ pub enum NotServable {
         expected: u64,
         /// The generation now.
         found: u64,
-        /// Whether that is committed.
+        /// Is the slot committed now?
         committed: bool,
     },
-    /// The header describes something else: the handle belongs to another key, namespace, rank or place.
+    /// The header describes another shard than the handle: another key, namespace, rank or place.
     #[error("expected {expected}, the slot holds {found}")]
     OtherShard {
-        /// What was asked for.
+        /// The shard that the handle names.
         expected: ShardIdentity,
-        /// What the slot says it holds.
+        /// The shard that the header names.
         found: ShardIdentity,
     },
 }
@@ -193,10 +193,10 @@ impl SlotHeader {
         }
     }
 
-    /// Engine: the slot now belongs to a writer. Fields first, the word last.
+    /// Engine: gives the slot to a writer. Stores the fields first, the word last.
     pub fn begin_writing(&self, word: SlotWord, identity: &ShardIdentity, nonce: u64, round: u64) {
-        // SYNC POINT: Release fence; pairs with the Acquire fence in `still_valid`. A reader that saw any field of this
-        // life, in `validate` on the way to its copy, finds the word that freed the slot, or a later one.
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `still_valid`. A reader that saw any of these fields in
+        // `validate`, before its copy, finds in `still_valid` the word that freed the slot, or a later one.
         fence(Ordering::Release);
         if failpoint::broken("word last") {
             self.word.store(word.pack(), Ordering::Release);
@@ -218,44 +218,45 @@ impl SlotHeader {
         failpoint::here("writing.done");
     }
 
-    /// Engine: the shard's bytes are complete (their writer's commit was acquired from its ring).
+    /// Engine: commits the shard. Its writer has said that its bytes are complete, by a commit message in its ring.
     pub fn commit(&self, word: SlotWord, checksum: u64) {
         self.checksum.store(checksum, Ordering::Relaxed);
         failpoint::here("commit.word");
-        // SYNC POINT: Release; pairs with the Acquire in `validate`: who sees COMMITTED sees the payload, which
-        // happened before the commit message that the engine acquired.
+        // SYNC POINT: Release; pairs with the Acquire in `validate`: a worker that sees COMMITTED sees the shard's bytes, which
+        // were written before the commit message that the engine has acquired.
         self.word.store(word.pack(), Ordering::Release);
         failpoint::here("commit.done");
     }
 
-    /// Engine: the slot's round has failed or was replaced; its writer may still be at it.
+    /// Engine: marks a slot whose round has failed or was replaced. Its writer may still be writing it.
     pub fn orphan(&self, word: SlotWord) {
         // SYNC POINT: Release; pairs with the Acquire in a recovery's `read`.
         self.word.store(word.pack(), Ordering::Release);
     }
 
-    /// Engine: free, with the next generation. Before the slot is given away again.
+    /// Engine: frees the slot, with its next generation. Only after that can the slot be given away again.
     pub fn free(&self, next_generation: u64) {
         let word = SlotWord { state: SlotState::Free, owner: 0, generation: next_generation };
-        // SYNC POINT: Release; a reader whose copy saw bytes of the slot's next life finds this or a later word in
-        // `still_valid`: the next writer acquired its reservation after this store and fenced before it wrote.
+        // SYNC POINT: Release; a reader whose copy saw bytes of the slot's next writer finds this word or a later one in
+        // `still_valid`: that writer acquired its reservation after this store, and fenced before it wrote.
         failpoint::here("free.word");
         self.word.store(word.pack(), Ordering::Release);
         failpoint::here("free.done");
     }
 
-    /// Engine: used by a lookup at logical time `tick`; recovery rebuilds the eviction order from it.
+    /// Engine: notes that a lookup has used the slot at logical time `tick`. A recovery rebuilds the eviction order from it.
     pub fn touch(&self, tick: u64) {
         self.last_touch.store(tick, Ordering::Relaxed);
     }
 
-    /// Engine: the committed shard is damaged. Who has leased it may still load it, and finds that out for itself.
+    /// Engine: marks a committed shard as damaged. A worker may still load it under a lease, and finds the damage by its
+    /// checksum.
     pub fn hide(&self) {
-        // Relaxed: only a recovery looks, after the death of this process, whose mark orders all of its stores.
+        // Relaxed: only a recovery reads it, after the death of this process, and the mark of that death orders its stores.
         self.hidden.store(1, Ordering::Relaxed);
     }
 
-    /// Worker, before a copy: is this the committed shard that the lookup meant? Returns the checksum stored with it.
+    /// Worker, before a copy: does the slot hold the committed shard that the lookup has answered? Returns its checksum.
     pub fn validate(&self, expected: &ShardIdentity, generation: u64) -> Result<u64, NotServable> {
         // SYNC POINT: Acquire; pairs with the Release in `commit`.
         self.check_word(generation, self.word.load(Ordering::Acquire))?;
@@ -266,10 +267,10 @@ impl SlotHeader {
         Ok(self.checksum.load(Ordering::Relaxed))
     }
 
-    /// Worker, after a copy: were those bytes the shard's all the time?
+    /// Worker, after a copy: did the slot hold that shard during the whole copy?
     pub fn still_valid(&self, generation: u64) -> Result<(), NotServable> {
-        // SYNC POINT: Acquire fence; pairs with the Release fence that a writer makes before its first payload store.
-        // If the copy saw any of those bytes, this load sees the word that freed the slot, or a later one.
+        // SYNC POINT: Acquire fence; pairs with the Release fence that the slot's next writer makes before its first store into
+        // it. If the copy saw any of that writer's bytes, this load sees the word that freed the slot, or a later one.
         fence(Ordering::Acquire);
         self.check_word(generation, self.word.load(Ordering::Relaxed))
     }
@@ -296,10 +297,10 @@ impl SlotHeader {
         SlotWord::unpack(self.word.load(Ordering::Acquire))
     }
 
-    /// Everything, for a recovery: nobody else writes the header then.
+    /// Everything in the header, for a recovery: during one nobody else writes it.
     #[must_use]
     pub fn read(&self) -> SlotContent {
-        // SYNC POINT: Acquire; pairs with the Release of each transition, by a process that may be dead by now.
+        // SYNC POINT: Acquire; pairs with the Release of each transition, made by a process that may be dead by now.
         let word = self.word();
         SlotContent {
             word,
@@ -311,7 +312,7 @@ impl SlotHeader {
         }
     }
 
-    /// The identity fields as they are now: meaningful only under a word that has been checked.
+    /// The shard that the fields name now. It has a meaning only if the word is checked before and after.
     #[must_use]
     pub fn identity(&self) -> ShardIdentity {
         let place = self.namespace_and_rank.load(Ordering::Relaxed);
@@ -359,7 +360,7 @@ mod tests {
         assert_eq!(header.still_valid(7), Ok(()));
         header.free(8);
         assert!(header.still_valid(7).is_err());
-        // The same slot, the same key, another life: still not what was asked for.
+        // The same slot and the same key, in another generation: still not the shard that was asked for.
         header.begin_writing(word(SlotState::Writing, 8), &SHARD, 1, 2);
         header.commit(word(SlotState::Committed, 8), 55);
         assert!(header.still_valid(7).is_err());
@@ -367,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_load_looks_at_one_cache_line() {
-        // What `validate` and `still_valid` read, and what only a recovery reads.
+        // First the fields that `validate` and `still_valid` read, then those that only a recovery reads.
         assert_eq!(memoffset::span_of!(SlotHeader, word..=checksum), 0..56);
         assert_eq!(memoffset::span_of!(SlotHeader, nonce..=hidden), 64..96);
     }

@@ -1,7 +1,7 @@
-//! The first 256 bytes of every segment: what it is, and that it is complete.
+//! The first 256 bytes of every segment: they say what it is, and that it is complete.
 //!
-//! The magic is written last: a segment without it is half-created, by a living creator or a dead one. A mismatch is
-//! a clear error for a client and a cold start for an engine, never a guess.
+//! The magic is written last, so a segment without it is incomplete: its creator is still at work, or has died. Where something
+//! does not match, a client gets an error that says what, and an engine starts cold; neither goes on with a guess.
 
 use crate::abi;
 use crate::abi::Item;
@@ -10,7 +10,8 @@ use crate::message;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 abi! {
-    /// Changes with what something in shared memory *means*, where its form stays: its form is in [`LAYOUT_HASH`].
+    /// Raised when something in shared memory gets another *meaning* in the same form. A change of form changes
+    /// [`LAYOUT_HASH`].
     pub const ABI_VERSION: u32 = 5;
 
     /// "kvring\0\x01", little-endian.
@@ -19,7 +20,7 @@ abi! {
     /// Bytes of a superblock.
     pub const SUPERBLOCK_BYTES: usize = 256;
 
-    /// Which segment.
+    /// The kind of a segment.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub enum Kind: u32 {
         /// `kvring.<name>.engine`
@@ -34,14 +35,14 @@ abi! {
 
     /// The smallest slab.
     pub const SLAB_BYTES_MIN: u64 = 1 << 20;
-    /// The largest slab; also the boundary that no shard crosses (a GPU registers host memory in such parts).
+    /// The largest slab. No shard crosses a multiple of it either, because a GPU registers the arena in parts of this size.
     pub const SLAB_BYTES_MAX: u64 = 1 << 30;
     /// The largest arena: slot ids and 4 KiB page numbers are 32 bits wide.
     pub const ARENA_BYTES_MAX: u64 = 1 << 44;
     /// The smallest shard, and the unit of shard sizes.
     pub const SHARD_UNIT: u64 = crate::message::PAGE_BYTES;
 
-    /// Bytes behind the arena: the page that its superblock is at the beginning of.
+    /// Bytes behind the arena: one page, at whose beginning its superblock is.
     pub const ARENA_TRAILER: u64 = 4096;
 
     /// The block itself.
@@ -61,7 +62,7 @@ abi! {
     }
 }
 
-/// The arena's geometry: with it, all offsets follow.
+/// The arena's geometry. All offsets follow from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of the arena: a multiple of `slab_bytes`.
@@ -70,7 +71,7 @@ pub struct Geometry {
     pub slab_bytes: u64,
 }
 
-/// A geometry that cannot be.
+/// A geometry that no arena can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected an arena of 1 slab to 16 TiB, a multiple of its slab size, which is a power of two from 1 MiB to 1 GiB; \
@@ -116,10 +117,10 @@ impl Geometry {
     }
 }
 
-/// What a superblock says.
+/// The content of a superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// Which segment.
+    /// The kind of segment.
     pub kind: Kind,
     /// Bytes of the segment.
     pub segment_bytes: u64,
@@ -145,7 +146,7 @@ const _: () = {
 /// Why a segment is not the one that was expected.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Mismatch {
-    /// No magic: half-created, or not kvring's at all.
+    /// It has no magic: it is incomplete, or not kvring's at all.
     #[error("the segment is not complete (no magic): its creator is still at it, or died half-way")]
     Incomplete,
     /// Another version of kvring.
@@ -171,15 +172,15 @@ pub enum Mismatch {
         /// Found.
         found: u32,
     },
-    /// It says it is longer than it is.
+    /// It says that it is longer than it is.
     #[error("expected a segment of {expected} bytes, found {found}")]
     Size {
-        /// What follows from its geometry.
+        /// The length that follows from its geometry, or that it says it has.
         expected: u64,
-        /// What it says, or what is there.
+        /// The length that it says it has, or has.
         found: u64,
     },
-    /// Its geometry cannot be.
+    /// No arena can have its geometry.
     #[error(transparent)]
     Geometry(#[from] BadGeometry),
 }
@@ -200,7 +201,8 @@ impl Superblock {
         self.arena_bytes.store(identity.geometry.arena_bytes, Ordering::Relaxed);
         self.slab_bytes.store(identity.geometry.slab_bytes, Ordering::Relaxed);
         self.retired.store(0, Ordering::Relaxed);
-        // SYNC POINT: Release; pairs with the Acquire in `read`. Everything the creator prepared is visible with it.
+        // SYNC POINT: Release; pairs with the Acquire in `read`. A process that sees it sees everything that the creator has
+        // prepared.
         self.magic.store(MAGIC, Ordering::Release);
     }
 
@@ -240,7 +242,7 @@ impl Superblock {
         })
     }
 
-    /// The segment has been replaced or removed; who still maps it must look for the name again.
+    /// Says that the segment has been replaced or removed: a process that still maps it must look for the name again.
     pub fn retire(&self) {
         // SYNC POINT: Release; pairs with the Acquire in `is_retired`.
         self.retired.store(1, Ordering::Release);
@@ -264,7 +266,7 @@ pub fn boot_id() -> [u64; 2] {
     }
 }
 
-/// A random number that no two calls share, on any process: arena ids, nonces, seeds.
+/// A random number that no other call gets, in any process: for arena ids, nonces and seeds.
 ///
 /// # Errors
 /// Where the system has no source of randomness.
@@ -272,7 +274,7 @@ pub fn random_u64() -> std::io::Result<u64> {
     getrandom::u64().map_err(|e| std::io::Error::other(e.to_string()))
 }
 
-/// What every module defines that two processes must agree on.
+/// The descriptions of all modules that define what two processes must agree on.
 const MODULES: &[(&str, &[Item])] = &[
     ("superblock", ABI),
     ("epoch", crate::epoch::ABI),
@@ -292,7 +294,7 @@ const MODULES: &[(&str, &[Item])] = &[
     ("message::completion", message::completion::ABI),
 ];
 
-/// A hash of all that, with the version: see [`abi`](crate::abi).
+/// A hash of all these descriptions, [`ABI_VERSION`] among them: see [`mod@abi`].
 pub const LAYOUT_HASH: u64 = {
     let mut hash = abi::Hash::new();
     let mut at = 0;
@@ -303,7 +305,7 @@ pub const LAYOUT_HASH: u64 = {
     hash.0
 };
 
-/// All that in words.
+/// All these descriptions in words.
 #[must_use]
 pub fn describe_abi() -> String {
     let mut text = format!("layout hash {LAYOUT_HASH:#018x}\n");

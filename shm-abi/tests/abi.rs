@@ -1,4 +1,4 @@
-//! What lies in shared memory, in words: a change of it is a change of `abi.txt`, for whoever reviews it to see.
+//! Compares what lies in shared memory with its description in `abi.txt`: reviewers see every change of it there.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 use kvring_shm_abi::message::{Completion, Ident, Records, Request, Round, ShardAnswer, Status};
@@ -7,7 +7,7 @@ use kvring_shm_abi::slot::{SlotState, SlotWord};
 use kvring_shm_abi::superblock::describe_abi;
 use std::fmt::Write;
 
-/// How some numbers are packed: what the description of messages and words stands for.
+/// Some messages and words, packed: the description does not say how they are.
 fn examples() -> String {
     let ident = Ident { incarnation: 0xA1, nonce: 0xB2 };
     let (keys, answer) = (Records { offset: 0x10, count: 0x11 }, Records { offset: 0x12, count: 0x13 });
@@ -52,10 +52,10 @@ fn the_abi_is_what_is_written_down() {
     }
 }
 
-/// What could be in shared memory and is not in the description: a type with a layout of its own, or a number.
+/// A type with a layout of its own could be in shared memory, so it must be defined in `abi!`.
 #[test]
 fn nothing_with_a_layout_is_defined_beside_the_description() {
-    // What the kernel, libc or only this process looks at.
+    // Files with types that only the kernel, libc or this process looks at.
     let private = ["life.rs", "sync.rs", "mapping.rs", "futex.rs", "abi.rs"];
     let mut files = vec![std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
     let mut seen = 0;

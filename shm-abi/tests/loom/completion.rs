@@ -1,4 +1,4 @@
-//! Keys and answers in the payload area: complete when the message that names them arrives.
+//! Keys and answers in the payload area are complete when the message that names them arrives.
 
 use crate::harness::{fails, holds};
 use crate::ring::{next, slots};
@@ -10,13 +10,13 @@ use loom::thread;
 const WORDS: usize = 2;
 const OPERATIONS: u32 = 2;
 
-/// What may go wrong, one at a time.
+/// The protocol, and ways to break it, one at a time.
 #[derive(Clone, Copy)]
 struct Habits {
     producer: fn(View<Slot>) -> Producer,
     /// The engine pushes the completion before it has written the answer.
     push_first: bool,
-    /// The client gives an operation's region to the next one before it has drained its completion.
+    /// The client gives an operation's region to the next operation before it has drained the first one's completion.
     reuse_early: bool,
 }
 
@@ -56,7 +56,7 @@ fn operations(habits: Habits) {
     let engine = thread::spawn(move || serve(&area, popping, pushing, habits.push_first));
     let mut producer = (habits.producer)(submissions);
     let mut consumer = Consumer::new(completions);
-    // One region: each operation needs what the one before it had.
+    // There is one region, so each operation needs the one before it to be done with it.
     let submit = |producer: &mut Producer, n: u32| {
         payload.write(0, &keys(n)).unwrap();
         producer.push(&Body { head: n, words: [0] });

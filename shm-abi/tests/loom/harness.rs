@@ -1,4 +1,4 @@
-//! Running a model, and requiring that a broken one is caught for the right reason.
+//! Runs a model, and requires that a broken one is caught for the right reason.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -6,10 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, Once};
 use std::time::Instant;
 
-/// What loom says when every thread is blocked: in these models, that a wake-up was lost.
+/// Loom's message when every thread is blocked. In these models it means that a wake-up was lost.
 pub(crate) const LOST_WAKE_UP: &str = "deadlock; threads";
 
-/// Explores `model`, with at most `preemptions` preemptions in one execution where that is needed to come to an end.
+/// Explores `model`. A large model needs a limit of `preemptions` preemptions in one execution, or the exploration would not end.
 pub(crate) fn holds(name: &str, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
     let begin = Instant::now();
     let executions = Arc::new(Mutex::new(0u64));

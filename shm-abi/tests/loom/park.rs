@@ -1,4 +1,4 @@
-//! Sleeping: no wake-up is lost. The model's futex has no time, so a lost one is a deadlock.
+//! Sleepers lose no wake-up. The model's futex has no time, so a lost wake-up is a deadlock.
 
 use crate::harness::{LOST_WAKE_UP, fails, holds};
 use crate::ring::slots;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 const MESSAGES: usize = 2;
 
-/// One way to do the steps of the protocol: the right one, or with one step left out.
+/// The steps of the protocol: the right ones, or one of them left out.
 #[derive(Clone, Copy)]
 struct Steps {
     announce: fn(&AtomicU32) -> Ticket,
@@ -23,7 +23,7 @@ struct Steps {
 
 const RIGHT: Steps = Steps { announce: park::announce, look_again: true, notify: park::notify };
 
-/// The engine (who sleeps, and takes its flag back) and one client that rings.
+/// One client rings the engine, which sleeps, and takes its announcement back.
 fn one_sleeper(steps: Steps) {
     let parked = Arc::new(AtomicU32::new(0));
     let ring = slots();
@@ -78,7 +78,7 @@ fn control_no_second_look_is_caught() {
     });
 }
 
-/// Two threads of one client on one parked word. Whoever holds the lock drains for both.
+/// Two threads of one client sleep on one word. The thread that holds the lock drains completions for both.
 struct Client {
     parked: AtomicU32,
     inner: Mutex<Inner>,
@@ -89,22 +89,22 @@ struct Inner {
     done: [bool; 2],
 }
 
-/// What two waiting threads may do differently.
+/// How the two waiting threads and the engine behave.
 #[derive(Clone, Copy)]
 struct Habits {
-    /// Wake the others after draining a completion of theirs.
+    /// A thread that has drained the other's completion wakes the other.
     kick: bool,
-    /// Take the flag back after a sleep, as a lone sleeper may.
+    /// A thread takes its announcement back after a sleep, as a lone sleeper may.
     retract: bool,
-    /// Sleep on a word that is either 0 or 1, instead of one that changes with each wake.
+    /// The threads sleep on a word that is either 0 or 1, instead of one that changes with each wake.
     two_states: bool,
-    /// The engine looks for sleepers after it published; otherwise it stops in between.
+    /// The engine looks for sleepers after it has published; otherwise it ends before it has looked.
     engine_notifies: bool,
 }
 
 const TWO: Habits = Habits { kick: true, retract: false, two_states: false, engine_notifies: true };
 
-/// The protocol with a word of two states: what `park` was before a model of two sleepers.
+/// A wrong protocol: a word of two states.
 mod two_states {
     use kvring_shm_abi::futex::{self, Deadline};
     use kvring_shm_abi::sync::{AtomicU32, Ordering, fence};
@@ -138,7 +138,7 @@ impl Habits {
 }
 
 impl Client {
-    /// Drains what there is; is `mine` done? Kicks when a completion of the other thread's was among it.
+    /// Drains all completions, and kicks if one of them was the other thread's. Is `mine` done?
     fn poll(&self, mine: usize, habits: Habits) -> bool {
         let mut inner = self.inner.lock().unwrap();
         let mut others = false;
@@ -209,7 +209,7 @@ fn two_waiters(habits: Habits) {
     }
     engine.join().unwrap();
     if !habits.engine_notifies {
-        // The engine is gone, and this thread looks (and kicks) one last time.
+        // The engine has ended, and this thread looks (and kicks) one last time.
         client.poll(0, habits);
     }
     sleeper.join().unwrap();
@@ -222,7 +222,7 @@ fn two_sleepers_on_one_word_are_both_woken() {
     });
 }
 
-/// Every notify wakes all, and is made after its own publication: the kick only saves time while the engine lives.
+/// Every notify wakes all sleepers, and comes after its own publication: while the engine lives, the kick only saves time.
 #[test]
 fn two_sleepers_need_no_kick_from_each_other_while_the_engine_notifies() {
     holds("park, two sleepers, no kick", Some(3), || {
@@ -251,7 +251,8 @@ fn control_one_of_two_sleepers_takes_the_flag_back_is_caught() {
     });
 }
 
-/// 0 announced and looked, and is not asleep yet; the engine wakes it; 1 announces itself: the word is as 0 left it.
+/// Thread 0 has announced itself and looked, and is not asleep yet; the engine wakes it; thread 1 announces itself. Now the word
+/// is as thread 0 left it, so thread 0 goes to sleep.
 #[test]
 fn control_a_word_of_two_states_is_caught() {
     fails("park, two states", LOST_WAKE_UP, Some(2), || two_waiters(Habits { two_states: true, ..TWO }));

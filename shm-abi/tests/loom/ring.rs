@@ -1,4 +1,4 @@
-//! Two rings and the in-flight rule: every message once, in order, in one piece.
+//! Two rings and the in-flight rule: every message arrives once, in order, in one piece.
 
 use crate::harness::{fails, holds};
 use kvring_shm_abi::mapping::View;
@@ -20,7 +20,7 @@ fn completion(n: usize) -> Body {
     Body { head: n as u32 + 1, words: [100 + n as u64; WORDS] }
 }
 
-/// Pops, waiting for as long as there is nothing.
+/// Pops the next message; waits while there is none.
 pub(crate) fn next(consumer: &mut Consumer) -> Body {
     loop {
         match consumer.pop() {
@@ -62,7 +62,7 @@ fn client(mut submissions: Producer, mut completions: Consumer, in_flight_max: u
         );
         drained += 1;
     }
-    // Nothing comes twice, and nothing that nobody asked for.
+    // No completion comes twice, or for a submission that was not made.
     assert_eq!(completions.pop(), Ok(None));
 }
 

@@ -1,4 +1,4 @@
-//! The seqlock of a slot: a load against the slot's next life.
+//! The seqlock of a slot: a load races with the slot's next writer.
 
 use crate::harness::{fails, holds};
 use crate::ring::{next, slots};
@@ -18,13 +18,13 @@ const NEW_BYTES: [u64; 2] = [21, 22];
 const OLD_CHECKSUM: u64 = 55;
 const NEW_CHECKSUM: u64 = 66;
 
-/// What may go wrong, one at a time.
+/// The protocol, and ways to break it, one at a time.
 #[derive(Clone, Copy)]
 struct Habits {
-    /// The next writer's fence between its reservation and its first byte.
+    /// The next writer makes a fence between its reservation and its first byte.
     writer_fence: bool,
     still_valid: fn(&SlotHeader, u64) -> Result<(), NotServable>,
-    /// The generation of the slot's next life.
+    /// The generation in which the next writer gets the slot.
     next_generation: u64,
 }
 
@@ -35,7 +35,7 @@ fn word(state: SlotState, generation: u64) -> SlotWord {
     SlotWord { state, owner: 3, generation }
 }
 
-/// Engine: frees the slot, gives it to the next writer, commits when that says so.
+/// Engine: frees the slot, gives it to the next writer, and commits when the writer says so.
 fn engine(header: &SlotHeader, generation: u64, mut reservation: Producer, mut commit: Consumer) {
     header.free(generation);
     header.begin_writing(word(SlotState::Writing, generation), &NEW, 1, 2);
@@ -44,7 +44,7 @@ fn engine(header: &SlotHeader, generation: u64, mut reservation: Producer, mut c
     header.commit(word(SlotState::Committed, generation), NEW_CHECKSUM);
 }
 
-/// The next life's worker: writes when it got the slot, says so when it is through.
+/// The next writer: writes when it has got the slot, and says so when it has written.
 fn writer(arena: &Payload, writer_fence: bool, mut reservation: Consumer, mut commit: Producer) {
     next(&mut reservation);
     if writer_fence {
@@ -55,7 +55,8 @@ fn writer(arena: &Payload, writer_fence: bool, mut reservation: Consumer, mut co
     commit.push(&Body::default());
 }
 
-/// A worker that holds the old life's handle: what it may serve, `None` when it must refuse.
+/// A worker that holds a handle of the old generation. Returns the checksum and the bytes that it may serve; `None` if it must
+/// refuse.
 fn load(header: &SlotHeader, arena: &Payload, habits: Habits) -> Option<(u64, [u64; 2])> {
     let checksum = header.validate(&OLD, GENERATION).ok()?;
     let mut copy = [0; 2];
