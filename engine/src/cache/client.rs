@@ -1,26 +1,26 @@
-//! What clients give back: leases, and the slots that they were writing.
+//! What clients give back: leases, and slots that they will not complete.
 
 use super::error::CommitError;
 use super::lease::LeaseId;
 use super::slot::State;
 use super::{Cache, Key, OWNERS, Owner, SlotId, SlotTable};
 
-/// What an abort came to.
+/// The result of an abort.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Aborted {
     /// The slot is free, and its chunk's round is dropped.
     Freed,
-    /// It was not this client's to abort any longer: committed, free, or somebody else's.
+    /// There was nothing left to abort: the slot is committed, free, or has been given away again.
     Gone,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// A writer's word that it will not complete its shard, and writes no more. A round that a rank has failed is
-    /// dropped: nothing that the others computed in it is published.
+    /// Handles a writer's message that it will not complete its shard and writes no more. A round in which one rank
+    /// has failed is dropped: nothing that the other ranks stored in it is published.
     ///
     /// # Errors
     ///
-    /// What no honest client sends: see [`CommitError`]. Then nothing has changed.
+    /// A message that no honest client sends: see [`CommitError`]. Nothing has changed then.
     pub fn abort(
         &mut self,
         owner: Owner,
@@ -51,8 +51,8 @@ impl<T: SlotTable> Cache<T> {
         self.free_slot(slot);
     }
 
-    /// Ends what a lease has beyond its first `keep` chunks; all of it with 0. Unknown is fine. False where it stopped because
-    /// what was allowed is spent: call it again.
+    /// Unpins what a lease has beyond its first `keep` chunks; `keep` = 0 ends it. An unknown lease is no error.
+    /// False: it stopped because what was allowed is spent; call it again.
     pub fn release(&mut self, owner: Owner, session: u64, admission: u32, keep: u32) -> bool {
         self.change();
         if usize::from(owner) >= OWNERS {
@@ -62,7 +62,8 @@ impl<T: SlotTable> Cache<T> {
         lease.is_none_or(|id| self.truncate(id, keep))
     }
 
-    /// Ends the leases of all admissions of a session. Unknown is fine. False: as [`Cache::release`].
+    /// Ends the leases of all admissions of a session. An unknown session is no error. False: as
+    /// [`Cache::release`].
     pub fn end_session(&mut self, owner: Owner, session: u64) -> bool {
         self.change();
         if usize::from(owner) >= OWNERS {
@@ -76,7 +77,8 @@ impl<T: SlotTable> Cache<T> {
         true
     }
 
-    /// Ends what a lease has beyond its first `keep` chunks, from its tail on. False where it stopped.
+    /// Unpins what a lease has beyond its first `keep` chunks, from its tail on. False: it stopped, and is to be
+    /// called again.
     pub(super) fn truncate(&mut self, id: LeaseId, keep: u32) -> bool {
         let owner = self.leases.get(id).owner;
         for _ in keep..self.leases.get(id).len {

@@ -1,34 +1,35 @@
-//! The cache's limits, all of them fixed when it is made.
+//! The cache's limits, which are fixed when it is made.
 
 use super::error::ConfigError;
 use super::{Key, PAGE_BYTES};
 use crate::policy::{MAX_CHUNKS, PolicyKind};
 
-/// Limits and choices. Memory is taken for all of it at once, and touched as it is used.
+/// Limits and choices. Address space for all of it is taken at once; memory is used as the tables fill.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CacheConfig {
     /// Bytes of a slab: a power of two from 1 MiB to 1 GiB.
     pub slab_bytes: u64,
-    /// Slabs in the arena, usable or not yet.
+    /// Slabs in the arena, including those that are not usable yet.
     pub slab_count: u32,
-    /// Chunks at once, forming ones included; never more than there are slot ids.
+    /// The most chunks at one time, forming ones included; never more than there are slot ids.
     pub chunks_max: u32,
-    /// Leases at once.
+    /// The most leases at one time.
     pub leases_max: u32,
-    /// Chunks in all leases together.
+    /// The most pins in all leases together.
     pub pins_max: u32,
-    /// Keys in one lookup or reservation.
+    /// The most keys in one lookup or reservation.
     pub keys_max: u32,
-    /// Bytes that one client may be charged with, in whole slots: what it writes, and what it was the first to lease.
+    /// The most bytes that one client may be charged, in whole slots: for what it is writing, and for what it
+    /// pinned first.
     pub client_bytes_max: u64,
-    /// Mixed into every hash; random, because keys come from clients.
+    /// Mixed into every hash. It must be random, because clients choose the keys.
     pub seed: Key,
     /// The order in which chunks are evicted, in each namespace.
     pub policy: PolicyKind,
 }
 
 impl CacheConfig {
-    /// Limits for an arena of this geometry, with room for what one node does.
+    /// Default limits for an arena of this geometry: enough for one node.
     #[must_use]
     pub fn new(slab_bytes: u64, slab_count: u32) -> Self {
         Self {
@@ -44,19 +45,21 @@ impl CacheConfig {
         }
     }
 
-    /// Whether all of it is in range; answers how many slot ids there are.
+    /// Checks that all limits are in range; returns the number of slot ids.
     pub(crate) fn check(&self) -> Result<u32, ConfigError> {
         let bytes = self.slab_bytes;
         if !bytes.is_power_of_two() || !(1 << 20..=1 << 30).contains(&bytes) {
             return Err(ConfigError::SlabBytes { bytes });
         }
-        // At most 2³² × 2¹⁸: no overflow. One id is kept for "none", and links are id + 1.
+        // The product is at most 2³² × 2¹⁸, so it cannot overflow. One id is reserved for "none", and links are id
+        // + 1.
         let slots = u64::from(self.slab_count) * (bytes / PAGE_BYTES);
         let most = u64::from(u32::MAX) - 1;
         if slots == 0 || slots > most {
             return Err(ConfigError::Slots { slab_count: self.slab_count, slab_bytes: bytes, slots, most });
         }
-        // A lookup pins what it found before it ends the lease that it stands for.
+        // A lookup pins a chunk before it unpins the one whose place that takes in its lease: `keys_max` pins of
+        // slack.
         let pins_most = u64::from(super::pins::PINS_MAX.saturating_sub(self.keys_max));
         let limits = [
             ("max_chunks", self.chunks_max, MAX_CHUNKS as u64 / 2),

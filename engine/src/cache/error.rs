@@ -1,4 +1,4 @@
-//! What can be wrong with a request, one closed enum for each kind. A full cache is an answer and not an error.
+//! What can be wrong with a request: one closed enum for each kind. A full cache is an answer, not an error.
 
 use super::{Key, NAMESPACES, NamespaceId, OWNERS, Owner, RANKS, SlotId};
 use crate::lazy::NoMemory;
@@ -34,7 +34,7 @@ pub enum ConfigError {
         /// The most it may be.
         most: u64,
     },
-    /// The tables have no room.
+    /// There is no memory for the tables.
     #[error(transparent)]
     Memory(#[from] NoMemory),
 }
@@ -42,7 +42,7 @@ pub enum ConfigError {
 /// Why a slab cannot be added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddSlabError {
-    /// The arena is not that large.
+    /// The arena has no such slab.
     #[error("slab {index} does not exist: the arena has {count}")]
     OutOfRange {
         /// What was given.
@@ -61,19 +61,19 @@ pub enum AddSlabError {
 /// Why a rank cannot be registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
-    /// Namespace ids are small.
+    /// The namespace id is out of range.
     #[error("namespace {namespace}: ids are below {NAMESPACES}")]
     NoSuchNamespace {
         /// What was given.
         namespace: NamespaceId,
     },
-    /// The world's size is out of range.
+    /// The number of ranks is out of range.
     #[error("world of {world} ranks: expected 1 to {RANKS}")]
     World {
         /// What was given.
         world: u32,
     },
-    /// The rank is not of this world.
+    /// The world has no such rank.
     #[error("rank {rank} in a world of {world}")]
     Rank {
         /// What was given.
@@ -81,7 +81,7 @@ pub enum RegisterError {
         /// Ranks there are.
         world: u32,
     },
-    /// The first rank fixed the world.
+    /// The first rank fixed another world size.
     #[error("namespace {namespace} has a world of {fixed} ranks, not of {world}")]
     OtherWorld {
         /// The namespace.
@@ -91,7 +91,7 @@ pub enum RegisterError {
         /// What this one said.
         world: u32,
     },
-    /// The rank's layout is fixed.
+    /// The rank has registered another shard size before.
     #[error("rank {rank} of namespace {namespace} has shards of {fixed} bytes, not of {shard_bytes}")]
     OtherShard {
         /// The namespace.
@@ -103,7 +103,7 @@ pub enum RegisterError {
         /// What it says now.
         shard_bytes: u64,
     },
-    /// A shard must fit a span, which ends at the next 1 GiB boundary, and the arena.
+    /// A shard must fit into a span, which ends at the next 1 GiB boundary, and into the arena.
     #[error("shard of {shard_bytes} bytes: expected 1 to {most}")]
     ShardBytes {
         /// What was given.
@@ -124,7 +124,7 @@ pub enum RegisterError {
 /// Why a lookup has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FindError {
-    /// There is a hit, but no room to pin even its first chunk: this client's bytes, or the lease tables.
+    /// There is a hit, but not even its first chunk can be pinned: the client's share or the lease tables are full.
     #[error("client {owner} has {bytes} bytes leased or reserved, and cannot lease more")]
     Busy {
         /// Who asked.
@@ -154,7 +154,7 @@ pub enum FindError {
     },
 }
 
-/// Why a reservation has no answer at all.
+/// Why a whole reservation is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReserveError {
     /// The namespace is not registered.
@@ -163,7 +163,7 @@ pub enum ReserveError {
         /// What was given.
         namespace: NamespaceId,
     },
-    /// The rank is not of this world, or has not registered its layout.
+    /// The world has no such rank, or the rank has not registered its layout.
     #[error("rank {rank} of namespace {namespace} is not registered")]
     UnknownRank {
         /// The namespace.
@@ -187,7 +187,7 @@ pub enum ReserveError {
     },
 }
 
-/// Why a commit or an abort is a breach: an honest client never sends one of these.
+/// Why a commit or an abort is a breach: an honest client never causes one of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommitError {
     /// The slot does not exist.
@@ -216,20 +216,20 @@ pub enum CommitError {
     },
 }
 
-/// What the cache's check of itself found wrong: a bug, or memory that somebody else wrote to.
+/// What the cache's self-check found wrong: a bug, or memory that somebody else has written to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvariantBroken {
-    /// Two counts that must agree do not.
+    /// Two counts that must be equal are not.
     #[error("{what}: counted {counted}, recorded {recorded}")]
     Count {
         /// What was counted.
         what: &'static str,
-        /// What is there.
+        /// The number of entries that were counted.
         counted: u64,
-        /// What is written down.
+        /// The number that the tables record.
         recorded: u64,
     },
-    /// Two entries that must name each other do not.
+    /// Two table entries that must name each other do not.
     #[error("{what}: entry {at} disagrees with {with}")]
     Link {
         /// Which pair of tables.

@@ -1,4 +1,4 @@
-//! Lookups: the latency-critical path. `find` only reads; `pin_found` does what can wait until the answer is out.
+//! Lookups, the latency-critical path. `find` only reads; `pin_found` does what can wait until the answer has left.
 
 use super::chunk::Chunks;
 use super::error::FindError;
@@ -7,61 +7,62 @@ use super::lease::LeaseId;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, PAGE_BYTES, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// Keys that go through a stage of the pipeline together: each stage asks for the lines that the next one reads.
+/// How many keys go through a stage of the pipeline together. Each stage prefetches the lines that the next one
+/// reads.
 const BLOCK: usize = 16;
 
-/// Where a shard is, and which life of its slot.
+/// Where a shard lies, and in which generation of its slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardRef {
     /// The slot.
     pub slot: SlotId,
-    /// Its generation: a load compares it before and after its copy.
+    /// The slot's generation; a load compares it before and after its copy.
     pub generation: u64,
     /// First byte in the arena.
     pub offset: u64,
 }
 
-/// A lookup, and how far it has come: one of many keys goes on in pieces, and what a piece has found is leased before the
-/// next one is looked for.
+/// A lookup, and how far it has come. A lookup of many keys goes on in pieces; what one piece has found is leased
+/// before the next piece begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lookup {
-    /// Who asks.
+    /// The client that asks.
     pub owner: Owner,
     /// Its session.
     pub session: u64,
     /// Which of the session's admissions.
     pub admission: u32,
-    /// Where.
+    /// The namespace of the keys.
     pub namespace: NamespaceId,
-    /// Chunks that its pieces have found and leased so far.
+    /// How many chunks the pieces so far have found and leased.
     pub found: u32,
-    /// Keys of all pieces.
+    /// How many keys the lookup has, in all pieces together.
     keys: u32,
-    /// Logical time of the access to its first chunk; each chunk behind that is one earlier.
+    /// Logical time of the access to the first chunk; each further chunk is accessed one tick earlier.
     time: u64,
-    /// The admission has been looked up before: what it finds is no access.
+    /// The admission has been looked up before, so what the lookup finds does not count as an access.
     again: bool,
 }
 
 impl Lookup {
-    /// Has the admission been looked up before? Then its lease may be longer than what is found now.
+    /// Whether the admission has been looked up before. Then its lease may be longer than what is found now.
     #[must_use]
     pub fn is_repeated(&self) -> bool {
         self.again
     }
 }
 
-/// What a piece found, until it is pinned.
+/// What one piece found, until it is pinned.
 #[derive(Clone, Copy)]
 pub(super) struct Found {
     lookup: Lookup,
     lease: Option<LeaseId>,
-    /// Chunks that the lookup may find after this piece.
+    /// How many chunks the lookup may still find after this piece.
     to_come: u32,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Begins a lookup of so many keys.
+    /// Begins a lookup of this many keys.
     pub fn lookup(
         &mut self,
         owner: Owner,
@@ -94,16 +95,16 @@ impl<T: SlotTable> Cache<T> {
         self.find_piece(&lookup, keys, sink)
     }
 
-    /// The longest visible prefix of `keys`, which follow those that the lookup has found: `sink` is called with every
-    /// shard, chunk by chunk, rank by rank. Answers the number of chunks, of which `sink` may have been told of more.
-    /// Changes nothing; [`Cache::pin_found`] is to follow at once.
+    /// Finds the longest visible prefix of `keys`, which follow the keys that the lookup has found so far. Calls
+    /// `sink` with every shard, chunk by chunk and rank by rank. Returns the number of chunks; `sink` may have been
+    /// called for more chunks than that. Changes nothing; the caller calls [`Cache::pin_found`] right after it.
     ///
-    /// A prefix that is longer than what this client may still lease is cut to that. What is leased already, by
-    /// whomever, costs nothing more.
+    /// The prefix is cut to what this client may still lease. A chunk that any client has leased already costs it
+    /// nothing.
     ///
     /// # Errors
     ///
-    /// [`FindError::Busy`] where there is a hit but not even its first chunk may be leased; unknown namespace or
+    /// [`FindError::Busy`] if there is a hit but not even its first chunk may be leased; unknown namespace or
     /// owner; too many keys.
     pub fn find_piece(
         &mut self,
@@ -128,7 +129,8 @@ impl<T: SlotTable> Cache<T> {
         let complete = registered.is_complete();
         let (lease, admissions) = self.leases.find(owner, session, admission);
         let bytes = self.charges.of[usize::from(owner)];
-        // What the earlier pieces leased stays until this client says otherwise, which it cannot in between.
+        // The lease of the earlier pieces stays until this client releases it, and no other message of this client
+        // is handled in between.
         if before > lease.map_or(0, |lease| self.leases.get(lease).len) {
             debug_assert!(false, "a lookup that goes on without its lease");
             return Err(FindError::Busy { owner, bytes });
@@ -163,14 +165,15 @@ impl<T: SlotTable> Cache<T> {
             }
         }
         let found = self.found.len() as u32;
-        // Where it has found less than was asked for, no piece follows.
+        // If this piece missed a key, no further piece follows.
         let to_come =
             if found as usize == keys.len() { lookup.keys.saturating_sub(before + found) } else { 0 };
         self.found_for = Some(Found { lookup: *lookup, lease, to_come });
         Ok(found)
     }
 
-    /// How many of what was found may be leased, if `new` chunks of it may be that nobody has leased yet.
+    /// How many of the found chunks may be leased, if at most `new` of them may be chunks that nobody has leased
+    /// yet.
     fn affordable(&mut self, mut new: u64) -> usize {
         self.work += self.found.len() as u64;
         let costs = |id: &ChunkId| !self.chunks.get(*id).pins.any();
@@ -183,8 +186,8 @@ impl<T: SlotTable> Cache<T> {
         cut.unwrap_or(self.found.len())
     }
 
-    /// Fills `found`, a block of keys at a time, and each stage a block behind the one before it: index line, chunk
-    /// record, slots.
+    /// Fills `found`, one block of keys at a time. Each stage of the pipeline works one block behind the stage
+    /// before it: index line, chunk record, slots.
     #[inline(always)]
     fn search<const SINGLE: bool>(
         &mut self,
@@ -197,7 +200,7 @@ impl<T: SlotTable> Cache<T> {
         found.resize(keys.len(), 0);
         let mut hashes = [[Hash::default(); BLOCK]; 3];
         let mut guesses = [[Guess::default(); BLOCK]; 2];
-        // Shrinks to the first miss: nothing after it counts.
+        // Shrinks to the first miss; keys after it do not count.
         let mut end = keys.len();
         // With one rank, the chunk's record has all that the answer needs.
         let last_stage = if SINGLE { 2 } else { 4 };
@@ -247,12 +250,12 @@ impl<T: SlotTable> Cache<T> {
         found.truncate(end);
     }
 
-    /// Pins what the last [`Cache::find_piece`] found, in the lease of its (session, admission), and counts it as an access.
-    /// A lease that the admission had before becomes this one: what it has already at the same places stays as it is, and
-    /// nothing of it is an access: polls and retries are not. What it has beyond the lookup's end is the caller's to
-    /// [`Cache::release`].
+    /// Pins what the last [`Cache::find_piece`] found in the lease of its (session, admission), and counts it as an
+    /// access. If the admission has a lease already, that lease becomes this one: chunks that it has at the same
+    /// places keep their pins, and nothing counts as an access (polls and retries are not). The caller then
+    /// [`Cache::release`]s what the lease has beyond the lookup's end.
     ///
-    /// To be called right after `find`, before anything else; otherwise it does nothing and answers false.
+    /// To be called right after `find_piece`, before anything else; otherwise it does nothing and returns false.
     pub fn pin_found(&mut self) -> bool {
         let Some(Found { lookup, mut lease, to_come }) = self.found_for.take() else {
             debug_assert!(false, "pin_found without its find");
@@ -263,7 +266,8 @@ impl<T: SlotTable> Cache<T> {
         if let Some(Some(registered)) = self.namespaces.get_mut(namespace as usize) {
             registered.used = registered.used.max(time);
         }
-        // One walk for the whole piece, to the last place of the piece before it, or to its own first.
+        // The lease is walked once for the whole piece: to the last place of the piece before it, or to its own
+        // first place.
         let (mut place, mut front) = (None, None);
         if let Some(lease) = lease {
             let start = before.saturating_sub(1);
@@ -278,7 +282,8 @@ impl<T: SlotTable> Cache<T> {
         self.work += self.found.len() as u64;
         for i in 0..self.found.len() {
             let (id, at) = (self.found[i], before + i as u32);
-            // What is new to come is paid for before what others have leased and nobody pays for.
+            // Chunks that the lookup may still find have first claim on the client's share; chunks that others
+            // lease and nobody pays for come after them.
             let to_come = u64::from(to_come) + (self.found.len() - i - 1) as u64;
             match (lease, place) {
                 (Some(_), Some(here)) if at < held => {

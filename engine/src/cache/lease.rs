@@ -1,4 +1,4 @@
-//! Leases: (client, session, admission) → the chunks pinned for it, in the order of their chain.
+//! Leases: the chunks that are pinned for each (client, session, admission), in the order of their chain.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -6,12 +6,13 @@ use super::{OWNERS, Owner};
 use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
 
-/// Chunks in a block.
+/// How many chunks a block holds.
 const BLOCK: usize = 14;
-/// Leases of one session: an honest one has one or two admissions at a time, and ending a session is bounded.
+/// The most leases of one session. An honest session has one or two admissions at a time; the limit bounds the work
+/// of ending a session.
 pub(super) const ADMISSIONS_MAX: usize = 16;
 
-/// A lease's number; reused after its end.
+/// A lease's number. It is reused after the lease's end.
 pub(super) type LeaseId = u32;
 
 /// One lease. Links are lease id + 1.
@@ -20,14 +21,14 @@ pub(super) type LeaseId = u32;
 pub(super) struct Lease {
     pub(super) session: u64,
     pub(super) admission: u32,
-    /// Chunks; 0: the record is free.
+    /// How many chunks it has; 0: the record is free.
     pub(super) len: u32,
-    /// The first block and the last one, + 1.
+    /// The first and the last block, + 1 each.
     first: u32,
     last: u32,
     /// The next lease of the same hash bucket, or the next free record.
     chain: u32,
-    /// The neighbours in the client's list.
+    /// The neighbours in the list of the client's leases.
     prev: u32,
     next: u32,
     pub(super) owner: Owner,
@@ -39,12 +40,12 @@ pub(super) struct Lease {
 #[repr(C, align(64))]
 struct Block {
     chunks: [ChunkId; BLOCK],
-    /// The neighbours, + 1: a lease grows and shrinks at its tail, and is read from its head.
+    /// The neighbours, + 1 each. A lease grows and shrinks at its tail, and is read from its head.
     before: u32,
     next: u32,
 }
 
-/// Where a lease has one of its chunks, for as long as that is not taken off it.
+/// Where a lease has one of its chunks. It is valid until that chunk is taken off the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     block: u32,
@@ -60,23 +61,23 @@ pub(super) struct Leases {
     blocks_free: u32,
     blocks_fresh: u32,
     blocks_used: u32,
-    /// Heads of hash chains by (client, session).
+    /// The heads of the hash chains of (client, session).
     buckets: Lazy<u32>,
     seed: u64,
-    /// Heads of the clients' lists.
+    /// The heads of the clients' lists.
     owners: [u32; OWNERS],
     pub(super) len: u32,
-    /// Chunks in all leases.
+    /// Pins: the chunks of all leases.
     pub(super) pins: u64,
     pins_max: u64,
-    /// Blocks that were looked at on the way to a place.
+    /// How many blocks were passed on the way to places.
     #[cfg(test)]
     pub(super) passed: std::cell::Cell<u64>,
 }
 
 impl Leases {
     pub(super) fn new(leases_max: u32, pins_max: u32, seed: u64) -> Result<Self, NoMemory> {
-        // Each lease may leave its last block unfilled.
+        // Each lease may leave its last block partly empty.
         let blocks = (pins_max as usize).div_ceil(BLOCK) + leases_max as usize;
         Ok(Self {
             leases: Lazy::new(leases_max as usize)?,
@@ -107,7 +108,7 @@ impl Leases {
         &self.leases[id as usize]
     }
 
-    /// The lease of an admission, if any, and how many the session has.
+    /// The lease of an admission, if it has one, and the number of leases of its session.
     pub(super) fn find(&self, owner: Owner, session: u64, admission: u32) -> (Option<LeaseId>, usize) {
         let (mut found, mut admissions) = (None, 0);
         let mut link = self.buckets[self.bucket(owner, session)];
@@ -124,7 +125,7 @@ impl Leases {
         (found, admissions)
     }
 
-    /// Any lease of a session.
+    /// Any lease of this session.
     pub(super) fn any_of(&self, owner: Owner, session: u64) -> Option<LeaseId> {
         let mut link = self.buckets[self.bucket(owner, session)];
         while let Some(id) = link.checked_sub(1) {
@@ -137,19 +138,19 @@ impl Leases {
         None
     }
 
-    /// Any lease of a client.
+    /// Any lease of this client.
     pub(super) fn first_of(&self, owner: Owner) -> Option<LeaseId> {
         self.owners[owner as usize].checked_sub(1)
     }
 
-    /// How many chunks a lease could hold from place `from` on, if there is one; else a new one.
+    /// How many chunks the lease could hold from place `from` on. Without a lease: how many a new one could hold.
     pub(super) fn room(&self, lease: Option<LeaseId>, from: u32, admissions: usize) -> u64 {
         let has_record = self.len < self.leases.len() as u32 && admissions < ADMISSIONS_MAX;
         let held = lease.map_or(0, |id| u64::from(self.get(id).len.saturating_sub(from)));
         if lease.is_some() || has_record { self.pins_max - self.pins + held } else { 0 }
     }
 
-    /// Makes a lease of at least one chunk; the caller has asked `room`.
+    /// Makes a lease with its first chunk. The caller has checked `room`.
     pub(super) fn create(&mut self, owner: Owner, session: u64, admission: u32, first: ChunkId) -> LeaseId {
         let id = match self.free.checked_sub(1) {
             Some(id) => {
@@ -174,7 +175,7 @@ impl Leases {
         id
     }
 
-    /// One more chunk, behind the others; the caller has asked `room`.
+    /// Appends a chunk. The caller has checked `room`.
     pub(super) fn push(&mut self, id: LeaseId, chunk: ChunkId) {
         let Lease { len, last, .. } = *self.get(id);
         let at = len as usize % BLOCK;
@@ -196,7 +197,7 @@ impl Leases {
         self.pins += 1;
     }
 
-    /// Takes the last chunk off a lease; with the only one, the lease ends.
+    /// Takes the last chunk off a lease. The lease ends with its only chunk.
     pub(super) fn pop(&mut self, id: LeaseId) -> Option<ChunkId> {
         let Lease { len, last, .. } = *self.get(id);
         let (at, block) = (len.checked_sub(1)? as usize, last.checked_sub(1)?);
@@ -215,7 +216,7 @@ impl Leases {
         Some(chunks[at % BLOCK])
     }
 
-    /// The place of a lease's chunk, looked for from the nearer end.
+    /// The place of the lease's chunk number `at`, searched for from the nearer end.
     pub(super) fn place(&self, id: LeaseId, at: u32) -> Option<Place> {
         let Lease { len, first, last, .. } = *self.get(id);
         if at >= len {
@@ -232,7 +233,7 @@ impl Leases {
         Some(Place { block: link.checked_sub(1)?, at: at as usize % BLOCK })
     }
 
-    /// Blocks that are passed on the way to this place.
+    /// How many blocks are passed on the way to that place.
     pub(super) fn steps_to(&self, id: LeaseId, at: u32) -> u32 {
         let (len, block) = (self.get(id).len, BLOCK as u32);
         if at < len / 2 { at / block } else { (len.saturating_sub(1) / block).saturating_sub(at / block) }
@@ -243,12 +244,12 @@ impl Leases {
         self.blocks[place.block as usize].chunks[place.at]
     }
 
-    /// Puts another chunk in the place of one; answers that one.
+    /// Puts `chunk` in this place and returns the chunk that was there.
     pub(super) fn replace(&mut self, place: Place, chunk: ChunkId) -> ChunkId {
         std::mem::replace(&mut self.blocks[place.block as usize].chunks[place.at], chunk)
     }
 
-    /// The place behind this one, if the lease has as many blocks.
+    /// The place behind this one, if the lease has a block for it.
     pub(super) fn behind(&self, place: Place) -> Option<Place> {
         if place.at + 1 < BLOCK {
             return Some(Place { at: place.at + 1, ..place });
@@ -271,7 +272,7 @@ impl Leases {
         }
     }
 
-    /// The chunks of a lease from this place on, towards its tail.
+    /// The chunks of a lease from number `from` on, towards its tail.
     pub(super) fn chunks(&self, id: LeaseId, from: u32) -> impl Iterator<Item = ChunkId> {
         let rest = self.get(id).len.saturating_sub(from);
         let mut next = self.place(id, from);
@@ -282,7 +283,7 @@ impl Leases {
         })
     }
 
-    /// Frees the record of a lease whose chunks are gone.
+    /// Frees the record of a lease that has no chunk left.
     fn end(&mut self, id: LeaseId) {
         let Lease { owner, session, chain, prev, next, .. } = *self.get(id);
         let bucket = self.bucket(owner, session);
@@ -309,17 +310,17 @@ impl Leases {
         self.len -= 1;
     }
 
-    /// Records that were ever used: the ids below it.
+    /// How many records were ever used; their ids are below this number.
     pub(super) fn fresh(&self) -> u32 {
         self.fresh
     }
 
-    /// Blocks that are not free.
+    /// How many blocks are in use.
     pub(super) fn blocks_used(&self) -> u64 {
         u64::from(self.blocks_used)
     }
 
-    /// Blocks that a lease of this many chunks has.
+    /// How many blocks a lease of this many chunks has.
     pub(super) fn blocks_of(len: u32) -> u64 {
         u64::from(len.div_ceil(BLOCK as u32))
     }

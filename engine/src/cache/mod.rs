@@ -1,16 +1,20 @@
-//! The heart of the engine: which chunks there are, where their shards lie, who may read and who may write them.
+//! The heart of the engine. It knows which chunks exist, where their shards lie, and which clients may read and
+//! write them.
 //!
-//! One owner, `&mut self`: no locks, no atomics, no clock, no I/O, and no heap allocation after [`Cache::new`]: whatever
-//! a client asks for, there is nothing that could fail for want of memory. It decides; a [`SlotTable`] publishes each slot's transition.
+//! The cache has one owner (`&mut self`): no locks, no atomics, no clock, no I/O, and no heap allocation after
+//! [`Cache::new`]. So no request of a client can fail for want of memory. The cache decides; a [`SlotTable`]
+//! publishes each transition of a slot.
 //!
-//! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and
-//!   [`Cache::pin_found`] pins what was found; it cannot fail, because `find` asked for the room first.
-//! * A **store** is [`Cache::reserve`], then [`Cache::commit`] or [`Cache::abort`] for each slot. A chunk becomes visible
-//!   when all ranks have committed in one round, and drops the other rounds that were forming it.
-//! * **Dropping** a chunk (eviction, a newer round, an abort) frees its COMMITTED slots, and *orphans* its WRITING ones:
-//!   they stay WRITING for no chunk, until their writer's commit or abort, or until it is gone.
-//! * A **leased** chunk and one that somebody is writing are never evicted. One that turned out to be damaged is *hidden*
-//!   from lookups at once, and goes with its last lease.
+//! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and then
+//!   [`Cache::pin_found`] pins what was found. `pin_found` cannot fail, because `find` has checked that there is
+//!   room.
+//! * A **store** is [`Cache::reserve`], then [`Cache::commit`] or [`Cache::abort`] for each slot. A chunk becomes
+//!   visible when all ranks have committed in one round; the other rounds of it that were forming are dropped then.
+//! * **Dropping** a chunk (because of an eviction, a newer round or an abort) frees its COMMITTED slots and
+//!   *orphans* its WRITING ones: an orphan belongs to no chunk and stays WRITING until its writer commits it,
+//!   aborts it, or is gone.
+//! * A chunk that is **leased** or being written is never evicted. A leased chunk that turns out to be damaged is
+//!   *hidden* from lookups at once, and dropped when its last lease ends.
 
 mod check;
 mod chunk;
@@ -71,43 +75,44 @@ pub struct Cache<T> {
     index: Index,
     leases: Leases,
     namespaces: Box<[Option<Namespace>]>,
-    /// The order of eviction of each namespace.
+    /// Keeps the eviction order of each namespace.
     policy: Box<dyn Policy>,
-    /// Bytes that each client has leased or reserved.
+    /// The bytes that each client has leased or reserved.
     charges: Charges,
-    /// Logical time: grows with each access.
+    /// Logical time: it grows with each access.
     tick: u64,
-    /// Names the reservation whose keys must not be evicted.
+    /// The number of the current reservation. Chunks that carry it are not evicted.
     guard: u32,
-    /// Where the search for spans to take from other classes goes on.
+    /// The slab at which the next search for spans of other classes begins.
     steal_cursor: u32,
-    /// Nothing may be evicted at the moment.
+    /// While this is true, nothing is evicted.
     evictions_held: bool,
-    /// The chunks of the last `find`.
+    /// The chunks that the last `find` found.
     found: Vec<ChunkId>,
     found_for: Option<FoundFor>,
-    /// What a recovery has put off until its end.
+    /// What a recovery puts off until its end.
     restored: restore::Unfinished,
     /// Slabs that are being emptied for another size.
     emptying: Option<Emptying>,
-    /// Records touched so far: see [`Cache::allow`].
+    /// Records touched so far; see [`Cache::allow`].
     work: u64,
-    /// How much `work` may become before a call that goes on in pieces stops.
+    /// A call that goes on in pieces stops when `work` has reached this.
     allowed: u64,
     counters: Counters,
     check: Check,
-    /// Grows with each change, so that a self-check knows whether its sums are of one state.
+    /// Grows with each change. A self-check compares its sums only if no change came between its first entry and
+    /// its last.
     version: u64,
 }
 
-/// What only grows.
+/// Counters that only grow.
 #[derive(Clone, Copy, Default)]
 struct Counters {
     evicted: u64,
     no_space: u64,
 }
 
-/// A registered model and layout.
+/// A registered namespace.
 struct Namespace {
     world: u32,
     /// Bit r: rank r is registered.
@@ -117,15 +122,15 @@ struct Namespace {
     chunk_bytes: u64,
     /// Visible chunks that are leased.
     pinned: usize,
-    /// Logical time of the last use of any of its chunks, or of a registration.
+    /// Logical time of the last use of any of its chunks, or of the last registration.
     used: u64,
 }
 
-/// One rank's part of each chunk.
+/// One rank's shard of each chunk.
 #[derive(Clone, Copy, Default)]
 struct Layout {
     shard_bytes: u64,
-    /// Bytes of a slot: the shard's, rounded up.
+    /// Bytes of a slot: `shard_bytes`, rounded up to whole pages.
     slot_bytes: u64,
     class: u16,
 }
@@ -141,13 +146,13 @@ impl Namespace {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Takes the memory for everything: most of it address space that is never touched.
+    /// Takes the memory for all tables. Most of it is address space that is never touched.
     ///
-    /// No slab is usable yet: see [`Cache::add_slab`].
+    /// No slab is usable yet; see [`Cache::add_slab`].
     ///
     /// # Errors
     ///
-    /// A geometry or a limit that is out of range; no address space for the tables.
+    /// A geometry or a limit is out of range, or there is no address space for the tables.
     pub fn new(config: CacheConfig, table: T) -> Result<Self, ConfigError> {
         let slots = config.check()?;
         let chunks = config.chunks_max.min(slots);
@@ -182,31 +187,32 @@ impl<T: SlotTable> Cache<T> {
         })
     }
 
-    /// The table that transitions are published to.
+    /// The table to which the transitions of slots are published.
     pub fn table(&self) -> &T {
         &self.table
     }
 
-    /// As [`Cache::table`], to change what is beside the slots.
+    /// The same table, for changes to what it holds besides the slots.
     pub fn table_mut(&mut self) -> &mut T {
         &mut self.table
     }
 
-    /// The slab of this index has memory now, and may be used.
+    /// Tells the cache that this slab has memory now and may be used.
     ///
     /// # Errors
     ///
-    /// There is no such slab, or it was added before.
+    /// There is no such slab, or it has been added before.
     pub fn add_slab(&mut self, index: u32) -> Result<(), AddSlabError> {
         self.change();
         self.slabs.add(index)
     }
 
-    /// Fixes one rank's layout: `shard_bytes` of each chunk. The first rank fixes the world. Repeatable.
+    /// Fixes one rank's layout: its shard of each chunk has `shard_bytes` bytes. The first rank that registers
+    /// fixes the size of the world. A repetition is no error.
     ///
     /// # Errors
     ///
-    /// An id, a rank or a size out of range, or a disagreement with what was registered.
+    /// An id, a rank or a size is out of range, or disagrees with what was registered before.
     pub fn register(
         &mut self,
         namespace: NamespaceId,
@@ -245,14 +251,14 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// From now on, calls that go on in pieces stop after about so many records of the tables: a chunk, a slot, a place of a
-    /// lease, an entry of the order of eviction. No more than what one chunk takes is done beyond that. Without this call,
-    /// nothing stops.
+    /// From now on, each call that goes on in pieces stops after it has touched about this many records of the
+    /// tables (a record is a chunk, a slot, a place of a lease, or an entry of the eviction order). It overshoots
+    /// by at most what one chunk takes. Without this call, nothing stops.
     pub fn allow(&mut self, records: u64) {
         self.allowed = self.work.saturating_add(records);
     }
 
-    /// Work beside the tables, as many records as take about as long.
+    /// Counts work outside the tables that takes about as long as touching this many records.
     pub fn spend(&mut self, records: u64) {
         self.work += records;
     }
@@ -262,17 +268,17 @@ impl<T: SlotTable> Cache<T> {
         self.work
     }
 
-    /// Records that are left of what was allowed.
+    /// How many records may still be touched.
     pub fn left(&self) -> u64 {
         self.allowed.saturating_sub(self.work)
     }
 
-    /// Has what was allowed been used up?
+    /// Whether all allowed records have been touched.
     pub fn is_spent(&self) -> bool {
         self.work >= self.allowed
     }
 
-    /// The namespace is in use: the others are older.
+    /// Notes that the namespace is in use now. All others were used before it.
     pub fn use_namespace(&mut self, id: NamespaceId) {
         self.tick += 1;
         if let Some(Some(namespace)) = self.namespaces.get_mut(id as usize) {
@@ -280,17 +286,18 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// When the namespace was used last, in logical time. A successor knows it from the slots' last accesses.
+    /// When the namespace was last used, in logical time. A successor of this engine derives it from the last
+    /// accesses of slots.
     pub fn used(&self, id: NamespaceId) -> u64 {
         self.namespace(id).map_or(0, |namespace| namespace.used)
     }
 
-    /// Different shard sizes in use, and how many there may be.
+    /// How many different shard sizes are in use, and how many there may be.
     pub fn sizes(&self) -> (usize, usize) {
         (self.slabs.sizes(), slab::CLASSES_MAX)
     }
 
-    /// Every call that changes something begins here: what `find` promised holds no longer.
+    /// Every call that changes something begins with this: what `find` promised no longer holds.
     fn change(&mut self) {
         self.found_for = None;
         self.version += 1;
@@ -304,13 +311,13 @@ impl<T: SlotTable> Cache<T> {
         Hash::new(self.config.seed, namespace, key)
     }
 
-    /// The ranks of a chunk's world.
+    /// The number of ranks in a chunk's world.
     fn world_of(&self, id: ChunkId) -> u32 {
         let namespace = u32::from(self.chunks.get(id).namespace);
         self.namespace(namespace).map_or(0, |namespace| namespace.world)
     }
 
-    /// Does `act` with each slot of a chunk.
+    /// Calls `act` with each slot of a chunk.
     fn each_slot(&mut self, id: ChunkId, mut act: impl FnMut(&mut Self, SlotId)) {
         let world = self.world_of(id);
         self.work += u64::from(world);
@@ -321,7 +328,8 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The chunk was used at `tick`, and in the same access the one in `front` of it in its chain.
+    /// Records that the chunk was used at `tick`. `front` is the chunk in front of it in its chain, if the same
+    /// access used it too.
     fn touch(&mut self, id: ChunkId, tick: u64, front: Option<ChunkId>) {
         self.chunks.get_mut(id).tick = tick;
         self.policy.touch(id, front);
@@ -331,8 +339,9 @@ impl<T: SlotTable> Cache<T> {
         });
     }
 
-    /// A lease names the chunk once more. `to_come`: so many chunks may follow it in the same lookup, for which there has to
-    /// be room before this client takes over what nobody pays for.
+    /// Adds one pin of `owner`'s to a chunk. `to_come` is how many chunks may follow it in the same lookup: the
+    /// client takes over the charge for a chunk that nobody pays for only if its share also has room for all of
+    /// those.
     fn pin(&mut self, id: ChunkId, owner: Owner, to_come: u64) {
         self.work += 1;
         let Self { chunks, namespaces, charges, .. } = self;
@@ -357,8 +366,8 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// A lease names the chunk no longer. What `leaving` has paid for and others still hold, it pays no more: see
-    /// [`pins`].
+    /// Removes one pin of `leaving`'s from a chunk. If `leaving` paid for the chunk and others still pin it, it
+    /// stops paying: see [`pins`].
     fn unpin(&mut self, leaving: Owner, id: ChunkId) {
         self.work += 1;
         let Self { chunks, namespaces, charges, .. } = self;
@@ -389,17 +398,17 @@ impl<T: SlotTable> Cache<T> {
     }
 }
 
-/// Bytes that are leased, and being written, and who pays for them.
+/// The bytes that are leased or being written, and who pays for them.
 struct Charges {
     of: [u64; OWNERS],
-    /// Leased, and nobody pays.
+    /// Leased bytes for which nobody pays.
     unpaid: u64,
-    /// The share: the most that a client may be charged, and nobody.
+    /// The share: the most that one client may be charged, and the most that `unpaid` may reach.
     most: u64,
 }
 
 impl Charges {
-    /// How much more `owner` may be charged.
+    /// How many more bytes `owner` may be charged.
     fn room(&self, owner: Owner) -> u64 {
         self.most.saturating_sub(self.of[usize::from(owner)])
     }

@@ -1,45 +1,47 @@
-//! Clients that go: what they had is taken back in pieces, however much it is.
+//! Clients that part: what a client had is taken back in pieces, however much it is.
 
 use super::slot::ATTACHMENTS;
 use super::{Cache, OWNERS, Owner, SlotId, SlotTable};
 
-/// Records that it takes about as long as to look through all attachments.
+/// Looking through all attachments takes about as long as touching this many records.
 const ATTACHMENT_RECORDS: u64 = 16;
 
-/// How a client goes.
+/// How a client parts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaving {
-    /// It has said so, and writes no more under this nonce: its leases end, its WRITING slots are freed.
+    /// The client has said that it leaves, and writes no more under this nonce. Its leases end, and its WRITING
+    /// slots are freed.
     Left {
         /// Its attach nonce.
         nonce: u64,
     },
-    /// It is no longer listened to, and may still be writing, or a device on its behalf. Its leases end, and its rounds are
-    /// dropped. What it is WRITING stays so, for no chunk, until it is [`Leaving::Gone`], or has said
-    /// in a later attachment what it still writes ([`Cache::declare_end`]).
+    /// The engine no longer listens to the client, but the client, or a device on its behalf, may still be writing.
+    /// Its leases end, and its rounds are dropped. Its WRITING slots become orphans until the client is
+    /// [`Leaving::Gone`], or has declared in a later attachment what it still writes ([`Cache::declare_end`]).
     Detached {
         /// Its attach nonce.
         nonce: u64,
     },
-    /// The entry has lost its owner, for which a device may still write: as `Detached`, under any nonce.
+    /// The entry's owner is dead, but a device may still write for it. As `Detached`, for every nonce of the entry.
     Lingers,
-    /// The entry has lost its owner for good: everything goes that it had, under any nonce.
+    /// The entry's owner is gone for good, and nothing writes for it. Everything that it had is freed, under every
+    /// nonce of the entry.
     Gone,
 }
 
-/// A client that goes, and how far that has come.
+/// A client that parts, and how far its parting has come.
 #[derive(Clone, Copy, Debug)]
 pub struct Parting {
     owner: Owner,
     how: Leaving,
-    /// The attachment whose slots are being orphaned, and the slot to go on with.
+    /// The attachment whose slots are being orphaned, and the slot with which the next piece begins.
     attachment: usize,
     slot: Option<SlotId>,
 }
 
 impl Parting {
-    /// Nothing has been done yet. Until it is over, nobody writes or leases under this entry, and no other parting of it
-    /// begins.
+    /// A parting of which nothing has been done yet. Until it is over, the caller lets nobody write or lease under
+    /// this entry, and begins no other parting of it.
     #[must_use]
     pub fn new(owner: Owner, how: Leaving) -> Parting {
         Parting { owner, how, attachment: 0, slot: None }
@@ -47,7 +49,8 @@ impl Parting {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// The next piece of a client's parting. True when it is over, false where it stopped because what was allowed is spent.
+    /// Does the next piece of a client's parting. True: the parting is over. False: it stopped because what was
+    /// allowed is spent.
     pub fn part(&mut self, parting: &mut Parting) -> bool {
         self.change();
         let owner = parting.owner;
@@ -93,7 +96,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// Does the client in this entry write anything, under any attachment?
+    /// Whether the client in this entry has any WRITING slot, under any attachment.
     pub fn writes(&self, owner: Owner) -> bool {
         self.slots.writes(owner)
     }
@@ -115,8 +118,9 @@ impl<T: SlotTable> Cache<T> {
         self.allowed = allowed;
     }
 
-    /// The client in this entry has named all that it still writes ([`Cache::adopt`]): what is left of its earlier
-    /// attachments is free. Adds to `freed` how many slots that were. False where it stopped: call it again.
+    /// The client in this entry has named all slots that it still writes ([`Cache::adopt`]): the other slots of its
+    /// earlier attachments are freed. Adds the number of those to `freed`. False: it stopped because what was
+    /// allowed is spent; call it again.
     pub fn declare_end(&mut self, owner: Owner, freed: &mut u32) -> bool {
         self.change();
         usize::from(owner) >= OWNERS || self.earlier_attachments_gone(owner, freed)
@@ -124,7 +128,7 @@ impl<T: SlotTable> Cache<T> {
 
     fn earlier_attachments_gone(&mut self, owner: Owner, freed: &mut u32) -> bool {
         while let Some(attachment) = self.slots.earlier_attachment(owner) {
-            // The record goes with its last slot, or here where it has none.
+            // The attachment's record is freed with its last slot, or here if it has no slot.
             self.slots.retire(attachment);
             let done = self.free_all(attachment, freed);
             self.work += ATTACHMENT_RECORDS;
@@ -135,7 +139,7 @@ impl<T: SlotTable> Cache<T> {
         true
     }
 
-    /// Frees what an attachment is writing, and drops its rounds. False where it stopped.
+    /// Frees an attachment's WRITING slots and drops their rounds. False: it stopped, and is to be called again.
     fn free_all(&mut self, attachment: u8, freed: &mut u32) -> bool {
         while let Some(slot) = self.slots.first_writing(attachment) {
             if self.is_spent() {
@@ -147,8 +151,9 @@ impl<T: SlotTable> Cache<T> {
         true
     }
 
-    /// What this attachment is writing is for no chunk any more, and its rounds are dropped; `at` is the slot to go on with:
-    /// nobody frees a slot of a client that parts but its parting. False where it stopped.
+    /// Orphans an attachment's WRITING slots and drops their rounds. `at` is the slot with which to go on: it stays
+    /// valid between two pieces, because only the parting itself frees slots of a client that parts. False: it
+    /// stopped, and is to be called again.
     fn orphan_all(&mut self, attachment: u8, at: &mut Option<SlotId>) -> bool {
         let mut next = at.take().or_else(|| self.slots.first_writing(attachment));
         while let Some(slot) = next {
@@ -160,7 +165,7 @@ impl<T: SlotTable> Cache<T> {
             if let Some(id) = self.slots.get(slot).chunk() {
                 self.drop_chunk(id, false);
             }
-            // Dropping a chunk orphans its WRITING slots, and leaves them in their lists.
+            // Dropping a chunk orphans its WRITING slots but leaves them in their lists, so `next` can be read now.
             next = self.slots.next_writing(slot);
         }
         true

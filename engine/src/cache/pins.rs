@@ -1,67 +1,67 @@
-//! How often leases name a chunk, and who pays for it.
+//! How many pins a chunk has, and which client pays for it.
 //!
-//! Its bytes are charged once, to the client that pinned it first: a thousand requests on one shared prefix hold that
-//! prefix once. When the payer lets go while others still hold it, nobody pays until a client pins it that has room for it
-//! and for whatever its lookup may still find: else the others could fill the payer's share. What nobody pays for is capped
-//! like a client's share; where that is used up, the payer goes on paying. So all that is leased is at most one share for
-//! each client, and one more.
+//! A chunk's bytes are charged once, to the client that pinned it first: a thousand requests with one shared prefix
+//! are charged for it once. When the payer unpins it and others still pin it, nobody pays until a client pins it
+//! whose share has room for it and for all that its lookup may still find; otherwise the others could fill the
+//! payer's share. The bytes that nobody pays for are limited to one share; if they have reached that, the payer
+//! goes on paying. So everything that is leased is at most one share for each client, and one more.
 //!
-//! A payer that goes on paying may be gone: its entry stands at what others hold, and who has the entry next begins with as
-//! much less of its share, until they let go or a client pins it again. Which clients hold a chunk is not known here, only
-//! how often it is held, so none of them can be charged instead; and to lift the cap for the dead would let clients that
-//! come and go lease the whole arena between them.
+//! A payer that goes on paying may be gone. Then its entry stays charged with what others hold, and the next owner
+//! of the entry has that much less of its share until the others unpin it or a client pins it again. Another holder
+//! cannot be charged instead, because the chunk knows only how many pins it has and not whose they are. Nor can the
+//! limit be lifted for the dead: clients that come and go could then lease the whole arena between them.
 
 use super::Owner;
 use bytemuck::{Pod, Zeroable};
 
 /// Bits of the count.
 const COUNT_BITS: u32 = 24;
-/// The most that one chunk may be pinned, and so all of them.
+/// The most pins of one chunk, and so the most pins of all chunks together.
 pub(super) const PINS_MAX: u32 = (1 << COUNT_BITS) - 1;
-/// The payer of what nobody pays for.
+/// Stands for the payer while nobody pays.
 const NOBODY: u32 = 0xff;
 
 const _: () = assert!(super::OWNERS <= NOBODY as usize);
 
-/// A count, and while it is not 0 the client that pays, if one does.
+/// The number of pins and, while it is not 0, the client that pays, if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(transparent)]
 pub(super) struct Pins(u32);
 
 impl Pins {
-    /// How often.
+    /// The number of pins.
     #[inline]
     pub(super) fn count(self) -> u32 {
         self.0 & PINS_MAX
     }
 
-    /// At all?
+    /// Whether there is any pin.
     #[inline]
     pub(super) fn any(self) -> bool {
         self.count() > 0
     }
 
-    /// Who pays for it; `None`: nobody. Means something only while it is pinned.
+    /// The client that pays; `None` if nobody does. It has a meaning only while there is a pin.
     #[inline]
     pub(super) fn payer(self) -> Option<Owner> {
         let payer = self.0 >> COUNT_BITS;
         (payer != NOBODY).then_some(payer as Owner)
     }
 
-    /// From now on this client pays, or nobody.
+    /// Makes this client the payer, or nobody.
     #[inline]
     pub(super) fn charge(&mut self, payer: Option<Owner>) {
         self.0 = self.count() | payer.map_or(NOBODY, u32::from) << COUNT_BITS;
     }
 
-    /// One pin more. The caller keeps the count below [`PINS_MAX`].
+    /// Adds a pin. The caller keeps the count below [`PINS_MAX`].
     #[inline]
     pub(super) fn add(&mut self) {
         debug_assert!(self.count() < PINS_MAX);
         self.0 += 1;
     }
 
-    /// One pin less.
+    /// Removes a pin.
     #[inline]
     pub(super) fn remove(&mut self) {
         debug_assert!(self.any());

@@ -2,16 +2,16 @@
 
 use super::{Cache, OWNERS, Owner, SlotTable};
 
-/// Counters and gauges of one moment.
+/// Counters and gauges at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Slots of assigned spans that are free.
     pub slots_free: u64,
-    /// Slots that somebody may be writing, orphans included.
+    /// WRITING slots, orphans included.
     pub slots_writing: u64,
-    /// Slots that hold a shard.
+    /// COMMITTED slots.
     pub slots_committed: u64,
-    /// Slots WRITING for no chunk.
+    /// WRITING slots that belong to no chunk.
     pub orphans: u64,
     /// Chunks that lookups find.
     pub chunks_visible: u64,
@@ -21,11 +21,11 @@ pub struct Stats {
     pub chunks_hidden: u64,
     /// Leases.
     pub leases: u64,
-    /// Chunks in all leases, counted once for each lease.
+    /// Pins: the chunks of all leases, each counted once for each lease.
     pub pins: u64,
     /// Slabs that were added.
     pub slabs_usable: u64,
-    /// Slabs that are in no span.
+    /// Usable slabs that are in no span.
     pub slabs_free: u64,
     /// Bytes of slots that are not free.
     pub bytes_used: u64,
@@ -40,7 +40,7 @@ pub struct Stats {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// The counters now. O(different shard sizes).
+    /// The present counters. O(different shard sizes).
     #[must_use]
     pub fn stats(&self) -> Stats {
         let classes = self.slabs.classes();
@@ -64,7 +64,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// Bytes that a client has leased or reserved; 0 for an entry that does not exist.
+    /// The bytes that a client is charged for what it leased or reserved; 0 for an entry that does not exist.
     #[must_use]
     pub fn client_bytes(&self, owner: Owner) -> u64 {
         if usize::from(owner) < OWNERS { self.charges.of[usize::from(owner)] } else { 0 }

@@ -1,35 +1,38 @@
-//! The words between the cache and its surroundings: names of things, and how a slot's transition is published.
+//! The vocabulary between the cache and its surroundings: names of things, and how each transition of a slot is
+//! published.
 
 /// A chunk's name: 128 opaque bits that cover its whole prefix.
 pub type Key = [u64; 2];
-/// A place in the arena; positional, so the same bytes have the same id for as long as the class stays.
+/// A place in the arena. Ids are positional: an id means the same bytes as long as its span keeps its class.
 pub type SlotId = u32;
-/// A client entry, below [`OWNERS`].
+/// The number of a client's entry, below [`OWNERS`].
 pub type Owner = u8;
-/// A registered namespace, below [`NAMESPACES`].
+/// The number of a registered namespace, below [`NAMESPACES`].
 pub type NamespaceId = u32;
 
-/// Client entries.
+/// How many entries for clients there are.
 pub const OWNERS: usize = 64;
-/// Namespaces at once.
+/// The most namespaces at one time.
 pub const NAMESPACES: usize = 64;
-/// Ranks of one namespace.
+/// The most ranks of one namespace.
 pub const RANKS: usize = 64;
 /// The unit of shard sizes and offsets, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
 /// One store of chunks by all ranks. Shards combine only within a round.
 ///
-/// Of two rounds from one source the newer is the one whose number is ahead by less than 2³¹, so numbers may wrap.
+/// Of two rounds from one source, the newer is the one whose number is ahead by less than 2³¹. So numbers may wrap
+/// around.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Round {
-    /// Who counts: one scheduler's life.
+    /// Who counts the rounds: one life of one scheduler.
     pub source: u32,
-    /// Its how-manieth round.
+    /// The source's running number of the round.
     pub number: u32,
 }
 
-/// What a slot is given to a writer for: the part of the slot's header that stays until the slot is freed.
+/// What a slot was given to its writer for: the part of the slot's header that stays the same until the slot is
+/// freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShardHeader {
     /// The client entry that writes.
@@ -40,9 +43,9 @@ pub struct ShardHeader {
     pub key: Key,
     /// The chunk's namespace.
     pub namespace: NamespaceId,
-    /// Whose part of the chunk.
+    /// The rank whose shard it is.
     pub rank: u32,
-    /// The round it may combine in.
+    /// The round in which the shard may combine with others.
     pub round: Round,
     /// First byte in the arena.
     pub offset: u64,
@@ -50,39 +53,42 @@ pub struct ShardHeader {
     pub length: u64,
 }
 
-/// How the cache publishes what becomes of slots: over shared memory in the engine, over a `Vec` in tests.
+/// How the cache publishes the transitions of slots: to shared memory in the engine, to a `Vec` in tests.
 ///
-/// The cache calls it for ids of ensured spans only, and in an order that is right for readers: a slot is
-/// `freed`, with its next generation, before it is anybody's again.
+/// The cache calls these methods only for slots of spans whose headers were ensured, and in an order that is right
+/// for readers: a slot is `freed`, with its next generation, before it is given to anybody again.
 pub trait SlotTable {
-    /// The slot belongs to a writer from now on. `generation` is the one that was published last.
+    /// The slot belongs to a writer from now on. `generation` is the one that was last published.
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader);
 
-    /// The slot's bytes are complete and will not change while the generation stays.
+    /// The slot's bytes are complete. They do not change as long as the generation stays.
     fn committed(&mut self, slot: SlotId, generation: u64, owner: Owner, checksum: u64);
 
-    /// The slot is written for no chunk any more: whatever its writer says, nothing in it will be used, by this engine or
-    /// a later one.
+    /// The slot belongs to no chunk any more. Even if its writer commits it, neither this engine nor a later one
+    /// uses its bytes.
     fn orphaned(&mut self, slot: SlotId, generation: u64, owner: Owner);
 
-    /// The slot's bytes are damaged: whoever holds a lease on it may still look, and no later engine shows it to anybody.
+    /// The slot's bytes are damaged. Clients that hold a lease on its chunk may still read them, but no later
+    /// engine shows the chunk to anybody.
     fn hidden(&mut self, slot: SlotId);
 
-    /// The slot is nobody's; whoever still reads it sees another generation.
+    /// The slot belongs to nobody. A client that still reads it sees that the generation has changed.
     fn freed(&mut self, slot: SlotId, next_generation: u64);
 
-    /// The slot's chunk was used at this logical time (larger is later; a chain's head is its latest).
+    /// The slot's chunk was used at this logical time (larger is later; within one access, the head of a chain has
+    /// the latest).
     fn touched(&mut self, slot: SlotId, tick: u64);
 
-    /// Makes sure that the headers of these ids have memory. False: out of space, and the ids stay unused.
+    /// Makes sure that the headers of these slots have memory. False: there is none, and the slots stay unused.
     fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool;
 
-    /// `slabs` slabs from this one on are cut into slots of `slot_bytes`, whose headers are ensured. None is in use yet.
+    /// `slabs` slabs from `first_slab` on were cut into slots of `slot_bytes`. Their headers are ensured, and none
+    /// is in use yet.
     fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64);
 
-    /// That span is no more; all of its slots are free.
+    /// The span that began at this slab no longer exists; all of its slots are free.
     fn span_gone(&mut self, first_slab: u32);
 
-    /// The generation in an ensured header: what earlier lives of the engine have left there, or 0.
+    /// The generation in an ensured header: what an earlier engine left there, or 0.
     fn generation(&self, slot: SlotId) -> u64;
 }
