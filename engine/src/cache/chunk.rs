@@ -1,4 +1,5 @@
-//! The chunk table: one cache line for what a lookup needs, a few cold bytes beside it for a chunk that forms.
+//! The chunk table: one cache line for what a lookup needs, and beside it a few bytes that only forming and
+//! evictions need.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -8,29 +9,29 @@ use super::{Key, NAMESPACES, NamespaceId, RANKS, Round, SlotId};
 use crate::lazy::{Lazy, NoMemory, prefetch};
 use crate::policy::ChunkId;
 
-/// No chunk before it in its chain; stands for the hash of that one's key.
+/// Stands for the hash of the parent's key where a chunk has no parent in its chain.
 pub(super) const NO_PARENT: u32 = 0;
 /// No slot.
 const NO_SLOT: u32 = u32::MAX;
-/// Ranks whose slots fit the chunk's own line.
+/// The most ranks whose slots fit into the chunk's own line.
 const NARROW: usize = 4;
-/// Slots in a line of the wide pool.
+/// How many slots a line of the wide pool holds.
 const LINE: usize = 16;
-/// Lines of a chunk of the most ranks.
+/// How many lines a chunk of the largest world needs.
 const LINES_MAX: usize = RANKS / LINE;
 const _: () = assert!(LINES_MAX <= 4, "a chunk's line names them");
 
-/// Lines of the wide pool that a chunk of a world needs.
+/// How many lines of the wide pool a chunk of this world needs.
 fn lines_of(world: u32) -> usize {
     if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 }
 }
 
-/// What there is too little of for one more chunk.
+/// What is missing for one more chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lack {
-    /// A record: any chunk that goes gives one back.
+    /// A record; any chunk that is dropped gives one back.
     Record,
-    /// Lines of the wide pool: a chunk of many ranks gives some back.
+    /// Lines of the wide pool; only chunks of many ranks give some back.
     Lines,
 }
 
@@ -39,37 +40,38 @@ pub(super) enum Lack {
 #[repr(u8)]
 pub(super) enum Life {
     Free = 0,
-    /// One round, some shards WRITING, COMMITTED, or not yet reserved.
+    /// It is of one round, and some shards are missing: WRITING or not reserved yet.
     Forming = 1,
-    /// All shards COMMITTED, in one round.
+    /// All shards are COMMITTED, in one round.
     Visible = 2,
-    /// It was visible and is damaged: only its leases lead to it.
+    /// It was visible and is damaged; only its leases lead to it.
     Hidden = 3,
 }
 
-/// One cache line.
+/// A chunk, in one cache line.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct Chunk {
     pub(super) key: Key,
-    /// World 1: slot, and once visible offset in pages and generation (low, high): a lookup needs nothing else.
-    /// World 2–4: the slot of each rank. Above: the lines of the wide pool that hold them, 16 ranks to a line.
+    /// World 1: the slot and, once the chunk is visible, the offset in pages and the generation (low, high): a
+    /// lookup needs nothing else. World 2–4: the slot of each rank. Larger worlds: the lines of the wide pool that
+    /// hold the slots, 16 ranks to a line.
     place: [u32; 4],
     /// Logical time of the last access; larger is later.
     pub(super) tick: u64,
-    /// Forming: its round. Visible: the last round that found it present.
+    /// Forming: its round. Visible: the round of the last reservation that found it present.
     source: u32,
     number: u32,
-    /// How often leases name it.
+    /// Its pins.
     pub(super) pins: Pins,
-    /// The next chunk of the same overflowing index bucket, or the next free record; + 1.
+    /// The next chunk of the same overflowing index bucket, or the next free record; + 1 each.
     pub(super) chain: u32,
     pub(super) hash: u32,
     pub(super) namespace: u8,
     life: u8,
-    /// Shards COMMITTED.
+    /// How many shards are COMMITTED.
     pub(super) committed: u8,
-    /// Shards WRITING.
+    /// How many shards are WRITING.
     pub(super) writing: u8,
 }
 
@@ -93,13 +95,13 @@ impl Chunk {
         (self.source, self.number) = (round.source, round.number);
     }
 
-    /// World 1, visible: slot, generation, offset in pages.
+    /// Slot, generation and offset in pages of a visible chunk of world 1.
     #[inline(always)]
     pub(super) fn single(&self) -> (SlotId, u64, u32) {
         (self.place[0], u64::from(self.place[2]) | u64::from(self.place[3]) << 32, self.place[1])
     }
 
-    /// World 1, on becoming visible.
+    /// Fills in what `single` reads, when a chunk of world 1 becomes visible.
     pub(super) fn set_single(&mut self, generation: u64, page: u32) {
         self.place[1..].copy_from_slice(&[page, generation as u32, (generation >> 32) as u32]);
     }
@@ -109,12 +111,12 @@ impl Chunk {
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Cold {
-    /// Hash of the key before it in its chain; 0: none.
+    /// Hash of its parent's key in the chain; `NO_PARENT`: none.
     parent: u32,
-    /// The neighbours in the namespace's list of forming chunks without a writer.
+    /// The neighbours in the namespace's idle list: the forming chunks that nobody is writing.
     prev: u32,
     next: u32,
-    /// The reservation that must not evict it.
+    /// The number of the reservation that must not evict it.
     guard: u32,
 }
 
@@ -125,7 +127,7 @@ struct IdleList {
     len: u32,
 }
 
-/// Numbers of chunks.
+/// How many chunks there are, by life.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(super) struct ChunkCounts {
     pub(super) forming: u64,
@@ -133,7 +135,7 @@ pub(super) struct ChunkCounts {
     pub(super) hidden: u64,
 }
 
-/// Where the wide pool has a rank's slot.
+/// The position of a rank's slot in the wide pool.
 #[inline(always)]
 fn wide_at(place: &[u32; 4], rank: u32) -> usize {
     place[rank as usize / LINE] as usize * LINE + rank as usize % LINE
@@ -145,20 +147,20 @@ pub(super) struct Chunks {
     cold: Lazy<Cold>,
     /// The first free record, + 1.
     free: u32,
-    /// Records from here on have never been used.
+    /// Records from this id on have never been used.
     pub(super) fresh: u32,
-    /// Slots of chunks of more than `NARROW` ranks, in lines of which each is given by itself: what a chunk of any world
-    /// gives back, one of any other can use.
+    /// The slots of chunks of more than `NARROW` ranks. Lines are given out one by one, so any chunk can use lines
+    /// that a chunk of another world has given back.
     wide: Lazy<u32>,
     wide_fresh: u32,
-    /// The first free line, + 1; its first word is the next one.
+    /// The first free line, + 1. A free line's first element is the link to the next one.
     wide_free: u32,
-    /// Free lines before `wide_fresh`.
+    /// How many lines before `wide_fresh` are free.
     wide_free_len: u32,
-    /// Chunks, forming and visible, of each namespace.
+    /// How many chunks each namespace has, hidden ones included.
     of: [u32; NAMESPACES],
     idle: [IdleList; NAMESPACES],
-    /// The reservation going on; 0: none.
+    /// The number of the current reservation; 0: there is none.
     pub(super) guard: u32,
     pub(super) counts: ChunkCounts,
 }
@@ -170,7 +172,7 @@ impl Chunks {
             cold: Lazy::new(count as usize)?,
             free: 0,
             fresh: 0,
-            // At least one chunk of any world.
+            // This is enough for at least one chunk of any world.
             wide: Lazy::new((count as usize).max(LINES_MAX) * LINE)?,
             wide_fresh: 0,
             wide_free: 0,
@@ -182,7 +184,7 @@ impl Chunks {
         })
     }
 
-    /// Chunks of a namespace, forming and visible.
+    /// How many chunks a namespace has, hidden ones included.
     pub(super) fn of(&self, namespace: NamespaceId) -> u32 {
         self.of.get(namespace as usize).copied().unwrap_or(0)
     }
@@ -201,7 +203,7 @@ impl Chunks {
         prefetch(&self.chunks, id as usize);
     }
 
-    /// Asks for the line that `shard` will read, where that is not the chunk's own.
+    /// Prefetches the lines that `shard` reads, if they are not the chunk's own.
     #[inline(always)]
     pub(super) fn prefetch_shards(&self, id: ChunkId, world: u32) {
         for line in &self.get(id).place[..lines_of(world)] {
@@ -229,12 +231,12 @@ impl Chunks {
         }
     }
 
-    /// Do chunks of this world have lines of the wide pool?
+    /// Whether chunks of this world use lines of the wide pool.
     pub(super) fn is_wide(world: u32) -> bool {
         lines_of(world) > 0
     }
 
-    /// What a chunk of this world still lacks, if anything.
+    /// What is missing for one more chunk of this world, if anything.
     pub(super) fn lack(&self, world: u32) -> Option<Lack> {
         let lines = self.wide.len() / LINE - self.wide_fresh as usize + self.wide_free_len as usize;
         if self.free == 0 && self.fresh as usize == self.chunks.len() {
@@ -246,7 +248,8 @@ impl Chunks {
         }
     }
 
-    /// A record for a forming chunk of one WRITING shard to come. `None`: see [`Chunks::lack`].
+    /// Takes a record for a forming chunk that has no shard yet; the caller adds the first one. `None`: see
+    /// [`Chunks::lack`].
     pub(super) fn create(
         &mut self,
         key: Key,
@@ -290,7 +293,8 @@ impl Chunks {
         Some(id)
     }
 
-    /// The record is free; the chunk has no shards, is in no list and not in the index.
+    /// Frees a chunk's record. The caller has freed or orphaned its shards, and has taken it out of the index and
+    /// of all lists.
     pub(super) fn destroy(&mut self, id: ChunkId, world: u32) {
         let Chunk { place, namespace, .. } = *self.get(id);
         for line in &place[..lines_of(world)] {
@@ -308,7 +312,7 @@ impl Chunks {
         self.chunks[id as usize] = Chunk { chain, ..Chunk::zeroed() };
     }
 
-    /// The caller has seen that there is one.
+    /// The caller has checked that there is one.
     fn take_line(&mut self) -> u32 {
         match self.wide_free.checked_sub(1) {
             Some(line) => {
@@ -329,7 +333,7 @@ impl Chunks {
         self.counts.visible += 1;
     }
 
-    /// The chunk is in no index and no order of eviction any more.
+    /// The caller has taken the chunk out of the index and of the eviction order.
     pub(super) fn set_hidden(&mut self, id: ChunkId) {
         self.chunks[id as usize].life = Life::Hidden as u8;
         self.counts.visible -= 1;
@@ -344,12 +348,13 @@ impl Chunks {
         self.cold[id as usize].parent = parent;
     }
 
-    /// Keeps the chunk from being evicted by the reservation going on.
+    /// Keeps the current reservation from evicting this chunk.
     pub(super) fn guard(&mut self, id: ChunkId) {
         self.cold[id as usize].guard = self.guard;
     }
 
-    /// Not leased, not being written, not of the message at hand.
+    /// Whether the chunk may be evicted: it is not leased, not being written, and not named by the current
+    /// reservation.
     pub(super) fn is_evictable(&self, id: ChunkId) -> bool {
         let chunk = self.get(id);
         !chunk.pins.any() && chunk.writing == 0 && !self.is_guarded(id)
@@ -359,7 +364,8 @@ impl Chunks {
         self.guard != 0 && self.cold[id as usize].guard == self.guard
     }
 
-    /// The forming chunk lost its last writer: it may be evicted, after those that lost theirs earlier.
+    /// A forming chunk has lost its last writer: it joins the idle list at the tail, and may be evicted after those
+    /// that joined before.
     pub(super) fn idle_insert(&mut self, id: ChunkId) {
         let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
         list.len += 1;
@@ -372,7 +378,7 @@ impl Chunks {
         (cold.prev, cold.next) = (prev, 0);
     }
 
-    /// The forming chunk has a writer again, or is dropped.
+    /// Takes a forming chunk off the idle list: it has a writer again, or is dropped.
     pub(super) fn idle_remove(&mut self, id: ChunkId) {
         let list = &mut self.idle[self.chunks[id as usize].namespace as usize];
         list.len -= 1;
@@ -387,17 +393,17 @@ impl Chunks {
         }
     }
 
-    /// The first of those: `idle_insert` puts chunks behind the others.
+    /// The head of the namespace's idle list.
     pub(super) fn first_idle(&self, namespace: usize) -> Option<ChunkId> {
         self.idle[namespace].head.checked_sub(1)
     }
 
-    /// How many there are.
+    /// The length of the namespace's idle list.
     pub(super) fn idle_len(&self, namespace: usize) -> u32 {
         self.idle[namespace].len
     }
 
-    /// The forming chunks of a namespace that have no writer.
+    /// The namespace's idle list, from its head on.
     pub(super) fn idle(&self, namespace: usize) -> impl Iterator<Item = ChunkId> {
         let mut link = self.idle[namespace].head;
         std::iter::from_fn(move || {

@@ -1,4 +1,4 @@
-//! Commits, and the moment at which a chunk becomes visible.
+//! Commits. The last commit of a round makes the chunk visible.
 
 use super::chunk::NO_PARENT;
 use super::error::CommitError;
@@ -6,23 +6,23 @@ use super::slot::State;
 use super::{Cache, Hash, Key, Owner, PAGE_BYTES, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// What a commit came to.
+/// The result of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Committed {
-    /// The shard is committed now.
+    /// The shard has been committed.
     Committed,
-    /// It was before: the commit was repeated.
+    /// The shard had been committed before: the commit is a repetition.
     AlreadyCommitted,
-    /// The chunk was dropped meanwhile; the slot is free, or somebody else's.
+    /// The chunk was dropped meanwhile. The slot is free, or has been given away again.
     Gone,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// A writer's word that its shard is complete. The round's last one makes the chunk visible.
+    /// Handles a writer's message that its shard is complete. The last commit of a round makes the chunk visible.
     ///
     /// # Errors
     ///
-    /// What no honest client sends: see [`CommitError`]. Then nothing has changed.
+    /// A message that no honest client sends: see [`CommitError`]. Nothing has changed then.
     pub fn commit(
         &mut self,
         owner: Owner,
@@ -46,7 +46,7 @@ impl<T: SlotTable> Cache<T> {
                 self.free_slot(slot);
                 Ok(Committed::Gone)
             }
-            // Who committed it matters no longer: entries change hands, and nothing is changed.
+            // It does not matter which client had committed it: entries change hands, and nothing is changed here.
             (State::Committed, _) => Ok(Committed::AlreadyCommitted),
             (State::Writing, Some(id)) => {
                 self.commit_shard(owner, slot, id, checksum);
@@ -55,7 +55,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The slot's state, if it is still in the life that the client means.
+    /// The slot's state, if its generation is still the one that the client means.
     pub(super) fn state_of(&self, slot: SlotId, generation: u64) -> Result<Option<State>, CommitError> {
         let count = self.slots.len();
         if slot >= count {
@@ -81,7 +81,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// All ranks have committed in one round.
+    /// Makes a chunk visible: all ranks have committed in one round.
     pub(super) fn make_visible(&mut self, id: ChunkId) {
         let chunk = self.chunks.get(id);
         let (key, namespace, tick) = (chunk.key, chunk.namespace, chunk.tick);
@@ -101,7 +101,7 @@ impl<T: SlotTable> Cache<T> {
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
     }
 
-    /// Lookups find the chunk from now on. Its place in the order of eviction is the caller's to give.
+    /// From now on lookups find the chunk. The caller gives it its place in the eviction order.
     pub(super) fn show(&mut self, id: ChunkId) {
         self.chunks.set_visible(id);
         self.index.set_visible(&self.chunks, id);
@@ -113,7 +113,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// Bytes of a slot in its span.
+    /// How many bytes the slot has in its span.
     pub(super) fn slot_bytes(&self, slot: SlotId) -> u64 {
         let head = self.slabs.head_of(slot).unwrap_or(0);
         self.slabs.class(self.slabs.class_of_span(head)).bytes

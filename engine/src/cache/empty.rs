@@ -1,37 +1,39 @@
-//! Slabs of other classes' spans, emptied for a class that needs them: over as many turns as it takes.
+//! Emptying slabs of other classes' spans for a class that needs them, over as many turns as it takes.
 
 use super::evict::Search;
 use super::slab::Class;
 use super::{Cache, SlotTable};
 
-/// Slabs that one step looks at for those that may be emptied; and that one message's search looks at where its class has
-/// nothing left to evict.
+/// How many slabs one step looks at in search of some to empty, and how many the search of one message looks at if
+/// its class has nothing left to evict.
 const LOOK: u32 = 64;
 const LOOK_STARVED: u32 = 4096;
-/// Slots in use of spans that are emptied together: bounds how long it takes until a class has them.
+/// The most slots in use in spans that are emptied together. It bounds how long the class waits for their slabs.
 const SLOTS_MAX: u32 = 1 << 15;
 
-/// Slabs that are being emptied. Their spans are closed meanwhile, so nothing new comes into them; what is leased in the
-/// meantime stays, and all of it is opened again.
+/// Slabs that are being emptied. Meanwhile their spans are closed, so they give out no slot. If a chunk in them is
+/// leased meanwhile, it stays, and all of them are opened again.
 #[derive(Clone, Copy)]
 pub(super) struct Emptying {
-    /// The slab to go on with, and the slot of its span.
+    /// The slab with which to go on, and the slot in its span.
     slab: u32,
     slot: u32,
-    /// First look, then drop: a span with one chunk that must stay would be emptied for nothing.
+    /// First all chunks are looked at (false), and only then dropped (true). Otherwise a span with one chunk that
+    /// must stay would be emptied for nothing.
     drops: bool,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Are slabs being emptied?
+    /// Whether slabs are being emptied.
     pub fn is_emptying(&self) -> bool {
         self.emptying.is_some()
     }
 
-    /// Begins to empty spans of other classes whose chunks are all colder than `colder_than` (`None`: any), so that the
-    /// class can have their slabs, and does a first piece of it. False where none were found.
+    /// Begins to empty spans of other classes whose chunks are all colder than `colder_than` (`None`: of any age),
+    /// so that the class can have their slabs, and does the first piece of it. False: it found none.
     pub(super) fn steal(&mut self, class: u16, colder_than: Option<u64>, search: &mut Search) -> bool {
-        // Where there are slabs, it is for want of headers that the class has none of them: more would not help.
+        // If there are free slabs, the class has not taken them because there was no memory for their headers; more
+        // slabs would not help.
         if self.slabs.has_run(class) {
             search.slabs = u32::MAX;
             return false;
@@ -48,7 +50,7 @@ impl<T: SlotTable> Cache<T> {
         search.slabs = search.slabs.saturating_add(passed);
         let Some((start, len)) = window else { return false };
         self.work += self.slabs.records(len) + self.header_records(class, len);
-        // Nothing is emptied for slots whose headers would have no memory.
+        // Nothing is emptied for slots that would have no memory for their headers.
         if !self.slabs.ensure(class, start, len, &mut self.table) {
             search.slabs = u32::MAX;
             return false;
@@ -59,12 +61,12 @@ impl<T: SlotTable> Cache<T> {
         true
     }
 
-    /// Are there slabs that the search of this message has not looked at?
+    /// Whether there are slabs left that this message's search has not looked at.
     pub(super) fn may_steal(&self, search: &Search) -> bool {
         search.slabs < self.slabs.count().min(LOOK_STARVED)
     }
 
-    /// The next piece of emptying slabs: at least one step.
+    /// Does the next piece of emptying slabs, at least one step.
     pub fn go_on_emptying(&mut self) {
         let Some(mut emptying) = self.emptying else { return };
         self.change();
@@ -96,7 +98,7 @@ impl<T: SlotTable> Cache<T> {
                     break;
                 }
                 if emptying.drops {
-                    // The span is gone with its last slot.
+                    // The span goes back to the pool with its last slot.
                     self.evict(id);
                 }
             }
@@ -107,8 +109,9 @@ impl<T: SlotTable> Cache<T> {
         self.slabs.open();
     }
 
-    /// The coldest run of `len` slabs that are free or of other classes' spans, none of which is busy or warmer than it may be;
-    /// looked for from this slab on. And at how many slabs no such run begins, or all runs that do have been looked at.
+    /// Searches, from slab `from` on, for the coldest run of `len` slabs that are free or in idle spans of other
+    /// classes, colder than `colder_than`. Also returns how many slabs from there on need no second look: no such
+    /// run begins at them, or its run has been looked at.
     fn find_window(
         &mut self,
         class: u16,
@@ -132,7 +135,7 @@ impl<T: SlotTable> Cache<T> {
         (best.map(|(_, start)| (start, len)), passed)
     }
 
-    /// Looks at a run of slabs.
+    /// Looks at one run of slabs.
     fn window(&self, class: u16, start: u32, len: u32, colder_than: Option<u64>) -> Window {
         let slabs = &self.slabs;
         if start + len > slabs.count() || start % slabs.group() + len > slabs.group() {
@@ -144,7 +147,7 @@ impl<T: SlotTable> Cache<T> {
             if slabs.is_pooled(slab) {
                 continue;
             }
-            // No run with this slab will do.
+            // No run that contains this slab can be emptied.
             let refused = Window { touch: None, seen, passed: seen };
             let Some(head) = slabs.head_of_slab(slab) else { return refused };
             let span = slabs.span(head);
@@ -164,13 +167,13 @@ impl<T: SlotTable> Cache<T> {
     }
 }
 
-/// What a look at a run of slabs came to.
+/// The result of a look at one run of slabs.
 #[derive(Clone, Copy)]
 struct Window {
-    /// The latest access to any chunk in them, if all of them may be emptied.
+    /// The latest access to any of its chunks, if all of the run may be emptied.
     touch: Option<u64>,
-    /// How many were looked at.
+    /// How many slabs were looked at.
     seen: u32,
-    /// At how many of them, from the first on, no other run that will do begins.
+    /// How many slabs, from the first one on, the search need not look at again as the beginning of a run.
     passed: u32,
 }

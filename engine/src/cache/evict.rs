@@ -1,5 +1,5 @@
-//! Making room: free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order. Every search goes on in
-//! steps: see `Cache::allow`.
+//! Making room: by free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order. Every
+//! search goes on in steps: see `Cache::allow`.
 
 use super::chunk::{Chunks, Lack, Life};
 use super::slab::Class;
@@ -7,64 +7,68 @@ use super::slot::State;
 use super::{Cache, NAMESPACES, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// Chunks that one search for room evicts at most.
+/// The most chunks that one step of a search for room evicts.
 const EVICTIONS_MAX: u32 = 64;
-/// Free slots that a search aims at: one part in this many of its class, and at most `SPARE_MAX`.
+/// How many free slots a search aims at: one in this many slots of its class, and at most `SPARE_MAX`.
 const SPARE_PARTS: u64 = 64;
 const SPARE_MAX: u64 = 32;
-/// Forming chunks without a writer, and chunks in the order of eviction, that one step of a search for the coldest looks at
-/// in each namespace.
+/// How many idle forming chunks, and how many chunks in the eviction order, one step of a search for the coldest
+/// looks at in each namespace.
 const IDLE_LOOK: u32 = 8;
 const VICTIM_LOOK: u32 = 16;
 
-/// Slot headers that get their memory, zeroed, in the time that a record takes.
+/// How many slot headers can be given zeroed memory in the time that touching one record takes.
 const HEADERS: u32 = 8;
 
-/// What a search for a slot came to.
+/// The result of a search for a slot.
 pub(super) enum Room {
-    /// This slot.
+    /// A free slot.
     Slot(SlotId),
     /// There is none.
     None,
-    /// What is allowed is spent: the search goes on where it stopped.
+    /// What is allowed is spent; the search goes on where it stopped.
     Later,
 }
 
-/// How far a message's search for room has come: one message looks for room in vain once.
+/// How far one message's search for room has come. Once it has been in vain, it is not repeated for the message's
+/// other keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Search {
-    /// It has looked at everything for a slot, and for a record: who wants for the one may still get the other.
+    /// Nothing can be found any more: no slot, and no record. The two are apart because a message that finds no
+    /// record may still need only slots.
     in_vain: bool,
     no_record: bool,
-    /// Chunks that were refused since one was found, and slabs that were looked at.
+    /// How many chunks were refused since the last success, and how many slabs were looked at.
     refused: u64,
     pub(super) slabs: u32,
-    /// The slab to go on with. Its own: other searches look for other sizes.
+    /// The slab with which the search goes on. Each message has its own, because other searches look for other
+    /// sizes.
     pub(super) slab: Option<u32>,
 }
 
-/// The same for a chunk's record.
+/// The result of a search for a chunk's record.
 pub(super) enum Record {
     /// There is one.
     There,
     /// There is none.
     None,
-    /// As for a slot.
+    /// As [`Room::Later`].
     Later,
 }
 
-/// What is the coldest, as far as a step of the search has looked.
+/// The coldest chunk, as far as one step of the search has looked.
 enum Coldest {
     /// This chunk, and when it was used last.
     Chunk(u64, ChunkId),
-    /// None may go.
+    /// No chunk may be evicted.
     None,
-    /// Not found yet: so many more were refused.
+    /// None has been found yet; this step refused this many chunks.
     Refused(u32),
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// A free slot of the class, for which room is made if need be: at least one step of that, whatever is allowed.
+    /// Takes a free slot of the class; makes room for it if necessary, and does at least one step of that, whatever
+    /// is allowed.
     pub(super) fn take_slot(&mut self, class: u16, search: &mut Search) -> Room {
         let mut may_go_on = true;
         while self.slabs.class(class).free == 0 && (search.in_vain || !self.assign(class)) {
@@ -93,23 +97,24 @@ impl<T: SlotTable> Cache<T> {
         slabs > 0
     }
 
-    /// Records that it takes about as long as to make sure of the headers of so many slabs.
+    /// Ensuring the headers of this many slabs takes about as long as touching this many records.
     pub(super) fn header_records(&self, class: u16, slabs: u32) -> u64 {
         u64::from(self.slabs.slots_in(class, slabs) / HEADERS)
     }
 
-    /// From now on nothing is evicted, or is again: after a restart, until those who hold something have said so.
+    /// Forbids evictions, or allows them again. They are forbidden after a restart until the clients that hold
+    /// something have declared it.
     pub fn hold_evictions(&mut self, hold: bool) {
         self.evictions_held = hold;
     }
 
-    /// Is nothing to be evicted at the moment?
+    /// Whether evictions are forbidden.
     pub fn evictions_held(&self) -> bool {
         self.evictions_held
     }
 
-    /// A step of the search for room: evicts until the class has a few free slots, so that the next keys find them. False
-    /// where there is nothing more to try.
+    /// Does one step of the search for room: evicts until the class has a few free slots, so that the message's
+    /// next keys find some. False: there is nothing left to try.
     fn make_room(&mut self, class: u16, search: &mut Search) -> bool {
         if self.evictions_held {
             return false;
@@ -135,7 +140,7 @@ impl<T: SlotTable> Cache<T> {
                 return self.slabs.class(class).free > 0 || self.may_steal(search);
             };
             self.evict(id);
-            // Its span may have become free as a whole, and gone back to the pool.
+            // The chunk's span may have become wholly free and have gone back to the pool.
             if self.slabs.class(class).free == 0 {
                 self.assign(class);
             }
@@ -146,17 +151,19 @@ impl<T: SlotTable> Cache<T> {
         true
     }
 
-    /// So many more were refused. False where that has been all there are, and none of them may go.
+    /// Notes that this many more chunks were refused. False: all chunks have been looked at, and none of them may
+    /// be evicted.
     fn goes_on(&self, namespaces: u64, refused: u32, search: &mut Search) -> bool {
         search.refused += u64::from(refused);
         let all = (0..NAMESPACES).filter(|namespace| namespaces >> namespace & 1 == 1);
         let len = |n| self.policy.len(n) as u64 + u64::from(self.chunks.idle_len(n));
-        // Two rounds: who was refused at first may have been let go of meanwhile, and so the other way round.
+        // Everything is looked at twice: a chunk that was refused at first may have become evictable meanwhile, and
+        // one that was evictable may not be any more.
         search.refused <= 2 * all.map(len).sum::<u64>()
     }
 
-    /// The coldest chunk of these namespaces (bit n: namespace n) that may go. One that forms may have no slot of a class yet:
-    /// it goes only where it gives back what is wanted.
+    /// The coldest chunk of these namespaces (bit n: namespace n) that may be evicted. A forming chunk may have no
+    /// slot of the class yet; it is chosen only if it has one.
     fn coldest(&mut self, namespaces: u64, class: Option<u16>) -> Coldest {
         let mut coldest = Coldest::None;
         let mut left = namespaces;
@@ -188,8 +195,8 @@ impl<T: SlotTable> Cache<T> {
         coldest
     }
 
-    /// The first chunk without a writer that may go, and gives back a slot of the class. As a policy's `victim` does, it puts
-    /// those that are refused behind the others.
+    /// The first idle forming chunk that may be evicted and gives back a slot of the class. Refused chunks go to
+    /// the tail of the list, as in a policy's `victim`.
     fn idle_victim(&mut self, namespace: usize, class: Option<u16>, looks: &mut u32) -> Option<ChunkId> {
         for _ in 0..self.chunks.idle_len(namespace) {
             *looks = looks.checked_sub(1)?;
@@ -203,7 +210,7 @@ impl<T: SlotTable> Cache<T> {
         None
     }
 
-    /// Has the chunk a slot of this class?
+    /// Whether the chunk has a slot of this class.
     fn gives(&mut self, id: ChunkId, class: u16) -> bool {
         let Some(registered) = self.namespace(u32::from(self.chunks.get(id).namespace)) else { return false };
         let world = registered.world;
@@ -214,7 +221,8 @@ impl<T: SlotTable> Cache<T> {
         gives
     }
 
-    /// The coldest visible chunk that may go. Where all are leased, looking would take long and find nothing.
+    /// The coldest visible chunk that may be evicted. If all are leased, the search is skipped: it would take long
+    /// and find nothing.
     fn visible_victim(&mut self, namespace: usize, looks: &mut u32) -> Option<ChunkId> {
         let Self { policy, chunks, namespaces, .. } = self;
         let pinned = namespaces[namespace].as_ref().map_or(0, |registered| registered.pinned);
@@ -224,8 +232,8 @@ impl<T: SlotTable> Cache<T> {
         policy.victim(namespace, looks, &mut |id| chunks.is_evictable(id))
     }
 
-    /// Makes room for the record of one more chunk of this world. Nothing is evicted in vain: each chunk that goes gives back
-    /// some of what is lacking, and what it gives stays until the next one needs it.
+    /// Makes room for the record of one more chunk of this world. Nothing is evicted in vain: each evicted chunk
+    /// gives back some of what is missing, and that stays free until the next chunk needs it.
     pub(super) fn make_record(&mut self, world: u32, search: &mut Search) -> Record {
         loop {
             let namespaces = match self.chunks.lack(world) {
@@ -241,7 +249,7 @@ impl<T: SlotTable> Cache<T> {
                     search.refused = 0;
                     self.evict(id);
                 }
-                // Those it looked at are behind the others now.
+                // The refused chunks are behind the others now, so the next step looks at others.
                 Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => {
                     if self.is_spent() {
                         return Record::Later;
@@ -254,21 +262,21 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The namespaces whose chunks have lines of the wide pool, a bit each.
+    /// The namespaces whose chunks use lines of the wide pool, one bit each.
     fn wide_namespaces(&self) -> u64 {
         let namespaces = (0..).zip(&self.namespaces);
         let wide = namespaces.filter(|(_, n)| n.as_ref().is_some_and(|n| Chunks::is_wide(n.world)));
         wide.fold(0, |bits, (number, _): (u32, _)| bits | 1 << number)
     }
 
-    /// Drops a chunk because room is needed.
+    /// Drops a chunk because its room is needed.
     pub(super) fn evict(&mut self, id: ChunkId) {
         debug_assert!(self.chunks.is_evictable(id));
         self.counters.evicted += 1;
         self.drop_chunk(id, true);
     }
 
-    /// Takes a chunk out of everything: its COMMITTED slots are freed, its WRITING ones orphaned.
+    /// Drops a chunk: frees its COMMITTED slots and orphans its WRITING ones.
     pub(super) fn drop_chunk(&mut self, id: ChunkId, evicted: bool) {
         let chunk = self.chunks.get(id);
         debug_assert!(!chunk.pins.any());
@@ -290,7 +298,7 @@ impl<T: SlotTable> Cache<T> {
         self.chunks.destroy(id, world);
     }
 
-    /// Nothing leads to the chunk any more: no lookup, no order of eviction.
+    /// Takes a chunk out of the index, and out of the eviction order or the idle list.
     pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
         let chunk = self.chunks.get(id);
         if chunk.life() == Life::Visible {
@@ -301,14 +309,14 @@ impl<T: SlotTable> Cache<T> {
         self.index.remove(&mut self.chunks, id);
     }
 
-    /// WRITING stays WRITING, but for no chunk.
+    /// The slot stays WRITING, but belongs to no chunk any more.
     pub(super) fn orphan(&mut self, slot: SlotId) {
         self.slots.orphan(slot);
         let (owner, _) = self.slots.writer(slot);
         self.table.orphaned(slot, self.slots.get(slot).generation(), owner);
     }
 
-    /// WRITING, by its writer's word or death, or COMMITTED → FREE.
+    /// Frees a slot: a WRITING one, whose writer has said so or is gone, or a COMMITTED one.
     pub(super) fn free_slot(&mut self, slot: SlotId) {
         if self.slots.get(slot).state() == State::Writing {
             let (owner, _) = self.slots.writer(slot);
@@ -320,8 +328,8 @@ impl<T: SlotTable> Cache<T> {
         self.work += self.slabs.give(slot, &mut self.slots, &mut self.table);
     }
 
-    /// Drops the chunks that are not leased, of one namespace or of all: visible ones, and rounds that form (whose
-    /// writers then find them gone). Looks at chunks from `from` on; answers where to go on when what is allowed is spent,
+    /// Drops all chunks that are not leased, of one namespace or of all: visible ones and forming ones, whose
+    /// writers then find them gone. Begins at chunk `from`. Returns where to go on if what is allowed is spent, and
     /// `None` at the end.
     pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId) -> Option<ChunkId> {
         self.change();

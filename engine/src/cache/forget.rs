@@ -1,10 +1,10 @@
-//! Namespaces that nobody uses any more.
+//! Forgetting namespaces that nobody uses any more.
 
 use super::{Cache, NamespaceId, SlotTable};
 
 impl<T: SlotTable> Cache<T> {
-    /// Forgets a namespace that holds nothing, so that its id, and the shard sizes that only it has, can be given to
-    /// another. False where it still has a chunk, visible or forming; true also for one that is not registered.
+    /// Forgets a namespace that has no chunks, so that its id, and the shard sizes that only it has, can be given
+    /// to another one. False: it still has chunks. True also for a namespace that is not registered.
     pub fn forget(&mut self, namespace: NamespaceId) -> bool {
         self.change();
         if self.namespace(namespace).is_none() {

@@ -1,8 +1,9 @@
-//! (namespace, key) → chunks: a table of one-line buckets that grows by one bucket at a time (linear hashing).
+//! The index, (namespace, key) → chunks: a table of buckets of one cache line each, which grows by one bucket at a
+//! time (linear hashing).
 //!
-//! Keys come from clients, so a secret seed is mixed into the hash. Growth never moves more than one bucket, and
-//! takes pages only as it goes: ten thousand chunks cost the same in any arena. A bucket's few chunks beyond
-//! seven hang on it through their own records.
+//! Keys come from clients, so a secret seed is mixed into the hash. Growing never moves more than one bucket, and
+//! takes memory only as it goes: ten thousand chunks cost the same in an arena of any size. If a bucket has more
+//! than seven chunks, the others are chained to it through their own records.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -11,15 +12,15 @@ use super::{Key, NamespaceId};
 use crate::lazy::{Lazy, NoMemory, prefetch};
 use crate::policy::ChunkId;
 
-/// Chunks in a bucket's own line.
+/// How many chunks fit into a bucket's own line.
 const WAYS: usize = 7;
-/// Buckets at the start.
+/// How many buckets there are at the start.
 const BUCKETS_MIN: u32 = 64;
-/// Average chunks in a bucket before the table grows.
+/// How many chunks a bucket has on average when the table grows.
 const LOAD: u64 = 3;
-/// Rounds of one key that may form at once.
+/// The most rounds of one key that form at once.
 pub(super) const FORMING_MAX: usize = 4;
-/// Hash bits in a tag.
+/// How many bits of the hash a tag has.
 const HASH_BITS: u32 = 31;
 
 /// A keyed hash of (namespace, key).
@@ -27,7 +28,7 @@ const HASH_BITS: u32 = 31;
 pub(super) struct Hash(u64);
 
 impl Hash {
-    /// Folded multiplications, as in wyhash.
+    /// Made of folded multiplications, as in wyhash.
     #[inline(always)]
     pub(super) fn new(seed: [u64; 2], namespace: NamespaceId, key: Key) -> Self {
         let mix = |a: u64, b: u64| {
@@ -39,36 +40,36 @@ impl Hash {
         Self(mix(first ^ seed[1], 0xa076_1d64_78bd_642f))
     }
 
-    /// The part that the index uses, of `HASH_BITS` bits.
+    /// The `HASH_BITS` bits that the index uses.
     #[inline(always)]
     pub(super) fn bits(self) -> u32 {
         (self.0 >> (64 - HASH_BITS)) as u32
     }
 
-    /// All of it: names a content for the policy.
+    /// The whole hash, by which the policy remembers evicted contents.
     pub(super) fn whole(self) -> u64 {
         self.0
     }
 }
 
-/// One cache line. An entry is a tag, hash << 1 | visible, and a chunk id + 1, 0 for none.
+/// A bucket, in one cache line. Each way has a tag (hash << 1 | visible) and a link (chunk id + 1; 0: none).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Bucket {
-    /// The last one is always 0, so that it matches nothing visible.
+    /// The last one is always 0, so it never matches a visible chunk.
     tags: [u32; WAYS + 1],
-    /// The last one is the first chunk beyond `WAYS`; only where the bucket is full.
+    /// The last one links to the first chunk beyond `WAYS`; it is set only while the bucket is full.
     ids: [u32; WAYS + 1],
 }
 
 impl Bucket {
-    /// Which of its ways has this link; 0 finds a free one.
+    /// The way that has this link; 0 finds a free way.
     fn way_of(&self, link: u32) -> Option<usize> {
         self.ids[..WAYS].iter().position(|other| *other == link)
     }
 }
 
-/// What a key may name.
+/// The chunks of one key.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct Matches {
     pub(super) visible: Option<ChunkId>,
@@ -77,18 +78,18 @@ pub(super) struct Matches {
 }
 
 impl Matches {
-    /// The rounds that form, at most `FORMING_MAX`.
+    /// The forming chunks, at most `FORMING_MAX`.
     pub(super) fn forming(&self) -> &[ChunkId] {
         &self.forming[..self.forming_len]
     }
 }
 
-/// What a look at a key's bucket gave.
+/// The result of a look at a key's bucket.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Guess {
-    /// The chunk whose tag matches, + 1.
+    /// The chunk whose tag matches, + 1; 0: none.
     link: u32,
-    /// The bucket overflows: the chunk may be elsewhere.
+    /// The bucket overflows, so the chunk may be beyond its line.
     more: bool,
 }
 
@@ -102,7 +103,7 @@ pub(super) struct Index {
 }
 
 impl Index {
-    /// Takes the (untouched) memory for this many chunks.
+    /// Takes address space for this many chunks, and touches none of it.
     pub(super) fn new(chunks: u32) -> Result<Self, NoMemory> {
         let buckets =
             (u64::from(chunks) / LOAD + 1).next_power_of_two().clamp(u64::from(BUCKETS_MIN), 1 << 30);
@@ -126,20 +127,20 @@ impl Index {
         prefetch(&self.buckets, self.bucket_of(hash.bits()));
     }
 
-    /// The visible chunk that the key may name, from its bucket's own line alone.
+    /// The visible chunk that the key probably names, by its bucket's own line alone.
     #[inline(always)]
     pub(super) fn guess(&self, hash: Hash) -> Guess {
         let bucket = &self.buckets[self.bucket_of(hash.bits())];
         let tag = hash.bits() << 1 | 1;
         let mut link = 0;
-        // Without a branch: at most one matches but for a collision, which `resolve` notices.
+        // There is no branch here: at most one tag matches, unless two chunks collide, which `resolve` notices.
         for (other, id) in bucket.tags.iter().zip(bucket.ids) {
             link |= if *other == tag { id } else { 0 };
         }
         Guess { link, more: bucket.ids[WAYS] != 0 }
     }
 
-    /// Asks for the record of the chunk that was guessed.
+    /// Prefetches the record of the guessed chunk.
     #[inline(always)]
     pub(super) fn prefetch_guess(&self, guess: Guess, chunks: &Chunks) {
         if let Some(id) = guess.link.checked_sub(1) {
@@ -147,7 +148,7 @@ impl Index {
         }
     }
 
-    /// The visible chunk of this key, given a guess.
+    /// The visible chunk of this key. It checks the guess first.
     #[inline(always)]
     pub(super) fn resolve(
         &self,
@@ -169,7 +170,7 @@ impl Index {
         self.matches(chunks, hash, namespace, key).visible
     }
 
-    /// Every chunk of this key.
+    /// All chunks of this key.
     pub(super) fn matches(&self, chunks: &Chunks, hash: Hash, namespace: u8, key: Key) -> Matches {
         let mut matches = Matches::default();
         self.each(chunks, hash.bits(), |id| {
@@ -187,7 +188,8 @@ impl Index {
         matches
     }
 
-    /// A visible chunk of the namespace with this hash: its key's, or one of a rare collision.
+    /// A visible chunk of this namespace with this hash: that of the key or, rarely, of another key with the same
+    /// hash.
     pub(super) fn any_visible(&self, chunks: &Chunks, hash: u32, namespace: u8) -> Option<ChunkId> {
         let mut found = None;
         self.each(chunks, hash, |id| {
@@ -245,7 +247,7 @@ impl Index {
         }
     }
 
-    /// The chunk became visible.
+    /// Marks the chunk's tag as visible.
     pub(super) fn set_visible(&mut self, chunks: &Chunks, id: ChunkId) {
         let hash = chunks.get(id).hash;
         let bucket = self.bucket_of(hash);
@@ -255,7 +257,7 @@ impl Index {
         }
     }
 
-    /// Takes a chunk out of the table.
+    /// Takes a chunk out of the index.
     pub(super) fn remove(&mut self, chunks: &mut Chunks, id: ChunkId) {
         let at = self.bucket_of(chunks.get(id).hash);
         self.len -= 1;
@@ -265,7 +267,7 @@ impl Index {
         };
         let bucket = &mut self.buckets[at];
         (bucket.tags[way], bucket.ids[way]) = (0, 0);
-        // The line takes back one that did not fit.
+        // A chunk that did not fit moves into the free way.
         if let Some(over) = bucket.ids[WAYS].checked_sub(1) {
             bucket.ids[WAYS] = chunks.get(over).chain;
             chunks.get_mut(over).chain = 0;
@@ -290,7 +292,7 @@ impl Index {
         debug_assert!(false, "chunk {id} is not in the index");
     }
 
-    /// Splits one bucket in two.
+    /// Splits one bucket into two.
     fn grow(&mut self, chunks: &mut Chunks) {
         let at = self.split as usize;
         let old = std::mem::replace(&mut self.buckets[at], Bucket::zeroed());

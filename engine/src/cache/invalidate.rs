@@ -1,29 +1,32 @@
-//! Damaged chunks: from the first word of it on lookups find them no longer, and they go with their last lease.
+//! Damaged chunks: as soon as one client reports the damage, no lookup finds the chunk any more. It is dropped when
+//! its last lease ends.
 
 use super::chunk::Life;
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// What an invalidation came to.
+/// The result of an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Invalidated {
-    /// Nobody had leased the chunk: its slots are free.
+    /// The chunk was not leased: its slots are free.
     Dropped,
-    /// Somebody has: it is hidden, and its slots are freed with its last lease.
+    /// The chunk is leased: it is hidden, and its slots are freed with its last lease.
     Hidden,
-    /// The slot holds no shard of a visible chunk, or no longer: nothing has changed.
+    /// The slot does not, or no longer, hold a shard of a visible chunk. Nothing has changed.
     Gone,
-    /// No honest client says this: it does not read such shards, or the slot is another key's. Nothing has changed.
+    /// No honest client sends this: the client does not read such shards, or the slot has another key. Nothing has
+    /// changed.
     Refused,
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// A reader's word that the bytes of a shard are not those that were stored. From now on no lookup finds its chunk, and
-    /// a reservation of its key is granted, as if it had been evicted. What a lease promises stays promised: where the
-    /// chunk is leased, its slots are freed when the last of its leases ends. No successor of this engine shows it again.
+    /// Handles a reader's message that the bytes of a shard are not those that were stored. From now on no lookup
+    /// finds the chunk, and a reservation of its key is granted, as if it had been evicted. A lease still keeps
+    /// what it promises: if the chunk is leased, its slots are freed when its last lease ends. No successor of this
+    /// engine shows the chunk again.
     ///
-    /// `reads` says whether the reader reads shards of this namespace and rank. O(ranks).
+    /// `reads` tells whether the reader reads shards of this namespace and rank. O(ranks).
     pub fn invalidate(
         &mut self,
         slot: SlotId,
@@ -41,7 +44,7 @@ impl<T: SlotTable> Cache<T> {
         if chunk.key != key || !reads(u32::from(chunk.namespace), u32::from(entry.rank)) {
             return Invalidated::Refused;
         }
-        // Nobody has read one that is forming; of one that is hidden this is no news.
+        // Nobody has read a chunk that is forming, and one that is hidden has been reported before.
         if chunk.life() != Life::Visible {
             return Invalidated::Gone;
         }
@@ -53,9 +56,10 @@ impl<T: SlotTable> Cache<T> {
         Invalidated::Hidden
     }
 
-    /// Takes a leased chunk out of all that leads to it but its leases.
+    /// Hides a leased chunk: afterwards only its leases lead to it.
     fn hide(&mut self, id: ChunkId) {
-        // Before a lookup can miss it: who stores it again must not find an engine that shows this one after its death.
+        // This comes before a lookup can miss the chunk. A client that misses it may store it again, and if this
+        // engine then dies, its successor must not show the damaged one.
         self.each_slot(id, |cache, slot| cache.table.hidden(slot));
         self.unlist(id, false);
         let namespace = usize::from(self.chunks.get(id).namespace);

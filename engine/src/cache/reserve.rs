@@ -1,4 +1,4 @@
-//! Reservations: which of a message's chunks one rank is to write, and where.
+//! Reservations: which of a message's chunks one rank writes, and where.
 
 use super::chunk::{Life, NO_PARENT};
 use super::error::ReserveError;
@@ -9,23 +9,23 @@ use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, 
 use crate::policy::ChunkId;
 use kvring_shm_abi::failpoint;
 
-/// Keys whose index lines are asked for in advance.
+/// How many keys ahead index lines are prefetched.
 const AHEAD: usize = 8;
 
-/// What one rank asks to store.
+/// One rank's request to store chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reserve<'a> {
-    /// Who writes.
+    /// The client that writes.
     pub owner: Owner,
     /// Its attach nonce.
     pub nonce: u64,
     /// The chunks' namespace.
     pub namespace: NamespaceId,
-    /// Whose parts.
+    /// The rank whose shards they are.
     pub rank: u32,
-    /// The store that they belong to.
+    /// The round to which they belong.
     pub round: Round,
-    /// The chunk just before the first key in its chain, if there is one.
+    /// The chunk in front of the first key in its chain, if there is one.
     pub parent: Option<Key>,
     /// A chain, head first.
     pub keys: &'a [Key],
@@ -43,33 +43,33 @@ pub enum Reservation {
         /// First byte in the arena.
         offset: u64,
     },
-    /// Visible already: nothing to do.
+    /// The chunk is visible already: there is nothing to do.
     Present,
-    /// A newer round of the same source forms this chunk.
+    /// A newer round of the same source is forming this chunk.
     Superseded,
-    /// This rank has a slot for it in this round already.
+    /// This rank already has a slot for the chunk in this round.
     Pending {
-        /// Whether that is COMMITTED, else it is being written.
+        /// Whether the slot is COMMITTED; if not, it is WRITING.
         committed: bool,
     },
-    /// No slot, or too many rounds form this chunk, and nothing may be evicted for it.
+    /// There is no slot, or too many rounds form this chunk, and nothing may be evicted for it.
     NoSpace,
-    /// The client is charged with as much as it may be.
+    /// The client's share is used up.
     Busy,
 }
 
-/// How far a reservation of many keys has come: it goes on in pieces.
+/// How far a reservation has come. One of many keys goes on in pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Going {
-    /// Logical time of the access to its next key; each key behind that is one earlier, as if the chain had been touched
-    /// tail first.
+    /// Logical time of the access to the next key. Each further key is accessed one tick earlier, as if the chain
+    /// had been touched from its tail on.
     time: u64,
-    /// The last chunk that was found visible, and its key: what is found behind it is touched behind it.
+    /// The last chunk that was found visible, and its key. The next visible chunk is touched just behind it.
     front: Option<(ChunkId, Key)>,
     search: Search,
 }
 
-/// A reservation's message, with what was looked up for it once.
+/// A reservation's message, together with what was looked up once for all its keys.
 #[derive(Clone, Copy)]
 struct Context<'a> {
     message: Reserve<'a>,
@@ -81,7 +81,7 @@ struct Context<'a> {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Begins a reservation of so many keys.
+    /// Begins a reservation of this many keys.
     pub fn reservation(&mut self, namespace: NamespaceId, keys: usize) -> Going {
         self.tick += keys as u64;
         self.use_namespace(namespace);
@@ -105,17 +105,17 @@ impl<T: SlotTable> Cache<T> {
         done.map(|done| debug_assert_eq!(done, message.keys.len()))
     }
 
-    /// Reserves slots for one rank's shards, key by key until what is allowed is spent; answers how many keys that were.
-    /// `sink` is called once for each of them, in order, with its index. The next piece begins with the key behind them,
-    /// whose `parent` is the last of them.
+    /// Reserves slots for one rank's shards, key by key, until what is allowed is spent. Returns how many keys were
+    /// answered. Calls `sink` once for each of them, in order, with its index. The next piece begins at the key
+    /// behind the last of them, and has that last key as its `parent`.
     ///
-    /// Only *visible* chunks are skipped; that counts as an access once for each round. A newer round of the same source
-    /// replaces an older one that is incomplete. Neither the piece's own chunks nor `parent` are evicted for it; those of
-    /// earlier pieces are the warmest, or being written.
+    /// Only *visible* chunks are skipped, and that counts as an access, once for each round. A newer round replaces
+    /// an incomplete older one of the same source. The search for room evicts neither `parent` nor the chunks of
+    /// this piece. Those of earlier pieces need no guard: they are the warmest, or being written.
     ///
     /// # Errors
     ///
-    /// Unknown namespace, rank or owner; too many keys. Then `sink` was not called.
+    /// Unknown namespace, rank or owner; too many keys. `sink` was not called then.
     pub fn reserve_piece(
         &mut self,
         message: Reserve<'_>,
@@ -162,7 +162,7 @@ impl<T: SlotTable> Cache<T> {
         Ok(done)
     }
 
-    /// Keeps what the message names from being evicted for it.
+    /// Guards the chunks that the message names: they are not evicted for it.
     fn guard_keys(&mut self, message: &Reserve<'_>) {
         self.guard = self.guard.wrapping_add(1).max(1);
         self.chunks.guard = self.guard;
@@ -180,7 +180,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The answer for one key; `None` where there is none yet, because what is allowed is spent.
+    /// The answer for one key; `None` if what is allowed was spent before there was one.
     fn reserve_one(
         &mut self,
         context: &Context<'_>,
@@ -236,7 +236,8 @@ impl<T: SlotTable> Cache<T> {
                 return Some(self.no_space());
             }
         }
-        // What matched is guarded, so making room leaves it as it is. The record first: without one, a slot is of no use.
+        // The chunks in `matches` are guarded, so making room does not evict them. The record comes first: without
+        // a record, a slot is of no use.
         if same.is_none() && replaced.is_none() {
             match self.make_record(context.world, &mut going.search) {
                 Record::There => {}
@@ -261,7 +262,8 @@ impl<T: SlotTable> Cache<T> {
             }
             None => match self.create_chunk(key, context, before, going.time) {
                 Some(id) => id,
-                // `make_record` has seen to it, or what is replaced has given it back: what was evicted for the slot takes none.
+                // This cannot happen: `make_record` has made sure of a record, or dropping `replaced` gave one
+                // back, and evicting for the slot takes none.
                 None => {
                     debug_assert!(false, "a chunk without a record");
                     self.slabs.give(slot, &mut self.slots, &mut self.table);

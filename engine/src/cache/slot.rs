@@ -1,16 +1,16 @@
-//! The private state of each slot, and the lists of slots being written, one for each attachment.
+//! The private state of each slot, and for each attachment the list of the slots that it is writing.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{OWNERS, Owner, SlotId};
 use crate::lazy::{Lazy, NoMemory, prefetch};
 
-/// Bits of a generation, as the published slot word has room for.
+/// The bits that a generation has in the published word of a slot.
 const GENERATION_MASK: u64 = kvring_shm_abi::slot::GENERATION_MAX;
-/// Attachments with slots WRITING, at once: living ones and quarantined ones.
+/// The most attachments with WRITING slots at one time, including earlier attachments of an entry.
 pub(super) const ATTACHMENTS: usize = 256;
 
-/// What a slot is doing. Zeroed memory says FREE.
+/// A slot's state. Zeroed memory says FREE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Free,
@@ -18,7 +18,7 @@ pub(super) enum State {
     Committed,
 }
 
-/// 24 bytes; links are slot id + 1, and 0 is "none".
+/// A slot, in 24 bytes. Links are slot id + 1; 0 is "none".
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Slot {
@@ -26,12 +26,12 @@ pub(super) struct Slot {
     word: u64,
     /// Chunk id + 1; 0 while FREE, and for an orphan.
     chunk: u32,
-    /// WRITING: the neighbour in the attachment's list.
+    /// WRITING: the previous slot in the attachment's list.
     prev: u32,
-    /// WRITING: as above. FREE: the next free slot of the span.
+    /// WRITING: the next slot in the attachment's list. FREE: the next free slot of the span.
     pub(super) next: u32,
     pub(super) rank: u8,
-    /// WRITING: who writes.
+    /// WRITING: the attachment that writes.
     attachment: u8,
     _pad: [u8; 2],
 }
@@ -60,17 +60,17 @@ impl Slot {
     }
 }
 
-/// One life of a client entry, while it has slots WRITING or is the entry's current one.
+/// One attachment. It has a record while it has WRITING slots or is its entry's current one.
 #[derive(Clone, Copy, Default)]
 struct Attachment {
     used: bool,
     owner: Owner,
     nonce: u64,
-    /// First slot of its list, + 1.
+    /// The first slot of its list, + 1.
     head: u32,
 }
 
-/// Numbers of slots by state. Free ones are counted by the slabs.
+/// How many slots there are by state. Free ones are counted by the slabs.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(super) struct SlotCounts {
     pub(super) writing: u64,
@@ -115,7 +115,8 @@ impl Slots {
         self.slots[slot as usize].next = next;
     }
 
-    /// A slot that is used for the first time in this life takes the generation that earlier lives left.
+    /// Raises the generation of a slot that is used for the first time in this engine's life to the one that
+    /// earlier engines have published.
     pub(super) fn raise_generation(&mut self, slot: SlotId, published: u64) {
         let slot = &mut self.slots[slot as usize];
         debug_assert_eq!(slot.state(), State::Free);
@@ -123,14 +124,15 @@ impl Slots {
         slot.set(generation, State::Free);
     }
 
-    /// The attachment under which `owner` writes; makes it current. `None`: too many are quarantined.
+    /// The attachment under which `owner` writes now; makes it the current one. `None`: there are too many earlier
+    /// ones with WRITING slots.
     pub(super) fn attach(&mut self, owner: Owner, nonce: u64) -> Option<u8> {
         let current = self.current[owner as usize];
         let is = |id: &u8| self.attachments[*id as usize].nonce == nonce;
         if let Some(id) = current.filter(is) {
             return Some(id);
         }
-        // An earlier attachment with slots WRITING keeps them, apart from the new one's.
+        // An earlier attachment keeps its WRITING slots, apart from those of the new one.
         let idle = current.filter(|id| self.attachments[*id as usize].head == 0);
         let id = match (self.find_attachment(owner, nonce), idle) {
             (None, Some(id)) => {
@@ -146,7 +148,7 @@ impl Slots {
         Some(id)
     }
 
-    /// An attachment's record, which need not be current. `None`: there are too many.
+    /// Finds or makes an attachment's record, without making it current. `None`: there are too many.
     pub(super) fn attachment_for(&mut self, owner: Owner, nonce: u64) -> Option<u8> {
         if let Some(known) = self.find_attachment(owner, nonce) {
             return Some(known);
@@ -156,13 +158,13 @@ impl Slots {
         Some(id as u8)
     }
 
-    /// The record of an attachment that has slots WRITING, or is current.
+    /// The record of an attachment, if it has WRITING slots or is current.
     pub(super) fn find_attachment(&self, owner: Owner, nonce: u64) -> Option<u8> {
         let found = self.attachments.iter().position(|a| a.used && a.owner == owner && a.nonce == nonce);
         found.map(|id| id as u8)
     }
 
-    /// The entry's next attachment is another one; this one goes when its last WRITING slot does.
+    /// Makes an attachment one of the past: its record is freed as soon as it has no WRITING slot.
     pub(super) fn retire(&mut self, id: u8) {
         let attachment = &mut self.attachments[id as usize];
         if self.current[attachment.owner as usize] == Some(id) {
@@ -171,24 +173,24 @@ impl Slots {
         attachment.used = attachment.head != 0;
     }
 
-    /// The entry has no current attachment any more.
+    /// Retires the entry's current attachment, if it has one.
     pub(super) fn leave(&mut self, owner: Owner) {
         if let Some(id) = self.current[owner as usize] {
             self.retire(id);
         }
     }
 
-    /// The first slot that an attachment is writing.
+    /// The first slot in an attachment's list.
     pub(super) fn first_writing(&self, attachment: u8) -> Option<SlotId> {
         self.attachments[attachment as usize].head.checked_sub(1)
     }
 
-    /// The slot after `slot` in its attachment's list.
+    /// The slot behind `slot` in its attachment's list.
     pub(super) fn next_writing(&self, slot: SlotId) -> Option<SlotId> {
         self.slots[slot as usize].next.checked_sub(1)
     }
 
-    /// Every slot in the attachments' lists, with its writer.
+    /// All slots in the attachments' lists, with their writers.
     pub(super) fn all_writing(&self) -> impl Iterator<Item = (Owner, SlotId)> {
         let used = self.attachments.iter().filter(|attachment| attachment.used);
         used.flat_map(move |attachment| {
@@ -201,7 +203,7 @@ impl Slots {
         })
     }
 
-    /// An attachment of this entry that is not its current one, if there is one left.
+    /// An attachment of this entry other than its current one, if there is one left.
     pub(super) fn earlier_attachment(&self, owner: Owner) -> Option<u8> {
         let current = self.current[owner as usize];
         let is_earlier =
@@ -209,13 +211,13 @@ impl Slots {
         self.attachments.iter().enumerate().position(is_earlier).map(|id| id as u8)
     }
 
-    /// Is this the record of an attachment of this entry?
+    /// Whether this is the record of an attachment of this entry.
     pub(super) fn is_attachment_of(&self, owner: Owner, id: u8) -> bool {
         let attachment = &self.attachments[id as usize];
         attachment.used && attachment.owner == owner
     }
 
-    /// Does this entry write anything, under any attachment?
+    /// Whether this entry has a WRITING slot, under any attachment.
     pub(super) fn writes(&self, owner: Owner) -> bool {
         self.attachments.iter().any(|a| a.used && a.owner == owner && a.head != 0)
     }
@@ -226,7 +228,7 @@ impl Slots {
         slot.state() == State::Writing && self.current.get(owner as usize) == Some(&Some(slot.attachment))
     }
 
-    /// Who writes this slot.
+    /// The entry and the nonce under which this slot is written.
     pub(super) fn writer(&self, slot: SlotId) -> (Owner, u64) {
         let attachment = &self.attachments[self.get(slot).attachment as usize];
         (attachment.owner, attachment.nonce)
@@ -253,7 +255,7 @@ impl Slots {
         self.counts.committed += 1;
     }
 
-    /// FREE → COMMITTED, when a table of an earlier life is read.
+    /// FREE → COMMITTED, when a recovery reads the tables of an earlier engine.
     pub(super) fn restore_committed(&mut self, slot: SlotId, chunk: u32, rank: u8) {
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.state(), State::Free);
@@ -263,14 +265,14 @@ impl Slots {
         self.counts.committed += 1;
     }
 
-    /// WRITING stays WRITING, but for no chunk.
+    /// The slot stays WRITING, but belongs to no chunk any more.
     pub(super) fn orphan(&mut self, slot: SlotId) {
         debug_assert_eq!(self.get(slot).state(), State::Writing);
         self.slots[slot as usize].chunk = 0;
         self.counts.orphans += 1;
     }
 
-    /// WRITING or COMMITTED → FREE; answers the next generation.
+    /// WRITING or COMMITTED → FREE. Returns the next generation.
     pub(super) fn free(&mut self, slot: SlotId) -> u64 {
         match self.get(slot).state() {
             State::Writing => {
@@ -289,7 +291,7 @@ impl Slots {
         entry.generation()
     }
 
-    /// Another attachment goes on writing this slot (its client came back under a new nonce).
+    /// Moves a WRITING slot to another attachment: its client has come back under a new nonce.
     pub(super) fn hand_over(&mut self, slot: SlotId, attachment: u8) {
         self.unlink(slot);
         self.link(slot, attachment);
