@@ -1,23 +1,25 @@
-//! The engine's segments: made at its start, given up at its end.
+//! The engine's segments: made or taken over at its start, given up at its end.
 //!
-//! **Who may.** Starts of one name are put in order by a lock on the engine segment's *file*, held for the engine's
-//! life (`takeover`); that an engine *lives* is told by its owner word alone (and where the kernel
-//! marks no words, by the file lock that goes with the word). A living engine is never replaced.
+//! **Who may.** Starts of one name take turns by a lock on the engine segment's *file*, which an engine holds for
+//! its life (`takeover`). Whether an engine *lives* is decided by its owner word alone (and, where the kernel marks
+//! no words, by the file lock that goes with the word). A living engine is never replaced.
 //!
-//! **In which order.** The engine's file comes first and goes last, the magics are written last and the engine's last
-//! of all: so whoever holds the lock on the current engine file may do with the other segments what it likes, and a
-//! death at any line leaves something that the next start recognises as half-made and sweeps (`sweep`).
+//! **In which order.** The engine's file is made first and removed last. The magics are written last, and the
+//! engine's magic last of all. So the process that holds the lock on the current engine file may do with the other
+//! segments what it likes, and a death at any line leaves something that the next start recognises as half-made and
+//! sweeps (`sweep`).
 //!
-//! **Refuse first.** A start claims the name ([`Claim`]) and looks at everything that it could be refused for, before it
-//! changes anything: names that are not ours, an arena that does not fit beside what a sweep gives back, and, in
-//! `engine`, limits. So whoever misspells `--arena` still has the cache that the dead engine left.
+//! **Refuse first.** A start claims the name ([`Claim`]) and checks everything for which it could be refused,
+//! before it changes anything: names that are not ours, an arena that does not fit even with what a sweep gives
+//! back and, in `engine`, limits. So a user who misspells `--arena` still has the cache that the dead engine left.
 //!
-//! **Warm or cold.** What a dead predecessor left is taken over as it is, if it is whole, of this build, boot and
-//! geometry, and its recovery has not failed twice: the same inodes, which living clients still map. In this order: the
-//! owner word, the odd incarnation, the clients' words; so a client that sees its word alive again sees another
-//! incarnation too.
+//! **Warm or cold.** The segments of a dead predecessor are taken over as they are (the same inodes, which living
+//! clients still map) if they are whole, of this build, boot and geometry, and their recovery has not failed twice.
+//! The order is: the owner word, the odd incarnation, the clients' words. So a client that sees its word alive
+//! again also sees another incarnation.
 //!
-//! **Never in place.** Else it is marked retired, its sleepers woken, and unlinked; the new segments are new inodes.
+//! **Never in place.** Otherwise they are marked retired, their sleepers are woken, and they are unlinked. The new
+//! segments are new inodes.
 
 #[cfg(test)]
 mod deaths;
@@ -54,25 +56,25 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sweep::Sweep;
 use takeover::{Claimed, Inherited};
 
-/// The time between two looks for room, by a start that has swept a predecessor.
+/// How often a start that has swept a predecessor looks for room.
 const ROOM_EVERY: Duration = Duration::from_millis(20);
 
-/// What an engine is to be.
+/// What a start is asked for.
 #[derive(Clone, Debug)]
 pub struct Setup<'a> {
-    /// Its name.
+    /// The engine's name.
     pub name: &'a EngineName,
-    /// Its arena.
+    /// The arena's geometry.
     pub geometry: Geometry,
-    /// Would a predecessor's do as well, whatever it is? So where nobody has asked for a size.
+    /// Whether a predecessor's geometry will do as well, whatever it is: nobody has asked for a size.
     pub any_geometry: bool,
-    /// How often its beat moves at least, in microseconds: for `status`.
+    /// The longest time between two beats, in microseconds, for `status`.
     pub beat_interval_us: u32,
-    /// The eviction policy's name: for `status`.
+    /// The eviction policy's name, for `status`.
     pub policy: &'a str,
-    /// How long to wait for another start, or for a predecessor that is still exiting.
+    /// How long to wait for another start, or for a predecessor's process that is still exiting.
     pub wait: Duration,
-    /// Why nothing of a predecessor's is to be kept; `None`: what can be kept is.
+    /// Why nothing of a predecessor's is to be kept. `None`: whatever can be kept is kept.
     pub cold: Option<ColdStart>,
 }
 
@@ -81,23 +83,23 @@ pub struct Setup<'a> {
 pub enum Start {
     /// There was nothing of that name.
     First,
-    /// What there was has been swept.
+    /// A predecessor's segments were swept.
     Cold(ColdStart),
-    /// A dead predecessor's, taken over.
+    /// A dead predecessor's segments were taken over.
     Warm,
 }
 
-/// Everything in shared memory that the service thread needs. It belongs to the thread that made it (the kernel ties
-/// the life words to that thread, and a thread has one such list), and a drop without
+/// Everything in shared memory that the service thread needs. It belongs to the thread that made it: the kernel
+/// ties the life words to that thread, and a thread has one such list. A drop without
 /// [`Segments::retire_and_unlink`] looks like the engine's death.
 pub struct Segments {
-    // Dropped first: the life words are given up while everything else still stands.
+    // Dropped first, so that the life words are given up while everything else still stands.
     claims: Claims,
     /// Views of the engine's own segment.
     pub engine: EngineSegment,
     /// Views of the lobby.
     pub lobby: Lobby,
-    /// For the locks of clients whose kernel marks no life word.
+    /// The lobby's file, for the locks of clients whose kernel marks no life word.
     lobby_file: SegmentFile,
     arena: Arc<SegmentFile>,
     engine_file: Arc<SegmentFile>,
@@ -105,12 +107,12 @@ pub struct Segments {
     geometry: Geometry,
     arena_id: [u64; 2],
     start: Start,
-    // Dropped last: while the lock is held, nobody else sweeps.
+    // Dropped last, because nobody else sweeps while the lock is held.
     _lock: SegmentLock,
 }
 
-/// The name is claimed: nobody else starts or removes an engine of this name meanwhile. Nothing has been changed yet, and
-/// dropping it changes nothing.
+/// A claimed name: until this is dropped, nobody else starts or removes an engine of this name. Nothing has been
+/// changed yet, and dropping it changes nothing.
 pub struct Claim<'a> {
     setup: &'a Setup<'a>,
     claimed: Claimed,
@@ -125,7 +127,7 @@ impl<'a> Claim<'a> {
         Ok(Claim { setup, claimed: takeover::claim_name(setup, false)? })
     }
 
-    /// The arena's geometry: the wanted one, or that of the predecessor's that is taken over.
+    /// The arena's geometry: the wanted one or, if a predecessor's segments are taken over, theirs.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
         match &self.claimed {
@@ -134,14 +136,13 @@ impl<'a> Claim<'a> {
         }
     }
 
-    /// Takes over what a dead predecessor left, or sweeps it and makes new segments. The incarnation is odd until the
-    /// service loop begins to serve. Call it on the service thread.
+    /// Takes over a dead predecessor's segments, or sweeps them and makes new ones. The incarnation stays odd until
+    /// the service loop begins to serve. Call it on the service thread.
     ///
-    /// # Errors
-    /// Somebody else was faster with a name that we had just swept, or there is no memory to begin with after all.
+    /// Another start took the name that we had just swept, or there is too little memory to begin with after all.
     pub fn take(self) -> Result<Segments, SetupError> {
         let Claim { setup, mut claimed } = self;
-        // The first reason is the one that says something: later rounds only meet other starters' traces.
+        // The first reason is kept. Later rounds only meet the traces of other starts.
         let mut swept = None;
         loop {
             claimed = match claimed {
@@ -157,9 +158,10 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// What the clients of a swept predecessor still map is free as soon as they let go: they have been woken, and do so when their
-/// copies have ended; one that is stopped does so later. Waits for as much as a start needs before it serves, however long
-/// that takes: nothing would be won by giving up, now that the cache is gone. The rest is the allocator's, which waits as well.
+/// Waits until there is room for as much as a start needs before it serves. A swept predecessor's memory becomes
+/// free as soon as its clients unmap it: they have been woken, and do so when their copies have ended; a stopped
+/// process does so later. The wait has no limit: giving up would gain nothing, now that the cache is gone. The
+/// allocator takes the rest of the memory, and waits for it as well.
 fn wait_for_room(geometry: &Geometry) {
     let mut said = false;
     while let Err(error) = preflight::check_first(geometry, &Room::now()) {
@@ -191,7 +193,8 @@ impl Segments {
             words(&mut claims)?;
             failpoint::here("recovery.early words");
         }
-        // Before anything else changes. Whoever sleeps on it hears of the successor at once.
+        // This comes before anything else changes. Clients that sleep on the incarnation hear of the successor at
+        // once.
         engine.epoch().begin_recovery();
         futex::wake_all(engine.epoch().incarnation_word());
         failpoint::here("recovery.odd");
@@ -236,14 +239,14 @@ impl Segments {
         }
         let places = Places::of(&geometry);
         let file = unfinished.file();
-        // Allocated before it gets its length: no peer ever maps a page of it that is not there.
+        // The file is allocated before it gets its length, so no peer ever maps a page of it that has no memory.
         file.allocate(0, places.slots_at)?;
         failpoint::here("allocated");
         file.grow(places.bytes)?;
         let engine = EngineSegment::new(Arc::new(file.map(places.bytes, Access::ReadWrite)?), &geometry)?;
         engine.epoch().begin_recovery();
         let mut claims = Claims::register(engine.life_words.clone(), LIFE_WORDS_AT, || file.reopen())?;
-        // The owner word first: from here on our death is noticed.
+        // The owner word is claimed first: from here on our death is noticed.
         claims.claim(OWNER_WORD)?;
         failpoint::here("owned");
         for index in client_words() {
@@ -265,7 +268,8 @@ impl Segments {
         failpoint::here("arena");
         let trailer = arena.map(arena_file_bytes, Access::ReadWrite)?;
         arena_superblock(&trailer)?.write(&identity(Kind::Arena, arena_file_bytes));
-        // The engine does not keep the arena mapped: it never looks at its bytes, and dies faster without.
+        // The engine does not keep the arena mapped: it never looks at the arena's bytes, and it dies faster
+        // without the mapping.
         drop(trailer);
         failpoint::here("arena magic");
         lobby.superblock()?.write(&identity(Kind::Lobby, LOBBY_BYTES as u64));
@@ -307,13 +311,13 @@ impl Segments {
         self.geometry
     }
 
-    /// Names this arena; no other ever has the same.
+    /// The arena's id. No other arena ever has the same.
     #[must_use]
     pub fn arena_id(&self) -> [u64; 2] {
         self.arena_id
     }
 
-    /// How they came to be.
+    /// How the segments came to be.
     #[must_use]
     pub fn start(&self) -> &Start {
         &self.start
@@ -325,55 +329,57 @@ impl Segments {
         self.arena.clone()
     }
 
-    /// What gives slot headers their memory, for the cache's slot table.
+    /// Gives slot headers their memory, for the cache's slot table.
     #[must_use]
     pub fn slot_memory(&self) -> SlotMemory {
         SlotMemory::new(self.engine_file.clone(), &self.geometry)
     }
 
-    /// Marks the dead among the clients whose deaths a file lock tells: their words say so from here on, as if the
-    /// kernel had marked them. Half a microsecond for each such client; nothing is asked about others.
+    /// Looks at the clients whose deaths only a file lock tells, and marks the life words of those that have died,
+    /// as the kernel would have. Costs half a microsecond for each such client; no other client is looked at.
     pub fn mark_dead_clients(&self) {
         Locks::of(&self.lobby_file, lobby::LIFE_WORDS_AT).mark_dead(&self.lobby.life_words);
     }
 
-    /// Does somebody hold the lock of a client for which devices write? What cannot be asked is not known: yes.
+    /// Whether somebody holds the lock of this entry's client, for which devices write. If that cannot be found
+    /// out, the answer is yes.
     #[must_use]
     pub fn holds_dma_lock(&self, entry: usize) -> bool {
         self.lobby_file.is_byte_locked(lobby::dma_lock_at(entry)).unwrap_or(true)
     }
 
-    /// Has somebody taken the segments away (`kvring remove --force`)? Then the engine must end: new clients cannot
-    /// find it, and a successor may run already. One load.
+    /// Whether somebody has taken the segments away (`kvring remove --force`). Then the engine must end: new
+    /// clients cannot find it, and a successor may run already. One load.
     #[inline]
     #[must_use]
     pub fn is_retired(&self) -> bool {
         self.engine.superblock().is_retired()
     }
 
-    /// A name of ours that leads to our segment no more, if there is one: somebody has removed it, or put another file in its
-    /// place. Then the engine must end as well, although nobody has told it: three system calls, so not in each turn.
+    /// A name of ours that no longer leads to our segment, if there is one: somebody has removed it, or put another
+    /// file in its place. Then the engine must end as well, although nobody has told it. Costs three system calls,
+    /// so it is not called in each turn.
     #[must_use]
     pub fn lost_name(&self) -> Option<&str> {
         let files = [&self.engine_file, &self.lobby_file, &self.arena];
         files.into_iter().find(|file| !file.is_current()).map(|file| file.name())
     }
 
-    /// A clean end that leaves everything for a successor, as a death does. The memory stays taken until that comes, or
-    /// `kvring remove`.
+    /// A clean end that leaves everything for a successor, as a death does. The memory stays taken until a
+    /// successor comes, or `kvring remove`.
     pub fn leave(self) {
         drop(self.claims);
         futex::wake_all(self.engine.epoch().incarnation_word());
     }
 
-    /// A clean end: everything is retired, unlinked, and every sleeper woken. Nothing of ours stays in `/dev/shm`.
+    /// A clean end: retires and unlinks everything, and wakes every sleeper. Nothing of ours stays in `/dev/shm`.
     ///
-    /// # Errors
-    /// A name could not be removed; everything else has been done all the same.
+    /// A name could not be removed. Everything else has been done.
     pub fn retire_and_unlink(self) -> Result<Removed, SetupError> {
-        // Retired by somebody else, or the engine's name leads elsewhere: then the names may be a successor's by now, and only
-        // those that lead to our own files are ours to remove. (A process that is stopped between such a look and the unlink, for
-        // as long as a forced removal and a new start take, would unlink the successor's names. Nothing short of that does.)
+        // If somebody else has retired the segments, or the engine's name leads elsewhere, the names may be a
+        // successor's by now, and we remove only those that lead to our own files. (If this process were stopped
+        // between that look and the unlink, for as long as a forced removal and a new start take, it would unlink
+        // the successor's names. Only that can go wrong.)
         let ours = !self.is_retired() && self.engine_file.is_current();
         sweep::retire_engine(&self.engine);
         let lobby = self.lobby.superblock().map(Superblock::retire).map_err(SetupError::from);
@@ -400,7 +406,7 @@ impl Segments {
     }
 }
 
-/// The superblock of a wholly mapped arena: on its last page, whatever its geometry.
+/// The superblock of a wholly mapped arena. It lies on the last page, whatever the geometry.
 fn arena_superblock(mapping: &Mapping) -> Result<&Superblock, OutOfBounds> {
     let last_page = mapping.len().saturating_sub(ARENA_TRAILER as usize);
     mapping.at(last_page)
@@ -410,14 +416,15 @@ fn arena_id_text(id: [u64; 2]) -> String {
     format!("{:016x}{:016x}", id[1], id[0])
 }
 
-/// The clients' words, in the order in which an engine claims them. At its death the kernel marks the last one first: so
-/// the entries that clients take first hear of it first, and the owner word, which is claimed before all these, is marked
-/// last. (Where a successor has the same TID, in another PID namespace, nothing of its own is left to be marked then.)
+/// The clients' words, in the order in which an engine claims them. When it dies, the kernel marks the word first
+/// that was claimed last. So the entries that clients take first hear of the death first, and the owner word, which
+/// was claimed before all these, is marked last. (If a successor in another PID namespace has the same TID, nothing
+/// of its own is left to be marked by then.)
 fn client_words() -> impl Iterator<Item = usize> {
     (0..LIFE_WORDS).rev().filter(|index| *index != OWNER_WORD)
 }
 
-/// What `status` shows. What stands in for something that this system lacks is said in the log as well, once.
+/// Writes down what `status` shows. A stand-in for something that this system lacks is also named in the log, once.
 fn describe(engine: &EngineSegment, setup: &Setup<'_>, death_notice: DeathNotice) {
     let info = engine.info();
     let means = Means { death_notice, waiting: probe::means().waiting };

@@ -1,4 +1,4 @@
-//! The cache's check of itself, a few entries at a time: tables that name each other agree, and the sums are right.
+//! The cache's self-check, a few entries at a time: do tables that name each other agree, and are the sums right?
 
 use super::chunk::Life;
 use super::lease::Leases;
@@ -6,17 +6,17 @@ use super::slot::State;
 use super::{Cache, InvariantBroken, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// Chunks of a lease that are looked at together.
+/// How many chunks of a lease are checked together.
 const LEASE_PART: u32 = 16;
 
-/// Where a check that goes on step by step is.
+/// How far the step-by-step check has come.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Check {
     phase: Phase,
-    /// The entry, and of a lease the chunk.
+    /// The entry and, of a lease, the chunk.
     at: (u32, u32),
     sums: Sums,
-    /// What `Cache::version` was when this round of the tables began.
+    /// The value of `Cache::version` when this pass over the tables began.
     version: u64,
 }
 
@@ -28,7 +28,7 @@ enum Phase {
     Leases,
 }
 
-/// What one round through the tables counted.
+/// What one pass over the tables has counted.
 #[derive(Clone, Copy, Default)]
 struct Sums {
     free: u64,
@@ -45,17 +45,17 @@ struct Sums {
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Looks at `budget` more entries of the tables. Entries are compared with those they name at once; sums where
-    /// nothing has changed between the first entry and the last.
+    /// Checks `budget` more entries of the tables. Each entry is compared with those that it names at once; the
+    /// sums are compared only if nothing has changed between the first entry and the last.
     ///
     /// # Errors
     ///
-    /// What is wrong: the engine must stop serving.
+    /// What is wrong. The engine must stop serving then.
     pub fn check_step(&mut self, budget: u32) -> Result<(), InvariantBroken> {
         let mut check = self.check;
         let mut left = budget;
         while left > 0 {
-            // A chunk is as many entries as it has ranks.
+            // A chunk counts as one entry more than it has ranks.
             let cost = match check.phase {
                 Phase::Slots => 1,
                 Phase::Chunks if check.at.0 < self.chunks.fresh => 1 + self.world_of(check.at.0),
@@ -90,7 +90,7 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// Looks at everything. For tests: O(everything), allocates.
+    /// Checks everything. For tests: O(everything), and it allocates.
     ///
     /// # Errors
     ///
@@ -109,7 +109,7 @@ impl<T: SlotTable> Cache<T> {
         self.check_namespaces()
     }
 
-    /// Looks at one entry, or some of a lease's chunks; answers the next one of the phase.
+    /// Checks one entry, or some of a lease's chunks. Returns the next one of the phase.
     fn check_entry(
         &self,
         phase: Phase,
@@ -129,7 +129,7 @@ impl<T: SlotTable> Cache<T> {
                 if at >= self.leases.fresh() {
                     return Ok(None);
                 }
-                // Where it has changed since its first chunks were looked at, the sums are of no use.
+                // If the lease has changed since its first chunks were checked, the sums are not compared.
                 let len = self.leases.get(at).len;
                 if chunk == 0 {
                     sums.leases += u64::from(len > 0);
@@ -149,7 +149,7 @@ impl<T: SlotTable> Cache<T> {
 
     fn check_slot(&self, at: SlotId, sums: &mut Sums) -> Result<Option<SlotId>, InvariantBroken> {
         let slab = at / self.slabs.first_slot(1);
-        // Slots of the smallest size fill the table to its last id: behind that there is no slab to look at.
+        // Slots of the smallest size fill the table up to its last id, behind which there is no slab.
         if slab >= self.slabs.count() {
             return Ok(None);
         }
@@ -237,7 +237,7 @@ impl<T: SlotTable> Cache<T> {
         count("blocks of leases", sums.blocks, self.leases.blocks_used())
     }
 
-    /// Spans: what is used, busy and in the free lists.
+    /// Checks spans: their used slots, busy slots and free lists.
     fn check_spans(&self) -> Result<(), InvariantBroken> {
         let (mut pooled, mut bytes) = (0_u32, 0_u64);
         for slab in 0..self.slabs.count() {
@@ -280,7 +280,7 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// Clients: the lists of what they write, and what they are charged.
+    /// Checks clients: the lists of what they are writing, and what they are charged.
     fn check_clients(&self) -> Result<(), InvariantBroken> {
         let (mut bytes, mut unpaid, mut writing) = ([0_u64; super::OWNERS], 0_u64, 0_u64);
         for (owner, slot) in self.slots.all_writing() {
@@ -303,7 +303,8 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// Namespaces: the policy orders the visible chunks, the idle list has the forming ones without a writer.
+    /// Checks namespaces: the policy must order their visible chunks, and the idle lists must have the forming
+    /// chunks that nobody is writing.
     fn check_namespaces(&self) -> Result<(), InvariantBroken> {
         for (number, namespace) in self.namespaces.iter().enumerate() {
             let Some(namespace) = namespace else { continue };

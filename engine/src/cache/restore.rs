@@ -1,27 +1,29 @@
-//! A new engine's reading of the tables that an earlier one left, and clients' claims to what they were writing.
+//! Restoring: how a new engine takes over the tables that an earlier one left, and how clients that come back claim
+//! the slots that they were writing.
 //!
-//! In this order, after [`Cache::add_slab`] and [`Cache::register`] and before anything else: [`Cache::restore_span`] for
-//! each span, [`Cache::restore`] for each of its slots in use, ascending, and [`Cache::restore_end`]. Then
-//! [`Cache::owner_gone`] for each entry whose owner is dead. Anything that makes no sense is an error, and this cache of no
-//! further use: whoever may still be writing there is not known.
+//! The calls come in this order, after [`Cache::add_slab`] and [`Cache::register`] and before anything else:
+//! [`Cache::restore_span`] for each span, [`Cache::restore`] for each of its slots in use, ascending, and
+//! [`Cache::restore_end`]. Then [`Cache::owner_gone`] for each entry whose owner is dead. Tables that make no sense
+//! are an error, and this cache is of no further use then: nobody knows who may still be writing where.
 
 use super::chunk::{Life, NO_PARENT};
 use super::slot::State;
 use super::{Cache, Hash, Key, NamespaceId, OWNERS, Owner, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
 
-/// The nonce of what an entry was writing under earlier engines: in which attachment does not matter, for all of it is its
-/// owner's, whose life word has been the same all the time.
+/// The nonce under which the slots are listed that an entry was writing under earlier engines. In which attachment
+/// it wrote them does not matter: all of them belong to its present owner, whose life word has been the same all
+/// the time.
 const INHERITED: u64 = 0;
 
 /// A slot that was found in use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
-    /// What its header says.
+    /// The slot's header.
     pub header: ShardHeader,
     /// Its generation.
     pub generation: u64,
-    /// What its word says.
+    /// What the slot's word says.
     pub found: Found,
     /// Logical time of its last access.
     pub tick: u64,
@@ -30,42 +32,42 @@ pub struct Shard {
 /// How a slot in use was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Found {
-    /// Its owner may be writing it.
+    /// WRITING: its owner may still be writing it.
     Writing,
-    /// Its owner may be writing it, for no chunk.
+    /// An orphan: its owner may still be writing it, but it belongs to no chunk.
     Orphaned,
-    /// It holds a shard.
+    /// COMMITTED: it holds a shard.
     Committed,
-    /// It holds a damaged shard, which some client had leased.
+    /// COMMITTED and hidden: it holds a damaged shard, which some client had leased.
     Hidden,
 }
 
-/// What is put off until everything has been read.
+/// What is put off until all slots have been read.
 #[derive(Debug, Default)]
 pub(super) struct Unfinished {
-    /// Complete chunks: last access, id, hash.
+    /// Complete chunks: last access, id and hash.
     visible: Vec<(u64, ChunkId, u64)>,
-    /// Chunks that were forming beside a complete round of theirs.
+    /// Forming chunks of keys of which another round is complete.
     unwanted: Vec<ChunkId>,
-    /// Committed slots of no chunk.
+    /// COMMITTED slots that belong to no chunk.
     useless: Vec<SlotId>,
 }
 
-/// What became of the chunks that were found.
+/// What became of the chunks that a recovery found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Restored {
-    /// Complete: lookups find them.
+    /// Complete chunks: lookups find them.
     pub visible: u32,
-    /// Incomplete: they go on forming.
+    /// Incomplete chunks: they go on forming.
     pub kept: u32,
-    /// Complete, beside another round of the same key.
+    /// Dropped chunks: another round of the same key is complete.
     pub dropped: u32,
 }
 
-/// What an earlier engine left cannot be taken over.
+/// Why the tables of an earlier engine cannot be taken over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRestorable {
-    /// A span that is not of this arena, or overlaps another.
+    /// A span that cannot be in this arena, or overlaps another one.
     #[error(
         "a span of {slabs} slabs at slab {first}, in slots of {slot_bytes} bytes, does not fit where it is"
     )]
@@ -77,15 +79,15 @@ pub enum NotRestorable {
         /// Bytes of a slot.
         slot_bytes: u64,
     },
-    /// There is no memory. Nothing is wrong with what was left.
+    /// There is no memory. Nothing is wrong with the tables.
     #[error("no memory for {what} ({count}); free some and start again")]
     Memory {
-        /// For what.
+        /// What the memory is for.
         what: &'static str,
-        /// How many, so far.
+        /// How many of these there are so far.
         count: usize,
     },
-    /// A slot in use that cannot be where it is.
+    /// A slot in use whose header does not fit its place.
     #[error("slot {slot} cannot hold what its header says: {} bytes at {}", .shard.header.length, .shard.header.offset)]
     Slot {
         /// The slot.
@@ -95,7 +97,7 @@ pub enum NotRestorable {
     },
 }
 
-/// Puts these behind what there is, if there is memory for them.
+/// Appends `more` to `list`, if there is memory for it.
 fn push<V>(list: &mut Vec<V>, more: impl IntoIterator<Item = V>) -> Result<(), NotRestorable> {
     for value in more {
         let what = "the order in which chunks were used last";
@@ -106,17 +108,17 @@ fn push<V>(list: &mut Vec<V>, more: impl IntoIterator<Item = V>) -> Result<(), N
 }
 
 impl<T: SlotTable> Cache<T> {
-    /// Takes over a span: `slabs` slabs from `first` on, cut into slots of `slot_bytes`.
+    /// Restores a span: `slabs` slabs from `first` on, cut into slots of `slot_bytes`.
     ///
     /// # Errors
     ///
-    /// There can be no such span; or there is no memory.
+    /// There can be no such span, or there is no memory.
     pub fn restore_span(&mut self, first: u32, slabs: u32, slot_bytes: u64) -> Result<(), NotRestorable> {
         self.change();
         if first >= self.slabs.count() || !self.slabs.restore_span(first, slabs, slot_bytes) {
             return Err(NotRestorable::Span { first, slabs, slot_bytes });
         }
-        // Its headers have memory already; a look at them must not depend on that.
+        // The headers should have memory already, but reading them must not depend on that.
         let slots = self.slabs.span(first).slots;
         if self.table.ensure(self.slabs.first_slot(first), slots) {
             return Ok(());
@@ -130,18 +132,18 @@ impl<T: SlotTable> Cache<T> {
         slot..slot + self.slabs.span(first).slots
     }
 
-    /// A slot of this chunk will be restored soon: asks for what that will look at.
+    /// Prefetches what [`Cache::restore`] will look at for a slot of this chunk.
     #[inline]
     pub fn restore_soon(&self, namespace: NamespaceId, key: Key) {
         self.index.prefetch(self.hash(namespace, key));
     }
 
-    /// Takes over one slot in use. A WRITING one stays its owner's, also where its chunk cannot be kept. The last shard of
-    /// a chunk makes it visible.
+    /// Restores one slot in use. A WRITING slot stays its owner's, even if its chunk cannot be kept. The last shard
+    /// of a chunk makes it visible.
     ///
     /// # Errors
     ///
-    /// The header makes no sense here; or there is no memory.
+    /// The header makes no sense here, or there is no memory.
     pub fn restore(&mut self, slot: SlotId, shard: &Shard) -> Result<(), NotRestorable> {
         self.change();
         let nonsense = || NotRestorable::Slot { slot, shard: Box::new(*shard) };
@@ -189,7 +191,8 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// The forming chunk that a shard belongs to, its world and hash. `None`: it is of no use to any.
+    /// The forming chunk to which a shard belongs, with its world and hash; it is made if necessary. `None`: the
+    /// shard is of no use to any chunk.
     fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<(ChunkId, u32, Hash)> {
         let ShardHeader { key, namespace, rank, round, length, .. } = *header;
         let registered = self.namespace(namespace).filter(|registered| registered.has(rank))?;
@@ -200,7 +203,7 @@ impl<T: SlotTable> Cache<T> {
         let hash = self.hash(namespace, key);
         let matches = self.index.matches(&self.chunks, hash, namespace as u8, key);
         if matches.visible.is_some() {
-            // Another round of it is complete: the engine died before it had dropped this one.
+            // Another round of the key is complete: the engine died before it had dropped this one.
             return None;
         }
         let same = matches.forming().iter().find(|id| self.chunks.get(**id).round() == round);
@@ -224,8 +227,8 @@ impl<T: SlotTable> Cache<T> {
         Some((id, world, hash))
     }
 
-    /// All shards of a chunk have been restored: it is visible, and other rounds of it are not wanted. Its place in the
-    /// order of eviction is known when all have been.
+    /// Makes a chunk visible, all of whose shards have been restored; other rounds of it are not wanted. It gets
+    /// its place in the eviction order when all chunks have been restored.
     fn restore_visible(&mut self, id: ChunkId, hash: Hash) -> Result<(), NotRestorable> {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
         let matches = self.index.matches(&self.chunks, hash, namespace, key);
@@ -234,11 +237,11 @@ impl<T: SlotTable> Cache<T> {
         push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, hash.whole())])
     }
 
-    /// The last slot has been restored: what is of no use goes (not before: a span that is empty is given back, and may
-    /// hold more), and visible chunks take their places in the order of their last access. Incomplete ones go on forming,
-    /// also those that nobody is writing: another rank of their round may not have asked for its slot yet, and what has
-    /// been committed and acknowledged is not to be lost. As ever, they are the first to be evicted, and a newer round
-    /// replaces them.
+    /// Ends the restoring. What is of no use is freed only now, because an empty span goes back to the pool, and
+    /// this one might have held more slots. Visible chunks get their places in the eviction order, by their last
+    /// access. Incomplete chunks go on forming, even those that nobody is writing: another rank of their round may
+    /// not have reserved its slot yet, and a shard that was committed and acknowledged must not be lost. As ever,
+    /// incomplete chunks are the first to be evicted, and a newer round replaces them.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
         let Unfinished { mut visible, unwanted, useless } = core::mem::take(&mut self.restored);
@@ -273,11 +276,13 @@ impl<T: SlotTable> Cache<T> {
         restored
     }
 
-    /// A client that came back, under the same entry and this nonce, names a slot that it was writing, and goes on doing
-    /// so. False: it does not write that slot.
+    /// Hands a WRITING slot over to the present attachment of the client that was writing it: the client has come
+    /// back with the same entry and this nonce, has named the slot, and goes on writing it. False: the client is
+    /// not writing that slot.
     ///
-    /// Its entry is all the right it needs: the life word has been its own since the slot was given to it, or an engine
-    /// would have freed the slot before anybody else could claim the entry.
+    /// The entry alone gives it the right to the slot. Its life word has been claimed by the same owner since the
+    /// slot was given to it: otherwise an engine would have freed the slot before anybody else could claim the
+    /// entry.
     pub fn adopt(&mut self, owner: Owner, nonce: u64, slot: SlotId, generation: u64, key: Key) -> bool {
         self.change();
         self.work += 2;

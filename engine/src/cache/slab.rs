@@ -1,11 +1,12 @@
-//! Which bytes of the arena belong to which size: slabs, the spans that classes make of them, free slots.
+//! Slabs, the spans that classes make of them, and free slots: which bytes of the arena belong to which size of
+//! slots.
 //!
-//! The arena is slabs of one size, a power of two from 1 MiB to 1 GiB. A *class* is an exact shard size rounded up
-//! to 4 KiB. It takes *spans* of consecutive free slabs that do not cross a 1 GiB boundary, and cuts each into
-//! slots. A wholly free span goes back to the pool at once.
+//! The arena consists of slabs of one size, a power of two from 1 MiB to 1 GiB. A *class* is an exact shard size
+//! rounded up to 4 KiB. It takes *spans* of consecutive free slabs that do not cross a 1 GiB boundary, and cuts
+//! each into slots. A wholly free span goes back to the pool at once.
 //!
-//! Slot ids are positional: first slab × (slab bytes / 4096) + i. So they need no allocation, and are unique
-//! whatever class a slab has; the same id at another time may mean other bytes, which generations tell apart.
+//! Slot ids are positional: first slab × (slab bytes / 4096) + i. So they need no allocation, and they are unique
+//! whatever class a slab has. The same id may mean other bytes at another time; generations tell these apart.
 
 use core::ops::Range;
 
@@ -16,11 +17,11 @@ use super::slot::Slots;
 use super::{PAGE_BYTES, SlotId, SlotTable};
 use crate::lazy::{Lazy, NoMemory};
 
-/// Different shard sizes at once.
+/// The most different shard sizes at one time.
 pub(super) const CLASSES_MAX: usize = 256;
 /// No span crosses a multiple of this many bytes.
 const BOUNDARY_BYTES: u64 = 1 << 30;
-/// A span may waste one part in this many; else a longer one is looked for.
+/// A span may waste one part in this many; otherwise a longer one is tried.
 const WASTE_PARTS: u64 = 16;
 
 mod empty;
@@ -29,7 +30,7 @@ mod restore;
 
 use pool::Pool;
 
-/// What a slab is doing; everything but `head` is valid at a span's first slab only. Links are slab + 1.
+/// The state of a slab. Every field but `head` has a meaning only in the first slab of a span. Links are slab + 1.
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Span {
@@ -40,20 +41,20 @@ pub(super) struct Span {
     pub(super) len: u32,
     /// Bytes of a slot; at most 1 GiB.
     slot_bytes: u32,
-    /// Slots there are.
+    /// How many slots it has.
     pub(super) slots: u32,
-    /// Slots that are not free.
+    /// How many slots are not free.
     pub(super) used: u32,
-    /// Slots from here on have not been used since the span was assigned.
+    /// Slots from this index on have not been used since the span was assigned.
     pub(super) fresh: u32,
-    /// The first of the free slots before `fresh`: slot id + 1.
+    /// The first free slot before `fresh`: slot id + 1.
     free: u32,
     /// The neighbours in the class's list of spans with a free slot.
     prev: u32,
     next: u32,
-    /// Slots that are WRITING or whose chunk is pinned: while there are any, the span cannot be taken away.
+    /// How many slots are WRITING or have a pinned chunk. While there are any, the span cannot be taken away.
     pub(super) busy: u32,
-    /// 1: it is being emptied, gives out no slot, and its free slots are not its class's.
+    /// 1: the span is being emptied. It gives out no slot, and its class does not count its free slots.
     closed: u32,
     /// The latest access to any of its chunks.
     pub(super) touch: u64,
@@ -67,22 +68,23 @@ const _: () = assert!(size_of::<Span>() == 64);
 pub(super) struct Class {
     /// Bytes of a slot.
     pub(super) bytes: u64,
-    /// Slabs of a span that wastes little.
+    /// How many slabs a span has that wastes little.
     pub(super) ideal: u32,
-    /// Slabs that one slot needs.
+    /// How many slabs one slot needs.
     pub(super) least: u32,
-    /// The first span with a free slot, + 1.
+    /// The first span with a free slot, + 1; 0: none.
     partial: u32,
-    /// Slots in its spans.
+    /// How many slots its spans have.
     pub(super) slots: u64,
-    /// Those of them that are free.
+    /// How many of them are free.
     pub(super) free: u64,
-    /// The namespaces that have shards of this size.
+    /// The namespaces that have shards of this size (bit n: namespace n).
     pub(super) namespaces: u64,
 }
 
 impl Class {
-    /// No namespace has shards of this size, and no span is cut into it: the entry may be another size's.
+    /// Whether no namespace has shards of this size and no span is cut into it: then its place may be given to
+    /// another size.
     fn is_unused(&self) -> bool {
         self.namespaces == 0 && self.slots == 0
     }
@@ -92,21 +94,21 @@ impl Class {
 pub(super) struct Slabs {
     slab_bytes: u64,
     count: u32,
-    /// log2 of the slots that a slab of 4 KiB slots has.
+    /// log2 of the number of 4 KiB slots in a slab.
     shift: u32,
-    /// Slabs between two boundaries.
+    /// How many slabs lie between two 1 GiB boundaries.
     group: u32,
     spans: Lazy<Span>,
     pool: Pool,
-    /// The slabs that are being emptied for another class: what is free of them is in no pool.
+    /// The slabs that are being emptied for another class; the free ones among them are not in the pool.
     closed: Range<u32>,
-    /// Free slots of closed spans.
+    /// How many slots of closed spans are free.
     pub(super) closed_free: u64,
-    /// Closed spans that have become free as a whole, so far.
+    /// How many closed spans have become wholly free so far.
     pub(super) spans_taken: u64,
     /// Bytes of slots that are not free.
     pub(super) bytes_used: u64,
-    /// Slabs that were added.
+    /// How many slabs were added.
     pub(super) usable: u32,
     classes: Vec<Class>,
 }
@@ -142,7 +144,7 @@ impl Slabs {
         &self.classes
     }
 
-    /// A slab has memory now.
+    /// Adds a slab to the pool: it has memory now.
     pub(super) fn add(&mut self, index: u32) -> Result<(), AddSlabError> {
         if index >= self.count {
             return Err(AddSlabError::OutOfRange { index, count: self.count });
@@ -156,7 +158,8 @@ impl Slabs {
         Ok(())
     }
 
-    /// The class of shards of this many bytes, used from now on by `namespace` too, if one is given.
+    /// The class of shards of this many bytes, made if there is none. `namespace`, if given, counts as a user of it
+    /// from now on.
     pub(super) fn class_for(
         &mut self,
         shard_bytes: u64,
@@ -190,19 +193,20 @@ impl Slabs {
         Ok(class as u16)
     }
 
-    /// Shard sizes that are in use.
+    /// How many shard sizes are in use.
     pub(super) fn sizes(&self) -> usize {
         self.classes.iter().filter(|class| !class.is_unused()).count()
     }
 
-    /// No size is this namespace's any more.
+    /// This namespace uses no size any more.
     pub(super) fn forget(&mut self, namespace: u32) {
         for class in &mut self.classes {
             class.namespaces &= !(1 << namespace);
         }
     }
 
-    /// The smallest span that wastes at most one part in `WASTE_PARTS`, else the least wasteful one.
+    /// Chooses the length of the class's spans: the smallest one that wastes at most one part in `WASTE_PARTS`, or
+    /// else the least wasteful one.
     fn new_class(&self, bytes: u64) -> Class {
         let least = bytes.div_ceil(self.slab_bytes) as u32;
         let (mut ideal, mut best) = (least, u64::MAX);
@@ -213,7 +217,7 @@ impl Slabs {
                 ideal = len;
                 break;
             }
-            // In parts of 2³², of which a span has at most 2³⁰ bytes: no overflow.
+            // The waste in parts of 2³² of the span. A span has at most 2³⁰ bytes, so it cannot overflow.
             let share = (waste << 32) / span_bytes;
             if share < best {
                 (ideal, best) = (len, share);
@@ -245,7 +249,7 @@ impl Slabs {
         head << self.shift
     }
 
-    /// Where a slot of an assigned span lies.
+    /// The first byte of a slot of an assigned span in the arena.
     #[inline(always)]
     pub(super) fn offset(&self, slot: SlotId) -> u64 {
         let head = self.head_of(slot).unwrap_or(0);
@@ -253,7 +257,7 @@ impl Slabs {
         u64::from(head) * self.slab_bytes + u64::from(i) * u64::from(self.spans[head as usize].slot_bytes)
     }
 
-    /// The slot is WRITING now, or its chunk was pinned.
+    /// Counts a slot as busy: it is WRITING now, or its chunk was pinned.
     pub(super) fn busy(&mut self, slot: SlotId) {
         if let Some(head) = self.head_of(slot) {
             self.spans[head as usize].busy += 1;
@@ -268,7 +272,7 @@ impl Slabs {
         }
     }
 
-    /// The slot's chunk was used.
+    /// Notes that the slot's chunk was used.
     pub(super) fn touch(&mut self, slot: SlotId, tick: u64) {
         if let Some(head) = self.head_of(slot) {
             let span = &mut self.spans[head as usize];
@@ -276,7 +280,7 @@ impl Slabs {
         }
     }
 
-    /// A free slot of the class's spans. True: it has not been used since the span was assigned.
+    /// Takes a free slot from the class's spans. True: it has not been used since the span was assigned.
     pub(super) fn take(&mut self, class: u16, slots: &Slots) -> Option<(SlotId, bool)> {
         let head = self.classes[class as usize].partial.checked_sub(1)?;
         let first = self.first_slot(head);
@@ -300,7 +304,8 @@ impl Slabs {
         Some((slot, fresh))
     }
 
-    /// A slot is free again. A span whose last slot that was goes back to the pool. Answers the records that took.
+    /// Takes a slot back that is free again. If it was the last one in use, its span goes back to the pool. Returns
+    /// how many records that touched.
     pub(super) fn give<T: SlotTable>(&mut self, slot: SlotId, slots: &mut Slots, table: &mut T) -> u64 {
         let Some(head) = self.head_of(slot) else { return 0 };
         let span = &mut self.spans[head as usize];
@@ -324,13 +329,14 @@ impl Slabs {
         1 + self.records(len)
     }
 
-    /// Records that it takes about as long as to make or to give back a span of so many slabs: these, and the bits of a group.
+    /// Making or giving back a span of this many slabs takes about as long as touching this many records: one for
+    /// each slab, and some for the group's bits.
     pub(super) fn records(&self, slabs: u32) -> u64 {
         u64::from(slabs + self.group.div_ceil(64))
     }
 
-    /// Gives the class a span from the pool: the ideal length, else the longest shorter one that fits a shard. Answers how many
-    /// slabs that are; 0 where there are none, or no memory for its headers.
+    /// Gives the class a span from the pool: one of the ideal length, or else the longest shorter one that fits a
+    /// shard. Returns its length in slabs, or 0 if there is none or no memory for its headers.
     pub(super) fn assign<T: SlotTable>(&mut self, class: u16, table: &mut T) -> u32 {
         let Class { ideal, least, .. } = self.classes[class as usize];
         let Some(run) = self.pool.find(least, ideal) else { return 0 };
@@ -343,23 +349,24 @@ impl Slabs {
         len
     }
 
-    /// Is there a run of free slabs that the class could have? Then it is for want of headers that it has not.
+    /// Whether the pool has a run of slabs that the class could use. If it has, `assign` gives 0 for want of memory
+    /// for headers.
     pub(super) fn has_run(&self, class: u16) -> bool {
         let Class { ideal, least, .. } = self.classes[class as usize];
         self.pool.find(least, ideal).is_some()
     }
 
-    /// Is there memory for the headers of a span of this class there?
+    /// Makes sure that the headers of such a span there have memory; false if there is none.
     pub(super) fn ensure<T: SlotTable>(&self, class: u16, head: u32, len: u32, table: &mut T) -> bool {
         table.ensure(self.first_slot(head), self.slots_in(class, len))
     }
 
-    /// Slots of a span of so many slabs.
+    /// How many slots a span of this many slabs has.
     pub(super) fn slots_in(&self, class: u16, len: u32) -> u32 {
         (self.slab_bytes * u64::from(len) / self.classes[class as usize].bytes) as u32
     }
 
-    /// Of pooled slabs.
+    /// Makes a span of slabs that are all in the pool.
     fn make_span(&mut self, class: u16, head: u32, len: u32) {
         self.pool.take(head..head + len);
         let slots = self.slots_in(class, len);
@@ -387,7 +394,7 @@ impl Slabs {
             self.classes[class as usize].free -= u64::from(slots);
         }
         self.spans[head as usize..(head + len) as usize].fill(Span::zeroed());
-        // What is being emptied is kept together until all of it is free.
+        // Slabs that are being emptied do not go to the pool one by one, but all together when they are opened.
         let (before, after) = if self.closed.is_empty() {
             (head..head + len, 0..0)
         } else {
@@ -424,7 +431,7 @@ impl Slabs {
         self.pool.has(slab)
     }
 
-    /// Slabs in the pool.
+    /// How many slabs the pool has.
     pub(super) fn pool_len(&self) -> u32 {
         self.pool.len
     }
@@ -449,7 +456,7 @@ impl Slabs {
         })
     }
 
-    /// Slabs between two boundaries, which no span crosses.
+    /// How many slabs lie between two 1 GiB boundaries, which no span crosses.
     pub(super) fn group(&self) -> u32 {
         self.group
     }

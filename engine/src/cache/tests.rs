@@ -1,4 +1,4 @@
-//! The parts on their own. The whole is tested from outside: `tests/cache_*.rs`.
+//! Tests of the cache's parts. The whole cache is tested from outside: `tests/cache_*.rs`.
 
 use std::collections::HashMap;
 
@@ -298,7 +298,7 @@ fn limits_out_of_range_are_errors() {
     assert_eq!(cache.find(0, 0, 0, 0, &[[0; 2]], &mut |_| {}), Ok(0), "a rank is missing still");
 }
 
-/// A message of records that make no sense is work all the same: each is looked at.
+/// A message of records that make no sense counts as work all the same, because each record is looked at.
 #[test]
 fn what_is_refused_counts_as_work() {
     let mut cache = Cache::new(CacheConfig::new(1 << 20, 4), NoTable).unwrap();

@@ -1,33 +1,36 @@
 //! Adaptive replacement (Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST'03).
 //!
-//! Two lists of residents: T1, seen once lately, and T2, seen at least twice. Two lists of ghosts, B1 and B2,
-//! remember by hash what was evicted from each. A chunk that comes back while its ghost is remembered shows which
-//! list was too short, and moves the target for T1: so a burst of prompts that never come back drains T1 alone.
+//! Two lists hold the residents: T1 those seen once lately, T2 those seen at least twice. Two lists of ghosts, B1
+//! and B2, remember by hash what was evicted from each. A chunk that comes back while its ghost is remembered shows
+//! which list was too short, and moves the target for T1. So a burst of prompts that never come back drains T1
+//! alone.
 //!
-//! What differs from the paper:
+//! This differs from the paper:
 //!
-//! * **The capacity is not fixed.** The cache evicts when it needs room, a few at a time; the capacity `c` is the
-//!   number of residents when it last began to, or the number there are now, if that is more.
-//! * **Room is made before the miss is known**, so the target moves after the eviction and not before it.
-//! * **More ghosts**: up to `c` on each list, where the paper keeps |T1| + |B1| within `c` and all four lists within
-//!   2 `c`. First reuse comes late here (minutes), and a ghost costs tens of bytes beside megabytes of KV. On Mooncake's
-//!   conversation trace that turns a hit rate of .065 into .078 with room for 1 % of the blocks, .133 into .147 at
-//!   3 %, .307 into .310 at 15 %, and loses at no other.
-//! * **Chains.** A new leaf goes just behind its parent where both are on the same list (mostly T1, where
-//!   one prompt's new chunks arrive together), else to the warm end of its own list. So leaves go first, as in LRU;
-//!   to move it behind a parent on the other list would make it what it is not, once or twice seen.
+//! * **The capacity is not fixed.** The cache evicts a few chunks at a time, when it needs room. So the capacity
+//!   `c` is the number of residents when it last began to evict, or the present number, if that is larger.
+//! * **Room is made before the miss is known**, so the target moves after the eviction, not before it.
+//! * **There are more ghosts**: up to `c` on each list, where the paper keeps |T1| + |B1| within `c` and all four
+//!   lists within 2 `c`. Here the first reuse comes late (after minutes), and a ghost costs tens of bytes beside
+//!   megabytes of KV. On Mooncake's conversation trace this raises the hit rate from .065 to .078 with room for 1 %
+//!   of the blocks, from .133 to .147 at 3 % and from .307 to .310 at 15 %, and lowers it at no size.
+//! * **Chains.** A new leaf goes just behind its parent if both are on the same list (mostly T1, where one prompt's
+//!   new chunks arrive together), otherwise to the warm end of its own list. So leaves are evicted first, as in
+//!   LRU. Moving a leaf behind a parent on the other list would count it as seen twice when it was seen once, or
+//!   the reverse.
 
 use super::ghosts::Ghosts;
 use super::lists::Lists;
 use super::{ChunkId, MAX_CHUNKS, NoMemory, ORDERS, Policy};
 use crate::lazy::Lazy;
 
-/// The lists of an order, of residents (T1, T2) and of ghosts (B1, B2) alike; those of order n begin at n × `LISTS`.
+/// The lists of an order, both of residents (T1, T2) and of ghosts (B1, B2). Those of order n begin at n × `LISTS`.
 const ONCE: usize = 0;
 const TWICE: usize = 1;
 const LISTS: usize = 2;
-/// Looks at a list of which all were refused, for each victim that is found on the other one: so it is noticed before long
-/// that some of it may go again, and the looks for a victim stay few however long that list is.
+/// If all chunks of a list were refused, the search looks at this many of them again for each victim that it finds
+/// on the other list. So it soon notices when some of them may be evicted again, and the looks for one victim stay
+/// few however long that list is.
 const LOOKS_BACK: usize = 16;
 
 /// The adaptive order. Every call is O(1), [`victim`](Policy::victim) amortised.
@@ -36,27 +39,27 @@ pub struct Arc {
     residents: Lists<{ LISTS * ORDERS }>,
     /// B1 and B2.
     ghosts: Ghosts,
-    /// The content hash of each resident chunk: what its ghost will be known by.
+    /// The content hash of each resident chunk, by which its ghost will be known.
     hashes: Lazy<u64>,
     orders: [Order; ORDERS],
 }
 
-/// What adapts, in one order.
+/// What adapts in one order.
 #[derive(Clone, Copy, Default)]
 struct Order {
     /// The paper's p: how many residents T1 should have, at most `c`. Its steps are fractions.
     target_once: f64,
-    /// The residents when the cache last began to make room: `c`, unless there are more now.
+    /// The number of residents when the cache last began to make room: `c`, unless there are more now.
     full_len: usize,
-    /// True from an insertion to the next eviction, which then is the first of a batch.
+    /// True from an insertion to the next eviction, which is then the first of a batch.
     grew: bool,
-    /// How many of each list were refused in a row, at the end of which the other list has its turn: a search whose looks
-    /// are at an end goes on there.
+    /// How many chunks of each list were refused in a row. When a whole list has been refused, the other list has
+    /// its turn. A search that runs out of looks is continued from here.
     refused: [usize; LISTS],
 }
 
 impl Arc {
-    /// Takes the memory for chunk ids below `max_chunks`: 80 to 96 bytes each, untouched until used.
+    /// Takes the memory for chunk ids below `max_chunks`: 80 to 96 bytes for each, untouched until used.
     ///
     /// # Panics
     ///
@@ -83,12 +86,14 @@ impl Arc {
         self.orders[order].full_len.max(self.len(order))
     }
 
-    /// Moves the target after a miss whose ghost was on `list`. `once` and `twice` are the ghosts there were then.
+    /// Moves the target after a miss whose ghost was on `list`. `once` and `twice` are the numbers of ghosts at
+    /// that time.
     fn adapt(&mut self, order: usize, list: usize, once: usize, twice: usize) {
         let (once, twice) = (once as f64, twice as f64);
         let capacity = self.capacity(order) as f64;
         let target = &mut self.orders[order].target_once;
-        // The rarer a list's ghosts are, the more a hit among them says. Its own list is not empty.
+        // The fewer ghosts a list has, the more a hit among them says. The list of the hit is not empty, so nothing
+        // is divided by 0.
         *target = if list == ONCE {
             (*target + (twice / once).max(1.0)).min(capacity)
         } else {
@@ -106,7 +111,7 @@ impl Policy for Arc {
         let first = order * LISTS;
         let (once, twice) = (self.ghosts.len(first + ONCE), self.ghosts.len(first + TWICE));
         let list = match self.ghosts.take(hash) {
-            // A ghost of another order is one whose hash is the same by chance.
+            // A ghost of another order has the same hash by chance only.
             Some(ghost_list) if ghost_list / LISTS == order => {
                 self.adapt(order, ghost_list % LISTS, once, twice);
                 first + TWICE
@@ -157,7 +162,7 @@ impl Policy for Arc {
         if evicted {
             self.ghosts.push(list, self.hashes[id as usize], bound);
         }
-        // What was cleared, replaced or aborted has made the capacity smaller.
+        // A removal that was no eviction (cleared, replaced, aborted) makes the capacity smaller.
         let capacity = self.capacity(order) as f64;
         let target = &mut self.orders[order].target_once;
         *target = target.min(capacity);
@@ -171,12 +176,12 @@ impl Policy for Arc {
     ) -> Option<ChunkId> {
         let once = self.residents.len(order * LISTS + ONCE);
         let lists = if once as f64 > self.orders[order].target_once { [ONCE, TWICE] } else { [TWICE, ONCE] };
-        // What an earlier call has begun comes to its end first. Then everything is looked at, for those who were refused
-        // then may have been let go of.
+        // A pass that an earlier call began is finished first. Then everything is looked at once more, because
+        // chunks that were refused in that pass may have become evictable.
         let rounds = 1 + usize::from(self.orders[order].refused != [0; LISTS]);
         for _ in 0..rounds {
             for list in lists {
-                // A refused chunk goes to its list's warm end, and would be met again.
+                // A refused chunk goes to its list's warm end, where the search would meet it again.
                 while self.orders[order].refused[list] < self.residents.len(order * LISTS + list) {
                     *looks = looks.checked_sub(1)?;
                     let id = self.residents.coldest(order * LISTS + list)?;
@@ -197,7 +202,7 @@ impl Policy for Arc {
     }
 
     fn forget(&mut self, order: usize) {
-        // Its ghosts are nobody's: nothing has their hashes, and others' take their places.
+        // Its ghosts belong to nobody now: no chunk has their hashes, and other ghosts take their places.
         self.orders[order] = Order::default();
     }
 
@@ -230,7 +235,8 @@ mod tests {
     use super::super::tests::{Op, ops};
     use super::*;
 
-    /// The same algorithm for a cache of fixed capacity, on content alone, written for obviousness; coldest first.
+    /// The same algorithm for a cache of fixed capacity, by content alone, in the most obvious form. Lists are
+    /// coldest first.
     #[derive(Default)]
     struct Reference {
         capacity: usize,
@@ -240,7 +246,7 @@ mod tests {
     }
 
     impl Reference {
-        /// Uses `block`, which follows `parent` in its chain; answers what went for it.
+        /// Uses `block`, which follows `parent` in its chain. Returns what was evicted for it.
         fn access(&mut self, block: u64, parent: Option<u64>) -> Option<u64> {
             if self.t.iter().any(|list| list.contains(&block)) {
                 self.t.iter_mut().for_each(|list| list.retain(|&other| other != block));
@@ -314,7 +320,8 @@ mod tests {
             }
         }
 
-        /// Calls that no fixed capacity makes: refusals, removals without need, room made before it is full.
+        /// Makes calls that a cache of fixed capacity never makes: refusals, removals without need, evictions
+        /// before it is full.
         #[test]
         fn keeps_its_invariants_whatever_is_called(ops in ops()) {
             let mut arc = Arc::new(32).unwrap();
@@ -335,7 +342,8 @@ mod tests {
                     Op::Remove { id, evicted } if resident[id as usize].is_some() => {
                         arc.remove(id, evicted);
                         let hash = resident[id as usize].take();
-                        // Its bound may drop others, so what is left is taken from the policy itself.
+                        // The bound may drop other ghosts, so the test takes those that are left from the policy
+                        // itself.
                         let (once, twice) = (arc.ghosts.dump(ONCE), arc.ghosts.dump(TWICE));
                         let now: BTreeSet<u64> = once.into_iter().chain(twice).collect();
                         if evicted {
@@ -382,7 +390,7 @@ mod tests {
         }
     }
 
-    /// A policy with room for `capacity` chunks, full, and what it holds: chunk n of hash n.
+    /// A full policy of `capacity` chunks; chunk n has hash n.
     fn full(capacity: u32) -> Arc {
         let mut arc = Arc::new(capacity as usize).unwrap();
         (0..capacity).for_each(|id| arc.insert(0, id, u64::from(id), None));
@@ -415,7 +423,7 @@ mod tests {
         let mut arc = full(10);
         arc.remove(0, true);
         for hash in 0..8 {
-            // Each comes back as a ghost from T1 and leaves another one.
+            // Each content comes back while its ghost is in B1, and another one is evicted.
             arc.insert(0, hash as ChunkId, hash, None);
             arc.remove(hash as ChunkId + 1, true);
         }

@@ -1,21 +1,22 @@
-//! Ghosts: chunks that were evicted, remembered by hash alone, on two lists of each order, from warm to cold.
+//! Ghosts: evicted chunks, of which only the hashes are remembered, on two lists for each order, each from warm to
+//! cold.
 //!
-//! A hash is found through an open-addressing table (linear probing, half full at most, holes closed on removal,
-//! so no tombstones pile up). All memory is taken by [`Ghosts::new`], zeroed and untouched until used.
+//! A hash is found through an open-addressing table (linear probing, at most half full; removals close their holes,
+//! so no tombstones pile up). [`Ghosts::new`] takes all memory, which is zeroed and untouched until used.
 //!
-//! The probe sequence is not keyed: who can choose the hashes can make probes long. The cache hands in
-//! hashes of its own making, never a client's bytes.
+//! The probe sequence is not keyed: somebody who chooses the hashes could make probes long. The cache passes in
+//! hashes that it has computed itself with its secret seed, never a client's bytes.
 
 use super::lists::Lists;
 use super::{NoMemory, ORDERS};
 use crate::lazy::Lazy;
 
-/// Two for each order; the last one is of nodes that were used once and are free again.
+/// Two lists for each order. The last list has the nodes that were used once and are free again.
 const LISTS: usize = 2 * ORDERS + 1;
 const FREE: usize = LISTS - 1;
 
-/// The most ghosts that one [`Ghosts::push`] drops. A list exceeds its bound by more only when the bound fell, and
-/// then the excess goes over the next calls, so that no single one takes long.
+/// The most ghosts that one [`Ghosts::push`] drops. A list exceeds its bound by more only after the bound fell. The
+/// excess is then dropped over the next calls, so that no single one takes long.
 const DROPS_PER_PUSH: usize = 4;
 
 /// A bounded set of 64-bit hashes on the lists below [`FREE`].
@@ -23,16 +24,17 @@ pub(super) struct Ghosts {
     lists: Lists<LISTS>,
     /// The hash of each ghost's node.
     hashes: Lazy<u64>,
-    /// Nodes from here on were never used: they are on no list, their pages untouched.
+    /// Nodes from this number on have never been used: they are on no list, and their pages are untouched.
     fresh: u32,
-    /// The table: a node's number + 1; 0 is empty. Its length is a power of two.
+    /// The table: each element is a node's number + 1, or 0 if it is empty. Its length is a power of two.
     table: Lazy<u32>,
-    /// Where a node comes from when all are in use and the list that needs one has none: the next list's coldest.
+    /// The list at which the search begins for a ghost to drop when all nodes are in use and the list that needs
+    /// one has none.
     from: usize,
 }
 
 impl Ghosts {
-    /// Takes memory for twice `per_list` ghosts, in all orders together: 28 to 36 bytes a ghost.
+    /// Takes memory for twice `per_list` ghosts in all orders together: 28 to 36 bytes for each.
     pub(super) fn new(per_list: usize) -> Result<Self, NoMemory> {
         let capacity = 2 * per_list;
         let table_len = (2 * capacity).next_power_of_two();
@@ -45,8 +47,8 @@ impl Ghosts {
         self.lists.len(list)
     }
 
-    /// Remembers `hash` at the warm end of `list`, in the place of an older ghost of that hash. Where `list` has
-    /// `bound` ghosts or more, its coldest go first. A bound of 0 remembers nothing.
+    /// Remembers `hash` at the warm end of `list`, and forgets an older ghost of that hash. If `list` has `bound`
+    /// ghosts or more, its coldest are dropped first. A bound of 0 remembers nothing.
     pub(super) fn push(&mut self, list: usize, hash: u64, bound: usize) {
         self.take(hash);
         let bound = bound.min(self.hashes.len() / 2);
@@ -67,7 +69,8 @@ impl Ghosts {
                 self.fresh += 1;
                 self.fresh - 1
             }
-            // Other orders have them all: what was evicted there long ago. Each ghost takes one of theirs.
+            // Other orders have all nodes, for chunks that were evicted long ago. Each new ghost takes one of
+            // theirs.
             None => {
                 self.drop_any(list);
                 let Some(node) = self.lists.coldest(FREE) else { return };
@@ -84,7 +87,7 @@ impl Ghosts {
         self.table[slot] = node + 1;
     }
 
-    /// Forgets `hash`; answers the list it was on.
+    /// Forgets `hash`, and returns the list that it was on.
     pub(super) fn take(&mut self, hash: u64) -> Option<usize> {
         let mut slot = self.home(hash);
         loop {
@@ -105,7 +108,7 @@ impl Ghosts {
         }
     }
 
-    /// Forgets a ghost of another list than this one.
+    /// Forgets the coldest ghost of another list or, if no other list has any, of this one.
     fn drop_any(&mut self, list: usize) {
         let lists = (0..FREE).map(|step| (self.from + step) % FREE);
         let other = lists.clone().find(|other| *other != list && self.len(*other) > 0);
@@ -116,7 +119,7 @@ impl Ghosts {
 
     fn forget(&mut self, slot: usize, node: u32) {
         self.lists.move_warm(FREE, node);
-        // Close the hole: an entry further on moves into it, unless its home lies behind the hole.
+        // Close the hole: an element further on moves into it, unless its home lies behind the hole.
         let mut hole = slot;
         let mut at = self.next(slot);
         while let Some(other) = self.table[at].checked_sub(1) {
@@ -130,7 +133,7 @@ impl Ghosts {
         self.table[hole] = 0;
     }
 
-    /// Where the search for `hash` begins: the top bits of a Fibonacci product, good for dense hashes too.
+    /// Where the search for `hash` begins: the top bits of a Fibonacci product, which spreads dense hashes too.
     fn home(&self, hash: u64) -> usize {
         let mixed = (hash ^ (hash >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (mixed >> 32) as usize & (self.table.len() - 1)
@@ -140,12 +143,12 @@ impl Ghosts {
         (slot + 1) & (self.table.len() - 1)
     }
 
-    /// How many steps `to` is after `from`, around the table's end.
+    /// How many steps `to` lies behind `from`, around the table's end.
     fn distance(&self, from: usize, to: usize) -> usize {
         to.wrapping_sub(from) & (self.table.len() - 1)
     }
 
-    /// The hashes on `list`, coldest first; asserts that the table finds exactly the ghosts there are.
+    /// The hashes on `list`, coldest first. Asserts that the table finds exactly the ghosts there are.
     pub(super) fn dump(&self, list: usize) -> Vec<u64> {
         let nodes = self.lists.dump(list);
         let entries = self.table.iter().filter(|&&entry| entry != 0).count();
@@ -175,7 +178,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(256))]
 
-        /// Few hashes in a small table: probes collide, wrap around its end and close holes all the time.
+        /// There are few hashes in a small table, so probes collide, wrap around its end and close holes all the
+        /// time.
         #[test]
         fn does_what_a_pair_of_vecs_does(
             per_list in 0..9_usize,

@@ -1,11 +1,11 @@
-//! Doubly linked lists over dense node numbers, which share one set of arrays: a node is on one list or on none.
+//! Doubly linked lists over dense node numbers, which share one set of arrays. A node is on one list or on none.
 //!
-//! Zeroed memory means "on no list", so the nodes come from the system untouched and a page is taken only
+//! Zeroed memory means "on no list", so the nodes' memory comes from the system untouched, and a page is taken only
 //! when a node on it is first used. A link is the neighbour's number + 1; 0 is "none".
 
 use crate::lazy::{Lazy, NoMemory};
 
-/// A node's words: kept together, because a step along a list needs all of them.
+/// A node's two links and its list. They lie together because a step along a list needs all of them.
 type Node = [u32; 3];
 /// The link to the next node towards the warm end.
 const WARMER: usize = 0;
@@ -16,8 +16,8 @@ const LIST: usize = 2;
 
 /// `LISTS` lists over the nodes `0..nodes`. Each runs from a warm end to a cold end.
 ///
-/// A call about a node in the wrong state is a bug in the caller: debug builds stop there, release builds
-/// ignore the call, and the lists stay whole either way.
+/// A call for a node in the wrong state is a bug in the caller: a debug build stops there, a release build ignores
+/// the call, and the lists stay whole either way.
 pub(super) struct Lists<const LISTS: usize> {
     nodes: Lazy<Node>,
     ends: [Ends; LISTS],
@@ -31,7 +31,7 @@ struct Ends {
 }
 
 impl<const LISTS: usize> Lists<LISTS> {
-    /// Takes memory for `nodes` nodes, all on no list.
+    /// Takes memory for `nodes` nodes, none of which is on a list.
     pub(super) fn new(nodes: usize) -> Result<Self, NoMemory> {
         assert!(nodes < u32::MAX as usize, "nodes are numbered by 32 bits, and {nodes} were asked for");
         Ok(Self { nodes: Lazy::new(nodes)?, ends: [Ends::default(); LISTS] })
@@ -66,7 +66,7 @@ impl<const LISTS: usize> Lists<LISTS> {
         self.link(list, node, front + 1, self.nodes[front as usize][COLDER]);
     }
 
-    /// Takes `node` off its list; answers which list that was.
+    /// Takes `node` off its list and returns that list.
     pub(super) fn unlink(&mut self, node: u32) -> Option<usize> {
         let Some(list) = self.list_of(node) else {
             debug_assert!(false, "node {node} is on no list");
@@ -94,7 +94,7 @@ impl<const LISTS: usize> Lists<LISTS> {
         }
     }
 
-    /// Joins `node` between two neighbours on `list`, given as links.
+    /// Links `node` in between two neighbours on `list`, which are given as links.
     fn link(&mut self, list: usize, node: u32, warmer: u32, colder: u32) {
         if self.nodes.get(node as usize).is_none_or(|node| node[LIST] != 0) {
             debug_assert!(false, "node {node} is on a list already, or not below {}", self.nodes.len());
@@ -106,7 +106,7 @@ impl<const LISTS: usize> Lists<LISTS> {
         self.ends[list].len += 1;
     }
 
-    /// Where the link from `link`'s node towards the cold end is kept; for no node, the list's warm end.
+    /// The link towards the cold end of the node that `link` names; if it names none, the list's warm end.
     fn colder_link(&mut self, list: usize, link: u32) -> &mut u32 {
         match link.checked_sub(1) {
             Some(node) => &mut self.nodes[node as usize][COLDER],
@@ -114,7 +114,7 @@ impl<const LISTS: usize> Lists<LISTS> {
         }
     }
 
-    /// Where the link from `link`'s node towards the warm end is kept; for no node, the list's cold end.
+    /// The link towards the warm end of the node that `link` names; if it names none, the list's cold end.
     fn warmer_link(&mut self, list: usize, link: u32) -> &mut u32 {
         match link.checked_sub(1) {
             Some(node) => &mut self.nodes[node as usize][WARMER],
@@ -122,7 +122,7 @@ impl<const LISTS: usize> Lists<LISTS> {
         }
     }
 
-    /// The nodes of `list`, coldest first; asserts that links, ends, length and membership agree.
+    /// The nodes of `list`, coldest first. Asserts that links, ends, length and membership agree.
     pub(super) fn dump(&self, list: usize) -> Vec<u32> {
         let ends = self.ends[list];
         let mut nodes = Vec::with_capacity(ends.len);

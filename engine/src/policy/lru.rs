@@ -1,7 +1,7 @@
-//! Least recently used: one list for each order, warm end to cold end.
+//! Least recently used: one list for each order, from the warm end to the cold end.
 //!
-//! It does not resist a scan: a burst of prompts that never come back pushes everything else out. Where the
-//! cache is small against what passes through it, see [`arc`](super::arc).
+//! This policy does not resist a scan: a burst of prompts that never come back pushes everything else out. For a
+//! cache that is small against what passes through it, see [`arc`](super::arc).
 
 use super::lists::Lists;
 use super::{ChunkId, MAX_CHUNKS, NoMemory, ORDERS, Policy};
@@ -12,7 +12,7 @@ pub struct Lru {
 }
 
 impl Lru {
-    /// Takes the memory for chunk ids below `max_chunks`: 12 bytes each, untouched until used.
+    /// Takes the memory for chunk ids below `max_chunks`: 12 bytes for each, untouched until used.
     ///
     /// # Panics
     ///
@@ -37,7 +37,8 @@ impl Policy for Lru {
 
     fn insert(&mut self, order: usize, id: ChunkId, _hash: u64, parent: Option<ChunkId>) {
         match parent {
-            // Also where the parent is not the warmest: a leaf stored late must not outlive its prefix.
+            // This also holds if the parent is not the warmest: a leaf that is stored late must not outlive its
+            // prefix.
             Some(parent) if self.orders.list_of(parent) == Some(order) => self.orders.push_behind(parent, id),
             _ => self.orders.push_warm(order, id),
         }
@@ -64,7 +65,8 @@ impl Policy for Lru {
         looks: &mut u32,
         evictable: &mut dyn FnMut(ChunkId) -> bool,
     ) -> Option<ChunkId> {
-        // One look at each resident chunk: a refused one goes to the warm end and would be met again.
+        // Each resident chunk is looked at once: a refused one goes to the warm end, where the search would meet it
+        // again.
         for _ in 0..self.len(order) {
             *looks = looks.checked_sub(1)?;
             let id = self.orders.coldest(order)?;
@@ -94,7 +96,7 @@ mod tests {
     use super::super::tests::{Op, ops};
     use super::*;
 
-    /// The same order, written for obviousness: coldest first.
+    /// The same order, in the most obvious form: a list, coldest first.
     #[derive(Default)]
     struct Model(Vec<ChunkId>);
 
@@ -136,7 +138,7 @@ mod tests {
                 let resident = |id: &ChunkId| model.0.contains(id);
                 match op {
                     Op::Insert { id, parent, .. } if !resident(&id) => {
-                        // A parent that is not resident is as good as none.
+                        // A parent that is not resident counts as none.
                         lru.insert(5, id, 0, parent);
                         model.insert(id, parent);
                     }

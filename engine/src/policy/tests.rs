@@ -1,10 +1,11 @@
-//! What every policy promises, and the random operations that the models of each are run with.
+//! Tests of what every policy promises, and the random operations with which each policy is compared with its
+//! model.
 
 use proptest::prelude::*;
 
 use super::*;
 
-/// A random call, over ids and hashes below 32. Those that make no sense in the present state are skipped.
+/// A random call, over ids and hashes below 32. A test skips calls that make no sense in the present state.
 #[derive(Clone, Debug)]
 pub(super) enum Op {
     Insert {
@@ -94,7 +95,7 @@ fn a_search_for_a_victim_looks_at_each_chunk_once() {
         for id in 0..100 {
             policy.insert(3, id, u64::from(id), None);
         }
-        // So that arc has both of its lists.
+        // This gives arc chunks on both of its lists.
         (0..40).for_each(|id| policy.touch(id, None));
         let mut seen = Vec::new();
         let found = policy.victim(3, &mut u32::MAX.clone(), &mut |id| {
@@ -130,8 +131,8 @@ fn a_search_goes_on_where_its_looks_were_at_an_end() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
-    /// Whatever is leased, and however few looks a call has: a search that goes on call by call finds a chunk that may go
-    /// if there is one, and says that there is none only then.
+    /// Whatever is leased, and however few looks each call has: a search that goes on call by call finds an
+    /// evictable chunk if there is one, and says that there is none only if there is none.
     #[test]
     fn a_search_in_pieces_finds_a_victim_if_there_is_one(
         ops in ops(),
@@ -154,7 +155,7 @@ proptest! {
                     resident &= !(1 << id);
                 }
                 Op::Victim { refused } => {
-                    // Some are leased, or all but one.
+                    // Either some chunks are leased, or all but one.
                     let refused = if refused % 2 == 0 { refused } else { !(1 << (refused >> 27)) };
                     let (may_go, all) = (resident & !refused, resident.count_ones());
                     let (mut found, mut looked) = (None, 0);
@@ -183,7 +184,7 @@ fn a_search_goes_on_with_another_list_where_all_of_one_is_in_use() {
         for id in 0..400 {
             policy.insert(3, id, u64::from(id), None);
         }
-        // For arc, these are another list than the rest, and the one that goes first.
+        // With arc, these chunks are on another list than the rest, on the one that is searched first.
         (0..200).for_each(|id| policy.touch(id, None));
         let mut looked = 0;
         for leased in [0..200, 200..400] {
@@ -244,7 +245,7 @@ fn memory_for_many_chunks_is_not_touched_until_used() {
     let before = resident_kib();
     let made: Vec<_> = policies(1 << 25).collect();
     let grown = resident_kib().saturating_sub(before);
-    // Touched, it would be 3.4 GiB; the tests that run beside this one take some.
+    // If it were touched, it would be 3.4 GiB. The limit leaves room for the tests that run beside this one.
     assert!(grown < 1 << 20, "{grown} KiB for {} policies that hold nothing", made.len());
 }
 

@@ -1,5 +1,5 @@
-//! Deaths of real processes: this test binary runs itself again ([`child`]) and is killed, at a place that is named in
-//! the code ([`failpoint`]), or at random.
+//! Deaths of real processes. This test binary runs itself again ([`child`]), and the child is killed at a place
+//! that is named in the code ([`failpoint`]), or at random.
 
 use super::takeover::Found;
 use super::tests::{Name, client_view};
@@ -12,14 +12,14 @@ const CHILD_NAME: &str = "KVRING_TEST_SEGMENTS";
 const CHILD_MODE: &str = "KVRING_TEST_MODE";
 const CHILD_DIES_AT: &str = "KVRING_FAIL_POINT";
 
-/// Not a test of its own: what a child process of the tests below does.
+/// No test of its own: the code of the child processes of the tests below.
 #[test]
 fn child() {
     let (Ok(name), Ok(mode)) = (std::env::var(CHILD_NAME), std::env::var(CHILD_MODE)) else { return };
     let name = Name(EngineName::new(&name).unwrap());
     if mode == "churn" {
         println!("ready");
-        // Until it is killed: a start after a death, a start after a clean end, by turns.
+        // Until it is killed, it starts after a death and after a clean end, by turns.
         loop {
             drop(name.start().unwrap());
             name.start().unwrap().retire_and_unlink().unwrap();
@@ -47,7 +47,7 @@ fn spawn_child(name: &Name, mode: &str, dies_at: &str) -> Child {
         .unwrap()
 }
 
-/// The harness writes its own words before ours on the same line.
+/// The test harness writes its own text before ours on the same line.
 fn wait_ready(child: &mut Child) -> bool {
     BufReader::new(child.stdout.take().unwrap())
         .lines()
@@ -75,7 +75,7 @@ fn a_killed_engine_is_noticed_and_succeeded() {
     assert_eq!(*name.start().unwrap().start(), Start::Warm);
 }
 
-/// Every place on the way up, then on the way down.
+/// All places of a start, then those of a clean end.
 const PLACES: [&str; 13] = [
     "opened",
     "claimed",
@@ -91,10 +91,10 @@ const PLACES: [&str; 13] = [
     "satellites gone",
     "unlinked",
 ];
-/// Those before which no client may find an engine.
+/// The places at which no client may find an engine yet.
 const UNTIL_COMPLETE: [&str; 9] =
     ["opened", "claimed", "allocated", "owned", "described", "lobby", "arena", "arena magic", "lobby magic"];
-/// And on the way up where a predecessor is swept first.
+/// The places of a start that sweeps a predecessor.
 const SWEEP_PLACES: [&str; 5] = [
     "satellites retired",
     "lobby gone",
@@ -103,10 +103,10 @@ const SWEEP_PLACES: [&str; 5] = [
     "predecessor gone",
 ];
 
-/// And where a predecessor is taken over.
+/// The places of a start that takes a predecessor over.
 const RECOVERY_PLACES: [&str; 4] = ["recovery.owner", "recovery.odd", "recovery.counted", "recovery.words"];
 
-/// A child that is killed there.
+/// Runs a child that is killed at `place`.
 fn dies(name: &Name, mode: &str, place: &str) {
     let mut child = spawn_child(name, mode, place);
     let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
@@ -164,7 +164,7 @@ fn a_death_at_random_leaves_what_the_next_start_sweeps() {
         kill(child);
         let segments = name.start().unwrap_or_else(|error| panic!("round {round}: {error}"));
         assert_eq!(name.files().len(), 3);
-        // Left for the next child, half of the time.
+        // Every other time the segments are left for the next child.
         if round % 2 == 0 {
             segments.retire_and_unlink().unwrap();
         }

@@ -21,17 +21,17 @@ pub enum SetupError {
         /// Its process, in its own PID namespace.
         pid: u32,
     },
-    /// Another process holds the lock, and its segment is not complete.
+    /// Another process holds the lock, and the segment is not complete.
     #[error(
         "another engine named {name} is starting or being removed: waited {waited_ms} ms for it; try again"
     )]
     Starting {
         /// The engine's name.
         name: EngineName,
-        /// How long it was waited for.
+        /// How long this start waited, in milliseconds.
         waited_ms: u64,
     },
-    /// The engine is dead, but what is left of its process still holds the lock.
+    /// The engine is dead, but its exiting process still holds the lock.
     #[error(
         "the engine named {name} (pid {pid}) is dead, but still exiting: waited {waited_ms} ms for it; try again"
     )]
@@ -40,7 +40,7 @@ pub enum SetupError {
         name: EngineName,
         /// Its process, in its own PID namespace.
         pid: u32,
-        /// How long it was waited for.
+        /// How long this start waited, in milliseconds.
         waited_ms: u64,
     },
     /// The lock is held by an engine whose segment this build cannot read.
@@ -48,7 +48,7 @@ pub enum SetupError {
     OtherBuild {
         /// The engine's name.
         name: EngineName,
-        /// In what it differs.
+        /// How its segment differs.
         mismatch: Mismatch,
     },
     /// Somebody removed the segments while they were being made.
@@ -70,16 +70,16 @@ pub enum SetupError {
         /// The segment.
         name: String,
     },
-    /// A segment.
+    /// A segment could not be opened, created or mapped.
     #[error(transparent)]
     Segment(#[from] SegmentError),
     /// A segment is too short for what belongs into it.
     #[error(transparent)]
     Bounds(#[from] OutOfBounds),
-    /// A life word of a fresh segment was taken.
+    /// A life word of a fresh segment was claimed already.
     #[error(transparent)]
     Claim(#[from] ClaimError),
-    /// No random numbers.
+    /// The system gave no random numbers.
     #[error("no random numbers for the arena's id: {0}")]
     Random(std::io::Error),
     /// A name could not be removed.

@@ -1,4 +1,5 @@
-//! Memory for slot headers. The slot table is sparse: a span's headers get their memory when it gets its shard size.
+//! Memory for slot headers. The slot table is sparse: a span's headers get their memory when the span gets its
+//! shard size.
 
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::failpoint;
@@ -10,8 +11,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const PAGE: u64 = 4096;
-/// How soon memory is asked for again where there was none, as the arena's allocator does: until then room will hardly have
-/// appeared, and asking is slow (a full file system gives what it has, and takes it back).
+/// How long after a failure memory is asked for again, as in the arena's allocator. Room hardly appears sooner, and
+/// asking is slow: a full file system gives what it has, and takes it back.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Gives slot headers their memory.
@@ -19,7 +20,7 @@ pub struct SlotMemory {
     file: Arc<SegmentFile>,
     slots_at: u64,
     slots: u64,
-    /// There was no room; until then nothing is asked for.
+    /// Set when there was no room: until then no memory is asked for.
     full_until: Option<Deadline>,
 }
 
@@ -29,8 +30,9 @@ impl SlotMemory {
         SlotMemory { file, slots_at, slots: geometry.slot_count() as u64, full_until: None }
     }
 
-    /// Makes sure that the headers of `count` slots from `first` on are backed by memory. Repeatable. False: there is no room at
-    /// the moment, or there are no such slots. What went wrong is said in the log, once for each time that it begins.
+    /// Makes sure that the headers of `count` slots from `first` on are backed by memory. Repeatable. False: there
+    /// is no room at the moment, or there are no such slots. The reason is logged once each time that a shortage
+    /// begins.
     #[must_use]
     pub fn ensure(&mut self, first: u32, count: u32) -> bool {
         if self.full_until.is_some_and(|until| !until.passed()) {
@@ -76,7 +78,7 @@ mod tests {
         let name = EngineName::new(&format!("t-headers-{}", std::process::id())).unwrap().engine_segment();
         let geometry = Geometry::new(4 << 20, 1 << 20).unwrap();
         let file = Arc::new(SegmentFile::create(&name, Places::of(&geometry).bytes).unwrap());
-        // Nothing can be allocated through this one.
+        // A read-only file, through which nothing can be allocated.
         let refuses = Arc::new(SegmentFile::open(&name, Access::ReadOnly).unwrap());
         segment::unlink(&name);
         let mut memory = SlotMemory::new(refuses, &geometry);

@@ -1,5 +1,5 @@
-//! What others do under our names: files that are not ours, modes that are changed, names that are removed. And that a start
-//! refuses before it destroys.
+//! Tests of what others may do under our names: files that are not ours, modes that are changed, names that are
+//! removed. Also tests that a start refuses before it destroys.
 
 use super::tests::{Name, WAIT, arena_identity, client_view};
 use super::*;
@@ -7,7 +7,8 @@ use kvring_shm_abi::segment::SegmentError;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-/// Something under one of our names that is not ours: everybody can make a directory there; root also gives a file away.
+/// Files and directories under our names that are not ours. Everybody can make a directory there; root can also
+/// give a file away.
 struct Strangers(Vec<PathBuf>);
 
 impl Strangers {
@@ -39,7 +40,7 @@ impl Strangers {
 impl Drop for Strangers {
     fn drop(&mut self) {
         for path in &self.0 {
-            // One of both kinds.
+            // The path is one of the two kinds.
             let _ = std::fs::remove_dir(path).or_else(|_| std::fs::remove_file(path));
         }
     }
@@ -52,7 +53,7 @@ fn strangers_among_the_channels_are_left_and_keep_nobody_from_starting_ending_or
     let strangers = Strangers::at(&name, &[&channel]);
     name.start().unwrap().retire_and_unlink().unwrap();
     assert_eq!(name.files().len(), strangers.0.len(), "{:?}", name.files());
-    // A dead engine's, swept by a cold start; then another one's, by a removal.
+    // First a cold start sweeps a dead engine's segments, then a removal those of another one.
     drop(name.start().unwrap());
     let bytes = sweep::bytes_held(&name.0);
     let cold = Segments::open(&Setup { cold: Some(ColdStart::Asked), ..name.setup() }).unwrap();
@@ -82,7 +83,7 @@ fn a_start_is_refused_before_anything_is_swept() {
     assert!(matches!(error, SetupError::NoRoom(_)), "{error}");
     let error = untouched("no room", &Setup { geometry: huge, cold: Some(ColdStart::Asked), ..name.setup() });
     assert!(matches!(error, SetupError::NoRoom(_)), "{error}");
-    // A claim that is given up has changed nothing either.
+    // A dropped claim has changed nothing either.
     drop(Claim::new(&Setup { cold: Some(ColdStart::Asked), ..name.setup() }).unwrap());
     assert_eq!(name.inodes(), before);
     if nix::unistd::geteuid().is_root() {
@@ -131,7 +132,7 @@ fn a_clean_end_leaves_nothing_whatever_modes_its_files_have_by_then() {
     }
 }
 
-/// A client of the arena from before its mode was changed.
+/// Maps the arena as a client that did so before its mode was changed.
 fn arena_identity_whatever_its_mode(name: &Name) -> (Mapping, Identity) {
     let path = name.path(&name.0.arena());
     let before = std::fs::metadata(&path).unwrap().permissions();
@@ -154,7 +155,7 @@ fn an_engine_that_has_lost_a_name_sees_it_and_takes_away_what_is_its_own_alone()
         assert_eq!(name.files(), Vec::<String>::new(), "{lost}");
         assert!(arena_superblock(&arena).unwrap().is_retired(), "its clients let go of it");
     }
-    // Beside it another one has started by then.
+    // Now a successor starts before the first engine ends.
     let first = name.start().unwrap();
     let (arena, _) = arena_identity(&name.0);
     std::fs::remove_file(name.path(&name.0.engine_segment())).unwrap();

@@ -1,11 +1,12 @@
-//! Removing segments: what a dead engine left, what a clean end gives up, what `kvring remove` is asked for.
+//! Removing segments: those that a dead engine left, those that a clean end gives up, and those that `kvring
+//! remove` is to remove.
 //!
-//! The order is always the same: retire, wake, unlink the lobby, the arena and the channels, and the engine's segment
-//! last, because its lock is what gives the right to remove the others. Nothing is truncated: who still maps a
-//! segment keeps it, sees that it is retired, and lets go.
+//! The order is always the same: retire, wake, unlink the lobby, the arena and the channels, and last the engine's
+//! segment, because its lock gives the right to remove the others. Nothing is truncated: a process that still maps
+//! a segment keeps it, sees that it is retired, and unmaps it.
 //!
-//! Everybody may make files in `/dev/shm`, also under our names. What is not ours ([`Whose`]) is left where it is, with a
-//! warning; and a sweep goes on after whatever it cannot remove, and says so at its end.
+//! Everybody may make files in `/dev/shm`, also under our names. A file that is not ours ([`Whose`]) is left where
+//! it is, with a warning. A sweep goes on after a file that it cannot remove, and reports the failure at its end.
 
 use super::takeover::{Found, acquire};
 use super::{SetupError, arena_superblock};
@@ -24,22 +25,22 @@ use std::time::Duration;
 /// What was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// Names removed.
+    /// How many segments' names were removed.
     pub segments: u64,
-    /// Bytes they held. They are free once nobody maps them any more.
+    /// The bytes that they held. These become free when nobody maps them any more.
     pub bytes: u64,
-    /// The living engine whose segments were taken away by force; it ends by itself.
+    /// The process of the living engine whose segments were removed by force; it ends by itself.
     pub forced_pid: Option<u32>,
 }
 
-/// Whose the file is that a segment's name leads to. Its mode says nothing about that.
+/// To whom the file belongs that a segment's name leads to. Its mode says nothing about that.
 enum Whose {
     Nobody,
-    /// Ours, with so many bytes of memory.
+    /// It is ours, and has this many bytes of memory.
     Ours(u64),
-    /// Another user's.
+    /// It is another user's.
     User(u32),
-    /// A directory, a link, …: no segment.
+    /// It is a directory, a link or the like, and no segment.
     NoFile,
 }
 
@@ -49,7 +50,7 @@ impl Whose {
         if meta.uid() != nix::unistd::geteuid().as_raw() {
             Whose::User(meta.uid())
         } else if meta.is_file() {
-            // Blocks are counted in units of 512 bytes, whatever the file system's own are.
+            // Blocks are counted in units of 512 bytes, whatever the file system's block size is.
             Whose::Ours(meta.blocks() * 512)
         } else {
             Whose::NoFile
@@ -65,7 +66,7 @@ pub(super) struct Sweep {
 }
 
 impl Sweep {
-    /// Unlinks a segment that is ours, and counts it; none of that name is fine.
+    /// Unlinks a segment that is ours, and counts it. That there is none is no error.
     pub(super) fn unlink(&mut self, name: &str) {
         let bytes = match Whose::of(name) {
             Whose::Nobody => return,
@@ -93,21 +94,23 @@ impl Sweep {
         }
     }
 
-    /// Retires and unlinks the lobby, the arena and all channels. For whoever holds the lock on the current engine file.
+    /// Retires and unlinks the lobby, the arena and all channels. The caller holds the lock on the current engine
+    /// file.
     pub(super) fn satellites(&mut self, name: &EngineName) {
         for segment in [name.lobby(), name.arena()] {
             mend_mode(&segment);
         }
         let arena = SegmentFile::open(&name.arena(), Access::ReadWrite).map_err(SetupError::from);
         for retired in [retire_lobby(name), arena.and_then(|file| retire_arena(&file))] {
-            // What cannot be opened, or is half-made, cannot be marked: it is unlinked all the same, if it is ours.
+            // A segment that cannot be opened, or is half-made, cannot be marked. It is unlinked all the same, if
+            // it is ours.
             if let Err(error) = retired {
                 tracing::debug!(%error, "not retired");
             }
         }
         failpoint::here("satellites retired");
         for channel in channels(name) {
-            // A channel needs no mark: its client watches the engine, and makes another one.
+            // A channel needs no mark: its client watches the engine, and makes another channel.
             self.unlink(&channel);
         }
         self.unlink(&name.lobby());
@@ -117,14 +120,14 @@ impl Sweep {
 
     /// What was removed.
     ///
-    /// # Errors
-    /// The first of ours that could not be.
+    /// The first segment of ours that could not be removed.
     pub(super) fn end(self) -> Result<Removed, SetupError> {
         self.failed.map_or(Ok(self.removed), Err)
     }
 }
 
-/// Refuses names that a start could not use, before it sweeps anything: the engine's file is locked, and so ours.
+/// Refuses names that a start could not use, before it sweeps anything. The engine's file needs no check: we have
+/// locked it, so it is ours.
 ///
 /// # Errors
 /// The lobby's or the arena's name leads to something that is not ours.
@@ -153,7 +156,7 @@ fn channels(name: &EngineName) -> Vec<String> {
         .collect()
 }
 
-/// Unlinks every channel that was made for one entry of the client table.
+/// Unlinks every channel that was made for one entry of the lobby.
 pub(crate) fn unlink_channels_of(name: &EngineName, entry: usize) {
     let prefix = format!("/{}client.{entry}.", name.prefix());
     for channel in channels(name).iter().filter(|channel| channel.starts_with(&prefix)) {
@@ -163,7 +166,7 @@ pub(crate) fn unlink_channels_of(name: &EngineName, entry: usize) {
     }
 }
 
-/// Everything under the name, the engine's segment included.
+/// All segments under the name, the engine's included.
 fn all(name: &EngineName) -> Vec<String> {
     let mut names = channels(name);
     names.extend([name.lobby(), name.arena(), name.engine_segment()]);
@@ -171,7 +174,7 @@ fn all(name: &EngineName) -> Vec<String> {
     names
 }
 
-/// Bytes that a sweep of this name would give back.
+/// How many bytes a sweep of this name would give back.
 pub(crate) fn bytes_held(name: &EngineName) -> u64 {
     let bytes = |segment: &String| match Whose::of(segment) {
         Whose::Ours(bytes) => bytes,
@@ -180,7 +183,7 @@ pub(crate) fn bytes_held(name: &EngineName) -> u64 {
     all(name).iter().map(bytes).sum()
 }
 
-/// Marks an engine's segment as given up, and wakes whoever sleeps on it: after the store, so that who wakes sees it.
+/// Marks an engine's segment as retired and then wakes all its sleepers; in this order, so that they see the mark.
 pub(super) fn retire_engine(segment: &EngineSegment) {
     segment.superblock().retire();
     futex::wake_all(segment.epoch().incarnation_word());
@@ -193,16 +196,16 @@ pub(super) fn retire_engine(segment: &EngineSegment) {
 }
 
 fn retire_lobby(name: &EngineName) -> Result<(), SetupError> {
-    // Allocated before it is touched: a half-created one may have no memory yet.
+    // The lobby is allocated before it is touched: a half-made one may have no memory yet.
     SegmentFile::open(&name.lobby(), Access::ReadWrite)?.allocate(0, LOBBY_BYTES as u64)?;
     let lobby = Lobby::new(Arc::new(segment::open_shared(&name.lobby(), LOBBY_BYTES)?))?;
     lobby.superblock()?.retire();
-    // An engine that still lives (a forced removal) looks at once.
+    // After a forced removal, the engine that still lives looks at once.
     park::notify(lobby.doorbell());
     Ok(())
 }
 
-/// Marks an arena as given up.
+/// Marks an arena as retired.
 pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
     let bytes = file.len()?;
     file.allocate(bytes.saturating_sub(ARENA_TRAILER), ARENA_TRAILER)?;
@@ -211,10 +214,9 @@ pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Sweeps everything, the engine's segment last. For whoever holds the lock on the current engine file.
+/// Sweeps everything, the engine's segment last. The caller holds the lock on the current engine file.
 ///
-/// # Errors
-/// Something of ours cannot be removed; the rest has been.
+/// A segment of ours cannot be removed. The others have been.
 pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupError> {
     found.retire();
     failpoint::here("predecessor retired");
@@ -226,11 +228,11 @@ pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupErr
     sweep.end()
 }
 
-/// `kvring remove`: takes all segments of an engine away. Of a living one only with `force`: it keeps its inodes, sees
-/// that they are retired, and ends; its clients lose it as if it had died.
+/// `kvring remove`: removes all segments of an engine. Those of a living engine only with `force`: it keeps its
+/// inodes, sees that they are retired, and ends, and its clients lose it as if it had died.
 ///
-/// # Errors
-/// Without `force`: the engine lives or starts. The engine's segment is another user's. Something of ours cannot be removed.
+/// Without `force`: the engine lives or is starting. The engine's segment is another user's. A segment of ours
+/// cannot be removed.
 pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed, SetupError> {
     let names = all(name);
     if names.is_empty() {
@@ -240,7 +242,8 @@ pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed,
     let refused = match acquire(name, wait) {
         Ok(taken) => {
             let removed = held(name, taken.found.as_ref().unwrap_or(&Found::Incomplete))?;
-            // Where only satellites were left, the engine's file was made by `acquire`, for its lock: it does not count.
+            // If only the other segments were left, `acquire` has just made the engine's file, for its lock: it
+            // does not count.
             let made = u64::from(taken.found.is_none());
             return Ok(Removed { segments: removed.segments.saturating_sub(made), ..removed });
         }
@@ -257,13 +260,14 @@ pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed,
         return Err(refused);
     }
     tracing::warn!(name = %name, "this engine {state}; its segments are removed by force, as asked");
-    // Without the lock: whoever holds it does not let go. A start that is under way notices at its end.
+    // This goes without the lock, which its holder does not give up. A start that is under way notices at its end.
     let file = SegmentFile::open(&name.engine_segment(), Access::ReadWrite)?;
     let removed = held(name, &Found::look(&file)?)?;
     Ok(Removed { forced_pid, ..removed })
 }
 
-/// A segment of ours with a wrong mode is refused everywhere; removing it must work all the same.
+/// Repairs the mode of a segment of ours: a wrong mode is refused everywhere, but removing the segment must work
+/// all the same.
 fn mend_mode(segment: &str) {
     let mend = || std::fs::set_permissions(path(segment), std::fs::Permissions::from_mode(0o600));
     if matches!(Whose::of(segment), Whose::Ours(_))

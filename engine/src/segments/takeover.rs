@@ -1,9 +1,10 @@
-//! Getting the name: exactly one start at a time, never beside a living engine. And what is to become of what lies under
-//! it: taken over as it is, or swept.
+//! Claiming a name, so that one start at a time has it, and never beside a living engine; and deciding whether what
+//! lies under the name is taken over as it is or swept.
 //!
-//! The lock belongs to an *inode*, the name may lead to another one by the time it is held; so whoever gets the lock
-//! checks that the file is still current, and begins again if not. While the lock on the current file is held, nobody
-//! else unlinks or replaces the name (a forced removal excepted), and the other segments belong to its holder.
+//! The lock belongs to an *inode*, and the name may lead to another one by the time the lock is held. So a process
+//! that gets the lock checks that the file is still current, and begins again if not. While the lock on the current
+//! file is held, nobody else unlinks or replaces the name (except a forced removal), and the other segments belong
+//! to the lock's holder.
 
 use super::{Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
 use crate::preflight::{self, Room};
@@ -22,64 +23,66 @@ use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a held lock is tried again.
+/// How often a start tries again to get a lock that is held.
 const POLL: Duration = Duration::from_millis(5);
-/// How long an engine that lives is looked at: one that has just been killed is marked as dead a moment later.
+/// How long a start watches an engine that seems to live: one that has just been killed is marked as dead a moment
+/// later.
 const DYING: Duration = Duration::from_millis(200);
 
-/// Why what a predecessor left was not kept.
+/// Why a predecessor's segments were not kept.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ColdStart {
-    /// It never was complete: its creator died half-way.
+    /// They were never complete: their creator died half-way.
     #[error("half-created segments were swept")]
     HalfCreated,
-    /// Another build made it.
+    /// Another build made them.
     #[error("the segments are another build's: {0}")]
     OtherBuild(Mismatch),
-    /// Another arena is wanted.
+    /// An arena of another geometry is wanted.
     #[error("another arena is wanted: there was one of {} bytes in slabs of {}", .found.arena_bytes, .found.slab_bytes)]
     OtherGeometry {
-        /// What there was.
+        /// The predecessor's geometry.
         found: Geometry,
     },
-    /// The machine has been started again since.
+    /// The machine has been restarted since.
     #[error("the segments are from before the machine's last start")]
     OtherBoot,
-    /// It was half-way through being removed.
+    /// Somebody had begun to remove them.
     #[error("the segments were retired already")]
     Retired,
     /// A cold start was asked for.
     #[error("a cold start was asked for")]
     Asked,
-    /// Each recovery of it so far has failed.
+    /// Each recovery of them so far has failed.
     #[error("{0} recoveries of it have failed in a row")]
     Failed(u32),
     /// The engine had found its own invariants broken.
     #[error("the engine had found its own invariants broken")]
     Unhealthy,
-    /// The lobby or the arena is not there, or not of the same start.
+    /// The lobby or the arena is missing, or belongs to another start.
     #[error("{0}")]
     Satellite(String),
-    /// What its tables say makes no sense.
+    /// Their tables make no sense.
     #[error("what its tables say makes no sense: {0}")]
     Nonsense(String),
 }
 
-/// So many recoveries in a row may fail; then the next start is a cold one.
+/// After this many failed recoveries in a row, the next start is a cold one.
 const RECOVERIES_MAX: u32 = 2;
 
-/// What lies under the name, as far as it can be read.
+/// What lies under the engine segment's name, as far as it can be read.
 pub(super) enum Found {
-    /// No magic.
+    /// A file without a magic.
     Incomplete,
-    /// A magic, but nothing that this build understands; what it has in common with every build is its superblock.
+    /// A file with a magic that this build does not understand. Its superblock is the one part that all builds have
+    /// in common.
     Foreign { mapping: Arc<Mapping>, mismatch: Mismatch },
     /// An engine's segment of this build.
     Known { segment: Box<EngineSegment>, identity: Identity },
 }
 
 impl Found {
-    /// Looks, without ever touching a page that has no memory: on a full file system that would be a SIGBUS.
+    /// Looks at the file without touching a page that has no memory; on a full file system that would be a SIGBUS.
     pub(super) fn look(file: &SegmentFile) -> Result<Found, SegmentError> {
         let bytes = file.len()?;
         if bytes < SUPERBLOCK_BYTES as u64 {
@@ -87,8 +90,8 @@ impl Found {
         }
         let backed = |bytes: u64| match file.allocate(0, bytes) {
             Ok(()) => Ok(true),
-            // It was not there before, so nobody has written there. Where it was, that is a shortage of the moment (of memory to
-            // swap it in), and says nothing of what lies there.
+            // The range had no memory, so nobody has written there. If it had memory, the error is a shortage of
+            // the moment (of memory to swap the pages in), and says nothing about their content.
             Err(SegmentError::NoSpace { .. }) if file.allocated_bytes()? < bytes => Ok(false),
             Err(error) => Err(error),
         };
@@ -109,8 +112,8 @@ impl Found {
         }
         match EngineSegment::new(mapping.clone(), &identity.geometry) {
             Ok(segment) => {
-                // An engine whose kernel marked no words, and that has died: from here on its words say so. This open
-                // file holds none of its locks, so a living one's are seen.
+                // If the kernel of a dead engine marked no words, its words are marked here. This open file holds
+                // none of the engine's locks itself, so it sees those of a living one.
                 let marked = Locks::of(file, LIFE_WORDS_AT).mark_dead(&segment.life_words);
                 if marked > 0 {
                     tracing::debug!(words = marked, "an engine has died, as its file locks tell");
@@ -121,9 +124,9 @@ impl Found {
         }
     }
 
-    /// The process id of an engine that lives. The owner word decides ([`Found::look`] has marked it where only a file lock
-    /// told of its owner's death); only a segment from before the machine's last
-    /// start is dead whatever it says (a boot id that cannot be read is unknown, not another).
+    /// The process id of the engine, if it lives. The owner word decides ([`Found::look`] has marked it if only a
+    /// file lock told of its owner's death). Only a segment from before the machine's last start is dead whatever
+    /// its word says (a boot id that cannot be read counts as unknown, not as another one).
     pub(super) fn living(&self) -> Option<u32> {
         match self {
             Found::Known { segment, identity } if !other_boot(identity) => {
@@ -134,7 +137,7 @@ impl Found {
         }
     }
 
-    /// Marks it as given up and wakes its sleepers, as far as this build can.
+    /// Marks the segment as retired and wakes its sleepers, as far as this build can.
     pub(super) fn retire(&self) {
         match self {
             Found::Incomplete => {}
@@ -147,7 +150,7 @@ impl Found {
         }
     }
 
-    /// Why it is not to be taken over; `None`: nothing speaks against it so far.
+    /// Why the segment must not be taken over; `None`: nothing speaks against it so far.
     fn cold_start(&self, setup: &Setup<'_>) -> Option<ColdStart> {
         let (segment, identity) = match self {
             Found::Incomplete => return Some(ColdStart::HalfCreated),
@@ -172,7 +175,7 @@ impl Found {
         }
     }
 
-    /// Why a lock that stays held is held.
+    /// The error for a lock that stays held: why it is held.
     fn busy(self, name: &EngineName, waited: Duration) -> SetupError {
         let waited_ms = u64::try_from(waited.as_millis()).unwrap_or(u64::MAX);
         let name = name.clone();
@@ -192,18 +195,17 @@ fn other_boot(identity: &Identity) -> bool {
     then != [0, 0] && now != [0, 0] && then != now
 }
 
-/// The current engine file, locked by us.
+/// The current engine file, whose lock we hold.
 pub(super) struct Held {
     pub(super) file: SegmentFile,
     pub(super) lock: SegmentLock,
-    /// What lies in it; `None` where we have just created it.
+    /// What lies in it; `None` if we have just created it.
     pub(super) found: Option<Found>,
 }
 
-/// Locks the engine file, creating it where there is none.
+/// Locks the engine file; creates it if there is none.
 ///
-/// # Errors
-/// Its engine lives; or the lock stays held until `wait` has passed.
+/// Its engine lives, or the lock stays held until `wait` has passed.
 pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupError> {
     let began = Instant::now();
     let deadline = Deadline::after(wait);
@@ -211,7 +213,7 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
     loop {
         let (file, fresh) = match SegmentFile::open(&file_name, Access::ReadWrite) {
             Ok(file) => (file, false),
-            // Without a length: who finds it knows that it has only just been made.
+            // It has no length yet: another start that finds it knows that it has only just been made.
             Err(SegmentError::NotFound(_)) => match SegmentFile::create(&file_name, 0) {
                 Ok(file) => (file, true),
                 Err(SegmentError::Exists(_)) => continue,
@@ -222,7 +224,8 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
         failpoint::here("opened");
         let lock = file.try_lock();
         if !file.is_current() {
-            // Unlinked or replaced between the opening and the lock: look again at what the name leads to now.
+            // The file was unlinked or replaced between the opening and the lock: look again at what the name leads
+            // to now.
             drop(lock);
             if deadline.passed() {
                 return Err(Found::Incomplete.busy(name, began.elapsed()));
@@ -241,24 +244,27 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
         }
         match lock {
             Some(lock) => return Ok(Held { file, lock, found: (!fresh).then_some(found) }),
-            // A starter, a remover, or a dead engine whose descriptors the kernel is still closing.
+            // It is held by another start, by a removal, or by a dead engine whose descriptors the kernel is still
+            // closing.
             None if deadline.passed() => return Err(found.busy(name, began.elapsed())),
             None => std::thread::sleep(POLL),
         }
     }
 }
 
-/// The name is ours, and everything that a start can be refused for has been looked at. Nothing has been changed yet.
+/// What a claimed name leads to. The name is ours, and everything for which a start can be refused has been
+/// checked. Nothing has been changed yet.
 pub(super) enum Claimed {
-    /// A fresh engine file, locked. The lobby, the arena and channels may be there: somebody removed the engine's file by hand.
+    /// A fresh engine file, locked. A lobby, an arena and channels may still be there, if somebody removed the
+    /// engine's file by hand.
     Fresh(Unfinished),
-    /// All segments of a dead predecessor, fit to be taken over.
+    /// All segments of a dead predecessor, which can be taken over.
     Warm(Box<Inherited>),
-    /// What a predecessor left is to be swept.
+    /// A predecessor's segments, which are to be swept.
     Stale(Box<Stale>),
 }
 
-/// What a predecessor left, and cannot be kept.
+/// A predecessor's segments that cannot be kept.
 pub(super) struct Stale {
     found: Found,
     pub(super) why: ColdStart,
@@ -266,7 +272,8 @@ pub(super) struct Stale {
 }
 
 impl Stale {
-    /// Sweeps it. The name is free then, and to be claimed again: a cold start never uses an inode twice.
+    /// Sweeps them. The name is free then and must be claimed again, because a cold start never uses an inode
+    /// twice.
     pub(super) fn sweep(self, name: &EngineName) -> Result<ColdStart, SetupError> {
         let Removed { segments, bytes, .. } = sweep::held(name, &self.found)?;
         tracing::warn!(%name, segments, bytes, reason = %self.why, "cold start");
@@ -274,7 +281,7 @@ impl Stale {
     }
 }
 
-/// What a dead predecessor left.
+/// The segments of a dead predecessor.
 pub(super) struct Inherited {
     pub(super) file: SegmentFile,
     pub(super) lock: SegmentLock,
@@ -284,13 +291,14 @@ pub(super) struct Inherited {
     pub(super) identity: Identity,
 }
 
-/// Gets the name, decides what is to become of what a dead predecessor left, and refuses what cannot be: all before
-/// anything is swept. Once we have `swept` there is no way back: what the predecessor's clients still map is waited for.
+/// Claims the name, decides whether a dead predecessor's segments are taken over or swept, and refuses what is
+/// impossible, all before anything is swept. Once we have `swept` there is no way back, so room is no longer
+/// checked here: the start waits until the predecessor's clients have unmapped its memory.
 pub(super) fn claim_name(setup: &Setup<'_>, swept: bool) -> Result<Claimed, SetupError> {
     let check = || -> Result<(), SetupError> {
         sweep::check_names(setup.name)?;
         if !swept {
-            // With what a sweep gives back.
+            // The room includes what a sweep gives back.
             preflight::check(&setup.geometry, &Room::for_engine(setup.name))?;
         }
         Ok(())
@@ -319,10 +327,10 @@ pub(super) fn claim_name(setup: &Setup<'_>, swept: bool) -> Result<Claimed, Setu
     Ok(Claimed::Stale(Box::new(Stale { found, why, _held: (file, lock) })))
 }
 
-/// The lobby and the arena of the same start. The inner error says why there are none: then a cold start it must be.
+/// The lobby and the arena of the same start. The inner error says why they are missing or unfit; then only a cold
+/// start is possible.
 ///
-/// # Errors
-/// They are not ours, or cannot be written: nothing is swept for that.
+/// They are not ours, or cannot be written. Nothing is swept because of that.
 fn siblings(name: &EngineName, found: &Found) -> Result<Result<(Lobby, SegmentFile), String>, SetupError> {
     let Found::Known { segment, identity } = found else { return Ok(Err("no engine segment".to_owned())) };
     let unfit = |error: SegmentError| match error {
@@ -356,7 +364,7 @@ fn siblings(name: &EngineName, found: &Found) -> Result<Result<(Lobby, SegmentFi
     if let Err(why) = same(arena_superblock(&trailer)?, Kind::Arena, bytes) {
         return Ok(Err(format!("segment {}: {why}", name.arena())));
     }
-    // Slots lie in slabs that have memory; were some of it taken away, touching them could be a SIGBUS.
+    // Slots lie in slabs that have memory. If some of that had been taken away, touching a slot could be a SIGBUS.
     let allocated = u64::from(segment.info().slabs_allocated.load(Ordering::Relaxed));
     let needed = allocated.saturating_mul(identity.geometry.slab_bytes);
     let held = arena.allocated_bytes()?;
@@ -366,16 +374,16 @@ fn siblings(name: &EngineName, found: &Found) -> Result<Result<(Lobby, SegmentFi
     Ok(Ok((lobby, arena)))
 }
 
-/// Segments in the making: removed again when the start fails, as long as they are ours.
+/// Segments in the making. A drop (the start has failed) removes them again, as long as they are ours.
 pub(super) struct Unfinished {
     name: EngineName,
     held: Option<(SegmentFile, SegmentLock)>,
-    /// Has anything but the engine's file been made, or swept?
+    /// Whether anything but the engine's file has been made, or swept.
     sweeps: bool,
 }
 
 impl Unfinished {
-    /// The making begins: what lies under the name without an engine's file is swept.
+    /// Begins the making: sweeps what lies under the name without an engine's file.
     pub(super) fn begin(&mut self) -> Result<(), SetupError> {
         self.sweeps = true;
         let mut sweep = Sweep::default();
@@ -395,7 +403,7 @@ impl Unfinished {
         }
     }
 
-    /// Complete: nothing is removed.
+    /// The segments are complete: nothing is removed any more.
     pub(super) fn finish(mut self) -> (SegmentFile, SegmentLock) {
         match self.held.take() {
             Some(held) => held,

@@ -1,4 +1,4 @@
-//! With real segments in `/dev/shm`. Deaths of whole processes are in [`super::deaths`].
+//! Tests with real segments in `/dev/shm`. Deaths of whole processes are in [`super::deaths`].
 
 use super::takeover::Found;
 use super::*;
@@ -10,7 +10,7 @@ use kvring_shm_abi::sync::AtomicU32;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 
-/// A name of its own for a test, and a clean `/dev/shm` before and after it.
+/// A name for one test alone. `/dev/shm` is cleaned of it before and after the test.
 pub(super) struct Name(pub(super) EngineName);
 
 impl Name {
@@ -45,7 +45,7 @@ impl Name {
             .map(|segment| std::fs::metadata(self.path(&segment)).unwrap().ino())
     }
 
-    /// File names under this name.
+    /// The names of the files under this engine name.
     pub(super) fn files(&self) -> Vec<String> {
         let files = std::fs::read_dir(segment::SHM_DIR).unwrap();
         files
@@ -61,11 +61,11 @@ impl Drop for Name {
     }
 }
 
-/// As good as for ever.
+/// In effect, no limit.
 pub(super) const WAIT: Duration = Duration::from_secs(24 * 3600);
 const SHORT: Duration = Duration::from_millis(60);
 
-/// A mapped segment as a client has it.
+/// Maps the engine's segment as a client does.
 pub(super) fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
     let file = SegmentFile::open(&name.engine_segment(), Access::ReadOnly).unwrap();
     let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadOnly).unwrap());
@@ -107,7 +107,7 @@ fn a_second_engine_is_refused_while_the_first_lives() {
     let name = Name::new("second");
     let first = name.start().unwrap();
     let before = name.inodes();
-    // A living engine is not waited for: this would take a day.
+    // A start does not wait for a living engine: that would take a day.
     let error = name.start().err().unwrap();
     assert!(
         matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == std::process::id()),
@@ -144,7 +144,7 @@ fn a_start_after_a_death_takes_over_what_there_is() {
     assert!(view.life_words.iter().all(|word| matches!(word.life(), Life::Alive { .. })));
     assert_eq!(view.namespaces[3].rank_layout(5), Some((6, 7)));
     assert!(!view.superblock().is_retired() && !lobby.superblock().unwrap().is_retired());
-    // Asked for, or failed twice, it is a cold start all the same.
+    // If a cold start was asked for, or two recoveries have failed, the start is cold all the same.
     assert_eq!(view.info().recoveries.load(Ordering::Relaxed), 1);
     drop(second);
     drop(name.start().unwrap());
@@ -166,7 +166,7 @@ fn without_a_size_asked_for_a_predecessors_geometry_will_do() {
     assert_eq!((any.start(), any.geometry()), (&Start::Warm, geometry));
 }
 
-/// What cannot be taken over is swept where it is nobody's, and left alone where it is not ours to judge.
+/// A lobby or an arena that cannot be taken over is swept, unless it is not ours: then it is left alone.
 #[test]
 fn satellites_that_do_not_belong_make_a_cold_start() {
     let name = Name::new("satellites");
@@ -188,7 +188,7 @@ fn satellites_that_do_not_belong_make_a_cold_start() {
         ("another start's lobby", &|| {
             use std::os::unix::fs::FileExt;
             let file = std::fs::OpenOptions::new().write(true).open(path(name.0.lobby())).unwrap();
-            // The arena id: at offset 32 of every superblock.
+            // The arena id lies at offset 32 of every superblock.
             file.write_all_at(&[9; 8], 32).unwrap();
         }),
         ("memory taken from the arena", &|| {
@@ -227,10 +227,10 @@ fn a_cold_start_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
     let (old_lobby, old_inodes) = (first.lobby.clone(), name.inodes());
     let channel = name.0.client(3, 0xabc);
     drop(SegmentFile::create(&channel, 4096).unwrap());
-    // As the kernel leaves it: words marked, lock free, segments there.
+    // This leaves what the kernel leaves after a death: marked words, a free lock, all segments.
     drop(first);
     assert_eq!(old.life_words[OWNER_WORD].life(), Life::Dead);
-    // One sleeps on a word that a death does not change: only the successor's sweep can wake it.
+    // This sleeps on a word that a death does not change: only the successor's sweep can wake it.
     let sleeper = std::thread::spawn({
         let (view, _) = client_view(&name.0);
         move || sleep_on(view.epoch().incarnation_word(), &view)
@@ -249,7 +249,7 @@ fn a_cold_start_after_a_death_has_new_inodes_and_retires_and_wakes_the_old() {
     assert_eq!(name.files().len(), 3, "the stale channel is gone");
 }
 
-/// True when woken, rather than timed out, with the segment retired by then.
+/// Sleeps on `word`. True: it was woken, did not time out, and the segment was retired by then.
 fn sleep_on(word: &AtomicU32, view: &EngineSegment) -> bool {
     let deadline = Deadline::after(WAIT);
     let value = word.load(Ordering::Acquire);
@@ -287,14 +287,14 @@ fn other_geometries_and_other_builds_start_cold() {
     let larger = Setup { geometry: Geometry::new(8 << 20, 2 << 20).unwrap(), ..name.setup() };
     let segments = Segments::open(&larger).unwrap();
     assert_eq!(*segments.start(), Start::Cold(ColdStart::OtherGeometry { found: old }));
-    // Another ABI version: at offset 8 of every superblock.
+    // The ABI version lies at offset 8 of every superblock: here is another one.
     let view = segments.engine.clone();
     drop(segments);
     write_byte(&name, 8, 99);
     let segments = name.start().unwrap();
     assert_eq!(*segments.start(), Start::Cold(ColdStart::OtherBuild(Mismatch::AbiVersion(99))));
     assert!(view.superblock().is_retired(), "what all builds share is marked in theirs as well");
-    // While the other build's engine holds its lock, it is left alone.
+    // A start leaves an engine of another build alone while that holds its lock.
     write_byte(&name, 8, 98);
     let refused = Segments::open(&Setup { wait: SHORT, ..name.setup() }).err().unwrap();
     assert!(matches!(refused, SetupError::OtherBuild { .. }), "{refused}");
@@ -338,7 +338,7 @@ fn a_segment_that_others_may_read_is_refused_and_can_be_removed() {
         );
         mode(0o600).unwrap();
     }
-    // Nothing has been destroyed: what was there is taken over as if nothing had been tried.
+    // Nothing has been destroyed: the segments are taken over as if nothing had been tried.
     let warm = name.start().unwrap();
     assert_eq!((warm.start(), warm.engine.info().recoveries.load(Ordering::Relaxed)), (&Start::Warm, 1));
     drop(warm);

@@ -1,12 +1,12 @@
-//! Slabs that are being emptied for another class, over as many turns as it takes: meanwhile they are closed.
+//! Closing slabs while they are being emptied for another class, and opening them again.
 
 use core::ops::Range;
 
 use super::Slabs;
 
 impl Slabs {
-    /// These slabs of one group, each of which is free or in a span, are to be emptied: their spans give out no slot any
-    /// more, and what is free of them, or becomes so, is in no pool.
+    /// Closes slabs of one group, each of which is free or in a span, because they are to be emptied: their spans
+    /// give out no slot any more, and slabs of them that are free, or become free, are not in the pool.
     pub(in crate::cache) fn close(&mut self, slabs: Range<u32>) {
         debug_assert!(self.closed.is_empty());
         let mut at = slabs.start;
@@ -27,12 +27,12 @@ impl Slabs {
         self.closed = slabs;
     }
 
-    /// The slabs that are closed; none: an empty range.
+    /// The closed slabs; an empty range if there are none.
     pub(in crate::cache) fn closed(&self) -> Range<u32> {
         self.closed.clone()
     }
 
-    /// What is free of the closed slabs goes to the pool, and their spans give out slots again.
+    /// Opens the closed slabs: the free ones go to the pool, and spans that are left give out slots again.
     pub(in crate::cache) fn open(&mut self) {
         let slabs = std::mem::take(&mut self.closed);
         let mut at = slabs.start;

@@ -1,21 +1,21 @@
-//! Which slabs are free, and where enough of them lie in a row: found without a look at all of them.
+//! The free slabs, and where enough of them lie in a row: found without a look at all of them.
 
 use core::ops::Range;
 
 use crate::lazy::{Lazy, NoMemory};
 
-/// The slabs that are usable and in no span.
+/// The slabs that are usable, in no span and not closed.
 pub(super) struct Pool {
     /// One bit for each slab.
     bits: Lazy<u64>,
-    /// The longest run of free slabs in each group, the leaves of a binary tree from `leaves` on; each inner node has the
-    /// longer of its children's.
+    /// The length of the longest run of free slabs in each group, as the leaves (from `leaves` on) of a binary
+    /// tree; each inner node has the larger value of its two children.
     longest: Lazy<u32>,
     leaves: usize,
-    /// Slabs between two boundaries, which no run crosses.
+    /// How many slabs a group has. No run crosses the boundary between two groups.
     group: u32,
     count: u32,
-    /// Free slabs.
+    /// How many slabs are free.
     pub(super) len: u32,
 }
 
@@ -30,12 +30,12 @@ impl Pool {
         self.bits[slab as usize / 64] >> (slab % 64) & 1 == 1
     }
 
-    /// These slabs of one group, none of which is free, are.
+    /// Adds slabs of one group, none of which is in the pool.
     pub(super) fn put(&mut self, slabs: Range<u32>) {
         let group = slabs.start / self.group;
         self.len += slabs.end - slabs.start;
         slabs.clone().for_each(|slab| self.bits[slab as usize / 64] |= 1 << (slab % 64));
-        // Only the run that they are in has grown.
+        // Only the run that contains them has grown.
         let (first, end) = self.slabs_of(group);
         let mut run = slabs.end - slabs.start;
         run += (slabs.end..end).take_while(|slab| self.has(*slab)).count() as u32;
@@ -43,7 +43,7 @@ impl Pool {
         self.set_longest(group, run.max(self.longest[self.leaves + group as usize]));
     }
 
-    /// These slabs of one group, all of which are free, are so no longer.
+    /// Takes slabs of one group, all of which are in the pool.
     pub(super) fn take(&mut self, slabs: Range<u32>) {
         let group = slabs.start / self.group;
         self.len -= slabs.end - slabs.start;
@@ -52,7 +52,7 @@ impl Pool {
         self.set_longest(group, longest);
     }
 
-    /// The first run of `most` free slabs, else the longest of at least `least`.
+    /// The first run of `most` free slabs, or else the longest run of at least `least`.
     pub(super) fn find(&self, least: u32, most: u32) -> Option<Range<u32>> {
         let want = self.longest[1].min(most);
         if want < least.max(1) {

@@ -1,12 +1,12 @@
-//! Spans as an earlier life of the engine left them.
+//! Restoring spans as an earlier engine left them.
 
 use super::super::slot::Slots;
 use super::super::{PAGE_BYTES, SlotId, SlotTable};
 use super::Slabs;
 
 impl Slabs {
-    /// Makes a span that an earlier life had: its first slab, its length in slabs, its slot size. False: there is no such
-    /// span in this arena, or it overlaps another.
+    /// Makes a span that an earlier engine had, by its first slab, its length in slabs and its slot size. False:
+    /// this arena cannot have such a span, or it overlaps another one.
     pub(in crate::cache) fn restore_span(&mut self, head: u32, len: u32, slot_bytes: u64) -> bool {
         let group_end = (head - head % self.group).saturating_add(self.group).min(self.count);
         let is_inside = len > 0 && head.checked_add(len).is_some_and(|end| end <= group_end);
@@ -21,8 +21,8 @@ impl Slabs {
         true
     }
 
-    /// Takes the slot of a restored span that an earlier life left in use. False: no span has this slot at `offset` for
-    /// shards of `length` bytes, or a later one was restored before.
+    /// Takes a slot of a restored span that was in use. Slots must come in ascending order. False: no span has this
+    /// slot at `offset` for a shard of `length` bytes, or a later slot was restored before.
     pub(in crate::cache) fn restore<T: SlotTable>(
         &mut self,
         slot: SlotId,
@@ -38,7 +38,7 @@ impl Slabs {
         if !is_size || i >= span.slots || i < span.fresh || self.offset(slot) != offset {
             return false;
         }
-        // Those that are skipped were free.
+        // The slots in between were free.
         for i in span.fresh..i {
             let skipped = self.first_slot(head) + i;
             let free = std::mem::replace(&mut self.spans[head as usize].free, skipped + 1);
@@ -57,7 +57,7 @@ impl Slabs {
         true
     }
 
-    /// Gives back the restored spans in which nothing was in use.
+    /// Gives back the restored spans of which no slot was in use.
     pub(in crate::cache) fn release_unused<T: SlotTable>(&mut self, table: &mut T) {
         for head in 0..self.count {
             if self.head_of_slab(head) == Some(head) && self.span(head).used == 0 {
