@@ -1,5 +1,5 @@
 """Tests `tests/run` itself, with a stand-in for cargo that fails where a test asks for it: the sections `format` and `lints` need
-nothing else."""
+nothing else. And whether all say the same of the oldest Rust that is supported."""
 
 import os
 import re
@@ -98,6 +98,16 @@ class Run(unittest.TestCase):
         self.assertEqual(run.returncode, 1, run)
         self.assertIn("still running", run.stderr)
         self.assertEqual(re.findall(r"^   (\S+) .* FAILED$", self.summary(run), re.MULTILINE), ["leftovers"])
+
+
+class OldestRust(unittest.TestCase):
+    def test_every_crate_and_the_readme_name_the_one_in_cargo_toml(self) -> None:
+        cargo = (ROOT / "Cargo.toml").read_text()
+        [oldest] = re.findall(r'^rust-version = "(.*)"$', cargo, re.MULTILINE)
+        [members] = re.findall(r"^members = \[(.*)\]$", cargo, re.MULTILINE)
+        for member in re.findall(r'"(.*?)"', members):
+            self.assertIn("\nrust-version.workspace = true\n", (ROOT / member / "Cargo.toml").read_text(), member)
+        self.assertIn(f"Rust ({oldest} or later)", (ROOT / "README.md").read_text())
 
 
 if __name__ == "__main__":
