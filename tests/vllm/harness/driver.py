@@ -166,6 +166,8 @@ class Harness:
         self.plug = plug
         self.last_was_empty = False
         self.standstill = 0
+        self.half_reset = False
+        """The connector was reset and vLLM was not: what is stored from then on is forgotten when vLLM is, too."""
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -221,10 +223,11 @@ class Harness:
             running = False
         self.ledger.note(f"reset running={running} connector={connector}")
         self.ledger.count("resets")
-        if connector:
+        done = self.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=connector)
+        if connector or (done and self.half_reset):
             self.ledger.forget_stored()
             self.calls.cache_was_reset()
-        self.scheduler.reset_prefix_cache(reset_running_requests=running, reset_connector=connector)
+        self.half_reset = not done and (connector or self.half_reset)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
