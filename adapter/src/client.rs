@@ -3,193 +3,22 @@
 //! The caller's threads never attach, register or clean up: that is the keeper's. They take the current attachment
 //! (an `Arc`), use it, and get a typed error when it is gone.
 
-use crate::attachment::{AttachError, Attachment};
-use crate::counters::{ClientStats, Counters};
-use crate::dma::Dma;
-use crate::error::{CallError, RegisterError};
+use crate::attachment::Attachment;
+use crate::counters::ClientStats;
+use crate::engine_view::EngineView;
+use crate::error::{AttachError, CallError, RegisterError};
 use crate::fork::ForkGuard;
 use crate::health::Health;
 use crate::keeper;
-use crate::leases::Leases;
-use crate::ledger::Ledger;
 use crate::link::Link;
-use crate::options::{Checked, ClientOptions, ConfigError};
-use kvring_shm_abi::futex::{Deadline, wait_any, wake_all};
+use crate::options::{ClientOptions, ConfigError};
+use crate::shared::{Outcome, Registered, Shared};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Registration, Request};
-use kvring_shm_abi::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use kvring_shm_abi::sync::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// A registration that the keeper repeats after every restart.
-pub(crate) struct Registered {
-    pub(crate) record: Registration,
-    pub(crate) outcome: Mutex<Option<Outcome>>,
-}
-
-/// What an engine said to a registration.
-#[derive(Clone)]
-pub(crate) struct Outcome {
-    /// The attachment through which it was made.
-    pub(crate) nonce: u64,
-    pub(crate) arena_id: [u64; 2],
-    /// The namespace's id.
-    pub(crate) namespace: Result<u32, RegisterError>,
-}
-
-/// How things stand.
-pub(crate) struct Current {
-    /// Healthy: as far as the keeper knows, and as the attachment itself says.
-    health: Health,
-    /// There is one while `health` is healthy, and also while its engine is gone, as long as nobody has taken its arena
-    /// away: what has been looked up can still be loaded.
-    attachment: Option<Arc<Attachment>>,
-}
-
-impl Current {
-    /// The attachment, if its engine was fit when the keeper last looked.
-    fn attached(&self) -> Result<&Arc<Attachment>, Health> {
-        match &self.attachment {
-            Some(attachment) if self.health.is_healthy() => Ok(attachment),
-            _ => Err(self.health.clone()),
-        }
-    }
-
-    fn health(&self) -> Health {
-        self.attached().map_or_else(|health| health, |attachment| attachment.link.health())
-    }
-}
-
-/// State that the caller's threads share with the keeper.
-pub(crate) struct Shared {
-    pub(crate) checked: Checked,
-    pub(crate) role: Role,
-    pub(crate) fork: ForkGuard,
-    /// Counts attachments: an adapter that holds an older one takes the new one.
-    pub(crate) generation: AtomicU64,
-    current: Mutex<Current>,
-    /// Notified when `current` or a registration's outcome changes.
-    changed: Condvar,
-    pub(crate) registrations: Mutex<Vec<Arc<Registered>>>,
-    /// Slots that were granted and are not settled.
-    pub(crate) ledger: Arc<Ledger>,
-    /// What is pinned for us.
-    pub(crate) leases: Leases,
-    pub(crate) counters: Counters,
-    dma: Mutex<Dma>,
-    /// The last session id given out: the engine knows leases by client and session, whichever adapter made them.
-    sessions: AtomicU64,
-    /// The keeper's futex: bumped when it should look around.
-    pub(crate) control: AtomicU32,
-    pub(crate) stop: AtomicBool,
-}
-
-impl Registered {
-    /// What the attachment of this nonce, which is healthy, is to whoever needs this registration.
-    pub(crate) fn health(&self, nonce: u64) -> Health {
-        match self.outcome().as_ref() {
-            Some(outcome) if outcome.nonce == nonce => match &outcome.namespace {
-                Ok(_) => Health::Healthy,
-                Err(refused) => Health::Refused(refused.to_string()),
-            },
-            _ => Health::Attaching,
-        }
-    }
-
-    pub(crate) fn outcome(&self) -> MutexGuard<'_, Option<Outcome>> {
-        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Shared {
-    pub(crate) fn current(&self) -> MutexGuard<'_, Current> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn dma(&self) -> MutexGuard<'_, Dma> {
-        self.dma.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Keeper: a new attachment stands.
-    pub(crate) fn set_attached(&self, attachment: Arc<Attachment>) {
-        self.set_current(Health::Healthy, Some(attachment));
-    }
-
-    /// Keeper: the engine is gone for now; its arena is still there.
-    pub(crate) fn set_suspended(&self, health: Health) {
-        let attachment = self.current().attachment.clone();
-        self.set_current(health, attachment);
-    }
-
-    /// Keeper: there is no attachment, for this reason.
-    pub(crate) fn set_detached(&self, health: Health) {
-        self.set_current(health, None);
-    }
-
-    /// Logs the transition, and counts it, once.
-    fn set_current(&self, health: Health, attachment: Option<Arc<Attachment>>) {
-        let mut current = self.current();
-        let before = core::mem::replace(&mut *current, Current { health: health.clone(), attachment });
-        // SYNC POINT: Release; pairs with the Acquire in `Probe::refresh`.
-        self.generation.fetch_add(1, Ordering::Release);
-        drop(current);
-        self.changed.notify_all();
-        let was = before.health.clone();
-        // The last holder unmaps; not under the lock.
-        drop(before);
-        if was != health {
-            self.changed_to(&health);
-        }
-    }
-
-    /// Counts a transition, and tells the log of it, in words for who runs vLLM: nothing else there says how the engine is.
-    pub(crate) fn changed_to(&self, health: &Health) {
-        self.counters.transition(health);
-        let (engine, role) = (&self.checked.options.engine, self.role.as_str());
-        match health {
-            Health::Healthy => tracing::info!(%engine, role, "connected to the kvring engine"),
-            Health::ShutDown => tracing::debug!(%engine, role, "client shut down"),
-            _ => {
-                let reason = health.explain(engine);
-                tracing::warn!(%engine, role, %reason, "the kvring engine is not available; going on without it");
-            }
-        }
-    }
-
-    /// How it stands, without an attachment's own view.
-    pub(crate) fn is_health(&self, health: &Health) -> bool {
-        self.current().health == *health
-    }
-
-    /// A session id that no other session of this client has.
-    pub(crate) fn next_session(&self) -> u64 {
-        // Relaxed: only the number matters.
-        self.sessions.fetch_add(1, Ordering::Relaxed) + 1
-    }
-
-    pub(crate) fn registrations(&self) -> Vec<Arc<Registered>> {
-        self.registrations.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn notify_changed(&self) {
-        // The lock orders this with a waiter that is about to wait.
-        drop(self.current());
-        self.changed.notify_all();
-    }
-
-    /// Makes the keeper look around.
-    pub(crate) fn poke(&self) {
-        // Release; pairs with the keeper's Acquire load of the word before it looks.
-        self.control.fetch_add(1, Ordering::Release);
-        wake_all(&self.control);
-    }
-
-    /// Keeper: sleeps until poked or until `deadline`.
-    pub(crate) fn wait_for_poke(&self, seen: u32, deadline: Deadline) {
-        wait_any(&[(&self.control, seen)], deadline);
-    }
-}
 
 /// One attachment to an engine, in one role: attaches, notices death and restart, and attaches again, by itself.
 ///
@@ -203,22 +32,7 @@ pub struct Client {
 impl Client {
     /// Starts a client. Only wrong options are an error.
     pub fn new(role: Role, options: ClientOptions) -> Result<Arc<Client>, ConfigError> {
-        let shared = Arc::new(Shared {
-            checked: options.check()?,
-            role,
-            fork: ForkGuard::new(),
-            generation: AtomicU64::new(0),
-            current: Mutex::new(Current { health: Health::Attaching, attachment: None }),
-            changed: Condvar::new(),
-            registrations: Mutex::new(Vec::new()),
-            ledger: Arc::default(),
-            leases: Leases::default(),
-            counters: Counters::default(),
-            dma: Mutex::default(),
-            sessions: AtomicU64::new(0),
-            control: AtomicU32::new(0),
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(Shared::new(role, options.check()?));
         let keeper = keeper::spawn(shared.clone()).map_err(|e| ConfigError::Thread(e.to_string()))?;
         Ok(Arc::new(Client { shared, keeper: Mutex::new(Some(keeper)) }))
     }
@@ -299,8 +113,7 @@ impl Client {
             if left.is_zero() {
                 return Err(if health.is_healthy() { Health::Attaching } else { health });
             }
-            current =
-                self.shared.changed.wait_timeout(current, left).unwrap_or_else(PoisonError::into_inner).0;
+            current = self.shared.wait_for_change(current, left);
         }
     }
 
@@ -406,8 +219,7 @@ impl Client {
             if left.is_zero() || !self.shared.fork.is_ours() {
                 return Ok(None);
             }
-            current =
-                self.shared.changed.wait_timeout(current, left).unwrap_or_else(PoisonError::into_inner).0;
+            current = self.shared.wait_for_change(current, left);
         }
     }
 
@@ -450,7 +262,7 @@ impl Client {
 
     /// Why the last attempt to attach failed, as `attach` sees it now: for tools that want to say more than a state.
     pub fn diagnose(&self) -> Option<AttachError> {
-        match crate::attachment::EngineView::open(&self.shared.checked.name) {
+        match EngineView::open(&self.shared.checked.name) {
             Err(error) => Some(error),
             Ok(view) if !view.owner_lives() => view.end(&self.shared.checked.name),
             Ok(_) => None,

@@ -1,6 +1,6 @@
 //! What the engine is to know of a client for which devices write: see `kvring_shm_abi::lobby` and the engine's `linger`.
 
-use crate::attachment::open_lobby_file;
+use crate::engine_view::open_lobby_file;
 use kvring_shm_abi::lobby::{DmaOwner, Lobby, dma_lock_at};
 use kvring_shm_abi::mapping::Mapping;
 use kvring_shm_abi::process::ProcessIdentity;

@@ -1,7 +1,135 @@
-//! What a call into the adapter can come to.
+//! What an attempt to attach, and a call into the adapter, can come to.
 
 use crate::health::Health;
+use kvring_shm_abi::channel::ChannelError;
+use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::lobby::CLIENTS_MAX;
+use kvring_shm_abi::mapping::OutOfBounds;
 use kvring_shm_abi::message::Disagreement;
+use kvring_shm_abi::segment::SegmentError;
+use kvring_shm_abi::superblock::Mismatch;
+use std::time::Duration;
+
+/// Why an attempt to attach did not succeed. The keeper tries again after all of them.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No engine of that name.
+    #[error("no kvring engine named {0} runs here; start one with `kvring serve --name {0}`")]
+    NoEngine(String),
+    /// Its segments are there, but their owner is dead.
+    #[error("the kvring engine named {0} has died; start it again with `kvring serve --name {0}`")]
+    Dead(String),
+    /// The same, but it was asked to stop (`kvring serve --keep`).
+    #[error(
+        "the kvring engine named {0} was stopped, and has kept what it held; start it again with `kvring serve --name {0}`"
+    )]
+    Stopped(String),
+    /// It is not ready yet.
+    #[error("the kvring engine is starting, and takes over what it held before (incarnation {0})")]
+    Recovering(u32),
+    /// It found its own invariants broken.
+    #[error(
+        "the kvring engine named {0} found an error in its own tables and stopped serving; see its log, and restart it"
+    )]
+    Unhealthy(String),
+    /// It was restarted while we attached.
+    #[error("the kvring engine was restarted during the attempt")]
+    Restarted,
+    /// Another release or build, or half-created.
+    #[error("segment {segment}: {mismatch}")]
+    Mismatch {
+        /// Which segment.
+        segment: String,
+        /// What differs.
+        mismatch: Mismatch,
+    },
+    /// The arena that we hold a claim on is not this name's any more: the engine was started anew, or removed.
+    #[error("the kvring engine named {0} was started anew, or removed")]
+    AnotherStart(String),
+    /// Two segments of different cold starts: a restart was half-way. Mends itself.
+    #[error("segment {0} belongs to another start of the kvring engine")]
+    OtherArena(String),
+    /// All entries are taken.
+    #[error(
+        "the kvring engine's client table is full: all {CLIENTS_MAX} entries are taken; `kvring status` lists them"
+    )]
+    TableFull,
+    /// The engine did not answer in time.
+    #[error("the kvring engine did not answer within {} ms", .0.as_millis())]
+    TimedOut(Duration),
+    /// The client is being shut down.
+    #[error("the client is being shut down")]
+    Cancelled,
+    /// Somebody has written into the word that makes the entry ours. Mends itself, with another entry.
+    #[error("the claim on entry {0} was overwritten by another process")]
+    ClaimLost(usize),
+    /// The engine refused.
+    #[error("the kvring engine refused the connection: {}", .0.as_str())]
+    Refused(AttachStatus),
+    /// A segment could not be opened.
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    /// A segment is shorter than its own geometry says.
+    #[error(transparent)]
+    Bounds(#[from] OutOfBounds),
+    /// The channel could not be made.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    /// The kernel has no randomness, or refuses a file lock.
+    #[error("{what}: {error}")]
+    System {
+        /// The call.
+        what: &'static str,
+        /// What it said.
+        error: std::io::Error,
+    },
+}
+
+impl AttachError {
+    /// The health that this amounts to.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        match self {
+            AttachError::NoEngine(_) => Health::Absent,
+            AttachError::Dead(_) | AttachError::Stopped(_) => Health::Dead,
+            AttachError::Recovering(_) => Health::Recovering,
+            AttachError::Unhealthy(_) => Health::Unhealthy,
+            AttachError::Mismatch { mismatch: Mismatch::Incomplete, .. }
+            | AttachError::Restarted
+            | AttachError::AnotherStart(_)
+            | AttachError::ClaimLost(_)
+            | AttachError::OtherArena(_) => Health::Attaching,
+            AttachError::TimedOut(_) => Health::Stalled,
+            AttachError::Cancelled => Health::ShutDown,
+            AttachError::Mismatch { .. } => Health::Incompatible(self.to_string()),
+            other => Health::Refused(other.to_string()),
+        }
+    }
+
+    /// Is there no room for a channel at the moment?
+    pub(crate) fn is_no_room(&self) -> bool {
+        matches!(self, AttachError::Channel(ChannelError::Segment(SegmentError::NoSpace { .. })))
+    }
+
+    /// Is the claim of no further use? Else the same one is tried again: with the next engine, or the next moment.
+    pub(crate) fn ends_claim(&self) -> bool {
+        match self {
+            AttachError::Dead(_)
+            | AttachError::Stopped(_)
+            // What it holds is not believed, but can be loaded: each load is checked. Its successor starts cold.
+            | AttachError::Unhealthy(_)
+            | AttachError::Recovering(_)
+            | AttachError::Restarted
+            | AttachError::TimedOut(_)
+            | AttachError::Refused(AttachStatus::Stale)
+            | AttachError::System { .. } => false,
+            // No room for a channel, or no descriptor, at the moment.
+            AttachError::Channel(_) => false,
+            AttachError::Segment(SegmentError::Os { .. } | SegmentError::Crate { .. }) => false,
+            _ => true,
+        }
+    }
+}
 
 /// Why a call did not do what was asked. None of these is fatal to the caller: every one has a degraded answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

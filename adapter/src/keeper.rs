@@ -14,12 +14,12 @@
 //!    ╰───────┴── another arena, or thrown out: copies end, all is given up┴─▶ stop
 //! ```
 
-use crate::attachment::{AttachError, Attachment, Claim, attach};
-use crate::client::{Outcome, Shared};
-use crate::error::{CallError, RegisterError};
+use crate::attachment::{Attachment, Attempt, Claim, attach};
+use crate::error::{AttachError, CallError, RegisterError};
 use crate::health::Health;
 use crate::link::Undo;
 use crate::rejoin;
+use crate::shared::{Outcome, Shared};
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, monotonic_ns, wait_any_sliced};
@@ -63,6 +63,15 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
 
 fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
     let mut backoff = shared.checked.options.backoff_min;
+    let attempt = Attempt {
+        checked: &shared.checked,
+        role: shared.role,
+        fork: shared.fork,
+        dma: &shared.dma,
+        control: &shared.control,
+        stop: &shared.stop,
+        on_stall: &|| shared.set_suspended(Health::Stalled),
+    };
     loop {
         let seen = shared.control.load(Ordering::Acquire);
         if shared.stop.load(Ordering::Acquire) {
@@ -72,7 +81,7 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
         let incarnation = held.as_ref().map(|claim| claim.incarnation().1);
         // Whoever was attached under this claim is expected to declare, also where it did not come to anything then.
         let rejoins = held.as_ref().is_some_and(|claim| claim.used);
-        match attach(shared, held) {
+        match attach(&attempt, held) {
             Ok(attachment) => {
                 let attachment = Arc::new(attachment);
                 let why = match enter(shared, &attachment, rejoins) {

@@ -5,9 +5,9 @@
 //! engine that the keeper has already taken stock for a successor of is not accepted: nothing holds what it found.
 //! What is released while the keeper names leases to a new engine is released there, afterwards.
 
+use crate::at::At;
+use crate::hit::Found;
 use crate::link::Link;
-use crate::rejoin::At;
-use crate::sessions::{Asking, Found};
 use kvring_shm_abi::message::Request;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -23,6 +23,16 @@ pub(crate) struct Lease {
     pub(crate) namespace: u32,
     /// What the lookup found.
     pub(crate) found: Arc<Found>,
+    /// How many of its chunks are still wanted.
+    pub(crate) keep: u32,
+}
+
+/// A lookup that may have a lease.
+#[derive(Clone, Copy)]
+pub(crate) struct Asking {
+    pub(crate) admission: u32,
+    /// The attachment through which it was asked.
+    pub(crate) nonce: u64,
     /// How many of its chunks are still wanted.
     pub(crate) keep: u32,
 }

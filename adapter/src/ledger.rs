@@ -11,25 +11,13 @@
 //! What the mover decides meanwhile (a copy has ended, or is given up) is a *duty*, which the keeper does when the new
 //! attachment stands.
 
+use crate::at::At;
+use crate::batch::{BatchId, Settled};
 use crate::link::Link;
-use crate::rejoin::At;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::SlotRecord;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-
-/// Names a batch of granted slots.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct BatchId(u64);
-
-/// What became of a batch's commit, in shards.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Settled {
-    /// Committed, now or before.
-    pub(crate) done: u32,
-    /// No longer wanted: their round had failed, or was replaced.
-    pub(crate) gone: u32,
-}
 
 enum Duty {
     /// A copy may be running.
@@ -77,8 +65,11 @@ impl Default for Ledger {
 }
 
 impl Ledger {
+    /// The state, with all that the engine has said about commits that nobody waits for.
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.take_late_answers();
+        state
     }
 
     /// Mover: these slots were granted through `link`. `None`: too late, they are not ours; nothing may be written there.
@@ -139,13 +130,7 @@ impl Ledger {
 
     /// The engine has answered the batch's commit.
     pub(crate) fn settle(&self, id: BatchId, outcome: Settled) {
-        let mut state = self.state();
-        let Some(batch) = state.batches.get_mut(&id) else { return };
-        if batch.left {
-            state.batches.remove(&id);
-        } else {
-            batch.duty = Duty::Settled(outcome);
-        }
+        self.state().settle(id, outcome);
     }
 
     /// Mover: it has seen the answer itself.
@@ -234,10 +219,30 @@ impl Ledger {
     }
 }
 
+impl State {
+    fn take_late_answers(&mut self) {
+        if let At::Attached(link) = &self.at {
+            for (id, outcome) in link.take_settled() {
+                self.settle(id, outcome);
+            }
+        }
+    }
+
+    fn settle(&mut self, id: BatchId, outcome: Settled) {
+        let Some(batch) = self.batches.get_mut(&id) else { return };
+        if batch.left {
+            self.batches.remove(&id);
+        } else {
+            batch.duty = Duty::Settled(outcome);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::link::tests::pair;
+    use kvring_shm_abi::message::Status;
 
     fn records(slot: u64) -> Vec<SlotRecord> {
         vec![SlotRecord { slot, generation: 1, key: [slot, 0], checksum: 0 }]
@@ -285,6 +290,23 @@ mod tests {
         // Stock is taken between the answer and its waiter's look at it.
         assert!(ledger.begin_declaring().is_empty());
         assert_eq!(ledger.take_settled(writes), Some(Settled { done: 1, gone: 0 }));
+    }
+
+    #[test]
+    fn a_commit_that_is_answered_when_nobody_waits_is_settled() {
+        let ledger = Ledger::default();
+        let ((link, mut engine), (new, _new_engine)) = (pair("late-commit"), pair("late-commit-new"));
+        ledger.attached(&link);
+        let batch = ledger.hold(&link, records(1)).unwrap();
+        let (through, sent) = ledger.commit(batch, &[77]).unwrap();
+        drop(through.commit(batch, &sent).unwrap());
+        assert_eq!(ledger.take_settled(batch), None, "not answered yet");
+        let (operation, _) = engine.next().unwrap();
+        engine.complete(operation, Status::Ok, [1, 0, 0, 0]);
+        link.tend();
+        assert!(ledger.begin_declaring().is_empty(), "the next engine need not know of it");
+        ledger.attached(&new);
+        assert_eq!(ledger.take_settled(batch), Some(Settled { done: 1, gone: 0 }));
     }
 
     #[test]

@@ -4,14 +4,18 @@
 //! Every call returns by its deadline, whatever the engine does.
 
 mod arena;
+mod at;
 mod attachment;
+mod batch;
 mod client;
 mod counters;
 mod dma;
+mod engine_view;
 mod error;
 mod fork;
 mod gate;
 mod health;
+mod hit;
 mod keeper;
 mod leases;
 mod ledger;
@@ -20,22 +24,24 @@ mod options;
 mod rejoin;
 mod scheduler;
 mod sessions;
+mod shared;
 mod stand_ins;
 mod status;
 mod worker;
 
-pub use attachment::{AttachError, EngineView};
 pub use client::{Client, Probe};
 pub use counters::ClientStats;
-pub use error::{CallError, RegisterError};
+pub use engine_view::EngineView;
+pub use error::{AttachError, CallError, RegisterError};
 pub use health::Health;
+pub use hit::Hit;
 pub use kvring_gpu_kernels::Digest;
 pub use kvring_shm_abi::engine_segment::ShardHandle;
 pub use kvring_shm_abi::lobby::Role;
 pub use kvring_shm_abi::message::{KEYS_MAX, Key, Round};
 pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
 pub use scheduler::{Adapter, PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
-pub use sessions::{Hit, Lookup, LookupStats};
+pub use sessions::{Lookup, LookupStats};
 pub use worker::{
     BlockError, Checksum, ComputeStream, CopyError, CopyMode, Drops, Finished, JobId, Jobs, KvGroup, LOST,
     LayoutError, LoadChunk, LoadFailures, LoadReport, Memory, PagedKv, Plane, SKIP, StoreChunk, StoreReport,

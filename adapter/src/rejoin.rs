@@ -3,11 +3,11 @@
 //! Repeatable: it is done again, from the start, after anything that went wrong, with this engine or the next.
 
 use crate::attachment::Attachment;
-use crate::client::Shared;
+use crate::batch::{BatchId, Settled};
 use crate::error::CallError;
 use crate::leases::Lease;
-use crate::ledger::{BatchId, Settled};
-use crate::link::{Answer, Link, Undo, slot_words, write_slots};
+use crate::link::{Link, Undo, slot_words, write_slots};
+use crate::shared::Shared;
 use crate::status;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::lobby::Role;
@@ -17,23 +17,6 @@ use std::time::Duration;
 
 /// Slots in one message.
 const SLOTS_PER_MESSAGE: usize = 512;
-
-/// Which engine knows of what is held (in the ledger, among the leases).
-pub(crate) enum At {
-    /// None knows of any of it.
-    Nowhere,
-    /// The keeper names it to a new one.
-    Declaring,
-    /// The one behind this link, through which everything goes. It may be dead.
-    Attached(Arc<Link>),
-}
-
-impl At {
-    /// Is it the engine behind this link?
-    pub(crate) fn is(&self, link: &Arc<Link>) -> bool {
-        matches!(self, At::Attached(at) if Arc::ptr_eq(at, link))
-    }
-}
 
 /// Lets go of the old channel, before there is a new one. Late answers are not waited for any longer.
 pub(crate) fn let_go(shared: &Shared) {
@@ -145,17 +128,10 @@ fn commit(
     records: &[SlotRecord],
 ) -> Result<(), CallError> {
     let answer = link.commit(batch, records)?.0.wait(shared.checked.options.operation_timeout)?;
-    let settled = committed(&answer)?;
+    status::check(&answer.completion)?;
+    let settled = Settled::by(&answer.completion);
     shared.counters.late_commits.add(settled.done.into());
     shared.counters.late_commits_gone.add(settled.gone.into());
     shared.ledger.settle(batch, settled);
     Ok(())
-}
-
-/// What a commit's answer says, in sum.
-pub(crate) fn committed(answer: &Answer) -> Result<Settled, CallError> {
-    status::check(&answer.completion)?;
-    let [done, gone, ..] = answer.completion.results;
-    let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
-    Ok(Settled { done: number(done), gone: number(gone) })
 }

@@ -3,7 +3,8 @@
 use crate::client::Client;
 use crate::error::CallError;
 use crate::health::Health;
-use crate::sessions::{Asked, Hit, Lookup, LookupStats, Sessions, State};
+use crate::hit::Hit;
+use crate::sessions::{Asked, Lookup, LookupStats, Sessions, State};
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::message::Key;
 use std::sync::Arc;

@@ -5,69 +5,14 @@
 
 use crate::client::{Client, Probe};
 use crate::error::CallError;
-use crate::leases::Lease;
+use crate::hit::{Found, Hit};
+use crate::leases::{Asking, Lease};
 use crate::link::{Answer, Link, Pending, Undo};
-use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::futex::Deadline;
-use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, LeaseRecord, Record, Records, Request, ShardAnswer};
+use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, Record, Records, Request, ShardAnswer};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// What a lookup found: the longest visible prefix, pinned for this request and admission.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Hit {
-    /// Chunks found, from the first key on; 0 also where the engine could not be asked.
-    pub chunks: u32,
-    /// Ranks of the namespace.
-    pub world: u32,
-    /// Which arena the shards are in: a worker that maps another one refuses them.
-    pub arena_id: [u64; 2],
-    /// Where they are; nothing where nothing was found.
-    found: Option<Arc<Found>>,
-}
-
-/// The chunks of a hit.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// Chunk-major, rank-minor.
-    shards: Vec<ShardAnswer>,
-    pub(crate) keys: Vec<Key>,
-}
-
-impl Found {
-    /// What names a chunk to an engine that knows nothing of this lookup.
-    pub(crate) fn record(&self, chunk: usize) -> LeaseRecord {
-        let world = self.shards.len() / self.keys.len().max(1);
-        LeaseRecord { key: self.keys[chunk], shard: self.shards[chunk * world] }
-    }
-}
-
-impl Hit {
-    pub(crate) const fn nothing() -> Hit {
-        Hit { chunks: 0, world: 0, arena_id: [0; 2], found: None }
-    }
-
-    /// What rank `rank` loads, one handle per chunk: to be sent with the scheduler's metadata. Empty for a rank that
-    /// does not exist.
-    pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
-        let world = self.world.max(1) as usize;
-        let (keys, shards): (&[Key], &[ShardAnswer]) = match &self.found {
-            Some(found) if rank < self.world => (&found.keys, &found.shards),
-            _ => (&[], &[]),
-        };
-        keys.iter().enumerate().map(move |(chunk, key)| {
-            let shard = &shards[chunk * world + rank as usize];
-            ShardHandle {
-                arena_id: self.arena_id,
-                slot: shard.slot(),
-                generation: shard.generation,
-                offset: shard.offset(),
-                key: *key,
-            }
-        })
-    }
-}
 
 /// The answer to `check_lookup`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,16 +81,6 @@ pub(crate) struct Session {
     pub(crate) state: State,
     /// Lookups that were asked, and may have leases.
     leases: Vec<Asking>,
-}
-
-/// A lookup that may have a lease.
-#[derive(Clone, Copy)]
-pub(crate) struct Asking {
-    pub(crate) admission: u32,
-    /// The attachment through which it was asked.
-    pub(crate) nonce: u64,
-    /// How many of its chunks are still wanted.
-    keep: u32,
 }
 
 pub(crate) struct Sessions {

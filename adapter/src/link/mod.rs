@@ -13,10 +13,10 @@ mod wait;
 
 pub(crate) use pending::{Answer, Pending};
 
+use crate::batch::{BatchId, Settled};
 use crate::error::CallError;
 use crate::fork::ForkGuard;
 use crate::health::{Health, StallClock};
-use crate::ledger::{BatchId, Ledger};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, LIFE_WORDS_AT};
@@ -63,6 +63,8 @@ struct Inner {
     completions: Consumer,
     operations: Operations,
     outbox: VecDeque<Deferred>,
+    /// Commits that were answered when nobody waited for them any more: the ledger takes them from here.
+    settled: Vec<(BatchId, Settled)>,
 }
 
 /// One attachment's channel, shared by the threads of this process.
@@ -75,7 +77,6 @@ pub(crate) struct Link {
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
-    ledger: Arc<Ledger>,
     spin: Duration,
     /// In which process it was made: no other has its memory.
     fork: ForkGuard,
@@ -95,7 +96,6 @@ pub(crate) struct LinkParts {
     pub(crate) engine: EngineSegment,
     /// The engine's file, where a file lock tells of its death.
     pub(crate) lock: Option<Arc<SegmentFile>>,
-    pub(crate) ledger: Arc<Ledger>,
     pub(crate) entry: usize,
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
@@ -122,9 +122,9 @@ impl Link {
                 completions: Consumer::new(parts.channel.completions.clone()),
                 operations: Operations::new(parts.channel.payload.len()),
                 outbox: VecDeque::new(),
+                settled: Vec::new(),
             }),
             stall: StallClock::new(parts.stall_after, beat),
-            ledger: parts.ledger,
             channel: parts.channel,
             lobby: parts.lobby,
             engine: parts.engine,
@@ -287,6 +287,11 @@ impl Link {
             },
         )?;
         Ok((pending, answer))
+    }
+
+    /// What became of commits for whose answers nobody has waited, since this was last asked.
+    pub(crate) fn take_settled(&self) -> Vec<(BatchId, Settled)> {
+        core::mem::take(&mut self.lock().settled)
     }
 
     /// Puts one request into the ring. The doorbell is the caller's.

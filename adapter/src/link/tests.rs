@@ -48,7 +48,6 @@ pub(crate) fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
         lobby: Lobby::new(Arc::new(Mapping::private(LOBBY_BYTES))).unwrap(),
         engine,
         lock: None,
-        ledger: Arc::default(),
         entry: ENTRY,
         incarnation,
         nonce: NONCE,
@@ -66,7 +65,7 @@ impl FakeEngine {
         Some((operation, request))
     }
 
-    fn complete(&mut self, operation: u16, status: Status, results: [u64; 4]) {
+    pub(crate) fn complete(&mut self, operation: u16, status: Status, results: [u64; 4]) {
         let ident = Ident { incarnation: self.incarnation, nonce: NONCE as u32 };
         self.completions.push(&Completion { operation, ident, status, results }.encode());
     }

@@ -4,9 +4,9 @@
 
 use super::operations::{Delivered, Done};
 use super::{Deferred, Inner, Link, Undo};
+use crate::batch::Settled;
 use crate::error::CallError;
 use crate::health::Health;
-use crate::ledger::Settled;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::message::{
@@ -107,11 +107,7 @@ impl Link {
         }
         match undo {
             Undo::Nothing => {}
-            Undo::Settle { batch } => {
-                let [done, gone, ..] =
-                    completion.results.map(|value| u32::try_from(value).unwrap_or(u32::MAX));
-                self.ledger.settle(batch, Settled { done, gone });
-            }
+            Undo::Settle { batch } => inner.settled.push((batch, Settled::by(completion))),
             Undo::ReleaseLease { session, admission } => {
                 if completion.results[0] > 0 {
                     let release = Request::Release { session, admission, keep: 0 };

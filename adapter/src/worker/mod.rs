@@ -15,10 +15,11 @@ pub use kvring_gpu_kernels::{
 };
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
-use crate::client::{Client, Probe, Registered};
+use crate::client::{Client, Probe};
 use crate::error::RegisterError;
 use crate::health::Health;
 use crate::options::usable_cpus;
+use crate::shared::Registered;
 use job::{Job, Work};
 use kvring_gpu_kernels::{CopyBackend, CpuBackend, CudaBackend, GpuOptions};
 use kvring_shm_abi::engine_segment::RANKS_MAX;

@@ -1,0 +1,24 @@
+//! A batch of slots that one reservation was granted: its name, and what became of its commit.
+
+use kvring_shm_abi::message::Completion;
+
+/// Names a batch of granted slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct BatchId(pub(crate) u64);
+
+/// What became of a batch's commit, in shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Settled {
+    /// Committed, now or before.
+    pub(crate) done: u32,
+    /// No longer wanted: their round had failed, or was replaced.
+    pub(crate) gone: u32,
+}
+
+impl Settled {
+    /// What the completion of a commit that has been carried out says, in sum.
+    pub(crate) fn by(commit: &Completion) -> Settled {
+        let [done, gone, ..] = commit.results.map(|value| u32::try_from(value).unwrap_or(u32::MAX));
+        Settled { done, gone }
+    }
+}

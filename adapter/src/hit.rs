@@ -1,0 +1,60 @@
+//! What a lookup found.
+
+use kvring_shm_abi::engine_segment::ShardHandle;
+use kvring_shm_abi::message::{Key, LeaseRecord, ShardAnswer};
+use std::sync::Arc;
+
+/// What a lookup found: the longest visible prefix, pinned for this request and admission.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hit {
+    /// Chunks found, from the first key on; 0 also where the engine could not be asked.
+    pub chunks: u32,
+    /// Ranks of the namespace.
+    pub world: u32,
+    /// Which arena the shards are in: a worker that maps another one refuses them.
+    pub arena_id: [u64; 2],
+    /// Where they are; nothing where nothing was found.
+    pub(crate) found: Option<Arc<Found>>,
+}
+
+/// The chunks of a hit.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// Chunk-major, rank-minor.
+    pub(crate) shards: Vec<ShardAnswer>,
+    pub(crate) keys: Vec<Key>,
+}
+
+impl Found {
+    /// What names a chunk to an engine that knows nothing of this lookup.
+    pub(crate) fn record(&self, chunk: usize) -> LeaseRecord {
+        let world = self.shards.len() / self.keys.len().max(1);
+        LeaseRecord { key: self.keys[chunk], shard: self.shards[chunk * world] }
+    }
+}
+
+impl Hit {
+    pub(crate) const fn nothing() -> Hit {
+        Hit { chunks: 0, world: 0, arena_id: [0; 2], found: None }
+    }
+
+    /// What rank `rank` loads, one handle per chunk: to be sent with the scheduler's metadata. Empty for a rank that
+    /// does not exist.
+    pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
+        let world = self.world.max(1) as usize;
+        let (keys, shards): (&[Key], &[ShardAnswer]) = match &self.found {
+            Some(found) if rank < self.world => (&found.keys, &found.shards),
+            _ => (&[], &[]),
+        };
+        keys.iter().enumerate().map(move |(chunk, key)| {
+            let shard = &shards[chunk * world + rank as usize];
+            ShardHandle {
+                arena_id: self.arena_id,
+                slot: shard.slot(),
+                generation: shard.generation,
+                offset: shard.offset(),
+                key: *key,
+            }
+        })
+    }
+}
