@@ -1,11 +1,12 @@
-//! Allocates the arena behind the engine's back: the first slab before serving starts, the rest from a thread of its
-//! own, in order, while clients are already being served.
+//! Allocates the arena: the first slab before serving starts, the rest in order, by a thread of its own, while
+//! clients are already being served.
 //!
-//! Slabs are finished in order, so what has been handed over is one number, and "is there news?" is one relaxed load.
-//! Before each piece it looks whether there is room for it beside what is kept for others (`preflight`): what was free when the
-//! engine started may be somebody else's by now, and the kernel would kill a neighbour for ours.
-//! No room is no failure: what is there is served, `status` shows the rest as missing, and the thread goes
-//! on trying. After a restart that is the normal case: clients that still map the old arena let go of it soon.
+//! Slabs are finished in order, so one number says which have been handed over, and one relaxed load tells whether
+//! there are new ones. Before each piece the thread checks that there is room for it beside what is kept for others
+//! (`preflight`): memory that was free when the engine started may be somebody else's by now, and the kernel would
+//! kill a neighbour for ours. Too little room is no failure: the engine serves with the slabs that it has, `status`
+//! shows the rest as missing, and the thread goes on trying. After a restart that is the normal case: clients that
+//! still map the old arena unmap it soon.
 
 use crate::preflight::{self, NoRoom, Room};
 use kvring_shm_abi::lobby::Lobby;
@@ -17,17 +18,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Bytes per system call: about a millisecond. Between two of them the thread rests, and looks whether to stop.
+/// How many bytes one system call allocates, which takes about a millisecond. Between two calls the thread rests,
+/// and looks whether it is to stop.
 const PIECE_BYTES: u64 = 4 << 20;
-/// How soon a full file system is tried again.
+/// How long the thread waits before it tries a full file system again.
 const RETRY: Duration = Duration::from_secs(1);
-/// The thread's niceness: a reservation that waits for a slab is cheaper than a service thread that waits for a core.
+/// The thread's niceness. It costs less if a reservation waits for a slab than if the service thread waits for a
+/// core.
 const NICE: i32 = 10;
 
 /// Why a piece was not allocated.
 #[derive(Debug, thiserror::Error)]
 pub enum PieceError {
-    /// There is no room for it, beside what is kept for others.
+    /// There is no room for it beside what is kept for others.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
     /// The system refused it.
@@ -38,32 +41,32 @@ pub enum PieceError {
 /// Why the allocator could not begin.
 #[derive(Debug, thiserror::Error)]
 pub enum AllocatorError {
-    /// The first slab.
+    /// The first slab could not be allocated.
     #[error("the arena's first slab: {0}")]
     FirstSlab(PieceError),
-    /// Its thread.
+    /// Its thread could not be started.
     #[error("the allocator's thread: {0}")]
     Thread(std::io::Error),
 }
 
-/// How the allocation stands.
+/// The state of the allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
-    /// At it.
+    /// The thread is allocating.
     Running,
-    /// No room at the moment; it is tried again every second. What was said.
+    /// There is no room at the moment; the thread tries again every second. Has the error's text.
     Waiting(String),
-    /// It cannot go on. What was said.
+    /// It cannot go on. Has the error's text.
     Failed(String),
     /// The whole arena is allocated.
     Complete,
 }
 
 struct Shared {
-    /// Slabs allocated, from the first one on.
+    /// How many slabs are allocated, from the first one on.
     ready: AtomicU32,
     stop: AtomicBool,
-    /// True in `Waiting` and `Failed`: for a look without the lock.
+    /// True in `Waiting` and `Failed`, for a look without the lock.
     stalled: AtomicBool,
     state: Mutex<State>,
 }
@@ -76,7 +79,7 @@ impl Shared {
     }
 }
 
-/// The allocation as anybody may watch it: a progress bar, a log.
+/// A view of the allocation for anybody who watches it: a progress bar, a log.
 #[derive(Clone)]
 pub struct Progress {
     shared: Arc<Shared>,
@@ -84,52 +87,51 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Slabs allocated so far.
+    /// How many slabs are allocated so far.
     #[must_use]
     pub fn slabs_ready(&self) -> u32 {
         self.shared.ready.load(Ordering::Relaxed)
     }
 
-    /// Bytes allocated so far.
+    /// How many bytes are allocated so far.
     #[must_use]
     pub fn bytes_ready(&self) -> u64 {
         u64::from(self.slabs_ready()) * self.geometry.slab_bytes
     }
 
-    /// Bytes of the whole arena.
+    /// How many bytes the whole arena has.
     #[must_use]
     pub fn bytes_total(&self) -> u64 {
         self.geometry.arena_bytes
     }
 
-    /// How it stands.
+    /// The state now.
     #[must_use]
     pub fn state(&self) -> State {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Will the number of slabs not grow any more?
+    /// Whether the number of slabs will not grow any more.
     #[must_use]
     pub fn is_over(&self) -> bool {
         matches!(self.state(), State::Complete | State::Failed(_))
     }
 }
 
-/// The service loop's end: takes finished slabs. Dropping it stops the thread.
+/// The service loop's side of the allocator: takes finished slabs. Dropping it stops the thread.
 pub struct Allocator {
     shared: Arc<Shared>,
     geometry: Geometry,
-    /// Slabs handed over.
+    /// How many slabs have been handed over.
     taken: u32,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Allocator {
-    /// Allocates the first slab, then leaves the rest to a thread that rings the lobby's doorbell for each slab. The first
-    /// `ready` slabs have been allocated by an earlier engine.
+    /// Allocates the first slab and leaves the rest to a thread that rings the lobby's doorbell for each slab. An
+    /// earlier engine has allocated the first `ready` slabs; then none is allocated here.
     ///
-    /// # Errors
-    /// No room for the first slab, or no thread.
+    /// There is no room for the first slab, or no thread.
     pub fn start(
         arena: Arc<SegmentFile>,
         geometry: Geometry,
@@ -147,7 +149,8 @@ impl Allocator {
         Allocator::start_with(geometry, lobby, ready, allocate, populate)
     }
 
-    /// With what allocates `(offset, bytes)`, and then clears their pages: the arena, or a test.
+    /// As `start`, with the functions that allocate `(offset, bytes)` and then clear these pages: those of the
+    /// arena, or of a test.
     fn start_with(
         geometry: Geometry,
         lobby: Lobby,
@@ -175,7 +178,7 @@ impl Allocator {
         Ok(Allocator { shared, geometry, taken: 0, thread: Some(thread) })
     }
 
-    /// Is there a slab to take? One relaxed load.
+    /// Whether there is a slab to take. One relaxed load.
     #[inline]
     #[must_use]
     pub fn has_news(&self) -> bool {
@@ -185,8 +188,8 @@ impl Allocator {
     /// The next finished slab, in order.
     #[inline]
     pub fn take(&mut self) -> Option<u32> {
-        // SYNC POINT: Acquire; pairs with the Release in `Worker::run`. What the kernel did for that thread has happened
-        // before whoever hears of the slab touches it.
+        // SYNC POINT: Acquire; pairs with the Release in `Worker::run`. What the kernel did for that thread has
+        // happened before anybody who hears of the slab touches it.
         if self.shared.ready.load(Ordering::Acquire) == self.taken {
             return None;
         }
@@ -194,20 +197,20 @@ impl Allocator {
         Some(self.taken - 1)
     }
 
-    /// Slabs handed over so far: what the service thread publishes as `slabs_allocated`.
+    /// How many slabs have been handed over so far. The service thread publishes this as `slabs_allocated`.
     #[must_use]
     pub fn taken(&self) -> u32 {
         self.taken
     }
 
-    /// Is the rest of the arena without memory at the moment? One relaxed load.
+    /// Whether there is no memory for the rest of the arena at the moment. One relaxed load.
     #[inline]
     #[must_use]
     pub fn is_stalled(&self) -> bool {
         self.shared.stalled.load(Ordering::Relaxed)
     }
 
-    /// For whoever watches.
+    /// A view of the allocation for somebody who watches it.
     #[must_use]
     pub fn progress(&self) -> Progress {
         Progress { shared: self.shared.clone(), geometry: self.geometry }
@@ -218,7 +221,7 @@ impl Allocator {
         self.shared.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // A panic of its has been reported by the panic hook (and ends a release build).
+            // If the thread panicked, the panic hook has reported it (and a release build has ended).
             let _ = thread.join();
         }
     }
@@ -234,7 +237,7 @@ struct Worker<F, P> {
     shared: Arc<Shared>,
     geometry: Geometry,
     lobby: Lobby,
-    /// Slabs that an earlier engine has allocated.
+    /// How many slabs an earlier engine has allocated.
     inherited: u32,
     allocate: F,
     populate: P,
@@ -246,17 +249,17 @@ where
     P: Fn(u64, u64) -> Result<(), SegmentError>,
 {
     fn run(self) {
-        // Signals belong to other threads: one that arrives during `fallocate` undoes the call.
+        // Other threads handle signals: one that arrived here during `fallocate` would undo the call.
         if let Err(errno) = nix::sys::signal::SigSet::all().thread_block() {
             tracing::debug!(%errno, "the allocator cannot block signals");
         }
-        // On Linux this is the thread's own niceness. Where it is refused, it runs at the usual one.
+        // On Linux this is the niceness of this thread alone. If it is refused, the thread runs at the usual one.
         if let Err(errno) = rustix::process::nice(NICE) {
             tracing::debug!(%errno, "the allocator runs at normal priority");
         }
         let began = Instant::now();
         if self.inherited == 0 {
-            // The first slab is in use already: serving did not wait for its pages to be cleared.
+            // The first slab is in use already: the engine did not wait for its pages to be cleared.
             self.clear_slab(0);
         }
         for slab in u64::from(self.inherited.max(1))..self.geometry.slab_count() as u64 {
@@ -265,7 +268,7 @@ where
             }
             // SYNC POINT: Release; pairs with the Acquire in `Allocator::take`.
             self.shared.ready.store(slab as u32 + 1, Ordering::Release);
-            // The store above, a fence inside, then a look for a sleeper: see `park`.
+            // The order is: the store above, a fence in `notify`, a look for a sleeper. See `park`.
             park::notify(self.lobby.doorbell());
         }
         self.shared.set(State::Complete);
@@ -273,7 +276,7 @@ where
         tracing::info!(bytes = self.geometry.arena_bytes, seconds, "the whole arena is allocated");
     }
 
-    /// False when there is nothing more to do: stopped, or failed for good.
+    /// False: there is nothing more to do, because the thread is stopped or the allocation has failed for good.
     fn allocate_slab(&self, start: u64) -> bool {
         let mut at = start;
         while at < start + self.geometry.slab_bytes {
@@ -285,7 +288,7 @@ where
                     self.clear(at, piece);
                     at += piece;
                     self.recovered();
-                    // Half of the time for the others: zeroing pages takes memory bandwidth from whoever copies.
+                    // Half of the time is left to others: zeroing pages takes memory bandwidth away from copies.
                     self.rest(began.elapsed());
                 }
                 Err(error @ (PieceError::NoRoom(_) | PieceError::Segment(SegmentError::NoSpace { .. }))) => {
@@ -316,14 +319,14 @@ where
         }
     }
 
-    /// Has the kernel clear pages now rather than under somebody's first store.
+    /// Lets the kernel clear the pages now and not during a client's first store.
     fn clear(&self, offset: u64, bytes: u64) {
         if let Err(error) = (self.populate)(offset, bytes) {
             tracing::debug!(%error, "first stores into fresh memory will be slower");
         }
     }
 
-    /// Told once for each time that it begins.
+    /// Enters the state `Waiting`. Logs it once each time that a shortage begins.
     fn waits(&self, error: &PieceError) {
         if !self.shared.stalled.load(Ordering::Relaxed) {
             let slabs = self.shared.ready.load(Ordering::Relaxed);
@@ -395,7 +398,7 @@ mod tests {
         let mut allocator = Allocator::start(file, geometry(9), lobby.clone(), 0).unwrap();
         assert_eq!(allocator.take(), Some(0), "the first slab is there before serving begins");
         let progress = allocator.progress();
-        // A parked loop is woken for each slab.
+        // A parked service loop is woken for each slab.
         for expected in 1..9 {
             while !allocator.has_news() {
                 let ticket = park::announce(lobby.doorbell());

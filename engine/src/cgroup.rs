@@ -1,22 +1,23 @@
-//! How much memory this process's control groups leave it, version 2 and version 1.
+//! How much memory this process's control groups leave it (versions 2 and 1).
 //!
-//! The limit of every group counts, from the process's own up to the root that is visible. Page cache does not: a
-//! container that has just read its model's weights is "full" of it, and the kernel drops it at need.
+//! The limit of every group counts, from the process's own up to the root that is visible. Page cache does not
+//! count as used: a container that has just read its model's weights is "full" of it, but the kernel drops it when
+//! memory is needed.
 
 use std::path::{Path, PathBuf};
 
-/// The group that leaves least.
+/// The group that leaves the least memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupRoom {
     /// The group's directory.
     pub path: PathBuf,
     /// Its limit, in bytes.
     pub limit: u64,
-    /// What it leaves, in bytes.
+    /// The memory that it leaves, in bytes.
     pub free: u64,
 }
 
-/// Version 1 says "no limit" with the largest multiple of a page; no machine comes near this.
+/// Version 1 expresses "no limit" by the largest multiple of a page. No machine has as much memory as this.
 const NO_LIMIT: u64 = 1 << 60;
 
 /// The files of one version of the interface.
@@ -37,7 +38,7 @@ const V1: Files = Files {
     cache: &["total_active_file", "total_inactive_file"],
 };
 
-/// What the control groups leave; `None` where nothing limits, or nothing can be read.
+/// The memory that the control groups leave; `None` if there is no limit, or nothing can be read.
 #[must_use]
 pub fn room() -> Option<CgroupRoom> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
@@ -45,7 +46,7 @@ pub fn room() -> Option<CgroupRoom> {
     room_in(&groups, &mounts, Path::new("/"))
 }
 
-/// `root` is where the mount points are looked for: `/`, or a test's directory.
+/// As `room`, from the texts of the two files. `root` is the directory that has the mount points: `/`, or a test's.
 fn room_in(groups: &str, mounts: &str, root: &Path) -> Option<CgroupRoom> {
     let v2 = group_path(groups, "").and_then(|group| directory(group, mounts, "cgroup2", ""));
     let v1 = group_path(groups, "memory").and_then(|group| directory(group, mounts, "cgroup", "memory"));
@@ -69,7 +70,7 @@ fn group_path<'a>(groups: &'a str, controller: &str) -> Option<&'a str> {
 }
 
 /// Where the hierarchy is mounted, and the group's path below that. A container without a cgroup namespace sees its
-/// path from the host's root, of which only its own part is mounted.
+/// path from the host's root, but only its own part of that is mounted.
 fn directory(group: &str, mounts: &str, kind: &str, option: &str) -> Option<(PathBuf, PathBuf)> {
     mounts.lines().find_map(|line| {
         let (before, after) = line.split_once(" - ")?;
@@ -97,7 +98,7 @@ fn walk(top: &Path, below: &Path, files: &Files) -> Option<CgroupRoom> {
 
 fn group_room(path: &Path, files: &Files) -> Option<CgroupRoom> {
     let number = |file| std::fs::read_to_string(path.join(file)).ok()?.trim().parse::<u64>().ok();
-    // "max" is no number, and no limit.
+    // "max" is no number; it means no limit.
     let limit = number(files.limit).filter(|limit| *limit < NO_LIMIT)?;
     let usage = number(files.usage)?;
     let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
@@ -164,7 +165,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         assert_eq!(room_in("0::/\n", V2_MOUNT, dir.path()), None);
         assert_eq!(room_in("", "", dir.path()), None);
-        // Whatever this machine has: no panic.
+        // Whatever this machine has, there is no panic.
         let _ = room();
     }
 }

@@ -1,4 +1,5 @@
-//! The engine's configuration: defaults here and nowhere else, a TOML file over them, flags over the file.
+//! The engine's configuration. The defaults are here and nowhere else; a TOML file overrides them, and flags
+//! override the file.
 
 use crate::byte_size::ByteSize;
 use crate::policy::PolicyKind;
@@ -10,52 +11,54 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// The largest slab that is chosen by itself: smaller ones leave less unused in a namespace with few chunks.
+/// The largest slab size that is chosen without being asked for. Smaller slabs leave less unused in a namespace
+/// with few chunks.
 const DEFAULT_SLAB_MAX: u64 = 64 << 20;
-/// Slabs that an arena has by default, as long as they stay within their limits.
+/// How many slabs an arena has by default, as far as their size stays within its limits.
 const DEFAULT_SLABS: u64 = 64;
-/// Below this a default arena is worth a warning.
+/// A default arena that is smaller than this causes a warning.
 const SMALL_ARENA: u64 = 1 << 30;
 
-/// Everything that an engine can be told. [`EngineConfig::default`] is the one source of defaults.
+/// All settings of an engine. [`EngineConfig::default`] is the one source of defaults.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EngineConfig {
     /// The engine's name: one engine per name and node.
     pub name: String,
-    /// Bytes of the arena; `None`: half of what `/dev/shm`, the cgroup and the machine have left.
+    /// Bytes of the arena; `None`: half of what `/dev/shm`, the control group and the machine have left.
     pub arena: Option<ByteSize>,
     /// Bytes of a slab, a power of two from 1 MiB to 1 GiB; `None`: 1/64 of the arena, from 1 MiB to 64 MiB.
     pub slab: Option<ByteSize>,
-    /// Which chunks go first when room is needed: `lru` or `arc`.
+    /// Which chunks are evicted first when room is needed: `lru` or `arc`.
     pub policy: PolicyKind,
-    /// How often the beat moves at least while nothing happens, in milliseconds.
+    /// The longest time between two beats while nothing happens, in milliseconds.
     pub beat_interval_ms: u32,
     /// How long the service loop spins before it sleeps, in microseconds; see [`EngineConfig::spin`].
     pub spin_us: u32,
-    /// The largest part of the arena that one client may hold at once: what it writes, and what it was the first to lease.
+    /// The largest part of the arena that one client may be charged with at once: for what it is writing, and for
+    /// what it was the first to lease.
     pub client_share: f64,
-    /// Leases that can exist at once.
+    /// The most leases at one time.
     pub max_leases: u32,
-    /// Chunks pinned by leases that can exist at once, each counted as often as it is pinned.
+    /// The most pins at one time; a chunk counts once for each lease on it.
     pub max_pins: u32,
-    /// Chunks that the index can hold; `None`: as many as the arena has room for.
+    /// The most chunks that the index can hold; `None`: as many as the arena has room for.
     pub max_chunks: Option<u32>,
-    /// How long a start waits for another one that is under way, or for a predecessor that is still exiting, in
-    /// milliseconds.
+    /// How long a start waits for another start of the same name, or for a predecessor whose process is still
+    /// exiting, in milliseconds.
     pub start_wait_ms: u32,
-    /// How long, after a restart, nothing is evicted while clients of the earlier engine have not come back yet, in
-    /// milliseconds.
+    /// How long after a restart the engine evicts nothing while clients of the earlier engine have not come back
+    /// yet, in milliseconds.
     pub reattach_grace_ms: u32,
-    /// Take over what an earlier engine of this name left, whatever the size of its arena: `arena` and `slab` are for a start that
-    /// finds nothing. It does so as well where neither is given.
+    /// Take over what an earlier engine of this name left, whatever the size of its arena; `arena` and `slab` are
+    /// then for a start that finds nothing. A start for which neither is given does so anyway.
     pub any_arena: bool,
     /// Keep nothing of what an earlier engine of this name left.
     pub cold: bool,
-    /// Leave everything to the next engine of this name at a clean end, too.
+    /// Leave everything to the next engine of this name even at a clean end.
     pub keep: bool,
-    /// May the process dump core? A dump delays the notice of its death by seconds.
+    /// Whether the process may dump core. A dump delays the notice of its death by seconds.
     pub core_dumps: bool,
-    /// What is logged: `off`, `error`, `warn`, `info`, `debug`, `trace`; see `kvring --help`.
+    /// The log level or filter: `off`, `error`, `warn`, `info`, `debug`, `trace`; see `kvring --help`.
     pub log_level: String,
 }
 
@@ -83,7 +86,7 @@ impl Default for EngineConfig {
     }
 }
 
-/// What a file or the command line says: each field of [`EngineConfig`], or nothing.
+/// The settings in a file or on the command line: for each field of [`EngineConfig`], a value or nothing.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs, reason = "the fields of `EngineConfig`, where they are documented")]
@@ -107,7 +110,7 @@ pub struct Overrides {
     pub log_level: Option<String>,
 }
 
-/// A configuration that cannot be.
+/// Why a configuration is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -118,15 +121,15 @@ pub enum ConfigError {
         /// Why.
         error: std::io::Error,
     },
-    /// The file is not what it should be: syntax, an unknown key, a value of another type.
+    /// The file has a syntax error, an unknown key, or a value of a wrong type.
     #[error("configuration {path}: {error}")]
     Toml {
         /// The file.
         path: PathBuf,
-        /// Where and why; names the key.
+        /// Where and why; it names the key.
         error: Box<toml::de::Error>,
     },
-    /// The name.
+    /// The engine's name is not allowed.
     #[error(transparent)]
     Name(#[from] BadName),
     /// A value outside its limits.
@@ -136,32 +139,31 @@ pub enum ConfigError {
         key: &'static str,
         /// Its limits.
         expected: &'static str,
-        /// What came.
+        /// The value that was given.
         got: String,
     },
-    /// The arena does not hold a single slab.
+    /// The arena is smaller than one slab.
     #[error(
         "arena: expected at least one slab of {slab}, got {arena}; use a larger --arena{}",
         if *.by_default { " (and see that /dev/shm has room: docker run --shm-size)" } else { "" }
     )]
     ArenaTooSmall {
-        /// The arena.
+        /// The arena's size.
         arena: ByteSize,
-        /// The slab.
+        /// The slab's size.
         slab: ByteSize,
-        /// Was the size not given but taken from what is free?
+        /// Whether the size was not given, but derived from what is free.
         by_default: bool,
     },
-    /// The geometry.
+    /// The arena and the slab do not go together.
     #[error(transparent)]
     Geometry(#[from] BadGeometry),
 }
 
 impl EngineConfig {
-    /// The defaults, with what the file says over them.
+    /// The defaults, overridden by the file.
     ///
-    /// # Errors
-    /// The file cannot be read, has an unknown key, or a value that cannot be.
+    /// The file cannot be read, or has an unknown key or a value that is refused.
     pub fn from_toml(path: &Path) -> Result<EngineConfig, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| ConfigError::Read { path: path.to_owned(), error })?;
@@ -170,12 +172,12 @@ impl EngineConfig {
         EngineConfig::default().with(file)
     }
 
-    /// This configuration, with what `overrides` say over it; checked.
+    /// This configuration, overridden by `overrides` and checked.
     ///
     /// # Errors
     /// A value outside its limits.
     pub fn with(self, overrides: Overrides) -> Result<EngineConfig, ConfigError> {
-        // Taken apart by name on both sides: a field that is forgotten does not compile.
+        // Both structures are taken apart by name, so a forgotten field does not compile.
         let Overrides {
             name,
             arena,
@@ -236,21 +238,20 @@ impl EngineConfig {
         value("reattach_grace_ms", "up to 600000", grace <= 600_000, grace.to_string())
     }
 
-    /// The name, checked.
+    /// The checked name.
     ///
-    /// # Errors
-    /// A name that cannot be one.
+    /// The name is not allowed.
     pub fn engine_name(&self) -> Result<EngineName, BadName> {
         EngineName::new(&self.name)
     }
 
-    /// How often the beat moves at least.
+    /// The longest time between two beats.
     #[must_use]
     pub fn beat_interval(&self) -> Duration {
         Duration::from_millis(self.beat_interval_ms.into())
     }
 
-    /// How long the service loop spins on this machine: nothing where there is one CPU.
+    /// How long the service loop spins on this machine: not at all if there is one CPU.
     #[must_use]
     pub fn spin(&self) -> Duration {
         process::spin_time(Duration::from_micros(self.spin_us.into()))
@@ -259,7 +260,7 @@ impl EngineConfig {
     /// The most that one client may be charged with at once, in bytes; never less than a slab.
     #[must_use]
     pub fn client_bytes_max(&self, geometry: &Geometry) -> u64 {
-        // A share of a whole number of bytes: rounding to an f64's 53 bits does not matter here.
+        // The share is rounded to the 53 bits of an f64, which does not matter here.
         ((geometry.arena_bytes as f64 * self.client_share) as u64).max(geometry.slab_bytes)
     }
 
@@ -269,11 +270,11 @@ impl EngineConfig {
         Duration::from_millis(self.start_wait_ms.into())
     }
 
-    /// The geometry that follows: the arena rounded down to whole slabs. `room` matters only where no arena size
-    /// is given; whether a given one fits is checked when it is made (see [`crate::segments`]).
+    /// The geometry that follows from these settings: the arena is rounded down to whole slabs. `room` matters only
+    /// if no arena size is given. Whether a given size fits is checked when the arena is made (see
+    /// [`crate::segments`]).
     ///
-    /// # Errors
-    /// An arena smaller than a slab, or a slab that cannot be.
+    /// The arena is smaller than a slab, or the slab's size is not allowed.
     pub fn geometry(&self, room: &Room) -> Result<Geometry, ConfigError> {
         let by_default = self.arena.is_none();
         let arena = self.arena.map_or_else(|| default_arena(room), |given| given.0);
@@ -306,7 +307,7 @@ fn default_arena(room: &Room) -> u64 {
 
 fn default_slab(arena: u64) -> u64 {
     let wanted = (arena / DEFAULT_SLABS).clamp(SLAB_BYTES_MIN, DEFAULT_SLAB_MAX);
-    // The power of two at or below: never 0 after the clamp.
+    // The largest power of two that is not above `wanted`, which is not 0 after the clamp.
     1 << wanted.ilog2()
 }
 

@@ -19,54 +19,55 @@ use std::thread::JoinHandle;
 /// Why an engine did not start. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The configuration.
+    /// The configuration is refused.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
-    /// Its segments: another engine, no room, not ours.
+    /// Its segments cannot be made: another engine runs, there is no room, or a name is not ours.
     #[error(transparent)]
     Setup(#[from] SetupError),
-    /// The arena's memory.
+    /// The arena's memory cannot be allocated.
     #[error(transparent)]
     Allocator(#[from] AllocatorError),
-    /// Limits that do not go together.
+    /// A limit of the cache is out of range, or there is no memory for its tables.
     #[error(transparent)]
     Cache(#[from] cache::ConfigError),
-    /// What an earlier engine left cannot be read now, and is left as it is.
+    /// What an earlier engine left cannot be read now. It is left as it is.
     #[error("{0}; the earlier engine's cache is kept, `--cold` gives it up")]
     Recovery(String),
-    /// A slab that an earlier engine had allocated.
+    /// A slab that an earlier engine had allocated cannot be added.
     #[error(transparent)]
     Slab(#[from] cache::AddSlabError),
-    /// The system has no randomness, or no thread to give.
+    /// The system gave no random numbers, or no thread.
     #[error("{what}: {error}")]
     System {
         /// What was asked for.
         what: &'static str,
-        /// What it said.
+        /// The system's error.
         error: std::io::Error,
     },
 }
 
-/// An engine that is ready to serve. It belongs to the thread that made it: the service thread, whose death *is* the
-/// engine's death to every client.
+/// An engine that is ready to serve. It belongs to the thread that made it, the service thread: for every client,
+/// the death of that thread *is* the engine's death.
 pub struct Engine {
     service: Service,
     progress: Progress,
-    /// A clean end leaves everything for a successor.
+    /// Whether a clean end leaves everything for a successor.
     keep: bool,
 }
 
-/// What came of an attempt to start.
+/// The result of an attempt to start.
 enum Opened {
     Engine(Box<Engine>),
-    /// What there was cannot be taken over after all; and the tier, which was not used.
+    /// The predecessor's cache cannot be taken over after all. Gives back the tier, which was not used.
     NotRecoverable(NotRecoverable, Box<dyn LowerTier>),
 }
 
-/// A start has failed. Nothing of new segments is left behind; a predecessor's are left as they were.
+/// Ends a start that has failed. New segments are removed; a predecessor's are left as they were.
 fn give_up(segments: Segments) {
     if *segments.start() == Start::Warm {
-        // Nothing is known against what was taken over: the next start tries again, however often this happens.
+        // Nothing is known to be wrong with the predecessor's segments, so this does not count as a failed
+        // recovery: the next start tries again, however often this happens.
         let recoveries = &segments.engine.info().recoveries;
         recoveries.store(recoveries.load(Ordering::Relaxed).saturating_sub(1), Ordering::Relaxed);
         return segments.leave();
@@ -77,7 +78,8 @@ fn give_up(segments: Segments) {
 }
 
 impl Engine {
-    /// Takes the name, makes the segments, allocates the first slab. The calling thread becomes the service thread.
+    /// Claims the name, makes or takes over the segments, and allocates the first slab. The calling thread becomes
+    /// the service thread.
     pub fn create(config: &EngineConfig) -> Result<Engine, StartError> {
         Engine::create_with_tier(config, Box::new(NoLowerTier))
     }
@@ -113,8 +115,8 @@ impl Engine {
         }
     }
 
-    /// In this order: the name is claimed, and whatever the start can be refused for is looked at; then what a predecessor left
-    /// is taken over, or swept.
+    /// In this order: claims the name and checks everything for which the start can be refused; then takes over a
+    /// predecessor's segments, or sweeps them.
     fn open(
         config: &EngineConfig,
         seed: [u64; 2],
@@ -124,7 +126,8 @@ impl Engine {
         let claim = segments::Claim::new(setup)?;
         limits(config, seed, &claim.geometry()).check()?;
         let segments = claim.take()?;
-        // Not always of that geometry: another start may have been faster with what was swept, and have died.
+        // The geometry may be another one by now: another start may have taken the name that was swept, and have
+        // died.
         let limits = limits(config, seed, &segments.geometry());
         let made = Furniture::new(config, limits, &segments);
         let Furniture { mut cache, mut allocator, pace } = match made {
@@ -137,7 +140,8 @@ impl Engine {
         let mut registry = Registry::new(segments.geometry());
         let mut inherited = Inherited::nobody();
         if *segments.start() == Start::Warm {
-            // Not one more: what the allocator has finished since is the service's to take, which publishes it.
+            // Not one slab more: slabs that the allocator has finished since then are left to the service, which
+            // publishes them when it takes them.
             let allocated = segments.engine.info().slabs_allocated.load(Ordering::Relaxed);
             for slab in (0..allocated).map_while(|_| allocator.take()) {
                 cache.add_slab(slab)?;
@@ -157,15 +161,15 @@ impl Engine {
         Ok(Opened::Engine(Box::new(Engine { service: Service::new(parts), progress, keep })))
     }
 
-    /// Stops the engine, from any thread.
+    /// A handle by which any thread can stop the engine.
     #[must_use]
     pub fn stop_handle(&self) -> StopHandle {
         self.service.stop_handle()
     }
 
-    /// From now on a panic of this process means that what the engine holds is not to be trusted: the next start is a
-    /// cold one. Without this, tables that make an engine panic would be taken over again and again. For a process that
-    /// is an engine and nothing else.
+    /// From now on a panic of this process means that the engine's tables cannot be trusted, and the next start is
+    /// a cold one. Otherwise tables that make an engine panic would be taken over again and again. For a process
+    /// that is an engine and nothing else.
     pub fn doubt_after_a_panic(&self) {
         let segment = self.service.segment();
         let before = std::panic::take_hook();
@@ -181,13 +185,14 @@ impl Engine {
         self.progress.clone()
     }
 
-    /// Serves until it is stopped; `ready` is called once, when clients can attach. Then everything is retired,
-    /// sleepers are woken, and the names are gone; or, with `keep`, everything is left for a successor.
+    /// Serves until it is stopped; calls `ready` once, when clients can attach. Then it retires everything, wakes
+    /// sleepers and removes the names; or, with `keep`, leaves everything for a successor.
     pub fn run(self, ready: impl FnOnce()) {
         let segments = self.service.run(ready);
         if self.keep && !segments.is_retired() && segments.lost_name().is_none() {
             tracing::info!(name = %segments.name(), "stopped; what it held is kept for the next engine of this name");
-            // Before our life words are given up: who sees those sees that this is no death.
+            // This comes before our life words are given up: a client that sees those also sees that this is no
+            // death.
             segments.engine.info().stopped.store(1, Ordering::Relaxed);
             return segments.leave();
         }
@@ -204,7 +209,7 @@ impl Engine {
     }
 }
 
-/// What a service needs beside its segments.
+/// What a service needs besides its segments.
 struct Furniture {
     cache: Cache<SharedSlots>,
     allocator: Allocator,
@@ -246,7 +251,7 @@ impl Furniture {
     }
 }
 
-/// An engine on a thread of this process: for tests, and for embedding where a process of its own is too much.
+/// An engine on a thread of this process, for tests and for programs that do not want a process of its own for it.
 pub struct RunningEngine {
     stop: StopHandle,
     thread: Option<JoinHandle<()>>,
@@ -263,7 +268,7 @@ pub fn spawn_with_tier(config: EngineConfig, tier: Box<dyn LowerTier>) -> Result
     let run = move || match Engine::create_with_tier(&config, tier) {
         Ok(engine) => {
             let stop = engine.stop_handle();
-            // Nobody listens any more only if `spawn` itself has gone.
+            // The receiver is gone only if `spawn` itself is.
             engine.run(|| drop(started.send(Ok(stop))));
         }
         Err(error) => drop(started.send(Err(error))),
@@ -281,13 +286,13 @@ pub fn spawn_with_tier(config: EngineConfig, tier: Box<dyn LowerTier>) -> Result
 }
 
 impl RunningEngine {
-    /// Stops the engine, from any thread.
+    /// A handle by which any thread can stop the engine.
     #[must_use]
     pub fn stop_handle(&self) -> StopHandle {
         self.stop.clone()
     }
 
-    /// Stops it and waits for its end.
+    /// Stops the engine and waits for its end.
     pub fn stop_and_join(mut self) {
         self.end();
     }
@@ -295,7 +300,7 @@ impl RunningEngine {
     fn end(&mut self) {
         self.stop.stop();
         if let Some(thread) = self.thread.take() {
-            // A panic of the service thread has been reported by the panic hook.
+            // If the service thread panicked, the panic hook has reported it.
             let _ = thread.join();
         }
     }

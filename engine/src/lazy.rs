@@ -1,9 +1,9 @@
-//! Zeroed arrays that take pages only where they are touched, on cache-line boundaries.
+//! Zeroed arrays that take pages only where they are touched, aligned to cache lines.
 //!
-//! The tables are sized for the largest arena they may serve, and most of them is never used. `alloc_zeroed`
-//! with an alignment above 16 writes every byte, so the memory is asked for as `u128` and aligned here. All of them are
-//! taken when an engine starts, which fails with [`NoMemory`] where the address space is limited; so that nothing that a
-//! client does later depends on an allocation.
+//! The tables are sized for the largest arena that they may serve, and most of each is never used. `alloc_zeroed`
+//! with an alignment above 16 writes every byte, so the memory is asked for as `u128` and aligned here. All tables
+//! are taken when an engine starts, and a start fails with [`NoMemory`] if the address space is limited. So nothing
+//! that a client does later depends on an allocation.
 
 use std::alloc::Layout;
 use std::ops::{Deref, DerefMut};
@@ -12,7 +12,7 @@ use bytemuck::Zeroable;
 
 /// Bytes of a cache line, and the alignment of every array.
 const LINE_BYTES: usize = 64;
-/// Bytes of a page, where advice begins and ends.
+/// Bytes of a page; advice to the kernel begins and ends at a page.
 const PAGE_BYTES: usize = 4096;
 
 /// There is no address space for a table.
@@ -22,25 +22,25 @@ const PAGE_BYTES: usize = 4096;
      (`ulimit -v`), or lower --max-chunks or --max-pins"
 )]
 pub struct NoMemory {
-    /// What was asked for; most of it is never touched.
+    /// The bytes that were asked for; most of them are never touched.
     pub bytes: u64,
 }
 
 /// A fixed-length array of zeroed `T`.
 pub(crate) struct Lazy<T> {
-    /// Where the first element is: inside `_memory`, whose heap block never moves because it never grows.
+    /// The first element. It lies inside `_memory`, whose heap block never moves because it never grows.
     first: *mut T,
     len: usize,
     _memory: Vec<u128>,
 }
 
-// SAFETY: it owns its elements like a `Vec<T>`; the pointer is into its own heap block.
+// SAFETY: a `Lazy` owns its elements like a `Vec<T>`; the pointer is into its own heap block.
 unsafe impl<T: Send> Send for Lazy<T> {}
 // SAFETY: as above; a shared reference gives only shared references to the elements.
 unsafe impl<T: Sync> Sync for Lazy<T> {}
 
 impl<T: Zeroable + Copy> Lazy<T> {
-    /// Takes `len` zeroed elements; none of their pages is touched.
+    /// Takes `len` zeroed elements, and touches none of their pages.
     ///
     /// # Errors
     ///
@@ -51,21 +51,21 @@ impl<T: Zeroable + Copy> Lazy<T> {
         let units = bytes.div_ceil(size_of::<u128>()) + LINE_BYTES / size_of::<u128>();
         let none = NoMemory { bytes: bytes as u64 };
         let layout = Layout::array::<u128>(units).map_err(|_| none)?;
-        // SAFETY: the layout has at least a line: it is not empty.
+        // SAFETY: the layout has at least one line, so it is not empty.
         let zeroed = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<u128>();
         if zeroed.is_null() {
             return Err(none);
         }
-        // SAFETY: just allocated, with the layout of that many `u128`s, all of them zero.
+        // SAFETY: the memory was just allocated, with the layout of that many `u128`s, all of them zero.
         let mut memory = unsafe { Vec::from_raw_parts(zeroed, units, units) };
         let skip = memory.as_ptr().align_offset(LINE_BYTES);
-        // SAFETY: at most LINE_BYTES are skipped, and that much more than needed was taken.
+        // SAFETY: at most LINE_BYTES are skipped, and that many more than needed were allocated.
         let first = unsafe { memory.as_mut_ptr().add(skip) }.cast();
         Ok(Self { first, len, _memory: memory })
     }
 
-    /// As `new`, for an array that is filled densely from its start and read at random: asks for huge pages, because
-    /// half of such a read's time is the page walk. A hint; nothing depends on it.
+    /// As `new`, for an array that is filled densely from its start and read at random. Asks for huge pages,
+    /// because half of the time of such a read is the page walk. That is a hint; nothing depends on it.
     ///
     /// # Errors
     ///
@@ -79,7 +79,8 @@ impl<T: Zeroable + Copy> Lazy<T> {
         if let Some(whole) =
             bytes.checked_sub(skip).map(|rest| rest - rest % PAGE_BYTES).filter(|whole| *whole > 0)
         {
-            // SAFETY: whole pages inside `_memory`; the advice changes how they are backed, not what they hold.
+            // SAFETY: these are whole pages inside `_memory`; the advice changes how they are backed, not what they
+            // hold.
             unsafe {
                 let first = std::ptr::NonNull::new_unchecked(lazy.first.cast::<u8>().add(skip)).cast();
                 let _ = madvise(first, whole, MmapAdvise::MADV_HUGEPAGE);
@@ -94,8 +95,8 @@ impl<T> Deref for Lazy<T> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        // SAFETY: `len` elements from `first` lie in `_memory`, aligned, zeroed or written since, and `T` is
-        // `Zeroable` (see `new`).
+        // SAFETY: `len` elements from `first` on lie in `_memory`; they are aligned, zeroed or written since, and
+        // `T` is `Zeroable` (see `new`).
         unsafe { std::slice::from_raw_parts(self.first, self.len) }
     }
 }
@@ -108,7 +109,7 @@ impl<T> DerefMut for Lazy<T> {
     }
 }
 
-/// Asks for the cache line at index `i` of `of`, if there is one, before it is needed.
+/// Prefetches the cache line of element `i` of `of`, if there is one.
 #[inline(always)]
 pub(crate) fn prefetch<T>(of: &[T], i: usize) {
     if let Some(element) = of.get(i) {

@@ -1,8 +1,9 @@
 //! The kvring engine: one process that owns a node's KV cache.
 //!
-//! [`Engine`] is the whole of it. Its parts: [`segments`] (start, exclusivity, end), [`allocator`] and [`preflight`]
-//! (memory), `recovery` (what a dead engine left), the service loop (private: rings, lobby, dispatch), [`cache`] (what is where, who holds what), [`policy`]
-//! (who goes first), [`stats`], [`config`], [`tier`].
+//! [`Engine`] is the whole of it. Its parts: [`segments`] (start, exclusivity, end), [`allocator`] and
+//! [`preflight`] (memory), `recovery` (what a dead engine left), the service loop (private: rings, lobby,
+//! dispatch), [`cache`] (which chunks there are, and who leases or writes them), [`policy`] (eviction order),
+//! [`stats`], [`config`], [`tier`].
 
 pub mod allocator;
 pub mod cache;

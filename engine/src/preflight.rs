@@ -1,6 +1,6 @@
-//! Does the arena fit? Asked before anything is swept or allocated, so that "no" comes with the numbers and the option that
-//! helps, instead of a full `/dev/shm` or the out-of-memory killer half-way; and asked again before each piece that is
-//! allocated later, because others take memory meanwhile.
+//! Checks whether the arena fits, before anything is swept or allocated: so "no" comes with the numbers and with
+//! the option that helps, instead of a full `/dev/shm` or the out-of-memory killer half-way. The room is checked
+//! again before each piece that is allocated later, because others take memory meanwhile.
 
 use crate::byte_size::ByteSize;
 use crate::cgroup::{self, CgroupRoom};
@@ -13,24 +13,25 @@ use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
 use kvring_shm_abi::superblock::{ARENA_TRAILER, Geometry};
 use std::path::PathBuf;
 
-/// What docker gives a container that asks for nothing.
+/// The size of `/dev/shm` in a docker container for which nothing else was asked.
 const DOCKER_DEFAULT: u64 = 64 << 20;
 
-/// For the estimate of the slot table, which is allocated as slabs get their class: shards are rarely smaller.
+/// For the estimate of the slot table's size, of which a part is allocated each time that slabs get their class:
+/// shards are rarely smaller than this.
 const USUAL_SHARD_MIN: u64 = 64 << 10;
 
-/// Clients whose channels an engine's room includes: they are made in `/dev/shm` as well, after the arena. The smallest vLLM (a
-/// scheduler and a worker), one that comes back, and `kvring clear`.
+/// An engine's room includes the channels of this many clients, because they are made in `/dev/shm` as well, after
+/// the arena: the smallest vLLM (a scheduler and a worker), one client that comes back, and `kvring clear`.
 const CLIENTS: u64 = 4;
 const CHANNEL: u64 = CHANNEL_BYTES_USUAL as u64;
 
-/// Of the machine's memory and of a control group's, one part in this many is kept free for others, within limits: an engine
-/// that allocates up to the brim makes the kernel kill whoever asks next.
+/// One part in this many of the machine's memory, and of a control group's, is kept free for others, within these
+/// limits. If an engine allocated up to the brim, the kernel would kill the next process that asks for memory.
 const KEPT_PARTS: u64 = 32;
 const KEPT_MIN: u64 = 32 << 20;
 const KEPT_MAX: u64 = 1 << 30;
 
-/// Of so much memory.
+/// How many bytes of `total` are kept for others.
 fn kept(total: u64) -> u64 {
     (total / KEPT_PARTS).clamp(KEPT_MIN, KEPT_MAX)
 }
@@ -40,26 +41,26 @@ fn kept(total: u64) -> u64 {
 pub struct Memory {
     /// All of it, in bytes (`MemTotal`).
     pub total: u64,
-    /// Bytes that it can give without swapping (`MemAvailable`).
+    /// The bytes that it can give without swapping (`MemAvailable`).
     pub available: u64,
 }
 
-/// What is left for a new engine.
+/// The room that is left for a new engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Room {
-    /// Bytes of `/dev/shm` in all.
+    /// The size of `/dev/shm` in bytes.
     pub shm_total: u64,
     /// Bytes of `/dev/shm` that are free.
     pub shm_free: u64,
-    /// The machine's memory; `None` where it does not say.
+    /// The machine's memory; `None` if the machine does not tell.
     pub memory: Option<Memory>,
-    /// What the control groups leave; `None`: no limit.
+    /// The room that the control groups leave; `None`: there is no limit.
     pub cgroup: Option<CgroupRoom>,
-    /// Bytes of segments that a start under this name would remove first: they count as free everywhere.
+    /// Bytes of segments that a start under this name would remove first. They count as free everywhere.
     pub stale: u64,
 }
 
-/// What sets the limit.
+/// What sets a limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Limit {
     /// The size of `/dev/shm`.
@@ -80,19 +81,19 @@ impl core::fmt::Display for Limit {
     }
 }
 
-/// The limit that leaves least.
+/// The limit that leaves the least room.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tightest {
-    /// Which one it is.
+    /// The limit.
     pub limit: Limit,
-    /// Bytes that it leaves.
+    /// The bytes that it leaves.
     pub free: u64,
-    /// Bytes of them that are not for us.
+    /// How many of these bytes are kept for others.
     pub kept: u64,
 }
 
 impl Tightest {
-    /// Bytes that an engine may take.
+    /// The bytes that an engine may take.
     #[must_use]
     pub fn usable(&self) -> u64 {
         self.free.saturating_sub(self.kept)
@@ -114,29 +115,30 @@ impl core::fmt::Display for Tightest {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected room for {} ({what}), {left}; {help}", needed.human())]
 pub struct NoRoom {
-    /// Bytes that are needed.
+    /// The bytes that are needed.
     pub needed: ByteSize,
-    /// What for.
+    /// What they are needed for.
     pub what: String,
-    /// What there is.
+    /// The room that there is.
     pub left: Tightest,
-    /// What to do.
+    /// What the user can do.
     pub help: String,
 }
 
-/// Bytes that an engine of this geometry and its clients will allocate: the arena, an estimate of its tables, channels.
+/// How many bytes an engine of this geometry and its clients will allocate: the arena, an estimate of the tables,
+/// and channels.
 #[must_use]
 pub fn needed(geometry: &Geometry) -> u64 {
     let slot_table = geometry.arena_bytes / USUAL_SHARD_MIN * SLOT_HEADER_BYTES as u64;
     geometry.arena_bytes + slot_table + fixed(geometry)
 }
 
-/// The part of it that does not grow with the arena, or hardly.
+/// The part of these bytes that hardly grows with the arena.
 fn fixed(geometry: &Geometry) -> u64 {
     tables(geometry) + CLIENTS * CHANNEL
 }
 
-/// What a start allocates before the first slab.
+/// How many bytes a start allocates before the first slab.
 fn tables(geometry: &Geometry) -> u64 {
     Places::of(geometry).slots_at + LOBBY_BYTES as u64 + ARENA_TRAILER
 }
@@ -151,7 +153,8 @@ pub fn check(geometry: &Geometry, room: &Room) -> Result<(), NoRoom> {
     room.spares(needed(geometry), what, |left| room.help(&left.limit, Some(geometry)))
 }
 
-/// Is there room for what a start allocates before it serves? Asked where [`check`] has said yes, after a sweep.
+/// Checks that there is room for what a start allocates before it serves. Called after a sweep, where [`check`] has
+/// already said yes.
 ///
 /// # Errors
 /// [`NoRoom`], with the tightest limit.
@@ -160,7 +163,8 @@ pub fn check_first(geometry: &Geometry, room: &Room) -> Result<(), NoRoom> {
     room.spares(tables(geometry) + geometry.slab_bytes, what, |left| room.help(&left.limit, None))
 }
 
-/// May so many more bytes of an arena be allocated now? Then there is still room for one more client's channel.
+/// Checks that `bytes` more of an arena may be allocated now, so that there is still room for one more client's
+/// channel.
 ///
 /// # Errors
 /// [`NoRoom`], with the tightest limit.
@@ -170,25 +174,26 @@ pub fn check_piece(bytes: u64, room: &Room) -> Result<(), NoRoom> {
 }
 
 impl Room {
-    /// What is left now for an engine of this name, counting what an earlier one of the same name left behind.
+    /// The room that there is now for an engine of this name, including what an earlier one of that name left
+    /// behind.
     #[must_use]
     pub fn for_engine(name: &EngineName) -> Room {
         Room { stale: sweep::bytes_held(name), ..Room::now() }
     }
 
-    /// What is left now.
+    /// The room that there is now.
     #[must_use]
     pub fn now() -> Room {
         let shm = nix::sys::statvfs::statvfs(SHM_DIR).ok();
         let shm = shm
             .map_or((0, 0), |s| (s.blocks() * s.fragment_size(), s.blocks_available() * s.fragment_size()));
-        // A tmpfs without a size limit (size=0) says 0 blocks in all: then only memory limits it.
+        // A tmpfs without a size limit (size=0) reports 0 blocks in all: then only memory limits it.
         let (shm_total, shm_free) = if shm.0 == 0 { (u64::MAX, u64::MAX) } else { shm };
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         Room { shm_total, shm_free, memory: memory(&meminfo), cgroup: cgroup::room(), stale: 0 }
     }
 
-    /// The limit that leaves us least.
+    /// The limit that leaves an engine the least room.
     #[must_use]
     pub fn tightest(&self) -> Tightest {
         let left = |limit, free: u64, kept| Tightest { limit, free: free.saturating_add(self.stale), kept };
@@ -202,7 +207,7 @@ impl Room {
             .fold(shm, |tightest, other| if other.usable() < tightest.usable() { other } else { tightest })
     }
 
-    /// Is there room for so many bytes, beside what is kept for others?
+    /// Checks that there is room for `needed` bytes beside what is kept for others.
     fn spares(
         &self,
         needed: u64,
@@ -216,7 +221,7 @@ impl Room {
         Err(NoRoom { needed: ByteSize(needed), what: what(), help: help(&left), left })
     }
 
-    /// What to do about a limit; for a geometry that did not fit it names sizes that would.
+    /// What a user can do about a limit. For a geometry that did not fit, it names sizes that would.
     #[must_use]
     pub fn help(&self, limit: &Limit, wanted: Option<&Geometry>) -> String {
         let enlarge = match limit {
@@ -224,7 +229,7 @@ impl Room {
                 let size = wanted.map_or_else(
                     || "SIZE".to_owned(),
                     |geometry| {
-                        // What is in use stays in use.
+                        // The memory that is in use stays in use.
                         let used = self.shm_total - self.shm_free.min(self.shm_total);
                         format!("{}m", (needed(geometry) + used).div_ceil(1 << 20))
                     },
@@ -242,7 +247,8 @@ impl Room {
             }
         };
         let Some(geometry) = wanted else { return enlarge };
-        // A smaller arena has smaller tables: the room is divided as the wanted arena would divide it.
+        // A smaller arena has smaller tables, so the room is divided in the same proportion as for the wanted
+        // arena.
         let fixed = fixed(geometry);
         let left = u128::from(self.tightest().usable().saturating_sub(fixed));
         let fits = left * u128::from(geometry.arena_bytes) / u128::from(needed(geometry) - fixed).max(1);
@@ -325,7 +331,7 @@ mod tests {
         for part in ["8GiB of arena", "/dev/shm has 60MiB left", "docker's default", "--shm-size=8"] {
             assert!(error.contains(part), "{part}: {error}");
         }
-        // What is advised fits.
+        // The size that is advised fits.
         let fits: ByteSize = error.rsplit(' ').next().unwrap().parse().unwrap();
         assert_eq!(check(&geometry(fits.0), &docker), Ok(()));
         assert!(!check(&geometry(20 * GIB), &room()).unwrap_err().to_string().contains("default"));

@@ -1,4 +1,4 @@
-//! What the engine asks of its own process.
+//! Settings of the engine's own process.
 
 use nix::libc;
 use nix::sched::CpuSet;
@@ -8,15 +8,16 @@ use nix::unistd::Pid;
 use std::io;
 use std::time::Duration;
 
-/// Switches off core dumps of this process; where that is refused, a warning says so.
+/// Switches off core dumps of this process. If that is refused, a warning says so.
 ///
-/// The kernel marks life words when a process dies, but a dump comes first: with one, a death by SIGABRT or SIGSEGV is
-/// noticed seconds late, and all of the shared memory is copied for nothing. The limit is **1** and not 0: where dumps
-/// are piped to a program (`core_pattern` with `|`: systemd-coredump, apport) the kernel ignores a limit of 0, while 1
-/// is its word for "no pipe either"; for files both are below a page and mean none. `PR_SET_DUMPABLE` would forbid
-/// debuggers and profilers as well.
+/// When a process dies, the kernel dumps its core before it marks life words. So with a dump, a death by SIGABRT or
+/// SIGSEGV is noticed seconds late, and all of the shared memory is copied for nothing. The limit is **1** and not
+/// 0: if dumps are piped to a program (`core_pattern` with `|`: systemd-coredump, apport), the kernel ignores a
+/// limit of 0, but takes 1 as "no pipe either"; for files, both are below a page and mean no dump.
+/// `PR_SET_DUMPABLE` would forbid debuggers and profilers as well.
 pub fn disable_core_dumps() {
-    // The hard limit stays as it is: raising it needs a privilege, and nobody has to be kept from it.
+    // The hard limit stays as it is, because raising it again would need a privilege, and nobody is to be kept from
+    // dumps by us.
     let limited = getrlimit(Resource::RLIMIT_CORE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_CORE, hard.min(1), hard));
     if let Err(errno) = limited {
@@ -24,9 +25,9 @@ pub fn disable_core_dumps() {
     }
 }
 
-/// How long the service loop may spin before it sleeps: the configured time, or nothing at all where this process has
-/// one CPU to itself and its clients (by affinity or by the cgroup's quota). A spin would keep them from answering:
-/// 108 µs per round trip instead of 4.
+/// How long the service loop may spin before it sleeps: the configured time, or not at all if this process and its
+/// clients share one CPU (by affinity or by the control group's quota). There a spin would keep the clients from
+/// answering: 108 µs per round trip instead of 4.
 #[must_use]
 pub fn spin_time(configured: Duration) -> Duration {
     spin_time_on(configured, std::thread::available_parallelism().map_or(1, usize::from))
@@ -36,9 +37,10 @@ fn spin_time_on(configured: Duration, cpus: usize) -> Duration {
     if cpus <= 1 { Duration::ZERO } else { configured }
 }
 
-/// Makes this process the node's rather than its starter's: what it has inherited, and would keep for ever, is undone. One that
-/// a vLLM's worker starts would else run on that worker's one CPU, and have the whole arena on its memory node. Call it before
-/// there is any other thread. What cannot be undone is answered, with what stands in the way.
+/// Makes this process independent of the process that started it: undoes what it has inherited and would keep for
+/// ever. Otherwise an engine that a worker of vLLM starts would run on that worker's one CPU, and have the whole
+/// arena on its memory node. Call it before there is any other thread. Returns what could not be undone, with the
+/// reasons.
 ///
 /// | inherited | then |
 /// | --- | --- |
@@ -48,7 +50,8 @@ fn spin_time_on(configured: Duration, cpus: usize) -> Duration {
 /// | blocked signals | none |
 /// | working directory | `/`, so that no file system is kept busy |
 ///
-/// Limits (`ulimit`), the OOM score, control groups, namespaces and seccomp filters stay as they are: leaving them takes privileges.
+/// Limits (`ulimit`), the OOM score, control groups, namespaces and seccomp filters stay as they are: leaving them
+/// takes privileges.
 #[must_use]
 pub fn belong_to_the_node() -> Vec<(&'static str, io::Error)> {
     let undone: [(&str, io::Result<()>); 6] = [
@@ -64,7 +67,7 @@ pub fn belong_to_the_node() -> Vec<(&'static str, io::Error)> {
 
 fn all_cpus() -> io::Result<()> {
     let mut cpus = CpuSet::new();
-    // The kernel takes those that exist and that the cpuset allows.
+    // The kernel takes those of these CPUs that exist and that the cpuset allows.
     for cpu in 0..CpuSet::count() {
         cpus.set(cpu)?;
     }
@@ -73,12 +76,12 @@ fn all_cpus() -> io::Result<()> {
 
 fn usual_class() -> io::Result<()> {
     let priority = libc::sched_param { sched_priority: 0 };
-    // SAFETY: reads one structure, which lives until it returns.
+    // SAFETY: the call reads one structure, which lives until it returns.
     let done = unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const priority) };
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Nodes that the kernel can be told of at once: more than it can be built for.
+/// How many memory nodes the mask has room for: more than a kernel can be built for.
 const NODES_MAX: usize = 1024;
 
 fn interleaved() -> io::Result<()> {
@@ -89,15 +92,15 @@ fn interleaved() -> io::Result<()> {
         mask[node / libc::c_ulong::BITS as usize] |= 1 << (node % libc::c_ulong::BITS as usize);
     }
     let (mode, mask, most) = match nodes.len() {
-        // One node, or a kernel that knows of none.
+        // There is one node, or the kernel knows of none.
         0 | 1 => (libc::MPOL_DEFAULT, std::ptr::null(), 0),
         _ => (libc::MPOL_INTERLEAVE, mask.as_ptr(), NODES_MAX),
     };
-    // SAFETY: reads `most` bits from `mask`, which lives until it returns.
+    // SAFETY: the call reads `most` bits from `mask`, which lives until it returns.
     let done = unsafe { libc::syscall(libc::SYS_set_mempolicy, mode, mask, most) };
     match io::Error::last_os_error() {
         _ if done == 0 => Ok(()),
-        // Without NUMA there is no policy to be undone.
+        // Without NUMA there is no policy to undo.
         error if error.raw_os_error() == Some(libc::ENOSYS) => Ok(()),
         error => Err(error),
     }
@@ -118,7 +121,7 @@ fn field<'a>(status: &'a str, key: &str) -> Option<&'a str> {
     Some(value.trim())
 }
 
-/// Does this process ignore this signal, as `nohup` has it from its start?
+/// Whether this process ignores this signal, as `nohup` makes it from its start.
 #[must_use]
 pub fn ignores(signal: Signal) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -1,12 +1,14 @@
 //! Warm recovery: what a dead predecessor left in the engine's segment becomes the cache of its successor.
 //!
-//! Between the odd incarnation and the even one, on the service thread, by reading alone, but for what is freed. Committed
-//! shards stay: complete chunks are visible, incomplete ones go on forming. What the dead were writing goes, and their
-//! rounds with it.
-//! A slot that a *living* client was writing stays that client's, whether its chunk does or not: only its word, or its
-//! death, frees it; and so does one of the dead for which a device may still write. All of it is derived from the slab table
-//! and the slot headers, each of which was published in one store; so a predecessor's death between any two of its stores
-//! leaves tables that make sense. Tables that do not are an error, and a cold start.
+//! Recovery runs on the service thread, between the odd incarnation and the even one, and only reads, except that it
+//! frees slots. Committed shards stay: complete chunks are visible, incomplete ones go on forming. Slots that the
+//! dead were writing are freed, and their rounds are dropped.
+//!
+//! A slot that a *living* client was writing stays that client's, whether its chunk stays or not: only the client's
+//! commit or abort, or its death, frees it. The same holds for a slot of a dead client for which a device may still
+//! write. All of this is derived from the slab table and the slot headers. Each of their transitions was published
+//! in one store, so a predecessor's death between any two of its stores leaves tables that make sense. Tables that
+//! do not make sense are an error, and lead to a cold start.
 
 use crate::cache::{Cache, Found, NotRestorable, RegisterError, Round, Shard, ShardHeader};
 use crate::segments::Segments;
@@ -19,16 +21,16 @@ use kvring_shm_abi::message;
 use kvring_shm_abi::slot::{SlotContent, SlotState};
 use std::time::Instant;
 
-/// Slots whose chunks are asked for in advance.
+/// How many slots ahead the lines for a slot's chunk are prefetched.
 const AHEAD: u32 = 8;
 
-/// Why what there is cannot be taken over.
+/// Why a predecessor's cache cannot be recovered.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotRecoverable {
-    /// The slab table or a slot header.
+    /// The slab table or a slot header is wrong, or there is no memory.
     #[error(transparent)]
     Tables(#[from] NotRestorable),
-    /// A namespace.
+    /// A namespace is wrong.
     #[error("namespace {id}: {why}")]
     Namespace {
         /// Its id.
@@ -38,23 +40,24 @@ pub(crate) enum NotRecoverable {
     },
 }
 
-/// Clients that a predecessor had, and that live: they come back by themselves.
+/// The clients of a predecessor that live. They come back by themselves.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Inherited {
-    /// What each entry said then: an attachment to the predecessor, not to be judged.
+    /// The nonce in each entry at that time. It is of an attachment to the predecessor, so this engine does not
+    /// answer it.
     pub(crate) nonces: [Option<u64>; CLIENTS_MAX],
-    /// Bit per entry whose owner lives.
+    /// One bit for each entry whose owner lives.
     pub(crate) living: u64,
 }
 
 impl Inherited {
-    /// None at all.
+    /// No clients.
     pub(crate) fn nobody() -> Inherited {
         Inherited { nonces: [None; CLIENTS_MAX], living: 0 }
     }
 }
 
-/// Reads everything back into an empty cache whose usable slabs have been added.
+/// Reads everything back into an empty cache. Its usable slabs have been added before.
 pub(crate) fn recover(
     segments: &Segments,
     cache: &mut Cache<SharedSlots>,
@@ -68,7 +71,7 @@ pub(crate) fn recover(
         cache.restore_span(first, slabs, slot_bytes)?;
         let slots = cache.slots_of_span(first);
         for slot in slots.clone() {
-            // A span lies inside the arena, and the table has a header for each of its slots.
+            // This cannot happen: a span lies inside the arena, and the table has a header for each of its slots.
             let Some(header) = segments.engine.slot(slot) else { break };
             if let Some(soon) =
                 slots.contains(&(slot + AHEAD)).then(|| segments.engine.slot(slot + AHEAD)).flatten()
@@ -89,7 +92,7 @@ pub(crate) fn recover(
     failpoint::here("recovery.owners");
     let stats = cache.stats();
     let block = &segments.engine.stats;
-    // Those of whose writers one has turned out to be dead are gone by now.
+    // Forming chunks that had a dead writer have been dropped by now.
     let kept = stats.chunks_forming;
     let lost = u64::from(restored.dropped) + u64::from(restored.kept).saturating_sub(kept);
     for (stat, value) in [
@@ -127,7 +130,7 @@ fn namespaces(
     Ok(())
 }
 
-/// What a slot in use holds; `None` for a free one.
+/// The content of a slot in use; `None` for a free one.
 fn shard(content: &SlotContent) -> Option<Shard> {
     let found = match content.word.state {
         SlotState::Free => return None,
@@ -151,10 +154,10 @@ fn shard(content: &SlotContent) -> Option<Shard> {
     Some(Shard { header, generation: content.word.generation, found, tick: content.last_touch })
 }
 
-/// Which clients live. What the others were writing is freed, and their rounds are over.
+/// Finds out which clients live. Frees what the others were writing, and drops their rounds.
 fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
     let mut inherited = Inherited::nobody();
-    // Who died while there was no engine, and whose kernel marks nothing.
+    // This marks clients that died while there was no engine and whose kernel marks no words.
     segments.mark_dead_clients();
     let lobby = &segments.lobby;
     for entry in 0..CLIENTS_MAX {
@@ -163,8 +166,8 @@ fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
             inherited.living |= 1 << entry;
             inherited.nonces[entry] = lobby.entries[entry].read_nonce();
         } else if lobby.entries[entry].dma().is_some() {
-            // A device may still be writing for it, whatever somebody wrote into its word: the service's first look finds out,
-            // and frees it or waits.
+            // A device may still be writing for this client, whatever its life word says. The service's first look
+            // finds out, and frees its slots or waits.
             cache.owner_lingers(entry as u8);
         } else {
             cache.owner_gone(entry as u8);

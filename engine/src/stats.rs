@@ -1,8 +1,8 @@
 //! The statistics block: every counter and gauge, with its name and its help, in one table.
 //!
-//! The service thread writes them as plain words of the engine's segment, `kvring status` reads them from there, also
-//! while the engine hangs. A hash of the table lies in the block's last word, so that a `status` of another build
-//! says so instead of showing numbers under the wrong names.
+//! The service thread writes them to the engine's segment, one word for each, and `kvring status` reads them from
+//! there, even while the engine hangs. The block's last word holds a hash of the table, so that a `status` of
+//! another build says so instead of showing numbers under wrong names.
 
 use kvring_shm_abi::engine_segment::{STATS_WORDS, StatWord};
 use serde::ser::{Serialize, SerializeMap, Serializer};
@@ -11,15 +11,15 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// Only grows during one life of the engine.
+    /// It only grows during one life of the engine.
     Counter,
-    /// What is now.
+    /// It has the present value.
     Gauge,
 }
 
 macro_rules! stats {
     ($($name:ident $kind:ident $text:literal $help:literal;)+) => {
-        /// A counter or gauge; its number is its place in the block.
+        /// A counter or gauge. Its number is its place in the block.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum Stat {
@@ -36,13 +36,13 @@ macro_rules! stats {
                 match self { $(Stat::$name => $text,)+ }
             }
 
-            /// What it says, for people.
+            /// Its meaning, for people.
             #[must_use]
             pub const fn help(self) -> &'static str {
                 match self { $(Stat::$name => $help,)+ }
             }
 
-            /// Counter or gauge.
+            /// Whether it is a counter or a gauge.
             #[must_use]
             pub const fn kind(self) -> Kind {
                 match self { $(Stat::$name => Kind::$kind,)+ }
@@ -123,7 +123,7 @@ const TABLE_HASH: u64 = {
         let name = Stat::ALL[stat].name().as_bytes();
         let mut at = 0;
         while at <= name.len() {
-            // A separator after each name, which is in none.
+            // Each name is followed by a separator that no name contains.
             let byte = if at < name.len() { name[at] } else { 0 };
             hash = (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01b3);
             at += 1;
@@ -136,8 +136,7 @@ const TABLE_HASH: u64 = {
 impl Stat {
     /// Its word in the block ([`EngineSegment::stats`](kvring_shm_abi::engine_segment::EngineSegment::stats)).
     ///
-    /// # Panics
-    /// For a slice that is shorter than the block.
+    /// If the slice is shorter than the block.
     #[inline]
     #[must_use]
     pub fn of(self, block: &[StatWord]) -> &StatWord {
@@ -145,7 +144,7 @@ impl Stat {
     }
 }
 
-/// Engine, before it serves: counters begin at 0, and the block says which table it follows.
+/// Called by the engine before it serves: all values begin at 0, and the block says which table it follows.
 pub fn initialise(block: &[StatWord]) {
     block.iter().for_each(|word| word.set(0));
     if let Some(word) = block.get(HASH_AT) {
@@ -153,20 +152,20 @@ pub fn initialise(block: &[StatWord]) {
     }
 }
 
-/// The block belongs to an engine with another table.
+/// The block was written by an engine with another table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "expected the statistics table {expected:#018x}, found {found:#018x}: the engine is another build; \
      use the kvring that started it"
 )]
 pub struct OtherTable {
-    /// Ours.
+    /// The hash of our table.
     pub expected: u64,
-    /// The engine's.
+    /// The hash of the engine's table.
     pub found: u64,
 }
 
-/// All values of one moment (each word by itself: two of them may be of neighbouring turns).
+/// All values at one moment. Each word is read by itself, so two of them may be of neighbouring turns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot([u64; Stat::ALL.len()]);
 
@@ -198,7 +197,7 @@ impl Snapshot {
         Stat::ALL.iter().copied().zip(self.0.iter().copied())
     }
 
-    /// What happened since `earlier`: counters as differences, gauges as they are.
+    /// What happened since `earlier`: counters as differences, gauges with their present values.
     #[must_use]
     pub fn since(&self, earlier: &Snapshot) -> Snapshot {
         let mut values = self.0;

@@ -1,18 +1,19 @@
-//! A lower tier (a disk, later): what makes a lookup pending.
+//! A lower tier (later a disk), for which a lookup may wait.
 //!
-//! A lookup that misses asks the tier; if the tier has more, the answer is given when it has been brought up. The
-//! keys stay in the client's payload region, which belongs to the operation until its completion is drained, so
-//! nothing is copied; the lookup is simply done again.
+//! A lookup that misses asks the tier. If the tier has more, the lookup is *pending*: it is answered when that has
+//! been brought up. Its keys stay in the client's payload region, which belongs to the operation until its
+//! completion is drained. So nothing is copied; the lookup is simply done again.
 
 use kvring_shm_abi::message::{Key, Records};
 use kvring_shm_abi::ring::DEPTH;
 
-/// Something below the arena that may hold chunks. Called by the service thread: nothing here may block.
+/// Something below the arena that may hold chunks. The service thread calls it: nothing here may block.
 pub trait LowerTier: Send {
-    /// Starts to bring up as many of `missing` (the next ones of a chain, in order) as it holds. `None`: nothing to wait for.
+    /// Starts to bring up as many of `missing` (the next chunks of a chain, in order) as it holds, and returns a
+    /// ticket. `None`: there is nothing to wait for.
     fn begin(&mut self, namespace: u32, missing: &[Key]) -> Option<u64>;
 
-    /// Is that done (or failed)? Asked every turn while anything is pending.
+    /// Whether that has been done, or has failed. Called in every turn while anything is pending.
     fn is_done(&mut self, ticket: u64) -> bool;
 }
 
@@ -42,9 +43,9 @@ pub(crate) struct AskedLookup {
     pub(crate) answer: Records,
 }
 
-/// Lookups that wait, in order of arrival; as many as one client may have in flight.
+/// Pending lookups, in order of arrival; as many as one client may have in flight.
 pub(crate) struct PendingLookups {
-    /// Each with what it waits for.
+    /// Each lookup, with the tier's ticket for it.
     waiting: Vec<(AskedLookup, u64)>,
 }
 
@@ -58,7 +59,7 @@ impl PendingLookups {
         self.waiting.is_empty()
     }
 
-    /// False when there is no room: then the lookup is answered with what there is.
+    /// False: there is no room, and the lookup is to be answered with what has been found.
     pub(crate) fn push(&mut self, lookup: AskedLookup, ticket: u64) -> bool {
         let room = self.waiting.len() < self.waiting.capacity();
         if room {
@@ -67,14 +68,14 @@ impl PendingLookups {
         room
     }
 
-    /// The first one of a client that need not wait any longer.
+    /// Takes a client's first lookup that need not wait any longer.
     pub(crate) fn take_ready(&mut self, entry: usize, tier: &mut dyn LowerTier) -> Option<AskedLookup> {
         let is_ready = |(lookup, ticket): &(AskedLookup, u64)| lookup.entry == entry && tier.is_done(*ticket);
         let at = self.waiting.iter().position(is_ready)?;
         Some(self.waiting.remove(at).0)
     }
 
-    /// One of this session, and of this admission if one is named.
+    /// Takes one lookup of this session and, if one is given, of this admission.
     pub(crate) fn take_session(
         &mut self,
         entry: usize,
@@ -89,7 +90,7 @@ impl PendingLookups {
         Some(self.waiting.remove(at).0)
     }
 
-    /// The client is gone.
+    /// Forgets the lookups of a client that is gone.
     pub(crate) fn forget(&mut self, entry: usize) {
         self.waiting.retain(|(lookup, _)| lookup.entry != entry);
     }
