@@ -1,8 +1,9 @@
-//! How long a lookup takes: nanoseconds of one `find` by keys and by chunks in the cache, all of them hits.
+//! Measures how long a lookup takes: the nanoseconds of one `find`, by the number of keys and of chunks in the
+//! cache. All keys are hits.
 //!
-//! `cargo run --release -p kvring-engine --example find_speed [world]`: one rank unless said otherwise, shards of
-//! 4 KiB, up to 64 random chains that were stored interleaved. *Warm* is with random chunks of the whole cache looked up
-//! before; *cold* is after everything was pushed out of the CPU's caches.
+//! `cargo run --release -p kvring-engine --example find_speed [world]`: one rank unless given otherwise, shards of
+//! 4 KiB, up to 64 random chains that were stored interleaved. *Warm*: random chunks of the whole cache were looked
+//! up before. *Cold*: everything was pushed out of the CPU's caches.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -32,9 +33,9 @@ impl SlotTable for NoTable {
 }
 
 const CHAINS_MAX: u64 = 64;
-/// Keys of the longest lookup.
+/// How many keys the longest lookup has.
 const KEYS_MAX: u64 = 512;
-/// Bytes that each pass reads to push the cache out of the CPU's.
+/// How many bytes are read to push the tables out of the CPU's caches.
 const FLUSH_BYTES: usize = 64 << 20;
 
 fn random(state: &mut u64) -> u64 {
@@ -113,7 +114,7 @@ fn main() -> anyhow_free::Result<()> {
                 black_box(&mut shards);
                 assert_eq!(found, Ok(keys as u32));
             };
-            // Warm: chunks all over the cache were looked up since, as in a server that does nothing else.
+            // Warm: chunks all over the cache are looked up in between, as in a server that does nothing else.
             let (mut warm, mut cold, mut pin) = (Vec::new(), Vec::new(), Vec::new());
             let mut any_chain = || {
                 let chain = &chains[(random(&mut state) % count) as usize];
@@ -129,7 +130,7 @@ fn main() -> anyhow_free::Result<()> {
             for _ in 0..64 {
                 let chain = any_chain();
                 black_box(flush.iter().step_by(64).map(|byte| u64::from(*byte)).sum::<u64>());
-                // What the caller has just read from its ring.
+                // The keys are warm: a caller has just read them from its ring.
                 black_box(chain[..keys].iter().fold(0, |sum, key| sum ^ key[0]));
                 let start = Instant::now();
                 lookup(&mut cache, chain);

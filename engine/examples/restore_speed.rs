@@ -1,4 +1,5 @@
-//! How long a recovery takes, without its segments: a slot table of N committed shards of 4 KiB, read into an empty cache.
+//! Measures how long a recovery takes, without the segments: a slot table of N committed shards of 4 KiB is read
+//! into an empty cache.
 //!
 //! `cargo run --release -p kvring-engine --example restore_speed [chunks] [world]`
 
@@ -50,7 +51,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let word = |state| SlotWord { state, owner: 1, generation: 3 };
         header.begin_writing(word(SlotState::Writing), &identity, 5, 6);
         header.commit(word(SlotState::Committed), 7);
-        // In an order that is not that of the slots.
+        // The chunks are stored in another order than that of the slots.
         header.touch(chunk.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32);
     }
     for _ in 0..5 {

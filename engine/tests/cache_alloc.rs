@@ -1,4 +1,5 @@
-//! The cache takes its memory when it is made: no operation allocates, and a huge arena costs what is used of it.
+//! The cache takes its memory when it is made: no operation allocates, and a huge arena costs only as much memory
+//! as is used of it.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -14,7 +15,7 @@ use kvring_engine::cache::{
 };
 use kvring_engine::policy::PolicyKind;
 
-/// Counts what this thread allocates.
+/// Counts the allocations of this thread.
 struct Counting;
 
 thread_local! {
@@ -22,15 +23,15 @@ thread_local! {
 }
 
 fn count() {
-    // A thread that ends has no counter any longer; it is not the one under test.
+    // A thread that is ending has no counter any more, but it is not the one under test.
     let _ = ALLOCATIONS.try_with(|allocations| allocations.set(allocations.get() + 1));
 }
 
-// SAFETY: hands every call to `System`, and counts.
+// SAFETY: every call is passed on to `System`, and counted.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: the caller keeps `GlobalAlloc`'s contract, which is `System`'s.
+        // SAFETY: the caller keeps `GlobalAlloc`'s contract, and `System` has the same.
         unsafe { System.alloc(layout) }
     }
 
@@ -65,7 +66,7 @@ fn no_operation_allocates() {
         let slabs = 12;
         let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, slabs) };
         let mut cache = Cache::new(config, VecTable::new(slabs as usize * 256)).unwrap();
-        // Also registering and forgetting: what a client asks for cannot fail for want of memory.
+        // Registering and forgetting are counted too: no request of a client may fail for want of memory.
         let registering = allocations();
         cache.register(3, 64, 63, 4096).unwrap();
         assert!(cache.forget(3));
@@ -141,7 +142,7 @@ fn no_operation_allocates() {
                 }
                 _ => cache.check_step(100).unwrap(),
             }
-            // What the table logs is not the cache's.
+            // The logs belong to the table, not to the cache.
             cache.table_mut().freed.clear();
             cache.table_mut().touches.clear();
         }
@@ -172,7 +173,7 @@ impl SlotTable for NoTable {
     }
 }
 
-/// KiB of this process that no file is behind.
+/// KiB of this process's memory that no file backs.
 fn anonymous_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
@@ -209,6 +210,6 @@ fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
     assert_eq!((stats.chunks_visible, stats.pins), (10_000, 10_000));
     let kib = anonymous_kib() - before;
     println!("{kib} KiB for {} chunks in {} GiB", stats.chunks_visible, stats.bytes_usable >> 30);
-    // With the other test beside it in the same process.
+    // This includes the other test, which runs in the same process.
     assert!(kib < 30 << 10, "{kib} KiB");
 }

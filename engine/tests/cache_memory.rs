@@ -1,4 +1,5 @@
-//! An address space that has no room for the tables. The limit is the process's: no other test belongs into this file.
+//! An address space without room for the tables. The limit holds for the whole process, so no other test belongs
+//! into this file.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -16,7 +17,8 @@ fn tables_that_find_no_address_space_are_an_error_at_the_start() {
     let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     let (_, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
     for policy in PolicyKind::ALL {
-        // The arena has room for 2¹⁸ chunks: between 16 and 60 MiB of tables, one after another.
+        // The arena has room for 2¹⁸ chunks. That takes between 16 and 60 MiB of tables, which are allocated one
+        // after another.
         let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, 1 << 10) };
         let (mut refused, mut made) = (0, 0);
         for mib in (0..120).step_by(4) {

@@ -1,4 +1,4 @@
-//! What takes long goes on in pieces: none of them does more than it may, and all of them together do what one call would.
+//! Long work goes on in pieces: no piece does more than it may, and all pieces together do what one call would do.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -12,10 +12,11 @@ use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservatio
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
-/// What one chunk of 64 ranks takes, with the others of its key, and a step of a search for room.
+/// How many records one chunk of 64 ranks takes, together with the other rounds of its key and a step of a search
+/// for room.
 const CHUNK: u64 = 1024;
 
-/// Calls `piece` with so much allowed until it says that all is done; how many calls that took.
+/// Calls `piece`, with `allowed` records each time, until it says that all is done. Returns the number of calls.
 fn in_pieces(
     cache: &mut Cache<VecTable>,
     allowed: u64,
@@ -36,7 +37,7 @@ fn in_pieces(
     unreachable!()
 }
 
-/// Looks up in pieces of this many keys; what was found.
+/// Looks up in pieces of this many keys. Returns the number of chunks found.
 fn find_in_pieces(cache: &mut Cache<VecTable>, session: u64, keys: &[Key], piece: usize) -> u32 {
     let mut lookup = cache.lookup(0, session, 0, 0, keys.len());
     for part in keys.chunks(piece) {
@@ -73,7 +74,7 @@ fn reserve_in_pieces(
     (answers, calls)
 }
 
-/// The client with the longest requests that there may be, and the most ranks.
+/// The longest requests of a client that there may be, with the most ranks.
 #[test]
 fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     // 128 chunks of 64 ranks fill the arena.
@@ -86,7 +87,7 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
             cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
         }
     }
-    // Each key 64 times.
+    // Each key comes 64 times.
     let keys: Vec<Key> = first.iter().cycle().take(8192).copied().collect();
     let mut lookup = cache.lookup(0, 1, 0, 0, keys.len());
     let calls = in_pieces(&mut cache, 4096, "a lookup", |cache| {
@@ -100,7 +101,7 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     assert!(in_pieces(&mut cache, 256, "a release", |cache| cache.release(0, 1, 0, 8000)) == 1);
     let calls = in_pieces(&mut cache, 256, "a session's end", |cache| cache.end_session(0, 1));
     assert!(calls > 16, "{calls} calls");
-    // All that is there goes for what comes; and its writer dies.
+    // Everything is evicted for new chunks, and then their writer dies.
     let (answers, calls) = reserve_in_pieces(&mut cache, 0, 7, 2, &chain(2, 128), 256);
     assert!(answers.iter().all(|answer| matches!(answer, Reservation::Write { .. })), "{answers:?}");
     assert!(calls > 2, "{calls} calls");
@@ -108,7 +109,7 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     let calls = in_pieces(&mut cache, 64, "a death", |cache| cache.part(&mut parting));
     assert!(calls > 4, "{calls} calls");
     assert_eq!((cache.stats().slots_writing, cache.stats().chunks_forming), (0, 0));
-    // What is looked up, and what is cleared.
+    // Next a clear.
     store_all(&mut cache, &chain(3, 100));
     let mut at = Some(0);
     let calls = in_pieces(&mut cache, 256, "a clear", |cache| {
@@ -128,11 +129,11 @@ fn store_all(cache: &mut Cache<VecTable>, keys: &[Key]) {
     }
 }
 
-/// Leaves go first, however many pieces an access had.
+/// Leaves are evicted first, however many pieces an access had.
 #[test]
 fn the_order_of_eviction_does_not_depend_on_the_pieces() {
     let left_after = |access: &dyn Fn(&mut Cache<VecTable>)| {
-        // Room for eight, and a spare search that aims at one.
+        // There is room for eight chunks, and a search for room aims at one spare slot.
         let mut cache = cache(1, &[SLAB_BYTES / 8]);
         store(&mut cache, 1, &chain(1, 6));
         store(&mut cache, 2, &chain(2, 2));
@@ -161,7 +162,7 @@ fn the_order_of_eviction_does_not_depend_on_the_pieces() {
     }
 }
 
-/// How much of a chain is there, which is no access.
+/// How many chunks of a chain there are, without an access to them.
 fn hits_quietly(cache: &Cache<VecTable>, keys: &[Key]) -> usize {
     let entries = &cache.table().entries;
     let is_there = |key: &&Key| {
@@ -172,7 +173,7 @@ fn hits_quietly(cache: &Cache<VecTable>, keys: &[Key]) -> usize {
     keys.iter().take_while(is_there).count()
 }
 
-/// While a lookup of an admission is repeated, piece by piece, what the first one found stays leased.
+/// While the lookup of an admission is repeated piece by piece, all chunks that the first one found stay leased.
 #[test]
 fn what_is_looked_up_again_stays_leased_all_the_time() {
     let mut cache = cache(1, &[SLAB_BYTES / 8]);
@@ -180,14 +181,14 @@ fn what_is_looked_up_again_stays_leased_all_the_time() {
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 8), 8), 8);
     let mut lookup = cache.lookup(0, 1, 0, 0, 8);
     for part in chain(1, 8).chunks(3) {
-        // Somebody else wants room between two pieces.
+        // Another client wants room between two pieces.
         assert_eq!(reserve(&mut cache, 0, round(9), &chain(9, 3)), [Reservation::NoSpace; 3]);
         lookup.found += cache.find_piece(&lookup, part, &mut |_| {}).unwrap();
         assert!(cache.pin_found());
         cache.check_all().unwrap();
         assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
     }
-    // Another chain under the same admission: what it does not need goes.
+    // Another chain under the same admission: chunks that it does not need are released.
     cache.end_session(0, 1);
     let mut other = chain(1, 8);
     other.truncate(2);
@@ -196,7 +197,7 @@ fn what_is_looked_up_again_stays_leased_all_the_time() {
     assert_eq!(cache.stats().pins, 2);
 }
 
-/// A lookup of an admission whose pieces meet a lease on other chunks.
+/// A lookup of an admission that already has a lease on other chunks, which its pieces replace.
 #[test]
 fn a_lookup_takes_the_place_of_an_earlier_one_piece_by_piece() {
     let mut cache = cache(1, &[SLAB_BYTES / 16]);
@@ -209,26 +210,26 @@ fn a_lookup_takes_the_place_of_an_earlier_one_piece_by_piece() {
     assert_eq!((cache.stats().leases, cache.stats().pins), (0, 0));
 }
 
-/// Of a client's share: chunks.
+/// How many chunks a client's share has room for.
 const SHARE: u64 = 6;
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whoever leased what before, and however many pieces it has: a lookup charges nobody beyond his share, and finds as
-    /// much as the client may lease.
+    /// Whatever the clients have leased before, and however many pieces a lookup has: it charges no client beyond
+    /// its share, and finds as much as the client may lease.
     #[test]
     fn a_lookup_charges_nobody_beyond_his_share(
         steps in prop::collection::vec((0..3_u8, 0..4_u64, 0..4_u64, 1..12_u64, 1..13_usize), 1..60),
     ) {
         let bytes = SLAB_BYTES / 64;
         let mut cache = cache_of(CacheConfig { client_bytes_max: SHARE * bytes, ..config(1) }, &[bytes]);
-        // Four chains with a prefix in common.
+        // Four chains have a prefix in common.
         let chain_of = |chain: u64, len: u64| -> Vec<Key> {
             (0..len).map(|place| key(if place < 4 { 0 } else { chain }, place)).collect()
         };
         for chain in 0..4 {
-            // What is being written is charged too.
+            // They are stored in parts, because slots that are being written are charged too.
             chain_of(chain, 12).chunks(4).for_each(|keys| store(&mut cache, chain as u32, keys));
         }
         let mut leases: BTreeMap<(u8, u64), Vec<Key>> = BTreeMap::new();
@@ -270,7 +271,7 @@ proptest! {
     }
 }
 
-/// Two slabs of small chunks are to become one large slot.
+/// Two slabs of small chunks, which are to become one large slot.
 fn small_and_large() -> Cache<VecTable> {
     let mut cache = cache(2, &[4096]);
     register(&mut cache, 1, &[2 * SLAB_BYTES]);
@@ -295,13 +296,13 @@ fn ask_for_large(cache: &mut Cache<VecTable>, allowed: u64) -> Vec<Reservation> 
 #[test]
 fn what_is_being_emptied_gives_out_nothing_and_stays_together() {
     let mut cache = small_and_large();
-    // It has begun to drop chunks, and then its client is gone.
+    // The emptying has begun to drop chunks, and then the client for which it was begun is gone.
     assert!(ask_for_large(&mut cache, 1000).is_empty());
     assert!(cache.is_emptying());
     let (chunks, bytes) = (cache.stats().chunks_visible, cache.stats().bytes_used);
     assert!((1..500).contains(&chunks), "{chunks} chunks");
     assert_eq!(bytes, chunks * 4096, "what is free of it is not used");
-    // Nobody else gets what is free of it: not its own size, not another.
+    // No other reservation gets a slot in the closed slabs, neither of their own size nor of another one.
     assert_eq!(cache.stats().slabs_free, 0);
     for (namespace, name) in [(0, 7), (2, 8)] {
         let mut answers = Vec::new();
@@ -347,7 +348,7 @@ fn one_chunk_that_is_leased_meanwhile_keeps_its_slabs() {
 fn spans_that_are_taken_are_counted_when_they_are() {
     let mut cache = small_and_large();
     let mut taken = Vec::new();
-    // Where it has begun to drop chunks, one that it has not come to is leased.
+    // After the emptying has begun to drop chunks, one that it has not reached yet is leased.
     assert!(ask_for_large(&mut cache, 1000).is_empty());
     taken.push(cache.stats().spans_taken);
     let last = chain(1, 500).into_iter().rev().find(|key| hits_quietly(&cache, &[*key]) == 1).unwrap();
@@ -361,10 +362,10 @@ fn spans_that_are_taken_are_counted_when_they_are() {
     assert_eq!(taken, [0, 1, 2]);
 }
 
-/// A search that has looked at everything is not made again for the next key of the message.
+/// A search that has looked at everything is not repeated for the message's next key.
 #[test]
 fn a_search_in_vain_is_made_once_for_a_message() {
-    // Every slab has a chunk that is being written; a shard needs two slabs.
+    // Every slab has a chunk that is being written, and a shard needs two slabs.
     let mut cache = cache(1024, &[SLAB_BYTES / 2]);
     register(&mut cache, 1, &[2 * SLAB_BYTES]);
     for place in 0..2048 {
@@ -384,7 +385,7 @@ fn a_search_in_vain_is_made_once_for_a_message() {
     assert!(spent_for_many < spent_for_one + 500 * 8, "{spent_for_one} for one, {spent_for_many} for 500");
 }
 
-/// The same where it is records that are wanting: every chunk is being written.
+/// The same if records are missing: every chunk is being written.
 #[test]
 fn a_search_for_a_record_in_vain_is_made_once_for_a_message() {
     let mut cache = cache_of(CacheConfig { chunks_max: 16, ..config(4) }, &[4096]);

@@ -1,4 +1,4 @@
-//! What a new engine makes of the slot table that another one left.
+//! What a new engine restores from the slot table of an earlier one.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -13,7 +13,7 @@ use kvring_engine::cache::{
     Cache, Committed, Found, Invalidated, NotRestorable, Reservation, Shard, ShardHeader, SlotId,
 };
 
-/// Everything that an engine left behind, as its successor reads it.
+/// A cache with everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
     let mut cache = empty(table, slabs);
     for (namespace, ranks) in namespaces.iter().enumerate() {
@@ -30,7 +30,7 @@ fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTab
     cache
 }
 
-/// A cache over a copy of that table, in which nothing has been restored yet.
+/// A cache over a copy of that table, into which nothing has been restored yet.
 fn empty(table: &VecTable, slabs: u32) -> Cache<VecTable> {
     let mut cache = Cache::new(config(slabs), table.clone()).unwrap();
     for slab in 0..slabs {
@@ -65,7 +65,7 @@ fn a_shortage_is_not_taken_for_nonsense() {
 }
 
 #[test]
-fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
+fn recovery_keeps_what_a_living_sibling_completes() {
     let worlds: &[&[u64]] = &[&[4096, 70_000], &[1_500_000]];
     let mut old = cache(8, worlds[0]);
     register(&mut old, 1, worlds[1]);
@@ -89,7 +89,7 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
     assert_eq!((restored.visible, restored.kept, restored.dropped), (4, 2, 0));
     new.check_all().unwrap();
     assert_eq!(hits(&mut new, &whole), 3);
-    // The writer came back under another nonce, and names what it was writing.
+    // The writer has come back under another nonce, and names the slot that it was writing.
     assert!(!new.adopt(7, 1, second.0, second.1, kept), "somebody else's");
     assert!(!new.adopt(1, 1, second.0, second.1 + 1, kept), "another life of the slot");
     assert!(!new.adopt(1, 1, second.0, second.1, late), "another key");
@@ -99,7 +99,7 @@ fn interleaving_14_recovery_keeps_what_a_living_sibling_completes() {
     assert_eq!(declare_end(&mut new, 1), 0);
     assert_eq!(new.commit(1, second.0, second.1, kept, 0), Ok(Committed::Committed));
     assert_eq!(hits(&mut new, &[kept]), 1);
-    // What was committed alone waits for its round's other rank, which had not asked for its slot yet.
+    // A chunk of which one rank has committed waits for the other rank, which had not reserved its slot yet.
     assert_eq!(new.commit(0, alone.0, alone.1, late, 0), Ok(Committed::AlreadyCommitted));
     let other = reserve_one(&mut new, 1, round(1), late);
     commit(&mut new, 1, other, late);
@@ -116,12 +116,12 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
     let (named, forgotten, failed) = (key(1, 0), key(2, 0), key(3, 0));
     let mine = reserve_one(&mut old, 0, round(1), named);
     let unsaid = reserve_one(&mut old, 0, round(1), forgotten);
-    // One rank fails the round: the other's slot is written for nobody from then on.
+    // One rank fails the round: the other rank's slot is an orphan from then on.
     let orphan = reserve_one(&mut old, 0, round(1), failed);
     let aborted = reserve_one(&mut old, 1, round(1), failed);
     old.abort(1, aborted.0, aborted.1, failed).unwrap();
 
-    // Twice in a row: nobody came back in between.
+    // The engine is restarted twice, and no client comes back in between.
     let mut new = restored(old.table(), 2, &[world]);
     new.restore_end();
     let mut new = restored(new.table(), 2, &[world]);
@@ -136,7 +136,7 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
     assert_eq!(new.commit(0, orphan.0, orphan.1, failed, 0), Ok(Committed::Gone), "its round had failed");
     assert_eq!(new.commit(0, mine.0, mine.1, named, 0), Ok(Committed::Committed));
     new.check_all().unwrap();
-    // Who does not come back at all.
+    // Now no client comes back at all.
     let mut new = restored(new.table(), 2, &[world]);
     new.restore_end();
     (0..2).for_each(|owner| new.owner_gone(owner));
@@ -144,7 +144,8 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
     assert_eq!(new.stats().slots_writing, 0);
 }
 
-/// The engine died between making a span and using it, or between freeing its last slot and giving it back.
+/// As after a death between making a span and using it, or between freeing a span's last slot and giving the span
+/// back.
 #[test]
 fn spans_in_which_nothing_is_in_use_go_back() {
     let mut old = cache(2, &[70_000]);
@@ -209,7 +210,7 @@ fn recovery_refuses_what_makes_no_sense() {
         assert!(new.restore(u32::MAX, &shard).is_err(), "{header:?}");
     }
     new.check_all().unwrap();
-    // A namespace, a rank or a size that is not registered: of no use, but no nonsense.
+    // A shard of a namespace, rank or size that is not registered is of no use, but no error.
     for header in [ShardHeader { namespace: 9, ..header }, ShardHeader { rank: 63, ..header }] {
         let mut new = empty(old.table(), 2);
         register(&mut new, 0, &[70_000]);
@@ -220,7 +221,7 @@ fn recovery_refuses_what_makes_no_sense() {
     }
 }
 
-/// Which namespace goes first when their table is full does not depend on how often the engine has been started.
+/// Which namespace is forgotten first when their table is full does not depend on the number of restarts.
 #[test]
 fn the_age_of_a_namespace_survives_a_restart() {
     let worlds: &[&[u64]] = &[&[4096][..]; 8];
@@ -254,20 +255,21 @@ fn ten_rounds_of_recovery_never_reuse_a_generation() {
             commit(&mut cache, 0, (slot, generation), name);
         }
         if life % 2 == 0 {
-            // The next life finds nothing in use, and must read what its slots' generations are.
+            // The next engine finds no slot in use, and must read the slots' generations.
             cache.clear(None);
         }
         table = cache.table().clone();
     }
 }
 
-/// A committed shard of no use, first of its span, and a good one behind it.
+/// The first slot of a span holds a committed shard of no use, and there is a good one behind it.
 #[test]
 fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
     let mut old = cache(2, &[70_000]);
     store(&mut old, 1, &chain(1, 2));
     let mut table = old.table().clone();
-    // As if this one were of a namespace, a rank or a size that is not registered any more, or of one chunk too many.
+    // The shard is made one of a namespace that is not registered any more. One of such a rank or size, or of one
+    // chunk too many, is treated alike.
     let State::Committed(header) = table.entries[0].state else { panic!("the first slot") };
     table.entries[0].state = State::Committed(ShardHeader { namespace: 9, ..header });
     let mut new = empty(&table, 2);
@@ -282,7 +284,7 @@ fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
     new.check_all().unwrap();
 }
 
-/// The same by a limit alone: fewer chunks than the earlier engine held.
+/// The same because of a limit alone: fewer chunks than the earlier engine held.
 #[test]
 fn fewer_chunks_than_before_do_not_end_the_recovery() {
     let mut old = cache(4, &[70_000]);
@@ -305,7 +307,6 @@ fn fewer_chunks_than_before_do_not_end_the_recovery() {
     new.check_all().unwrap();
 }
 
-/// Two complete rounds of one key.
 #[test]
 fn two_complete_rounds_of_one_key() {
     let mut old = cache(2, &[70_000]);
@@ -322,7 +323,7 @@ fn two_complete_rounds_of_one_key() {
     new.check_all().unwrap();
 }
 
-/// The engine died while a damaged chunk was still leased, or while it was being hidden.
+/// As after a death while a damaged chunk was still leased, or while it was being hidden.
 #[test]
 fn what_was_hidden_is_not_shown_by_the_next_engine() {
     let world: &[u64] = &[4096, 70_000];

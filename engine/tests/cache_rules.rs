@@ -1,5 +1,5 @@
-//! The rules of the design, one by one: each of these serves wrong bytes, loses, or leaks where its rule is left out.
-//! The numbers are those of the interleavings that the design is made against.
+//! The cache's rules (ARCHITECTURE.md, §3, §6 and §8), one by one. Without its rule, each of these tests would
+//! serve wrong bytes, lose something, or leak.
 
 mod cache_support;
 
@@ -15,16 +15,17 @@ use kvring_engine::cache::{
 use kvring_engine::policy::PolicyKind;
 
 #[test]
-fn interleaving_2_garbage_of_a_failed_round_is_never_combined() {
+fn garbage_of_a_failed_round_is_never_combined() {
     let mut cache = cache(4, &[4096; 4]);
     let name = key(1, 0);
-    // Rank 1's load failed; the others compute on garbage and commit.
+    // Rank 1's load has failed. The other ranks compute on garbage, and commit.
     let slots: Vec<_> = (0..4).map(|rank| reserve_one(&mut cache, rank, round(1), name)).collect();
     for rank in [0, 2, 3] {
         assert_eq!(commit(&mut cache, rank, slots[rank as usize], name), Committed::Committed);
     }
     assert_eq!(cache.abort(1, slots[1].0, slots[1].1, name), Ok(Aborted::Freed));
-    // The recompute is not de-duplicated against what was committed: every rank writes again.
+    // The new round is not de-duplicated against shards that were committed in the failed one: every rank writes
+    // again.
     for rank in 0..4 {
         let slot = reserve_one(&mut cache, rank, round(2), name);
         assert_eq!(hits(&mut cache, &[name]), 0, "visible before all ranks are");
@@ -41,7 +42,7 @@ fn interleaving_2_garbage_of_a_failed_round_is_never_combined() {
 }
 
 #[test]
-fn interleaving_2_without_the_abort_the_rounds_stay_apart() {
+fn without_the_abort_the_rounds_stay_apart() {
     let mut cache = cache(4, &[4096; 2]);
     let name = key(1, 0);
     let garbage = reserve_one(&mut cache, 0, round(1), name);
@@ -57,11 +58,11 @@ fn interleaving_2_without_the_abort_the_rounds_stay_apart() {
 }
 
 #[test]
-fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
+fn a_writing_slot_is_freed_by_its_writer_alone() {
     let mut cache = cache(1, &[SLAB_BYTES / 4]);
     let keys = chain(1, 4);
     let slots: Vec<_> = reserve(&mut cache, 0, round(1), &keys).into_iter().map(slot_of).collect();
-    // The client is detached, and still copies: nobody gets its slots, whatever is tried.
+    // The client is detached, and still copies. Whatever is tried, nobody gets its slots.
     part(&mut cache, 0, Leaving::Detached { nonce: NONCE });
     cache.clear(None);
     cache.check_all().unwrap();
@@ -72,7 +73,7 @@ fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
     cache.reserve(other, &mut |_, answer| assert_eq!(answer, Reservation::NoSpace)).unwrap();
     let (slot, generation) = slots[0];
     assert_eq!(cache.commit(5, slot, generation, keys[0], 0), Err(CommitError::NotYours { slot, owner: 5 }));
-    // Its process is gone for good, and with it what a device wrote on its behalf.
+    // Its process is gone for good, and so is any device that wrote on its behalf.
     part(&mut cache, 0, Leaving::Left { nonce: NONCE });
     cache.check_all().unwrap();
     assert_eq!((cache.stats().orphans, cache.stats().slots_writing), (0, 0));
@@ -80,7 +81,7 @@ fn interleaving_3_a_writing_slot_is_freed_by_its_writer_alone() {
 }
 
 #[test]
-fn interleaving_3_a_newer_round_orphans_what_an_older_one_writes() {
+fn a_newer_round_orphans_what_an_older_one_writes() {
     let mut cache = cache(1, &[4096]);
     let name = key(1, 0);
     let old = reserve_one(&mut cache, 0, round(1), name);
@@ -97,8 +98,8 @@ fn interleaving_3_a_newer_round_orphans_what_an_older_one_writes() {
 }
 
 #[test]
-fn interleaving_14_committed_shards_stay_while_a_sibling_is_written() {
-    // Room for two shards of each rank: everything is in use, and one chunk waits for its second rank.
+fn committed_shards_stay_while_a_sibling_is_written() {
+    // There is room for two shards of each rank. Everything is in use, and one chunk waits for its second rank.
     let mut cache = cache(1, &[SLAB_BYTES / 4; 2]);
     let (waiting, other) = (key(1, 0), key(2, 0));
     let first = reserve_one(&mut cache, 0, round(1), waiting);
@@ -108,7 +109,7 @@ fn interleaving_14_committed_shards_stay_while_a_sibling_is_written() {
         let slot = reserve_one(&mut cache, rank, round(1), other);
         commit(&mut cache, rank as u8, slot, other);
     }
-    // What is visible goes, what waits for a living writer does not.
+    // The visible chunk is evicted; the one that waits for a living writer is not.
     assert!(matches!(reserve(&mut cache, 0, round(3), &[key(3, 0)])[0], Reservation::Write { .. }));
     assert_eq!(hits(&mut cache, &[other]), 0);
     assert_eq!(commit(&mut cache, 1, second, waiting), Committed::Committed);
@@ -127,7 +128,7 @@ fn leased_chunks_stay_and_others_go() {
         store(&mut cache, number, &[key(number.into(), 0)]);
         assert_eq!(hits(&mut cache, &leased), 2);
     }
-    // With all four leased there is no room, and the answer says so.
+    // If all four are leased there is no room, and the answer says so.
     let mine = chain(21, 2);
     store(&mut cache, 21, &mine);
     find(&mut cache, 2, &mine).unwrap();
@@ -166,13 +167,13 @@ fn a_message_never_evicts_its_own_chain() {
     let mut cache = cache(1, &[SLAB_BYTES / 4]);
     store(&mut cache, 1, &chain(1, 4));
     store(&mut cache, 2, &chain(2, 1));
-    // Three of four are the message's own: one more fits, by evicting the stranger.
+    // Three of the four chunks are the message's own. One more fits, by evicting the fourth.
     let longer = chain(1, 5);
     let answers = reserve(&mut cache, 0, round(3), &longer);
     assert_eq!(answers[..3], [Reservation::Present; 3]);
     assert!(matches!(answers[3], Reservation::Write { .. }));
     assert_eq!(answers[4], Reservation::NoSpace);
-    // The chunk just before the first key is the chain's too.
+    // The chunk just in front of the first key belongs to the chain, too.
     let mut cache = cache_of(config(1), &[SLAB_BYTES]);
     store(&mut cache, 1, &chain(1, 1));
     let keys = [key(1, 1)];
@@ -194,11 +195,11 @@ fn sizes_take_spans_from_each_other() {
     register(&mut cache, 1, &[3 * SLAB_BYTES]);
     store(&mut cache, 1, &chain(1, 32));
     assert_eq!(cache.stats().slabs_free, 0);
-    // Another model needs three slabs in a row, all of them with chunks that may go.
+    // Another model needs three slabs in a row. All slabs have chunks that may be evicted.
     assert!(matches!(reserve_in(&mut cache, 1, 0, round(1), &[key(9, 0)])[0], Reservation::Write { .. }));
     assert!(cache.stats().spans_taken >= 3);
     assert_eq!(cache.stats().chunks_visible, 8);
-    // One that is being written is not taken back, for any number of keys.
+    // A span that is being written is not taken back, however many keys ask for it.
     let answers = reserve(&mut cache, 0, round(2), &chain(2, 20));
     let written = answers.iter().filter(|answer| matches!(answer, Reservation::Write { .. })).count();
     assert_eq!(written, 8);
@@ -216,10 +217,10 @@ fn a_colder_span_of_another_size_goes_before_a_warmer_chunk_of_this_one() {
     assert_eq!(cache.stats().spans_taken, 1);
 }
 
-/// A chunk of another world gives back some of what is lacking, or it stays.
+/// A chunk of another world is evicted only if it gives back some of what is missing.
 #[test]
 fn nothing_is_evicted_that_gives_back_nothing_of_what_is_wanted() {
-    // 1000 records; chunks of 8 ranks, and then of 64.
+    // There are 1000 records: first for chunks of 8 ranks, then for chunks of 64.
     let mut cache = cache_of(CacheConfig { chunks_max: 1000, ..config(64) }, &[4096; 8]);
     register(&mut cache, 1, &[4096; 64]);
     for first in (0..1000).step_by(500) {
@@ -251,26 +252,27 @@ fn nothing_is_evicted_that_gives_back_nothing_of_what_is_wanted() {
     assert_eq!(cache.stats().evicted, 2);
 }
 
-/// Half a chunk that has no slot of the size that is wanted stays.
+/// An incomplete chunk stays if it has no slot of the wanted size.
 #[test]
 fn an_incomplete_chunk_without_a_slot_of_the_size_stays() {
     let mut cache = cache(2, &[SLAB_BYTES / 2, SLAB_BYTES]);
     let half = reserve_one(&mut cache, 0, round(1), key(1, 0));
     commit(&mut cache, 0, half, key(1, 0));
-    // Its span cannot be taken either: it has another slot, which is being written.
+    // Nor can its span be taken: another slot of it is being written.
     reserve_one(&mut cache, 0, round(1), key(4, 0));
     reserve_one(&mut cache, 1, round(1), key(2, 0));
     assert_eq!(reserve(&mut cache, 1, round(1), &[key(3, 0)]), [Reservation::NoSpace]);
     assert_eq!((cache.stats().evicted, cache.stats().chunks_forming), (0, 3));
 }
 
-/// A search that is cut into steps looks at everything in the end: at whatever comes behind many that may not go.
+/// A search that is cut into steps looks at everything in the end, also at chunks behind many that may not be
+/// evicted.
 #[test]
 fn half_a_chunk_of_the_size_is_found_behind_many_of_another() {
     let mut cache = cache(4, &[4096, SLAB_BYTES]);
     let keys = chain(1, 200);
     let answers = reserve(&mut cache, 0, round(1), &keys);
-    // The first one is being written, so its span cannot be taken.
+    // The first chunk is still being written, so the span cannot be taken.
     for (answer, key) in answers.into_iter().zip(&keys).skip(1) {
         commit(&mut cache, 0, slot_of(answer), *key);
     }
@@ -287,7 +289,7 @@ fn what_is_not_leased_is_found_behind_many_that_are() {
     for policy in PolicyKind::ALL {
         let mut cache = cache_of(CacheConfig { policy, ..config(2) }, &[4096]);
         register(&mut cache, 1, &[SLAB_BYTES]);
-        // 100 that are leased without an access, 156 that were used again, and a warm one of another size.
+        // 100 chunks are leased without an access, 156 were used, and a warm one has another size.
         store(&mut cache, 1, &[key(9, 0)]);
         store(&mut cache, 2, &chain(1, 100));
         store(&mut cache, 3, &chain(2, 155));
@@ -306,7 +308,7 @@ fn what_is_not_leased_is_found_behind_many_that_are() {
 
 #[test]
 fn slabs_that_may_be_emptied_are_found_wherever_they_lie() {
-    // Slabs in a row that one slot needs, and every how many there is one that may not be emptied.
+    // How many slabs in a row one slot needs, and the distance between slabs that may not be emptied.
     for (bytes, run, every) in
         [(3 * SLAB_BYTES / 2, 2, 1), (16 * SLAB_BYTES, 16, 1), (16 * SLAB_BYTES, 16, 16)]
     {
@@ -350,7 +352,7 @@ fn shard_sizes_that_no_namespace_has_any_more_are_given_back() {
                 cache.register(namespace, 64, rank, bytes).unwrap();
             }
         }
-        // A slot of a size keeps it, also one that is written for nobody any more.
+        // A size stays as long as there is a slot of it, even an orphan.
         let slot = reserve_in(&mut cache, 1, 0, round(1), &[key(life, 0)])[0];
         cache.clear(None);
         (1..4).for_each(|namespace| assert!(cache.forget(namespace)));
@@ -381,9 +383,9 @@ fn caps_shorten_an_answer_and_then_refuse() {
     assert!(cache.release(0, 1, 0, 1));
     assert_eq!(cache.client_bytes(0), bytes);
     assert_eq!(leased(&mut cache, 0, 2, &other), Ok(2));
-    // Another client has a cap of its own.
+    // Another client has a share of its own.
     assert_eq!(leased(&mut cache, 1, 1, &chain(1, 8)), Ok(6), "three are leased already, three are not");
-    // Leases there are three of.
+    // There can be three leases only.
     assert_eq!(leased(&mut cache, 1, 2, &chain(1, 8)), Err(FindError::Busy { owner: 1, bytes: 3 * bytes }));
     assert!(cache.end_session(0, 2));
     assert_eq!(leased(&mut cache, 1, 2, &chain(1, 8)), Ok(6));
@@ -402,7 +404,7 @@ fn a_shared_prefix_is_charged_once_however_many_requests_hold_it() {
     }
     assert_eq!(leased(&mut cache, 0, 50, &chain(2, 1)), Ok(1));
     assert_eq!(cache.client_bytes(0), 4 * bytes);
-    // The payer goes: what the other one still holds is nobody's, until somebody pins it.
+    // The payer parts: nobody pays for what the other one still leases, until a client pins it.
     part(&mut cache, 0, Leaving::Left { nonce: 7 });
     cache.check_all().unwrap();
     assert_eq!((cache.client_bytes(0), cache.client_bytes(1)), (0, 0));
@@ -425,7 +427,7 @@ fn who_holds_on_to_what_others_paid_for_does_not_use_up_their_share() {
     for name in 0..3 {
         store(&mut cache, name, &chain(name.into(), 4));
     }
-    // Client 1 keeps whatever client 0 has leased, and never gives it back.
+    // Client 1 also leases whatever client 0 has leased, and never releases it.
     for session in 0..3 {
         let keys = chain(session, 4);
         let expected = if session < 2 { Ok(4) } else { Err(FindError::Busy { owner: 0, bytes: 4 * bytes }) };
@@ -434,7 +436,7 @@ fn who_holds_on_to_what_others_paid_for_does_not_use_up_their_share() {
             assert_eq!(leased(&mut cache, 1, session, &keys), Ok(4), "at no cost");
             assert!(cache.end_session(0, session));
         }
-        // One share is nobody's; from then on the payer pays on: all that is leased stays bounded.
+        // Nobody pays for one share. From then on the payer goes on paying, so all that is leased stays bounded.
         assert_eq!(cache.client_bytes(0), if session == 0 { 0 } else { 4 * bytes });
         cache.check_all().unwrap();
     }
@@ -456,7 +458,7 @@ fn a_fifth_round_takes_the_place_of_an_idle_one() {
     assert_eq!(reserve(&mut cache, 0, of(2), &[name]), [Reservation::Pending { committed: true }]);
     assert_eq!(reserve(&mut cache, 0, of(3), &[name]), [Reservation::Pending { committed: false }]);
     reserve_one(&mut cache, 0, of(4), name);
-    // The first to complete drops the others.
+    // The first round to complete drops the others.
     let other = reserve_one(&mut cache, 1, of(0), name);
     commit(&mut cache, 1, other, name);
     commit(&mut cache, 0, slots[0], name);
@@ -505,7 +507,7 @@ fn hostile_messages_are_typed_errors() {
     }
     part(&mut cache, 255, Leaving::Detached { nonce: 0 });
     part(&mut cache, 63, Leaving::Left { nonce: u64::MAX });
-    // Five hundred times the same key: one slot.
+    // The same key five hundred times gets one slot.
     let mut writes = 0;
     let message = Reserve { keys: &keys[..512], ..message };
     let count = &mut |_, answer| writes += u32::from(matches!(answer, Reservation::Write { .. }));
@@ -545,7 +547,7 @@ fn a_message_asks_once_for_memory_that_is_not_there() {
     let mut cache = cache(2, &[SLAB_BYTES / 2]);
     cache.table_mut().out_of_space = true;
     assert_eq!(reserve(&mut cache, 0, round(1), &chain(1, 500)), [Reservation::NoSpace; 500]);
-    // For a span of free slabs, and for one that would be taken from another size.
+    // Memory is asked for twice: for a span of free slabs, and for one that would be taken from another size.
     assert!(cache.table().ensures <= 2, "{}", cache.table().ensures);
 }
 
@@ -574,7 +576,7 @@ fn the_self_check_goes_on_step_by_step_and_notices_a_stray_count() {
 
 #[test]
 fn the_self_check_of_an_arena_full_of_the_smallest_slots_ends_at_its_last_slot() {
-    // 4 KiB slots leave no unused ids at a slab's end: behind the last slot there is no slab.
+    // 4 KiB slots leave no unused ids at a slab's end, and behind the last slot there is no slab.
     let mut cache = cache(2, &[4096]);
     store(&mut cache, 1, &chain(1, 2 * u64::from(SLOTS_PER_SLAB)));
     for _ in 0..1000 {
@@ -596,7 +598,7 @@ fn a_damaged_chunk_is_found_no_more_and_stored_again_while_a_lease_still_holds_i
     let shards = find(&mut cache, 1, &[name]).unwrap();
     let ShardRef { slot, generation, .. } = shards[1];
     let reads = |namespace, rank| (namespace, rank) == (0, 1);
-    // Who reads other shards, or means another key, has nothing to say of this one.
+    // A client that reads other shards, or names another key, is refused.
     assert_eq!(cache.invalidate(slot, generation, name, |_, rank| rank == 0), Invalidated::Refused);
     assert_eq!(cache.invalidate(slot, generation, key(1, 1), reads), Invalidated::Refused);
     assert_eq!(cache.invalidate(u32::MAX, generation, name, reads), Invalidated::Refused);
@@ -607,20 +609,20 @@ fn a_damaged_chunk_is_found_no_more_and_stored_again_while_a_lease_still_holds_i
     cache.check_all().unwrap();
     assert_eq!(hits(&mut cache, &[name]), 0);
     assert_eq!((cache.stats().chunks_hidden, cache.stats().chunks_visible), (1, 0));
-    // What is leased stays where it is, and no clearing takes it.
+    // A leased chunk stays where it is, and clearing does not drop it.
     cache.clear(None);
     cache.check_all().unwrap();
     assert!(matches!(cache.table().entries[slot as usize].state, State::Hidden(_)));
-    // The next store is not told that the chunk is present, and what it writes is found.
+    // The next store is not told that the chunk is present, and lookups find what it writes.
     store(&mut cache, 2);
     let again = find(&mut cache, 2, &[name]).unwrap();
     assert!(again.len() == 2 && again.iter().all(|new| shards.iter().all(|old| old.slot != new.slot)));
-    // The last lease of the damaged one ends.
+    // The last lease of the damaged chunk ends.
     assert!(cache.end_session(0, 1));
     cache.check_all().unwrap();
     assert_eq!(cache.table().entries[slot as usize].state, State::Free);
     assert_eq!((cache.stats().chunks_hidden, hits(&mut cache, &[name])), (0, 1));
-    // One that nobody has leased goes at once.
+    // A damaged chunk that nobody has leased is dropped at once.
     assert!(cache.end_session(0, 2));
     let ShardRef { slot, generation, .. } = again[1];
     assert_eq!(cache.invalidate(slot, generation, name, reads), Invalidated::Dropped);

@@ -1,6 +1,6 @@
-//! The whole cache against a model of plain vectors: random operations of several clients, in arenas so small that
-//! chunks are evicted and spans move between sizes. After each one, the cache checks itself completely, and what it
-//! published is held against what the model allows.
+//! Compares the whole cache with a model of plain vectors: random operations of several clients, in arenas so small
+//! that chunks are evicted and spans move between sizes. After each operation the cache checks itself completely,
+//! and what it has published is compared with what the model allows.
 
 #![allow(clippy::unwrap_used, reason = "a test")]
 
@@ -135,7 +135,7 @@ proptest! {
             model.step(op);
             model.check();
         }
-        // However it went, everything can be given back.
+        // Whatever happened, everything can be given back.
         for owner in 0..OWNERS {
             model.gone(owner, false);
         }

@@ -1,4 +1,4 @@
-//! What the cache must be seen to do, written down with plain vectors, and compared after each operation.
+//! A model of the cache, made of plain vectors, with which the cache is compared after each operation.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 use std::collections::BTreeMap;
@@ -14,10 +14,11 @@ use crate::ops::{NAMESPACES, OWNERS};
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
 pub(crate) const SLABS: u32 = 7;
-/// The most that a call may do beyond what is allowed: what one chunk takes, and a step of a search for room.
+/// The most records that a call may touch beyond what is allowed: those of one chunk, and of one step of a search
+/// for room.
 const CHUNK: u64 = 160;
-/// Shard bytes of each rank, by namespace: one rank; pipeline stages of two sizes; more ranks than a chunk's line has
-/// room for; shards longer than a slab.
+/// Shard bytes of each rank, by namespace: one rank; pipeline stages of two sizes; more ranks than a chunk's own
+/// line has room for; shards longer than a slab.
 pub(crate) const WORLDS: [&[u64]; NAMESPACES as usize] =
     [&[200_000], &[100_000, 300_000], &[99_999, 99_999, 99_999, 99_999, 200_000, 99_999], &[1_500_000]];
 
@@ -30,7 +31,7 @@ pub(crate) struct Shard {
 
 #[derive(Clone, Debug)]
 pub(crate) struct Chunk {
-    /// Of two that had the same key one after the other, which is meant.
+    /// Tells chunks apart that had the same key one after the other.
     pub(crate) id: u64,
     pub(crate) namespace: u32,
     pub(crate) key: Key,
@@ -45,7 +46,7 @@ impl Chunk {
     }
 }
 
-/// A slot that somebody may be writing; it outlives its chunk.
+/// A slot that somebody may be writing. It outlives its chunk.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Write {
     pub(crate) owner: u8,
@@ -61,19 +62,19 @@ pub(crate) struct Model {
     policy: PolicyKind,
     pub(crate) cache: Cache<VecTable>,
     pub(crate) chunks: Vec<Chunk>,
-    /// Damaged ones that somebody has leased.
+    /// Damaged chunks that somebody has leased.
     pub(crate) hidden: Vec<Chunk>,
     chunks_made: u64,
     pub(crate) writes: Vec<Write>,
     pub(crate) done: Vec<Write>,
-    /// The ids of their chunks.
+    /// The ids of the chunks of each lease.
     pub(crate) leases: BTreeMap<LeaseName, Vec<u64>>,
     pub(crate) nonces: [u64; OWNERS as usize],
     pub(crate) quarantined: Vec<(u8, u64)>,
     pub(crate) added: Vec<u32>,
-    /// Records after which a call that goes on in pieces stops; 0: never.
+    /// The number of records after which a call that goes on in pieces stops; 0: never.
     pub(crate) allowed: u64,
-    /// Keys for which no room was found.
+    /// How many keys were answered `NoSpace` because no room was found.
     refused: u64,
 }
 
@@ -120,7 +121,8 @@ impl Model {
         }
     }
 
-    /// Calls `piece` with what is allowed until it says that all is done, which it must be in a number of calls.
+    /// Calls `piece`, with what is allowed each time, until it says that all is done. It must be done after a
+    /// limited number of calls.
     pub(crate) fn in_pieces(&mut self, mut piece: impl FnMut(&mut Self) -> bool) {
         for calls in 0.. {
             assert!(calls < 20_000, "it comes to no end");
@@ -136,13 +138,13 @@ impl Model {
         }
     }
 
-    /// The engine dies, and its successor reads what was published. Then each owner comes back and names the slots that
-    /// `named` says (by its place in `writes`), or has died.
+    /// The engine dies, and its successor reads what was published. Then each owner has died (a bit of `dead`), or
+    /// comes back and declares the slots that `named` says (by their places in `writes`).
     pub(crate) fn restart(&mut self, dead: u8, named: u64) {
         self.take_freed();
         let mut table = self.cache.table().clone();
         table.out_of_space = false;
-        // A clone of an empty log has no room.
+        // A clone of an empty log has no capacity.
         (table.freed, table.touches) = (Vec::with_capacity(1 << 16), Vec::with_capacity(1 << 16));
         self.cache = empty(self.policy, table, &self.added);
         let cache = &mut self.cache;
@@ -171,7 +173,7 @@ impl Model {
         for owner in 0..OWNERS {
             let nonce = self.nonces[usize::from(owner)] + 1;
             self.nonces[usize::from(owner)] = nonce;
-            // All of its attachments are one now.
+            // All of the owner's attachments are one now.
             for write in self.writes.iter_mut().filter(|write| write.owner == owner) {
                 write.nonce = 0;
             }
@@ -207,7 +209,7 @@ impl Model {
         self.chunks.iter().find(|chunk| chunk.visible && chunk.namespace == namespace && chunk.key == key)
     }
 
-    /// Takes a chunk away; what it had COMMITTED must have been freed, what is WRITING must still be.
+    /// Removes a chunk. Its COMMITTED slots must have been freed, its WRITING ones must not.
     pub(crate) fn dropped(&mut self, at: usize, freed: &[SlotId]) {
         let chunk = self.chunks.remove(at);
         for shard in chunk.shards.values() {
@@ -215,7 +217,7 @@ impl Model {
         }
     }
 
-    /// Chunks of which a slot was freed, when room was needed for a message with these keys.
+    /// Removes the chunks of which slots were freed because a message with these keys needed room.
     pub(crate) fn evicted(&mut self, freed: &[SlotId], namespace: u32, keys: &[Key]) {
         let mut at = 0;
         while at < self.chunks.len() {
@@ -232,8 +234,8 @@ impl Model {
         }
     }
 
-    /// The slots that were freed since the last call; but for those of hidden chunks, which must be freed when the last
-    /// lease of them has ended.
+    /// The slots that were freed since the last call, without those of hidden chunks: those must be freed exactly
+    /// when the last lease of their chunk has ended.
     pub(crate) fn take_freed(&mut self) -> Vec<SlotId> {
         let mut freed: Vec<SlotId> = self.cache.table_mut().freed.drain(..).collect();
         let (held, unheld) =
@@ -247,7 +249,7 @@ impl Model {
         freed
     }
 
-    /// A shard that was committed is said to be damaged.
+    /// A committed shard is reported as damaged.
     pub(crate) fn invalidate(&mut self, which: usize, how: u8) {
         let Some(write) = self.done.get(which % self.done.len().max(1)).copied() else { return };
         let Write { slot, generation, key, .. } = write;
@@ -290,7 +292,7 @@ impl Model {
         let known = self.leases.contains_key(&name);
         let mut lookup = self.cache.lookup(owner, session, admission, namespace, keys.len());
         let (mut touches, world) = (0, WORLDS[namespace as usize].len());
-        // Piece by piece, or all at once.
+        // The lookup goes on piece by piece, or all at once.
         let piece = if self.allowed == 0 { 64 } else { 1 + self.allowed as usize % 3 };
         loop {
             let from = lookup.found as usize;
@@ -329,7 +331,7 @@ impl Model {
         if !ids.is_empty() {
             self.leases.insert(name, ids);
         }
-        // What an earlier lookup of the admission had leased beyond that goes.
+        // Chunks that an earlier lookup of the admission had leased beyond that are released.
         let keep = expected.len() as u32;
         self.in_pieces(|model| model.cache.release(owner, session, admission, keep));
     }
@@ -362,8 +364,8 @@ impl Model {
         });
     }
 
-    /// Somebody was told that there is no space: then no chunk may go that would give back a slot of the size, but for
-    /// those that the message names.
+    /// A client was told that there is no space. Then no chunk may be evictable that would give back a slot of the
+    /// size, except those that the message names.
     fn assert_no_room(&self, namespace: u32, rank: u32, keys: &[Key], parent: Option<Key>) {
         let pages = |namespace: u32, rank: u32| WORLDS[namespace as usize][rank as usize].div_ceil(4096);
         let wanted = pages(namespace, rank);
@@ -376,7 +378,7 @@ impl Model {
         }
     }
 
-    /// How many keys were answered; `None` for a rank that there is not.
+    /// Returns how many keys were answered; `None` for a rank that does not exist.
     fn reserve_piece(
         &mut self,
         owner: u8,
@@ -420,7 +422,7 @@ impl Model {
             };
             let Reservation::Write { slot, generation, offset } = answer else {
                 assert_eq!(answer, expected.unwrap_or(Reservation::NoSpace));
-                // Four rounds of a key may form, and headers may have no memory: whatever else may go.
+                // There may be no space for other reasons: four rounds of the key form, or headers have no memory.
                 let is_full = self.chunks.iter().filter(|chunk| of_key(chunk)).count() == 4;
                 let is_short = is_full || self.cache.table().out_of_space;
                 self.refused += u64::from(answer == Reservation::NoSpace && !is_short);
@@ -462,7 +464,7 @@ impl Model {
             }
             self.writes.push(Write { owner, nonce, slot, generation, key: *key });
         }
-        // Every slot that was freed belonged to a chunk that is gone by now.
+        // Every freed slot belonged to a chunk that is gone by now.
         for chunk in &self.chunks {
             let reused = |shard: &Shard| {
                 self.cache.table().entries[shard.slot as usize].generation != shard.generation
@@ -537,7 +539,7 @@ impl Model {
         self.freed_write(at, &freed);
     }
 
-    /// A WRITING slot was freed by its writer's word or death, and its round with it.
+    /// A WRITING slot was freed because its writer said so or is gone. Its round is dropped.
     pub(crate) fn freed_write(&mut self, at: usize, freed: &[SlotId]) {
         let write = self.writes.remove(at);
         assert!(freed.contains(&write.slot));
@@ -571,7 +573,7 @@ impl Model {
         }
     }
 
-    /// Nothing that was written under earlier attachments of this entry is any longer.
+    /// Nobody writes any more what was written under earlier attachments of this entry.
     pub(crate) fn quarantine_over(&mut self, owner: u8) {
         let (its, others) = std::mem::take(&mut self.quarantined).into_iter().partition(|its| its.0 == owner);
         self.quarantined = others;
@@ -587,7 +589,7 @@ impl Model {
 
     pub(crate) fn writer_gone(&mut self, owner: u8, nonce: u64, freed: &[SlotId]) {
         let is_its = |write: &Write| (write.owner, write.nonce) == (owner, nonce);
-        // A chunk may have lost several shards of this writer.
+        // A chunk may have lost several shards of this writer at once.
         let its: Vec<Write> = self.writes.iter().copied().filter(is_its).collect();
         for write in its {
             assert!(freed.contains(&write.slot));

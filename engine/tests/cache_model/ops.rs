@@ -3,12 +3,12 @@
 use kvring_engine::cache::Round;
 use proptest::prelude::*;
 
-/// Clients that operations are made by.
+/// How many clients there are.
 pub(crate) const OWNERS: u8 = 3;
-/// Namespaces that they are made in.
+/// How many namespaces there are.
 pub(crate) const NAMESPACES: u32 = 4;
 
-/// One operation; what it names may not exist.
+/// One operation. It may name something that does not exist.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
     Find {
@@ -39,7 +39,7 @@ pub(crate) enum Op {
         len: u64,
         twice: bool,
     },
-    /// All ranks reserve, then all that may commit do.
+    /// All ranks reserve; then every write is committed that may be.
     Store {
         namespace: u32,
         round: Round,
@@ -55,12 +55,13 @@ pub(crate) enum Op {
     Abort {
         which: usize,
     },
-    /// A reader's word that a shard which was committed is damaged; or somebody's who may not say so, or of another key.
+    /// A report that a committed shard is damaged. By `how` it comes from a client that may not say so, or names
+    /// another key.
     Invalidate {
         which: usize,
         how: u8,
     },
-    /// A wrong owner, generation or key for a slot in use.
+    /// A message with a wrong owner, generation or key for a slot in use.
     Forge {
         which: usize,
         how: u8,
@@ -69,7 +70,7 @@ pub(crate) enum Op {
         owner: u8,
         quarantine: bool,
     },
-    /// A client has said what it still writes: nothing of what it wrote under earlier attachments.
+    /// A client declares what it still writes: nothing that it wrote under earlier attachments.
     QuarantineOver {
         owner: u8,
     },
@@ -82,18 +83,19 @@ pub(crate) enum Op {
         generation: u64,
     },
     AddSlab(u32),
-    /// From now on calls that go on in pieces stop after so many records; 0: never.
+    /// From now on calls that go on in pieces stop after this many records; 0: they never stop.
     Allow(u64),
-    /// The next piece of emptying slabs.
+    /// Does the next piece of emptying slabs.
     GoOnEmptying,
-    /// The engine dies and has a successor; which owners die too (a bit each), which slots the others name.
+    /// The engine dies and has a successor. `dead` has a bit for each owner that dies too; `named` says which slots
+    /// the others declare.
     Restart {
         dead: u8,
         named: u64,
     },
 }
 
-/// Any of them; what builds something up comes more often than what takes it down.
+/// Any operation. Those that build something up come more often than those that take it down.
 pub(crate) fn op() -> impl Strategy<Value = Op> {
     let owner = 0..OWNERS;
     let namespace = 0..NAMESPACES;
@@ -134,7 +136,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         2 => prop_oneof![1..40_u64, 40..400_u64, Just(0)].prop_map(Op::Allow),
         2 => Just(Op::GoOnEmptying),
         1 => (0..8_u8, any::<u64>(), any::<u64>()).prop_map(|(dead, one, other)| {
-            // Most are alive, and name most.
+            // Most owners are alive, and declare most of their slots.
             Op::Restart { dead: dead & (one as u8), named: one | other }
         }),
     ]

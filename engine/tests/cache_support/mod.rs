@@ -1,4 +1,4 @@
-//! A slot table over a `Vec` that insists on legal transitions, shared by the cache's tests.
+//! A slot table over a `Vec` that checks each transition, shared by the cache's tests.
 #![allow(dead_code, reason = "each test binary uses its part")]
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -6,7 +6,7 @@ pub(crate) mod small;
 
 use kvring_engine::cache::{Key, Owner, ShardHeader, SlotId, SlotTable};
 
-/// What is published of a slot.
+/// The published state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     Free,
@@ -25,25 +25,25 @@ pub(crate) struct Entry {
     pub(crate) ensured: bool,
 }
 
-/// The published slots, and which were freed since the log was last taken.
+/// The published slots, and logs of what was freed and touched.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct VecTable {
     pub(crate) entries: Vec<Entry>,
     pub(crate) freed: Vec<SlotId>,
-    /// Slots that were touched since this was last taken, in order.
+    /// Slots that were touched since the log was last emptied, in order.
     pub(crate) touches: Vec<SlotId>,
-    /// Spans: first slab, slabs, bytes of a slot.
+    /// The spans: first slab, number of slabs, bytes of a slot.
     pub(crate) spans: Vec<(u32, u32, u64)>,
-    /// `ensure` answers false.
+    /// While this is true, `ensure` returns false.
     pub(crate) out_of_space: bool,
-    /// How often it was asked.
+    /// How often `ensure` was called.
     pub(crate) ensures: u32,
 }
 
 impl VecTable {
     pub(crate) fn new(slots: usize) -> Self {
         let entry = Entry { state: State::Free, generation: 0, tick: 0, checksum: 0, ensured: false };
-        // The logs are taken up front, so that a counting allocator sees the cache alone.
+        // The logs get their memory up front, so that a counting allocator sees the cache alone.
         Self {
             entries: vec![entry; slots],
             freed: Vec::with_capacity(1 << 16),
@@ -54,7 +54,7 @@ impl VecTable {
         }
     }
 
-    /// No two slots in use share a byte.
+    /// Asserts that no two slots in use share a byte.
     pub(crate) fn assert_disjoint(&self) {
         let mut used: Vec<(u64, u64)> = Vec::new();
         for entry in &self.entries {
@@ -156,7 +156,7 @@ impl SlotTable for VecTable {
     }
 }
 
-/// The key at a place of a chain.
+/// The key at a place in a chain.
 pub(crate) fn key(chain: u64, place: u64) -> Key {
     [chain << 32 | place, 0x6b76_7269_6e67]
 }

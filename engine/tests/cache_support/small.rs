@@ -1,4 +1,5 @@
-//! Small caches and the steps that tests take in them. A client entry writes as the rank of its number.
+//! Small caches and the steps that tests take in them. Each rank's shards are written by the client entry of the
+//! same number.
 
 use kvring_engine::cache::{
     Cache, CacheConfig, Committed, FindError, Key, Leaving, Owner, Parting, Reservation, Reserve, Round,
@@ -39,7 +40,7 @@ pub(crate) const fn round(number: u32) -> Round {
     Round { source: 1, number }
 }
 
-/// Reserves in namespace 0; the client entry is the rank.
+/// Reserves in namespace 0; the client entry has the rank's number.
 pub(crate) fn reserve(
     cache: &mut Cache<VecTable>,
     rank: u32,
@@ -105,7 +106,7 @@ pub(crate) fn find(
     Ok(shards)
 }
 
-/// A lookup of `client`'s: how many chunks it may lease.
+/// Does a lookup of `client`'s. Returns how many chunks it has leased.
 pub(crate) fn leased(
     cache: &mut Cache<VecTable>,
     client: u8,
@@ -118,7 +119,7 @@ pub(crate) fn leased(
     Ok(chunks)
 }
 
-/// How many of the keys a lookup would find; leaves no lease, but counts as an access.
+/// How many of the keys a lookup finds. Leaves no lease, but counts as an access.
 pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
     let found = cache.find(9, 999, 9, 0, keys, &mut |_| {}).unwrap();
     cache.pin_found();
@@ -126,13 +127,13 @@ pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
     found
 }
 
-/// A client goes, all at once.
+/// A client parts, all at once.
 pub(crate) fn part(cache: &mut Cache<VecTable>, owner: Owner, how: Leaving) {
     assert!(cache.part(&mut Parting::new(owner, how)));
     cache.check_all().unwrap();
 }
 
-/// What earlier attachments of this entry are writing is free; how many slots that were.
+/// Frees what earlier attachments of this entry are writing. Returns the number of slots.
 pub(crate) fn declare_end(cache: &mut Cache<VecTable>, owner: Owner) -> u32 {
     let mut freed = 0;
     assert!(cache.declare_end(owner, &mut freed));
