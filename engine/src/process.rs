@@ -45,7 +45,7 @@ fn spin_time_on(configured: Duration, cpus: usize) -> Duration {
 /// | inherited | then |
 /// | --- | --- |
 /// | CPUs (`taskset`, `numactl`) | all that the cpuset allows |
-/// | scheduling class, niceness | the usual one, 0 (below one's own niceness takes a privilege or `ulimit -e`) |
+/// | scheduling class, niceness | the usual one, 0 (to lower its niceness, a process needs a privilege or `ulimit -e`) |
 /// | memory policy (`numactl`) | interleaved over the nodes that the cpuset allows |
 /// | blocked signals | none |
 /// | working directory | `/`, so that no file system is kept busy |

@@ -31,7 +31,7 @@ impl LowerTier for NoLowerTier {
     }
 }
 
-/// One lookup, as its message said.
+/// One lookup, as its message asks for it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AskedLookup {
     pub(crate) entry: usize,

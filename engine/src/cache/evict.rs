@@ -34,8 +34,8 @@ pub(super) enum Room {
 /// other keys.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Search {
-    /// Nothing can be found any more: no slot, and no record. The two are apart because a message that finds no
-    /// record may still need only slots.
+    /// The search has looked at everything in vain, for a slot (`in_vain`) or for a record (`no_record`). A message
+    /// that finds no record may still get slots for chunks that have one.
     in_vain: bool,
     no_record: bool,
     /// How many chunks were refused since the last success, and how many slabs were looked at.

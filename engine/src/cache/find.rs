@@ -81,7 +81,7 @@ impl<T: SlotTable> Cache<T> {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`Cache::find_piece`].
     pub fn find(
         &mut self,
         owner: Owner,
@@ -250,10 +250,10 @@ impl<T: SlotTable> Cache<T> {
         found.truncate(end);
     }
 
-    /// Pins what the last [`Cache::find_piece`] found in the lease of its (session, admission), and counts it as an
-    /// access. If the admission has a lease already, that lease becomes this one: chunks that it has at the same
-    /// places keep their pins, and nothing counts as an access (polls and retries are not). The caller then
-    /// [`Cache::release`]s what the lease has beyond the lookup's end.
+    /// Pins the chunks that the last [`Cache::find_piece`] found, in the lease of its (session, admission), and
+    /// counts that as an access. If the admission has a lease already, that lease becomes this one: chunks that it
+    /// has at the same places keep their pins, and then nothing counts as an access (polls and retries are not).
+    /// The caller then [`Cache::release`]s what the lease has beyond the lookup's end.
     ///
     /// To be called right after `find_piece`, before anything else; otherwise it does nothing and returns false.
     pub fn pin_found(&mut self) -> bool {

@@ -328,7 +328,7 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// Records that the chunk was used at `tick`. `front` is the chunk in front of it in its chain, if the same
+    /// Notes that the chunk was used at `tick`. `front` is the chunk in front of it in its chain, if the same
     /// access used it too.
     fn touch(&mut self, id: ChunkId, tick: u64, front: Option<ChunkId>) {
         self.chunks.get_mut(id).tick = tick;

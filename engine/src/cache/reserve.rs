@@ -92,7 +92,7 @@ impl<T: SlotTable> Cache<T> {
     ///
     /// # Errors
     ///
-    /// As there.
+    /// As [`Cache::reserve_piece`].
     pub fn reserve(
         &mut self,
         message: Reserve<'_>,

@@ -109,7 +109,8 @@ fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
     assert!(slabs.class_for((1 << 30) + 1, None).is_err());
     assert!(slabs.class_for(0, None).is_err());
 
-    // 1000 slabs before a boundary and 1000 after it: a span of 600 fits neither across nor twice before.
+    // There are 1000 slabs before a boundary and 1000 behind it: a span of 600 fits once on each side, and not
+    // across.
     for slab in 24..2024 {
         slabs.add(slab).unwrap();
     }

@@ -428,7 +428,7 @@ fn of_many_starts_at_once_one_wins() {
                     scope.spawn(|| {
                         barrier.wait();
                         let result = name.start();
-                        // The winner lives until all others have been refused.
+                        // The start that wins lives until all others have been refused.
                         over.wait();
                         match result {
                             Ok(segments) => {
