@@ -1,9 +1,9 @@
 // The kernels that move KV between the pages of a paged cache and a shard, and that sum shards up.
 //
 // A shard is cut into tiles (src/tiles.rs). A launch takes `tiles[first .. first + count]`, a window of the shard. `shard` is
-// the address at which byte 0 of the shard would be: whoever has only the window passes its address less the window's offset,
-// and the additions here wrap. It may be memory of the host that another process writes meanwhile, so it is never read
-// through the non-coherent path (`ld.global.nc`): a value read once is used as it was read.
+// the address at which byte 0 of the shard would be: a caller that has only the window in memory passes the window's address
+// less its offset in the shard, and the additions here wrap. It may be memory of the host that another process writes
+// meanwhile, so it is never read through the non-coherent path (`ld.global.nc`): a value read once is used as it was read.
 //
 // One warp takes a tile at a time, so any grid, and any block of 1 to 32 whole warps, gives the same result.
 //
@@ -28,7 +28,8 @@ struct __align__(16) Tile {
     u32 reserved; // 0
 };
 
-// The block ids of a window's positions: `struct Blocks` of src/tiles.rs. By value, so that no copy goes before the launch.
+// The block ids of a window's positions: `struct Blocks` of src/tiles.rs. Passed by value, so that a launch needs no copy
+// before it.
 struct Blocks {
     u32 first; // position of id[0]
     u32 id[KV_BLOCKS];
@@ -36,7 +37,7 @@ struct Blocks {
 
 static_assert(sizeof(Tile) == 32 && sizeof(Blocks) == 4 + 4 * KV_BLOCKS, "as in src/tiles.rs");
 
-// By width in bytes: what a lane moves at once, and how many of them it has in flight.
+// For each width in bytes: the vector that a lane moves at once, and how many vectors it has in flight.
 template <u32 V> struct Width;
 template <> struct Width<16> {
     typedef uint4 Vector;
@@ -51,12 +52,12 @@ template <> struct Width<4> {
     enum : u32 { in_flight = 8 };
 };
 
-// Evict-first: pages pass through once, and so does a shard that is scattered.
+// Evict-first: pages are read only once, and so is a shard that is scattered.
 template <typename T> __device__ __forceinline__ T load(u64 from) {
     return __ldcs(reinterpret_cast<const T *>(from));
 }
 
-// Into a page: evict-first. Into a shard: not so, as the copy engine reads staging memory next, best from the L2.
+// Evict-first into a page. Not into a shard, because the copy engine reads staging memory next, best from the L2.
 template <typename T, bool to_page> __device__ __forceinline__ void store(u64 to, T value) {
     if (to_page) {
         __stcs(reinterpret_cast<T *>(to), value);
@@ -132,7 +133,7 @@ __device__ __forceinline__ u64 single(u64 position, u8 value) {
     return (static_cast<u64>(value) + 1) * odd;
 }
 
-// What a lane of a checksum reads at once: at least a word, and it begins where a word does.
+// What a lane reads at once for a checksum: whole words, one or two.
 template <u32 V> struct Words;
 template <> struct Words<16> {
     enum : u32 { bytes = 16 };
@@ -222,7 +223,7 @@ __device__ __forceinline__ void checksum(const Tile *tiles, u32 first, u32 count
     __syncthreads();
     if (threadIdx.x < WARP) {
         sum = sum_of_warp(lane() < blockDim.x / WARP ? sums[lane()] : 0);
-        // No atomics: `partial` may be memory of the host, which adds them up.
+        // No atomics: `partial` may be memory of the host, and the host adds the sums up.
         if (lane() == 0) partial[blockIdx.x] = sum;
     }
 }

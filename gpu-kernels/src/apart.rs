@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Where a pool's threads may run.
 pub(crate) struct Apart {
-    /// What the thread that made the pool could use; `None` where the kernel would not say.
+    /// The CPUs that the thread that made the pool could use; `None` where the kernel did not say.
     allowed: Option<CpuSet>,
     helpers: Vec<Pid>,
     /// The CPU that the helpers avoid now.
@@ -18,14 +18,14 @@ pub(crate) struct Apart {
 }
 
 impl Apart {
-    /// For a pool of these threads, made by the calling thread.
+    /// For a pool of these threads, which the calling thread has made.
     pub(crate) fn new(helpers: Vec<Pid>) -> Apart {
         Apart { allowed: sched_getaffinity(None).ok(), helpers, avoided: Mutex::new(None) }
     }
 
-    /// From now on the helpers run anywhere but where the caller runs. A few nanoseconds while the caller stays where it
-    /// was. Where that is not possible, because there is one CPU or the kernel forbids it, everything stays as it is: it
-    /// costs speed. "Anywhere" is what the thread that made the pool could use then, not a mask set later.
+    /// From now on the helpers run on any CPU but the caller's, out of those that the thread that made the pool could use at
+    /// that time (a mask that is set later does not count). Costs a few nanoseconds while the caller stays on its CPU. Where
+    /// this is not possible, because there is one CPU or the kernel forbids it, nothing changes: copies are only slower.
     pub(crate) fn keep_off_this_cpu(&self) {
         let Some(allowed) = &self.allowed else { return };
         let here = sched_getcpu();
@@ -42,7 +42,7 @@ impl Apart {
             return;
         }
         for helper in &self.helpers {
-            // A thread that may not be moved is only slower.
+            // If the kernel does not let us move a thread, it is only slower.
             let _ = sched_setaffinity(Some(*helper), &elsewhere);
         }
     }

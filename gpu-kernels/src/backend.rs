@@ -6,8 +6,8 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A stream of the caller's device (a `CUstream`), after whose work a transfer must come: the kernels that write the
-/// KV of a store, the last readers of the blocks of a load.
+/// A stream of the caller's device (a `CUstream`). A transfer must come after the work on it: after the kernels that write the
+/// KV of a store, and the last readers of the blocks of a load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ComputeStream(pub u64);
 
@@ -16,7 +16,7 @@ pub struct ComputeStream(pub u64);
 pub struct Fence(pub(crate) Option<Arc<dyn Any + Send + Sync>>);
 
 impl Fence {
-    /// Nothing to wait for: the order of the caller's program is the order.
+    /// A fence with nothing to wait for: for the host, where what the caller did before is done.
     #[must_use]
     pub fn none() -> Fence {
         Fence(None)
@@ -48,32 +48,31 @@ pub enum CopyError {
         /// Where the cache is.
         got: String,
     },
-    /// The GPU, or its driver. Nothing is being copied any more.
+    /// The GPU or its driver failed. Nothing is being copied any more.
     #[error(transparent)]
     Gpu(#[from] crate::cuda::GpuError),
-    /// The driver will not say whether the copy has ended: a device may still write where it was to. What a store was to write may be
-    /// given to nobody else; where a load was to write, nobody may go on to use any of it.
+    /// The driver does not say whether the copy has ended, so a device may still write to its destination. A store's slots must
+    /// not be given to anybody else; a load's blocks must not be used by anybody.
     #[error("it is not known whether a copy has ended: {0}")]
     Unended(crate::cuda::GpuError),
 }
 
-/// The arena as this process has mapped it, told to a backend once for each mapping.
+/// The arena as this process has mapped it. A backend is told of each mapping once.
 #[derive(Clone)]
 pub struct ArenaMapping {
     /// Its first byte.
     pub base: *mut u8,
-    /// Its length, without what follows it in the same mapping.
+    /// Its length, without anything that follows it in the same mapping.
     pub bytes: usize,
-    /// How many bytes, from the first on, have memory behind them by now. Grows up to `bytes`. Beyond it nothing may be touched.
+    /// How many bytes, from the first on, have memory by now. Grows up to `bytes`. Nothing beyond it may be touched.
     pub allocated: Arc<dyn Fn() -> u64 + Send + Sync>,
-    /// A file of which everybody who maps this arena knows, to lock while something is done that only one process should do
-    /// at a time.
+    /// A file that all processes with this arena know. A process locks it while it does what only one should do at a time.
     pub lock: Option<PathBuf>,
     /// Keeps it mapped.
     pub keep: Arc<dyn Any + Send + Sync>,
 }
 
-// SAFETY: an address and what keeps it valid; who may touch the bytes is `CopyBatch::shard`'s contract.
+// SAFETY: an address, and a handle that keeps it valid; `CopyBatch::shard` says who may touch the bytes.
 unsafe impl Send for ArenaMapping {}
 // SAFETY: as above.
 unsafe impl Sync for ArenaMapping {}
@@ -87,9 +86,10 @@ impl core::fmt::Debug for ArenaMapping {
     }
 }
 
-/// What a backend made of an arena's mapping (registrations for DMA). Dropped when nothing is copied there any more.
+/// An arena's mapping, as a backend has prepared it (registered for DMA). It is dropped when nothing is copied there any more.
 pub trait MappedArena: Send + Sync {
-    /// How many of its bytes are registered by now: copies there run at the speed of the link. 0 where nothing needs to be.
+    /// How many of its bytes are registered by now: copies there run at the speed of the link. 0 for a backend that registers
+    /// nothing.
     fn registered_bytes(&self) -> u64;
 }
 
@@ -100,30 +100,31 @@ pub struct CopyDone {
     pub checksums: Vec<u64>,
 }
 
-/// A transfer in flight. All it copied is visible to whoever saw it complete. Dropping it waits for its end: a copy is
-/// never abandoned half-way.
+/// A transfer in flight. A thread that has seen it complete sees all that it has copied. Dropping it waits for its end: a copy
+/// is never abandoned half-way.
 pub trait Transfer: Send {
-    /// Has it completed? Makes progress by itself where nobody else does.
+    /// Has it completed? Does a part of the work itself where no other thread may be doing it.
     fn poll(&mut self) -> bool;
 
-    /// Waits for its end, lending a hand where that helps.
+    /// Waits for its end, and helps where that is possible.
     fn wait(self: Box<Self>) -> Result<CopyDone, CopyError>;
 }
 
 /// A way of moving KV. No default methods: a wrapper must not forget to forward one.
 pub trait CopyBackend: Send + Sync {
-    /// Gets ready for a cache before the first batch of it: what it cannot copy from or to is refused here.
+    /// Gets ready for a cache, before its first batch. Refuses a cache that it cannot copy from or to.
     fn prepare(&self, paged: &Arc<PagedKv>) -> Result<(), CopyError>;
 
-    /// Tells of a mapping of the arena, in which the shards of later batches may lie. What comes back is kept as long as
-    /// it is mapped. What takes long is done in the background; the same memory again, soon after what came back was let go, waits
-    /// until that has been undone.
+    /// Announces a mapping of the arena, in which the shards of later batches may lie. The caller keeps the result as long as
+    /// the mapping. Registering takes long, so it goes on in the background. If the same memory is announced again soon after
+    /// the result was dropped, this waits until the earlier registration has been undone.
     fn map_arena(&self, arena: ArenaMapping) -> Arc<dyn MappedArena>;
 
     /// Does it let a device write into the arena (DMA)? Such a write can outlive the threads of this process.
     fn writes_by_device(&self) -> bool;
 
-    /// The point that `stream` has reached, for [`CopyBatch::after`]. Called from the caller's own thread.
+    /// The point that `stream` has reached, for [`CopyBatch::after`]. Called by the thread that submits the job, not by the one
+    /// that copies.
     fn fence(&self, stream: ComputeStream) -> Result<Fence, CopyError>;
 
     /// Starts a batch. Several may be in flight; they may complete in any order.
@@ -133,7 +134,7 @@ pub trait CopyBackend: Send + Sync {
     fn name(&self) -> &'static str;
 }
 
-/// Nothing is made of a mapping: threads copy from and to it as it is.
+/// A mapping that a backend uses as it is: its threads copy from and to it, and nothing is registered.
 #[derive(Debug)]
 pub struct MappedAsItIs;
 
@@ -143,8 +144,8 @@ impl MappedArena for MappedAsItIs {
     }
 }
 
-/// What all backends have in common that copy host memory with threads: inside an `impl CopyBackend`, in place of everything but
-/// `submit` and `name`.
+/// The methods that all backends share that copy host memory with threads. Stands inside an `impl CopyBackend`, in place of all
+/// methods but `submit` and `name`.
 #[macro_export]
 macro_rules! copies_host_memory {
     () => {
@@ -168,7 +169,7 @@ macro_rules! copies_host_memory {
             false
         }
 
-        /// There are no streams: the order of the caller's program is the order.
+        /// There are no streams to wait for: what the caller did before is done.
         fn fence(
             &self,
             _: $crate::ComputeStream,

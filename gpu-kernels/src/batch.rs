@@ -4,7 +4,7 @@ use crate::backend::Fence;
 use crate::layout::{BlockError, PagedKv};
 use std::sync::Arc;
 
-/// Which way the bytes go.
+/// The direction in which bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// From the paged cache into the arena.
@@ -31,7 +31,7 @@ pub struct CopyBatch {
     pub(crate) checksum: bool,
     pub(crate) after: Fence,
     pub(crate) paged: Arc<PagedKv>,
-    /// Where each shard is.
+    /// The first byte of each shard.
     pub(crate) arena: Vec<*mut u8>,
     /// `paged.blocks_per_chunk()` for each shard, checked.
     pub(crate) blocks: Vec<u32>,
@@ -71,10 +71,10 @@ impl CopyBatch {
     /// Block ids that the cache does not have, or SKIP in a store. Nothing is added then.
     ///
     /// # Safety
-    /// Until the batch's transfer has completed, the shard in the arena is mapped, and the blocks are as
-    /// [`PagedKv::grouped`] was promised; the destination is writable, and nobody else accesses it; the blocks of a
-    /// store are not written by anybody. The arena side of a *load* may be written by another process meanwhile: then the
-    /// bytes loaded are meaningless, and the caller finds that out by looking at the slot's word again.
+    /// Until the batch's transfer has completed, the shard in the arena is mapped, and what was promised to
+    /// [`PagedKv::grouped`] holds for the blocks; the destination is writable, and nobody else accesses it; nobody writes the
+    /// blocks of a store. Another process may write the arena side of a *load* meanwhile: then the bytes loaded are
+    /// meaningless, and the caller finds that out by looking at the slot's word again.
     pub unsafe fn shard(&mut self, arena: *mut u8, blocks: &[u32]) -> Result<(), BlockError> {
         self.paged.check_blocks(blocks, self.direction == Direction::Load)?;
         self.arena.push(arena);
@@ -82,12 +82,12 @@ impl CopyBatch {
         Ok(())
     }
 
-    /// The shards: where each is, and its chunk's blocks.
+    /// The shards: the first byte of each, and its chunk's blocks.
     pub(crate) fn shards(&self) -> impl ExactSizeIterator<Item = (*mut u8, &[u32])> {
         self.arena.iter().copied().zip(self.blocks.chunks_exact(self.paged.blocks_per_chunk() as usize))
     }
 
-    /// Which way it goes.
+    /// Its direction.
     #[must_use]
     pub fn direction(&self) -> Direction {
         self.direction

@@ -1,26 +1,25 @@
 //! Checksums of shards: against stray writes, not against an adversary.
 //!
-//! A sum over positions, so that any number of CPU threads (and later a GPU's) may take any part in any order. For the
-//! little-endian word `w` at word index `i` of the shard:
+//! A checksum is a sum over positions, so that any number of CPU threads or of a GPU's warps may take any part of it, in any
+//! order. The little-endian word `w` at word index `i` of the shard adds
 //!
 //! ```text
 //! (low32(w) + a(i)) × (high32(w) + b(i)) + swap32(w)      a(i) = bend(A·i + A₀), b(i) = bend(B·i + B₀), sums mod 2³²
 //! bend(x) = x ^ (x >> 15)
 //! ```
 //!
-//! The keys are bent: were they linear in `i`, four pages A B B A could have the sum of B A A B.
-//!
-//! summed mod 2⁶⁴: the NH hash of UMAC (Black et al., CRYPTO '99) with position-dependent keys, plus the word itself
-//! so that no factor of zero hides the other half. Two 32-bit additions and one 32 × 32 multiplication a word: one
-//! vector instruction each on AVX2, one `IMAD` on a GPU. Bytes that do not fill a word *of their page* (pages whose
-//! length is not a multiple of 8) add `byte × odd(position)`. The length goes into the finish.
+//! to a sum mod 2⁶⁴. This is the NH hash of UMAC (Black et al., CRYPTO '99) with keys that depend on the position, plus the word
+//! itself, so that a factor of zero does not hide the other half. The keys `a(i)` and `b(i)` are bent because with keys linear
+//! in `i` four pages A B B A could have the sum of B A A B. A word costs two 32-bit additions and one 32 × 32 multiplication:
+//! one vector instruction each on AVX2, one `IMAD` on a GPU. Bytes that do not fill a word *of their page* (in pages whose
+//! length is not a multiple of 8) add `(byte + 1) × odd(position)`. [`finish`] adds the length.
 
 const A: u32 = 0x9e37_79b1;
 const A0: u32 = 0x85eb_ca6b;
 const B: u32 = 0xc2b2_ae35;
 const B0: u32 = 0x27d4_eb2f;
 
-/// What no checksum is: 0 stands for "none was computed".
+/// Stands for "no checksum was computed". No shard has it for its checksum.
 pub const NONE: u64 = 0;
 
 #[inline]
@@ -47,8 +46,8 @@ fn single(position: u64, value: u8) -> u64 {
     (u64::from(value) + 1).wrapping_mul(odd)
 }
 
-/// The sum over `bytes`, which lie from byte `position` of the shard on, inside one page. Parts of one page may be
-/// summed apart if they are cut at multiples of 8 of the position.
+/// The sum over `bytes`, which begin at byte `position` of the shard and lie inside one page. Parts of one page may be
+/// summed apart if they are cut at positions that are multiples of 8.
 #[must_use]
 pub fn part(bytes: &[u8], position: u64) -> u64 {
     let head = ((8 - position % 8) % 8).min(bytes.len() as u64) as usize;

@@ -1,17 +1,18 @@
 //! Copy loops in assembly.
 //!
-//! One side of every copy is the arena, which another process may write at the same time (a load that has become
-//! stale while it runs). To the compiler such a racing copy would be undefined behaviour; assembly is opaque to it, and
-//! to the processor it is merely bytes that the caller will not believe.
+//! One side of every copy is the arena, which another process may write at the same time (when a load has become
+//! stale while it runs). In Rust such a racing copy would be undefined behaviour. Assembly is opaque to the compiler, and for
+//! the processor it is a copy of bytes that the caller then refuses.
 //!
 //! Non-temporal stores do not read the destination's lines first: on Zen 4, cold to cold, 18.8 GB/s against 11–13 for
 //! `memcpy`. The source is prefetched past the outer caches, 2 KiB ahead (17.9–19.1 GB/s against 16.3–16.8 without, one
-//! thread, 64 KiB to 32 MiB). They are weakly ordered: [`store_fence`] comes before anybody is told.
+//! thread, 64 KiB to 32 MiB). Non-temporal stores are weakly ordered, so a thread makes a [`store_fence`] before it tells
+//! anybody that it has copied.
 
-/// Which loop to use.
+/// The loop to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// Through the caches: what was copied is about to be read, or is small.
+    /// Through the caches: for bytes that are read next, or few bytes.
     Plain,
     /// Around the caches.
     NonTemporal,
@@ -36,7 +37,7 @@ pub unsafe fn copy(method: Method, to: *mut u8, from: *const u8, bytes: usize) {
     }
 }
 
-/// Can this processor do [`copy_nontemporal`]?
+/// Can this processor run [`copy_nontemporal`]?
 #[must_use]
 pub fn has_non_temporal() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -66,8 +67,8 @@ pub fn store_fence() {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub unsafe fn copy_plain(to: *mut u8, from: *const u8, bytes: usize) {
-    // SAFETY: the ranges are the caller's to promise. `rep movsb` (fast on everything since Ivy Bridge and Zen 3) reads
-    // and writes exactly them, and the direction flag is clear by the ABI.
+    // SAFETY: the caller promises the ranges. `rep movsb` (fast on everything since Ivy Bridge and Zen 3) reads and writes
+    // exactly them, and the direction flag is clear by the ABI.
     unsafe {
         core::arch::asm!(
             "rep movsb",
@@ -100,7 +101,7 @@ pub unsafe fn copy_plain(to: *mut u8, from: *const u8, bytes: usize) {
 pub unsafe fn copy_nontemporal(to: *mut u8, from: *const u8, bytes: usize) {
     const LINE: usize = 64;
     const STEP: usize = 4 * LINE;
-    // Whole lines of the destination only: a partial one would be read and written twice.
+    // Only whole lines of the destination: a partial line would be read and written twice.
     let head = to.align_offset(LINE).min(bytes);
     let body = (bytes - head) / STEP * STEP;
     let tail = bytes - head - body;
@@ -150,7 +151,7 @@ pub unsafe fn copy_nontemporal(to: *mut u8, from: *const u8, bytes: usize) {
     }
 }
 
-/// There is none here: see [`has_non_temporal`].
+/// Copies through the caches: this architecture has no other loop, see [`has_non_temporal`].
 ///
 /// # Safety
 /// As [`copy`].
@@ -167,7 +168,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
-        /// Exactly the bytes asked for, wherever they start, and not one more.
+        /// A copy writes exactly the bytes asked for, wherever they start, and not one more.
         #[test]
         fn copies_exactly(to_skip in 0usize..130, from_skip in 0usize..130, bytes in 0usize..20_000, plain in any::<bool>()) {
             let from: Vec<u8> = (0..bytes + 260).map(|i| (i * 31 + i / 251) as u8).collect();

@@ -1,4 +1,5 @@
-//! The CPU backend: `threads − 1` workers, and whoever waits helps. One thread means no hand-over at all.
+//! The CPU backend: `threads − 1` workers, and the thread that waits for a transfer helps. With one thread nothing is handed
+//! over at all.
 //!
 //! A batch is cut into pieces of at most [`PIECE`] bytes, none of which crosses a shard; threads take the next piece
 //! until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
@@ -15,19 +16,19 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-/// Bytes of a piece: long enough to stream, short enough to share. A multiple of 8: checksums may be cut there.
+/// Bytes of a piece: long enough to stream, short enough to share. A multiple of 8, because checksums are cut there.
 const PIECE: usize = 512 << 10;
-/// Bytes copied and summed at a time where a checksum is asked for: they stay in the second-level cache.
+/// Bytes that are copied and summed at a time where a checksum is asked for: they stay in the second-level cache.
 const TILE: usize = 64 << 10;
 
-/// One contiguous piece of the paged side. A null address in a load: these bytes of the shard go nowhere.
+/// One contiguous piece of the paged side. In a load its address may be null: these bytes of the shard are not copied.
 #[derive(Clone, Copy, Debug)]
 struct Page {
     address: *mut u8,
     bytes: usize,
 }
 
-/// One contiguous range of the arena, and which pages it is made of, in order.
+/// One contiguous range of the arena, and the pages that it is made of, in order.
 #[derive(Clone, Copy, Debug)]
 struct Shard {
     arena: *mut u8,
@@ -40,10 +41,10 @@ struct Shard {
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     shard: u32,
-    /// The page in which it begins, counted over the batch, and where in that page.
+    /// The page in which it begins, counted over the batch, and its offset in that page.
     page: u32,
     skip: usize,
-    /// Where it begins in the shard.
+    /// Its offset in the shard.
     position: usize,
     bytes: usize,
 }
@@ -55,13 +56,13 @@ struct Job {
     pages: Vec<Page>,
     pieces: Vec<Piece>,
     sums: Vec<Sum>,
-    /// The next piece that nobody has taken. Every thread writes these two all the time: each has lines of its own.
+    /// The next piece that nobody has taken. All threads write this and `left` all the time, so each has cache lines of its own.
     next: CachePadded<Word>,
     /// Pieces that have not been copied.
     left: CachePadded<Word>,
-    /// 0, then 1: the one "done" state, published last.
+    /// 0; 1 when all pieces have been copied.
     done: Word,
-    /// A thread panicked in a piece.
+    /// Pieces in which a thread has panicked.
     failed: Word,
 }
 
@@ -121,11 +122,11 @@ impl Job {
         if ran.is_err() {
             self.failed.next();
         }
-        // Non-temporal stores are weakly ordered: before anybody is told.
+        // Before the piece is counted down, because non-temporal stores are weakly ordered.
         store_fence();
         if self.left.sub() {
-            // SYNC POINT: Release in `bump_and_wake`; pairs with the Acquire in `is_done`. All pieces happened before:
-            // each was counted down with AcqRel.
+            // SYNC POINT: Release in `bump_and_wake`; pairs with the Acquire in `is_done`. All pieces have been copied before,
+            // because each was counted down with AcqRel.
             self.done.bump_and_wake();
         }
         true
@@ -138,26 +139,26 @@ impl Job {
     fn run(&self, piece: &Piece) {
         let shard = &self.shards[piece.shard as usize];
         if self.direction == Direction::Store {
-            // Before the first payload store into a slot: pairs with the Acquire fence of a reader that still believes
-            // in the slot's previous life (kvring-shm-abi, `SlotHeader::still_valid`).
+            // SYNC POINT: Release fence before the first store into a slot; pairs with the Acquire fence of a worker that still
+            // loads the slot's previous generation (kvring-shm-abi, `SlotHeader::still_valid`).
             release_fence();
         }
         let (mut page, mut skip, mut position, mut left) =
             (piece.page as usize, piece.skip, piece.position, piece.bytes);
         let mut sum = 0u64;
-        // What skipped pages are summed in: private memory, because the arena may be written meanwhile.
+        // Skipped pages are copied to private memory to be summed, because the arena may be written meanwhile.
         let mut scratch = Vec::new();
         while left > 0 {
             let here = self.pages[page];
             let mut bytes = left.min(here.bytes - skip);
             if self.checksum && bytes > TILE {
-                // Cut where a checksum may be cut: at a multiple of 8 of the position.
+                // A checksum may be cut only at a position that is a multiple of 8.
                 bytes = TILE - position % 8;
             }
             let arena = shard.arena.wrapping_add(position);
             if !here.address.is_null() {
                 let paged = here.address.wrapping_add(skip);
-                // SAFETY: `CopyBatch::shard` promised both ranges; pieces of a batch do not overlap.
+                // SAFETY: both ranges were promised to `CopyBatch::shard`; pieces of a batch do not overlap.
                 sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
             } else if self.checksum {
                 scratch.resize(TILE, 0);
@@ -176,13 +177,13 @@ impl Job {
         }
     }
 
-    /// Copies one contiguous stretch; its part of the checksum, computed on the private side only.
+    /// Copies one contiguous stretch, and returns its part of the checksum, which is computed on the private side only.
     ///
     /// # Safety
     /// As [`CopyBatch::shard`], for these two ranges.
     unsafe fn tile(&self, paged: *mut u8, arena: *mut u8, bytes: usize, position: u64) -> u64 {
         let summed = |bytes: usize| {
-            // SAFETY: a page that nobody writes: of a store, or of a load after its copy.
+            // SAFETY: nobody writes this page: it belongs to a store, or to a load that has been copied.
             checksum::part(unsafe { core::slice::from_raw_parts(paged, bytes) }, position)
         };
         match (self.direction, self.checksum) {
@@ -198,7 +199,7 @@ impl Job {
                 0
             }
             (Direction::Load, true) => {
-                // Through the cache: it is read again at once.
+                // Through the cache, because it is read again at once.
                 // SAFETY: the caller's.
                 unsafe { copy(Method::Plain, paged, arena, bytes) };
                 summed(bytes)
@@ -206,7 +207,7 @@ impl Job {
         }
     }
 
-    /// Copies what is left to take, then sleeps until the others have finished theirs.
+    /// Copies the pieces that nobody has taken, then sleeps until the other threads have finished theirs.
     fn finish(&self) {
         while self.step() {}
         while !self.is_done() {
@@ -224,7 +225,7 @@ struct Queue {
 #[derive(Default)]
 struct Pool {
     queue: Mutex<Queue>,
-    /// Bumped when there is something new to look at.
+    /// Changes when there is a new job, or the queue has been closed.
     news: Word,
 }
 
@@ -238,7 +239,7 @@ impl Pool {
             let seen = self.news.get();
             let (job, closed) = {
                 let mut queue = self.queue();
-                // A job of which every piece is taken is somebody's already.
+                // Jobs of which every piece has been taken need no more threads.
                 while queue.jobs.front().is_some_and(|job| job.next.get() as usize >= job.pieces.len()) {
                     queue.jobs.pop_front();
                 }
@@ -261,8 +262,8 @@ pub struct CpuBackend {
 }
 
 impl CpuBackend {
-    /// A backend of `threads` threads, the waiting one included; at least one. Where the system has no more threads to
-    /// give, it makes do with fewer.
+    /// A backend of `threads` threads, the waiting one included; at least one. If the system cannot start as many, the backend
+    /// has fewer.
     #[must_use]
     pub fn new(threads: usize) -> CpuBackend {
         let pool = Arc::new(Pool::default());
@@ -271,7 +272,7 @@ impl CpuBackend {
             .filter_map(|index| {
                 let (pool, tell) = (pool.clone(), tell.clone());
                 let work = move || {
-                    // Nobody listens any more only if this backend is being dropped already.
+                    // Fails only if `new` has panicked, so that nobody listens.
                     let _ = tell.send(rustix::thread::gettid());
                     drop(tell);
                     pool.work();
@@ -310,7 +311,7 @@ impl Drop for CpuBackend {
         self.pool.queue().closed = true;
         self.pool.news.bump_and_wake();
         for worker in self.workers.drain(..) {
-            // A worker catches panics of its pieces: there is nothing to report here.
+            // A worker catches the panics of its pieces, so there is nothing to report here.
             let _ = worker.join();
         }
     }
@@ -322,7 +323,7 @@ struct CpuTransfer {
 
 impl Transfer for CpuTransfer {
     fn poll(&mut self) -> bool {
-        // One piece of the work, so that a transfer that is only polled gets on.
+        // Copies one piece, so that a transfer that is only polled gets on.
         if !self.job.is_done() {
             self.job.step();
         }

@@ -1,4 +1,4 @@
-//! A digest of what decides the order of bytes: not a secret, only a check that two runs mean the same.
+//! A digest of what decides the order of bytes. It is no secret: it only checks that two processes mean the same.
 
 /// FNV-1a, over words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,12 +11,12 @@ impl Default for Digest {
 }
 
 impl Digest {
-    /// Takes one more word in. Their order counts.
+    /// Adds a word. The order of words counts.
     pub fn mix(&mut self, word: u64) {
         self.0 = (self.0 ^ word).wrapping_mul(0x0000_0100_0000_01b3);
     }
 
-    /// Of all words so far.
+    /// The digest of all words so far.
     #[must_use]
     pub fn value(self) -> u64 {
         self.0

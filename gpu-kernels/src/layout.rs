@@ -2,10 +2,10 @@
 //! block table are a *group*; most models have one, those that mix kinds of attention have several.
 //!
 //! This one affine description covers all of vLLM's page orders, named by the axes L(ayer), B(lock), H(ead), N (token of a
-//! block) and C(ontent), the outermost first. What a layer has of a block is contiguous in LBHNC, LBNHC, BLHNC, BLNHC and MLA: a
-//! plane for each layer. With the heads outside the blocks (LHBNC) or outside the layers (BHLNC) a plane is a layer's head.
-//! Packed allocations are planes whose pages lie in each other's gaps, padded pages are planes whose stride is longer than
-//! their page.
+//! block) and C(ontent), the outermost first. In LBHNC, LBNHC, BLHNC, BLNHC and MLA the bytes of one layer in one block are
+//! contiguous, so there is a plane for each layer. With the heads outside the blocks (LHBNC) or outside the layers (BHLNC) there
+//! is a plane for each head of a layer. Packed allocations are planes whose pages lie in each other's gaps; padded pages are
+//! planes whose stride is longer than their page.
 //!
 //! A shard holds page bytes verbatim, group after group, and in each block-major and plane-minor: `[block of
 //! chunk][plane][page bytes]`. So the groups, the order of planes and their page sizes belong to the namespace: they go into
@@ -14,7 +14,7 @@
 use crate::digest::Digest;
 use core::fmt;
 
-/// As a block id of a load: these pages are not written. vLLM holds them already, or has no block there.
+/// Stands for a block id in a load: the block's pages are not written, because vLLM has them already, or has no block there.
 pub const SKIP: u32 = u32::MAX;
 
 /// One plane: page `b` is at `base + b × block_stride`, `page_bytes` long.
@@ -41,16 +41,16 @@ impl Plane {
 /// Layers that share a block table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvGroup {
-    /// What a block is made of.
+    /// The planes: a block has one page in each.
     pub planes: Vec<Plane>,
-    /// Blocks there are.
+    /// How many blocks there are.
     pub num_blocks: u32,
-    /// Of these, how many make a chunk.
+    /// How many of them make a chunk.
     pub blocks_per_chunk: u32,
 }
 
 impl KvGroup {
-    /// Bytes of a chunk's blocks of this group, the `group`th.
+    /// Bytes of a chunk's blocks in this group, whose index is `group`.
     fn chunk_bytes(&self, group: usize) -> Result<u64, LayoutError> {
         let &KvGroup { ref planes, num_blocks, blocks_per_chunk } = self;
         if planes.is_empty() {
@@ -73,10 +73,10 @@ impl KvGroup {
     }
 }
 
-/// A paged KV cache that cannot be.
+/// A paged KV cache that cannot exist.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// Nothing to copy.
+    /// It has nothing to copy.
     #[error("expected at least one {0}, got none")]
     Empty(&'static str),
     /// A plane whose pages overlap or are empty, or whose address is null.
@@ -85,9 +85,9 @@ pub enum LayoutError {
          {base:#x}, page of {page_bytes} bytes, stride {block_stride}"
     )]
     Plane {
-        /// Of which group.
+        /// The index of its group.
         group: usize,
-        /// Which.
+        /// Its index in the group.
         plane: usize,
         /// Its base address.
         base: usize,
@@ -96,7 +96,7 @@ pub enum LayoutError {
         /// Bytes between pages.
         block_stride: usize,
     },
-    /// The shard's size, or the number of a chunk's blocks, cannot be counted.
+    /// The shard's bytes or the chunk's blocks are too many to be counted.
     #[error("expected a chunk of at most 2^64 - 1 bytes and 2^32 - 1 blocks, got more with group {group}")]
     TooLarge {
         /// The group that made it too much.
@@ -104,7 +104,7 @@ pub enum LayoutError {
     },
 }
 
-/// A block id that the cache does not have.
+/// Block ids that are not those of a chunk of this cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BlockError {
     /// No such block.
@@ -112,10 +112,10 @@ pub enum BlockError {
     OutOfRange {
         /// The id.
         block: u32,
-        /// Blocks there are.
+        /// How many blocks there are.
         num_blocks: u32,
     },
-    /// Not as many as a chunk has.
+    /// A chunk has another number of blocks.
     #[error("expected {expected} block ids for a chunk, got {got}")]
     WrongCount {
         /// Blocks of a chunk.
@@ -126,18 +126,18 @@ pub enum BlockError {
     /// [`SKIP`] in a store.
     #[error("expected blocks to store, got SKIP as the chunk's block {at}")]
     NothingToStore {
-        /// Which of the chunk's block ids.
+        /// Its index among the chunk's block ids.
         at: usize,
     },
 }
 
-/// Which memory a cache is in.
+/// The memory that a cache is in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Memory {
     /// This process's own.
     #[default]
     Host,
-    /// That of the CUDA device of this number, as `CUDA_VISIBLE_DEVICES` lets this process count them.
+    /// That of the CUDA device with this number, as `CUDA_VISIBLE_DEVICES` lets this process count them.
     Cuda(u32),
 }
 
@@ -160,7 +160,7 @@ pub struct PagedKv {
     shard_bytes: u64,
 }
 
-// SAFETY: addresses only. Who reads and writes them when is the contract of `PagedKv::grouped`.
+// SAFETY: addresses only. The contract of `PagedKv::grouped` says who reads and writes the memory, and when.
 unsafe impl Send for PagedKv {}
 // SAFETY: as above.
 unsafe impl Sync for PagedKv {}
@@ -191,7 +191,8 @@ impl PagedKv {
         unsafe { PagedKv::grouped(vec![KvGroup { planes, num_blocks, blocks_per_chunk }]) }
     }
 
-    /// Describes a paged KV cache in host memory. A chunk's block ids are those of the first group, then those of the second, and so on.
+    /// Describes a paged KV cache in host memory. A chunk's block ids are those of the first group, then those of the second, and
+    /// so on.
     ///
     /// # Safety
     /// Until the worker adapter that gets it has been shut down, every page of every plane is readable and writable
@@ -211,23 +212,23 @@ impl PagedKv {
         Ok(PagedKv { memory: Memory::Host, order: 0, groups, blocks_per_chunk, shard_bytes })
     }
 
-    /// The same in other memory: there the addresses lie, and there what [`PagedKv::grouped`] was promised holds.
+    /// The same cache in other memory: the addresses are addresses there, and so is what was promised to [`PagedKv::grouped`].
     #[must_use]
     pub fn on(mut self, memory: Memory) -> PagedKv {
         self.memory = memory;
         self
     }
 
-    /// Adds to the layout's digest what decides the meaning of a page's bytes and cannot be seen in the planes: a digest of the
-    /// tensors that they were made of (which comes where, the order of their dimensions). Two caches of equal planes and
-    /// different tensors then do not take each other's shards for their own.
+    /// Adds to the layout's digest a digest of the tensors that the planes were made of (their places, the order of their
+    /// dimensions). The tensors decide what a page's bytes mean, and the planes do not show them: without this, two caches of
+    /// equal planes and different tensors would take each other's shards for their own.
     #[must_use]
     pub fn ordered(mut self, order: u64) -> PagedKv {
         self.order = order;
         self
     }
 
-    /// Where it is.
+    /// The memory that it is in.
     #[must_use]
     pub fn memory(&self) -> Memory {
         self.memory
@@ -259,7 +260,7 @@ impl PagedKv {
         mix(self.order);
         for group in &self.groups {
             mix(u64::from(group.blocks_per_chunk));
-            // The count too, or a group's last plane could be taken for the next group's number of blocks.
+            // The number of planes too, or a group's last plane could be taken for the next group's number of blocks.
             mix(group.planes.len() as u64);
             for plane in &group.planes {
                 mix(plane.page_bytes as u64);
@@ -268,7 +269,7 @@ impl PagedKv {
         digest.value()
     }
 
-    /// Checks one chunk's block ids; `may_skip`: for a load.
+    /// Checks one chunk's block ids. With `may_skip` they may be [`SKIP`]: for a load.
     pub fn check_blocks(&self, blocks: &[u32], may_skip: bool) -> Result<(), BlockError> {
         if blocks.len() != self.blocks_per_chunk as usize {
             return Err(BlockError::WrongCount { expected: self.blocks_per_chunk, got: blocks.len() });

@@ -1,4 +1,4 @@
-//! The one place in this crate that names raw atomics: a word that threads of this process count in and park on.
+//! The only place in this crate that names raw atomics: a word that threads of this process count in and park on.
 //! (`kvring-shm-abi::sync` has the project's others; this crate does not depend on it.)
 #![allow(clippy::disallowed_types, reason = "this is the one module that may name them")]
 
@@ -13,22 +13,22 @@ impl Word {
         Word(AtomicU32::new(value))
     }
 
-    /// Acquire: pairs with `set_and_wake` and `sub`.
+    /// Acquire: pairs with the Release in `bump_and_wake`, and with `sub`.
     pub(crate) fn get(&self) -> u32 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Takes the next number. Relaxed: what it counts was published with the job.
+    /// Takes the next number. Relaxed, because the pieces that it counts were published with the job.
     pub(crate) fn next(&self) -> u32 {
         self.0.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Counts down; true for who reached zero. AcqRel: who reaches zero has seen what all the others did before.
+    /// Counts down; true for the thread that reaches zero. AcqRel: that thread sees all that the others did before they counted.
     pub(crate) fn sub(&self) -> bool {
         self.0.fetch_sub(1, Ordering::AcqRel) == 1
     }
 
-    /// Changes the word and wakes everybody who waits for it to change. Release: pairs with `get`.
+    /// Changes the word and wakes all threads that wait for that. Release: pairs with the Acquire in `get`.
     pub(crate) fn bump_and_wake(&self) {
         self.0.fetch_add(1, Ordering::Release);
         atomic_wait::wake_all(&self.0);
@@ -45,7 +45,7 @@ impl Word {
 pub(crate) struct Sum(AtomicU64);
 
 impl Sum {
-    /// Relaxed: read only after the job's count has reached zero.
+    /// Relaxed, because the sum is read only after the job's count has reached zero.
     pub(crate) fn add(&self, value: u64) {
         self.0.fetch_add(value, Ordering::Relaxed);
     }

@@ -1,15 +1,15 @@
-//! What the kernels of `cuda/kv.cu` are told: a chunk cut into tiles, and windows of them.
+//! A chunk cut into tiles, and windows of tiles, for the kernels of `cuda/kv.cu`.
 //!
-//! The table of tiles depends on the cache alone, so it is uploaded once; a transfer adds its block ids ([`Blocks`]), which
+//! The table of tiles depends only on the cache, so it is uploaded once; a transfer adds its block ids ([`Blocks`]), which
 //! travel with the launch.
 
 use crate::layout::{PagedKv, Plane, SKIP};
 
-/// Bytes of a tile at most: what one warp moves at a time. A multiple of 16.
+/// The most bytes of a tile, which one warp moves at a time. A multiple of 16.
 pub const TILE_BYTES: u32 = 8 << 10;
-/// Block ids that one launch takes: they are a parameter of it, and drivers have room for 4 KiB.
+/// The most block ids of one launch: they are a parameter of it, and drivers have room for 4 KiB of parameters.
 pub const KV_BLOCKS: u32 = 512;
-/// Tiles are cut at multiples of this of their place in the shard: a multiple of the widest vector, so that no cut makes a
+/// Tiles are cut at offsets in the shard that are multiples of this: of the widest vector, so that no cut makes a
 /// vector narrower, and of 8, where checksums may be cut.
 const CUT: u32 = 16;
 /// Widths of the kernels' vectors.
@@ -23,11 +23,11 @@ pub struct Tile {
     pub base: u64,
     /// Bytes from one block's piece to the next one's.
     pub stride: u64,
-    /// Where it is in the shard, bytes.
+    /// Its offset in the shard, in bytes.
     pub offset: u32,
     /// Its bytes.
     pub bytes: u32,
-    /// Which of the chunk's block ids names its block.
+    /// The index of its block among the chunk's block ids.
     pub position: u32,
     /// 0.
     pub reserved: u32,
@@ -41,14 +41,14 @@ const _: () = assert!(size_of::<Tile>() == 32);
 pub struct Blocks {
     /// The position of `id[0]`.
     pub first: u32,
-    /// Block ids; [`SKIP`] from where the window ends.
+    /// Block ids; [`SKIP`] behind the window's last one.
     pub id: [u32; KV_BLOCKS as usize],
 }
 
 const _: () = assert!(size_of::<Blocks>() == 4 + 4 * KV_BLOCKS as usize);
 
 impl Blocks {
-    /// What `window` needs of the chunk's block ids, which have been checked ([`PagedKv::check_blocks`]).
+    /// Those of the chunk's block ids that `window` needs. They have been checked ([`PagedKv::check_blocks`]).
     #[must_use]
     pub fn of(window: &Window, chunk: &[u32]) -> Blocks {
         let mut id = [SKIP; KV_BLOCKS as usize];
@@ -60,16 +60,16 @@ impl Blocks {
     }
 }
 
-/// Consecutive tiles: what one launch moves.
+/// Consecutive tiles, which one launch moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Window {
     /// The first tile.
     pub first: u32,
-    /// Tiles.
+    /// Number of tiles.
     pub count: u32,
-    /// Where it begins in the shard, bytes: a multiple of the vector's width.
+    /// Its offset in the shard, in bytes: a multiple of the vector's width.
     pub offset: u32,
-    /// Bytes of the shard.
+    /// Its bytes.
     pub bytes: u32,
     /// The position of its first block id.
     pub first_position: u32,
@@ -86,9 +86,9 @@ pub enum TilesError {
          stride {block_stride}, page of {page_bytes} bytes at {offset} of its block"
     )]
     Unaligned {
-        /// Of which group.
+        /// The index of the group.
         group: usize,
-        /// Which plane.
+        /// The plane's index in the group.
         plane: usize,
         /// Its base address.
         base: u64,
@@ -96,7 +96,7 @@ pub enum TilesError {
         block_stride: u64,
         /// Bytes of a page.
         page_bytes: u64,
-        /// Where the page begins in what the shard has of its block.
+        /// The page's offset among the pages of its block in the shard.
         offset: u64,
     },
     /// Offsets in a shard have 32 bits.
@@ -105,12 +105,12 @@ pub enum TilesError {
         /// Bytes of the shard.
         shard_bytes: u64,
     },
-    /// A window that would not hold some tile.
+    /// The windows would be shorter than the longest tile.
     #[error("expected windows of at least {tile} bytes, the longest tile, got {max_bytes}")]
     WindowTooSmall {
         /// Bytes of the longest tile.
         tile: u32,
-        /// Bytes of a window at most.
+        /// The most bytes of a window.
         max_bytes: u32,
     },
 }
@@ -155,7 +155,7 @@ impl Tiles {
         self.vector
     }
 
-    /// Cuts the chunk into windows of at most `max_bytes` of the shard and [`KV_BLOCKS`] block ids, each as long as can be.
+    /// Cuts the chunk into windows of at most `max_bytes` and [`KV_BLOCKS`] block ids, each as long as possible.
     pub fn windows(&self, max_bytes: u32) -> Result<Vec<Window>, TilesError> {
         let tile = self.tiles.iter().map(|tile| tile.bytes).max().unwrap_or(0);
         if tile > max_bytes {
@@ -178,7 +178,7 @@ impl Tiles {
     }
 }
 
-/// The widest vector that divides everything. Offsets in the shard need no look: they are sums of whole pages.
+/// The widest vector that divides all addresses, strides and pages. It divides offsets in the shard too: they are sums of pages.
 fn widest_vector(kv: &PagedKv) -> Result<u32, TilesError> {
     let mut widest = VECTORS[0];
     for (group, of) in kv.groups().iter().enumerate() {
@@ -196,7 +196,8 @@ fn widest_vector(kv: &PagedKv) -> Result<u32, TilesError> {
     Ok(widest)
 }
 
-/// Appends the tiles of one page, which begins at `start` of the shard; where it ends. The shard's size has been checked.
+/// Appends the tiles of one page, which begins at `start` in the shard, and returns where it ends. The shard's size has been
+/// checked.
 fn cut(tiles: &mut Vec<Tile>, plane: &Plane, start: u32, position: u32) -> u32 {
     let end = start + plane.page_bytes as u32;
     let mut offset = start;

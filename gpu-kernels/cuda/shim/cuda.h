@@ -1,8 +1,8 @@
-// Lets g++ compile kv.cu, unchanged, and run it on the CPU: what is CUDA's in it is here. launch.cpp runs it.
+// Lets g++ compile kv.cu, unchanged, for the CPU: defines what kv.cu uses of CUDA. launch.cpp runs it.
 //
-// A CUDA block's threads are fibers of one thread of the host. A fiber runs until it waits at a barrier or a shuffle, which
-// let nobody on before everybody they name is there; if that never comes, the launch fails. So does an access that is not
-// aligned, or that goes where the test has not allowed any. Shared memory keeps what was in it before, as a GPU's does.
+// A CUDA block's threads are fibers of one thread of the host. A fiber runs until it comes to a barrier or a shuffle, which
+// holds it until all threads that take part have come; if one never comes, the launch fails. An access that is not aligned, or
+// outside of what the test has allowed, fails too. Shared memory keeps its content from launch to launch, as a GPU's does.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -30,11 +30,11 @@ struct alignas(16) uint4 {
 extern thread_local uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace kv_shim {
-// Checks an access by what the launch was allowed; does not come back if it is none of it.
+// Checks that the launch may make this access; does not return if it may not.
 void access(const void *at, std::size_t bytes);
 // Waits for every thread of the block.
 void barrier();
-// Gives `value` to the lanes of `mask`, and takes what the lane `from` gave.
+// Gives `value` to the lanes of `mask`, and returns what the lane `from` gave.
 std::uint64_t exchange(unsigned mask, std::uint64_t value, unsigned from);
 
 template <typename T> T load(const T *from) {
@@ -67,7 +67,7 @@ template <typename T> void __stcg(T *to, T value) { kv_shim::store(to, value); }
 
 inline void __syncthreads() { kv_shim::barrier(); }
 
-// Beyond the warp's end a lane gets its own value, as CUDA has it.
+// Where the other lane would be beyond the warp's end, a lane gets its own value, as in CUDA.
 template <typename T> T __shfl_down_sync(unsigned mask, T value, unsigned distance) {
     const unsigned lane = threadIdx.x % 32;
     return kv_shim::shuffle(mask, value, lane + distance < 32 ? lane + distance : lane);

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-// Hidden but for the functions at the end: two of these in one process must not share kernels or shared memory.
+// All but the functions at the end is hidden: two of these libraries in one process must not share kernels or shared memory.
 #pragma GCC visibility push(hidden)
 #include "cuda.h"
 
@@ -30,9 +30,9 @@ enum Status : int {
     OK = 0,
     NO_KERNEL = 1,  // no kernel of that name
     BAD_LAUNCH = 2, // no blocks, a block that is not 1 to 32 whole warps, or dynamic shared memory
-    STUCK = 3,      // a barrier or a shuffle waits for a thread that does not come, or that has ended
+    STUCK = 3,      // a barrier or a shuffle waits for a thread that waits elsewhere or has ended
     UNALIGNED = 4,  // an access at an address that is no multiple of its size
-    OUTSIDE = 5,    // an access outside of what was allowed
+    OUTSIDE = 5,    // an access outside of the allowed ranges
 };
 
 constexpr unsigned LANES = 32;
@@ -52,7 +52,7 @@ struct Fiber {
 
 using Range = std::pair<std::uintptr_t, std::uintptr_t>;
 
-// All of this belongs to the thread that launches: any number of them may launch at once.
+// Each launching thread has its own, so any number of threads may launch at once.
 thread_local std::vector<Fiber> fibers;
 thread_local unsigned current;
 thread_local ucontext_t scheduler;
@@ -67,7 +67,7 @@ void fail(int why) {
     if (status == OK) status = why;
 }
 
-// Back to the scheduler, until it lets this fiber on.
+// Goes back to the scheduler, until that lets this fiber go on.
 void wait(State state) {
     fibers[current].state = state;
     swapcontext(&fibers[current].context, &scheduler);
@@ -75,11 +75,11 @@ void wait(State state) {
 
 void fiber_main() {
     kernel(parameters);
-    // The fiber ends here, and is never gone on with.
+    // The fiber ends here: the scheduler never lets it go on.
     wait(State::ENDED);
 }
 
-// Lets a warp's fibers on whose exchange is complete: every lane that one of them names is there and names the same lanes.
+// Lets those fibers of a warp go on whose exchange is complete: all lanes that a fiber names have come and name the same lanes.
 bool exchange_in_warp(unsigned first) {
     bool any = false;
     for (unsigned lane = 0; lane < LANES; lane++) {
@@ -96,7 +96,7 @@ bool exchange_in_warp(unsigned first) {
         for (unsigned other = 0; other < LANES; other++) {
             if ((mask >> other & 1) == 0) continue;
             Fiber &fiber = fibers[first + other];
-            // From a lane that gave nothing comes what means nothing.
+            // A lane that takes no part has given nothing: its value is meaningless.
             fiber.taken = (mask >> fiber.from & 1) != 0 ? fibers[first + fiber.from].given : 0xdeadbeefdeadbeef;
         }
         for (unsigned other = 0; other < LANES; other++) {
@@ -107,7 +107,7 @@ bool exchange_in_warp(unsigned first) {
     return any;
 }
 
-// A barrier that an ended thread should have come to is one that the kernel got wrong.
+// If a thread has ended and others wait at a barrier, the kernel is wrong, and nobody goes on.
 bool pass_barrier(unsigned threads) {
     for (unsigned t = 0; t < threads; t++) {
         if (fibers[t].state != State::AT_BARRIER) return false;
@@ -129,7 +129,8 @@ void run_block(unsigned threads) {
     }
     for (;;) {
         bool ended = true;
-        // By turns from the first thread on and from the last: wherever nothing holds them, either gets ahead of the others.
+        // One launch runs the fibers from the first on, the next from the last. So threads that nothing keeps in step get ahead
+        // of one another in both orders.
         for (unsigned k = 0; k < threads && status == OK; k++) {
             const unsigned t = launches % 2 == 0 ? k : threads - 1 - k;
             current = t;
@@ -204,7 +205,7 @@ std::uint64_t kv_shim::exchange(unsigned mask, std::uint64_t value, unsigned fro
 
 #pragma GCC visibility pop
 
-// The parameters as for cuLaunchKernel. 0, or a `Status`. Any number of threads may launch at once.
+// Takes parameters as cuLaunchKernel does, and returns a `Status`. Any number of threads may launch at once.
 extern "C" int kv_shim_launch(const char *name, unsigned grid, unsigned block, unsigned shared, void **params) {
     const Kernel *found = find(name);
     if (found == nullptr) return NO_KERNEL;
@@ -233,8 +234,8 @@ extern "C" int kv_shim_params(const char *name, const std::size_t **sizes, int *
     return OK;
 }
 
-// From now on launches of this thread may load and store in these ranges only (address and bytes, by turns); with none,
-// anywhere. Ranges may overlap.
+// From now on launches of this thread may load and store only in these ranges (an address and a length in bytes for each);
+// without ranges, anywhere. Ranges may overlap.
 extern "C" void kv_shim_allow(const std::size_t *ranges, std::size_t count) {
     std::vector<Range> sorted;
     for (std::size_t k = 0; k < count; k++) sorted.emplace_back(ranges[2 * k], ranges[2 * k] + ranges[2 * k + 1]);
@@ -249,5 +250,5 @@ extern "C" void kv_shim_allow(const std::size_t *ranges, std::size_t count) {
     }
 }
 
-// Bytes that this thread's latest launch loaded and stored, but for tiles and partial sums.
+// Bytes that this thread's latest launch has loaded and stored, not counting tiles and partial sums.
 extern "C" std::size_t kv_shim_moved() { return moved; }
