@@ -2,7 +2,7 @@
 //!
 //! cudarc finds and loads the library and has its types. The functions are resolved here, all at once: cudarc's own wrappers
 //! resolve each at its first call and *panic* when there is none, and they return a Rust enum, for which a result code
-//! that this release has never heard of is undefined behaviour. Here a missing function is an answer, and codes are numbers.
+//! that this release has never heard of is undefined behaviour. Here a missing function is an error, and codes are numbers.
 
 #![allow(non_snake_case, reason = "the driver's own names, to be found in its manual")]
 
@@ -13,9 +13,9 @@ use cudarc::driver::sys::{
 };
 use std::sync::OnceLock;
 
-/// CUDA 12.0: what everything but the kernels needs.
+/// CUDA 12.0, which everything but the kernels needs.
 const VERSION_MIN: i32 = 12_000;
-/// Since when there are batched copies; also names the signature that is asked for.
+/// CUDA 12.8, the first with batched copies. It also selects the signature.
 const BATCH_SINCE: c_int = 12_080;
 
 pub(super) const NOT_READY: u32 = 600;
@@ -45,7 +45,7 @@ macro_rules! api {
                 /// As CUDA's manual says.
                 #[allow(clippy::too_many_arguments, reason = "the driver's signatures")]
                 pub(super) unsafe fn $name(&self, $($argument: $type),*) -> Result<(), GpuError> {
-                    // SAFETY: the caller's.
+                    // SAFETY: as the caller promises.
                     self.check(stringify!($name), unsafe { (self.$name)($($argument),*) })
                 }
             )*
@@ -121,15 +121,15 @@ api! {
 /// `CUmemcpyAttributes` of CUDA 12.8.
 #[repr(C)]
 struct BatchAttributes {
-    /// `CU_MEMCPY_SRC_ACCESS_ORDER_STREAM`: sources are read when the stream is there, and no sooner.
+    /// `CU_MEMCPY_SRC_ACCESS_ORDER_STREAM`: sources are read when the stream comes to the copies, and no sooner.
     source_order: u32,
     source_location: [u32; 2],
     destination_location: [u32; 2],
     flags: u32,
 }
 
-/// `cuMemcpyBatchAsync` as of CUDA 12.8: destinations, sources, lengths, count, attributes, from which copy each of them
-/// counts, their number, which copy failed, stream.
+/// `cuMemcpyBatchAsync` as of CUDA 12.8: destinations, sources, lengths, count, attributes, the index of the first copy that each
+/// attribute is for, the number of attributes, the index of the copy that failed, stream.
 type BatchCopy = unsafe extern "C" fn(
     *mut CUdeviceptr,
     *mut CUdeviceptr,
@@ -160,7 +160,7 @@ impl Api {
     }
 
     fn open() -> Result<Api, GpuError> {
-        // SAFETY: loads the library and lets it go again.
+        // SAFETY: loads the library and unloads it again.
         if !unsafe { is_culib_present() } {
             return Err(GpuError::NoDriver);
         }
@@ -188,7 +188,7 @@ impl Api {
         Ok(api)
     }
 
-    /// By the version whose signature is meant: a later driver has another one under the same name.
+    /// Asks for the version whose signature is used here: a later driver has another one under the same name.
     fn find_batch_copy(&self, version: i32) -> Option<BatchCopy> {
         if version < BATCH_SINCE {
             return None;
@@ -206,12 +206,12 @@ impl Api {
         Some(unsafe { core::mem::transmute::<*mut c_void, BatchCopy>(function) })
     }
 
-    /// Are there batched copies?
+    /// Does the driver have batched copies?
     pub(super) fn has_batch_copy(&self) -> bool {
         self.batch.is_some()
     }
 
-    /// Many copies by one call; `None` where there is no such call.
+    /// Makes many copies by one call; `None` if the driver has no such call.
     ///
     /// # Safety
     /// As for as many `cuMemcpyAsync`, in any order among themselves.
@@ -231,7 +231,7 @@ impl Api {
         };
         let (mut first, mut failed) = (0, 0);
         let count = to.len().min(from.len()).min(bytes.len());
-        // SAFETY: the caller's; the arrays have `count` elements, and one attribute counts from the first of them on.
+        // SAFETY: as the caller promises; the arrays have `count` elements, and the one attribute is for all of them.
         let code = unsafe {
             copy(
                 to.as_mut_ptr(),
@@ -256,7 +256,7 @@ impl Api {
 /// A result's name, in the driver's words.
 fn name_of(code: u32) -> String {
     if code == NOT_READY {
-        // No error, and asked for all the time.
+        // Not an error, and the answer to most looks at an event: it needs no name.
         return String::new();
     }
     let Ok(get_name) = symbol::<unsafe extern "C" fn(u32, *mut *const c_char) -> u32>("cuGetErrorName\0", 0)

@@ -1,12 +1,12 @@
 //! The arena, registered with the driver: only then do copies from and to it run by DMA, at the speed of the link.
 //!
 //! Registering takes some 0.1 s for each GB and holds locks that all of the driver's users share. So it is done in the
-//! background, in parts of 1 GiB, with pauses, and by one process at a time (a lock on a file that all of them know). Until a part
-//! is registered, and where it cannot be (a limit of locked memory), copies go through the driver's own buffers: slower, and
-//! otherwise the same.
+//! background, in parts of 1 GiB, with pauses, and by one process at a time (a lock on a file that all of them know). Until a
+//! part is registered, and where it cannot be (a limit of locked memory), copies go through the driver's own buffers: slower,
+//! and otherwise the same.
 //!
-//! A copy across the border of two registrations is an error of the driver's. Slabs end on borders of 1 GiB, so no shard
-//! crosses one; [`Arena::pieces`] cuts there all the same.
+//! The driver refuses a copy across the border of two registrations. No slab crosses a multiple of 1 GiB, so no shard crosses a
+//! border; [`Arena::pieces`] cuts there all the same.
 
 use super::device::Context;
 use super::error::GpuError;
@@ -21,15 +21,15 @@ use std::time::{Duration, Instant};
 /// `CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP`.
 const FLAGS: u32 = 1 | 2;
 const PAGE: usize = 4096;
-/// No arena is longer: sums of places and parts do not overflow.
+/// No arena is longer, so sums of offsets and parts do not overflow.
 const PART_MAX: usize = 1 << 47;
-/// How often it is looked whether the engine has allocated more, and whether the lock is free.
+/// How often a registering thread looks whether the engine has allocated more, and whether the lock is free.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// The longest pause between two parts.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
 
-/// How long the lock is waited for: politeness that costs no more than that where somebody stands still with it, or has left it to a
-/// child of a fork.
+/// How long a registering thread waits for the lock. The lock is a courtesy: a process that stands still while it holds the lock,
+/// or has left it to a forked child, delays the others by no more than this.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 const PENDING: u32 = 0;
@@ -37,13 +37,13 @@ const REGISTERED: u32 = 1;
 
 /// A part of the arena.
 struct Part {
-    /// What has become of it.
+    /// [`PENDING`] or [`REGISTERED`].
     state: Word,
     /// The device's address of its first byte, once it is registered.
     alias: std::sync::OnceLock<u64>,
 }
 
-/// What the registering thread shares with the others.
+/// What the registering thread shares with those that copy.
 struct Shared {
     context: Arc<Context>,
     mapping: ArenaMapping,
@@ -53,7 +53,7 @@ struct Shared {
     ended: Word,
 }
 
-/// An arena of which parts are registered. Unregistered in the background when it is dropped.
+/// An arena that is registered part by part. When it is dropped, it is unregistered in the background.
 pub(super) struct Arena {
     shared: Arc<Shared>,
 }
@@ -72,7 +72,7 @@ impl Drop for Arena {
     }
 }
 
-/// A contiguous piece of an arena that no border divides.
+/// A contiguous piece of an arena that lies in one part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
     pub(super) host: *mut u8,
@@ -82,7 +82,7 @@ pub(super) struct Piece {
 }
 
 impl Arena {
-    /// Pinned memory, as if it were an arena.
+    /// Pinned memory in the form of an arena.
     pub(super) fn pinned(context: &Arc<Context>, buffer: &Arc<HostBuffer>) -> Arc<Arena> {
         let bytes = buffer.bytes();
         let mapping = ArenaMapping {
@@ -144,15 +144,15 @@ pub(super) struct Arenas {
     known: Mutex<Vec<Known>>,
 }
 
-/// An arena that somebody may still hold, or whose registrations may not be undone yet.
+/// An arena that somebody may still hold, or that may not have been unregistered yet.
 struct Known {
     arena: Weak<Arena>,
-    /// Gone when all is undone.
+    /// Has no owner any more when the arena has been unregistered.
     shared: Weak<Shared>,
     /// Its addresses.
     from: usize,
     until: usize,
-    /// `None` where there was no thread to be had.
+    /// `None` if no thread could be started.
     thread: Option<JoinHandle<()>>,
 }
 
@@ -165,7 +165,7 @@ impl Known {
 
 impl Arenas {
     pub(super) fn new(context: &Arc<Context>, part_bytes: usize) -> Arenas {
-        // Of whole pages, or two parts would share one.
+        // A multiple of the page's size, or two parts would share a page.
         let part_bytes = part_bytes.clamp(PAGE, PART_MAX) / PAGE * PAGE;
         Arenas { context: context.clone(), part_bytes, known: Mutex::default() }
     }
@@ -174,12 +174,13 @@ impl Arenas {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Begins to register a mapping. One that is held by a copy still, or by somebody else, stays as it is. What was let go is waited for:
-    /// memory cannot be registered twice, and no copy may begin under a registration that is about to go.
+    /// Begins to register a mapping. If somebody, such as a copy, still holds an arena with these addresses, it is that one.
+    /// If one that overlaps has been dropped, this waits until it has been unregistered: memory cannot be registered twice, and
+    /// no copy may begin under a registration that is about to be undone.
     pub(super) fn map(&self, mapping: ArenaMapping) -> Arc<Arena> {
         let (from, until) = (mapping.base as usize, mapping.base as usize + mapping.bytes);
         if !self.context.is_ours() {
-            // What is known are the parent's, and its threads.
+            // The arenas that are known, and their threads, are those of the parent of this forked child.
             return self.register(mapping, from, until, Vec::new());
         }
         let mut known = self.known();
@@ -193,12 +194,13 @@ impl Arenas {
         let here: Vec<Known> = known.extract_if(.., |known| is_gone(known) && is_here(known)).collect();
         let going = known.iter().filter(|known| is_gone(known)).map(|known| known.shared.clone()).collect();
         drop(known);
-        // Without the lock: copies elsewhere go on.
+        // Without the lock, so that copies elsewhere go on.
         join(here);
         self.register(mapping, from, until, going)
     }
 
-    /// `going`: what was let go, and may be registered still. There may be memory to lock for one of them only.
+    /// Registers once `going` have been unregistered, which have been dropped: the limit of locked memory may be enough for one
+    /// arena only.
     fn register(
         &self,
         mapping: ArenaMapping,
@@ -252,16 +254,16 @@ impl Drop for Arenas {
     }
 }
 
-/// Waits until nothing is registered of them any more: nobody holds them.
+/// Waits until these arenas have been unregistered. Nobody holds them.
 fn join(gone: Vec<Known>) {
     for thread in gone.into_iter().filter_map(|known| known.thread) {
-        // One that panicked has said so.
+        // A thread that panicked has said so.
         let _ = thread.join();
     }
 }
 
 impl Shared {
-    /// Registers part after part, once the others are gone; how many.
+    /// Registers part after part, once the others have been unregistered. Returns how many parts it has registered.
     fn register(&self, others: &[Weak<Shared>]) -> usize {
         while others.iter().any(|other| other.strong_count() > 0) {
             if self.pause(LOOK_EVERY) {
@@ -278,7 +280,7 @@ impl Shared {
         });
         for index in 0..self.parts.len() {
             let end = ((index + 1) * self.part_bytes).min(self.mapping.bytes);
-            // Registering touches every page: what has no memory yet is the engine's to allocate.
+            // Registering touches every page, so this waits until the engine has allocated memory for the part.
             while (self.mapping.allocated)() < end as u64 {
                 if self.pause(LOOK_EVERY) {
                     return index;
@@ -290,7 +292,7 @@ impl Shared {
             let is_alone = locked.0.is_none();
             drop(locked);
             if is_alone {
-                // Not waited for again.
+                // The lock could not be had in time, so this thread does not wait for it again.
                 lock = None;
             }
             if let Err(error) = outcome {
@@ -320,7 +322,7 @@ impl Shared {
         let host = self.mapping.base.wrapping_add(at);
         let api = self.context.api;
         let _entered = self.context.enter()?;
-        // SAFETY: mapped, and allocated, as `map_arena` was told; unregistered before the mapping is let go.
+        // SAFETY: the range is mapped and allocated, as `map_arena` was told; it is unregistered before the mapping is dropped.
         unsafe { api.cuMemHostRegister_v2(host.cast(), end - at, FLAGS) }?;
         let mut alias = host as u64;
         if !self.context.host_pointers {
@@ -333,7 +335,7 @@ impl Shared {
             }
         }
         let part = &self.parts[index];
-        // Set once: each part is registered once.
+        // It is set once, because each part is registered once.
         let _ = part.alias.set(alias);
         part.state.bump_and_wake();
         Ok(())
@@ -351,7 +353,7 @@ impl Shared {
         }
     }
 
-    /// The lock, as soon as it can be had, or none after [`LOCK_PATIENCE`]; `None` where the thread is to end.
+    /// Waits for the lock, and goes on without it after [`LOCK_PATIENCE`]. `None` if the thread is to end.
     fn lock<'a>(&self, file: Option<&'a File>) -> Option<Locked<'a>> {
         let Some(file) = file else { return Some(Locked(None)) };
         let until = Instant::now() + LOCK_PATIENCE;
@@ -360,7 +362,7 @@ impl Shared {
                 Ok(()) => return Some(Locked(Some(file))),
                 Err(std::fs::TryLockError::WouldBlock) if Instant::now() < until => {}
                 Err(std::fs::TryLockError::WouldBlock) => return Some(Locked(None)),
-                // Only politeness is lost.
+                // The lock is only a courtesy.
                 Err(std::fs::TryLockError::Error(_)) => return Some(Locked(None)),
             }
             if self.pause(LOOK_EVERY) {
@@ -369,7 +371,7 @@ impl Shared {
         }
     }
 
-    /// Waits; true where the thread is to end.
+    /// Sleeps; true if the thread is to end.
     fn pause(&self, time: Duration) -> bool {
         if self.ended.get() == 0 {
             std::thread::sleep(time);
@@ -378,13 +380,13 @@ impl Shared {
     }
 }
 
-/// The lock is held.
+/// The lock is held, if there is a file in this.
 struct Locked<'a>(Option<&'a File>);
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
         if let Some(file) = self.0 {
-            // It goes with the descriptor at the latest.
+            // The lock ends with the descriptor at the latest.
             let _ = file.unlock();
         }
     }

@@ -1,6 +1,6 @@
-//! Which way is fastest here, for this layout: measured once, on memory of our own, in at most 100 ms.
+//! Measures once which way of copying is fastest here, for this layout, on memory of our own, in at most 100 ms.
 //!
-//! A cache of the same shape is made in scratch memory: as many planes, pages as long, contiguous where the real ones are. So
+//! It makes a cache of the same shape in scratch memory: as many planes, pages as long, contiguous where the real ones are. So
 //! nobody's KV is touched, whatever the GPU is doing.
 
 use super::arena::Arena;
@@ -15,15 +15,15 @@ use crate::layout::{KvGroup, Memory, PagedKv, Plane};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// All of it, but the copy that runs when it is over.
+/// The time for all measurements. A copy that has begun by then still ends.
 const BUDGET: Duration = Duration::from_millis(90);
-/// One measurement.
+/// The time for one measurement.
 const EACH: Duration = Duration::from_millis(8);
-/// Bytes of a batch in which speed is measured, if the scratch memory allows it.
+/// Bytes of the batches that are measured, if the scratch memory allows it.
 const BATCH_BYTES: u64 = 8 << 20;
-/// No more scratch memory than that; layouts whose chunks are longer go by the rule.
+/// Layouts with longer chunks are not measured: they go by [`Plan::by_rule`].
 const SCRATCH_MAX: u64 = 64 << 20;
-/// A way that uses SMs must be better than DMA alone by this factor.
+/// A way that uses SMs must be faster than DMA alone by this factor.
 const WORTH_AN_SM: f64 = 1.05;
 
 const DIRECTIONS: [Direction; 2] = [Direction::Store, Direction::Load];
@@ -39,7 +39,7 @@ struct Scratch {
     _pages: DeviceBuffer,
 }
 
-/// Measures, and decides.
+/// Measures, and decides on a plan.
 pub(super) fn calibrate(backend: &CudaBackend, paged: &PagedKv) -> Result<Plan, GpuError> {
     let until = Instant::now() + BUDGET;
     let contiguous = contiguous_bytes(paged);
@@ -61,7 +61,7 @@ pub(super) fn calibrate(backend: &CudaBackend, paged: &PagedKv) -> Result<Plan, 
 }
 
 impl Scratch {
-    /// None where short pages lie so far apart that it would be too long.
+    /// `None` if short pages lie so far apart that the scratch memory would be too long.
     fn of(backend: &CudaBackend, paged: &PagedKv) -> Result<Option<Scratch>, GpuError> {
         let context = backend.context();
         let chunks = (BATCH_BYTES / paged.shard_bytes().max(1)).clamp(1, 64) as u32;
@@ -87,7 +87,7 @@ impl Scratch {
         });
         // SAFETY: nobody else knows of this memory, and it is kept until all transfers have ended.
         let scratch = unsafe { PagedKv::grouped(groups.collect()) };
-        // The same planes as those of a cache that could be made.
+        // It does not fail: the planes are like those of a cache that exists.
         let scratch = scratch.map_err(|error| GpuError::Mode { asked: "auto", why: error.to_string() })?;
         let scratch = Arc::new(scratch.on(Memory::Cuda(context.info.device)));
         let prepared = backend.prepare_unmeasured(&scratch)?;
@@ -107,7 +107,7 @@ impl Scratch {
     ) -> Result<Way, GpuError> {
         let rule = if contiguous >= RUN_MIN { Way::Batch } else { Way::Staged };
         let mut best: Option<(Way, f64)> = None;
-        // What is likely the best one first: it is taken where there is no time for the others.
+        // The way that is likely the best is first: it is taken if there is no time for the others.
         for way in [rule].into_iter().chain(WAYS.into_iter().filter(|way| *way != rule)) {
             if Instant::now() >= until {
                 break;
@@ -137,7 +137,7 @@ impl Scratch {
         chunks: u32,
         until: Instant,
     ) -> Result<f64, GpuError> {
-        // The first run is a slower one. It counts where there is no time for another.
+        // The first run is slower than the others. It counts only if there is no time for another.
         let mut shortest = self.timed(backend, direction, way, chunks)?;
         let until = until.min(Instant::now() + EACH);
         while Instant::now() < until {
@@ -169,7 +169,8 @@ impl Scratch {
         for chunk in 0..chunks {
             let at = chunk as usize * self.paged.shard_bytes() as usize;
             let per_chunk = |group: &KvGroup| {
-                // Every other chunk's: blocks that follow one another would make longer runs than real ones.
+                // A chunk takes every `self.chunks`th block: blocks that follow one another would make longer runs than those of
+                // a real chunk.
                 (0..group.blocks_per_chunk).map(move |block| block * self.chunks + chunk).collect::<Vec<_>>()
             };
             let blocks: Vec<u32> = self.paged.groups().iter().flat_map(per_chunk).collect();
@@ -186,8 +187,8 @@ impl Scratch {
     }
 }
 
-/// Where the pages of a block go, and bytes from block to block: contiguous where they are in the real cache, apart else, and
-/// aligned as they are there.
+/// The offsets of a block's pages, and the bytes from block to block. Pages are contiguous where they are in the real cache, and
+/// apart where they are not.
 fn places_of(group: &KvGroup) -> (Vec<usize>, usize) {
     const APART: usize = 256;
     let mut offsets = Vec::with_capacity(group.planes.len());

@@ -1,4 +1,4 @@
-//! Which GPUs there are, and the context in which this process uses one.
+//! Finds the GPUs, and opens the context in which this process uses one.
 
 use super::api::Api;
 use super::error::GpuError;
@@ -84,7 +84,7 @@ fn describe(api: &Api, device: u32, handle: CUdevice) -> Result<DeviceInfo, GpuE
     })
 }
 
-/// A device's primary context, which is torch's too: streams and addresses of one mean the same to the other.
+/// A device's primary context. It is torch's too, so streams and addresses of torch's can be used here.
 pub(super) struct Context {
     pub(super) api: &'static Api,
     pub(super) info: DeviceInfo,
@@ -92,7 +92,7 @@ pub(super) struct Context {
     pub(super) host_pointers: bool,
     handle: CUdevice,
     raw: CUcontext,
-    /// CUDA knows nothing in a forked child.
+    /// The process that opened it: CUDA does not work in a forked child.
     process: u32,
 }
 
@@ -118,14 +118,14 @@ impl Context {
         self.process == std::process::id()
     }
 
-    /// Makes it this thread's context until what this returns is dropped, and lets this thread do what CUDA forbids while any
-    /// thread of the process captures a graph in its strictest mode: else our looking at an event would break the capture.
+    /// Makes it this thread's context until the result is dropped. Also lets this thread make calls that CUDA forbids while any
+    /// thread of the process captures a graph in the strictest mode: without this, our look at an event would break the capture.
     pub(super) fn enter(&self) -> Result<Entered<'_>, GpuError> {
         if !self.is_ours() {
             return Err(GpuError::Forked);
         }
         let (mut current, mut mode) = (core::ptr::null_mut(), RELAXED);
-        // SAFETY: these write an address and a mode; what they change is this thread's alone, and undone by `drop`.
+        // SAFETY: these write an address and a mode; they change only this thread's state, and `drop` changes it back.
         unsafe {
             self.api.cuCtxGetCurrent(&raw mut current)?;
             let pushed = current != self.raw;
@@ -143,7 +143,7 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         if self.is_ours() {
-            // SAFETY: retained once, and nothing of it is left: everything made in it holds it.
+            // SAFETY: retained once, and nothing that was made in it is left, because everything made in it holds it.
             let _ = unsafe { self.api.cuDevicePrimaryCtxRelease_v2(self.handle) };
         }
     }
@@ -153,7 +153,7 @@ impl Drop for Context {
 pub(super) struct Entered<'a> {
     context: &'a Context,
     pushed: bool,
-    /// What it was before, if it was changed.
+    /// The capture mode of this thread before, if it was changed.
     mode: Option<c_int>,
 }
 
@@ -161,7 +161,7 @@ impl Drop for Entered<'_> {
     fn drop(&mut self) {
         let api = self.context.api;
         let mut context = core::ptr::null_mut();
-        // SAFETY: as in `enter`. There is nobody to tell of an error, and nothing that depends on it.
+        // SAFETY: as in `enter`. An error could be told to nobody, and nothing depends on it.
         unsafe {
             if let Some(mode) = &mut self.mode {
                 let _ = api.cuThreadExchangeStreamCaptureMode(mode);

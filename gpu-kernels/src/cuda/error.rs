@@ -1,4 +1,4 @@
-//! What a GPU, its driver or a cache on it can be wrong about.
+//! Errors of a GPU, of its driver, and of a cache in its memory.
 
 use std::time::{Duration, Instant};
 
@@ -21,57 +21,57 @@ pub enum GpuError {
     DriverTooOld {
         /// As `cuDriverGetVersion` counts: 1000 × major + 10 × minor.
         expected: i32,
-        /// The same.
+        /// Counted in the same way.
         found: i32,
-        /// What it was needed for.
+        /// What the driver lacks.
         what: String,
     },
-    /// A driver, and no device.
+    /// There is a driver, but no device.
     #[error("the CUDA driver finds no device; look at CUDA_VISIBLE_DEVICES and nvidia-smi")]
     NoDevice,
     /// No such device.
     #[error("expected a CUDA device below {count}, got {device}")]
     Device {
-        /// Asked for.
+        /// The device asked for.
         device: u32,
-        /// Devices there are.
+        /// How many devices there are.
         count: u32,
     },
     /// A call of the driver failed.
     #[error("{call}: {name} ({code})")]
     Call {
-        /// Which.
+        /// The driver's function.
         call: &'static str,
-        /// A `CUresult`.
+        /// The `CUresult`.
         code: u32,
-        /// Its name.
+        /// The result's name.
         name: String,
     },
     /// The stream is being captured into a graph: what is put on it now runs later, or never.
     #[error("the stream is being captured into a CUDA graph: no copy can be ordered after it now")]
     Capturing,
-    /// A page is not where it should be.
+    /// A page is not in the memory of the device.
     #[error(
         "KV group {group}, plane {plane}: expected {bytes} bytes of device {device}'s memory from {address:#x} on, got {got}"
     )]
     Memory {
-        /// Of which group.
+        /// The index of the group.
         group: usize,
-        /// Which of its planes.
+        /// The index of the plane in its group.
         plane: usize,
-        /// Its first byte.
+        /// The plane's first byte.
         address: u64,
-        /// How far it reaches over all blocks.
+        /// The plane's bytes, over all blocks.
         bytes: u64,
         /// The device.
         device: u32,
-        /// What is there.
+        /// What is at that address.
         got: String,
     },
     /// Kernels cannot copy this layout.
     #[error(transparent)]
     Tiles(#[from] crate::tiles::TilesError),
-    /// What was asked for cannot be had here.
+    /// The mode asked for is not possible here.
     #[error("copy = {asked}: not possible here: {why}")]
     Mode {
         /// The mode asked for.
@@ -79,12 +79,12 @@ pub enum GpuError {
         /// Why not.
         why: String,
     },
-    /// Bytes of a load that go nowhere must be summed, and there is nowhere to do it.
+    /// A load's checksum covers skipped blocks too, and there is no memory in which their bytes could be summed.
     #[error(
         "a load that skips blocks needs registered host memory or a staging buffer for its checksum, and has neither"
     )]
     NoPlaceForChecksum,
-    /// A forked child has no GPU of its own.
+    /// This process is a forked child, in which CUDA does not work.
     #[error("this process is a forked child: CUDA works in the process that began with it only")]
     Forked,
 }
@@ -96,32 +96,32 @@ impl GpuError {
         matches!(self, GpuError::Call { code: 2, .. })
     }
 
-    /// Does nothing run in the context any more? After these results every call in it fails, and the driver has ended whatever was
-    /// running: memory that copies were to read or write is not touched again.
+    /// Has all work in the context ended? After these results every call in the context fails, and the driver has ended whatever
+    /// was running: it does not touch the memory of any copy again.
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         let GpuError::Call { code, .. } = self else { return false };
         // Deinitialised, device unavailable, ECC, NVLink, illegal address, launch timed out, context destroyed, assert, hardware
-        // stack, illegal instruction, misaligned address, invalid address space, invalid PC, launch failed, contained. Not
-        // "unknown": that says nothing of what runs.
+        // stack, illegal instruction, misaligned address, invalid address space, invalid PC, launch failed, contained.
+        // "Unknown" is not among them, because it does not tell whether anything still runs.
         matches!(code, 4 | 46 | 214 | 220 | 700 | 702 | 709 | 710 | 714..=719 | 721)
     }
 
-    /// As an answer to whether work has ended: is there any point in asking again? Not where all has ended with the context, and
-    /// not in a forked child, where nothing of it can be known.
+    /// If the driver gives this error when it is asked whether work has ended, is it useless to ask again? Yes if all work in the
+    /// context has ended, and in a forked child, which can never find out.
     pub(super) fn is_final(&self) -> bool {
         self.is_fatal() || *self == GpuError::Forked
     }
 }
 
-/// How long it is asked again whether work has ended, where the driver will not say. Longer than a batch takes.
+/// How long the driver is asked again whether work has ended, while it answers with other errors. Longer than a batch takes.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
-/// The same for a load, which writes what others will read: not knowing its end ends the process that it loads for.
+/// The same for a load. It writes blocks that others will read, so if its end cannot be found out, vLLM has to end.
 pub(super) const LOAD_PATIENCE: Duration = Duration::from_secs(30);
 const ASK_EVERY: Duration = Duration::from_millis(1);
 
-/// Waits for the end of work, and does not take an error of the asking for an end: memory that is being copied must not be
-/// given to somebody else.
+/// Waits for the end of work. An error of `wait` does not mean that the work has ended, so it is called again for a while: memory
+/// that is still being copied must not be given to anybody else.
 pub(super) fn insist(
     patience: Duration,
     mut wait: impl FnMut() -> Result<(), GpuError>,

@@ -31,15 +31,15 @@ const CAPTURE_IMPLICIT: u32 = 906;
 pub struct GpuOptions {
     /// Its number for this process.
     pub device: u32,
-    /// Default auto.
+    /// How bytes are moved. Default auto.
     pub mode: CopyMode,
-    /// Streaming multiprocessors that a kernel of ours may occupy. Default 16: enough for the link with room to spare, a small part
-    /// of what the model computes with.
+    /// Streaming multiprocessors that a kernel of ours may occupy. Default 16: enough for the link with room to spare, and few
+    /// of those with which the model computes.
     pub sm_count: u32,
-    /// Bytes of one registration of the arena, a multiple of 4096. Default 1 GiB, on whose borders slabs end.
+    /// Bytes of one registration of the arena, a multiple of 4096. Default 1 GiB: no slab crosses a multiple of it.
     pub part_bytes: usize,
-    /// How long the driver is asked again whether a load has ended, where it answers with errors that say nothing of that. Default
-    /// 30 s: a driver that has not come to itself by then does not.
+    /// How long the driver is asked again whether a load has ended, while it answers with errors that do not tell. Default
+    /// 30 s: a driver that has not recovered by then does not recover.
     pub load_patience: Duration,
 }
 
@@ -59,7 +59,7 @@ impl GpuOptions {
 
 /// Copies between a GPU's memory and the arena. See the module's documentation.
 pub struct CudaBackend {
-    // In this order: what is in flight ends first.
+    // Dropped in this order, so that copies in flight end first.
     lanes: [Mutex<Lanes>; 2],
     layouts: Mutex<Vec<(Weak<PagedKv>, Arc<Prepared>)>>,
     arenas: Arenas,
@@ -67,7 +67,7 @@ pub struct CudaBackend {
     kernels: Result<Kernels, GpuError>,
     events: Arc<Events>,
     sums: Arc<SumBuffers>,
-    /// That there is no memory for staging buffers.
+    /// The warning that there is no memory for staging buffers.
     said_so: Once,
     options: GpuOptions,
     context: Arc<Context>,
@@ -110,7 +110,7 @@ impl CudaBackend {
         &self.context.info
     }
 
-    /// What was decided for a cache that has been prepared: for people.
+    /// The plan for a cache that has been prepared: for people.
     #[must_use]
     pub fn describe(&self, paged: &Arc<PagedKv>) -> String {
         let Ok(prepared) = self.prepared(paged) else { return String::new() };
@@ -126,7 +126,7 @@ impl CudaBackend {
         &self.context
     }
 
-    /// What is known of a cache; finds it out where it is new.
+    /// What is known of a cache. Prepares a new one.
     fn prepared(&self, paged: &Arc<PagedKv>) -> Result<Arc<Prepared>, CopyError> {
         let known = |layouts: &[(Weak<PagedKv>, Arc<Prepared>)]| {
             let mut layouts = layouts.iter();
@@ -146,17 +146,17 @@ impl CudaBackend {
         let prepared = Arc::new(self.prepare_unmeasured(paged)?);
         self.decide(paged, &prepared)?;
         let mut layouts = locked(&self.layouts);
-        // An address may be used again only when nobody holds the weak reference's allocation: it cannot be another cache's.
-        // Transfers hold their cache, so nothing uses the table of one that is gone.
+        // The weak reference keeps a dropped cache's allocation, so no other cache can have its address. Transfers hold their
+        // cache, so none uses the table of a cache that is gone.
         let gone: Vec<_> = layouts.extract_if(.., |(layout, _)| layout.strong_count() == 0).collect();
         layouts.push((Arc::downgrade(paged), prepared.clone()));
         drop(layouts);
-        // Without the lock: freeing waits for the device.
+        // Without the lock, because freeing waits for the device.
         drop(gone);
         Ok(prepared)
     }
 
-    /// Without having decided which way its bytes go.
+    /// Prepares a cache without deciding which way its bytes go.
     pub(super) fn prepare_unmeasured(&self, paged: &PagedKv) -> Result<Prepared, GpuError> {
         let tiled = match &self.kernels {
             Err(_) => None,
@@ -175,7 +175,7 @@ impl CudaBackend {
         Ok(Prepared { tiled, plan: std::sync::OnceLock::new() })
     }
 
-    /// Staging buffers for a cache: how long they are, or 0.
+    /// Makes staging buffers for a cache. Returns their length, or 0 if there are none that are long enough.
     fn stage(&self, tiles: &Tiles, paged: &PagedKv) -> u32 {
         let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap_or(0);
         let wanted = paged.shard_bytes().min(STAGING_MAX) as u32;
@@ -219,12 +219,12 @@ impl CudaBackend {
             small_store = store.small.as_str(), small_load = load.small.as_str(),
             "copies between GPU and arena"
         );
-        // Decided once.
+        // It is set once, here.
         let _ = prepared.plan.set(plan);
         Ok(())
     }
 
-    /// Starts a batch in a way, or in the next best one where that is not possible.
+    /// Starts a batch. Shards for which `way` is not possible go the next best way.
     pub(super) fn start(
         &self,
         batch: CopyBatch,
@@ -256,8 +256,8 @@ impl CudaBackend {
             _ => None,
         };
         if batch.direction == Direction::Store {
-            // Before the first payload store into a slot: pairs with the Acquire fence of a reader that still believes
-            // in the slot's previous life (kvring-shm-abi, `SlotHeader::still_valid`).
+            // SYNC POINT: Release fence before the first store into a slot; pairs with the Acquire fence of a worker that still
+            // loads the slot's previous generation (kvring-shm-abi, `SlotHeader::still_valid`).
             release_fence();
         }
         let mut lanes = locked(&self.lanes[batch.direction as usize]);
@@ -291,9 +291,9 @@ impl CudaBackend {
                 _arenas: arenas,
             }),
             Err(error) => {
-                // A part of it may be running. Of an error here the next batch will hear.
+                // A part of the batch may be running. If waiting for it fails, the next batch fails too, and says why.
                 if lanes.synchronize(patience).is_err_and(|error| !error.is_final()) {
-                    // What may still be written is not given to another batch.
+                    // Kernels may still write the sums, so their memory is not given to another batch.
                     core::mem::forget(sums);
                     return Err(CopyError::Unended(error));
                 }
@@ -329,7 +329,7 @@ impl CopyBackend for CudaBackend {
         let _entered = self.context.enter()?;
         let stream = stream.0 as CUstream;
         let mut capturing = 0;
-        // SAFETY: writes a status; a stream that is none is an error of the driver's.
+        // SAFETY: writes a status; for a handle that is no stream the driver returns an error.
         match unsafe { self.context.api.cuStreamIsCapturing(stream, &raw mut capturing) } {
             Ok(()) if capturing == 0 => {}
             // The default stream is not captured itself, but would have to wait for one that is.

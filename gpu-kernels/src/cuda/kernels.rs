@@ -1,4 +1,4 @@
-//! The kernels of `cuda/kv.cu`, as the driver's compiler made them from the checked-in PTX.
+//! The kernels of `cuda/kv.cu`, which the driver compiles from the PTX in the repository.
 
 use super::device::Context;
 use super::error::GpuError;
@@ -18,7 +18,7 @@ const PTX: &core::ffi::CStr =
 const THREADS: u32 = 512;
 const WARPS: u32 = THREADS / 32;
 
-/// Which kernel.
+/// What a kernel does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kernel {
     /// From pages to a shard.
@@ -35,7 +35,7 @@ const NAMES: [[&core::ffi::CStr; 3]; 3] = [
     [c"kv_checksum_16", c"kv_checksum_8", c"kv_checksum_4"],
 ];
 
-/// By width of its vector, as the names are ordered.
+/// The column of [`NAMES`] for a vector's width.
 fn column(vector: u32) -> usize {
     match vector {
         16 => 0,
@@ -56,7 +56,7 @@ unsafe impl Send for Kernels {}
 // SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
-/// What a launch is about.
+/// What a launch works on.
 #[derive(Clone, Copy)]
 pub(super) struct Launch<'a> {
     /// Bytes of a vector ([`crate::tiles::Tiles::vector`]).
@@ -73,14 +73,14 @@ pub(super) struct Launch<'a> {
 }
 
 impl Launch<'_> {
-    /// Blocks of threads: one warp for each tile at most.
+    /// How many blocks of threads: at most one warp for each tile.
     pub(super) fn grid(&self) -> u32 {
         self.window.count.div_ceil(WARPS).clamp(1, self.grid_max.max(1))
     }
 }
 
 impl Kernels {
-    /// Loads them.
+    /// Loads the module.
     pub(super) fn load(context: &Arc<Context>) -> Result<Kernels, GpuError> {
         let _entered = context.enter()?;
         let mut module = core::ptr::null_mut();
@@ -103,20 +103,20 @@ impl Kernels {
     /// Puts a gather or a scatter on the stream. The caller has entered the context.
     ///
     /// # Safety
-    /// Until the kernel has run: the tiles' pages of these blocks, and the window's bytes of the shard, are memory that the device
-    /// can reach, and nobody else accesses what is written.
+    /// Until the kernel has run, the tiles' pages of these blocks and the window's bytes of the shard are memory that the device
+    /// can reach, and nobody else accesses the bytes that it writes.
     pub(super) unsafe fn copy(
         &self,
         kernel: Kernel,
         launch: &Launch<'_>,
         stream: CUstream,
     ) -> Result<(), GpuError> {
-        // SAFETY: the caller's.
+        // SAFETY: as the caller promises.
         unsafe { self.launch(kernel, launch, stream, &mut []) }
     }
 
-    /// Puts a checksum on the stream: the sum of each of `launch.grid()` blocks of threads goes to `partial`. With `paged` the
-    /// bytes are those of the pages, but of skipped blocks, whose bytes are the shard's.
+    /// Puts a checksum on the stream: each of `launch.grid()` blocks of threads writes its sum to `partial`. With `paged` the
+    /// kernel reads the pages, and only the bytes of skipped blocks from the shard.
     ///
     /// # Safety
     /// As [`Kernels::copy`], for reading; `partial` has room.
@@ -129,7 +129,7 @@ impl Kernels {
     ) -> Result<(), GpuError> {
         let (mut paged, mut partial) = (u32::from(paged), partial);
         let mut more = [(&raw mut paged).cast::<c_void>(), (&raw mut partial).cast::<c_void>()];
-        // SAFETY: the caller's; the parameters are the checksum's.
+        // SAFETY: as the caller promises; the parameters are those of the checksum.
         unsafe { self.launch(Kernel::Checksum, launch, stream, &mut more) }
     }
 
@@ -151,7 +151,7 @@ impl Kernels {
         parameters[4] = (&raw mut ids).cast();
         parameters[5..5 + more.len()].copy_from_slice(more);
         let function = self.functions[kernel as usize][column(vector)];
-        // SAFETY: the kernel of these parameters (cuda/kv.cu), which the driver copies in this call.
+        // SAFETY: the kernel has these parameters (cuda/kv.cu), and the driver copies them in this call.
         unsafe {
             self.context.api.cuLaunchKernel(
                 function,
@@ -173,7 +173,7 @@ impl Kernels {
 impl Drop for Kernels {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: loaded once; no launch of it is left, as lanes are synchronised first.
+            // SAFETY: loaded once; none of its launches is left, because lanes are waited for first.
             let _ = unsafe { self.context.api.cuModuleUnload(self.module) };
         }
     }

@@ -1,7 +1,7 @@
-//! Lanes: a stream and a staging buffer in device memory. Transfers of one direction take turns on them.
+//! Lanes. Each is a stream and a staging buffer in device memory; the windows of one direction take turns on them.
 //!
-//! What a lane is given runs in order, so its staging buffer is free again when the next window comes to it, and nobody
-//! waits for anything: two driver calls for a window. While one lane's DMA runs, another one's kernel does.
+//! A lane's work runs in order, so its staging buffer is free again when the next window comes to it, without an event to wait
+//! for: a window costs two driver calls. While one lane's DMA runs, another lane's kernel runs.
 
 use super::device::Context;
 use super::error::{GpuError, PATIENCE, insist};
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Lanes of a direction: one copies, one gathers or scatters, one is being given work.
 pub(super) const LANES: usize = 3;
-/// The smallest staging buffer worth having: where not even this is to be had, there is none.
+/// The smallest staging buffer that is worth having. If there is not even memory for that, there is none.
 const STAGING_MIN: u32 = 256 << 10;
 
 struct Lane {
@@ -22,7 +22,7 @@ struct Lane {
     used: bool,
 }
 
-/// The lanes of one direction, for who submits a batch.
+/// The lanes of one direction.
 pub(super) struct Lanes {
     context: Arc<Context>,
     lanes: Vec<Lane>,
@@ -52,8 +52,8 @@ impl Lanes {
             .unwrap_or(0)
     }
 
-    /// Makes the staging buffers at least so long; where memory is short, as long as can be had. They never get shorter:
-    /// caches that were prepared before have windows of that length. What is in flight is waited for before old ones go.
+    /// Makes the staging buffers at least `bytes` long, or as long as there is memory for. They never get shorter, because
+    /// caches that were prepared before have windows of that length. Work in flight ends before old buffers are freed.
     pub(super) fn stage(&mut self, bytes: u32) -> Result<(), GpuError> {
         let had = self.staging_bytes();
         let mut wanted = bytes.max(STAGING_MIN);
@@ -78,7 +78,7 @@ impl Lanes {
         Ok(())
     }
 
-    /// The next lane, ordered after `fence` the first time that a batch gets it. The caller has entered the context.
+    /// The next lane. When a batch gets it for the first time, it is ordered after `fence`. The caller has entered the context.
     pub(super) fn turn(&mut self, fence: Option<&Event>) -> Result<Turn, GpuError> {
         self.next = (self.next + 1) % self.lanes.len();
         let lane = &mut self.lanes[self.next];
@@ -92,7 +92,8 @@ impl Lanes {
         Ok(Turn { stream: lane.stream.raw(), staging })
     }
 
-    /// Events that come when all is done that the batch has put on its lanes. Ends the batch, also where it fails.
+    /// Ends the batch. Returns events that come when everything has been done that the batch has put on its lanes. After an error
+    /// the caller calls `synchronize`.
     pub(super) fn end_batch(&mut self, events: &Arc<Events>) -> Result<Vec<Recorded>, GpuError> {
         let mut recorded = Vec::with_capacity(self.lanes.len());
         for lane in self.lanes.iter_mut().filter(|lane| lane.used) {
@@ -102,13 +103,13 @@ impl Lanes {
         Ok(recorded)
     }
 
-    /// Waits for all that is on them: what failed half-way must not go on behind our back.
+    /// Waits for everything on the lanes: a batch that has failed half-way must not go on unseen.
     pub(super) fn synchronize(&mut self, patience: Duration) -> Result<(), GpuError> {
-        // In any case: the next batch has a fence of its own to wait for.
+        // Even if this fails: the next batch has a fence of its own to wait for.
         self.lanes.iter_mut().for_each(|lane| lane.used = false);
         insist(patience, || {
             let _entered = self.context.enter()?;
-            // Each, whatever the others say.
+            // Every lane is waited for, even if another one fails.
             let ended: Vec<_> = self.lanes.iter().map(|lane| lane.stream.synchronize()).collect();
             ended.into_iter().collect()
         })
@@ -117,7 +118,7 @@ impl Lanes {
 
 impl Drop for Lanes {
     fn drop(&mut self) {
-        // Before their buffers are freed.
+        // Their work ends before their buffers are freed.
         let _ = self.synchronize(PATIENCE);
     }
 }

@@ -13,11 +13,12 @@
 //! | `raw` | plain copies and a gather alone, for benchmarks and tests |
 //! | `gpu` | all of it behind [`CopyBackend`](crate::CopyBackend) |
 //!
-//! **Order.** Each lane first waits for the fence of its batch: all that was on torch's stream when the job was submitted. A store
-//! so reads what the model has written, a load so writes after the last reader. A batch's end is an event on each of its
+//! **Order.** Each lane first waits for the fence of its batch: all that was on torch's stream when the job was submitted. So a
+//! store reads what the model has written, and a load writes after the last reader. A batch's end is an event on each of its
 //! lanes, which the host waits for before anything is committed or reported.
 //!
-//! **Nothing is left half-way.** A transfer that is dropped, and a batch that fails while it is being put, are waited for.
+//! **No copy is abandoned half-way.** Dropping a transfer waits for its end, and so does a batch that fails while it is being
+//! put on its lanes.
 
 mod api;
 mod arena;

@@ -1,4 +1,4 @@
-//! What is made in a context, and unmade when it is dropped.
+//! Objects that are made in a context, and destroyed when they are dropped.
 
 use super::api::NOT_READY;
 use super::device::Context;
@@ -7,9 +7,9 @@ use core::ffi::{c_int, c_void};
 use cudarc::driver::sys::{CUdeviceptr, CUevent, CUstream};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// `CU_STREAM_NON_BLOCKING`: it does not wait for the default stream, nor that for it.
+/// `CU_STREAM_NON_BLOCKING`: it does not wait for the default stream, nor the default stream for it.
 const NON_BLOCKING: u32 = 1;
-/// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`: who waits sleeps.
+/// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`: a thread that waits for it sleeps.
 const EVENT_FLAGS: u32 = 1 | 2;
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
 const HOST_FLAGS: u32 = 1 | 2;
@@ -42,7 +42,7 @@ impl Stream {
         self.raw
     }
 
-    /// What is put on it from now on waits for the event.
+    /// Work that is put on it from now on waits for the event.
     pub(super) fn wait_for(&self, event: &Event) -> Result<(), GpuError> {
         // SAFETY: both are of this context, and live.
         unsafe { self.context.api.cuStreamWaitEvent(self.raw, event.raw, 0) }
@@ -58,7 +58,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: created once. What it still has to do is done: the driver destroys it after that.
+            // SAFETY: created once. The driver destroys it only after it has done its work.
             let _ = unsafe { self.context.api.cuStreamDestroy_v2(self.raw) };
         }
     }
@@ -84,9 +84,9 @@ impl Event {
         Ok(Event { context: context.clone(), raw })
     }
 
-    /// From now on it means all that is on the stream by now. The stream may be somebody else's.
+    /// Records the event: it comes when everything has been done that is on the stream now. The stream may be somebody else's.
     pub(super) fn record(&self, stream: CUstream) -> Result<(), GpuError> {
-        // SAFETY: the event lives; a stream that does not is an error of the driver's.
+        // SAFETY: the event lives; for a stream that does not live the driver returns an error.
         unsafe { self.context.api.cuEventRecord(self.raw, stream) }
     }
 
@@ -116,7 +116,7 @@ impl Drop for Event {
     }
 }
 
-/// Events to be used again: making one takes longer than recording it.
+/// Events that are used again, because making one takes longer than recording it.
 pub(super) struct Events {
     context: Arc<Context>,
     free: Mutex<Vec<Event>>,
@@ -136,8 +136,8 @@ impl Events {
     }
 }
 
-/// An event that has been recorded. Who waits for it has said so to the driver by the time it is dropped: a later record
-/// does not change what they wait for.
+/// An event that has been recorded, and can be used again when this is dropped. A stream that waits for it has been told so
+/// before that, and recording the event again does not change what the stream waits for.
 pub(super) struct Recorded {
     event: Option<Event>,
     events: Arc<Events>,
@@ -185,7 +185,7 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: allocated once; whoever used it has ended.
+            // SAFETY: allocated once; all work that used it has ended.
             let _ = unsafe { self.context.api.cuMemFree_v2(self.address) };
         }
     }
@@ -199,7 +199,7 @@ pub(super) struct HostBuffer {
     bytes: usize,
 }
 
-// SAFETY: memory; who touches it when is said where it is used.
+// SAFETY: an address of memory; each use says who touches the memory, and when.
 unsafe impl Send for HostBuffer {}
 // SAFETY: as above.
 unsafe impl Sync for HostBuffer {}
@@ -233,7 +233,7 @@ impl HostBuffer {
 impl Drop for HostBuffer {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: allocated once; whoever used it has ended.
+            // SAFETY: allocated once; all work that used it has ended.
             let _ = unsafe { self.context.api.cuMemFreeHost(self.address) };
         }
     }

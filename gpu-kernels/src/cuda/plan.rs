@@ -1,16 +1,16 @@
-//! Which way bytes go.
+//! The ways in which bytes can go, and which one is taken when.
 
 /// How bytes are to be moved between a GPU's memory and the arena.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum CopyMode {
-    /// By what a calibration of at most 100 ms finds fastest for the layout, in each direction.
+    /// The way that is fastest for the layout, in each direction, as a calibration of at most 100 ms finds it.
     #[default]
     Auto,
     /// Batched DMA: a copy for each contiguous run of the cache. Uses no SM.
     Batch,
     /// Through staging buffers in the GPU's memory: a kernel gathers or scatters, one DMA moves the chunk.
     Staged,
-    /// A kernel reads and writes the arena itself.
+    /// A kernel reads and writes the arena directly.
     ZeroCopy,
 }
 
@@ -29,7 +29,7 @@ impl CopyMode {
         }
     }
 
-    /// By its name.
+    /// The mode with this name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<CopyMode> {
         CopyMode::ALL.into_iter().find(|mode| mode.as_str() == name)
@@ -42,7 +42,7 @@ impl core::fmt::Display for CopyMode {
     }
 }
 
-/// One of the ways, decided.
+/// A way in which bytes go: a mode other than auto.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     Batch,
@@ -59,7 +59,7 @@ impl Way {
         }
     }
 
-    /// What a mode asks for; `None` for auto.
+    /// The way that a mode asks for; `None` for auto.
     pub(super) fn of(mode: CopyMode) -> Option<Way> {
         match mode {
             CopyMode::Auto => None,
@@ -73,10 +73,10 @@ impl Way {
 /// From this many contiguous bytes on the copy engines reach the link's speed without help (vLLM #42212: 51–52 of
 /// 55 GB/s at 64 KiB, 4–7 at 4–24 KiB).
 pub(super) const RUN_MIN: u64 = 64 << 10;
-/// A batch of no more bytes than that is small: what counts is how soon it begins.
+/// A batch of at most so many bytes is small: how soon it begins counts more than its speed.
 pub(super) const SMALL_BYTES: u64 = 256 << 10;
 
-/// What was decided for one direction.
+/// The ways for one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Choice {
     /// For batches above [`SMALL_BYTES`].
@@ -84,17 +84,17 @@ pub(super) struct Choice {
     pub(super) small: Way,
 }
 
-/// What was decided for a layout: stores, loads.
+/// The ways for a layout: of its stores, of its loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Plan(pub(super) [Choice; 2]);
 
 impl Plan {
-    /// Always the same way.
+    /// The same way for everything.
     pub(super) fn only(way: Way) -> Plan {
         Plan([Choice { bulk: way, small: way }; 2])
     }
 
-    /// Without a measurement: by the length of what is contiguous.
+    /// Decides without a measurement, by the length of contiguous runs.
     pub(super) fn by_rule(contiguous_bytes: u64) -> Plan {
         Plan::only(if contiguous_bytes >= RUN_MIN { Way::Batch } else { Way::Staged })
     }

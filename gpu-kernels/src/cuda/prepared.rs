@@ -1,4 +1,4 @@
-//! What is known of a cache before it is copied from or to.
+//! What a backend finds out of a cache before it copies from or to it.
 
 use super::device::Context;
 use super::error::{GpuError, PATIENCE, insist};
@@ -19,24 +19,23 @@ const DEVICE_MEMORY: u32 = 2;
 pub(super) struct Prepared {
     /// `None` where kernels cannot copy it.
     pub(super) tiled: Option<Tiled>,
-    /// Which way its bytes go, once that has been decided.
+    /// Which way its bytes go; set when that has been decided.
     pub(super) plan: OnceLock<Plan>,
 }
 
-/// For kernels.
+/// A cache cut into tiles, for kernels.
 pub(super) struct Tiled {
     /// Bytes of a vector.
     pub(super) vector: u32,
     pub(super) table: DeviceBuffer,
-    /// For staging buffers of some length; empty where there are none.
+    /// Windows that fit into the staging buffers; empty if there are none.
     pub(super) staged: Vec<Window>,
-    /// As long as can be.
+    /// Windows that are as long as possible.
     pub(super) whole: Vec<Window>,
 }
 
 impl Tiled {
-    /// Cuts a cache, and uploads the table. `staging` says how long the staging buffers are that can be had for a window of so
-    /// many bytes.
+    /// Cuts a cache, and uploads the table. `staging` makes staging buffers for these tiles, and returns their length, or 0.
     pub(super) fn of(
         context: &Arc<Context>,
         paged: &PagedKv,
@@ -44,7 +43,7 @@ impl Tiled {
     ) -> Result<Tiled, GpuError> {
         let tiles = Tiles::of(paged)?;
         let bytes: &[u8] = bytemuck::cast_slice(tiles.table());
-        // Before the staging buffers, which may take what memory there is.
+        // Before the staging buffers, which may take all the memory that there is.
         let table = DeviceBuffer::new(context, bytes.len())?;
         let staging_bytes = staging(&tiles);
         let staged = if staging_bytes == 0 { Vec::new() } else { tiles.windows(staging_bytes)? };
@@ -61,12 +60,12 @@ impl Tiled {
     }
 }
 
-/// Every page of the cache is memory of the context's device.
+/// Checks that every page of the cache is memory of the context's device.
 pub(super) fn check_memory(context: &Context, paged: &PagedKv) -> Result<(), GpuError> {
     let device = context.info.device;
     debug_assert_eq!(paged.memory(), Memory::Cuda(device));
     let _entered = context.enter()?;
-    // Layers share allocations: what has been looked at needs no second look.
+    // Layers share allocations, so the last one that was looked at is remembered.
     let mut known = (0u64, 0u64);
     for (group, of) in paged.groups().iter().enumerate() {
         for (plane, pages) in of.planes.iter().enumerate() {
@@ -81,7 +80,7 @@ pub(super) fn check_memory(context: &Context, paged: &PagedKv) -> Result<(), Gpu
             if known.0 <= address && end <= known.1 {
                 continue;
             }
-            // Allocations that are mapped piece by piece follow one another without a gap.
+            // A plane may lie in several allocations: those that are mapped piece by piece follow one another without a gap.
             let mut at = address;
             while at < end {
                 check_place(context, at).map_err(|got| match at {
@@ -123,8 +122,8 @@ fn check_place(context: &Context, address: u64) -> Result<(), String> {
     }
 }
 
-/// The contiguous runs of a chunk: address and length in the cache, and where in the shard. Pages that follow one another in both,
-/// in one allocation, are one run.
+/// The contiguous runs of a chunk: address and length in the cache, and offset in the shard. Pages of one allocation that follow
+/// one another both in the cache and in the shard are one run.
 pub(super) fn runs<'a>(paged: &'a PagedKv, blocks: &'a [u32]) -> impl Iterator<Item = Run> + 'a {
     let mut rest = blocks;
     let mut pages = paged.groups().iter().flat_map(move |group| {
@@ -158,16 +157,16 @@ pub(super) fn runs<'a>(paged: &'a PagedKv, blocks: &'a [u32]) -> impl Iterator<I
     })
 }
 
-/// Are these planes surely of one allocation? A copy from one allocation into the next is an error of the driver's, and
+/// Do these planes certainly lie in one allocation? The driver refuses a copy that goes from one allocation into the next, and
 /// allocations may follow one another without a gap.
 fn share(group: &KvGroup, one: &Plane, other: &Plane) -> bool {
     let apart = (one.base as usize).abs_diff(other.base as usize);
-    // Pages of one block lie between those of two of the other's.
+    // A page of one plane lies between two pages of the other.
     let woven = one.block_stride == other.block_stride && apart < one.block_stride && group.num_blocks > 1;
     one == other || woven
 }
 
-/// See [`runs`].
+/// A contiguous run, see [`runs`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
     pub(super) address: u64,
@@ -181,7 +180,7 @@ impl Run {
     }
 }
 
-/// How many bytes of a chunk are contiguous, on average, whatever its blocks are: nothing follows from one block to the next.
+/// The average bytes of a chunk's runs, if no two of its blocks follow one another.
 pub(super) fn contiguous_bytes(paged: &PagedKv) -> u64 {
     let per_block = |group: &KvGroup| {
         let pairs = group.planes.windows(2);
@@ -238,7 +237,7 @@ mod tests {
         // SAFETY: nothing is copied.
         let kv = unsafe { PagedKv::grouped(groups.to_vec()) }.unwrap();
         assert_eq!(found(&kv, &[99, 0]), [(0x1000 + 99 * 32, 0, 32), (0x1000 + 3200, 32, 32)]);
-        // One block each, beside one another: there is no telling.
+        // Planes of one block each, beside one another: they may be of two allocations.
         let single = Plane { base: 0x1000 as *mut u8, block_stride: 64, page_bytes: 32 };
         let beside = Plane { base: 0x1020 as *mut u8, ..single };
         // SAFETY: as above.

@@ -1,4 +1,4 @@
-//! Puts a batch on its lanes: what is launched and copied, in which order.
+//! Puts a batch on its lanes: launches kernels and starts copies, in this order.
 //!
 //! | way | store | load |
 //! | --- | --- | --- |
@@ -6,8 +6,8 @@
 //! | zero-copy | gather into the arena, sum the pages | scatter from the arena, sum the pages |
 //! | batch | DMA of each run, sum the pages | DMA of each run, sum the pages |
 //!
-//! A load's checksum is taken of what only this process can write: the staging buffer, or the pages. Bytes of skipped blocks
-//! are the exception where there is no buffer: they go nowhere, and are summed in the arena.
+//! A load's checksum is computed from memory that only this process can write: the staging buffer, or the pages. If there is no
+//! staging buffer, the bytes of skipped blocks are an exception: they are not copied, and are summed in the arena.
 
 use super::api::Api;
 use super::arena::{Arena, Piece};
@@ -24,10 +24,10 @@ use crate::tiles::Window;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use std::sync::Arc;
 
-/// Runs that are given to the driver at once.
+/// The most runs that one call gives to the driver.
 const RUNS_AT_ONCE: usize = 1024;
 
-/// What kernels need to know of the cache.
+/// A cache's windows, and how kernels may be launched on them.
 #[derive(Clone, Copy)]
 pub(super) struct Windows<'a> {
     pub(super) tiled: &'a Tiled,
@@ -61,7 +61,7 @@ struct Shard<'a> {
 }
 
 impl<'a> Shard<'a> {
-    /// A part of it in pieces that no registration's border divides.
+    /// A part of the shard, cut at the borders of registrations.
     fn pieces(&self, host: *mut u8, bytes: usize) -> impl Iterator<Item = Piece> + use<'a> {
         let known = self.arena.map(|arena| arena.pieces(host, bytes));
         let unknown = self.arena.is_none().then_some(Piece { host, bytes, registered: false });
@@ -74,7 +74,7 @@ impl<'a> Shard<'a> {
     }
 }
 
-/// Copies that one call of the driver's can make.
+/// Copies for one call of the driver.
 #[derive(Default)]
 struct Copies {
     device: Vec<CUdeviceptr>,
@@ -83,7 +83,7 @@ struct Copies {
 }
 
 impl<'a> Put<'a> {
-    /// All of it. What has been put on lanes before an error runs all the same.
+    /// Puts the whole batch. After an error, the work that has been put on lanes before it still runs.
     pub(super) fn batch(&mut self, batch: &CopyBatch, way: Way) -> Result<(), GpuError> {
         let arenas = self.arenas;
         let bytes = batch.paged.shard_bytes() as usize;
@@ -109,16 +109,16 @@ impl<'a> Put<'a> {
         self.runs(&batch.paged, &runs_of)
     }
 
-    /// The way, or the next best one that is possible for this shard.
+    /// The next best way that is possible for this shard, or `way` itself.
     fn possible(&self, way: Way, shard: &Shard<'_>) -> Result<Way, GpuError> {
         let vector = self.windows.map_or(0, |windows| windows.tiled.vector);
         let can_stage = self.windows.is_some_and(|windows| !windows.tiled.staged.is_empty());
         let is_reachable =
             shard.alias().is_some_and(|alias| vector != 0 && alias.is_multiple_of(u64::from(vector)));
-        // Skipped bytes are summed where they are.
+        // Without a staging buffer, a kernel sums the bytes of skipped blocks in the arena, and must be able to reach it.
         let sums_skipped = self.sums.is_some() && shard.blocks.contains(&SKIP);
         let way = match way {
-            // Through the driver's buffers each copy is waited for: better one for the shard than one for each run.
+            // A copy through the driver's buffers is waited for, so one for each window is better than one for each run.
             Way::ZeroCopy | Way::Batch if !is_reachable => Way::Staged,
             way => way,
         };
@@ -139,8 +139,8 @@ impl<'a> Put<'a> {
             let host = shard.host.wrapping_add(window.offset as usize);
             match self.direction {
                 Direction::Store => {
-                    // SAFETY: the pages are as `CopyBatch::shard` was promised, for as long as the transfer runs; the buffer is
-                    // this lane's, and what used it before comes before on its stream.
+                    // SAFETY: what was promised to `CopyBatch::shard` holds for the pages while the transfer runs; the buffer is
+                    // this lane's, and all work that used it before comes earlier on its stream.
                     unsafe { kernels.copy(Kernel::Gather, &launch, turn.stream) }?;
                     self.sum(shard, &launch, false, turn.stream)?;
                     self.dma(shard, host, turn.staging, window.bytes as usize, turn.stream)?;
@@ -173,7 +173,7 @@ impl<'a> Put<'a> {
         Ok(())
     }
 
-    /// Shards by DMA, run by run, on one lane.
+    /// Copies shards by DMA, run by run, on one lane.
     fn runs(&mut self, paged: &PagedKv, shards: &[Shard<'_>]) -> Result<(), GpuError> {
         if shards.is_empty() {
             return Ok(());
@@ -212,7 +212,7 @@ impl<'a> Put<'a> {
         let Some(windows) = self.windows.filter(|_| self.sums.is_some()) else { return Ok(()) };
         for shard in shards {
             for window in &windows.tiled.whole {
-                // Where nothing is skipped the shard's own address is not looked at.
+                // If no block is skipped, the kernel does not use the shard's address.
                 let launch = windows.launch(window, shard.alias().unwrap_or_default(), shard.blocks);
                 self.sum(shard, &launch, true, turn.stream)?;
             }
@@ -220,7 +220,7 @@ impl<'a> Put<'a> {
         Ok(())
     }
 
-    /// A window between the arena and device memory.
+    /// Copies a window between the arena and device memory.
     fn dma(
         &mut self,
         shard: &Shard<'_>,
@@ -237,8 +237,8 @@ impl<'a> Put<'a> {
         Ok(())
     }
 
-    /// One copy. From or to memory that is not registered the driver takes its time, here, and the order is the same. It would wait
-    /// for the fence inside, with whatever locks it holds: so that is done before, without any.
+    /// Makes one copy. If the memory is not registered, the driver copies within this call, in the same order. Within the call it
+    /// would also wait for the fence, and hold its locks meanwhile; so the host waits for the fence before.
     fn copy(&mut self, piece: Piece, device: u64, stream: CUstream) -> Result<(), GpuError> {
         if !piece.registered && !core::mem::replace(&mut self.waited, true) {
             self.fence.map_or(Ok(()), Event::synchronize)?;
@@ -256,7 +256,7 @@ impl<'a> Put<'a> {
         }
     }
 
-    /// The checksum of a window, if the batch has them.
+    /// Puts the checksum of a window on the stream, if the batch has checksums.
     fn sum(
         &mut self,
         shard: &Shard<'_>,
@@ -272,7 +272,7 @@ impl<'a> Put<'a> {
 }
 
 impl<'a> Windows<'a> {
-    /// How many sums the checksum of a shard has, whichever way it goes.
+    /// How many partial sums a shard's checksum has at most, whichever way the shard goes.
     pub(super) fn partials(&self) -> usize {
         let of = |windows: &[Window]| {
             let grids = windows.iter().map(|window| self.launch(window, 0, &[]).grid() as usize);

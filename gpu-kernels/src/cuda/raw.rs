@@ -1,7 +1,7 @@
 //! For benchmarks and tests: a device's memory, registered host memory, plain copies on streams, a gather alone.
 //!
-//! What a [`CudaBackend`](crate::CudaBackend) does is measured beside these, and what it has copied is looked at through them. Nothing
-//! here is needed to move KV.
+//! Benchmarks compare a [`CudaBackend`](crate::CudaBackend) with these, and tests look at what it has copied through them.
+//! Nothing here is needed to move KV.
 
 use super::device::{Context, DeviceInfo};
 use super::error::GpuError;
@@ -46,7 +46,7 @@ impl Device {
         &self.context.info
     }
 
-    /// The CUDA version that the driver has: 1000 × major + 10 × minor.
+    /// The driver's CUDA version: 1000 × major + 10 × minor.
     #[must_use]
     pub fn cuda_version(&self) -> Option<u32> {
         type Version = unsafe extern "C" fn(*mut c_int) -> u32;
@@ -58,7 +58,7 @@ impl Device {
         u32::try_from(version).ok().filter(|_| code == 0)
     }
 
-    /// Where it is on the PCI bus, as `/sys/bus/pci/devices` names it.
+    /// Its place on the PCI bus, as `/sys/bus/pci/devices` names it.
     #[must_use]
     pub fn pci_address(&self) -> Option<String> {
         let api = self.context.api;
@@ -74,30 +74,30 @@ impl Device {
         Some(format!("{domain:04x}:{bus:02x}:{slot:02x}.0"))
     }
 
-    /// Memory of the device's. Nothing is in it yet.
+    /// Allocates memory of the device. Its content is arbitrary.
     pub fn allocate(&self, bytes: usize) -> Result<DeviceMemory, GpuError> {
         DeviceBuffer::new(&self.context, bytes).map(DeviceMemory)
     }
 
-    /// A stream: non-blocking and of the lowest priority, as a backend's.
+    /// Makes a stream: non-blocking and of the lowest priority, as a backend's streams are.
     pub fn stream(&self) -> Result<PlainStream, GpuError> {
         let stream = Stream::new(&self.context)?;
         Ok(PlainStream { stream, context: self.context.clone(), events: self.events.clone() })
     }
 
-    /// Registers host memory, with the flags of the arena's.
+    /// Registers host memory, with the same flags as the arena.
     ///
     /// # Safety
-    /// It stays mapped until what this returns is dropped, and no copy from or to it is left then.
+    /// The memory stays mapped until the result is dropped, and all copies from and to it have ended by then.
     pub unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<Registered, GpuError> {
         let _entered = self.context.enter()?;
-        // SAFETY: the caller's; a range that is not mapped is an error of the driver's.
+        // SAFETY: as the caller promises; for a range that is not mapped the driver returns an error.
         unsafe { self.context.api.cuMemHostRegister_v2(host.cast(), bytes, REGISTER_FLAGS) }?;
         Ok(Registered { context: self.context.clone(), host })
     }
 }
 
-/// Memory of a device, freed when it is dropped. Who uses it has ended by then.
+/// Memory of a device, freed when this is dropped. All work that uses it has ended by then.
 pub struct DeviceMemory(DeviceBuffer);
 
 impl DeviceMemory {
@@ -126,7 +126,7 @@ pub struct Registered {
     host: *mut u8,
 }
 
-// SAFETY: an address that nobody looks behind.
+// SAFETY: an address that is never dereferenced.
 unsafe impl Send for Registered {}
 
 impl core::fmt::Debug for Registered {
@@ -138,7 +138,7 @@ impl core::fmt::Debug for Registered {
 impl Drop for Registered {
     fn drop(&mut self) {
         if let Ok(_entered) = self.context.enter() {
-            // SAFETY: registered once; no copy is left, as `register` was promised.
+            // SAFETY: registered once; all copies have ended, as the caller of `register` has promised.
             let _ = unsafe { self.context.api.cuMemHostUnregister(self.host.cast()) };
         }
     }
@@ -158,7 +158,7 @@ impl core::fmt::Debug for PlainStream {
 }
 
 impl PlainStream {
-    /// The driver's handle, as torch would give that of its own stream.
+    /// The driver's handle, in the form in which torch gives that of its own stream.
     #[must_use]
     pub fn compute_stream(&self) -> ComputeStream {
         ComputeStream(self.stream.raw() as u64)
@@ -170,7 +170,7 @@ impl PlainStream {
     /// Both ranges are memory until the copy has ended, and nobody else accesses `to`.
     pub unsafe fn to_host(&self, to: *mut u8, from: u64, bytes: usize) -> Result<(), GpuError> {
         let _entered = self.context.enter()?;
-        // SAFETY: the caller's.
+        // SAFETY: as the caller promises.
         unsafe { self.context.api.cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.stream.raw()) }
     }
 
@@ -180,11 +180,11 @@ impl PlainStream {
     /// Both ranges are memory until the copy has ended, and nobody else accesses `to`, or writes `from`.
     pub unsafe fn to_device(&self, to: u64, from: *const u8, bytes: usize) -> Result<(), GpuError> {
         let _entered = self.context.enter()?;
-        // SAFETY: the caller's.
+        // SAFETY: as the caller promises.
         unsafe { self.context.api.cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.stream.raw()) }
     }
 
-    /// The point that it has reached.
+    /// A mark at the point that it has reached.
     pub fn mark(&self) -> Result<Mark, GpuError> {
         let _entered = self.context.enter()?;
         let recorded = self.events.record(self.stream.raw())?;
@@ -211,7 +211,7 @@ impl core::fmt::Debug for Mark {
 }
 
 impl Mark {
-    /// Has the device got there?
+    /// Has the device reached it?
     pub fn has_come(&self) -> Result<bool, GpuError> {
         let _entered = self.context.enter()?;
         self.recorded.event().map_or(Ok(true), |event| event.has_come())
@@ -238,11 +238,11 @@ impl Gather {
         Ok(Gather { kernels, tiled })
     }
 
-    /// Puts the gather of one chunk on a stream: at most `grid` blocks of threads of each launch.
+    /// Puts the gather of one chunk on a stream, with at most `grid` blocks of threads in each launch.
     ///
     /// # Safety
-    /// Until it has run: the pages of these blocks, which the cache has, are memory of the device's that nobody writes; so are the
-    /// shard's bytes from `shard` on, an address that is a multiple of 16, and nobody else accesses those.
+    /// The cache has these blocks, and `shard` is a multiple of 16. Until the kernels have run, the blocks' pages and the shard's
+    /// bytes from `shard` on are memory of the device; nobody writes the pages, and nobody else accesses the shard's bytes.
     pub unsafe fn chunk(
         &self,
         blocks: &[u32],
@@ -254,7 +254,7 @@ impl Gather {
         for window in &self.tiled.whole {
             let (vector, tiles) = (self.tiled.vector, self.tiled.table.address());
             let launch = Launch { vector, tiles, window, shard, blocks, grid_max: grid };
-            // SAFETY: the caller's.
+            // SAFETY: as the caller promises.
             unsafe { self.kernels.copy(Kernel::Gather, &launch, stream.stream.raw()) }?;
         }
         Ok(())

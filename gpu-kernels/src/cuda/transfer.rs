@@ -11,21 +11,21 @@ use crate::checksum;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long an event is looked at before its waiter sleeps: small copies end sooner than a sleeper wakes.
+/// How long a waiting thread polls before it sleeps: small copies end sooner than a sleeper wakes.
 const SPIN: Duration = Duration::from_micros(30);
 
-/// See [`Transfer`].
+/// A [`Transfer`] by a GPU.
 pub(super) struct GpuTransfer {
     pub(super) context: Arc<Context>,
-    /// Of the lanes that have not been seen to end.
+    /// The events of the lanes that have not been seen to end.
     pub(super) events: Vec<Recorded>,
     pub(super) sums: Option<Sums>,
     pub(super) failed: Option<CopyError>,
-    /// Since when the driver will not say whether it has ended.
+    /// Since when the driver has not said whether the transfer has ended.
     pub(super) unsure: Option<Instant>,
-    /// For how long it is asked again.
+    /// For how long the driver is asked again.
     pub(super) patience: Duration,
-    /// What is being copied stays what it is, and the arenas stay registered.
+    /// Held until the transfer has ended, so that the cache's tables stay, and the arenas stay registered.
     pub(super) batch: CopyBatch,
     pub(super) _arenas: Vec<Arc<Arena>>,
 }
@@ -54,7 +54,8 @@ impl GpuTransfer {
         }
     }
 
-    /// An event cannot be looked at. That is not the end of what it stands for: it is looked at again for a while.
+    /// Called when an event could not be looked at. That does not mean that its work has ended, so it is looked at again for a
+    /// while.
     fn doubt(&mut self, error: GpuError) {
         let since = *self.unsure.get_or_insert_with(Instant::now);
         if error.is_final() || since.elapsed() > self.patience {
@@ -62,7 +63,7 @@ impl GpuTransfer {
             if error.is_final() {
                 self.failed.get_or_insert(error.into());
             } else {
-                // What may still be written is not given to another batch.
+                // Kernels may still write the sums, so their memory is not given to another batch.
                 core::mem::forget(self.sums.take());
                 self.failed = Some(CopyError::Unended(error));
             }
