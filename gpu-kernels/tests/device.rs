@@ -1,5 +1,5 @@
-//! `CudaBackend` with whatever driver there is: random caches, random batches, bit-exact. Nothing here knows of the fake or looks
-//! at device memory but by copies, so the same runs on a GPU (`benches/gpu/run`):
+//! `CudaBackend` with whatever driver there is: random caches, random batches, bit-exact. Nothing here knows of the fake, or
+//! looks at device memory other than by copies, so the same binary runs on a GPU (`benches/gpu/run`):
 //!
 //! ```text
 //! KVRING_REAL_CUDA=1 KVRING_ROUNDS=5000 device-…        # the binary of this test
@@ -21,20 +21,20 @@ use support::calls::shared;
 use support::fake::{inside, is_real};
 use support::random::Rng;
 
-/// Of the arena, whose parts are shorter than it: shards straddle them.
+/// Bytes of the arena. Its parts are shorter, so shards straddle them.
 const ARENA: usize = 1 << 20;
 const PART: usize = 256 << 10;
-/// Device memory that caches lie in.
+/// Bytes of the device memory that caches lie in.
 const CACHE: usize = 512 << 10;
 /// Rounds before another cache is made.
 const PER_CACHE: usize = 4;
 
-/// How often, and with which numbers.
+/// A number from the environment: how many rounds, or a seed.
 fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |text| text.parse().unwrap())
 }
 
-/// Shared memory that stays mapped. Looked at only while nothing copies from or to it.
+/// Shared memory that stays mapped. A test accesses it only while nothing copies from or to it.
 #[derive(Clone, Copy)]
 struct Host(*mut u8, usize);
 
@@ -59,9 +59,9 @@ impl Host {
 struct Bench {
     compute: PlainStream,
     memory: DeviceMemory,
-    /// What the "kernels" of the stream write to the device.
+    /// The bytes that the "kernels" of the stream write to the device.
     written: Host,
-    /// What its "readers" find there.
+    /// The bytes that its "readers" find there.
     found: Host,
     _registered: [Registered; 2],
 }
@@ -83,7 +83,7 @@ impl Bench {
         unsafe { self.compute.to_device(self.memory.address(), self.written.0, CACHE) }.unwrap();
     }
 
-    /// Puts a read on it.
+    /// Puts a read of all of the cache's memory on the stream.
     fn read(&self) {
         // SAFETY: as in `write`.
         unsafe { self.compute.to_host(self.found.0, self.memory.address(), CACHE) }.unwrap();
@@ -148,7 +148,7 @@ fn chunks(rng: &mut Rng, paged: &PagedKv, wanted: usize, may_skip: bool) -> Vec<
     all
 }
 
-/// What the copy of one shard makes of both sides, and its checksum.
+/// Does to both sides what the copy of one shard does, and returns its checksum.
 fn reference(
     direction: Direction,
     paged: &PagedKv,
@@ -197,7 +197,7 @@ impl World {
         rng.fill(&mut arena);
         let before = device.clone();
         self.arena.write(&arena);
-        // A store reads what has only just been put on the stream; a load waits for whoever still reads there.
+        // A store must read what has only just been put on the stream; a load must wait for the readers on it.
         self.bench.write(&device);
         if direction == Direction::Load {
             self.bench.read();
@@ -238,13 +238,13 @@ fn rounds(mode: CopyMode) {
     let count = setting("KVRING_ROUNDS", if is_real() { 400 } else { 24 }) as usize;
     let mut rng = Rng(seed << 8 | mode as u64);
     let world = World::new(&device, mode);
-    // A real driver is also to meet an arena that is not registered yet, or in part; with the fake other tests do that.
+    // A real driver also meets an arena that is not registered yet, or only in part; with the fake other tests do that.
     while !is_real() && world.mapped.registered_bytes() < ARENA as u64 {
         std::thread::sleep(Duration::from_millis(1));
     }
     let base = world.bench.memory.address();
     for _ in (0..count).step_by(PER_CACHE) {
-        // No kernel copies what is no multiple of 4, or sums it.
+        // Kernels can neither copy nor sum pages whose length is no multiple of 4.
         let is_odd = matches!(mode, CopyMode::Batch | CopyMode::Auto) && rng.one_in(8);
         let unit = if is_odd { 5 } else { [16, 16, 8, 4][rng.within(0, 3)] };
         let paged = cache(&mut rng, base, unit);

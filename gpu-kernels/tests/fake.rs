@@ -83,7 +83,7 @@ fn registrations_do_not_overlap_and_copies_do_not_cross_them() {
         let memory = device(3 * BYTES);
         let arena = shared(4 * BYTES);
         let at = |offset: usize| arena.wrapping_byte_add(offset);
-        // Not registered at all: pageable, and done when the call returns.
+        // Memory that is not registered at all is pageable, and the copy has ended when the call returns.
         assert_eq!(fake.fill(side as u64, memory, BYTES, 3, LATE_US), 0);
         assert_eq!(to_host(arena, memory, BYTES, side), None);
         assert_eq!(bytes_at(arena, BYTES), pattern(3, BYTES));
@@ -91,15 +91,15 @@ fn registrations_do_not_overlap_and_copies_do_not_cross_them() {
         assert_eq!(register(at(4096), BYTES), Some(E::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED));
         assert_eq!(register(at(BYTES), BYTES), None);
         assert_eq!(to_host(at(BYTES), memory, BYTES, side).or(finish(side)), None);
-        // From one into the next, and from the last into what is not registered.
+        // Copies from one registration into the next, and from the last one into memory that is not registered.
         let crosses = Some(E::CUDA_ERROR_INVALID_VALUE);
         assert_eq!(to_host(at(BYTES - 1), memory, 2, side), crosses);
         assert_eq!(to_host(at(2 * BYTES - 1), memory, 2, side), crosses);
         assert_eq!(to_device(memory, at(BYTES - 1), 2, side), crosses);
         assert_eq!(to_device(memory, at(2 * BYTES - 1), 2, side), crosses);
-        // Beyond an allocation.
+        // A copy beyond the end of an allocation.
         assert_eq!(to_device(memory + 2 * BYTES as u64 + 1, arena, BYTES, side), crosses);
-        // Not mapped; a flag that there is not; more than may be locked.
+        // Registrations of memory that is not mapped, with an unknown flag, and of more than may be locked.
         let hole = shared(4096);
         // SAFETY: the mapping is not used.
         unsafe { rustix::mm::munmap(hole, 4096) }.unwrap();
@@ -108,7 +108,7 @@ fn registrations_do_not_overlap_and_copies_do_not_cross_them() {
         let flags = error(unsafe { sys::cuMemHostRegister_v2(at(2 * BYTES), BYTES, 64) });
         assert_eq!(flags, Some(E::CUDA_ERROR_INVALID_VALUE));
         assert_eq!(register(shared(98_304), 98_304), Some(E::CUDA_ERROR_NOT_PERMITTED));
-        // A copy that comes after its registration has gone.
+        // A copy that runs after its memory has been unregistered.
         assert_eq!(fake.fill(side as u64, memory, BYTES, 3, FAR_LATER_US), 0);
         assert_eq!(to_host(arena, memory, BYTES, side), None);
         // SAFETY: the memory stays mapped.
@@ -116,7 +116,7 @@ fn registrations_do_not_overlap_and_copies_do_not_cross_them() {
         assert_eq!(unregister(), None);
         assert_eq!(unregister(), Some(E::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED));
         assert_eq!(finish(side), Some(E::CUDA_ERROR_ILLEGAL_ADDRESS));
-        // It stays.
+        // The error stays.
         assert_eq!(why(result::mem_get_info()), Some(E::CUDA_ERROR_ILLEGAL_ADDRESS));
     });
 }
@@ -165,7 +165,7 @@ type Batch = unsafe extern "C" fn(
 fn batch_copy() -> Option<Batch> {
     let mut found = null_mut();
     let mut status = sys::CUdriverProcAddressQueryResult::CU_GET_PROC_ADDRESS_SUCCESS;
-    // SAFETY: both are written.
+    // SAFETY: the call writes both.
     let result = unsafe {
         sys::cuGetProcAddress_v2(c"cuMemcpyBatchAsync".as_ptr(), &raw mut found, 12080, 0, &raw mut status)
     };
@@ -189,7 +189,7 @@ fn batches_copy_and_say_what_failed() {
         let copy = |to: &[u64], from: &[u64], sizes: &[usize], on| {
             let mut failed = 0;
             let attributes = [1, 0, 0, 0, 0, 0];
-            // SAFETY: as many as the count says; the fake looks at the addresses.
+            // SAFETY: the arrays are as long as the count says; the fake checks the addresses.
             let result = unsafe {
                 batch(
                     to.as_ptr(),
@@ -232,7 +232,7 @@ fn older_drivers_have_no_batches() {
     });
 }
 
-/// Launches a kernel of the stand-in's.
+/// Launches a kernel of the stand-in.
 fn launch(name: &CStr, to: u64, from: u64, bytes: usize, on: sys::CUstream) -> Option<E> {
     // SAFETY: PTX ends in a zero; the parameters are the kernel's, which checks its addresses.
     unsafe {
@@ -325,7 +325,7 @@ fn calls_are_counted_and_can_fail() {
         fake.fail("cuEventCreate", 0, 0);
         let third = create().unwrap();
         assert_eq!(fake.calls("cuEventCreate"), 5);
-        // With the suffix or without.
+        // A call may be named with its suffix or without.
         fake.fail("cuMemAlloc_v2", 2, 2);
         let memory = device(64);
         // SAFETY: an allocation that is not used.

@@ -24,7 +24,7 @@ fn streams_race_unless_they_wait() {
         let memory = device(BYTES);
         let pinned = shared(BYTES);
         assert_eq!(register(pinned, BYTES), None);
-        // How many of the copies saw what torch's stream wrote before them.
+        // How many of the copies saw what torch's stream had written before them.
         let seen = |wait: bool, seeds: std::ops::Range<u32>| {
             seeds
                 .filter(|&seed| {
@@ -65,7 +65,7 @@ fn an_overwrite_races_with_a_reader_unless_it_waits() {
                     assert_eq!(finish(torch), None);
                     let mut found = vec![0; BYTES];
                     let into = found.as_mut_ptr();
-                    // SAFETY: `found` stays until the stream is through.
+                    // SAFETY: `found` lives until the stream has done its work.
                     let result = unsafe { fake.read(torch as u64, memory, BYTES, into, LATE_US) };
                     assert_eq!(result, 0);
                     if wait {
@@ -116,7 +116,7 @@ fn events_stand_for_the_record_that_was_the_latest() {
         assert_eq!(fake.fill(torch as u64, memory, 64, 1, 0), 0);
         assert_eq!(record(event, torch), None);
         assert_eq!(wait_for(side, event), None);
-        // Recorded again, far later: whoever waits already does not wait for that.
+        // The event is recorded again, far later: a stream that waits for it already does not wait for that.
         assert_eq!(fake.fill(torch as u64, memory, 64, 1, FAR_LATER_US), 0);
         assert_eq!(record(event, torch).or(record(after, side)), None);
         // SAFETY: a handle of the fake's.
@@ -143,7 +143,7 @@ fn pageable_memory_is_read_at_the_call() {
             assert!(!pinned || register(source, BYTES).is_none());
             assert_eq!(fake.fill(side as u64, memory, BYTES, 3, FAR_LATER_US), 0);
             assert_eq!(to_device(memory, source, BYTES, side), None);
-            // SAFETY: the mapping's own bytes; what a copy reads of them is what is tested.
+            // SAFETY: the mapping's own bytes; the test is about which of them a copy reads.
             unsafe { source.cast::<u8>().write_bytes(1, BYTES) };
             assert_eq!(finish(side), None);
             let found = bytes_at(memory as *const c_void, BYTES);
@@ -159,7 +159,7 @@ fn an_unsafe_call_breaks_a_capture() {
         let (torch, side) = (stream(), stream());
         let (mine, captured) = (event(), event());
         let memory = device(BYTES);
-        // Nothing unsafe: work is recorded, not run.
+        // Calls that are allowed in a capture: work is recorded, not run.
         begin(torch);
         assert_eq!(fake.fill(torch as u64, memory, 64, 1, 0), 0);
         assert_eq!(record(mine, side), None);
@@ -167,7 +167,7 @@ fn an_unsafe_call_breaks_a_capture() {
         assert_eq!(wait_for(side, captured), Some(E::CUDA_ERROR_STREAM_CAPTURE_ISOLATION));
         assert_eq!(end(torch), None);
         assert_eq!(bytes_at(memory as *const c_void, 64), vec![0; 64]);
-        // From any thread, unless it has said that it knows.
+        // Calls that are not allowed break the capture from any thread, unless the thread has changed its mode.
         for (mode, breaks) in [
             (sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED, false),
             (sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, false),
@@ -188,7 +188,7 @@ fn an_unsafe_call_breaks_a_capture() {
             });
             assert_eq!(end(torch), breaks.then_some(E::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED), "{mode:?}");
         }
-        // What is never allowed.
+        // Calls that are never allowed.
         begin(torch);
         exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
         assert_eq!(finish(torch), Some(E::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED));
@@ -221,7 +221,7 @@ fn a_stream_that_waits_for_a_captured_event_can_join() {
             }
             assert_eq!(end(torch), (!returns).then_some(E::CUDA_ERROR_STREAM_CAPTURE_UNJOINED));
         }
-        // Free again.
+        // The stream works again.
         assert_eq!(fake.fill(side as u64, memory, 64, 1, 0), 0);
         assert_eq!(finish(side), None);
         assert_eq!(bytes_at(memory as *const c_void, 64), pattern(1, 64));
@@ -240,12 +240,12 @@ fn a_lost_device_answers_nothing_but_errors() {
         assert_eq!(to_host(arena, memory, BYTES, torch).or(record(done, torch)), None);
         let gone = Some(E::CUDA_ERROR_DEVICE_UNAVAILABLE);
         std::thread::scope(|scope| {
-            // Who waits is woken up.
+            // A thread that waits is woken.
             let waits = scope.spawn(|| {
                 context.bind_to_thread().unwrap();
                 why(result::ctx::synchronize())
             });
-            // A call that is counted holds the fake's lock until it waits.
+            // The call holds the fake's lock from the moment it is counted until it waits.
             while fake.calls("cuCtxSynchronize") == 0 {
                 std::thread::yield_now();
             }

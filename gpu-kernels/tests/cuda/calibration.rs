@@ -1,4 +1,4 @@
-//! Which way is chosen, and at whose cost.
+//! Which way the calibration chooses, and what it costs.
 
 use crate::support::calls;
 use crate::world::*;
@@ -26,11 +26,11 @@ fn a_calibration_touches_nobody_s_pages() {
             let named = |part: &str| CopyMode::ALL.iter().any(|mode| part.starts_with(mode.as_str()));
             let (store, load) = chosen.split_once("; loads by ").unwrap();
             assert!(named(store.strip_prefix("stores by ").unwrap()) && named(load), "{chosen}");
-            // Once.
+            // A cache is measured only once.
             let launches = fake.calls("cuLaunchKernel");
             backend.prepare(&cache.paged).unwrap();
             assert_eq!(fake.calls("cuLaunchKernel"), launches);
-            // Scratch memory is given back; staging buffers, a table and the one before stay.
+            // Scratch memory is given back; staging buffers, the cache's table and that of the one before stay.
             assert!(fake.counts().allocations <= before.0.allocations + 7);
             assert_eq!(fake.counts().modules, before.0.modules);
             assert!(took.as_secs() < 5, "{took:?}");
@@ -38,13 +38,14 @@ fn a_calibration_touches_nobody_s_pages() {
     });
 }
 
-/// On a device on which everything takes long it stops at its budget, and goes by the rule where it measured nothing.
+/// On a device on which everything takes long, a calibration stops at its budget, and goes by the rule where it has measured
+/// nothing.
 #[test]
 fn a_calibration_ends_on_a_slow_device() {
     inside("calibration::a_calibration_ends_on_a_slow_device", &[("FAKE_CUDA_DELAY_US", "60000")], |fake| {
         let _context = calls::context();
         let backend = backend(CopyMode::Auto);
-        // Short pages: through staging buffers. Long ones: by themselves.
+        // By the rule short pages go through staging buffers, and long ones by themselves.
         for (page, way) in [(1024, "staged"), (128 << 10, "batch")] {
             let cache = Cache::plain(2, page, 4, 2);
             let records = fake.calls("cuEventRecord");
@@ -71,7 +72,7 @@ fn forced_modes_measure_nothing() {
             assert_eq!((fake.calls("cuLaunchKernel"), fake.calls("cuMemcpyBatchAsync")), before);
             assert_eq!(backend.describe(&cache.paged), format!("stores by {mode}; loads by {mode}"));
         }
-        // No memory to pin: by the rule.
+        // Without memory to pin it goes by the rule.
         fake.fail("cuMemHostAlloc", 2, 1);
         let backend = backend(CopyMode::Auto);
         let cache = Cache::plain(2, 1024, 4, 2);

@@ -12,14 +12,15 @@ fn nothing_here_breaks_the_capture_of_a_graph() {
         for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy, CopyMode::Auto] {
             let torch = calls::stream();
             let memory = calls::device(64);
-            // In its strictest mode, by this thread; another one copies.
+            // This thread captures in the strictest mode; another one copies.
             calls::begin(torch);
             let handle = torch as u64;
             std::thread::scope(|scope| {
                 let work = scope.spawn(|| {
                     context.bind_to_thread().unwrap();
                     let mut rng = Rng(11);
-                    // What a cache is made of would break it, and is not ours.
+                    // Allocating the cache's memory would break the capture. That is not the backend's doing, so this thread
+                    // changes its mode meanwhile.
                     let before = calls::exchange(
                         cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
                     );
@@ -50,7 +51,7 @@ fn nothing_here_breaks_the_capture_of_a_graph() {
                     drop(mapped);
                     drop(backend);
                     assert_eq!(fake.counts().registrations, 0);
-                    // This thread minds captures as before.
+                    // The backend has left this thread's capture mode as it was.
                     assert_eq!(calls::exchange(before), before);
                     calls::exchange(cudarc::driver::sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
                     drop(cache);
@@ -59,7 +60,7 @@ fn nothing_here_breaks_the_capture_of_a_graph() {
             });
             assert_eq!(fake.fill(torch as u64, memory, 64, 1, 0), 0, "captured");
             assert_eq!(calls::end(torch), None, "{mode}: the capture is whole");
-            // And afterwards there are fences of it again.
+            // After the capture the stream can be fenced again.
             let backend = backend(CopyMode::Batch);
             backend.fence(ComputeStream(torch as u64)).unwrap();
         }
@@ -94,14 +95,14 @@ fn without_the_relaxed_mode_it_breaks() {
     });
 }
 
-/// A stream that waits for the default one, and it for that.
+/// A blocking stream: it waits for the default stream, and the default stream for it.
 #[test]
 fn the_default_stream_has_no_fence_while_a_blocking_stream_is_captured() {
     inside("capture::the_default_stream_has_no_fence_while_a_blocking_stream_is_captured", &[], |_| {
         let _context = calls::context();
         let backend = backend(CopyMode::Batch);
         let mut blocking = std::ptr::null_mut();
-        // SAFETY: the handle is written.
+        // SAFETY: the call writes the handle.
         let made = unsafe { cudarc::driver::sys::cuStreamCreate(&raw mut blocking, 0) };
         assert_eq!(calls::error(made), None);
         calls::begin(blocking);

@@ -1,4 +1,4 @@
-//! A forked child has no GPU: what it inherits makes no call of the driver's, and does not wait.
+//! CUDA does not work in a forked child: the objects that it inherits call no function of the driver, and do not wait.
 
 use crate::support::calls;
 use crate::support::fake::Fake;
@@ -15,9 +15,9 @@ unsafe extern "C" {
     fn alarm(seconds: u32) -> u32;
 }
 
-/// Runs it in a child; whether it went well there.
+/// Runs `body` in a child, and fails if it fails there.
 fn child(body: impl FnOnce()) {
-    // SAFETY: the child does what a child of vLLM might, and ends without anybody's destructors.
+    // SAFETY: the child does what a child of vLLM might do, and ends without running destructors.
     unsafe {
         let process = fork();
         if process == 0 {
@@ -72,7 +72,8 @@ fn a_forked_child_makes_no_call() {
         copied(&backend, Direction::Store, &cache, true, &shards).unwrap();
         let fence = backend.fence(ComputeStream(0)).unwrap();
         let transfer = backend.submit(batch(Direction::Store, &cache, true, fence.clone(), &shards)).unwrap();
-        // Until the streams are idle, and their threads sleep: in the child the fake's lock would stay taken.
+        // Waits until the streams are idle and their threads sleep: a lock of the fake's that a thread holds would stay taken in
+        // the child.
         calls::finish_all();
         std::thread::sleep(std::time::Duration::from_millis(100));
         let (mut backend, mut transfer, mut mapped) = (Some(backend), Some(transfer), Some(mapped));
@@ -93,10 +94,10 @@ fn a_forked_child_makes_no_call() {
             drop(here);
             assert_eq!(calls_made(fake), before);
         });
-        // The parent has all of it.
+        // In the parent everything still works.
         transfer.unwrap().wait().unwrap();
         copied(backend.as_ref().unwrap(), Direction::Store, &cache, true, &shards).unwrap();
-        // In flight.
+        // Now with a transfer in flight.
         let torch = calls::stream() as u64;
         let backend = backend.unwrap();
         assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, 300_000), 0);

@@ -1,4 +1,4 @@
-//! What cannot be had: drivers, devices, memory. Typed errors, and another way where there is one.
+//! Drivers, devices and memory that are missing or fail: the backend gives typed errors, and takes another way if there is one.
 
 use crate::support::calls;
 use crate::support::fake::{Fake, pattern};
@@ -136,7 +136,7 @@ fn memory_that_is_not_the_device_s() {
                 "{base:#x}, {stride} × {blocks}: {error}"
             );
         }
-        // Of no device, or of another one by its own word.
+        // A cache that says that it is in host memory, or in that of another device.
         for memory in [Memory::Host, Memory::Cuda(1)] {
             let error = backend.prepare(&Arc::new(paged(here, 4096, 4096, 4).on(memory))).unwrap_err();
             assert!(matches!(error, CopyError::OtherMemory { .. }), "{error}");
@@ -146,7 +146,7 @@ fn memory_that_is_not_the_device_s() {
     });
 }
 
-/// Leaves so much device memory.
+/// Takes all device memory but so much.
 fn leave(bytes: usize) -> u64 {
     let (free, _) = cudarc::driver::result::mem_get_info().unwrap();
     calls::device(free - bytes)
@@ -157,7 +157,7 @@ fn free(address: u64) {
     unsafe { cudarc::driver::result::free_sync(address) }.unwrap();
 }
 
-/// Both directions, right.
+/// Copies in both directions, and checks the bytes.
 fn check(backend: &CudaBackend, cache: &Cache, arena: &Arena, checksum: bool) {
     let mut rng = Rng(77);
     for direction in [Direction::Store, Direction::Load] {
@@ -197,7 +197,8 @@ fn no_memory_for_staging_buffers() {
         others.iter().for_each(|other| backend.prepare(other).unwrap());
         let said = lines.lock().unwrap().clone();
         assert_eq!(said.len(), 1, "{said:#?}");
-        // What is skipped is summed by the device where the shard is registered as one, and here it is not.
+        // Without staging buffers kernels sum skipped blocks in the arena. They cannot do so here, because the shard lies in
+        // several registrations.
         check(&backend, &cache, &arena, false);
         let launches = fake.calls("cuLaunchKernel");
         let shards = [(arena.at(0), cache.blocks(&mut Rng(5), Direction::Store, 1).remove(0))];
@@ -210,14 +211,14 @@ fn no_memory_for_staging_buffers() {
         let error = copied(&backend, Direction::Load, &cache, true, &[(arena.at(0), blocks)]).unwrap_err();
         assert_eq!(error, CopyError::Gpu(GpuError::NoPlaceForChecksum));
         free(ballast);
-        // There is some again.
+        // There is device memory again.
         let later = Arc::new((*cache.paged).clone());
         backend.prepare(&later).unwrap();
         assert_ne!(backend.describe(&later), "");
     });
 }
 
-/// Caches that were prepared before keep their windows: buffers must not get shorter under them, nor go.
+/// Caches that were prepared before keep their windows, so staging buffers must not get shorter, or be freed.
 #[test]
 fn a_cache_that_comes_later_does_not_take_staging_buffers_away() {
     const NAME: &str = "failure::a_cache_that_comes_later_does_not_take_staging_buffers_away";
@@ -232,7 +233,7 @@ fn a_cache_that_comes_later_does_not_take_staging_buffers_away() {
         // Room for the table, and for buffers that are no longer than those there are.
         for room in [STAGING_MIN / 2, 3 * STAGING_MIN, 12 * STAGING_MIN] {
             let ballast = leave(room);
-            // As if somebody took what is freed at once.
+            // Fails as if somebody took freed memory at once.
             fake.fail("cuMemAlloc", 2, 2);
             backend.prepare(&Arc::new((*large.paged).clone())).unwrap();
             fake.reset();
@@ -284,7 +285,7 @@ fn a_part_that_cannot_be_registered() {
     });
 }
 
-/// A batch that fails half-way has ended when `submit` returns: nothing writes any more.
+/// When `submit` returns, a batch that has failed half-way has ended: nothing writes any more.
 #[test]
 fn a_batch_that_fails_half_way_has_ended() {
     inside("failure::a_batch_that_fails_half_way_has_ended", &[], |fake| {
@@ -313,7 +314,7 @@ fn a_batch_that_fails_half_way_has_ended() {
             let then = arena.all.read();
             let error = outcome.err().unwrap();
             assert!(matches!(error, CopyError::Gpu(GpuError::Call { code: 1, .. })), "{error}");
-            // Something had been put, and is there.
+            // A part of the batch had been put on lanes, and has been copied.
             assert!(then != before, "{mode} {call}");
             assert!(cache.all.read() == pattern(8, cache.all.len));
             std::thread::sleep(std::time::Duration::from_millis(150));
@@ -324,7 +325,7 @@ fn a_batch_that_fails_half_way_has_ended() {
     });
 }
 
-/// Looking fails for a while: the transfer is in flight all the same, and then it is good.
+/// Looking at events fails for a while. The transfer is still in flight, and succeeds in the end.
 #[test]
 fn an_error_of_looking_is_not_the_end_of_a_copy() {
     inside("failure::an_error_of_looking_is_not_the_end_of_a_copy", &[], |fake| {
@@ -344,7 +345,7 @@ fn an_error_of_looking_is_not_the_end_of_a_copy() {
             fake.fail("cuEventQuery", code, 1);
             fake.fail("cuEventSynchronize", code, 1);
             match round {
-                // Nobody is held up.
+                // Polling holds nobody up.
                 0 => assert!(!transfer.poll() && !transfer.poll()),
                 1 => drop(transfer),
                 _ => {
@@ -367,8 +368,8 @@ fn an_error_of_looking_is_not_the_end_of_a_copy() {
     });
 }
 
-/// The driver does not say for so long that nobody waits any more, and then the copy begins after all: what was to be written is not
-/// to be given to anybody else.
+/// The driver gives no answer for so long that the backend stops waiting, and then the copy runs after all. So the slots that it
+/// was to write must not be given to anybody else.
 #[test]
 fn a_copy_that_is_not_known_to_have_ended_says_so() {
     inside("failure::a_copy_that_is_not_known_to_have_ended_says_so", &[], |fake| {
@@ -403,8 +404,8 @@ fn a_copy_that_is_not_known_to_have_ended_says_so() {
     });
 }
 
-/// A store is given up when the driver has said nothing for a while: nobody is given what it was to write. A load goes on to be
-/// asked about: until its end is known its blocks cannot be given to anybody.
+/// When the driver has given no answer for a while, the backend gives a store up: nobody gets the store's slots. It goes on
+/// asking about a load: until the load's end is known its blocks cannot be given to anybody.
 #[test]
 fn a_load_is_asked_about_for_longer_than_a_store() {
     inside("failure::a_load_is_asked_about_for_longer_than_a_store", &[], |fake| {
@@ -430,7 +431,7 @@ fn a_load_is_asked_about_for_longer_than_a_store() {
                 let (backend, asked) = (&backend, fake.calls("cuStreamSynchronize"));
                 let load = batch(Direction::Load, &cache, true, fence, &shards(0));
                 let load = scope.spawn(move || backend.submit(load).and_then(|transfer| transfer.wait()));
-                // Where it could be submitted in part only it is waited for at once, before the store gets that far.
+                // A load that could be submitted only in part is waited for at once. The store is submitted after that has begun.
                 while half_way && fake.calls("cuStreamSynchronize") == asked {
                     std::thread::yield_now();
                 }

@@ -1,4 +1,4 @@
-//! What is made is unmade.
+//! Everything that a backend makes is given back.
 
 use crate::support::calls;
 use crate::support::fake::{Counts, pattern};
@@ -27,7 +27,7 @@ fn nothing_is_left() {
             };
             let transfers: Vec<_> =
                 (0..4).map(|at| submit(at, [Direction::Store, Direction::Load][at % 2])).collect();
-            // Transfers outlive all the rest: the backend waits for them.
+            // Transfers outlive everything else, and the backend waits for them.
             let unused = backend.fence(ComputeStream(torch)).unwrap();
             drop(mapped);
             assert_eq!(fake.counts().registrations as usize, arena.all.len.div_ceil(PART), "{mode}: in use");
@@ -58,11 +58,11 @@ fn layouts_that_are_gone_are_forgotten() {
             let shards = [(arena.at(0), vec![1, 2])];
             let image = cache.all.renew(&mut Rng(round as u64));
             copied(&backend, Direction::Store, &cache, false, &shards).unwrap();
-            // A table that was another cache's would copy other pages.
+            // With another cache's table it would copy other pages.
             assert!(arena.all.read()[..cache.shard_bytes()] == cache.gather(&image, &[1, 2]));
             most = most.max(fake.counts().allocations);
         }
-        // Six staging buffers, a cache, its table and the one before.
+        // Six staging buffers, a cache, its table, and that of the one before.
         assert!(most <= 9, "{most}");
     });
 }
@@ -109,7 +109,7 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
         lock.lock().unwrap();
         for how in 0..6 {
             let (arena, kept) = (Arena::new(8 * PART), Arc::new(()));
-            // Not allocated yet, somebody else registers, or half of it is there.
+            // The arena has no memory yet, or somebody else holds the lock, or half of it has memory.
             arena.grow(if how % 3 == 0 { 0 } else { 4 * PART as u64 });
             let mut mapping = arena.mapping(kept.clone());
             mapping.lock = (how % 3 == 1).then(|| folder.clone());
@@ -130,7 +130,7 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
             assert_eq!(Arc::strong_count(&kept), 1);
             assert_eq!(fake.counts(), before);
         }
-        // Whose turn it is, it takes.
+        // A thread that waits for the lock takes it when it is free.
         let arena = Arena::new(2 * PART);
         let mut mapping = arena.mapping(Arc::new(()));
         mapping.lock = Some(folder.clone());
@@ -141,7 +141,7 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
         lock.unlock().unwrap();
         until("registered", || mapped.registered_bytes() == 2 * PART as u64);
         drop(mapped);
-        // Who never gives it back keeps nobody from it for good.
+        // A process that never gives the lock back does not keep others from registering for good.
         lock.lock().unwrap();
         let mut mapping = Arena::new(9 * PART).mapping(Arc::new(()));
         mapping.lock = Some(folder.clone());
@@ -151,7 +151,7 @@ fn a_backend_goes_while_an_arena_is_being_registered() {
     });
 }
 
-/// With pages that kernels cannot copy there are no staging buffers, whose freeing would wait as well.
+/// The pages are such that kernels cannot copy them, so there are no staging buffers: freeing those would wait as well.
 #[test]
 fn a_backend_that_goes_waits_for_what_it_copies() {
     inside("leaks::a_backend_that_goes_waits_for_what_it_copies", &[], |fake| {
@@ -176,8 +176,8 @@ fn a_backend_that_goes_waits_for_what_it_copies() {
     });
 }
 
-/// The same mapping again, while what was made of it is still being undone: two registrations of the same memory are an error
-/// of the driver's, and a copy that begins under one that goes is a fault that ends the context.
+/// A mapping is announced again while its earlier registrations are still being undone. The driver refuses two registrations of
+/// the same memory, and a copy that begins under one that is being undone is a fault that ends the context.
 #[test]
 fn an_arena_that_is_let_go_and_mapped_again_at_once() {
     inside("leaks::an_arena_that_is_let_go_and_mapped_again_at_once", &[], |fake| {
@@ -189,18 +189,18 @@ fn an_arena_that_is_let_go_and_mapped_again_at_once() {
             let all = arena.all.len as u64;
             let backend = backend(mode);
             backend.prepare(&cache.paged).unwrap();
-            // Its thread sleeps: it is noticed late that the arena has been let go.
+            // The registering thread sleeps, and notices late that the arena has been dropped.
             arena.grow(all / 2);
             let mapped = backend.map_arena(arena.mapping(kept.clone()));
             until("half of it", || mapped.registered_bytes() == all / 2);
             drop(mapped);
             let mapped = backend.map_arena(arena.mapping(kept.clone()));
-            // A copy that has yet to begin when all of that has happened.
+            // This copy begins only after all of that.
             assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 3, calls::FAR_LATER_US), 0);
             let fence = backend.fence(ComputeStream(torch)).unwrap();
             let shards = [(arena.at(0), vec![7, 9])];
             let transfer = backend.submit(batch(Direction::Store, &cache, false, fence, &shards)).unwrap();
-            // And again: with a copy of the first one's in flight.
+            // Once more, with a copy in flight that holds the arena.
             drop(mapped);
             let mapped = backend.map_arena(arena.mapping(kept.clone()));
             transfer.wait().unwrap();
@@ -226,7 +226,7 @@ fn another_arena_is_registered_where_only_one_can_be_locked() {
         for _ in 0..4 {
             let (one, other) = (Arena::new(8 * PART), Arena::new(8 * PART));
             let all = one.all.len as u64;
-            // Its thread sleeps: it is noticed late that the arena has been let go.
+            // The registering thread sleeps, and notices late that the arena has been dropped.
             one.grow(all / 2);
             let mapped = backend.map_arena(one.mapping(Arc::new(())));
             until("half of it", || mapped.registered_bytes() == all / 2);

@@ -27,7 +27,7 @@ fn folder(name: &str) -> std::path::PathBuf {
     folder
 }
 
-/// Where this machine has a driver elsewhere, that one is found: nothing can be said then.
+/// If this machine has a driver elsewhere, `probe` finds that one, and the test proves nothing.
 fn expect_none() {
     let found = probe();
     if !has_driver() {
@@ -37,7 +37,7 @@ fn expect_none() {
 }
 
 fn has_driver() -> bool {
-    // SAFETY: a driver's initialisers do nothing to us.
+    // SAFETY: a driver's initialisers do nothing to this process.
     unsafe { libloading::Library::new("libcuda.so.1") }.is_ok()
 }
 
@@ -55,7 +55,7 @@ fn a_file_that_is_no_library_is_no_driver() {
     elsewhere("missing::a_file_that_is_no_library_is_no_driver", &folder, expect_none);
 }
 
-/// A library of its name that has some of its functions.
+/// A library with the driver's name and some of its functions.
 fn library(name: &str, source: &str) -> std::path::PathBuf {
     let folder = folder(name);
     if std::env::var_os(CASE).is_some() {

@@ -1,4 +1,4 @@
-//! A transfer comes after its fence, and waits for nothing else. With the ordering taken out the same tests find wrong bytes.
+//! A transfer comes after its fence, and waits for nothing else. Without the ordering the same tests find wrong bytes.
 
 use crate::support::calls::{self, FAR_LATER_US, LATE_US};
 use crate::support::fake::{Fake, pattern};
@@ -28,7 +28,7 @@ impl Setting {
         setting
     }
 
-    /// Or not yet.
+    /// The same with an arena that is not registered yet.
     fn unregistered(mode: CopyMode) -> Setting {
         let cache = Cache::plain(1, PAGE, 4, 2);
         let arena = Arena::new(4 * PAGE);
@@ -49,7 +49,7 @@ impl Setting {
         self.backend.fence(ComputeStream(stream)).unwrap()
     }
 
-    /// How many of the stores saw what the stream wrote before their fence.
+    /// How many of the stores saw what the stream had written before their fence.
     fn stores(&self, fake: &Fake, stream: u64, seeds: std::ops::Range<u32>, delay_us: u32) -> usize {
         let saw = |seed: &u32| {
             assert_eq!(fake.fill(stream, self.pages(), 4 * PAGE, *seed, delay_us), 0);
@@ -73,7 +73,7 @@ impl Setting {
             assert_eq!(calls::finish(stream as _), None);
             let shared = self.arena.all.renew(&mut rng);
             let mut found = vec![0; 4 * PAGE];
-            // SAFETY: it stays until the stream is through, below.
+            // SAFETY: it lives until the stream has done its work, below.
             let read = unsafe { fake.read(stream, self.pages(), 4 * PAGE, found.as_mut_ptr(), delay_us) };
             assert_eq!(read, 0);
             let fence = self.fence(stream);
@@ -103,7 +103,7 @@ fn transfers_come_after_their_fence() {
     });
 }
 
-/// The driver copies through buffers of its own then.
+/// Without registration the driver copies through buffers of its own.
 #[test]
 fn so_they_do_where_nothing_is_registered() {
     inside("order::so_they_do_where_nothing_is_registered", &[], |fake| {
@@ -165,7 +165,7 @@ fn two_batches_of_one_fence_and_none_of_the_next() {
         let setting = Setting::new(CopyMode::Staged);
         assert_eq!(fake.fill(setting.torch, setting.pages(), 4 * PAGE, 9, LATE_US), 0);
         let fence = setting.fence(setting.torch);
-        // The event of this one is used again, for a stream that is idle: the first must not come sooner by that.
+        // The event of this second fence is used again, for an idle stream. The first fence must not come sooner by that.
         drop(setting.fence(setting.torch));
         let submit = |shard: usize| {
             let shards = &setting.shards[shard..=shard];
@@ -202,7 +202,7 @@ fn a_thread_that_is_not_in_the_context_is_told_so() {
                 let store = batch(Direction::Store, cache, true, Fence::none(), &shards);
                 backend.submit(store).and_then(|transfer| transfer.wait())
             };
-            // A fresh thread, as all of those that are not torch's.
+            // A fresh thread, as all threads are but torch's.
             scope.spawn(move || {
                 store().unwrap();
                 for call in ["cuCtxPushCurrent", "cuCtxSetCurrent"] {
@@ -224,13 +224,13 @@ fn a_thread_that_is_not_in_the_context_is_told_so() {
 fn no_copy_crosses_the_border_of_two_registrations() {
     inside("order::no_copy_crosses_the_border_of_two_registrations", &[], |_| {
         let _context = calls::context();
-        // Raw: what the driver says of a copy across a border.
+        // First by raw calls: the driver refuses a copy across a border.
         let (raw, stream, device) = (calls::shared(2 * PART), calls::stream(), calls::device(PAGE));
         let at = |offset: usize| raw.wrapping_byte_add(offset);
         assert_eq!(calls::register(raw, PART).or(calls::register(at(PART), PART)), None);
         let refused = Some(cudarc::driver::sys::CUresult::CUDA_ERROR_INVALID_VALUE);
         assert_eq!(calls::to_host(at(PART - PAGE / 2), device, PAGE, stream), refused);
-        // A backend that believes there is one registration makes that copy, and is told the same.
+        // A backend that takes both for one registration makes that copy, and gets the same error.
         let believed = CudaBackend::new(kvring_gpu_kernels::GpuOptions {
             part_bytes: 4 * PART,
             ..options(CopyMode::Batch)
@@ -244,7 +244,7 @@ fn no_copy_crosses_the_border_of_two_registrations() {
         };
         let error = store(&believed, &over).unwrap_err();
         assert!(matches!(error, CopyError::Gpu(GpuError::Call { code: 1, .. })), "{error}");
-        // Where it registered itself it divides.
+        // A backend that has registered the arena itself divides copies at the borders.
         for mode in MODES {
             let backend = backend(mode);
             let arena = Arena::new(2 * PART);

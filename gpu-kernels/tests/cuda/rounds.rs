@@ -16,7 +16,7 @@ struct World {
     backend: CudaBackend,
     arena: Arena,
     _mapped: Arc<dyn MappedArena>,
-    /// Is there anything that sums?
+    /// Can this driver run the kernels? Only they compute checksums.
     kernels: bool,
 }
 
@@ -27,7 +27,7 @@ impl World {
         World { mode, backend, arena, _mapped: mapped, kernels }
     }
 
-    /// One cache, some batches. How many of those were copied.
+    /// Copies some batches of one cache. Returns how many.
     fn round(&self, rng: &mut Rng, cache: &Cache, odd: bool) -> usize {
         let refused = matches!(self.mode, CopyMode::Staged | CopyMode::ZeroCopy) && odd;
         let prepared = self.backend.prepare(&cache.paged);
@@ -111,7 +111,7 @@ impl World {
         assert_eq!(sums, expected, "checksums: {}", why());
     }
 
-    /// Rounds with new caches.
+    /// Rounds with a new cache each. Returns how many batches were copied.
     fn rounds(&self, rng: &mut Rng, count: usize) -> usize {
         let mut batches = 0;
         for _ in 0..count {
@@ -124,14 +124,14 @@ impl World {
     }
 }
 
-/// Can kernels not copy it?
+/// Is it a cache that kernels cannot copy?
 fn is_odd(cache: &Cache) -> bool {
     kvring_gpu_kernels::Tiles::of(&cache.paged).is_err()
 }
 
 const FORCED: [CopyMode; 3] = [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy];
 
-/// In every forced mode.
+/// Rounds in every forced mode.
 fn forced(fake: &Fake, seed: u64, count: usize, kernels: bool, arena: impl Fn() -> Arena) {
     let _context = calls::context();
     let mut rng = Rng(seed);
@@ -231,7 +231,7 @@ fn by_what_a_calibration_found() {
     });
 }
 
-/// Shards that are longer than the staging buffers: those are as long as memory allows, or 8 MiB.
+/// Shards that are longer than the staging buffers, which are as long as memory allows, and at most 8 MiB.
 #[test]
 fn longer_than_the_staging_buffers() {
     inside("rounds::longer_than_the_staging_buffers", &[("FAKE_CUDA_MEMORY", "33000000")], |fake| {
@@ -240,7 +240,7 @@ fn longer_than_the_staging_buffers() {
         let cache = Cache::plain(3, 33_000, 40, 30);
         let shard = cache.shard_bytes();
         assert!(shard > 10 * (256 << 10));
-        // What is left for six buffers: 512 KiB each.
+        // Leaves memory for six buffers of 512 KiB.
         let taken = 33_000_000 - cache.all.len - (6 * (512 << 10) + (200 << 10));
         let ballast = calls::device(taken);
         let world = World::new(CopyMode::Staged, Arena::new(3 * shard), true);

@@ -1,5 +1,5 @@
-//! Every call of the driver's fails once, at its first, second or third use: no panic, no hang, no wrong bytes that are said to
-//! be good, and afterwards all is as if nothing had been.
+//! Each of the driver's functions fails once, at its first, second or third use. There must be no panic, no hang and no wrong
+//! bytes that are called good, and afterwards everything works as if nothing had happened.
 
 use crate::support::calls;
 use crate::support::fake::{Counts, Fake};
@@ -48,7 +48,7 @@ const CALLS: [&str; 38] = [
     "cuLaunchKernel",
 ];
 
-/// Whose failure leaves something behind, because it is the giving back that fails, or what it needs.
+/// Does a failure of this call leave something behind, because giving back fails, or a call that giving back needs?
 fn gives_back(call: &str) -> bool {
     ["Destroy", "Free", "Unregister", "Unload", "Release"].iter().any(|word| call.contains(word))
         || ["cuCtxGetCurrent", "cuCtxPushCurrent", "cuThreadExchangeStreamCaptureMode"].contains(&call)
@@ -62,14 +62,14 @@ struct Ground {
 }
 
 impl Ground {
-    /// A store and a load; what they gave was right, or an error.
+    /// Makes a store and a load, and checks that each has copied the right bytes or failed. Returns the errors.
     fn copies(&mut self, backend: &CudaBackend) -> Vec<CopyError> {
         let mut errors = Vec::new();
         for direction in [Direction::Store, Direction::Load] {
             let Ground { cache, arena, torch, rng } = self;
             let (mut image, mut shared) = (cache.all.renew(rng), arena.all.renew(rng));
             let bytes = cache.shard_bytes();
-            // The second lies across two registrations.
+            // The second shard lies across two registrations.
             let places = [0, PART - bytes / 2];
             let blocks = cache.blocks(rng, direction, 2);
             for (at, blocks) in places.iter().zip(&blocks) {
@@ -100,7 +100,7 @@ impl Ground {
         errors
     }
 
-    /// All that a process does.
+    /// Everything that a process does with a backend.
     fn life(&mut self, fake: &Fake, mode: CopyMode, call: &str) {
         let backend = match CudaBackend::new(options(mode)) {
             Ok(backend) => backend,
@@ -115,7 +115,7 @@ impl Ground {
         let first = self.copies(&backend);
         fake.reset();
         let mut then = self.copies(&backend);
-        // What was decided by then stays: that there are no kernels, or no staging buffers.
+        // Some decisions stay: that there are no kernels, or no staging buffers.
         then.retain(|error| match error {
             CopyError::Gpu(GpuError::Mode { asked: "checksum", .. }) => mode != CopyMode::Batch,
             CopyError::Gpu(GpuError::NoPlaceForChecksum) => call != "cuMemAlloc",

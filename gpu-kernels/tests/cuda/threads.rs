@@ -6,7 +6,7 @@ use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyMode, Direction, Fence,
 use std::collections::VecDeque;
 use std::sync::{Arc, mpsc};
 
-/// A batch in flight, and what must be there when it has ended.
+/// A batch in flight, and the bytes that must be there when it has ended.
 struct Flying<'a> {
     transfer: Box<dyn Transfer>,
     direction: Direction,
@@ -52,7 +52,7 @@ fn many_batches_from_many_threads() {
             let arena = &Arena::new(16 << 20);
             let mapped = backend.map_arena(arena.mapping(Arc::new(())));
             std::thread::scope(|scope| {
-                // Transfers that others wait for.
+                // Another thread waits for some of the transfers.
                 let (send, receive) = mpsc::channel::<Flying<'_>>();
                 scope.spawn(move || receive.into_iter().for_each(|flying| flying.end(2)));
                 for thread in 0..3 {
@@ -63,7 +63,7 @@ fn many_batches_from_many_threads() {
                         let stream = calls::stream() as u64;
                         let mut flying = VecDeque::new();
                         for step in 0..40 {
-                            // Caches live as long as their transfers: leaked, this is a test.
+                            // A cache must live as long as its transfers, so the test leaks it.
                             let cache: &'static Cache =
                                 Box::leak(Box::new(Cache::random(&mut rng, Shape::SMALL)));
                             let slots = 40;
@@ -89,7 +89,7 @@ fn many_batches_from_many_threads() {
                                 true => backend.fence(ComputeStream(stream)).unwrap(),
                                 false => Fence::none(),
                             };
-                            // Of a store: what the page's bytes sum up to, before anybody copies.
+                            // The checksums of a store's pages, computed before anybody copies.
                             let sums = (direction == Direction::Store).then(|| {
                                 let copy = Arena::new(bytes);
                                 cache.sums(direction, &[(copy.at(0), blocks[0].clone())])

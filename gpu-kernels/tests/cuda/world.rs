@@ -1,5 +1,5 @@
-//! Random caches in the fake's device memory, arenas in shared memory, and what must become of both: a plain reference that
-//! knows only strides and slices.
+//! Random caches in the fake's device memory, arenas in shared memory, and a plain reference of what copies must do to both,
+//! which knows only strides and slices.
 
 use crate::support::calls;
 use crate::support::fake::Fake;
@@ -12,19 +12,19 @@ use kvring_gpu_kernels::{
 use std::any::Any;
 use std::sync::{Arc, Mutex};
 
-/// Of the tests' registrations: shards often straddle them.
+/// Bytes of one registration in the tests: shards often straddle two.
 pub(crate) const PART: usize = 64 << 10;
 /// The axes from the outermost on, but for the content: Layers, Blocks, Heads, tokens (N).
 const ORDERS: [&str; 9] = ["LBHN", "LBNH", "LHBN", "BLHN", "BLNH", "BHLN", "LBN", "packed", "padded"];
 
-/// Memory that transfers write too: looked at, and changed, only while none runs that does.
+/// Memory that transfers write too. A test reads and writes it only while no transfer uses it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bytes {
     pub(crate) at: *mut u8,
     pub(crate) len: usize,
 }
 
-// SAFETY: an address; who looks when is said above.
+// SAFETY: an address; the comment above says who accesses the memory, and when.
 unsafe impl Send for Bytes {}
 // SAFETY: as above.
 unsafe impl Sync for Bytes {}
@@ -41,7 +41,7 @@ impl Bytes {
         unsafe { self.at.copy_from_nonoverlapping(bytes.as_ptr(), self.len) };
     }
 
-    /// New random bytes; what they are.
+    /// Writes new random bytes, and returns them.
     pub(crate) fn renew(self, rng: &mut Rng) -> Vec<u8> {
         let mut bytes = vec![0; self.len];
         rng.fill(&mut bytes);
@@ -50,11 +50,11 @@ impl Bytes {
     }
 }
 
-/// An arena. How much of it has memory is for the test to say.
+/// An arena. The test says how much of it has memory.
 pub(crate) struct Arena {
     pub(crate) all: Bytes,
     pub(crate) allocated: Arc<Mutex<u64>>,
-    /// Where the mapping that the backend is told of begins.
+    /// The offset at which the mapping begins that the backend is told of.
     pub(crate) skew: usize,
 }
 
@@ -93,16 +93,16 @@ struct Group {
     per_chunk: u32,
 }
 
-/// What a random cache is to be like.
+/// Limits for a random cache.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
-    /// Pages' lengths and places are multiples of this.
+    /// Lengths and offsets of pages are multiples of this.
     pub(crate) unit: usize,
-    /// Content of a token: at most so many units.
+    /// The most units of a token's content.
     pub(crate) content: usize,
-    /// Tokens of a block at most.
+    /// The most tokens of a block.
     pub(crate) tokens: usize,
-    /// Blocks of a chunk at most.
+    /// The most blocks of a chunk.
     pub(crate) per_chunk: usize,
     pub(crate) groups: usize,
 }
@@ -119,7 +119,7 @@ impl Shape {
         }
     }
 
-    /// Pages that no vector fits.
+    /// Pages that fit no vector of the kernels.
     pub(crate) fn odd(rng: &mut Rng) -> Shape {
         Shape { unit: [1, 2, 3, 5, 7, 9, 14][rng.within(0, 6)], ..Shape::SMALL }
     }
@@ -163,19 +163,19 @@ impl Group {
     }
 }
 
-/// A paged cache in device memory, which the fake has in this process's.
+/// A paged cache in device memory, which with the fake is memory of this process.
 pub(crate) struct Cache {
     pub(crate) all: Bytes,
     groups: Vec<Group>,
     pub(crate) paged: Arc<PagedKv>,
-    /// The same for the CPU backend.
+    /// The same cache for the CPU backend.
     host: Arc<PagedKv>,
 }
 
 impl Cache {
-    /// The caller's thread has the context.
+    /// A random cache. The calling thread is in the context.
     pub(crate) fn random(rng: &mut Rng, shape: Shape) -> Cache {
-        // Poison before, between and after.
+        // There is poison before, between and after the groups.
         let mut end = 256;
         let mut groups = Vec::new();
         for _ in 0..rng.within(1, shape.groups) {
@@ -198,7 +198,7 @@ impl Cache {
     fn of(groups: Vec<Group>, bytes: usize) -> Cache {
         let memory = calls::device(bytes);
         let described = || groups.iter().map(|group| group.described(memory)).collect();
-        // SAFETY: memory of the fake's, for as long as this lives; who uses it when is the tests' business.
+        // SAFETY: memory of the fake, for as long as this lives; the tests see to it who uses it when.
         let paged = unsafe { PagedKv::grouped(described()) }.unwrap();
         let (host, paged) = (Arc::new(paged.clone()), Arc::new(paged.on(Memory::Cuda(0))));
         Cache { all: Bytes { at: memory as *mut u8, len: bytes }, groups, paged, host }
@@ -208,7 +208,7 @@ impl Cache {
         self.paged.shard_bytes() as usize
     }
 
-    /// The pages of a chunk in the order of the shard: where in the memory, or nowhere, and how long.
+    /// The pages of a chunk in the order of the shard: the offset in the memory, or none for a skipped block, and the length.
     fn pages(&self, blocks: &[u32]) -> Vec<(Option<usize>, usize)> {
         let (mut pages, mut position) = (Vec::new(), 0);
         for group in &self.groups {
@@ -254,7 +254,7 @@ impl Cache {
                 ids.resize(ids.len().max(wanted), SKIP);
                 let some = rng.within(2, 6) as u64;
                 ids.iter_mut().for_each(|id| *id = if rng.one_in(some) { SKIP } else { *id });
-                // Often what is contiguous.
+                // Every other time the blocks stay contiguous.
                 if rng.one_in(2) {
                     rng.shuffle(&mut ids);
                 }
@@ -266,7 +266,7 @@ impl Cache {
         all
     }
 
-    /// What the CPU backend says of the same bytes. It changes nothing that has been copied already.
+    /// The CPU backend's checksums of the same bytes. It copies them again, which changes nothing.
     pub(crate) fn sums(&self, direction: Direction, shards: &[(*mut u8, Vec<u32>)]) -> Vec<u64> {
         let mut batch = CopyBatch::new(direction, &self.host, true);
         for (at, blocks) in shards {
@@ -288,7 +288,7 @@ impl Cache {
 
 impl Drop for Cache {
     fn drop(&mut self) {
-        // SAFETY: allocated by `of`; whoever used it has ended. A lost device does not matter here.
+        // SAFETY: allocated by `of`; all transfers have ended. A lost device does not matter here.
         let _ = unsafe { cudarc::driver::result::free_sync(self.all.at as u64) };
     }
 }
@@ -303,7 +303,7 @@ pub(crate) fn batch(
 ) -> CopyBatch {
     let mut batch = CopyBatch::new(direction, &cache.paged, checksum).after(after);
     for (at, blocks) in shards {
-        // SAFETY: the tests keep cache and arena, and look at them when the transfer has ended.
+        // SAFETY: the tests keep cache and arena, and access them only when the transfer has ended.
         unsafe { batch.shard(*at, blocks) }.unwrap();
     }
     batch
@@ -318,7 +318,7 @@ pub(crate) fn backend(mode: CopyMode) -> CudaBackend {
     CudaBackend::new(options(mode)).unwrap()
 }
 
-/// Waits until it is so. In vain it stands still, as `tests/watch` sees it, and has said what it waits for.
+/// Waits until `is_so`. If it waits in vain, it has said what it waits for, and `tests/watch` sees that it stands still.
 pub(crate) fn until(what: &str, is_so: impl Fn() -> bool) {
     for looks in 1_u64.. {
         if is_so() {
@@ -336,7 +336,7 @@ pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce(&Fake))
     crate::support::fake::inside(name, env, || body(&Fake::get()));
 }
 
-/// What a transfer gives that is waited for at once.
+/// Submits a batch, waits for it at once, and returns its outcome.
 pub(crate) fn copied(
     backend: &CudaBackend,
     direction: Direction,
@@ -348,7 +348,7 @@ pub(crate) fn copied(
     backend.submit(batch).and_then(|transfer| transfer.wait())
 }
 
-/// Warnings of this process from now on.
+/// Collects the warnings of this process from now on.
 pub(crate) fn warnings() -> Arc<Mutex<Vec<String>>> {
     let lines = Arc::new(Mutex::new(Vec::new()));
     tracing::subscriber::set_global_default(Warnings(lines.clone())).unwrap();

@@ -1,5 +1,5 @@
-// Capture of streams into graphs. Graphs hold nothing: captured work is dropped. What is modelled is who may do what
-// meanwhile, since vLLM captures while kvring's threads work.
+// Capture of streams into graphs. Graphs hold nothing: captured work is dropped. The fake models which calls are allowed
+// during a capture, and to which threads, because vLLM captures while kvring's threads work.
 #include "fake.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@ thread_local int thread_mode = GLOBAL;
 
 namespace fake {
 
-// An unsafe call: is it forbidden to this thread now? Then it ends the captures that forbid it.
+// Is an unsafe call forbidden to this thread now? Then the captures that forbid it become invalid.
 bool captures_forbid(Call &call) {
     if (thread_mode == RELAXED) return false;
     bool forbidden = false;
@@ -26,7 +26,7 @@ bool captures_forbid(Call &call) {
     return forbidden;
 }
 
-// Work is put on a stream: does a capture take it?
+// Called when work is put on a stream: does a capture take it?
 CUresult on_capturing(const std::shared_ptr<Stream> &stream, bool &captured) {
     captured = stream->capture != nullptr;
     if (captured) {
@@ -56,11 +56,11 @@ void end_capture_of(Stream &stream) {
     }
     joined.erase(std::remove_if(joined.begin(), joined.end(), [&](auto &one) { return one.get() == &stream; }),
                  joined.end());
-    // Nobody else could end it.
+    // Without its first stream nobody could end the capture.
     if (capture->origin.get() == &stream) state().captures.erase(stream.handle);
 }
 
-// A stream is to wait for a record, where either of them is captured.
+// Called when a stream is to wait for a record: handles the cases in which either of them is captured.
 CUresult wait_captured(const std::shared_ptr<Stream> &stream, const std::shared_ptr<Record> &record, bool &captured) {
     captured = true;
     State &fake = state();
@@ -88,7 +88,7 @@ CUresult wait_captured(const std::shared_ptr<Stream> &stream, const std::shared_
         capture.joined.push_back(stream);
         return CUDA_SUCCESS;
     }
-    // The capture is over: nobody can wait for what it recorded.
+    // The capture has ended: nobody can wait for an event that was recorded in it.
     return CUDA_ERROR_CAPTURED_EVENT;
 }
 
@@ -166,7 +166,7 @@ static CUresult capture_info(Call &call, CUstream handle, int *status, uint64_t 
 
 EXPORT CUresult cuStreamIsCapturing(CUstream handle, int *status) {
     ENTER(cuStreamIsCapturing, CONTEXT);
-    // Asked of the legacy stream, it breaks nothing, and does not say whose.
+    // For the legacy stream the call breaks no capture, and does not say whose capture it is.
     for (auto &entry : fake.captures) {
         const Stream &origin = *entry.second->origin;
         bool legacy = reinterpret_cast<uintptr_t>(handle) < 2;
@@ -178,7 +178,7 @@ EXPORT CUresult cuStreamIsCapturing(CUstream handle, int *status) {
 EXPORT CUresult cuStreamGetCaptureInfo_v2(CUstream handle, int *status, uint64_t *id, CUgraph *graph,
                                           const void **nodes, size_t *count) {
     ENTER(cuStreamGetCaptureInfo, CONTEXT);
-    // There are no graphs in the making to look at.
+    // There are no unfinished graphs to look at.
     if (graph) *graph = nullptr;
     if (nodes) *nodes = nullptr;
     if (count) *count = 0;

@@ -1,4 +1,4 @@
-// What tests control, and what every call does first.
+// The settings and functions by which tests control the fake, and what every call does first.
 //
 // Environment, read at the first call:
 //   FAKE_CUDA_DEVICES=1        0: cuInit gives NO_DEVICE
@@ -120,7 +120,7 @@ State &state() {
 
 Call::Call(const char *name, int need) : fake(state()), lock(fake.mutex) { over = begin(name, need); }
 
-// Is the call over before it did anything? Then `result` is what it gives.
+// Is the call over before it has done anything? Then it returns `result`.
 bool Call::begin(const char *name, int need) {
     auto finish = [this](CUresult with) {
         result = with;
@@ -159,13 +159,13 @@ CUresult Call::wait(const std::function<bool()> &condition) {
 
 using namespace fake;
 
-// The call does nothing from now on, and succeeds.
+// From now on the call does nothing, and succeeds.
 EXPORT void fake_cuda_ignore(const char *call) {
     std::lock_guard<std::mutex> lock(state().mutex);
     state().ignored.insert(plain(call));
 }
 
-// The call gives this error from its `after`-th use from now on (1: the next). Error 0: it works again.
+// From its `after`-th use from now on (1: the next) the call gives this error. With error 0 it works again.
 EXPORT void fake_cuda_fail(const char *call, int error, int after) {
     State &fake = state();
     std::lock_guard<std::mutex> lock(fake.mutex);
@@ -177,7 +177,7 @@ EXPORT void fake_cuda_fail(const char *call, int error, int after) {
     fake.failures[name] = Failure{CUresult(error), fake.calls[name] + uint64_t(after)};
 }
 
-// The call gives this error once: at its `after`-th use from now on (1: the next).
+// The call gives this error once, at its `after`-th use from now on (1: the next).
 EXPORT void fake_cuda_fail_once(const char *call, int error, int after) {
     State &fake = state();
     std::lock_guard<std::mutex> lock(fake.mutex);
@@ -186,7 +186,7 @@ EXPORT void fake_cuda_fail_once(const char *call, int error, int after) {
     fake.failures[name] = Failure{CUresult(error), at, at};
 }
 
-// Nothing is ignored or fails any more.
+// From now on no call is ignored or made to fail.
 EXPORT void fake_cuda_reset() {
     std::lock_guard<std::mutex> lock(state().mutex);
     state().ignored.clear();
@@ -200,7 +200,7 @@ EXPORT uint64_t fake_cuda_calls(const char *call) {
     return entry == state().calls.end() ? 0 : entry->second;
 }
 
-// What is alive: contexts (retains), streams, events, allocations, pinned allocations, registrations, modules, graphs.
+// How many there are: contexts (retains), streams, events, allocations, pinned allocations, registrations, modules, graphs.
 EXPORT void fake_cuda_counts(uint64_t *eight) {
     std::lock_guard<std::mutex> lock(state().mutex);
     Counts counts = count(state());

@@ -1,4 +1,4 @@
-// Copies, and work of a stand-in for torch.
+// Copies, and work like that of torch's kernels.
 #include "fake.h"
 
 #include <algorithm>
@@ -13,11 +13,11 @@ struct Piece {
     size_t bytes = 0;
     Kind to_kind = Kind::PAGEABLE;
     Kind from_kind = Kind::PAGEABLE;
-    // What pageable memory held at the call.
+    // The content that pageable memory had at the call.
     std::shared_ptr<std::vector<char>> staged;
 };
 
-// What the name of the call says of an address.
+// Where an address must be, by the call's name.
 enum class Side { HOST, DEVICE, ANY };
 
 bool fits(Kind kind, Side side) {
@@ -35,14 +35,15 @@ bool prepare(Piece &piece, Side to, Side from) {
     piece.to_kind = classify(piece.to, piece.bytes);
     piece.from_kind = classify(piece.from, piece.bytes);
     if (!fits(piece.to_kind, to) || !fits(piece.from_kind, from)) return false;
-    // The driver has read pageable memory when the call returns.
+    // The driver has read pageable memory by the time the call returns.
     if (piece.from_kind == Kind::PAGEABLE) {
         piece.staged = std::make_shared<std::vector<char>>(at(piece.from), at(piece.from) + piece.bytes);
     }
     return true;
 }
 
-// Pageable memory may have been registered since the call: the driver copies it through buffers of its own.
+// Are the addresses still of the same kinds? Pageable memory may have been registered since the call, because the driver copies
+// it through buffers of its own.
 bool still(const Piece &piece) {
     auto same = [&](CUdeviceptr address, Kind kind) {
         return kind == Kind::PAGEABLE || classify(address, piece.bytes) == kind;
@@ -52,7 +53,7 @@ bool still(const Piece &piece) {
 
 void move(const Piece &piece) {
     const char *from = piece.staged ? piece.staged->data() : at(piece.from);
-    // In two steps: who looks too early may find a half.
+    // In two steps, so that a thread that looks too early may find a half.
     size_t half = piece.bytes / 2;
     std::memmove(at(piece.to), from, half);
     if (state().config.delay_us && half >= 4096) sleep_us(1);
@@ -62,7 +63,7 @@ void move(const Piece &piece) {
 CUresult put(Call &call, CUstream handle, std::vector<Piece> pieces, bool wait) {
     std::shared_ptr<Stream> stream;
     if (CUresult result = find_stream(call, handle, stream)) return result;
-    // Into pageable memory: the call returns when it is done.
+    // A call that copies into pageable memory returns when the copy has ended.
     for (auto &piece : pieces) wait |= piece.to_kind == Kind::PAGEABLE;
     Op op;
     auto shared = std::make_shared<std::vector<Piece>>(std::move(pieces));
@@ -114,7 +115,7 @@ struct BatchAttributes {
 
 }  // namespace
 
-// CUDA 12.8's, with the index of what failed.
+// The batch copy of CUDA 12.8, which also gives the index of the copy that failed.
 CUresult batch_copy(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count, void *attributes,
                     size_t *attribute_indices, size_t attribute_count, size_t *failed, CUstream stream) {
     ENTER(cuMemcpyBatchAsync, CONTEXT);
@@ -122,7 +123,7 @@ CUresult batch_copy(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t 
     auto *kinds = static_cast<BatchAttributes *>(attributes);
     if (!dsts || !srcs || !sizes || !count || !kinds || !attribute_indices) return CUDA_ERROR_INVALID_VALUE;
     if (!attribute_count || attribute_count > count || attribute_indices[0]) return CUDA_ERROR_INVALID_VALUE;
-    // Not on the default streams.
+    // The driver does not allow it on the default streams.
     if (reinterpret_cast<uintptr_t>(stream) <= 2) return CUDA_ERROR_INVALID_VALUE;
     for (size_t k = 0; k < attribute_count; ++k) {
         bool rising = !k || attribute_indices[k] > attribute_indices[k - 1];
@@ -202,7 +203,7 @@ EXPORT CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes)
     return set(call, to, value, bytes, nullptr, true);
 }
 
-// Byte `i` of what `fake_cuda_fill` writes: it tells the seed and the place, at every size of block.
+// Byte `i` of what `fake_cuda_fill` writes: it depends on the seed and the place, so that blocks of any size can be told apart.
 static unsigned char pattern(unsigned seed, size_t i) {
     uint32_t x = seed * 0x9e3779b9u ^ uint32_t(i);
     x ^= x >> 16;
@@ -211,7 +212,7 @@ static unsigned char pattern(unsigned seed, size_t i) {
     return static_cast<unsigned char>(x);
 }
 
-// As a kernel of torch: `delay_us` after its turn comes, the stream writes the pattern of this seed.
+// Acts as a kernel of torch: `delay_us` after its turn comes, the stream writes the pattern of this seed.
 EXPORT CUresult fake_cuda_fill(CUstream handle, CUdeviceptr to, size_t bytes, unsigned seed, unsigned delay_us) {
     ENTER(fake_cuda_fill, CONTEXT);
     Kind kind = classify(to, bytes);
@@ -228,8 +229,8 @@ EXPORT CUresult fake_cuda_fill(CUstream handle, CUdeviceptr to, size_t bytes, un
     return submit(call, stream, std::move(op), false);
 }
 
-// As a kernel of torch that reads: what the stream finds there after the delay, into memory of the test, which must
-// stay until the stream has got there.
+// Acts as a kernel of torch that reads: after the delay the stream copies what it finds there into memory of the test, which
+// must stay until then.
 EXPORT CUresult fake_cuda_read(CUstream handle, CUdeviceptr from, size_t bytes, void *into, unsigned delay_us) {
     ENTER(fake_cuda_read, CONTEXT);
     Kind kind = classify(from, bytes);

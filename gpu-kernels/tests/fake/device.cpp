@@ -25,7 +25,7 @@ struct Attribute {
     int number;
     int value;
 };
-// Of an H100, where kvring or cudarc ask.
+// The attributes of an H100, as far as kvring or cudarc ask for them.
 const Attribute ATTRIBUTES[] = {
     {1, 1024},     // threads per block
     {2, 1024},     // block x
@@ -158,7 +158,7 @@ EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     if (!has(fake, device)) return CUDA_ERROR_INVALID_DEVICE;
     Context &primary = fake.contexts[size_t(device)];
     if (!primary.refs) return CUDA_ERROR_INVALID_CONTEXT;
-    // What the driver destroys with the last reference stays here, and counts as left.
+    // The driver destroys everything in the context with the last reference. Here it stays, and counts as left behind.
     --primary.refs;
     return call.dead();
 }
@@ -228,7 +228,7 @@ enum Found { FOUND = 0, NO_SYMBOL = 1, TOO_OLD = 2 };
 
 static Found entry_point(State &fake, const std::string &symbol, void **pointer, int version) {
     *pointer = nullptr;
-    // Not exported: whoever gets it has asked for its version.
+    // It is not exported, so a caller gets it only by asking for its version.
     if (symbol == "cuMemcpyBatchAsync") {
         if (fake.config.version < 12080) return NO_SYMBOL;
         if (version < 12080) return TOO_OLD;
@@ -252,7 +252,7 @@ EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **pointer, int vers
     ENTER(cuGetProcAddress, NOTHING);
     if (!symbol || !pointer) return CUDA_ERROR_INVALID_VALUE;
     Found found = entry_point(fake, symbol, pointer, version);
-    // With a place for the status, that alone says it: who looks at the result only gets a null pointer.
+    // If there is a place for the status, only the status says it: a caller that looks at the result alone gets a null pointer.
     if (status) *status = found;
     return status || found == FOUND ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }

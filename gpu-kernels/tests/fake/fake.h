@@ -1,7 +1,7 @@
 // A stand-in for the CUDA driver: the part of its interface that kvring uses, on threads and plain memory.
 //
 // It proves orderings, contexts and registrations, not speed. Where the driver is lenient or its documents are
-// unclear, this is strict. What environment variables and control functions there are: control.cpp.
+// unclear, this is strict. control.cpp lists the environment variables and the control functions.
 #pragma once
 #include <condition_variable>
 #include <cstddef>
@@ -79,24 +79,24 @@ struct Stream;
 struct Context {
     int device = 0;
     int refs = 0;
-    // What an operation that failed leaves: every later call gives it.
+    // The error of the first operation that failed: every later call gives it.
     CUresult sticky = CUDA_SUCCESS;
     std::shared_ptr<Stream> legacy;
 };
 
 // One piece of work on a stream. The delay is drawn by the stream when the work's turn comes.
 struct Op {
-    // Under the lock: may it start? Waiting for an event.
+    // May it start? Called under the lock. For work that waits for an event.
     std::function<bool()> ready;
-    // Under the lock, right before it runs: are its addresses still what they were?
+    // Are its addresses still what they were? Called under the lock, right before it runs.
     std::function<bool()> valid;
-    // Without the lock.
+    // Does the work. Called without the lock.
     std::function<CUresult()> run;
-    // Under the lock, at the end, even when the device is lost.
+    // Called under the lock at the end, even when the device is lost.
     std::function<void()> done;
-    // Work of other streams that comes first: how much of theirs has to be completed.
+    // Other streams, and how many operations each of them must have completed before this one starts.
     std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> after;
-    // On top of the random delay.
+    // A delay on top of the random one.
     unsigned delay_us = 0;
 };
 
@@ -112,15 +112,15 @@ struct Stream {
     uint64_t completed = 0;
     std::mt19937 random;
     Capture *capture = nullptr;
-    // Of a stream that joined a capture: has the rest of the capture waited for its last work?
+    // In a stream that has joined a capture: has the capture waited for the stream's last work?
     bool merged = false;
 };
 
-// One `cuEventRecord`. Waiting refers to this and not to the event, which may be recorded again.
+// One `cuEventRecord`. Streams and threads wait for this and not for the event, which may be recorded again.
 struct Record {
     bool done = false;
     uint64_t nanoseconds = 0;
-    // Recorded while this was captured (its number; 0: not captured), and where.
+    // The number of the capture in which it was recorded (0: none), and the stream.
     uint64_t capture = 0;
     Stream *stream = nullptr;
 };
@@ -154,9 +154,9 @@ struct Pinned {
     Context *context = nullptr;
     // Made by cuMemHostAlloc, not registered.
     bool ours = false;
-    // Where the device sees it: the same address, or another mapping of the same pages.
+    // Its address on the device: the same one, or that of another mapping of the same pages.
     char *device = nullptr;
-    // Whole pages from here on are what the other mapping maps.
+    // The other mapping has these whole pages.
     char *first_page = nullptr;
     size_t page_bytes = 0;
 };
@@ -194,7 +194,7 @@ struct Failure {
     uint64_t to = UINT64_MAX;
 };
 
-// All there is, behind one lock. It is never destroyed: streams outlive main.
+// Everything, behind one lock. It is never destroyed, because streams outlive main.
 struct State {
     std::mutex mutex;
     std::condition_variable changed;
@@ -216,20 +216,20 @@ struct State {
     size_t locked = 0;
 
     State();
-    // Never used twice, so that a stale handle is always found out.
+    // A new handle. None is used twice, so a stale one is always found out.
     void *handle() { return reinterpret_cast<void *>(0x00fa'4e00'0000ULL + ++next * 64); }
 };
 
 State &state();
 
-// What a call needs before it does anything.
+// What a call needs before it does anything, and what it may do.
 enum Need {
     NOTHING = 0,
     INIT = 1,
     CONTEXT = 3,
-    // Not allowed while somebody captures, unless the thread said that it knows (capture.cpp).
+    // Not allowed while somebody captures, unless the thread has changed its mode (capture.cpp).
     UNSAFE = 4,
-    // Gives something back: does so on a lost device too, and then returns the error.
+    // Gives something back. It does so on a lost device too, and then returns the error.
     ENDS = 8,
 };
 
@@ -262,13 +262,13 @@ CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool w
 CUresult drain(Call &call, const std::function<bool(const Stream &)> &which);
 void sleep_us(uint64_t microseconds);
 
-// Memory. What a range of addresses is; `CROSSING` is none of the others as a whole.
+// Memory. The kind of a range of addresses; `CROSSING` is a range that is not of one kind as a whole.
 enum class Kind { PAGEABLE, DEVICE, PINNED, ALIAS, CROSSING };
 Kind classify(CUdeviceptr address, size_t bytes);
 
 // Capture.
 bool captures_forbid(Call &call);
-// A stream that captures is destroyed.
+// Called when a stream that captures is destroyed.
 void end_capture_of(Stream &stream);
 CUresult on_capturing(const std::shared_ptr<Stream> &stream, bool &captured);
 CUresult wait_captured(const std::shared_ptr<Stream> &stream, const std::shared_ptr<Record> &record, bool &captured);

@@ -28,7 +28,7 @@ template <class T> int lies(const std::map<char *, T> &ranges, char *address, si
     return next != ranges.end() && next->first < address + bytes ? 2 : 0;
 }
 
-// The other mapping, where there is one.
+// The pinned memory whose other mapping has this address, if there are other mappings.
 const Pinned *alias_of(char *address, char **start) {
     if (state().config.host_pointers) return nullptr;
     for (auto &entry : state().pinned) {
@@ -65,7 +65,7 @@ std::vector<Mapping> mappings(char *from, char *to) {
     return all;
 }
 
-// Maps the same pages again. Private pages cannot be: nothing that kvring registers is private.
+// Maps the same pages again. Private pages cannot be mapped again, but kvring registers none.
 char *map_again(const std::vector<Mapping> &from, char *first_page, size_t bytes) {
     void *place = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (place == MAP_FAILED) return nullptr;
@@ -133,7 +133,7 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
     ENTER(cuMemFree, CONTEXT | UNSAFE | ENDS);
     if (!address) return CUDA_SUCCESS;
     if (!fake.allocations.count(host(address))) return CUDA_ERROR_INVALID_VALUE;
-    // As the driver does: not before everything is done.
+    // As the driver does, this waits until all work is done.
     drain(call, [&](const Stream &stream) { return stream.context == call.context; });
     auto entry = fake.allocations.find(host(address));
     if (entry == fake.allocations.end()) return CUDA_ERROR_INVALID_VALUE;
@@ -239,13 +239,13 @@ EXPORT CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags
     return CUDA_SUCCESS;
 }
 
-// Does not wait for copies that use it: one that comes later finds the memory gone (ILLEGAL_ADDRESS).
+// Does not wait for copies that use the memory: one that runs later finds it gone (ILLEGAL_ADDRESS).
 EXPORT CUresult cuMemHostUnregister(void *address) {
     ENTER(cuMemHostUnregister, CONTEXT | UNSAFE | ENDS);
     auto entry = fake.pinned.find(static_cast<char *>(address));
     if (entry == fake.pinned.end() || entry->second.ours) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
     const Pinned &pinned = entry->second;
-    // The other mapping goes; a kernel that still uses it is at fault.
+    // The other mapping goes: a kernel that still uses it fails.
     if (pinned.device != entry->first) munmap(pinned.device - (entry->first - pinned.first_page), pinned.page_bytes);
     fake.locked -= pinned.bytes;
     fake.pinned.erase(entry);

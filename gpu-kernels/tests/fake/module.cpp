@@ -1,5 +1,5 @@
-// Modules and kernels. A module is PTX text, which is looked at but not run: what runs is the same source, compiled
-// for this machine (kv_shim_launch).
+// Modules and kernels. A module is PTX text, which is checked but not run: the kernels that run are the same source,
+// compiled for this machine (kv_shim_launch).
 #include "fake.h"
 
 #include <algorithm>
@@ -27,7 +27,7 @@ CUresult load(Call &call, CUmodule *out, const void *image) {
     if (std::make_pair(major, minor) > std::make_pair(config.ptx_major, config.ptx_minor)) {
         return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
     }
-    // Newer than the device, or for one generation only.
+    // PTX for a newer device than this one.
     char *suffix = nullptr;
     if (std::strtol(target + std::strlen(".target sm_"), &suffix, 10) > 90) return CUDA_ERROR_NO_BINARY_FOR_GPU;
     std::unique_ptr<Module> module(new Module);
@@ -59,7 +59,7 @@ Function *function_of(Call &call, CUfunction handle) {
 
 using Parameters = std::vector<std::vector<char>>;
 
-// What a kernel may touch: everything that has an address on the device, and nothing else.
+// The ranges that a kernel may touch: everything that has an address on the device, and nothing else.
 std::vector<size_t> ranges() {
     State &fake = state();
     std::lock_guard<std::mutex> lock(fake.mutex);
@@ -170,7 +170,7 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned grid, unsigned grid_y
     if (!function) return CUDA_ERROR_INVALID_HANDLE;
     std::shared_ptr<Stream> stream;
     if (CUresult result = find_stream(call, on, stream)) return result;
-    // The shim knows one dimension.
+    // The shim has one dimension only.
     if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra) return CUDA_ERROR_NOT_SUPPORTED;
     if (!grid || grid > 2147483647u || !block || block > 1024) return CUDA_ERROR_INVALID_VALUE;
     if (shared > unsigned(function->dynamic_shared)) return CUDA_ERROR_INVALID_VALUE;
@@ -178,7 +178,7 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned grid, unsigned grid_y
     int count = 0;
     if (kv_shim_params(function->name.c_str(), &sizes, &count)) return CUDA_ERROR_NOT_FOUND;
     if (count && !parameters) return CUDA_ERROR_INVALID_VALUE;
-    // The caller's copies may go when the call returns.
+    // The caller may drop its parameters when the call returns, so they are copied.
     auto copies = std::make_shared<Parameters>();
     for (int i = 0; i < count; ++i) {
         const char *value = static_cast<const char *>(parameters[i]);

@@ -1,4 +1,4 @@
-// Kernels for the fake's own tests, in the place of kvring's: the same functions as those of cuda/shim/launch.cpp.
+// Kernels for the fake's own tests, in place of kvring's: defines the same functions as cuda/shim/launch.cpp.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -13,7 +13,7 @@ namespace {
 const unsigned NON_BLOCKING = 1;
 const int LOWEST = 0, HIGHEST = -5;
 
-// Under the lock: may the work start?
+// May the work start? Called under the lock.
 bool may_start(const Op &op) {
     for (auto &earlier : op.after) {
         if (earlier.first->completed < earlier.second) return false;
@@ -63,7 +63,7 @@ std::shared_ptr<Stream> start(State &fake, Context *context, unsigned flags, int
 
 CUresult create(CUstream *out, unsigned flags, int priority, Call &call) {
     if (!out || flags & ~NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
-    // Out of range: the nearest one, as the driver does.
+    // A priority out of range becomes the nearest one, as in the driver.
     priority = std::min(LOWEST, std::max(HIGHEST, priority));
     auto stream = start(call.fake, call.context, flags, priority);
     call.fake.streams[stream->handle] = stream;
@@ -91,7 +91,7 @@ std::map<std::string, uint64_t> refused() {
     return threads;
 }
 
-// The same since then, of the thread that fared worst.
+// The most that a thread has been ready without a core since then, in microseconds.
 uint64_t refused_since(const std::map<std::string, uint64_t> &then) {
     uint64_t most = 0;
     for (auto &[thread, now] : refused()) {
@@ -104,7 +104,8 @@ uint64_t refused_since(const std::map<std::string, uint64_t> &then) {
 }  // namespace
 
 void sleep_us(uint64_t microseconds) {
-    // A long sleep lasts longer by what a thread had no core for: what a test has happen meanwhile happens on a busy machine too.
+    // A long sleep lasts longer by the time for which a thread had no core. So what a test expects to happen meanwhile happens
+    // meanwhile on a busy machine, too.
     bool is_long = microseconds >= 10000;
     auto then = is_long ? refused() : std::map<std::string, uint64_t>();
     uint64_t began = now() / 1000, left = microseconds;
@@ -118,7 +119,7 @@ void sleep_us(uint64_t microseconds) {
 }
 
 CUresult find_stream(Call &call, CUstream handle, std::shared_ptr<Stream> &out) {
-    // 0 and 1 are the legacy default stream; the per-thread one (2) is not here.
+    // 0 and 1 are the legacy default stream; there is no per-thread one (2) here.
     if (reinterpret_cast<uintptr_t>(handle) < 2) {
         if (!call.context->legacy) {
             call.context->legacy = start(call.fake, call.context, 0, LOWEST);
@@ -139,7 +140,7 @@ CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool w
     CUresult result = on_capturing(stream, captured);
     if (result || captured) return result;
     if (stream->legacy) {
-        // After all that blocking streams were given, and before all that they will be.
+        // The legacy stream's work comes after all work that blocking streams have now, and before all that they get later.
         for (auto &entry : fake.streams) {
             Stream &other = *entry.second;
             if (other.context != stream->context || other.flags & NON_BLOCKING) continue;
@@ -189,7 +190,7 @@ EXPORT CUresult cuStreamDestroy_v2(CUstream handle) {
     auto entry = fake.streams.find(handle);
     if (entry == fake.streams.end() || entry->second->context != call.context) return CUDA_ERROR_INVALID_HANDLE;
     end_capture_of(*entry->second);
-    // What it was given is still done.
+    // The work that it has is still done.
     entry->second->stop = true;
     fake.streams.erase(entry);
     fake.changed.notify_all();
@@ -248,7 +249,7 @@ EXPORT CUresult cuStreamGetFlags(CUstream handle, unsigned *flags) {
 
 EXPORT CUresult cuStreamGetCtx(CUstream handle, CUcontext *context) {
     ENTER(cuStreamGetCtx, CONTEXT);
-    // Asking for the context of another's stream is what this is for.
+    // The stream may be of another context: the caller asks for that.
     auto entry = fake.streams.find(handle);
     if (reinterpret_cast<uintptr_t>(handle) >= 2 && entry == fake.streams.end()) return CUDA_ERROR_INVALID_HANDLE;
     *context = entry == fake.streams.end() ? call.context : entry->second->context;
@@ -315,7 +316,7 @@ EXPORT CUresult cuStreamWaitEvent(CUstream on, CUevent handle, unsigned flags) {
     if (CUresult result = find_stream(call, on, stream)) return result;
     auto event = event_of(fake, handle);
     if (!event) return CUDA_ERROR_INVALID_HANDLE;
-    // Never recorded: nothing to wait for.
+    // An event that was never recorded gives nothing to wait for.
     std::shared_ptr<Record> record = event->latest;
     if (!record) return CUDA_SUCCESS;
     bool captured = false;

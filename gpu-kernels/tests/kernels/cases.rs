@@ -1,15 +1,15 @@
-//! Random caches in vLLM's page orders, and what the kernels must do to them: a plain reference that knows only axes, strides and
-//! slices.
+//! Random caches in vLLM's page orders, and a plain reference of what the kernels must do to them, which knows only axes, strides
+//! and slices.
 
 use crate::shim::{Shape, Shim};
 use crate::support::random::{Laid, Rng, Sizes, lay, lay_packed};
 use kvring_gpu_kernels::{KvGroup, PagedKv, Plane, SKIP, TILE_BYTES, Tiles, Window, checksum};
 use std::collections::BTreeMap;
 
-/// How many there are: every order with every width, fifteen times.
+/// The number of cases: every order with every width, fifteen times.
 pub(crate) const CASES: u64 = 15 * (ORDERS.len() * WIDTHS.len()) as u64;
 
-/// Bytes around memory that nobody may touch, and in the gaps of it.
+/// Bytes of the guards around memory and in its gaps, which nobody may touch.
 const GUARD: usize = 256;
 const WIDTHS: [usize; 3] = [16, 8, 4];
 
@@ -47,7 +47,7 @@ impl Memory {
         bytemuck::cast_slice_mut(&mut self.words)
     }
 
-    /// For kernels to read and write through.
+    /// The address through which kernels read and write.
     fn address(&mut self) -> u64 {
         self.words.as_mut_ptr() as u64
     }
@@ -58,14 +58,14 @@ struct Group {
     order: &'static str,
     /// Their pages begin at `at + (block - lowest) × stride` of the memory.
     planes: Vec<Laid>,
-    /// The lowest id whose pages exist here, and how many do: a cache of a terabyte has block ids that carry far.
+    /// The lowest block id whose pages exist here, and how many blocks do. In a cache of a terabyte a block id leads far.
     lowest: u32,
     blocks: u32,
     per_chunk: u32,
 }
 
 impl Group {
-    /// One of `per_chunk` blocks, laid out from `at` on; and where it ends.
+    /// A group that is laid out from `at` on, and where it ends.
     fn new(rng: &mut Rng, order: usize, width: usize, many: bool, mut at: usize) -> (Group, usize) {
         let (name, axes) = ORDERS[order];
         let blocks = if many { rng.within(520, 700) } else { rng.within(1, 7) };
@@ -82,7 +82,7 @@ impl Group {
             lay_packed(&pages, blocks, spare, at)
         } else {
             let heads = if axes.contains('H') { heads } else { 1 };
-            // Padded: what a block has of a layer ends before the next block's begins.
+            // In a padded cache a block's bytes of a layer end before those of the next block begin.
             let spare = if name == "padded" { pad(rng) } else { 0 };
             lay(axes, Sizes { layers, blocks, heads, tokens, content, spare }, at)
         };
@@ -135,7 +135,7 @@ impl Group {
     }
 }
 
-/// One page of a chunk: where in the shard, and where in the memory, or nowhere.
+/// One page of a chunk: its offset in the shard, and in the memory if its block is not skipped.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     position: usize,
@@ -148,11 +148,11 @@ struct Case {
     rng: Rng,
     groups: Vec<Group>,
     memory: Memory,
-    /// Of the kernels it is run with.
+    /// The width of the kernels that it is run with.
     width: usize,
     tiles: Tiles,
     windows: Vec<Window>,
-    /// Every window in memory of its own.
+    /// Does every window have memory of its own?
     staged: bool,
     shard_bytes: usize,
 }
@@ -190,11 +190,11 @@ impl Case {
         if tiles.vector() as usize != widest {
             return Err(format!("expected vectors of {widest} bytes, got {}", tiles.vector()));
         }
-        // Narrower kernels do it too.
+        // Narrower kernels must copy it as well.
         let width = if rng.one_in(3) { widest.min(WIDTHS[rng.within(1, 2)]) } else { widest };
         let shard_bytes = kv.shard_bytes() as usize;
         let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap();
-        // As short as can be, but not so many that it takes long.
+        // As short as possible, but not so short that many windows take long.
         let max_bytes = match rng.next() % 3 {
             0 => longest.max(shard_bytes as u32 / 16),
             1 => rng.within(longest.max(shard_bytes as u32 / 16) as usize, shard_bytes) as u32,
@@ -237,7 +237,7 @@ impl Case {
         pieces
     }
 
-    /// A shard's memory, guards around it: all of it, or a window's alone.
+    /// Memory with guards around it for the whole shard, or for one window alone.
     fn shard(&mut self, window: &Window) -> Shard {
         let (offset, bytes) = match self.staged {
             true => (window.offset as usize, window.bytes as usize),
@@ -247,7 +247,7 @@ impl Case {
         Shard { memory: Memory::random(begin + bytes + GUARD, &mut self.rng), begin, offset }
     }
 
-    /// What a launch for `window` may touch.
+    /// Allows a launch for `window` the memory that it may touch.
     fn allow(&mut self, shim: &Shim, window: &Window, shard: &mut Shard, pieces: &[Piece]) {
         let positions = window.first_position as usize..(window.first_position + window.positions) as usize;
         let memory = self.memory.address() as usize;
@@ -319,7 +319,7 @@ impl Case {
         }
         let pieces = self.pieces(&chunk);
         let (kernel, before) = (format!("kv_checksum_{}", self.width), self.memory.clone());
-        // What is summed: the pages, or where there is none, or they are not asked for, the shard.
+        // The bytes that are summed: those of the pages if `paged`; those of the shard for skipped blocks, or if not.
         let mut contents = vec![0; self.shard_bytes];
         let mut sum = 0u64;
         for window in self.windows.clone() {
@@ -352,7 +352,7 @@ impl Case {
     }
 }
 
-/// Memory that has a shard, or a part of it, from byte `offset` on, at `begin`.
+/// Memory that holds a shard, or a part of it from byte `offset` on, at `begin`.
 #[derive(Clone)]
 struct Shard {
     memory: Memory,
@@ -361,12 +361,12 @@ struct Shard {
 }
 
 impl Shard {
-    /// Where byte 0 of the shard would be.
+    /// The address at which byte 0 of the shard would be.
     fn address(&mut self) -> u64 {
         (self.memory.address() + self.begin as u64).wrapping_sub(self.offset as u64)
     }
 
-    /// Writes what of `bytes`, from `offset` of the shard on, lies in `window`.
+    /// Writes the part of `bytes`, which begin at `offset` of the shard, that lies in `window`.
     fn put(&mut self, offset: usize, bytes: &[u8], window: &Window) {
         let (from, to) = overlap(offset, bytes.len(), window);
         if from < to {
@@ -375,7 +375,7 @@ impl Shard {
         }
     }
 
-    /// Reads what of `bytes`, from `offset` of the shard on, lies in `window`.
+    /// Reads the part of `bytes`, which begin at `offset` of the shard, that lies in `window`.
     fn take(&self, offset: usize, bytes: &mut [u8], window: &Window) {
         let (from, to) = overlap(offset, bytes.len(), window);
         if from < to {
@@ -385,7 +385,7 @@ impl Shard {
     }
 }
 
-/// Moving a byte twice would be right, and slow.
+/// Checks that no byte was moved twice, which would give the right bytes, but slowly.
 fn moved_once(shim: &Shim, pieces: &[Piece], window: &Window) -> Result<(), String> {
     let there = pieces.iter().filter(|piece| piece.at.is_some());
     let overlaps = there.map(|piece| overlap(piece.offset, piece.bytes, window));
@@ -416,7 +416,7 @@ fn same(what: &str, expected: &Memory, got: &Memory) -> Result<(), String> {
     ))
 }
 
-/// Counts, over all cases, of what they are there for.
+/// Counts in how many cases each thing occurs that the cases are there for.
 pub(crate) fn coverage() -> BTreeMap<String, u32> {
     let mut counts = BTreeMap::new();
     for case in (0..CASES).map(|seed| Case::new(seed).unwrap()) {
@@ -444,7 +444,7 @@ pub(crate) fn coverage() -> BTreeMap<String, u32> {
     counts
 }
 
-/// Runs one case; what went wrong, with all it takes to see it again.
+/// Runs one case. Its error says what went wrong, and how to see it again.
 pub(crate) fn run(seed: u64, shim: &Shim) -> Result<(), String> {
     let mut orders = Vec::new();
     let outcome = Case::new(seed).and_then(|mut case| {

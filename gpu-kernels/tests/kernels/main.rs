@@ -1,5 +1,5 @@
-//! The GPU kernels without a GPU: g++ compiles `cuda/kv.cu` through a shim, and random cases compare what it does, bit for bit,
-//! with plain Rust. Then the kernels are broken on purpose, and the same cases must notice.
+//! The GPU kernels without a GPU: g++ compiles `cuda/kv.cu` through a shim, and random cases compare the kernels bit for bit with
+//! plain Rust. Then the kernels are broken on purpose, and the same cases must notice.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
@@ -13,7 +13,7 @@ mod shim;
 use shim::{Shape, Shim};
 use std::path::PathBuf;
 
-/// Names a library that takes the place of the kernels': a mutant's.
+/// Names the library of a mutant, to be used in place of the kernels' own.
 const LIBRARY: &str = "KVRING_KERNELS_LIBRARY";
 
 fn library() -> PathBuf {
@@ -42,7 +42,7 @@ fn every_case_is_bit_exact() {
 #[test]
 fn the_cases_cover_what_they_are_there_for() {
     let coverage = cases::coverage();
-    // Nine orders and seven other things, each at three widths; half words only where vectors are that short.
+    // Nine orders and seven other things, each at three widths; half words only with the narrowest vector.
     let few: Vec<_> = coverage.iter().filter(|(_, count)| **count < 5).collect();
     assert!(few.is_empty(), "{few:?}");
     assert_eq!(coverage.len(), 3 * (9 + 7) + 1, "{coverage:#?}");
@@ -70,7 +70,7 @@ fn the_shim_refuses_what_a_driver_would() {
     }
 }
 
-/// That it is what kv.cu compiles to is `cuda/compile --check`'s to say: it needs NVRTC.
+/// `cuda/compile --check`, which needs NVRTC, checks that the PTX is what kv.cu compiles to.
 #[test]
 fn the_ptx_has_the_kernels_and_is_old_enough() {
     let ptx = include_str!("../../cuda/kv.ptx");

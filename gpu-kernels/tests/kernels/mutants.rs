@@ -1,11 +1,11 @@
-//! Kernels that are wrong in one place each. A mutant runs in a process of its own: it may crash, which counts.
+//! Kernels that are wrong in one place each. Every mutant runs in a process of its own: if it crashes, it counts as noticed.
 
 use crate::{LIBRARY, shim};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
-/// What is wrong, what is replaced, and by what.
+/// For each mutant: its name, the text that is replaced, and the text that replaces it.
 const MUTANTS: &[(&str, &str, &str)] = &[
     ("stride of 32 bits", "static_cast<u64>(block) * tile.stride", "block * static_cast<u32>(tile.stride)"),
     ("position without the window's first", "tile.position - blocks.first", "tile.position"),
@@ -86,7 +86,7 @@ const MUTANTS: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// Fails unless the cases notice every one.
+/// Fails unless the cases notice every mutant.
 pub(crate) fn all() {
     let original = std::fs::read_to_string(shim::cuda().join("kv.cu")).unwrap();
     let scratch = shim::scratch().join("mutants");
@@ -129,7 +129,7 @@ fn one(
         .output()
         .map_err(|error| error.to_string())?;
     let said = String::from_utf8_lossy(&ran.stdout);
-    // Not any failure: a case's, or a crash.
+    // Only the failure of a case counts, or a crash.
     match ran.status.code() {
         Some(0) => Err(format!("mutant `{name}`: no case noticed")),
         Some(_) if !said.contains("\ncase ") => Err(format!("mutant `{name}`: no case failed, but:\n{said}")),

@@ -22,7 +22,7 @@ pub(crate) fn scratch() -> PathBuf {
 
 /// Builds `source` into `to`.
 pub(crate) fn build(source: &Path, optimise: &str, to: &Path) {
-    // Test processes run side by side: each builds a file of its own, which then takes its place at once.
+    // Test processes run side by side, so each builds a file of its own and then renames it.
     let own = to.with_extension(format!("{}.so", std::process::id()));
     let ran = Command::new("g++")
         .args(["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-shared", "-fPIC", optimise])
@@ -62,7 +62,7 @@ impl Shim {
     pub(crate) fn open(path: &Path) -> Shim {
         // SAFETY: built from this crate's sources; its constructors do nothing.
         let library = unsafe { libloading::Library::new(path) }.unwrap();
-        // Never unloaded: threads that launched keep memory of it until they end.
+        // Never unloaded, because threads that have launched kernels keep memory of the library until they end.
         let library = Box::leak(Box::new(library));
         // SAFETY: the signatures of cuda/shim/launch.cpp.
         unsafe {
@@ -78,16 +78,16 @@ impl Shim {
     /// Sizes of a kernel's parameters.
     pub(crate) fn params(&self, kernel: &CStr) -> Option<Vec<usize>> {
         let (mut sizes, mut count) = (std::ptr::null(), 0);
-        // SAFETY: a string and two places that it writes.
+        // SAFETY: a string, and two places that the function writes.
         let status = unsafe { (self.params)(kernel.as_ptr(), &mut sizes, &mut count) };
-        // SAFETY: it gave an array of so many, which lives as long as the library.
+        // SAFETY: the function has given an array of so many sizes, which lives as long as the library.
         (status == 0).then(|| unsafe { std::slice::from_raw_parts(sizes, count as usize) }.to_vec())
     }
 
     /// Launches of this thread may access these ranges (address, bytes), and nothing else.
     pub(crate) fn allow(&self, ranges: &[[usize; 2]]) {
         assert!(!ranges.is_empty(), "none would mean any");
-        // SAFETY: an array of so many pairs, which it copies.
+        // SAFETY: an array of so many pairs, which the function copies.
         unsafe { (self.allow)(ranges.as_ptr().cast(), ranges.len()) }
     }
 
@@ -97,13 +97,13 @@ impl Shim {
         unsafe { (self.moved)() }
     }
 
-    /// Launches any kernel with any parameters; the shim's status.
+    /// Launches any kernel with any parameters, and returns the shim's status.
     ///
     /// # Safety
     /// The parameters are the kernel's.
     pub(crate) unsafe fn raw(&self, kernel: &str, shape: Shape, params: &mut [*mut c_void]) -> i32 {
         let kernel = CString::new(kernel).unwrap();
-        // SAFETY: the caller's.
+        // SAFETY: as the caller promises.
         unsafe { (self.launch)(kernel.as_ptr(), shape.grid, shape.block, 0, params.as_mut_ptr()) }
     }
 
@@ -133,7 +133,7 @@ impl Shim {
         succeeded(kernel, unsafe { self.raw(kernel, shape, &mut params) })
     }
 
-    /// Launches `kv_checksum_V`; the sum of what its blocks wrote.
+    /// Launches `kv_checksum_V`, and returns the sum of what its blocks have written.
     ///
     /// # Safety
     /// As `copy`.

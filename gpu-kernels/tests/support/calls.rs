@@ -1,5 +1,5 @@
-//! Calls of the driver for tests: each gives its error, if it has one. They are safe because the fake checks handles and
-//! addresses itself: they are not for a real driver.
+//! Calls of the driver for tests. Each returns its error, if there is one. They are safe because the fake checks handles and
+//! addresses itself; they are not for a real driver.
 
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
@@ -8,11 +8,11 @@ use std::ptr::null_mut;
 use std::sync::Arc;
 use sys::CUresult as E;
 
-/// Long against the fake's random delays.
+/// A delay that is long against the fake's random delays.
 pub(crate) const LATE_US: u32 = 20_000;
-/// For a race that has to be lost at the first try: time in which a thread of the test has no core is added to it.
+/// A delay for a race that has to be lost at the first try: the fake adds the time in which a thread of the test has no core.
 pub(crate) const FAR_LATER_US: u32 = 200_000;
-/// Of most copies here.
+/// Bytes of most copies here.
 pub(crate) const BYTES: usize = 8192;
 const DEVICEMAP: u32 = 2;
 
@@ -21,15 +21,15 @@ pub(crate) fn error(result: E) -> Option<E> {
     (result != E::CUDA_SUCCESS).then_some(result)
 }
 
-/// A call of cudarc's `result`.
+/// The error of a call through cudarc's `result`.
 pub(crate) fn why<T: std::fmt::Debug>(result: Result<T, DriverError>) -> Option<E> {
     result.err().map(|error| error.0)
 }
 
-/// Device 0, its context current.
+/// Makes the context of device 0 current.
 pub(crate) fn context() -> Arc<CudaContext> {
     let context = CudaContext::new(0).unwrap();
-    // SAFETY: before any stream or slice of cudarc's.
+    // SAFETY: cudarc has made no stream or slice yet.
     unsafe { context.disable_event_tracking() };
     context
 }
@@ -50,7 +50,7 @@ pub(crate) fn device(bytes: usize) -> u64 {
     unsafe { result::malloc_sync(bytes) }.unwrap()
 }
 
-/// Shared memory of a whole number of pages, as the arena is. It stays.
+/// Shared memory of a whole number of pages, as the arena is. It stays mapped.
 pub(crate) fn shared(bytes: usize) -> *mut c_void {
     // SAFETY: a new mapping.
     unsafe { mmap_anonymous(null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED) }
@@ -59,7 +59,7 @@ pub(crate) fn shared(bytes: usize) -> *mut c_void {
 
 /// Registers host memory, mapped for the device.
 pub(crate) fn register(address: *mut c_void, bytes: usize) -> Option<E> {
-    // SAFETY: the fake looks at the addresses itself; what it registers stays mapped.
+    // SAFETY: the fake checks the addresses itself; the memory stays mapped.
     error(unsafe { sys::cuMemHostRegister_v2(address, bytes, DEVICEMAP) })
 }
 
@@ -87,7 +87,7 @@ pub(crate) fn wait_for(stream: sys::CUstream, event: sys::CUevent) -> Option<E> 
     why(unsafe { result::stream::wait_event(stream, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) })
 }
 
-/// Is an event done?
+/// Looks at an event: no error means that it has come.
 pub(crate) fn query(event: sys::CUevent) -> Option<E> {
     // SAFETY: the fake knows its handles.
     why(unsafe { result::event::query(event) })
@@ -101,17 +101,17 @@ pub(crate) fn finish(stream: sys::CUstream) -> Option<E> {
 
 /// Waits for all streams.
 pub(crate) fn finish_all() {
-    // SAFETY: it touches no memory of ours.
+    // SAFETY: the call touches no memory of this process.
     assert_eq!(error(unsafe { sys::cuCtxSynchronize() }), None);
 }
 
-/// Bytes of the test's or of the fake's device.
+/// Reads memory of the test, or of the fake's device.
 pub(crate) fn bytes_at(address: *const c_void, bytes: usize) -> Vec<u8> {
-    // SAFETY: memory of the tests' or the fake's, which no stream writes any more.
+    // SAFETY: memory of the test or of the fake, which no stream writes any more.
     unsafe { std::slice::from_raw_parts(address.cast(), bytes) }.to_vec()
 }
 
-/// Sets how this thread minds others' captures, and gives how it did.
+/// Sets this thread's capture mode, and returns the one before.
 pub(crate) fn exchange(mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
     let mut mode = mode;
     // SAFETY: the mode is read and written.

@@ -5,24 +5,24 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const INSIDE: &str = "KVRING_TEST_FAKE_CUDA";
-/// Set to 1 on a machine with a GPU, for tests that do not need the fake itself (`tests/device.rs`): they run with its driver then.
+/// Set to 1 on a machine with a GPU for tests that do not need the fake itself (`tests/device.rs`): they then use its driver.
 const REAL: &str = "KVRING_REAL_CUDA";
 
-/// Which kernels the fake can launch.
+/// The kernels that the fake can launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernels {
     /// kvring's, compiled for this machine (`cuda/shim/launch.cpp`).
     Ours,
-    /// Two of the fake's own tests (`tests/fake/standin.cpp`).
+    /// The two kernels of the fake's own tests (`tests/fake/standin.cpp`).
     StandIn,
 }
 
 /// Runs `body` in a process of its own that has the fake driver with kvring's kernels: this binary again, with only the
-/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists what there is). With `KVRING_REAL_CUDA=1`
+/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists the settings). With `KVRING_REAL_CUDA=1`
 /// the body runs here, with the machine's own driver.
 ///
 /// # Panics
-/// When it fails there, and without g++.
+/// When the test fails there, and if there is no g++.
 pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
     inside_with(Kernels::Ours, name, env, body);
 }
@@ -38,21 +38,21 @@ pub(crate) fn inside_with(kernels: Kernels, name: &str, env: &[(&str, &str)], bo
     let (text, errors) = run(kernels, name, env);
     // A misspelt name runs nothing, and succeeds.
     assert!(text.contains("1 passed"), "{name} ran no test:\n{text}\n{errors}");
-    // What it says (SKIPPED, leaks) is of use to whoever reads this test's output.
+    // Its messages (SKIPPED, leaks) belong into this test's output.
     eprint!("{errors}");
 }
 
-/// Is this the process with the fake? For tests that look at the other one's output.
+/// Is this the process with the fake? For tests that look at the output of that process.
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Is the machine's own driver to be used?
+/// Do the tests use the machine's own driver?
 pub(crate) fn is_real() -> bool {
     std::env::var_os(REAL).is_some_and(|real| real == "1")
 }
 
-/// Runs the test `name` with the fake, and gives what it wrote to its output and its errors.
+/// Runs the test `name` with the fake, and returns its standard output and standard error.
 ///
 /// # Panics
 /// As [`inside`].
@@ -76,7 +76,7 @@ pub(crate) fn run(kernels: Kernels, name: &str, env: &[(&str, &str)]) -> (String
     (text, errors)
 }
 
-/// Builds the library unless it is there already, and gives its directory.
+/// Builds the library unless it is there already, and returns its directory.
 fn build(kernels: Kernels) -> PathBuf {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake");
     let (name, shim) = match kernels {
@@ -90,19 +90,19 @@ fn build(kernels: Kernels) -> PathBuf {
     directory
 }
 
-/// What is alive in the fake.
+/// How many objects there are in the fake.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
-    /// Times that primary contexts are retained.
+    /// How often primary contexts are retained.
     pub(crate) contexts: u64,
     pub(crate) streams: u64,
     pub(crate) events: u64,
-    /// Of device memory.
+    /// Allocations of device memory.
     pub(crate) allocations: u64,
-    /// Of `cuMemHostAlloc`.
+    /// Allocations by `cuMemHostAlloc`.
     pub(crate) pinned: u64,
-    /// Of `cuMemHostRegister`.
+    /// Registrations by `cuMemHostRegister`.
     pub(crate) registrations: u64,
     pub(crate) modules: u64,
     pub(crate) graphs: u64,
@@ -115,10 +115,10 @@ pub(crate) struct Fake {
 }
 
 impl Fake {
-    /// Of this process, which runs in [`inside`].
+    /// The fake of this process, which runs in [`inside`].
     ///
     /// # Panics
-    /// Elsewhere.
+    /// In any other process.
     pub(crate) fn get() -> Fake {
         assert!(is_inside(), "the fake driver is there only within `inside`");
         // SAFETY: its initialisers only set up its own state; cudarc loads the same library.
@@ -133,14 +133,14 @@ impl Fake {
         *unsafe { self.library.get::<F>(name) }.unwrap_or_else(|error| panic!("not the fake driver: {error}"))
     }
 
-    /// The call does nothing from now on, and succeeds. Only for calls without results.
+    /// From now on the call does nothing, and succeeds. Only for calls without results.
     pub(crate) fn ignore(&self, call: &str) {
         let call = CString::new(call).expect("a name");
         // SAFETY: the type is that of control.cpp; the name outlives the call.
         unsafe { self.function::<extern "C" fn(*const c_char)>("fake_cuda_ignore")(call.as_ptr()) }
     }
 
-    /// The call gives this error from its `after`-th use from now on (1: the next). Error 0: it works again.
+    /// From its `after`-th use from now on (1: the next) the call gives this error. With error 0 it works again.
     pub(crate) fn fail(&self, call: &str, error: i32, after: i32) {
         let call = CString::new(call).expect("a name");
         // SAFETY: as in `ignore`.
@@ -153,7 +153,7 @@ impl Fake {
         }
     }
 
-    /// The call gives this error once: at its `after`-th use from now on (1: the next).
+    /// The call gives this error once, at its `after`-th use from now on (1: the next).
     pub(crate) fn fail_once(&self, call: &str, error: i32, after: i32) {
         let call = CString::new(call).expect("a name");
         // SAFETY: as in `ignore`.
@@ -166,7 +166,7 @@ impl Fake {
         }
     }
 
-    /// Nothing is ignored or fails any more.
+    /// From now on no call is ignored or made to fail.
     pub(crate) fn reset(&self) {
         // SAFETY: the type is that of control.cpp.
         unsafe { self.function::<extern "C" fn()>("fake_cuda_reset")() }
@@ -179,7 +179,7 @@ impl Fake {
         unsafe { self.function::<extern "C" fn(*const c_char) -> u64>("fake_cuda_calls")(call.as_ptr()) }
     }
 
-    /// What is alive.
+    /// How many objects there are.
     pub(crate) fn counts(&self) -> Counts {
         let mut counts = Counts::default();
         // SAFETY: the type is that of control.cpp, which writes these eight numbers.
@@ -193,18 +193,18 @@ impl Fake {
         unsafe { self.function::<extern "C" fn(c_int)>("fake_cuda_lose")(error) }
     }
 
-    /// As a kernel of torch: `delay_us` after its turn comes, `stream` writes [`pattern`] of this seed. Gives the
+    /// Acts as a kernel of torch: `delay_us` after its turn comes, `stream` writes [`pattern`] of this seed. Returns the
     /// `CUresult`.
     pub(crate) fn fill(&self, stream: u64, to: u64, bytes: usize, seed: u32, delay_us: u32) -> i32 {
         type Fill = extern "C" fn(*mut c_void, u64, usize, c_uint, c_uint) -> c_int;
-        // SAFETY: the type is that of copy.cpp; it looks at the address itself.
+        // SAFETY: the type is that of copy.cpp, which checks the address itself.
         unsafe { self.function::<Fill>("fake_cuda_fill")(stream as *mut c_void, to, bytes, seed, delay_us) }
     }
 
-    /// As a kernel of torch that reads: what `stream` finds there after the delay.
+    /// Acts as a kernel of torch that reads: after the delay `stream` copies what it finds there to `into`.
     ///
     /// # Safety
-    /// `into` is writable for `bytes`, and nobody else touches it, until the stream has got there.
+    /// Until it has done so, `into` is writable for `bytes`, and nobody else touches it.
     pub(crate) unsafe fn read(
         &self,
         stream: u64,
@@ -219,7 +219,7 @@ impl Fake {
     }
 }
 
-/// The bytes that [`Fake::fill`] writes: they tell the seed and the place.
+/// The bytes that [`Fake::fill`] writes: they depend on the seed and the place.
 pub(crate) fn pattern(seed: u32, bytes: usize) -> Vec<u8> {
     (0..bytes as u32)
         .map(|i| {

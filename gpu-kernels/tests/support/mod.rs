@@ -1,4 +1,4 @@
-//! What several tests of this crate need.
+//! Helpers for several tests of this crate.
 #![allow(dead_code, reason = "no test needs all of it")]
 
 pub(crate) mod calls;

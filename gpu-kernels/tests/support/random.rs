@@ -33,7 +33,7 @@ impl Rng {
     }
 }
 
-/// A plane: where its first page is, bytes from page to page, bytes of a page.
+/// A plane: the offset of its first page, the bytes from page to page, the bytes of a page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Laid {
     pub(crate) at: usize,
@@ -41,7 +41,7 @@ pub(crate) struct Laid {
     pub(crate) page: usize,
 }
 
-/// How long each axis is, and bytes of a token of one head and layer.
+/// How long each axis is, and the bytes of a token in one head and layer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     pub(crate) layers: usize,
@@ -49,12 +49,12 @@ pub(crate) struct Sizes {
     pub(crate) heads: usize,
     pub(crate) tokens: usize,
     pub(crate) content: usize,
-    /// Room between what a block has of a layer and what the next one has.
+    /// Gap between a block's bytes of a layer and the next block's.
     pub(crate) spare: usize,
 }
 
-/// Planes of a cache whose axes are in this order, the outermost first (`LBHN`: layers, blocks, heads, tokens), from `at` on;
-/// and where it ends.
+/// The planes of a cache whose axes are in this order, the outermost first (`LBHN`: layers, blocks, heads, tokens), from `at` on,
+/// and where the last one ends.
 pub(crate) fn lay(axes: &str, sizes: Sizes, at: usize) -> (Vec<Laid>, usize) {
     let Sizes { layers, blocks, heads, tokens, content, spare } = sizes;
     let count = |axis: char| match axis {
@@ -85,7 +85,7 @@ pub(crate) fn lay(axes: &str, sizes: Sizes, at: usize) -> (Vec<Laid>, usize) {
     (planes, at + layers * blocks * (heads * tokens * content + spare))
 }
 
-/// Planes of pages of several lengths, in each other's gaps, from `at` on; and where they end.
+/// Planes with pages of several lengths that lie in each other's gaps, from `at` on, and where the last one ends.
 pub(crate) fn lay_packed(pages: &[usize], blocks: usize, spare: usize, at: usize) -> (Vec<Laid>, usize) {
     let stride = pages.iter().sum::<usize>() + spare;
     let mut begin = at;
