@@ -16,7 +16,7 @@ pub struct ComputeStream(pub u64);
 pub struct Fence(pub(crate) Option<Arc<dyn Any + Send + Sync>>);
 
 impl Fence {
-    /// A fence with nothing to wait for: for the host, where what the caller did before is done.
+    /// A fence with nothing to wait for. It is all that host memory needs: the caller's earlier accesses to it have ended.
     #[must_use]
     pub fn none() -> Fence {
         Fence(None)
@@ -169,7 +169,7 @@ macro_rules! copies_host_memory {
             false
         }
 
-        /// There are no streams to wait for: what the caller did before is done.
+        /// There are no streams to wait for: the caller's earlier accesses to host memory have ended.
         fn fence(
             &self,
             _: $crate::ComputeStream,

@@ -1,4 +1,4 @@
-//! A digest of what decides the order of bytes. It is no secret: it only checks that two processes mean the same.
+//! A digest of what decides the order of bytes. It only shows whether two processes mean the same, and protects against nobody.
 
 /// FNV-1a, over words.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

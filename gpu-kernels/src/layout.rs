@@ -212,7 +212,8 @@ impl PagedKv {
         Ok(PagedKv { memory: Memory::Host, order: 0, groups, blocks_per_chunk, shard_bytes })
     }
 
-    /// The same cache in other memory: the addresses are addresses there, and so is what was promised to [`PagedKv::grouped`].
+    /// The same cache in other memory: its addresses are addresses there, and what was promised to [`PagedKv::grouped`] holds
+    /// there.
     #[must_use]
     pub fn on(mut self, memory: Memory) -> PagedKv {
         self.memory = memory;

@@ -111,7 +111,7 @@ impl LifeWord {
         }
     }
 
-    /// What a word holds whose owner is the thread `tid`, with a file lock to tell of its death.
+    /// The value of a word whose owner is the thread `tid`, with a file lock to tell of its death.
     pub(crate) fn locked_value(tid: u32) -> u32 {
         WAITERS | FILE_LOCK | (tid & TID_MASK)
     }

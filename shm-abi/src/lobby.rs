@@ -114,9 +114,10 @@ const _: () = assert!(size_of::<Entry>() == 128);
 const _: () = assert!(DMA_AT == 80 && size_of::<Dma>() == 32);
 
 /// The process whose end the engine waits for before it frees the slots that an entry was writing, as the entry itself says.
-/// The engine believes it. A client that lies here, or names another process than its own, harms only itself: its own slots
-/// wait, and its entry with them, for as long as that process lives or that lock is held (at most its share of the arena and
-/// one entry; `status` shows it), or they do not wait although its devices still write.
+/// The engine believes it. A client that lies here, or names another process than its own, can make its own slots wait, and its
+/// entry with them, for as long as that process lives or that lock is held: at most its share of the arena and one entry, and
+/// `status` shows it. Or it can keep them from waiting; then its devices may write into slots that others have got, as the client
+/// itself could at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaOwner {
     /// The client's process.

@@ -101,7 +101,7 @@ mod tests {
             ForkResult::Parent { child } => {
                 drop(reader);
                 assert!(other.is_byte_locked(7).unwrap(), "a fork takes nothing from the parent");
-                // What a death does: the descriptor is closed, nothing is unlocked.
+                // As in a death, the descriptor is closed and nothing is unlocked.
                 drop(file);
                 // This loop would not end if the child held the parent's lock.
                 while other.is_byte_locked(7).unwrap() {

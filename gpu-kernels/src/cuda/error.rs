@@ -47,7 +47,7 @@ pub enum GpuError {
         /// The result's name.
         name: String,
     },
-    /// The stream is being captured into a graph: what is put on it now runs later, or never.
+    /// The stream is being captured into a graph: work that is put on it now runs later, or never.
     #[error("the stream is being captured into a CUDA graph: no copy can be ordered after it now")]
     Capturing,
     /// A page is not in the memory of the device.

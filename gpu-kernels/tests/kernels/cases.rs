@@ -58,7 +58,7 @@ struct Group {
     order: &'static str,
     /// Their pages begin at `at + (block - lowest) × stride` of the memory.
     planes: Vec<Laid>,
-    /// The lowest block id whose pages exist here, and how many blocks do. In a cache of a terabyte a block id leads far.
+    /// The lowest block id whose pages exist here, and how many blocks do: as in a cache of a terabyte, ids may be high.
     lowest: u32,
     blocks: u32,
     per_chunk: u32,
