@@ -103,7 +103,7 @@ pub struct CopyDone {
 /// A transfer in flight. A thread that has seen it complete sees all that it has copied. Dropping it waits for its end: a copy
 /// is never abandoned half-way.
 pub trait Transfer: Send {
-    /// Has it completed? Does a part of the work itself where no other thread may be doing it.
+    /// Has it completed? The call may do a part of the work, so that a transfer that is only polled gets on.
     fn poll(&mut self) -> bool;
 
     /// Waits for its end, and helps where that is possible.

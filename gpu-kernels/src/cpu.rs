@@ -189,18 +189,18 @@ impl Job {
         match (self.direction, self.checksum) {
             (Direction::Store, checked) => {
                 let sum = if checked { summed(bytes) } else { 0 };
-                // SAFETY: the caller's.
+                // SAFETY: as the caller promises.
                 unsafe { copy(Method::NonTemporal, arena, paged, bytes) };
                 sum
             }
             (Direction::Load, false) => {
-                // SAFETY: the caller's.
+                // SAFETY: as the caller promises.
                 unsafe { copy(Method::NonTemporal, paged, arena, bytes) };
                 0
             }
             (Direction::Load, true) => {
                 // Through the cache, because it is read again at once.
-                // SAFETY: the caller's.
+                // SAFETY: as the caller promises.
                 unsafe { copy(Method::Plain, paged, arena, bytes) };
                 summed(bytes)
             }

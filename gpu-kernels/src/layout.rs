@@ -187,7 +187,7 @@ impl PagedKv {
         num_blocks: u32,
         blocks_per_chunk: u32,
     ) -> Result<PagedKv, LayoutError> {
-        // SAFETY: the caller's.
+        // SAFETY: as the caller promises.
         unsafe { PagedKv::grouped(vec![KvGroup { planes, num_blocks, blocks_per_chunk }]) }
     }
 

@@ -13,7 +13,7 @@ impl Word {
         Word(AtomicU32::new(value))
     }
 
-    /// Acquire: pairs with the Release in `bump_and_wake`, and with `sub`.
+    /// Acquire: pairs with the Release in `bump_and_wake` and in `sub`.
     pub(crate) fn get(&self) -> u32 {
         self.0.load(Ordering::Acquire)
     }

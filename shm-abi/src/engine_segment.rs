@@ -245,9 +245,9 @@ pub struct NamespaceInfo {
     pub chunk_tokens: u32,
     /// The ranks that have registered, one bit each.
     pub ranks: u64,
-    /// For people.
+    /// The model's name: for people.
     pub model: String,
-    /// For people.
+    /// The dtype's name: for people.
     pub dtype: String,
     /// Bytes per shard, of the ranks that have registered.
     pub shard_bytes: Vec<u64>,

@@ -149,7 +149,7 @@ pub struct EntryContent {
     pub pid: u32,
     /// Words of its channel's payload area.
     pub payload_words: u32,
-    /// For people.
+    /// The client's name: for people.
     pub name: String,
 }
 
@@ -286,7 +286,7 @@ impl Lobby {
         &self.doorbell.parked
     }
 
-    /// Client: publishes its entry and calls the engine.
+    /// Client: publishes its entry, and wakes the engine if it sleeps.
     pub fn claim(&self, entry: usize, content: &EntryContent) {
         self.entries[entry].publish(content);
         // SYNC POINT: Release; pairs with the Acquire in `claims`: an engine that sees the count sees the entry.

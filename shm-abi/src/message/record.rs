@@ -110,9 +110,9 @@ abi! {
         pub chunk_tokens: u32,
         /// Reserved, 0.
         pub reserved: u32,
-        /// For people: UTF-8, zero padded.
+        /// The model's name, for people: UTF-8, zero padded.
         pub model: [u8; MODEL_NAME_BYTES],
-        /// For people.
+        /// The dtype's name, for people: UTF-8, zero padded.
         pub dtype: [u8; DTYPE_BYTES],
     }
 }
