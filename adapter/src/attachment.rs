@@ -23,7 +23,7 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::{Deadline, wait_any};
 use kvring_shm_abi::life::{ClaimError, Life, LifeWord};
 use kvring_shm_abi::lobby::{self, CLIENTS_MAX, EntryContent, Lobby, Role};
-use kvring_shm_abi::probe::DeathNotice;
+use kvring_shm_abi::means::DeathNotice;
 use kvring_shm_abi::segment::{self, SegmentError};
 use kvring_shm_abi::superblock::{Identity, random_u64};
 use kvring_shm_abi::sync::{AtomicBool, AtomicU32, Ordering};

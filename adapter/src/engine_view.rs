@@ -7,7 +7,7 @@ use kvring_shm_abi::engine_segment::{self, EngineSegment, OWNER_WORD, Places};
 use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
-use kvring_shm_abi::probe::Means;
+use kvring_shm_abi::means::Means;
 use kvring_shm_abi::segment::{self, Access, SegmentError, SegmentFile};
 use kvring_shm_abi::superblock::{
     ARENA_TRAILER, Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock,

@@ -1,6 +1,7 @@
 //! What stands in for something that this system lacks is said in the log, once in a process.
 
-use kvring_shm_abi::probe::{self, DeathNotice, Waiting};
+use kvring_shm_abi::means::{DeathNotice, Waiting};
+use kvring_shm_abi::probe;
 use std::sync::Once;
 
 /// A client has made its claim: this tells of its death.

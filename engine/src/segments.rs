@@ -40,17 +40,17 @@ pub use takeover::ColdStart;
 use crate::preflight::{self, Room};
 use crate::stats;
 use kvring_shm_abi::claims::{Claims, Locks};
-use kvring_shm_abi::engine_segment::{
-    EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places, store_text,
-};
+use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
-use kvring_shm_abi::probe::{self, DeathNotice, Means, Waiting};
+use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
+use kvring_shm_abi::probe;
 use kvring_shm_abi::segment::{self, Access, EngineName, SegmentFile, SegmentLock};
 use kvring_shm_abi::superblock::{ARENA_TRAILER, Geometry, Identity, Kind, Superblock, boot_id, random_u64};
 use kvring_shm_abi::sync::Ordering;
+use kvring_shm_abi::text::store_text;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use sweep::Sweep;

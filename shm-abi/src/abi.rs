@@ -2,7 +2,7 @@
 //!
 //! Everything that has a place or a number in shared memory is defined inside [`abi!`](crate::abi!), once: records with their
 //! fields, enums with their numbers, constants. The macro makes two things of an item: the item itself, and a description of it. A
-//! module's descriptions are its `ABI`, and [`LAYOUT_HASH`](crate::superblock::LAYOUT_HASH) is a hash of those of all modules.
+//! module's descriptions are its `ABI`, and [`LAYOUT_HASH`](crate::layout::LAYOUT_HASH) is a hash of those of all modules.
 //! No description can be forgotten: a type that is looked at in a mapping must be [`Shared`](crate::mapping::Shared), one that
 //! travels through a payload area a [`Record`](crate::message::Record); both must be [`Described`], which only the macro
 //! implements; and an `ABI` that the hash leaves out is dead code, which is an error here.
@@ -84,10 +84,6 @@ macro_rules! itself {
 
 use crate::sync::{AtomicU32, AtomicU64};
 itself!(u8, u32, u64, AtomicU32, AtomicU64);
-
-impl<const N: usize> Described for crate::mapping::Pad<N> {
-    const TYPE: &'static Type = &Type::itself::<Self>("padding");
-}
 
 impl<T: Described, const N: usize> Described for [T; N] {
     const TYPE: &'static Type = &Type { of: Of::Many(T::TYPE, N), ..Type::itself::<Self>("array") };

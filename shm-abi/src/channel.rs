@@ -4,52 +4,21 @@
 //! that, the engine does. The rings are prepared before the superblock's magic is written, so an engine that can open a channel
 //! can read it.
 
-use crate::abi;
-use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
+pub(crate) mod places;
+
+pub use places::{
+    CHANNEL_BYTES_USUAL, COMPLETIONS_AT, PAYLOAD_AT, PAYLOAD_BYTES_USUAL, PAYLOAD_WORDS_MAX,
+    PAYLOAD_WORDS_MIN, SUBMISSIONS_AT,
+};
+
+use crate::mapping::{Mapping, One, OutOfBounds, View};
 use crate::payload::{Payload, Word};
 use crate::ring::{self, DEPTH, Slot};
 use crate::segment::{self, Access, EngineName, SegmentError, SegmentFile};
-use crate::superblock::{Geometry, Identity, Kind, Mismatch, SUPERBLOCK_BYTES, Superblock, boot_id};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::superblock::{Geometry, Identity, Kind, Mismatch, Superblock, boot_id};
+use crate::sync::{AtomicU32, Ordering};
+use places::{HEADER_AT, Header};
 use std::sync::Arc;
-
-abi! {
-    const HEADER_AT: usize = SUPERBLOCK_BYTES;
-
-    /// Offset of the submission ring.
-    pub const SUBMISSIONS_AT: usize = 1024;
-
-    /// Offset of the completion ring.
-    pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
-
-    /// Offset of the payload area.
-    pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
-
-    /// The smallest payload area, in words.
-    pub const PAYLOAD_WORDS_MIN: u32 = 1 << 10;
-
-    /// The largest payload area, in words (64 MiB).
-    pub const PAYLOAD_WORDS_MAX: u32 = 8 << 20;
-
-    #[repr(C, align(128))]
-    struct Header {
-        parked: AtomicU32,
-        _pad0: Pad<124>,
-        nonce: AtomicU64,
-        payload_words: AtomicU32,
-        entry: AtomicU32,
-        _pad1: Pad<112>,
-    }
-}
-
-/// The usual payload area, in bytes.
-pub const PAYLOAD_BYTES_USUAL: usize = 4 << 20;
-/// Bytes of a channel with the usual payload area.
-pub const CHANNEL_BYTES_USUAL: usize = PAYLOAD_AT + PAYLOAD_BYTES_USUAL;
-
-// SAFETY: atomics and padding.
-unsafe impl Shared for Header {}
-const _: () = assert!(HEADER_AT + size_of::<Header>() <= SUBMISSIONS_AT);
 
 /// Why a channel could not be made or opened.
 #[derive(Debug, thiserror::Error)]

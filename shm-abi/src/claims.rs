@@ -33,7 +33,8 @@ use crate::failpoint;
 use crate::life::{ClaimError, LIFE_WORD_STRIDE, Life, LifeWord, RobustList};
 use crate::lock::LockFile;
 use crate::mapping::View;
-use crate::probe::{self, DeathNotice};
+use crate::means::DeathNotice;
+use crate::probe;
 use crate::segment::{SegmentError, SegmentFile};
 
 /// The lock of the word of this index, in the file whose table of words begins at `words_at`: the word's first byte.

@@ -14,6 +14,7 @@ use crate::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration};
 use crate::slot::{SLOT_HEADER_BYTES, SlotHeader};
 use crate::superblock::{Geometry, SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::text::{load_text, store_text};
 use crate::{futex, slot};
 use std::sync::Arc;
 
@@ -73,7 +74,7 @@ abi! {
         /// Recoveries that have begun since one was last completed. After two the next engine starts cold: what it would
         /// recover may be what made them fail.
         pub recoveries: AtomicU32,
-        /// The engine's [`Means::to_bits`](crate::probe::Means::to_bits).
+        /// The engine's [`Means::to_bits`](crate::means::Means::to_bits).
         pub stand_ins: AtomicU32,
         /// 1: the engine has ended because it was asked to, and has left its segments for a successor. An engine that has ended
         /// and left a 0 here has died.
@@ -341,25 +342,6 @@ impl Namespace {
                 .collect(),
         })
     }
-}
-
-/// Stores zero-padded text as words.
-pub fn store_text(words: &[AtomicU64], text: &[u8]) {
-    for (index, word) in words.iter().enumerate() {
-        let mut bytes = [0u8; 8];
-        for (to, from) in bytes.iter_mut().zip(text.iter().skip(index * 8)) {
-            *to = *from;
-        }
-        word.store(u64::from_le_bytes(bytes), Ordering::Relaxed);
-    }
-}
-
-/// Loads zero-padded text; bytes that are not UTF-8 are replaced.
-#[must_use]
-pub fn load_text(words: &[AtomicU64]) -> String {
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes()).collect();
-    let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
-    String::from_utf8_lossy(&bytes[..end]).into_owned()
 }
 
 // SAFETY: atomics and padding.

@@ -54,13 +54,14 @@ pub enum Woken {
 #[cfg(not(loom))]
 mod real {
     use super::{Deadline, Woken};
-    use crate::probe;
+    use crate::failpoint;
     use crate::sync::{AtomicU32, Ordering};
     use core::time::Duration;
     use rustix::io::Errno;
     use rustix::thread::ClockId;
     use rustix::thread::futex::{self, Flags, Wait, WaitFlags, WaitPtr, WaitvFlags};
     use rustix::time::Timespec;
+    use std::sync::OnceLock;
 
     /// Nanoseconds of `CLOCK_MONOTONIC`.
     #[must_use]
@@ -95,7 +96,7 @@ mod real {
     pub fn wait_any_sliced(words: &[(&AtomicU32, u32)], deadline: Deadline, slice: Duration) -> Woken {
         let result = match words {
             [(word, expected)] => wait_one(word, *expected, deadline),
-            _ if !probe::can_wait_for_many() => return wait_in_slices(words, deadline, slice),
+            _ if !can_wait_for_many() => return wait_in_slices(words, deadline, slice),
             // Most sleeps have few words, and preparing room for many takes longer than all the rest before the sleep.
             few if few.len() <= 8 => wait_some::<8>(few, deadline),
             many => wait_some::<WAIT_ANY_MAX>(many, deadline),
@@ -128,6 +129,14 @@ mod real {
                 _ => return Woken::LookAgain,
             }
         }
+    }
+
+    /// Can one sleep wait for several words?
+    #[inline]
+    #[must_use]
+    pub fn can_wait_for_many() -> bool {
+        static WAITV: OnceLock<bool> = OnceLock::new();
+        *WAITV.get_or_init(|| !failpoint::without("waitv") && probe_waitv())
     }
 
     /// Asks the kernel to wait for two words of which one has another value already.

@@ -1,11 +1,11 @@
 //! kvring's contract in shared memory.
 //!
 //! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie
-//! ([`superblock`], [`engine_segment`], [`lobby`], [`channel`], [`slot`]), how they are mapped ([`segment`], [`mapping`]),
-//! how health is told ([`epoch`], [`life`], [`claims`], [`probe`], [`process`]), and how messages travel ([`ring`],
-//! [`payload`], [`message`], [`park`], [`futex`]); and how people write names ([`segment::EngineName`]) and sizes
-//! ([`byte_size`]), for the engine and for the programs that start one. There is no policy here, no meaning of keys, nothing of
-//! vLLM, and no allocation on any path that carries a message.
+//! ([`layout`], [`superblock`], [`engine_segment`], [`lobby`], [`channel`], [`slot`], [`text`]), how they are mapped
+//! ([`segment`], [`mapping`]), how health is told ([`epoch`], [`life`], [`claims`], [`means`], [`probe`], [`process`]), and how
+//! messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]); and how people write names
+//! ([`segment::EngineName`]) and sizes ([`byte_size`]), for the engine and for the programs that start one. There is no policy
+//! here, no meaning of keys, nothing of vLLM, and no allocation on any path that carries a message.
 //!
 //! All of it assumes a hostile peer: bounds are checked once, when a [`mapping::View`] is made; everything else is
 //! read through atomics, copied out once, and validated where it is used.
@@ -29,11 +29,15 @@ pub mod claims;
 #[cfg(not(loom))]
 pub mod engine_segment;
 #[cfg(not(loom))]
+pub mod layout;
+#[cfg(not(loom))]
 pub mod life;
 #[cfg(not(loom))]
 pub mod lobby;
 #[cfg(not(loom))]
 mod lock;
+#[cfg(not(loom))]
+pub mod means;
 #[cfg(not(loom))]
 pub mod message;
 #[cfg(not(loom))]
@@ -44,3 +48,5 @@ pub mod process;
 pub mod segment;
 #[cfg(not(loom))]
 pub mod superblock;
+#[cfg(not(loom))]
+pub mod text;

@@ -14,7 +14,7 @@
 use crate::abi;
 use crate::futex;
 use crate::mapping::{Pad, Shared, View};
-use crate::probe::DeathNotice;
+use crate::means::DeathNotice;
 use crate::sync::{AtomicU32, Ordering, fence};
 use core::marker::PhantomData;
 use core::ptr::null_mut;

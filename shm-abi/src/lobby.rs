@@ -2,14 +2,15 @@
 //! the engine believes nothing of it: it copies an entry out once and checks it.
 
 use crate::abi;
-use crate::engine_segment::{load_text, store_text};
 use crate::life::LifeWord;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
+use crate::means::Means;
 use crate::park;
-use crate::probe::{self, Means};
+use crate::probe;
 use crate::process::ProcessIdentity;
 use crate::superblock::{SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+use crate::text::{load_text, store_text};
 use std::sync::Arc;
 
 abi! {

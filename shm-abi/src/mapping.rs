@@ -1,6 +1,6 @@
 //! A mapped segment, and the only checked way to look into it.
 
-use crate::abi::Described;
+use crate::abi::{Described, Type};
 use core::cell::UnsafeCell;
 #[cfg(not(loom))]
 use core::mem::ManuallyDrop;
@@ -18,6 +18,10 @@ pub unsafe trait Shared: Described {}
 /// Padding that nobody reads, and that another process may scribble on.
 #[repr(transparent)]
 pub struct Pad<const N: usize>(UnsafeCell<MaybeUninit<[u8; N]>>);
+
+impl<const N: usize> Described for Pad<N> {
+    const TYPE: &'static Type = &Type::itself::<Self>("padding");
+}
 
 // SAFETY: the bytes are never accessed through a `Pad`.
 unsafe impl<const N: usize> Sync for Pad<N> {}

@@ -6,11 +6,11 @@
 //! Each is probed once in a process, when somebody first asks for it, by using it: the kernel's name and version do not count.
 //! Only tests can switch a probe off.
 
-use crate::abi;
 use crate::failpoint;
 use crate::futex::{self, Deadline};
 use crate::life::{Life, LifeWord, RobustList};
 use crate::mapping::{Mapping, View};
+use crate::means::{DeathNotice, Means, Waiting};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -18,90 +18,12 @@ use std::time::Duration;
 /// be joined, so this time passes only where the kernel does not mark words.
 const MARKED_WITHIN: Duration = Duration::from_millis(100);
 
-/// How others learn of a process's death.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeathNotice {
-    /// The kernel marks its life word, and wakes a sleeper: some 50 µs.
-    RobustFutex,
-    /// A file lock ends with the process; others look at it now and then, and mark the word themselves: some 50 ms.
-    FileLock,
-}
-
-impl DeathNotice {
-    /// For people and programs.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            DeathNotice::RobustFutex => "robust futex",
-            DeathNotice::FileLock => "file lock",
-        }
-    }
-}
-
-/// How a process waits for several words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Waiting {
-    /// For all of them at once.
-    Waitv,
-    /// For the first one alone, in slices of time; after each it looks at the others.
-    Slices,
-}
-
-impl Waiting {
-    /// For people and programs.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Waiting::Waitv => "futex_waitv",
-            Waiting::Slices => "slices",
-        }
-    }
-}
-
-/// The two ways that a process uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Means {
-    /// How its death is told.
-    pub death_notice: DeathNotice,
-    /// How it waits.
-    pub waiting: Waiting,
-}
-
-abi! {
-    const FILE_LOCK: u32 = 1;
-
-    const SLICES: u32 = 2;
-}
-
-impl Means {
-    /// As a word of shared memory: one bit for each stand-in that the process uses.
-    #[must_use]
-    pub fn to_bits(self) -> u32 {
-        let lock = if self.death_notice == DeathNotice::FileLock { FILE_LOCK } else { 0 };
-        let slices = if self.waiting == Waiting::Slices { SLICES } else { 0 };
-        lock | slices
-    }
-
-    /// From a word of shared memory; unknown bits are ignored.
-    #[must_use]
-    pub fn from_bits(bits: u32) -> Means {
-        Means {
-            death_notice: if bits & FILE_LOCK == 0 {
-                DeathNotice::RobustFutex
-            } else {
-                DeathNotice::FileLock
-            },
-            waiting: if bits & SLICES == 0 { Waiting::Waitv } else { Waiting::Slices },
-        }
-    }
-}
-
 /// The two ways that this process uses.
 #[must_use]
 pub fn means() -> Means {
     Means {
         death_notice: if has_robust_lists() { DeathNotice::RobustFutex } else { DeathNotice::FileLock },
-        waiting: if can_wait_for_many() { Waiting::Waitv } else { Waiting::Slices },
+        waiting: if futex::can_wait_for_many() { Waiting::Waitv } else { Waiting::Slices },
     }
 }
 
@@ -110,14 +32,6 @@ pub fn means() -> Means {
 pub fn has_robust_lists() -> bool {
     static ROBUST: OnceLock<bool> = OnceLock::new();
     *ROBUST.get_or_init(|| !failpoint::without("robust") && probe_robust())
-}
-
-/// Can one sleep wait for several words?
-#[inline]
-#[must_use]
-pub fn can_wait_for_many() -> bool {
-    static WAITV: OnceLock<bool> = OnceLock::new();
-    *WAITV.get_or_init(|| !failpoint::without("waitv") && futex::probe_waitv())
 }
 
 /// Lets a thread end while it holds a word, and looks whether the word has been marked. So a kernel that takes the list but
@@ -198,14 +112,5 @@ mod tests {
                 Err(refused) => eprintln!("SKIPPED: no seccomp filters here: {refused}"),
             }
         }
-    }
-
-    #[test]
-    fn means_survive_their_word() {
-        for bits in 0..4 {
-            assert_eq!(Means::from_bits(bits).to_bits(), bits);
-        }
-        let none = Means { death_notice: DeathNotice::RobustFutex, waiting: Waiting::Waitv };
-        assert_eq!((none.to_bits(), Means::from_bits(!3)), (0, none));
     }
 }

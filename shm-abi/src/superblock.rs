@@ -4,14 +4,12 @@
 //! does not match, a client gets an error that says what, and an engine starts cold; neither goes on with a guess.
 
 use crate::abi;
-use crate::abi::Item;
 use crate::mapping::{Pad, Shared};
-use crate::message;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 abi! {
     /// Raised when something in shared memory gets another *meaning* in the same form. A change of form changes
-    /// [`LAYOUT_HASH`].
+    /// [`LAYOUT_HASH`](crate::layout::LAYOUT_HASH).
     pub const ABI_VERSION: u32 = 5;
 
     /// "kvring\0\x01", little-endian.
@@ -186,11 +184,11 @@ pub enum Mismatch {
 }
 
 impl Superblock {
-    /// Writes everything, the magic last.
-    pub fn write(&self, identity: &Identity) {
+    /// Writes everything, the magic last. Others call [`Superblock::write`], which knows the layout hash.
+    pub(crate) fn write_with(&self, identity: &Identity, layout_hash: u64) {
         self.abi_version.store(ABI_VERSION, Ordering::Relaxed);
         self.kind.store(identity.kind as u32, Ordering::Relaxed);
-        self.layout_hash.store(LAYOUT_HASH, Ordering::Relaxed);
+        self.layout_hash.store(layout_hash, Ordering::Relaxed);
         self.segment_bytes.store(identity.segment_bytes, Ordering::Relaxed);
         for (to, from) in self.arena_id.iter().zip(identity.arena_id) {
             to.store(from, Ordering::Relaxed);
@@ -206,8 +204,9 @@ impl Superblock {
         self.magic.store(MAGIC, Ordering::Release);
     }
 
-    /// Reads and checks everything, once; `mapped` is how many bytes of the segment are mapped.
-    pub fn read(&self, kind: Kind, mapped: u64) -> Result<Identity, Mismatch> {
+    /// Reads and checks everything, once; `mapped` is how many bytes of the segment are mapped. Others call
+    /// [`Superblock::read`], which knows the layout hash.
+    pub(crate) fn read_with(&self, kind: Kind, mapped: u64, layout_hash: u64) -> Result<Identity, Mismatch> {
         // SYNC POINT: Acquire; pairs with the Release in `write`.
         if self.magic.load(Ordering::Acquire) != MAGIC {
             return Err(Mismatch::Incomplete);
@@ -217,8 +216,8 @@ impl Superblock {
             return Err(Mismatch::AbiVersion(abi));
         }
         let layout = self.layout_hash.load(Ordering::Relaxed);
-        if layout != LAYOUT_HASH {
-            return Err(Mismatch::Layout { expected: LAYOUT_HASH, found: layout });
+        if layout != layout_hash {
+            return Err(Mismatch::Layout { expected: layout_hash, found: layout });
         }
         let found = self.kind.load(Ordering::Relaxed);
         if found != kind as u32 {
@@ -272,48 +271,6 @@ pub fn boot_id() -> [u64; 2] {
 /// Where the system has no source of randomness.
 pub fn random_u64() -> std::io::Result<u64> {
     getrandom::u64().map_err(|e| std::io::Error::other(e.to_string()))
-}
-
-/// The descriptions of all modules that define what two processes must agree on.
-const MODULES: &[(&str, &[Item])] = &[
-    ("superblock", ABI),
-    ("epoch", crate::epoch::ABI),
-    ("life", crate::life::ABI),
-    ("probe", crate::probe::ABI),
-    ("park", crate::park::ABI),
-    ("ring", crate::ring::ABI),
-    ("payload", crate::payload::ABI),
-    ("slot", crate::slot::ABI),
-    ("engine_segment", crate::engine_segment::ABI),
-    ("lobby", crate::lobby::ABI),
-    ("channel", crate::channel::ABI),
-    ("message", message::ABI),
-    ("message::words", message::words::ABI),
-    ("message::record", message::record::ABI),
-    ("message::request", message::request::ABI),
-    ("message::completion", message::completion::ABI),
-];
-
-/// A hash of all these descriptions, [`ABI_VERSION`] among them: see [`mod@abi`].
-pub const LAYOUT_HASH: u64 = {
-    let mut hash = abi::Hash::new();
-    let mut at = 0;
-    while at < MODULES.len() {
-        hash = hash.module(MODULES[at].0, MODULES[at].1);
-        at += 1;
-    }
-    hash.0
-};
-
-/// All these descriptions in words.
-#[must_use]
-pub fn describe_abi() -> String {
-    let mut text = format!("layout hash {LAYOUT_HASH:#018x}\n");
-    for (module, items) in MODULES {
-        text += &format!("\n# {module}\n");
-        text.extend(items.iter().map(Item::to_string));
-    }
-    text
 }
 
 #[cfg(test)]

@@ -1,10 +1,10 @@
 //! Compares what lies in shared memory with its description in `abi.txt`: reviewers see every change of it there.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+use kvring_shm_abi::layout::describe_abi;
 use kvring_shm_abi::message::{Completion, Ident, Records, Request, Round, ShardAnswer, Status};
 use kvring_shm_abi::ring::Body;
 use kvring_shm_abi::slot::{SlotState, SlotWord};
-use kvring_shm_abi::superblock::describe_abi;
 use std::fmt::Write;
 
 /// Some messages and words, packed: the description does not say how they are.

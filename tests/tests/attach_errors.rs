@@ -3,8 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Client, ClientOptions, ConfigError, Health, Role};
+use kvring_shm_abi::layout::LAYOUT_HASH;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
-use kvring_shm_abi::superblock::{ABI_VERSION, LAYOUT_HASH};
+use kvring_shm_abi::superblock::ABI_VERSION;
 use kvring_tests::attempts::{Others, fails_cleanly, mends_itself};
 use kvring_tests::engine::{EngineProcess, claimed_entries, unique_name};
 use kvring_tests::isolate::{Footprint, is_root, isolated, segments};

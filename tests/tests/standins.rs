@@ -6,7 +6,7 @@ use kvring_adapter::{EngineView, Role, Round};
 use kvring_shm_abi::engine_segment::OWNER_WORD;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::Lobby;
-use kvring_shm_abi::probe::{DeathNotice, Means, Waiting};
+use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::Ordering;
 use kvring_tests::engine::{EngineProcess, overrides, stat_of, within_beats};
