@@ -4,7 +4,7 @@
 
 use crate::byte_size::ByteSize;
 use crate::cgroup::{self, CgroupRoom};
-use crate::segments::sweep;
+use crate::segments::files;
 use kvring_shm_abi::channel::CHANNEL_BYTES_USUAL;
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::lobby::LOBBY_BYTES;
@@ -178,7 +178,7 @@ impl Room {
     /// behind.
     #[must_use]
     pub fn for_engine(name: &EngineName) -> Room {
-        Room { stale: sweep::bytes_held(name), ..Room::now() }
+        Room { stale: files::bytes_held(name), ..Room::now() }
     }
 
     /// The room that there is now.

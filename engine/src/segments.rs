@@ -24,10 +24,11 @@
 #[cfg(test)]
 mod deaths;
 mod error;
+pub(crate) mod files;
 mod slot_memory;
 #[cfg(test)]
 mod strangers;
-pub(crate) mod sweep;
+mod sweep;
 mod takeover;
 #[cfg(test)]
 mod tests;

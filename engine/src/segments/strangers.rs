@@ -55,10 +55,10 @@ fn strangers_among_the_channels_are_left_and_keep_nobody_from_starting_ending_or
     assert_eq!(name.files().len(), strangers.0.len(), "{:?}", name.files());
     // First a cold start sweeps a dead engine's segments, then a removal those of another one.
     drop(name.start().unwrap());
-    let bytes = sweep::bytes_held(&name.0);
+    let bytes = files::bytes_held(&name.0);
     let cold = Segments::open(&Setup { cold: Some(ColdStart::Asked), ..name.setup() }).unwrap();
     assert_eq!(*cold.start(), Start::Cold(ColdStart::Asked));
-    sweep::unlink_channels_of(&name.0, 0);
+    files::unlink_channels_of(&name.0, 0);
     drop(cold);
     let removed = remove(&name.0, false, WAIT).unwrap();
     assert_eq!((removed.segments, removed.bytes), (3, bytes), "the strangers' bytes do not count");

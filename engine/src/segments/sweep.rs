@@ -8,6 +8,7 @@
 //! Everybody may make files in `/dev/shm`, also under our names. A file that is not ours ([`Whose`]) is left where
 //! it is, with a warning. A sweep goes on after a file that it cannot remove, and reports the failure at its end.
 
+use super::files::{Whose, all, channels};
 use super::takeover::{Found, acquire};
 use super::{SetupError, arena_superblock};
 use kvring_shm_abi::engine_segment::EngineSegment;
@@ -15,10 +16,10 @@ use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::park;
-use kvring_shm_abi::segment::{self, Access, EngineName, SHM_DIR, SegmentError, SegmentFile, path};
+use kvring_shm_abi::segment::{self, Access, EngineName, SegmentError, SegmentFile, path};
 use kvring_shm_abi::superblock::ARENA_TRAILER;
 use nix::errno::Errno;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,31 +32,6 @@ pub struct Removed {
     pub bytes: u64,
     /// The process of the living engine whose segments were removed by force; it ends by itself.
     pub forced_pid: Option<u32>,
-}
-
-/// To whom the file belongs that a segment's name leads to. Its mode says nothing about that.
-enum Whose {
-    Nobody,
-    /// It is ours, and has this many bytes of memory.
-    Ours(u64),
-    /// It is another user's.
-    User(u32),
-    /// It is a directory, a link or the like, and no segment.
-    NoFile,
-}
-
-impl Whose {
-    fn of(segment: &str) -> Whose {
-        let Ok(meta) = std::fs::symlink_metadata(path(segment)) else { return Whose::Nobody };
-        if meta.uid() != nix::unistd::geteuid().as_raw() {
-            Whose::User(meta.uid())
-        } else if meta.is_file() {
-            // Blocks are counted in units of 512 bytes, whatever the file system's block size is.
-            Whose::Ours(meta.blocks() * 512)
-        } else {
-            Whose::NoFile
-        }
-    }
 }
 
 /// A sweep that is under way.
@@ -143,44 +119,6 @@ pub(super) fn check_names(name: &EngineName) -> Result<(), SetupError> {
         }
     }
     Ok(())
-}
-
-/// The channels of this engine's clients, as segment names.
-fn channels(name: &EngineName) -> Vec<String> {
-    let prefix = format!("{}client.", name.prefix());
-    let entries = std::fs::read_dir(SHM_DIR).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|file| file.starts_with(&prefix))
-        .map(|file| format!("/{file}"))
-        .collect()
-}
-
-/// Unlinks every channel that was made for one entry of the lobby.
-pub(crate) fn unlink_channels_of(name: &EngineName, entry: usize) {
-    let prefix = format!("/{}client.{entry}.", name.prefix());
-    for channel in channels(name).iter().filter(|channel| channel.starts_with(&prefix)) {
-        if matches!(Whose::of(channel), Whose::Ours(_)) {
-            segment::unlink(channel);
-        }
-    }
-}
-
-/// All segments under the name, the engine's included.
-fn all(name: &EngineName) -> Vec<String> {
-    let mut names = channels(name);
-    names.extend([name.lobby(), name.arena(), name.engine_segment()]);
-    names.retain(|segment| path(segment).exists());
-    names
-}
-
-/// How many bytes a sweep of this name would give back.
-pub(crate) fn bytes_held(name: &EngineName) -> u64 {
-    let bytes = |segment: &String| match Whose::of(segment) {
-        Whose::Ours(bytes) => bytes,
-        Whose::Nobody | Whose::User(_) | Whose::NoFile => 0,
-    };
-    all(name).iter().map(bytes).sum()
 }
 
 /// Marks an engine's segment as retired and then wakes all its sleepers; in this order, so that they see the mark.

@@ -5,11 +5,10 @@
 //! that may be later than its death: `linger`.)
 
 use super::connection::{Claim, Connection};
-use super::entry::Entry;
-use super::parting::Then;
+use super::entry::{Entry, Then};
 use super::{Service, Watched};
 use crate::cache::Leaving;
-use crate::segments::sweep;
+use crate::segments::files;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::failpoint;
@@ -224,7 +223,7 @@ impl Service {
             // Usually gone already: a client unlinks its channel as soon as both sides have it.
             Some(connection) => segment::unlink(&name.client(entry, connection.nonce)),
             // It may have died before it said which channel it had made.
-            None => sweep::unlink_channels_of(name, entry),
+            None => files::unlink_channels_of(name, entry),
         }
         if let Some(connection) = connection {
             // Not said goodbye: it died.

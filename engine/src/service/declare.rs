@@ -5,7 +5,7 @@
 //! has declared everything. Until all have, or [`Awaited::grace_ns`] has passed, nothing is evicted, cleared or forgotten.
 
 use super::Service;
-use super::dispatch::{Done, refuse, too_many};
+use super::done::{Done, refuse, too_many};
 use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;

@@ -9,6 +9,7 @@
 //! overtaken by what the client says next.
 
 use super::declare::DeclareLease;
+use super::done::{Done, OK, PIECE, refuse};
 use super::lookup::LookupRequest;
 use super::store::{Finish, FinishSlots, ReserveMessage, ReserveRequest};
 use super::{BATCH, SLICE, Service};
@@ -16,12 +17,9 @@ use crate::stats::Stat;
 use crate::tier::AskedLookup;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::message::{
-    ANY_NAMESPACE, Completion, Ident, KEYS_MAX, Key, LeaseRecord, Request, SlotRecord, Status,
+    ANY_NAMESPACE, Completion, Ident, Key, LeaseRecord, Request, SlotRecord, Status,
 };
 use kvring_shm_abi::payload::OutOfArea;
-
-/// Keys or records that are copied out together.
-pub(super) const PIECE: usize = 512;
 
 /// Memory for a piece of one request's arguments, taken at start.
 pub(super) struct Scratch {
@@ -67,30 +65,6 @@ enum What {
     DeclareEnd {
         freed: u32,
     },
-}
-
-/// How a piece of a request ended, if not in a breach.
-pub(super) enum Done {
-    /// The request has ended, with these results.
-    Answer(Status, [u64; 4]),
-    /// The answer comes later, and other requests meanwhile.
-    Later,
-    /// The answer has been given.
-    Answered,
-    /// What is allowed is spent: it goes on with its client's next turn.
-    More,
-    /// The answer has been given; what its lease has beyond the first `keep` chunks is to be ended.
-    Trim { session: u64, admission: u32, keep: u32 },
-}
-
-const OK: Done = Done::Answer(Status::Ok, [0; 4]);
-
-pub(super) fn refuse(status: Status) -> Done {
-    Done::Answer(status, [0; 4])
-}
-
-pub(super) fn too_many() -> Done {
-    Done::Answer(Status::TooMany, [KEYS_MAX as u64, 0, 0, 0])
 }
 
 impl Service {

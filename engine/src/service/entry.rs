@@ -12,7 +12,8 @@
 use super::Service;
 use super::connection::Connection;
 use super::linger::Lingering;
-use super::parting::Going;
+use crate::cache::Parting;
+use kvring_shm_abi::engine_segment::AttachStatus;
 
 /// An entry's state.
 #[allow(
@@ -35,6 +36,22 @@ pub(super) enum Entry {
     Lingering(Lingering),
 }
 
+/// What follows a parting.
+pub(super) enum Then {
+    /// The client is told.
+    Answer { nonce: u64, status: AttachStatus },
+    /// The entry is free.
+    Free,
+    /// Its process is waited for.
+    Wait(Lingering),
+}
+
+/// A parting, and what follows.
+pub(super) struct Going {
+    pub(super) parting: Parting,
+    pub(super) then: Then,
+}
+
 impl Entry {
     #[inline]
     pub(super) fn connection(&self) -> Option<&Connection> {
@@ -49,7 +66,7 @@ impl Entry {
     /// Is the process of its client waited for, now or after its parting?
     pub(super) fn lingers(&self) -> bool {
         match self {
-            Entry::Parting(going) => going.lingers(),
+            Entry::Parting(going) => matches!(going.then, Then::Wait(_)),
             Entry::Lingering(_) => true,
             _ => false,
         }

@@ -20,8 +20,7 @@
 //! between the two, or a reader of `/proc` that holds the address space for a moment; hence a grace on top.
 
 use super::Service;
-use super::entry::Entry;
-use super::parting::Then;
+use super::entry::{Entry, Then};
 use crate::cache::Leaving;
 use kvring_shm_abi::failpoint;
 use kvring_shm_abi::futex::monotonic_ns;

@@ -1,7 +1,7 @@
 //! Lookups of as many keys as a message may name: found and leased piece by piece, answered once.
 
 use super::Service;
-use super::dispatch::{Done, PIECE, refuse, too_many};
+use super::done::{Done, PIECE, refuse, too_many};
 use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;

@@ -2,35 +2,11 @@
 //! that is over.
 
 use super::Service;
-use super::entry::Entry;
-use super::linger::Lingering;
+use super::entry::{Entry, Going, Then};
 use crate::cache::{Leaving, Parting};
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
-
-/// What follows a parting.
-pub(super) enum Then {
-    /// The client is told.
-    Answer { nonce: u64, status: AttachStatus },
-    /// The entry is free.
-    Free,
-    /// Its process is waited for.
-    Wait(Lingering),
-}
-
-/// A parting, and what follows.
-pub(super) struct Going {
-    parting: Parting,
-    then: Then,
-}
-
-impl Going {
-    /// Is it that of a client whose process will be waited for?
-    pub(super) fn lingers(&self) -> bool {
-        matches!(self.then, Then::Wait(_))
-    }
-}
 
 impl Service {
     /// From now on this entry has no connection, and is not looked at, until the parting is over.

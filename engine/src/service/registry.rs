@@ -1,22 +1,15 @@
 //! Namespaces: a registered model + KV layout + parallel geometry. The first rank fixes the world, each rank its own
 //! layout; keys never match across namespaces, because a namespace's id is part of every chunk's name.
 
-use super::Service;
-use super::entry::Entry;
-use crate::cache::RegisterError;
-use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
-use kvring_shm_abi::failpoint;
-use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
 use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 
 /// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
 pub(crate) struct Registry {
-    namespaces: Vec<Option<Known>>,
+    pub(super) namespaces: Vec<Option<Known>>,
     /// Namespaces that there have been.
     founded: u64,
-    largest_shard: u64,
+    pub(super) largest_shard: u64,
 }
 
 /// What a request goes by that is done in pieces: while it has leased nothing yet, its namespace may be forgotten between two
@@ -31,18 +24,11 @@ pub(super) struct Shape {
     founded: u64,
 }
 
-/// Places of the table that are kept free for namespaces to come.
-const SPARE: usize = 8;
-/// What a registration takes, in records of the cache: it looks through both tables, and is logged.
-const RECORDS: u64 = 512;
-/// Shard sizes that are kept free for them: a namespace has one for each rank, at most.
-const SIZES_SPARE: usize = RANKS_MAX;
-
-struct Known {
+pub(super) struct Known {
     fingerprint: [u64; 4],
-    shape: Shape,
+    pub(super) shape: Shape,
     /// Layout digest and bytes per shard, by rank.
-    ranks: [Option<(u64, u64)>; RANKS_MAX],
+    pub(super) ranks: [Option<(u64, u64)>; RANKS_MAX],
 }
 
 impl Registry {
@@ -75,7 +61,7 @@ impl Registry {
         Ok(())
     }
 
-    fn found(
+    pub(super) fn found(
         &mut self,
         id: usize,
         fingerprint: [u64; 4],
@@ -101,7 +87,7 @@ impl Registry {
         self.namespaces.iter().flatten().count()
     }
 
-    fn find(&self, fingerprint: &[u64; 4]) -> Option<usize> {
+    pub(super) fn find(&self, fingerprint: &[u64; 4]) -> Option<usize> {
         self.namespaces.iter().position(|known| known.as_ref().is_some_and(|k| k.fingerprint == *fingerprint))
     }
 }
@@ -110,201 +96,7 @@ impl Registry {
 #[derive(Debug, thiserror::Error)]
 #[error("a registration with {what} {got}: expected {expected}")]
 pub(crate) struct Nonsense {
-    what: &'static str,
-    expected: &'static str,
-    got: u64,
-}
-
-fn check(registration: &Registration) -> Result<(), Nonsense> {
-    let nonsense = |what, expected, got| Err(Nonsense { what, expected, got });
-    if !(1..=RANKS_MAX as u32).contains(&registration.world) {
-        return nonsense("world", "1 to 64", u64::from(registration.world));
-    }
-    if registration.rank >= registration.world {
-        return nonsense("rank", "below the world", u64::from(registration.rank));
-    }
-    if registration.shard_bytes == 0 {
-        return nonsense("shard_bytes", "above 0", 0);
-    }
-    if registration.chunk_tokens == 0 {
-        return nonsense("chunk_tokens", "above 0", 0);
-    }
-    Ok(())
-}
-
-impl Service {
-    pub(super) fn register(
-        &mut self,
-        entry: usize,
-        record: u32,
-    ) -> Result<(Status, [u64; 4]), kvring_shm_abi::payload::OutOfArea> {
-        let Some(connection) = self.entries[entry].connection() else { return Ok((Status::Ok, [0; 4])) };
-        if connection.role != Role::Worker {
-            return Ok((Status::WrongRole, [0; 4]));
-        }
-        let mut words = [0u64; Registration::WORDS];
-        connection.payload().read(record, &mut words)?;
-        let registration: Registration = bytemuck::cast(words);
-        if let Err(nonsense) = check(&registration) {
-            self.breach(entry, &nonsense);
-            return Ok((Status::Ok, [0; 4]));
-        }
-        Ok(self.admit(entry, &registration))
-    }
-
-    fn admit(&mut self, entry: usize, registration: &Registration) -> (Status, [u64; 4]) {
-        self.cache.spend(RECORDS);
-        let largest = self.registry.largest_shard;
-        // The largest shard is a whole number of pages: rounding up would change nothing, and could overflow.
-        if registration.shard_bytes > largest {
-            return (Status::ShardTooLarge, [largest, 0, 0, 0]);
-        }
-        let known = self.registry.find(&registration.fingerprint);
-        let id = match known {
-            Some(id) => id,
-            None => match self.found_namespace(registration) {
-                Some(id) => id,
-                None => return (Status::TooManyNamespaces, [0; 4]),
-            },
-        };
-        let is_new = known.is_none();
-        let Some(known) = &self.registry.namespaces[id] else {
-            return (Status::TooManyNamespaces, [0; 4]);
-        };
-        let rank = registration.rank as usize;
-        let differ = |what: Disagreement, expected: u64, got: u64| {
-            (Status::Disagreement, [what as u64, expected, got, 0])
-        };
-        let Shape { world, chunk_tokens, .. } = known.shape;
-        if world != registration.world {
-            return differ(Disagreement::World, world.into(), registration.world.into());
-        }
-        if chunk_tokens != registration.chunk_tokens {
-            return differ(Disagreement::ChunkTokens, chunk_tokens.into(), registration.chunk_tokens.into());
-        }
-        match known.ranks[rank] {
-            Some((layout, _)) if layout != registration.layout => {
-                return differ(Disagreement::Layout, layout, registration.layout);
-            }
-            Some((_, bytes)) if bytes != registration.shard_bytes => {
-                return differ(Disagreement::ShardBytes, bytes, registration.shard_bytes);
-            }
-            Some(_) => {}
-            None => {
-                let (layout, bytes) = (registration.layout, registration.shard_bytes);
-                if let Err(error) = self.register_rank(id, registration) {
-                    tracing::error!(%error, "a registration is refused");
-                    if is_new {
-                        self.end_namespace(id);
-                    }
-                    return match error {
-                        RegisterError::TooManySizes { most, .. } => {
-                            (Status::TooManySizes, [most.into(), 0, 0, 0])
-                        }
-                        // All else was compared with what the registry knows, which is what the cache knows.
-                        _ => (Status::Busy, [0; 4]),
-                    };
-                }
-                if let Some(known) = &mut self.registry.namespaces[id] {
-                    known.ranks[rank] = Some((layout, bytes));
-                }
-                failpoint::here("rank.registered");
-                self.segments.engine.namespaces[id].set_rank(rank, layout, bytes);
-                failpoint::here("rank.published");
-            }
-        }
-        self.cache.use_namespace(id as u32);
-        if let Some(connection) = self.entries[entry].connection_mut() {
-            connection.set_rank(id, registration.rank);
-        }
-        self.make_room();
-        self.stat(Stat::Registrations, 1);
-        (Status::Ok, [id as u64, 0, 0, 0])
-    }
-
-    fn is_used(&self, namespace: usize) -> bool {
-        self.entries.iter().filter_map(Entry::connection).any(|connection| connection.uses(namespace))
-    }
-
-    /// Gives a rank its shard size. Where there are too many, those of namespaces go that nobody uses and that hold nothing.
-    fn register_rank(&mut self, id: usize, registration: &Registration) -> Result<(), RegisterError> {
-        let Registration { world, rank, shard_bytes, .. } = *registration;
-        loop {
-            match self.cache.register(id as u32, world, rank, shard_bytes) {
-                Err(RegisterError::TooManySizes { .. }) if self.forget_an_empty_one(Some(id)).is_some() => {}
-                other => return other,
-            }
-        }
-    }
-
-    /// Each change of a model's weights or of vLLM's version makes a namespace, so the tables of namespaces and of shard sizes
-    /// fill up over the months. Before one is full, the namespace that nobody uses and that was used longest ago goes, in
-    /// the background. Not while clients of the earlier engine are awaited: who has not come back is not gone.
-    fn make_room(&mut self) {
-        let (sizes, sizes_max) = self.cache.sizes();
-        let is_room = self.registry.len() + SPARE <= NAMESPACES_MAX && sizes + SIZES_SPARE <= sizes_max;
-        if is_room || self.is_awaiting() {
-            return;
-        }
-        let known = (0..NAMESPACES_MAX).filter(|id| self.registry.namespaces[*id].is_some());
-        let unused = known.filter(|id| !self.is_used(*id));
-        if let Some(id) = unused.min_by_key(|id| self.cache.used(*id as u32)) {
-            self.begin_retiring(id as u32);
-        }
-    }
-
-    /// Forgets a namespace that nobody uses and that holds nothing, other than `but`; which one that was.
-    fn forget_an_empty_one(&mut self, but: Option<usize>) -> Option<usize> {
-        if self.is_awaiting() {
-            return None;
-        }
-        let mut candidates = (0..NAMESPACES_MAX).filter(|id| Some(*id) != but);
-        let id = candidates.find(|id| {
-            self.registry.namespaces[*id].is_some() && !self.is_used(*id) && self.cache.forget(*id as u32)
-        })?;
-        self.end_namespace(id);
-        Some(id)
-    }
-
-    /// It is forgotten: clients find it no longer.
-    fn end_namespace(&mut self, id: usize) {
-        self.segments.engine.namespaces[id].end();
-        failpoint::here("namespace.ended");
-        self.registry.namespaces[id] = None;
-    }
-
-    /// A namespace has been cleared to be forgotten, unless somebody uses it by now, or has leased some of it.
-    pub(super) fn retire(&mut self, namespace: Option<u32>, dropped: u64) {
-        let Some(id) = namespace else { return };
-        if !self.is_used(id as usize) && self.cache.forget(id) {
-            self.end_namespace(id as usize);
-            tracing::info!(
-                namespace = id,
-                dropped,
-                "namespace forgotten: nobody uses it, and the table of namespaces, or of shard sizes, is nearly full"
-            );
-        }
-    }
-
-    /// A place for a new namespace: a free one, or one that nobody uses and that holds nothing.
-    fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
-        let free = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none());
-        let id = free.or_else(|| self.forget_an_empty_one(None))?;
-        // Whatever lies there, half made perhaps.
-        self.end_namespace(id);
-        self.segments.engine.namespaces[id].begin(registration);
-        failpoint::here("namespace.begun");
-        let Registration { fingerprint, world, chunk_tokens, .. } = *registration;
-        self.registry.found(id, fingerprint, world, chunk_tokens, [None; RANKS_MAX]);
-        let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
-        tracing::info!(
-            namespace = id,
-            model,
-            world = registration.world,
-            shard_bytes = registration.shard_bytes,
-            chunk_tokens = registration.chunk_tokens,
-            "namespace registered"
-        );
-        Some(id)
-    }
+    pub(super) what: &'static str,
+    pub(super) expected: &'static str,
+    pub(super) got: u64,
 }

@@ -1,7 +1,7 @@
 //! Stores: reservations, and what becomes of the slots that were granted; piece by piece.
 
 use super::Service;
-use super::dispatch::{Done, PIECE, refuse, too_many};
+use super::done::{Done, PIECE, refuse, too_many};
 use crate::cache::{self, Aborted, CommitError, Committed, Going, Invalidated, Reservation, Reserve};
 use crate::stats::Stat;
 use kvring_shm_abi::failpoint;
