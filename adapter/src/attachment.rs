@@ -19,7 +19,7 @@ use core::mem::ManuallyDrop;
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{self, AttachStatus, EngineSegment};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::{Deadline, wait_any};
 use kvring_shm_abi::life::{ClaimError, Life, LifeWord};
 use kvring_shm_abi::lobby::{self, CLIENTS_MAX, EntryContent, Lobby, Role};
@@ -93,7 +93,7 @@ impl Claim {
         };
         let mut claims = Claims::register(lobby.life_words.clone(), lobby::LIFE_WORDS_AT, file)?;
         let entry = claim(&mut claims)?;
-        failpoint::here("client.claimed");
+        failpoint::here(Place::ClientClaimed);
         stand_ins::told(claims.notice());
         let (engine, identity) = (view.segment.clone(), view.identity);
         // Before anything is published, and so before the engine gives it a slot.
@@ -161,7 +161,7 @@ fn publish(
     let nonce = random_u64().map_err(|error| AttachError::System { what: "random nonce", error })?;
     let (arena_id, geometry) = (identity.arena_id, identity.geometry);
     let channel = Channel::create(name, entry, nonce, checked.payload_words, arena_id, geometry)?;
-    failpoint::here("client.channel");
+    failpoint::here(Place::ClientChannel);
     let content = EntryContent {
         role: attempt.role as u32,
         nonce,
@@ -171,7 +171,7 @@ fn publish(
         name: checked.options.client.clone(),
     };
     claim.lobby.claim(entry, &content);
-    failpoint::here("client.published");
+    failpoint::here(Place::ClientPublished);
     let answered = loop {
         match wait_for_answer(attempt, claim, view, nonce, incarnation) {
             // What this entry is writing keeps it ours, so there is no other to try with; and a claim is judged once.
@@ -182,7 +182,7 @@ fn publish(
     // Both sides map it now, or never will: without a name it cannot be left behind.
     segment::unlink(&name.client(entry, nonce));
     answered?;
-    failpoint::here("client.attached");
+    failpoint::here(Place::ClientAttached);
     claim.used = true;
     let life = claim.engine.life_words[entry].life();
     let by_lock = matches!(life, Life::Alive { notice: DeathNotice::FileLock, .. });

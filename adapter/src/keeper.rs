@@ -21,7 +21,7 @@ use crate::link::Undo;
 use crate::rejoin;
 use crate::shared::{Outcome, Shared};
 use kvring_shm_abi::engine_segment::AttachStatus;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::{Deadline, monotonic_ns, wait_any_sliced};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::message::{Record, Registration, Request};
@@ -154,7 +154,7 @@ fn give_up(shared: &Shared, held: &mut Option<Claim>) {
         shared.leases.forget();
         // Nothing writes for it any more, so nobody need wait for this process.
         shared.dma().given_up(claim.holds());
-        failpoint::here("client.gives up");
+        failpoint::here(Place::ClientGivesUp);
         drop(claim);
     }
 }
@@ -175,7 +175,7 @@ fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> R
         match done {
             Ok(()) => {
                 rejoin::settle(shared, attachment, rejoins);
-                failpoint::here("client.entered");
+                failpoint::here(Place::ClientEntered);
                 return Ok(());
             }
             Err(error) => tracing::debug!(%error, "not through yet with a new attachment"),
@@ -319,7 +319,7 @@ fn register_all(shared: &Shared, attachment: &Arc<Attachment>, again: bool) -> R
                 "the kvring engine refused this KV cache: nothing of it is stored or found"
             );
         }
-        failpoint::here("client.registered");
+        failpoint::here(Place::ClientRegistered);
         let arena_id = attachment.identity.arena_id;
         *registered.outcome() = Some(Outcome { nonce, arena_id, namespace });
         shared.notify_changed();

@@ -14,7 +14,7 @@
 use crate::at::At;
 use crate::batch::{BatchId, Settled};
 use crate::link::Link;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::message::SlotRecord;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -76,7 +76,7 @@ impl Ledger {
     pub(crate) fn hold(&self, link: &Arc<Link>, records: Vec<SlotRecord>) -> Option<BatchId> {
         let mut state = self.state();
         let is_current = state.at.is(link);
-        if !is_current && !failpoint::broken("late grants") {
+        if !is_current && !failpoint::broken(Rule::LateGrants) {
             return None;
         }
         state.last += 1;
@@ -170,7 +170,7 @@ impl Ledger {
         let mut state = self.state();
         let before = core::mem::replace(&mut state.at, At::Declaring);
         let is_held = |batch: &&Batch| match batch.duty {
-            Duty::Writing => !failpoint::broken("declare running copies"),
+            Duty::Writing => !failpoint::broken(Rule::DeclareRunningCopies),
             Duty::Commit => true,
             Duty::Abort | Duty::Settled(_) => false,
         };

@@ -9,7 +9,7 @@ use crate::leases::Lease;
 use crate::link::{Link, Undo, slot_words, write_slots};
 use crate::shared::Shared;
 use crate::status;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{LeaseRecord, Record, Records, Request, SlotRecord};
 use std::sync::Arc;
@@ -31,7 +31,7 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     // From here on nothing counts that the earlier engine may still be heard to say.
     let slots = shared.ledger.begin_declaring();
     let leases = shared.leases.begin_declaring();
-    failpoint::here("client.took stock");
+    failpoint::here(Place::ClientTookStock);
     if shared.role == Role::Worker {
         for part in slots.chunks(slots_per_message(link)) {
             declare_slots(shared, link, part, timeout)?;
@@ -40,7 +40,7 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     for lease in &leases {
         declare_lease(shared, link, lease, timeout)?;
     }
-    failpoint::here("client.declared");
+    failpoint::here(Place::ClientDeclared);
     link.call(Request::DeclareEnd, timeout)?;
     Ok(())
 }

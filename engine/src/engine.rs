@@ -9,7 +9,7 @@ use crate::recovery::{self, Inherited, NotRecoverable};
 use crate::segments::{self, ColdStart, Segments, Setup, SetupError, Start};
 use crate::service::{Pace, Parts, Registry, Service, SharedSlots, StopHandle};
 use crate::tier::{LowerTier, NoLowerTier};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::message::KEYS_MAX;
 use kvring_shm_abi::superblock::{Geometry, random_u64};
 use kvring_shm_abi::sync::Ordering;
@@ -239,7 +239,7 @@ impl Furniture {
             Start::First | Start::Cold(_) => 0,
         };
         let allocator = Allocator::start(segments.arena(), geometry, segments.lobby.clone(), ready)?;
-        failpoint::here("allocator started");
+        failpoint::here(Place::AllocatorStarted);
         let slots = SharedSlots::new(segments);
         let cache = Cache::new(limits, slots)?;
         let pace = Pace {

@@ -14,7 +14,7 @@ use crate::cache::{Cache, Found, NotRestorable, RegisterError, Round, Shard, Sha
 use crate::segments::Segments;
 use crate::service::{Registry, SharedSlots};
 use crate::stats::Stat;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::message;
@@ -84,12 +84,12 @@ pub(crate) fn recover(
                 shards += 1;
             }
         }
-        failpoint::here("recovery.span");
+        failpoint::here(Place::RecoverySpan);
     }
     let restored = cache.restore_end();
-    failpoint::here("recovery.chunks");
+    failpoint::here(Place::RecoveryChunks);
     let inherited = owners(segments, cache);
-    failpoint::here("recovery.owners");
+    failpoint::here(Place::RecoveryOwners);
     let stats = cache.stats();
     let block = &segments.engine.stats;
     // Forming chunks that had a dead writer have been dropped by now.
@@ -147,7 +147,7 @@ fn shard(content: &SlotContent) -> Option<Shard> {
         key: identity.key,
         namespace: identity.namespace,
         rank: identity.rank,
-        round: if failpoint::broken("rounds") { Round::default() } else { Round { source, number } },
+        round: if failpoint::broken(Rule::Rounds) { Round::default() } else { Round { source, number } },
         offset: identity.offset,
         length: identity.length,
     };
@@ -162,7 +162,7 @@ fn owners(segments: &Segments, cache: &mut Cache<SharedSlots>) -> Inherited {
     let lobby = &segments.lobby;
     for entry in 0..CLIENTS_MAX {
         let lives = matches!(lobby.life_words[entry].life(), Life::Alive { .. });
-        if lives && !failpoint::broken("quarantine") {
+        if lives && !failpoint::broken(Rule::Quarantine) {
             inherited.living |= 1 << entry;
             inherited.nonces[entry] = lobby.entries[entry].read_nonce();
         } else if lobby.entries[entry].dma().is_some() {

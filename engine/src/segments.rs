@@ -42,7 +42,7 @@ use crate::preflight::{self, Room};
 use crate::stats;
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
@@ -188,24 +188,24 @@ impl Segments {
         let lobby_file = SegmentFile::open(&setup.name.lobby(), Access::ReadWrite)?;
         let mut claims = Claims::register(engine.life_words.clone(), LIFE_WORDS_AT, || file.reopen())?;
         claims.take_over(OWNER_WORD)?;
-        failpoint::here("recovery.owner");
+        failpoint::here(Place::RecoveryOwner);
         let words = |claims: &mut Claims| client_words().try_for_each(|index| claims.take_over(index));
-        if failpoint::broken("odd before the words") {
+        if failpoint::broken(Rule::OddBeforeTheWords) {
             words(&mut claims)?;
-            failpoint::here("recovery.early words");
+            failpoint::here(Place::RecoveryEarlyWords);
         }
         // This comes before anything else changes. Clients that sleep on the incarnation hear of the successor at
         // once.
         engine.epoch().begin_recovery();
         futex::wake_all(engine.epoch().incarnation_word());
-        failpoint::here("recovery.odd");
+        failpoint::here(Place::RecoveryOdd);
         let begun = engine.info().recoveries.load(Ordering::Relaxed);
         engine.info().recoveries.store(begun.saturating_add(1), Ordering::Relaxed);
-        failpoint::here("recovery.counted");
-        if !failpoint::broken("odd before the words") {
+        failpoint::here(Place::RecoveryCounted);
+        if !failpoint::broken(Rule::OddBeforeTheWords) {
             words(&mut claims)?;
         }
-        failpoint::here("recovery.words");
+        failpoint::here(Place::RecoveryWords);
         describe(&engine, setup, claims.notice());
         stats::initialise(&engine.stats);
         tracing::info!(
@@ -234,7 +234,7 @@ impl Segments {
     ) -> Result<Segments, SetupError> {
         let (name, geometry) = (setup.name, setup.geometry);
         unfinished.begin()?;
-        failpoint::here("claimed");
+        failpoint::here(Place::Claimed);
         if why.is_some() {
             wait_for_room(&geometry);
         }
@@ -242,44 +242,44 @@ impl Segments {
         let file = unfinished.file();
         // The file is allocated before it gets its length, so no peer ever maps a page of it that has no memory.
         file.allocate(0, places.slots_at)?;
-        failpoint::here("allocated");
+        failpoint::here(Place::Allocated);
         file.grow(places.bytes)?;
         let engine = EngineSegment::new(Arc::new(file.map(places.bytes, Access::ReadWrite)?), &geometry)?;
         engine.epoch().begin_recovery();
         let mut claims = Claims::register(engine.life_words.clone(), LIFE_WORDS_AT, || file.reopen())?;
         // The owner word is claimed first: from here on our death is noticed.
         claims.claim(OWNER_WORD)?;
-        failpoint::here("owned");
+        failpoint::here(Place::Owned);
         for index in client_words() {
             claims.claim(index)?;
         }
         describe(&engine, setup, claims.notice());
         stats::initialise(&engine.stats);
-        failpoint::here("described");
+        failpoint::here(Place::Described);
 
         let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
         let identity =
             |kind, segment_bytes| Identity { kind, segment_bytes, arena_id, boot_id: boot_id(), geometry };
         let lobby = Lobby::new(Arc::new(segment::create_shared(&name.lobby(), LOBBY_BYTES)?))?;
         let lobby_file = SegmentFile::open(&name.lobby(), Access::ReadWrite)?;
-        failpoint::here("lobby");
+        failpoint::here(Place::Lobby);
         let arena_file_bytes = geometry.arena_bytes + ARENA_TRAILER;
         let arena = SegmentFile::create(&name.arena(), arena_file_bytes)?;
         arena.allocate(geometry.arena_bytes, ARENA_TRAILER)?;
-        failpoint::here("arena");
+        failpoint::here(Place::Arena);
         let trailer = arena.map(arena_file_bytes, Access::ReadWrite)?;
         arena_superblock(&trailer)?.write(&identity(Kind::Arena, arena_file_bytes));
         // The engine does not keep the arena mapped: it never looks at the arena's bytes, and it dies faster
         // without the mapping.
         drop(trailer);
-        failpoint::here("arena magic");
+        failpoint::here(Place::ArenaMagic);
         lobby.superblock()?.write(&identity(Kind::Lobby, LOBBY_BYTES as u64));
-        failpoint::here("lobby magic");
+        failpoint::here(Place::LobbyMagic);
         if !file.is_current() {
             return Err(SetupError::Removed { name: name.clone() });
         }
         engine.superblock().write(&identity(Kind::Engine, places.bytes));
-        failpoint::here("engine magic");
+        failpoint::here(Place::EngineMagic);
         tracing::info!(
             name = %name, arena_bytes = geometry.arena_bytes, slab_bytes = geometry.slab_bytes,
             arena_id = %arena_id_text(arena_id), "segments are ready"
@@ -389,18 +389,18 @@ impl Segments {
                 tracing::debug!(%error, "not retired");
             }
         }
-        failpoint::here("retired");
+        failpoint::here(Place::Retired);
         let mut sweep = Sweep::default();
         if ours {
             sweep.satellites(&self.name);
-            failpoint::here("satellites gone");
+            failpoint::here(Place::SatellitesGone);
             sweep.unlink(self.engine_file.name());
         } else {
             for file in [&self.lobby_file, &*self.arena].into_iter().filter(|file| file.is_current()) {
                 sweep.unlink(file.name());
             }
         }
-        failpoint::here("unlinked");
+        failpoint::here(Place::Unlinked);
         drop(self.claims);
         futex::wake_all(self.engine.epoch().incarnation_word());
         sweep.end()

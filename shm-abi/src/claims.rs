@@ -29,7 +29,7 @@
 //! notices while its process lives; but such a thread drops its claims, also when it panics. Where the kernel has neither
 //! robust lists nor such locks, registering is an error.
 
-use crate::failpoint;
+use crate::failpoint::{self, Rule};
 use crate::life::{ClaimError, LIFE_WORD_STRIDE, Life, LifeWord, RobustList};
 use crate::lock::LockFile;
 use crate::mapping::View;
@@ -165,7 +165,9 @@ impl LockedClaims {
     /// Takes the lock first: a word that says that it has a lock, while nobody holds it, is a dead owner's.
     fn claim_from(&mut self, index: usize, now: u32) -> Result<(), ClaimError> {
         let at = lock_at(self.words_at, index);
-        if !failpoint::broken("life lock") && !self.file.file().try_lock_byte(at).map_err(ClaimError::Lock)? {
+        if !failpoint::broken(Rule::LifeLock)
+            && !self.file.file().try_lock_byte(at).map_err(ClaimError::Lock)?
+        {
             return Err(ClaimError::Locked);
         }
         let claimed = self.words[index].claim_as(now, self.value);
@@ -225,7 +227,7 @@ impl<'a> Locks<'a> {
     pub fn owner_is_dead(&self, index: usize, raw: u32) -> bool {
         let by_lock = matches!(LifeWord::interpret(raw), Life::Alive { notice: DeathNotice::FileLock, .. });
         by_lock
-            && !failpoint::broken("looks at locks")
+            && !failpoint::broken(Rule::LooksAtLocks)
             && matches!(self.file.is_byte_locked(lock_at(self.words_at, index)), Ok(false))
     }
 

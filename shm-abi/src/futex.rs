@@ -54,7 +54,7 @@ pub enum Woken {
 #[cfg(not(loom))]
 mod real {
     use super::{Deadline, Woken};
-    use crate::failpoint;
+    use crate::failpoint::{self, Ability};
     use crate::sync::{AtomicU32, Ordering};
     use core::time::Duration;
     use rustix::io::Errno;
@@ -136,7 +136,7 @@ mod real {
     #[must_use]
     pub fn can_wait_for_many() -> bool {
         static WAITV: OnceLock<bool> = OnceLock::new();
-        *WAITV.get_or_init(|| !failpoint::without("waitv") && probe_waitv())
+        *WAITV.get_or_init(|| !failpoint::without(Ability::WaitForMany) && probe_waitv())
     }
 
     /// Asks the kernel to wait for two words of which one has another value already.

@@ -6,7 +6,7 @@
 //! Each is probed once in a process, when somebody first asks for it, by using it: the kernel's name and version do not count.
 //! Only tests can switch a probe off.
 
-use crate::failpoint;
+use crate::failpoint::{self, Ability};
 use crate::futex::{self, Deadline};
 use crate::life::{Life, LifeWord, RobustList};
 use crate::mapping::{Mapping, View};
@@ -31,7 +31,7 @@ pub fn means() -> Means {
 #[must_use]
 pub fn has_robust_lists() -> bool {
     static ROBUST: OnceLock<bool> = OnceLock::new();
-    *ROBUST.get_or_init(|| !failpoint::without("robust") && probe_robust())
+    *ROBUST.get_or_init(|| !failpoint::without(Ability::RobustLists) && probe_robust())
 }
 
 /// Lets a thread end while it holds a word, and looks whether the word has been marked. So a kernel that takes the list but

@@ -4,7 +4,7 @@
 //! does not inherit mappings. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and
 //! never a SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
 
-use crate::failpoint;
+use crate::failpoint::{self, Rule};
 use crate::mapping::Mapping;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, Flock, FlockArg, OFlag};
@@ -298,7 +298,7 @@ impl SegmentFile {
     pub fn allocate(&self, offset: u64, bytes: u64) -> Result<(), SegmentError> {
         let (start, len) = (i64::try_from(offset), i64::try_from(bytes));
         let (Ok(start), Ok(len)) = (start, len) else { return Err(self.os("fallocate")(Errno::EFBIG)) };
-        if failpoint::broken("memory") {
+        if failpoint::broken(Rule::Memory) {
             return Err(SegmentError::NoSpace { name: self.name.clone(), bytes, available: 0 });
         }
         loop {

@@ -4,7 +4,7 @@
 //! worker reads the word, the fields, the slot's bytes, and the word again (a seqlock per slot, with the payload elsewhere).
 
 use crate::abi;
-use crate::failpoint;
+use crate::failpoint::{self, Place, Rule};
 use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -198,9 +198,9 @@ impl SlotHeader {
         // SYNC POINT: Release fence; pairs with the Acquire fence in `still_valid`. A reader that saw any of these fields in
         // `validate`, before its copy, finds in `still_valid` the word that freed the slot, or a later one.
         fence(Ordering::Release);
-        if failpoint::broken("word last") {
+        if failpoint::broken(Rule::WordLast) {
             self.word.store(word.pack(), Ordering::Release);
-            failpoint::here("writing.fields");
+            failpoint::here(Place::WritingFields);
         }
         self.key[0].store(identity.key[0], Ordering::Relaxed);
         self.key[1].store(identity.key[1], Ordering::Relaxed);
@@ -212,20 +212,20 @@ impl SlotHeader {
         self.nonce.store(nonce, Ordering::Relaxed);
         self.round.store(round, Ordering::Relaxed);
         self.hidden.store(0, Ordering::Relaxed);
-        failpoint::here("writing.word");
+        failpoint::here(Place::WritingWord);
         // SYNC POINT: Release; pairs with the Acquire in `validate` and in a recovery's scan.
         self.word.store(word.pack(), Ordering::Release);
-        failpoint::here("writing.done");
+        failpoint::here(Place::WritingDone);
     }
 
     /// Engine: commits the shard. Its writer has said that its bytes are complete, by a commit message in its ring.
     pub fn commit(&self, word: SlotWord, checksum: u64) {
         self.checksum.store(checksum, Ordering::Relaxed);
-        failpoint::here("commit.word");
+        failpoint::here(Place::CommitWord);
         // SYNC POINT: Release; pairs with the Acquire in `validate`: a worker that sees COMMITTED sees the shard's bytes, which
         // were written before the commit message that the engine has acquired.
         self.word.store(word.pack(), Ordering::Release);
-        failpoint::here("commit.done");
+        failpoint::here(Place::CommitDone);
     }
 
     /// Engine: marks a slot whose round has failed or was replaced. Its writer may still be writing it.
@@ -239,9 +239,9 @@ impl SlotHeader {
         let word = SlotWord { state: SlotState::Free, owner: 0, generation: next_generation };
         // SYNC POINT: Release; a reader whose copy saw bytes of the slot's next writer finds this word or a later one in
         // `still_valid`: that writer acquired its reservation after this store, and fenced before it wrote.
-        failpoint::here("free.word");
+        failpoint::here(Place::FreeWord);
         self.word.store(word.pack(), Ordering::Release);
-        failpoint::here("free.done");
+        failpoint::here(Place::FreeDone);
     }
 
     /// Engine: notes that a lookup has used the slot at logical time `tick`. A recovery rebuilds the eviction order from it.
@@ -282,7 +282,7 @@ impl SlotHeader {
     }
 
     fn check_word(&self, expected: u64, word: u64) -> Result<(), NotServable> {
-        let found = if failpoint::broken("generation") { expected } else { word >> GENERATION_SHIFT };
+        let found = if failpoint::broken(Rule::Generation) { expected } else { word >> GENERATION_SHIFT };
         let committed = word & STATE_MASK == SlotState::Committed as u64;
         if found == expected && committed {
             Ok(())

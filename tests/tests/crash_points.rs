@@ -1,7 +1,8 @@
 //! Processes are killed at every place that the code names.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_tests::crash::table::{PLACES, Place, RULES, Way, names_in_source};
+use kvring_shm_abi::failpoint::Place;
+use kvring_tests::crash::table::{VISITS, Visit, Way};
 use kvring_tests::crash::{clients, engines};
 use kvring_tests::soak;
 use std::collections::BTreeSet;
@@ -11,31 +12,30 @@ use std::time::Instant;
 /// No process of a scenario comes to a place more often.
 const TIMES_MAX: u32 = 24;
 
-/// Nobody adds a place, or a rule, without a scenario.
+/// Nobody adds a place without a scenario.
 #[test]
-fn the_table_of_places_is_complete() {
-    let of = |names: &mut dyn Iterator<Item = &'static str>| -> BTreeSet<String> {
-        names.map(str::to_owned).collect()
-    };
-    assert_eq!(of(&mut PLACES.iter().map(|place| place.name)), names_in_source("failpoint::here"));
-    assert_eq!(of(&mut RULES.iter().copied()), names_in_source("failpoint::broken"));
+fn the_table_of_visits_has_every_place() {
+    let is_visited = |place: &&Place| VISITS.iter().any(|visit| visit.place == **place);
+    let missing: Vec<&Place> = Place::ALL.iter().filter(|place| !is_visited(place)).collect();
+    assert!(missing.is_empty(), "no line of `VISITS` leads to {missing:?}");
 }
 
-/// Runs a scenario for each place of one way, two at a time: they wait more than they work. In a soak, for every time that a
+/// Runs a scenario for each visit of one way, two at a time: they wait more than they work. In a soak, for every time that a
 /// process comes there.
-fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Place, u32) -> Vec<String> + Sync) {
+fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Visit, u32) -> Vec<String> + Sync) {
     // For whoever looks into one.
     let only = std::env::var("KVRING_ONLY").ok();
-    let is_meant = |place: &&Place| of(&place.way) && only.as_ref().is_none_or(|only| place.name == only);
-    let mut cases: Vec<(&Place, u32, bool)> = Vec::new();
-    for place in PLACES.iter().filter(is_meant) {
+    let is_meant =
+        |visit: &&Visit| of(&visit.way) && only.as_ref().is_none_or(|only| visit.place.name() == only);
+    let mut cases: Vec<(&Visit, u32, bool)> = Vec::new();
+    for visit in VISITS.iter().filter(is_meant) {
         // A process comes to the others once.
-        let is_repeated = soak() > 1 && matches!(place.way, Way::Serving | Way::Client);
+        let is_repeated = soak() > 1 && matches!(visit.way, Way::Serving | Way::Client);
         let wanted =
-            if is_repeated { 1..=TIMES_MAX } else { 1..=place.times.iter().copied().max().unwrap_or(1) };
-        let times = wanted.map(|time| (time, place.times.contains(&time)));
+            if is_repeated { 1..=TIMES_MAX } else { 1..=visit.times.iter().copied().max().unwrap_or(1) };
+        let times = wanted.map(|time| (time, visit.times.contains(&time)));
         cases.extend(
-            times.filter(|(_, listed)| *listed || is_repeated).map(|(time, listed)| (place, time, listed)),
+            times.filter(|(_, listed)| *listed || is_repeated).map(|(time, listed)| (visit, time, listed)),
         );
     }
     let next = Mutex::new(cases.into_iter());
@@ -44,19 +44,19 @@ fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Place, u32) -> Vec<String>
     let beyond = Mutex::new(BTreeSet::new());
     let run = || {
         loop {
-            let Some((place, time, listed)) = next.lock().unwrap().next() else { break };
-            if beyond.lock().unwrap().contains(place.name) {
+            let Some((visit, time, listed)) = next.lock().unwrap().next() else { break };
+            if beyond.lock().unwrap().contains(&visit.place) {
                 continue;
             }
             let began = Instant::now();
-            let violations = scenario(place, time);
-            eprintln!("{}:{time} {:?}", place.name, began.elapsed());
+            let violations = scenario(visit, time);
+            eprintln!("{}:{time} {:?}", visit.place, began.elapsed());
             let is_beyond =
                 !listed && violations.iter().any(|violation| violation.contains("was not reached"));
             if is_beyond {
-                beyond.lock().unwrap().insert(place.name);
+                beyond.lock().unwrap().insert(visit.place);
             } else if !violations.is_empty() {
-                wrong.lock().unwrap().push(format!("{}:{time}: {violations:#?}", place.name));
+                wrong.lock().unwrap().push(format!("{}:{time}: {violations:#?}", visit.place));
             }
         }
     };
@@ -72,7 +72,7 @@ fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Place, u32) -> Vec<String>
 fn an_engine_that_dies_while_it_recovers_is_recovered_from() {
     each(
         |way| matches!(way, Way::Recovery { .. }),
-        |place, time| engines::dies_at(place.name, place.way, time, false),
+        |visit, time| engines::dies_at(visit.place, visit.way, time, false),
     );
 }
 
@@ -81,42 +81,42 @@ fn an_engine_that_dies_while_it_recovers_is_recovered_from() {
 fn engines_that_die_twice_in_a_row_while_they_recover_are_recovered_from() {
     each(
         |way| matches!(way, Way::Recovery { .. }),
-        |place, time| engines::dies_at(place.name, place.way, time, true),
+        |visit, time| engines::dies_at(visit.place, visit.way, time, true),
     );
 }
 
 #[test]
 fn an_engine_that_dies_at_work_is_recovered_from() {
-    each(|way| *way == Way::Serving, |place, time| engines::dies_at(place.name, place.way, time, false));
+    each(|way| *way == Way::Serving, |visit, time| engines::dies_at(visit.place, visit.way, time, false));
 }
 
 #[test]
 fn an_engine_that_dies_while_it_starts_anew_is_swept() {
     each(
         |way| matches!(way, Way::ColdStart { .. }),
-        |place, time| engines::dies_at(place.name, place.way, time, false),
+        |visit, time| engines::dies_at(visit.place, visit.way, time, false),
     );
 }
 
 #[test]
 fn an_engine_that_dies_while_it_gives_everything_up_is_swept() {
-    each(|way| *way == Way::Stop, |place, time| engines::dies_at(place.name, place.way, time, false));
+    each(|way| *way == Way::Stop, |visit, time| engines::dies_at(visit.place, visit.way, time, false));
 }
 
 #[test]
 fn a_client_that_dies_anywhere_leaves_nothing_and_is_replaced() {
-    each(|way| *way == Way::Client, |place, time| clients::dies_at(place.name, time));
+    each(|way| *way == Way::Client, |visit, time| clients::dies_at(visit.place, time));
 }
 
 /// A client dies while the engine is there: as if it had died at any moment of the engine's.
 #[test]
 fn an_engine_that_stops_while_a_client_dies_goes_on() {
-    let places = |way: &Way| matches!(way, Way::Recovery { .. } | Way::Serving);
-    each(places, |place, time| engines::stops_at(place.name, place.way, time));
+    let ways = |way: &Way| matches!(way, Way::Recovery { .. } | Way::Serving);
+    each(ways, |visit, time| engines::stops_at(visit.place, visit.way, time));
 }
 
 /// Engines come and go while a client is there: as if they had at any moment of the client's.
 #[test]
 fn a_client_that_stops_while_engines_die_goes_on() {
-    each(|way| *way == Way::Client, |place, time| clients::stops_at(place.name, time, 1 + time % 2));
+    each(|way| *way == Way::Client, |visit, time| clients::stops_at(visit.place, time, 1 + time % 2));
 }

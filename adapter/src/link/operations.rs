@@ -7,7 +7,7 @@
 //! ```
 
 use super::Undo;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::message::Completion;
 use kvring_shm_abi::payload::{Region, Regions};
 use kvring_shm_abi::ring::DEPTH;
@@ -136,7 +136,7 @@ impl Operations {
     pub(super) fn abandon(&mut self, slot: u16) -> Option<(Undo, Region, Completion)> {
         match self.table[usize::from(slot)] {
             Operation::InFlight { mut region, undo } => {
-                if failpoint::broken("regions until drained") {
+                if failpoint::broken(Rule::RegionsUntilDrained) {
                     self.free_region(core::mem::take(&mut region));
                 }
                 self.table[usize::from(slot)] = Operation::Abandoned { region, undo };

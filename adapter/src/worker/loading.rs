@@ -7,7 +7,7 @@ use super::mover::{Ended, Mover};
 use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
 use kvring_gpu_kernels::{CopyError, Direction, Transfer};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::Request;
 use kvring_shm_abi::slot::ShardIdentity;
@@ -197,7 +197,7 @@ impl Mover {
         chunk: &LoadChunk,
     ) -> Result<(*mut u8, u64), LoadError> {
         let shard = &chunk.shard;
-        if shard.arena_id != attachment.identity.arena_id && !failpoint::broken("arena id") {
+        if shard.arena_id != attachment.identity.arena_id && !failpoint::broken(Rule::ArenaId) {
             return Err(LoadError::OtherArena);
         }
         let header = attachment.link.engine.slot(shard.slot).ok_or_else(|| outside(chunk))?;

@@ -15,7 +15,7 @@ use crate::gate::WriterPass;
 use crate::ledger::Ledger;
 use crate::link::{Answer, Pending, Undo};
 use kvring_gpu_kernels::{CopyError, Direction, Transfer};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::message::{
     KEY_WORDS, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord,
@@ -377,7 +377,7 @@ impl<'a> Store<'a> {
         match shared.ledger.hold(&self.attachment.link, records) {
             Some(batch) => {
                 let ledger = &shared.ledger;
-                failpoint::here("client.granted");
+                failpoint::here(Place::ClientGranted);
                 Some(Grant { shards, batch, ledger, committed: false })
             }
             None => {
@@ -424,7 +424,7 @@ impl<'a> Store<'a> {
                 return None;
             }
         };
-        failpoint::here("client.copied");
+        failpoint::here(Place::ClientCopied);
         let count = grant.shards.len() as u32;
         self.report.bytes += u64::from(count) * self.job.paged.shard_bytes();
         // SYNC POINT: the submission's Release publishes the payload: the copy has completed (with an `sfence` by
@@ -440,7 +440,7 @@ impl<'a> Store<'a> {
                 }
             },
         };
-        failpoint::here("client.commit sent");
+        failpoint::here(Place::ClientCommitSent);
         let batch = grant.batch;
         let mut grant = grant;
         grant.committed = true;

@@ -7,7 +7,7 @@ use super::index::FORMING_MAX;
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 
 /// How many keys ahead index lines are prefetched.
 const AHEAD: usize = 8;
@@ -210,7 +210,7 @@ impl<T: SlotTable> Cache<T> {
         let (mut same, mut older) = (None, None);
         for id in matches.forming() {
             let forming = self.chunks.get(*id).round();
-            let forming = if failpoint::broken("rounds in a reservation") { round } else { forming };
+            let forming = if failpoint::broken(Rule::RoundsInAReservation) { round } else { forming };
             if forming.source == round.source {
                 match round.number.wrapping_sub(forming.number) as i32 {
                     0 => same = Some(*id),

@@ -4,6 +4,7 @@
 use super::takeover::Found;
 use super::tests::{Name, client_view};
 use super::*;
+use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::life::Life;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -35,12 +36,12 @@ fn child() {
     println!("survived");
 }
 
-fn spawn_child(name: &Name, mode: &str, dies_at: &str) -> Child {
+fn spawn_child(name: &Name, mode: &str, dies_at: Option<Place>) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "segments::deaths::child", "--nocapture", "--test-threads=1"])
         .env(CHILD_NAME, name.0.as_str())
         .env(CHILD_MODE, mode)
-        .env(CHILD_DIES_AT, dies_at)
+        .envs(dies_at.map(|place| (CHILD_DIES_AT, place.name())))
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -63,7 +64,7 @@ fn kill(mut child: Child) {
 #[test]
 fn a_killed_engine_is_noticed_and_succeeded() {
     let name = Name::new("kill");
-    let mut engine = spawn_child(&name, "live", "");
+    let mut engine = spawn_child(&name, "live", None);
     assert!(wait_ready(&mut engine));
     let error = name.start().err().unwrap();
     assert!(matches!(&error, SetupError::AlreadyRunning { pid, .. } if *pid == engine.id()), "{error}");
@@ -76,39 +77,49 @@ fn a_killed_engine_is_noticed_and_succeeded() {
 }
 
 /// All places of a start, then those of a clean end.
-const PLACES: [&str; 13] = [
-    "opened",
-    "claimed",
-    "allocated",
-    "owned",
-    "described",
-    "lobby",
-    "arena",
-    "arena magic",
-    "lobby magic",
-    "engine magic",
-    "retired",
-    "satellites gone",
-    "unlinked",
+const PLACES: [Place; 13] = [
+    Place::Opened,
+    Place::Claimed,
+    Place::Allocated,
+    Place::Owned,
+    Place::Described,
+    Place::Lobby,
+    Place::Arena,
+    Place::ArenaMagic,
+    Place::LobbyMagic,
+    Place::EngineMagic,
+    Place::Retired,
+    Place::SatellitesGone,
+    Place::Unlinked,
 ];
 /// The places at which no client may find an engine yet.
-const UNTIL_COMPLETE: [&str; 9] =
-    ["opened", "claimed", "allocated", "owned", "described", "lobby", "arena", "arena magic", "lobby magic"];
+const UNTIL_COMPLETE: [Place; 9] = [
+    Place::Opened,
+    Place::Claimed,
+    Place::Allocated,
+    Place::Owned,
+    Place::Described,
+    Place::Lobby,
+    Place::Arena,
+    Place::ArenaMagic,
+    Place::LobbyMagic,
+];
 /// The places of a start that sweeps a predecessor.
-const SWEEP_PLACES: [&str; 5] = [
-    "satellites retired",
-    "lobby gone",
-    "predecessor retired",
-    "predecessor's satellites gone",
-    "predecessor gone",
+const SWEEP_PLACES: [Place; 5] = [
+    Place::SatellitesRetired,
+    Place::LobbyGone,
+    Place::PredecessorRetired,
+    Place::PredecessorsSatellitesGone,
+    Place::PredecessorGone,
 ];
 
 /// The places of a start that takes a predecessor over.
-const RECOVERY_PLACES: [&str; 4] = ["recovery.owner", "recovery.odd", "recovery.counted", "recovery.words"];
+const RECOVERY_PLACES: [Place; 4] =
+    [Place::RecoveryOwner, Place::RecoveryOdd, Place::RecoveryCounted, Place::RecoveryWords];
 
 /// Runs a child that is killed at `place`.
-fn dies(name: &Name, mode: &str, place: &str) {
-    let mut child = spawn_child(name, mode, place);
+fn dies(name: &Name, mode: &str, place: Place) {
+    let mut child = spawn_child(name, mode, Some(place));
     let output = std::io::read_to_string(child.stdout.take().unwrap()).unwrap();
     child.wait().unwrap();
     assert!(!output.contains("survived"), "{place} was not reached");
@@ -118,18 +129,18 @@ fn dies(name: &Name, mode: &str, place: &str) {
 fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
     let name = Name::new("places");
     for (place, predecessor) in
-        PLACES.iter().map(|place| (place, false)).chain(SWEEP_PLACES.iter().map(|place| (place, true)))
+        PLACES.into_iter().map(|place| (place, false)).chain(SWEEP_PLACES.map(|place| (place, true)))
     {
         if predecessor {
             drop(name.start().unwrap());
         }
         dies(&name, if predecessor { "cold" } else { "once" }, place);
-        if !predecessor && UNTIL_COMPLETE.contains(place) {
+        if !predecessor && UNTIL_COMPLETE.contains(&place) {
             let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadWrite);
             let complete = file.is_ok_and(|file| !matches!(Found::look(&file).unwrap(), Found::Incomplete));
             assert!(!complete, "{place}: the engine's magic comes last");
         }
-        let segments = name.start().unwrap_or_else(|error| panic!("after a death at {place:?}: {error}"));
+        let segments = name.start().unwrap_or_else(|error| panic!("after a death at {place}: {error}"));
         assert_eq!(name.files().len(), 3, "{place}");
         segments.retire_and_unlink().unwrap();
         assert_eq!(name.files(), Vec::<String>::new(), "{place}");
@@ -157,7 +168,7 @@ fn a_death_in_the_middle_of_taking_over_leaves_what_the_next_one_takes_over() {
 fn a_death_at_random_leaves_what_the_next_start_sweeps() {
     let name = Name::new("random");
     for round in 0..30u64 {
-        let mut child = spawn_child(&name, "churn", "");
+        let mut child = spawn_child(&name, "churn", None);
         assert!(wait_ready(&mut child));
         // Spread over several turns of the child's loop, which takes about a millisecond.
         std::thread::sleep(Duration::from_micros(round * 7919 % 5000));

@@ -2,7 +2,7 @@
 //! shard size.
 
 use kvring_shm_abi::engine_segment::Places;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::segment::{SegmentError, SegmentFile};
 use kvring_shm_abi::slot::SLOT_HEADER_BYTES;
@@ -38,7 +38,7 @@ impl SlotMemory {
         if self.full_until.is_some_and(|until| !until.passed()) {
             return false;
         }
-        if failpoint::broken("memory for headers") {
+        if failpoint::broken(Rule::MemoryForHeaders) {
             return false;
         }
         let outcome = self.allocate(u64::from(first), u64::from(first) + u64::from(count));

@@ -12,7 +12,7 @@ use super::files::{Whose, all, channels};
 use super::takeover::{Found, acquire};
 use super::{SetupError, arena_superblock};
 use kvring_shm_abi::engine_segment::EngineSegment;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
 use kvring_shm_abi::park;
@@ -84,13 +84,13 @@ impl Sweep {
                 tracing::debug!(%error, "not retired");
             }
         }
-        failpoint::here("satellites retired");
+        failpoint::here(Place::SatellitesRetired);
         for channel in channels(name) {
             // A channel needs no mark: its client watches the engine, and makes another channel.
             self.unlink(&channel);
         }
         self.unlink(&name.lobby());
-        failpoint::here("lobby gone");
+        failpoint::here(Place::LobbyGone);
         self.unlink(&name.arena());
     }
 
@@ -157,12 +157,12 @@ pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
 /// A segment of ours cannot be removed. The others have been.
 pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupError> {
     found.retire();
-    failpoint::here("predecessor retired");
+    failpoint::here(Place::PredecessorRetired);
     let mut sweep = Sweep::default();
     sweep.satellites(name);
-    failpoint::here("predecessor's satellites gone");
+    failpoint::here(Place::PredecessorsSatellitesGone);
     sweep.unlink(&name.engine_segment());
-    failpoint::here("predecessor gone");
+    failpoint::here(Place::PredecessorGone);
     sweep.end()
 }
 

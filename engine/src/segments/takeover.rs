@@ -10,7 +10,7 @@ use super::{Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
 use crate::preflight::{self, Room};
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS_AT, OWNER_WORD, Places};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::{LOBBY_BYTES, Lobby};
@@ -221,7 +221,7 @@ pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupEr
             },
             Err(error) => return Err(error.into()),
         };
-        failpoint::here("opened");
+        failpoint::here(Place::Opened);
         let lock = file.try_lock();
         if !file.is_current() {
             // The file was unlinked or replaced between the opening and the lock: look again at what the name leads

@@ -11,7 +11,7 @@ use crate::cache::Leaving;
 use crate::segments::files;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::lobby::{CLIENTS_MAX, Role};
 use kvring_shm_abi::segment;
@@ -49,13 +49,13 @@ impl Service {
             }
             let word = &self.segments.lobby.life_words[entry];
             let raw = word.raw();
-            failpoint::here("look.word");
+            failpoint::here(Place::LookWord);
             match LifeWord::interpret(raw) {
                 Life::Unclaimed if !self.is_known(entry) => {}
                 // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So
                 // it counts as dead; but that says no more of its process than a mark does. The mark is made here, and the
                 // entry left alone where that fails: then it is a newcomer's, and so may be what is known.
-                Life::Unclaimed if !failpoint::broken("mark before burying") && !word.mark_dead(raw) => {}
+                Life::Unclaimed if !failpoint::broken(Rule::MarkBeforeBurying) && !word.mark_dead(raw) => {}
                 Life::Unclaimed | Life::Dead => {
                     if left == 0 {
                         put_off.get_or_insert(entry);
@@ -95,7 +95,7 @@ impl Service {
         match self.entries[entry] {
             Entry::Free => nonce.is_some(),
             Entry::Outdated { nonce: before } => {
-                nonce.is_some() && (nonce != Some(before) || failpoint::broken("outdated claims"))
+                nonce.is_some() && (nonce != Some(before) || failpoint::broken(Rule::OutdatedClaims))
             }
             _ => false,
         }
@@ -149,9 +149,9 @@ impl Service {
             tracing::warn!(entry, client = %content.name, reason = status.as_str(), "client refused");
             self.stat(Stat::Refusals, 1);
         }
-        failpoint::here("attach.answer");
+        failpoint::here(Place::AttachAnswer);
         self.segments.engine.attach[entry].answer(content.nonce, status);
-        failpoint::here("attach.answered");
+        failpoint::here(Place::AttachAnswered);
         true
     }
 
@@ -194,10 +194,10 @@ impl Service {
     /// again.
     pub(super) fn reclaim(&mut self, entry: usize) {
         self.hang_up(entry, "client died; its leases and reservations are freed");
-        if failpoint::broken("reclaim before reset") {
+        if failpoint::broken(Rule::ReclaimBeforeReset) {
             self.segments.lobby.life_words[entry].reset();
         }
-        failpoint::here("reclaim.slots");
+        failpoint::here(Place::ReclaimSlots);
         // Also what it left in quarantine when it was detached, and what it was writing under an earlier engine.
         self.begin_parting(entry, Leaving::Gone, Then::Free);
     }
@@ -205,14 +205,14 @@ impl Service {
     /// Nothing is left of the owner of this entry.
     pub(super) fn reclaimed(&mut self, entry: usize) {
         self.no_longer_awaited(entry);
-        failpoint::here("reclaim.entry");
+        failpoint::here(Place::ReclaimEntry);
         self.segments.lobby.entries[entry].clear();
-        failpoint::here("reclaim.word");
+        failpoint::here(Place::ReclaimWord);
         // Last: from here on somebody else may claim it.
-        if !failpoint::broken("reset the word") {
+        if !failpoint::broken(Rule::ResetTheWord) {
             self.segments.lobby.life_words[entry].reset();
         }
-        failpoint::here("reclaim.done");
+        failpoint::here(Place::ReclaimDone);
     }
 
     /// Nobody is at the other end of this entry's channel any more.

@@ -9,7 +9,7 @@ use super::done::{Done, refuse, too_many};
 use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{KEYS_MAX, Key, LeaseRecord, Record, Records, Status};
@@ -125,7 +125,7 @@ impl Service {
             };
             match found {
                 Ok(found) => {
-                    failpoint::here("declare.lease");
+                    failpoint::here(Place::DeclareLease);
                     self.cache.pin_found();
                     request.lookup.found += found;
                     if found as usize == piece && request.lookup.found < chunks.count {
@@ -149,14 +149,14 @@ impl Service {
 
     /// Everything has been declared.
     pub(super) fn declare_end(&mut self, entry: usize, freed: &mut u32) -> Done {
-        failpoint::here("declare.end");
+        failpoint::here(Place::DeclareEnd);
         let before = *freed;
         let is_over = self.cache.declare_end(entry as u8, freed);
         self.stat(Stat::SlotsUndeclared, u64::from(*freed - before));
         if !is_over {
             return Done::More;
         }
-        failpoint::here("declare.ended");
+        failpoint::here(Place::DeclareEnded);
         self.no_longer_awaited(entry);
         Done::Answer(Status::Ok, [u64::from(*freed), 0, 0, 0])
     }

@@ -15,7 +15,7 @@ use super::store::{Finish, FinishSlots, ReserveMessage, ReserveRequest};
 use super::{BATCH, SLICE, Service};
 use crate::stats::Stat;
 use crate::tier::AskedLookup;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::message::{
     ANY_NAMESPACE, Completion, Ident, Key, LeaseRecord, Request, SlotRecord, Status,
 };
@@ -185,7 +185,7 @@ impl Service {
         };
         match what {
             // As if its client's slice had just been spent.
-            Ok(what) if failpoint::broken("begin at once") => {
+            Ok(what) if failpoint::broken(Rule::BeginAtOnce) => {
                 self.cache.allow(0);
                 self.put_off(entry, Doing { operation, what });
             }
@@ -232,7 +232,7 @@ impl Service {
         if let Some(connection) = self.entries[entry].connection_mut() {
             connection.doing = Some(doing);
         }
-        failpoint::here("request.put off");
+        failpoint::here(Place::RequestPutOff);
     }
 
     #[inline]

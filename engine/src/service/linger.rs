@@ -22,7 +22,7 @@
 use super::Service;
 use super::entry::{Entry, Then};
 use crate::cache::Leaving;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::DmaOwner;
 use kvring_shm_abi::process::{ProcessIdentity, ProcessStat};
@@ -117,7 +117,7 @@ impl Service {
         // Who writes nothing leaves nothing that a device could be writing into.
         let writes = self.cache.writes(entry as u8);
         let owner = self.segments.lobby.entries[entry].dma().filter(|_| writes);
-        let Some(owner) = owner.filter(|_| !failpoint::broken("waits for the process")) else {
+        let Some(owner) = owner.filter(|_| !failpoint::broken(Rule::WaitsForTheProcess)) else {
             return self.reclaim(entry);
         };
         let since_ns = monotonic_ns();

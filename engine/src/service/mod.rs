@@ -37,7 +37,7 @@ use connection::Connection;
 use dispatch::Scratch;
 use entry::Entry;
 use kvring_shm_abi::engine_segment::EngineSegment;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
@@ -254,9 +254,9 @@ impl Service {
         self.publish_gauges();
         // The recovery has succeeded, if there was one.
         self.segments.engine.info().recoveries.store(0, Ordering::Relaxed);
-        failpoint::here("serving.even");
+        failpoint::here(Place::ServingEven);
         self.segments.engine.epoch().begin_serving();
-        failpoint::here("serving.begun");
+        failpoint::here(Place::ServingBegun);
         futex::wake_all(self.segments.engine.epoch().incarnation_word());
         ready();
         // Without a spin (one CPU for both) each idle turn keeps the clients from running.

@@ -6,7 +6,7 @@ use super::registry::{Nonsense, Shape};
 use crate::cache::RegisterError;
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
 
@@ -110,9 +110,9 @@ impl Service {
                 if let Some(known) = &mut self.registry.namespaces[id] {
                     known.ranks[rank] = Some((layout, bytes));
                 }
-                failpoint::here("rank.registered");
+                failpoint::here(Place::RankRegistered);
                 self.segments.engine.namespaces[id].set_rank(rank, layout, bytes);
-                failpoint::here("rank.published");
+                failpoint::here(Place::RankPublished);
             }
         }
         self.cache.use_namespace(id as u32);
@@ -171,7 +171,7 @@ impl Service {
     /// It is forgotten: clients find it no longer.
     fn end_namespace(&mut self, id: usize) {
         self.segments.engine.namespaces[id].end();
-        failpoint::here("namespace.ended");
+        failpoint::here(Place::NamespaceEnded);
         self.registry.namespaces[id] = None;
     }
 
@@ -195,7 +195,7 @@ impl Service {
         // Whatever lies there, half made perhaps.
         self.end_namespace(id);
         self.segments.engine.namespaces[id].begin(registration);
-        failpoint::here("namespace.begun");
+        failpoint::here(Place::NamespaceBegun);
         let Registration { fingerprint, world, chunk_tokens, .. } = *registration;
         self.registry.found(id, fingerprint, world, chunk_tokens, [None; RANKS_MAX]);
         let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();

@@ -3,7 +3,7 @@
 use crate::cache::{self, ShardHeader, SlotId, SlotTable};
 use crate::segments::{Segments, SlotMemory};
 use kvring_shm_abi::engine_segment::SlabRecord;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::mapping::View;
 use kvring_shm_abi::message::Round;
 use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
@@ -46,9 +46,9 @@ impl SlotTable for SharedSlots {
     }
 
     fn orphaned(&mut self, slot: SlotId, generation: u64, owner: cache::Owner) {
-        failpoint::here("orphan.word");
+        failpoint::here(Place::OrphanWord);
         self.headers[slot as usize].orphan(word(SlotState::Orphaned, owner, generation));
-        failpoint::here("orphan.done");
+        failpoint::here(Place::OrphanDone);
     }
 
     fn hidden(&mut self, slot: SlotId) {
@@ -68,15 +68,15 @@ impl SlotTable for SharedSlots {
     }
 
     fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64) {
-        failpoint::here("span.record");
+        failpoint::here(Place::SpanRecord);
         self.slabs[first_slab as usize].assign(slot_bytes, slabs);
-        failpoint::here("span.done");
+        failpoint::here(Place::SpanDone);
     }
 
     fn span_gone(&mut self, first_slab: u32) {
-        failpoint::here("span.gone");
+        failpoint::here(Place::SpanGone);
         self.slabs[first_slab as usize].clear();
-        failpoint::here("span.cleared");
+        failpoint::here(Place::SpanCleared);
     }
 
     fn generation(&self, slot: SlotId) -> u64 {

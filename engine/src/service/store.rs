@@ -4,7 +4,7 @@ use super::Service;
 use super::done::{Done, PIECE, refuse, too_many};
 use crate::cache::{self, Aborted, CommitError, Committed, Going, Invalidated, Reservation, Reserve};
 use crate::stats::Stat;
-use kvring_shm_abi::failpoint;
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{
     KEY_WORDS, KEYS_MAX, Key, Record, Records, ReserveAnswer, ReserveOutcome, Round, ShardAnswer,
@@ -263,7 +263,7 @@ fn finish(
             cache.abort(owner, slot, generation, key).map(|aborted| matches!(aborted, Aborted::Freed))
         }
         Finish::Declare => {
-            failpoint::here("declare.slot");
+            failpoint::here(Place::DeclareSlot);
             // Committed already, for one: its commit was done, and the answer lost.
             Ok(cache.adopt(owner, nonce, slot, generation, key))
         }

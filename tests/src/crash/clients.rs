@@ -10,6 +10,7 @@ use crate::peer::Peer;
 use crate::proto::{Ask, Found, Tell, all_stored};
 use crate::wait::until;
 use kvring_adapter::Key;
+use kvring_shm_abi::failpoint::Place;
 use serde_json::json;
 use std::time::Duration;
 
@@ -76,7 +77,7 @@ fn starts_anew(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast,
 /// # Panics
 /// Where something else goes wrong than what is being tested.
 #[must_use]
-pub fn dies_at(place: &str, time: u32) -> Vec<String> {
+pub fn dies_at(place: Place, time: u32) -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("client", 8);
     let mut cast = Cast::new(&engine.name);
@@ -120,7 +121,7 @@ pub fn dies_at(place: &str, time: u32) -> Vec<String> {
 /// # Panics
 /// Where something else goes wrong than what is being tested.
 #[must_use]
-pub fn stops_at(place: &str, time: u32, restarts: u32) -> Vec<String> {
+pub fn stops_at(place: Place, time: u32, restarts: u32) -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("client-stop", 8);
     let mut cast = Cast::new(&engine.name);

@@ -12,6 +12,7 @@ use crate::proto::{Loaded, Stored, all_loaded, all_stored};
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
 use kvring_adapter::Round;
+use kvring_shm_abi::failpoint::Place;
 
 /// The namespace of those who take every slot that they can get.
 const FILLER: u64 = 3;
@@ -115,7 +116,7 @@ pub fn a_grant_that_comes_too_late() -> Vec<String> {
     let mut engine = engine("late", 4);
     engine.kill();
     // In the middle of its second answer.
-    let point = format!("writing.done:{}:stop", BATCH + 5);
+    let point = format!("{}:{}:stop", Place::WritingDone, BATCH + 5);
     let status = engine.restart_with(&[(FAIL_POINT, &point)]);
     checks.holds(status.is_ok(), "the engine did not start");
     engine.is_allocated();

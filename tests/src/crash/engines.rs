@@ -11,6 +11,7 @@ use crate::peer::Peer;
 use crate::proto::Ask;
 use crate::wait::{LIMIT, eventually};
 use kvring_adapter::Key;
+use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::sync::{AtomicBool, Ordering};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -30,7 +31,7 @@ pub fn engine(tag: &str, slabs: u64) -> EngineProcess {
 /// # Panics
 /// Where something else goes wrong than what is being tested.
 #[must_use]
-pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
+pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("point", 8);
     let mut cast = Cast::new(&engine.name);
@@ -87,7 +88,7 @@ pub fn dies_at(place: &str, way: Way, time: u32, twice: bool) -> Vec<String> {
 /// # Panics
 /// Where something else goes wrong than what is being tested.
 #[must_use]
-pub fn stops_at(place: &str, way: Way, time: u32) -> Vec<String> {
+pub fn stops_at(place: Place, way: Way, time: u32) -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("stop", 8);
     let mut cast = Cast::new(&engine.name);
@@ -231,7 +232,7 @@ fn run_until_dead(
 
 /// A client with a lease, a reservation, and another client's role beside it is killed: what it has is reclaimed.
 fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast) {
-    let mut victim = Peer::spawn_with(&[(FAIL_POINT, "client.granted")]);
+    let mut victim = Peer::spawn_with(&[(FAIL_POINT, Place::ClientGranted.name())]);
     let worker = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
     let scheduler = super::cast::scheduler_spec(&engine.name, SOLO, 1);
     let round = cast.next_round();

@@ -1,9 +1,8 @@
 //! The crash suite: processes that are killed at every place that the code names, and what must be true afterwards.
 //!
-//! A *place* is a call of `failpoint::here` in the product; [`table`] says for each what leads there, and a test compares
-//! it with the source. A scenario has a [`cast`] of clients that live through it and keep books of what was acknowledged;
-//! it ends in a list of [violations](checks::Checks), so that the same scenario can be run with a rule broken, and must
-//! then not be empty.
+//! A *place* is a [`Place`](kvring_shm_abi::failpoint::Place) in the product's code; [`table`] says for each what leads there. A
+//! scenario has a [`cast`] of clients that live through it and keep books of what was acknowledged; it ends in a list of
+//! [violations](checks::Checks), so that the same scenario can be run with a rule broken, and must then not be empty.
 
 pub mod cast;
 pub mod checks;

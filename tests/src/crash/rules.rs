@@ -1,11 +1,11 @@
 //! What the other rules are for: each of these scenarios goes wrong where one is broken.
 
+use super::FAIL_POINT;
 use super::cast::{PAIR, SHARD, SOLO, scheduler_spec, worker_spec};
 use super::checks::Checks;
 use super::engines::{dies_at, engine};
 use super::settled::is_gone;
 use super::table::Way;
-use super::{BREAK, FAIL_POINT};
 use crate::engine::{stat_of, within_beats};
 use crate::kv::chain;
 use crate::peer::Peer;
@@ -14,16 +14,13 @@ use crate::raw::RawClient;
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Role, Round};
+use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::life::Life;
 use serde_json::json;
 use std::time::{Duration, Instant};
 
 fn round(source: u32, number: u32) -> Round {
     Round { source, number }
-}
-
-fn is_broken(rule: &str) -> bool {
-    std::env::var(BREAK).is_ok_and(|broken| broken == rule)
 }
 
 fn ready(checks: &mut Checks, worker: &WorkerSide) {
@@ -48,8 +45,8 @@ fn worker_of(checks: &mut Checks, engine: &str, namespace: u64, world: u32, rank
 /// Where something else goes wrong than what is being tested.
 #[must_use]
 pub fn a_header_half_written() -> Vec<String> {
-    let rule = "word last";
-    let place = if is_broken(rule) { "writing.fields" } else { "writing.word" };
+    let rule = Rule::WordLast;
+    let place = if failpoint::broken(rule) { Place::WritingFields } else { Place::WritingWord };
     dies_at(place, Way::Broken(rule), 1, false)
 }
 
@@ -199,7 +196,7 @@ pub fn a_newcomer_during_a_reclaim() -> Vec<String> {
     let mut checks = Checks::new();
     let mut engine = engine("newcomer", 2);
     engine.kill();
-    let started = engine.restart_with(&[(FAIL_POINT, "reclaim.slots:1:stop")]);
+    let started = engine.restart_with(&[(FAIL_POINT, &format!("{}:1:stop", Place::ReclaimSlots))]);
     checks.holds(started.is_ok(), "the engine did not start");
     engine.is_allocated();
     let mut victim = Peer::worker(&worker_spec(&engine.name, SOLO, 1, 0, SHARD));
@@ -229,7 +226,8 @@ pub fn a_newcomer_during_a_reclaim() -> Vec<String> {
 /// Where something else goes wrong than what is being tested.
 #[must_use]
 pub fn a_client_that_wakes_up_during_a_recovery() -> Vec<String> {
-    let place = if is_broken("odd before the words") { "recovery.early words" } else { "recovery.words" };
+    let is_early = failpoint::broken(Rule::OddBeforeTheWords);
+    let place = if is_early { Place::RecoveryEarlyWords } else { Place::RecoveryWords };
     let mut checks = Checks::new();
     let mut engine = engine("wakes", 2);
     let mut peer = Peer::worker(&worker_spec(&engine.name, SOLO, 1, 0, SHARD));

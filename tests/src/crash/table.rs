@@ -1,7 +1,6 @@
 //! Every place at which a test may end a process, and what leads there.
 
-use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use kvring_shm_abi::failpoint::{Place, Rule};
 
 /// What leads to a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,156 +22,102 @@ pub enum Way {
     Stop,
     /// A client, on its way up, at work, and through a restart of the engine.
     Client,
-    /// Only where the rule of this name is broken.
-    Broken(&'static str),
+    /// An engine comes there only where this rule is broken.
+    Broken(Rule),
 }
 
-/// A place, and the times at which a process comes there that are to be tried.
+/// A place, and one way that leads a process there.
 #[derive(Clone, Copy, Debug)]
-pub struct Place {
-    /// As the code names it.
-    pub name: &'static str,
+pub struct Visit {
+    /// The place.
+    pub place: Place,
     /// What leads there.
     pub way: Way,
-    /// At which times.
+    /// At which times that the process comes there something is to happen to it: each is tried.
     pub times: &'static [u32],
 }
 
-const fn place(name: &'static str, way: Way, times: &'static [u32]) -> Place {
-    Place { name, way, times }
+const fn visit(place: Place, way: Way, times: &'static [u32]) -> Visit {
+    Visit { place, way, times }
 }
 
 const UNCOUNTED: Way = Way::Recovery { counted: false };
 const COUNTED: Way = Way::Recovery { counted: true };
 const COLD: Way = Way::ColdStart { untouched: false };
 
-/// All of them. A process passes some once only.
-pub const PLACES: &[Place] = &[
-    place("recovery.owner", UNCOUNTED, &[1]),
-    place("recovery.odd", UNCOUNTED, &[1]),
-    place("recovery.counted", COUNTED, &[1]),
-    place("recovery.words", COUNTED, &[1]),
-    place("allocator started", COUNTED, &[1]),
-    place("recovery.span", COUNTED, &[1, 2]),
-    place("recovery.chunks", COUNTED, &[1]),
-    place("recovery.owners", COUNTED, &[1]),
-    place("serving.even", Way::Serving, &[1]),
-    place("serving.begun", Way::Serving, &[1]),
-    place("look.word", Way::Serving, &[1, 70]),
-    place("attach.answer", Way::Serving, &[1, 3]),
-    place("attach.answered", Way::Serving, &[1, 4]),
-    place("declare.slot", Way::Serving, &[1, 3]),
-    place("declare.lease", Way::Serving, &[1, 2]),
-    place("declare.end", Way::Serving, &[1, 4]),
-    place("declare.ended", Way::Serving, &[1, 3]),
-    place("writing.word", Way::Serving, &[1, 5]),
-    place("writing.done", Way::Serving, &[1, 6]),
-    place("commit.word", Way::Serving, &[1, 5]),
-    place("commit.done", Way::Serving, &[1, 6]),
-    place("namespace.ended", Way::Serving, &[1]),
-    place("namespace.begun", Way::Serving, &[1]),
-    place("rank.registered", Way::Serving, &[1, 2]),
-    place("rank.published", Way::Serving, &[1, 2]),
-    place("span.record", Way::Serving, &[1, 2]),
-    place("span.done", Way::Serving, &[1, 2]),
-    place("orphan.word", Way::Serving, &[1, 3]),
-    place("orphan.done", Way::Serving, &[1, 4]),
-    place("free.word", Way::Serving, &[1, 7]),
-    place("free.done", Way::Serving, &[1, 8]),
-    place("span.gone", Way::Serving, &[1]),
-    place("span.cleared", Way::Serving, &[1]),
-    place("reclaim.slots", Way::Serving, &[1, 2]),
-    place("reclaim.entry", Way::Serving, &[1, 2]),
-    place("reclaim.word", Way::Serving, &[1, 2]),
-    place("reclaim.done", Way::Serving, &[1, 2]),
-    place("opened", Way::ColdStart { untouched: true }, &[1]),
-    place("predecessor retired", COLD, &[1]),
-    place("satellites retired", COLD, &[1]),
-    place("lobby gone", COLD, &[1]),
-    place("predecessor's satellites gone", COLD, &[1]),
-    place("predecessor gone", COLD, &[1]),
-    place("opened", COLD, &[2]),
-    place("claimed", COLD, &[1]),
-    place("allocated", COLD, &[1]),
-    place("owned", COLD, &[1]),
-    place("described", COLD, &[1]),
-    place("lobby", COLD, &[1]),
-    place("arena", COLD, &[1]),
-    place("arena magic", COLD, &[1]),
-    place("lobby magic", COLD, &[1]),
-    place("engine magic", COLD, &[1]),
-    place("retired", Way::Stop, &[1]),
-    place("satellites retired", Way::Stop, &[1]),
-    place("lobby gone", Way::Stop, &[1]),
-    place("satellites gone", Way::Stop, &[1]),
-    place("unlinked", Way::Stop, &[1]),
-    place("client.claimed", Way::Client, &[1, 2]),
-    place("client.channel", Way::Client, &[1, 3]),
-    place("client.published", Way::Client, &[1, 4]),
-    place("client.attached", Way::Client, &[1, 3]),
-    place("client.registered", Way::Client, &[1, 2]),
-    place("client.granted", Way::Client, &[1, 2]),
-    place("client.copied", Way::Client, &[1, 2]),
-    place("client.commit sent", Way::Client, &[1, 2]),
-    place("client.took stock", Way::Client, &[1, 2]),
-    place("client.declared", Way::Client, &[1, 2]),
-    place("client.entered", Way::Client, &[1, 2]),
-    place("client.gives up", Way::Client, &[1, 2]),
-    place("writing.fields", Way::Broken("word last"), &[1]),
-    place("recovery.early words", Way::Broken("odd before the words"), &[1]),
-    place("request.put off", Way::Broken("begin at once"), &[1]),
+/// All visits. A process passes some places once only.
+pub const VISITS: &[Visit] = &[
+    visit(Place::RecoveryOwner, UNCOUNTED, &[1]),
+    visit(Place::RecoveryOdd, UNCOUNTED, &[1]),
+    visit(Place::RecoveryCounted, COUNTED, &[1]),
+    visit(Place::RecoveryWords, COUNTED, &[1]),
+    visit(Place::AllocatorStarted, COUNTED, &[1]),
+    visit(Place::RecoverySpan, COUNTED, &[1, 2]),
+    visit(Place::RecoveryChunks, COUNTED, &[1]),
+    visit(Place::RecoveryOwners, COUNTED, &[1]),
+    visit(Place::ServingEven, Way::Serving, &[1]),
+    visit(Place::ServingBegun, Way::Serving, &[1]),
+    visit(Place::LookWord, Way::Serving, &[1, 70]),
+    visit(Place::AttachAnswer, Way::Serving, &[1, 3]),
+    visit(Place::AttachAnswered, Way::Serving, &[1, 4]),
+    visit(Place::DeclareSlot, Way::Serving, &[1, 3]),
+    visit(Place::DeclareLease, Way::Serving, &[1, 2]),
+    visit(Place::DeclareEnd, Way::Serving, &[1, 4]),
+    visit(Place::DeclareEnded, Way::Serving, &[1, 3]),
+    visit(Place::WritingWord, Way::Serving, &[1, 5]),
+    visit(Place::WritingDone, Way::Serving, &[1, 6]),
+    visit(Place::CommitWord, Way::Serving, &[1, 5]),
+    visit(Place::CommitDone, Way::Serving, &[1, 6]),
+    visit(Place::NamespaceEnded, Way::Serving, &[1]),
+    visit(Place::NamespaceBegun, Way::Serving, &[1]),
+    visit(Place::RankRegistered, Way::Serving, &[1, 2]),
+    visit(Place::RankPublished, Way::Serving, &[1, 2]),
+    visit(Place::SpanRecord, Way::Serving, &[1, 2]),
+    visit(Place::SpanDone, Way::Serving, &[1, 2]),
+    visit(Place::OrphanWord, Way::Serving, &[1, 3]),
+    visit(Place::OrphanDone, Way::Serving, &[1, 4]),
+    visit(Place::FreeWord, Way::Serving, &[1, 7]),
+    visit(Place::FreeDone, Way::Serving, &[1, 8]),
+    visit(Place::SpanGone, Way::Serving, &[1]),
+    visit(Place::SpanCleared, Way::Serving, &[1]),
+    visit(Place::ReclaimSlots, Way::Serving, &[1, 2]),
+    visit(Place::ReclaimEntry, Way::Serving, &[1, 2]),
+    visit(Place::ReclaimWord, Way::Serving, &[1, 2]),
+    visit(Place::ReclaimDone, Way::Serving, &[1, 2]),
+    visit(Place::Opened, Way::ColdStart { untouched: true }, &[1]),
+    visit(Place::PredecessorRetired, COLD, &[1]),
+    visit(Place::SatellitesRetired, COLD, &[1]),
+    visit(Place::LobbyGone, COLD, &[1]),
+    visit(Place::PredecessorsSatellitesGone, COLD, &[1]),
+    visit(Place::PredecessorGone, COLD, &[1]),
+    visit(Place::Opened, COLD, &[2]),
+    visit(Place::Claimed, COLD, &[1]),
+    visit(Place::Allocated, COLD, &[1]),
+    visit(Place::Owned, COLD, &[1]),
+    visit(Place::Described, COLD, &[1]),
+    visit(Place::Lobby, COLD, &[1]),
+    visit(Place::Arena, COLD, &[1]),
+    visit(Place::ArenaMagic, COLD, &[1]),
+    visit(Place::LobbyMagic, COLD, &[1]),
+    visit(Place::EngineMagic, COLD, &[1]),
+    visit(Place::Retired, Way::Stop, &[1]),
+    visit(Place::SatellitesRetired, Way::Stop, &[1]),
+    visit(Place::LobbyGone, Way::Stop, &[1]),
+    visit(Place::SatellitesGone, Way::Stop, &[1]),
+    visit(Place::Unlinked, Way::Stop, &[1]),
+    visit(Place::ClientClaimed, Way::Client, &[1, 2]),
+    visit(Place::ClientChannel, Way::Client, &[1, 3]),
+    visit(Place::ClientPublished, Way::Client, &[1, 4]),
+    visit(Place::ClientAttached, Way::Client, &[1, 3]),
+    visit(Place::ClientRegistered, Way::Client, &[1, 2]),
+    visit(Place::ClientGranted, Way::Client, &[1, 2]),
+    visit(Place::ClientCopied, Way::Client, &[1, 2]),
+    visit(Place::ClientCommitSent, Way::Client, &[1, 2]),
+    visit(Place::ClientTookStock, Way::Client, &[1, 2]),
+    visit(Place::ClientDeclared, Way::Client, &[1, 2]),
+    visit(Place::ClientEntered, Way::Client, &[1, 2]),
+    visit(Place::ClientGivesUp, Way::Client, &[1, 2]),
+    visit(Place::WritingFields, Way::Broken(Rule::WordLast), &[1]),
+    visit(Place::RecoveryEarlyWords, Way::Broken(Rule::OddBeforeTheWords), &[1]),
+    visit(Place::RequestPutOff, Way::Broken(Rule::BeginAtOnce), &[1]),
 ];
-
-/// Every rule that a test may break. Each has a control in `tests/crash_rules.rs`, but for those of the stand-ins
-/// (`tests/standins.rs`), and for the last ones, which are broken to bring about something rare: see there, in
-/// `lingering.rs`, `hostile_claims.rs`, `registration.rs` and `start_errors.rs`.
-pub const RULES: &[&str] = &[
-    "word last",
-    "generation",
-    "arena id",
-    "rounds",
-    "rounds in a reservation",
-    "regions until drained",
-    "reclaim before reset",
-    "odd before the words",
-    "quarantine",
-    "outdated claims",
-    "late grants",
-    "declare running copies",
-    "waits for the process",
-    "life lock",
-    "looks at locks",
-    "mark before burying",
-    "reset the word",
-    "begin at once",
-    "memory",
-    "memory for headers",
-];
-
-/// The names in calls of `call` (`failpoint::here`, say) in the product's source: all `.rs` files of the workspace but this
-/// package's own.
-///
-/// # Panics
-/// Where the source is not there.
-#[must_use]
-pub fn names_in_source(call: &str) -> BTreeSet<String> {
-    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let root = tests.parent().expect("the workspace around this package");
-    let mut names = BTreeSet::new();
-    let mut left: Vec<PathBuf> =
-        ["shm-abi", "engine", "adapter", "gpu-kernels"].map(|part| root.join(part)).into();
-    while let Some(directory) = left.pop() {
-        for entry in std::fs::read_dir(&directory).expect("the source").flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                left.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let text = std::fs::read_to_string(&path).expect("a source file");
-                let opening = format!("{call}(\"");
-                let after = text.split(opening.as_str()).skip(1);
-                names.extend(after.filter_map(|rest| rest.split('"').next()).map(str::to_owned));
-            }
-        }
-    }
-    names
-}
