@@ -1,5 +1,6 @@
 """Tests `tests/run` itself, with a stand-in for cargo that fails where a test asks for it: the sections `format` and `lints` need
-nothing else. And whether all say the same of the oldest Rust that is supported."""
+nothing else. Also what judges the report of a replay, and whether all say the same of the oldest Rust that is supported.
+"""
 
 import os
 import re
@@ -10,8 +11,21 @@ import tempfile
 import unittest
 from pathlib import Path
 
+from check_report import wrong_in_replay
+
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ROOT / "tests" / "run"
+REPLAY = {
+    "requests": 100,
+    "hit_rate": 0.5,
+    "simulated_hit_rate": 0.505,
+    "loaded_gb": 1.0,
+    "wrong_bytes": 0,
+    "leaked_slots": 0,
+    "leaked_leases": 0,
+    "lookups_timed_out": 0,
+}
+"""The report of a replay in which nothing is wrong."""
 CARGO = """#!/bin/sh
 case "$*" in
     *--version) echo "cargo, as the tests of tests/run have it" ;;
@@ -98,6 +112,17 @@ class Run(unittest.TestCase):
         self.assertEqual(run.returncode, 1, run)
         self.assertIn("still running", run.stderr)
         self.assertEqual(re.findall(r"^   (\S+) .* FAILED$", self.summary(run), re.MULTILINE), ["leftovers"])
+
+
+class ReportOfAReplay(unittest.TestCase):
+    def test_what_is_wrong_is_found(self) -> None:
+        self.assertEqual(list(wrong_in_replay(REPLAY)), [])
+        wrongs = ({"wrong_bytes": 1}, {"leaked_slots": 1}, {"leaked_leases": 1}, {"hit_rate": 0.4}, {"loaded_gb": 0.0})
+        for wrong in wrongs:
+            self.assertEqual(len(list(wrong_in_replay(REPLAY | wrong))), 1, wrong)
+
+    def test_hits_that_time_has_cost_are_not_wrong(self) -> None:
+        self.assertEqual(list(wrong_in_replay(REPLAY | {"hit_rate": 0.45, "lookups_timed_out": 6})), [])
 
 
 class OldestRust(unittest.TestCase):
