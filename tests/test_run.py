@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import unittest
+import unittest.mock
 from pathlib import Path
 
 from check_report import wrong_in_replay
@@ -103,6 +104,19 @@ class Run(unittest.TestCase):
         self.assertIn("\ncargo clippy", run.stdout)
         self.assertEqual(re.findall(r"^   (\S+) .* FAILED$", self.summary(run), re.MULTILINE), ["format"])
         self.assertIn("FAILED (exit code 7)", self.summary(run))
+
+    def test_the_wheel_is_made_for_a_section_that_needs_it(self) -> None:
+        said = self.scratch / "said"
+        tools = self.target / "python" / "bin"
+        tools.mkdir(parents=True)
+        for tool in ("pip", "pytest"):
+            (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$1" >>{said}\n[ "$1" != "$FAILING" ]\n')
+            (tools / tool).chmod(0o755)
+        run = self.run_tests("--only", "python")
+        self.assertEqual((run.returncode, said.read_text()), (0, "pip wheel\npip install\npytest -p\n"), run)
+        said.unlink()
+        with unittest.mock.patch.dict(os.environ, FAILING="wheel"):
+            self.assertEqual((self.run_tests("--only", "python").returncode, said.read_text()), (1, "pip wheel\n"))
 
     def test_a_process_that_is_left_is_a_failure(self) -> None:
         shutil.copy("/bin/sleep", self.target)
