@@ -13,7 +13,7 @@ pub use places::{
 
 use crate::mapping::{Mapping, One, OutOfBounds, View};
 use crate::payload::{Payload, Word};
-use crate::ring::{self, DEPTH, Slot};
+use crate::ring::{self, Cell, DEPTH};
 use crate::segment::{self, Access, EngineName, SegmentError, SegmentFile};
 use crate::superblock::{Geometry, Identity, Kind, Mismatch, Superblock, boot_id};
 use crate::sync::{AtomicU32, Ordering};
@@ -65,9 +65,9 @@ pub enum ChannelError {
 pub struct Channel {
     header: One<Header>,
     /// Client to engine.
-    pub submissions: View<Slot>,
+    pub submissions: View<Cell>,
     /// Engine to client.
-    pub completions: View<Slot>,
+    pub completions: View<Cell>,
     /// Long arguments and answers.
     pub payload: Payload,
 }

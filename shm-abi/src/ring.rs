@@ -26,7 +26,7 @@ abi! {
 
     /// One cell: a cache line of its own.
     #[repr(C, align(64))]
-    pub struct Slot {
+    pub struct Cell {
         /// `position + 1` of the message that it holds.
         sequence: AtomicU32,
         head: AtomicU32,
@@ -46,21 +46,21 @@ pub struct Body {
 }
 
 // SAFETY: atomics only; the alignment leaves no padding (asserted below).
-unsafe impl Shared for Slot {}
+unsafe impl Shared for Cell {}
 
 #[cfg(not(loom))]
 const _: () = {
-    assert!(core::mem::size_of::<Slot>() == 64);
-    assert!(core::mem::align_of::<Slot>() == 64);
-    assert!(core::mem::offset_of!(Slot, head) == 4);
-    assert!(core::mem::offset_of!(Slot, words) == 8);
+    assert!(core::mem::size_of::<Cell>() == 64);
+    assert!(core::mem::align_of::<Cell>() == 64);
+    assert!(core::mem::offset_of!(Cell, head) == 4);
+    assert!(core::mem::offset_of!(Cell, words) == 8);
 };
 
-impl Slot {
+impl Cell {
     /// A cell in private memory, in the state in which [`initialise`] leaves cell `index`: for models and unit tests.
     #[must_use]
-    pub fn new(index: u32) -> Slot {
-        Slot {
+    pub fn new(index: u32) -> Cell {
+        Cell {
             sequence: AtomicU32::new(previous_lap(index)),
             head: AtomicU32::new(0),
             words: core::array::from_fn(|_| AtomicU64::new(0)),
@@ -74,15 +74,15 @@ fn previous_lap(position: u32) -> u32 {
 }
 
 /// Prepares the cells of a fresh ring, before anybody else can see it.
-pub fn initialise(slots: &[Slot]) {
-    for (slot, index) in slots.iter().zip(0u32..) {
-        slot.sequence.store(previous_lap(index), Ordering::Relaxed);
+pub fn initialise(cells: &[Cell]) {
+    for (cell, index) in cells.iter().zip(0u32..) {
+        cell.sequence.store(previous_lap(index), Ordering::Relaxed);
     }
 }
 
 /// The writing end. It is `Send`, and pushing takes `&mut`, so there is one writer at a time.
 pub struct Producer {
-    slots: View<Slot>,
+    cells: View<Cell>,
     /// Position of the next push; only its low bits choose the cell.
     next: u32,
     /// The ordering that publishes a push: Release, except in the models' negative control.
@@ -92,14 +92,14 @@ pub struct Producer {
 
 /// The reading end. It is `Send`, and popping takes `&mut`, so there is one reader at a time.
 pub struct Consumer {
-    slots: View<Slot>,
+    cells: View<Cell>,
     /// Position of the next pop.
     next: u32,
 }
 
 /// A cell held neither the expected sequence number nor that of one lap earlier: the producer is broken or hostile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("ring jumped: expected sequence {expected} or {previous} in slot {index}, found {found}")]
+#[error("ring jumped: expected sequence {expected} or {previous} in cell {index}, found {found}")]
 pub struct RingJump {
     /// The cell.
     pub index: usize,
@@ -117,10 +117,10 @@ impl Producer {
     /// # Panics
     /// When the view does not have [`DEPTH`] cells. No peer can cause that: the number is a constant of the layout.
     #[must_use]
-    pub fn new(slots: View<Slot>) -> Producer {
-        assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
+    pub fn new(cells: View<Cell>) -> Producer {
+        assert_eq!(cells.len(), DEPTH, "a ring has {DEPTH} cells");
         Producer {
-            slots,
+            cells,
             next: 0,
             #[cfg(loom)]
             order: Ordering::Release,
@@ -129,21 +129,21 @@ impl Producer {
 
     /// A producer whose publication is unordered: the negative control of the models. Never use it.
     #[cfg(loom)]
-    pub fn broken(slots: View<Slot>) -> Producer {
-        Producer { order: Ordering::Relaxed, ..Producer::new(slots) }
+    pub fn broken(cells: View<Cell>) -> Producer {
+        Producer { order: Ordering::Relaxed, ..Producer::new(cells) }
     }
 
     /// Publishes one message. The caller keeps the number of operations in flight at or below [`DEPTH`].
     #[inline(always)]
     pub fn push(&mut self, body: &Body) {
-        let slot = &self.slots[self.next as usize % DEPTH];
-        slot.head.store(body.head, Ordering::Relaxed);
-        for (word, value) in slot.words.iter().zip(body.words) {
+        let cell = &self.cells[self.next as usize % DEPTH];
+        cell.head.store(body.head, Ordering::Relaxed);
+        for (word, value) in cell.words.iter().zip(body.words) {
             word.store(value, Ordering::Relaxed);
         }
         // SYNC POINT: Release; pairs with the Acquire in `Consumer::pop`. It also publishes what this thread has written to
         // the payload area before.
-        slot.sequence.store(self.next.wrapping_add(1), self.order());
+        cell.sequence.store(self.next.wrapping_add(1), self.order());
         self.next = self.next.wrapping_add(1);
     }
 
@@ -165,24 +165,24 @@ impl Consumer {
     /// # Panics
     /// When the view does not have [`DEPTH`] cells. No peer can cause that: the number is a constant of the layout.
     #[must_use]
-    pub fn new(slots: View<Slot>) -> Consumer {
-        assert_eq!(slots.len(), DEPTH, "a ring has {DEPTH} slots");
-        Consumer { slots, next: 0 }
+    pub fn new(cells: View<Cell>) -> Consumer {
+        assert_eq!(cells.len(), DEPTH, "a ring has {DEPTH} cells");
+        Consumer { cells, next: 0 }
     }
 
     /// Takes the next message, copied out once; `None` when there is none yet.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Body>, RingJump> {
         let index = self.next as usize % DEPTH;
-        let slot = &self.slots[index];
+        let cell = &self.cells[index];
         // SYNC POINT: Acquire; pairs with the Release in `Producer::push`.
-        let found = slot.sequence.load(Ordering::Acquire);
+        let found = cell.sequence.load(Ordering::Acquire);
         let expected = self.next.wrapping_add(1);
         if found != expected {
             return self.nothing_or_jump(index, expected, found);
         }
-        let mut body = Body { head: slot.head.load(Ordering::Relaxed), words: [0; WORDS] };
-        for (value, word) in body.words.iter_mut().zip(&slot.words) {
+        let mut body = Body { head: cell.head.load(Ordering::Relaxed), words: [0; WORDS] };
+        for (value, word) in body.words.iter_mut().zip(&cell.words) {
             *value = word.load(Ordering::Relaxed);
         }
         self.next = expected;
@@ -193,8 +193,8 @@ impl Consumer {
     #[inline]
     #[must_use]
     pub fn has_news(&self) -> bool {
-        let slot = &self.slots[self.next as usize % DEPTH];
-        slot.sequence.load(Ordering::Acquire) != previous_lap(self.next)
+        let cell = &self.cells[self.next as usize % DEPTH];
+        cell.sequence.load(Ordering::Acquire) != previous_lap(self.next)
     }
 
     #[inline]
@@ -208,9 +208,9 @@ impl Consumer {
 mod tests {
     use super::*;
 
-    fn pair() -> (Producer, Consumer, View<Slot>) {
-        let slots = View::from_vec((0..DEPTH as u32).map(Slot::new).collect::<Vec<_>>());
-        (Producer::new(slots.clone()), Consumer::new(slots.clone()), slots)
+    fn pair() -> (Producer, Consumer, View<Cell>) {
+        let cells = View::from_vec((0..DEPTH as u32).map(Cell::new).collect::<Vec<_>>());
+        (Producer::new(cells.clone()), Consumer::new(cells.clone()), cells)
     }
 
     fn body(n: u64) -> Body {
@@ -236,11 +236,11 @@ mod tests {
 
     #[test]
     fn positions_wrap_around_u32() {
-        let (mut producer, mut consumer, slots) = pair();
+        let (mut producer, mut consumer, cells) = pair();
         let start = u32::MAX - 3;
         for k in 0..DEPTH as u32 {
             let position = start.wrapping_add(k);
-            slots[position as usize % DEPTH].sequence.store(previous_lap(position), Ordering::Relaxed);
+            cells[position as usize % DEPTH].sequence.store(previous_lap(position), Ordering::Relaxed);
         }
         (producer.next, consumer.next) = (start, start);
         for n in 0..10 {
@@ -252,8 +252,8 @@ mod tests {
 
     #[test]
     fn a_jump_is_reported_and_does_not_move_the_consumer() {
-        let (_, mut consumer, slots) = pair();
-        slots[0].sequence.store(77, Ordering::Relaxed);
+        let (_, mut consumer, cells) = pair();
+        cells[0].sequence.store(77, Ordering::Relaxed);
         let jump = RingJump { index: 0, expected: 1, previous: previous_lap(0), found: 77 };
         assert!(consumer.has_news());
         assert_eq!(consumer.pop(), Err(jump));
@@ -263,8 +263,8 @@ mod tests {
     #[test]
     fn zeroed_memory_is_not_a_message() {
         // A ring that nobody initialised must not look like one with a message in it.
-        let slots = View::from_vec((0..DEPTH as u32).map(Slot::new).collect::<Vec<_>>());
-        slots[0].sequence.store(0, Ordering::Relaxed);
-        assert!(Consumer::new(slots).pop().is_err());
+        let cells = View::from_vec((0..DEPTH as u32).map(Cell::new).collect::<Vec<_>>());
+        cells[0].sequence.store(0, Ordering::Relaxed);
+        assert!(Consumer::new(cells).pop().is_err());
     }
 }

@@ -105,7 +105,7 @@ impl Random {
         }
     }
 
-    /// Random bits in the form of a ring slot.
+    /// Random bits in the form of a ring cell.
     pub fn body(&mut self) -> Body {
         Body { head: self.bits() as u32, words: core::array::from_fn(|_| self.bits()) }
     }

@@ -2,7 +2,7 @@
 
 use crate::abi;
 use crate::mapping::{Pad, Shared};
-use crate::ring::{DEPTH, Slot};
+use crate::ring::{Cell, DEPTH};
 use crate::superblock::SUPERBLOCK_BYTES;
 use crate::sync::{AtomicU32, AtomicU64};
 
@@ -13,10 +13,10 @@ abi! {
     pub const SUBMISSIONS_AT: usize = 1024;
 
     /// Offset of the completion ring.
-    pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Slot>();
+    pub const COMPLETIONS_AT: usize = SUBMISSIONS_AT + DEPTH * size_of::<Cell>();
 
     /// Offset of the payload area.
-    pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Slot>()).next_multiple_of(4096);
+    pub const PAYLOAD_AT: usize = (COMPLETIONS_AT + DEPTH * size_of::<Cell>()).next_multiple_of(4096);
 
     /// The smallest payload area, in words.
     pub const PAYLOAD_WORDS_MIN: u32 = 1 << 10;

@@ -1,10 +1,10 @@
 //! Keys and answers in the payload area are complete when the message that names them arrives.
 
 use crate::harness::{fails, holds};
-use crate::ring::{next, slots};
+use crate::ring::{cells, next};
 use kvring_shm_abi::mapping::View;
 use kvring_shm_abi::payload::{Payload, Word};
-use kvring_shm_abi::ring::{Body, Consumer, Producer, Slot};
+use kvring_shm_abi::ring::{Body, Cell, Consumer, Producer};
 use loom::thread;
 
 const WORDS: usize = 2;
@@ -13,7 +13,7 @@ const OPERATIONS: u32 = 2;
 /// The protocol, and ways to break it, one at a time.
 #[derive(Clone, Copy)]
 struct Habits {
-    producer: fn(View<Slot>) -> Producer,
+    producer: fn(View<Cell>) -> Producer,
     /// The engine pushes the completion before it has written the answer.
     push_first: bool,
     /// The client gives an operation's region to the next operation before it has drained the first one's completion.
@@ -50,7 +50,7 @@ fn serve(payload: &Payload, mut submissions: Consumer, mut completions: Producer
 
 fn operations(habits: Habits) {
     let payload = Payload::new(View::from_vec((0..2 * WORDS).map(|_| Word::new()).collect()));
-    let (submissions, completions) = (slots(), slots());
+    let (submissions, completions) = (cells(), cells());
     let (popping, pushing) = (Consumer::new(submissions.clone()), (habits.producer)(completions.clone()));
     let area = payload.clone();
     let engine = thread::spawn(move || serve(&area, popping, pushing, habits.push_first));

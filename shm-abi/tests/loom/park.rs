@@ -1,7 +1,7 @@
 //! Sleepers lose no wake-up. The model's futex has no time, so a lost wake-up is a deadlock.
 
 use crate::harness::{LOST_WAKE_UP, fails, holds};
-use crate::ring::slots;
+use crate::ring::cells;
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::park::{self, Ticket};
 use kvring_shm_abi::ring::{Body, Consumer, Producer};
@@ -26,7 +26,7 @@ const RIGHT: Steps = Steps { announce: park::announce, look_again: true, notify:
 /// One client rings the engine, which sleeps, and takes its announcement back.
 fn one_sleeper(steps: Steps) {
     let parked = Arc::new(AtomicU32::new(0));
-    let ring = slots();
+    let ring = cells();
     let mut consumer = Consumer::new(ring.clone());
     let doorbell = parked.clone();
     let waker = thread::spawn(move || {
@@ -187,7 +187,7 @@ impl Client {
 }
 
 fn two_waiters(habits: Habits) {
-    let ring = slots();
+    let ring = cells();
     let inner = Inner { completions: Consumer::new(ring.clone()), done: [false; 2] };
     let client = Arc::new(Client { parked: AtomicU32::new(0), inner: Mutex::new(inner) });
     let sleeper = client.clone();

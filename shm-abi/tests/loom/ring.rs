@@ -2,14 +2,14 @@
 
 use crate::harness::{fails, holds};
 use kvring_shm_abi::mapping::View;
-use kvring_shm_abi::ring::{Body, Consumer, DEPTH, Producer, Slot, WORDS};
+use kvring_shm_abi::ring::{Body, Cell, Consumer, DEPTH, Producer, WORDS};
 use loom::thread;
 
 /// Two and a half laps.
 const OPERATIONS: usize = 2 * DEPTH + 1;
 
-pub(crate) fn slots() -> View<Slot> {
-    View::from_vec((0..DEPTH as u32).map(Slot::new).collect())
+pub(crate) fn cells() -> View<Cell> {
+    View::from_vec((0..DEPTH as u32).map(Cell::new).collect())
 }
 
 fn submission(n: usize) -> Body {
@@ -66,8 +66,8 @@ fn client(mut submissions: Producer, mut completions: Consumer, in_flight_max: u
     assert_eq!(completions.pop(), Ok(None));
 }
 
-fn echo(producer: fn(View<Slot>) -> Producer, in_flight_max: usize, burst: usize) {
-    let (submissions, completions) = (slots(), slots());
+fn echo(producer: fn(View<Cell>) -> Producer, in_flight_max: usize, burst: usize) {
+    let (submissions, completions) = (cells(), cells());
     let (popping, pushing) = (Consumer::new(submissions.clone()), producer(completions.clone()));
     let server = thread::spawn(move || serve(popping, pushing, burst));
     client(producer(submissions), Consumer::new(completions), in_flight_max, burst);

@@ -1,7 +1,7 @@
 //! The seqlock of a slot: a load races with the slot's next writer.
 
 use crate::harness::{fails, holds};
-use crate::ring::{next, slots};
+use crate::ring::{cells, next};
 use kvring_shm_abi::mapping::View;
 use kvring_shm_abi::payload::{Payload, Word};
 use kvring_shm_abi::ring::{Body, Consumer, Producer};
@@ -73,7 +73,7 @@ fn load_against_reuse(habits: Habits) -> Option<(u64, [u64; 2])> {
     headers[0].commit(word(SlotState::Committed, GENERATION), OLD_CHECKSUM);
     assert_eq!(load(&headers[0], &arena, RIGHT), Some((OLD_CHECKSUM, OLD_BYTES)), "undisturbed");
 
-    let (reservations, commits) = (slots(), slots());
+    let (reservations, commits) = (cells(), cells());
     let theirs = headers.clone();
     let (reserving, committed) = (Producer::new(reservations.clone()), Consumer::new(commits.clone()));
     let engine = thread::spawn(move || engine(&theirs[0], habits.next_generation, reserving, committed));
