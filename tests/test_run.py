@@ -109,14 +109,16 @@ class Run(unittest.TestCase):
         said = self.scratch / "said"
         tools = self.target / "python" / "bin"
         tools.mkdir(parents=True)
-        for tool in ("pip", "pytest"):
+        for tool in ("pip", "python", "pytest"):
             (tools / tool).write_text(f'#!/bin/sh\necho {tool} "$1" >>{said}\n[ "$1" != "$FAILING" ]\n')
             (tools / tool).chmod(0o755)
         run = self.run_tests("--only", "python")
-        self.assertEqual((run.returncode, said.read_text()), (0, "pip wheel\npip install\npytest -p\n"), run)
+        made = "pip install\npip wheel\n"
+        used = "python tests/wheel/check.py\npip install\npytest -p\n"
+        self.assertEqual((run.returncode, said.read_text()), (0, made + used), run)
         said.unlink()
         with unittest.mock.patch.dict(os.environ, FAILING="wheel"):
-            self.assertEqual((self.run_tests("--only", "python").returncode, said.read_text()), (1, "pip wheel\n"))
+            self.assertEqual((self.run_tests("--only", "python").returncode, said.read_text()), (1, made))
 
     def test_a_process_that_is_left_is_a_failure(self) -> None:
         shutil.copy("/bin/sleep", self.target)
