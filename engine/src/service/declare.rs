@@ -95,7 +95,7 @@ impl Service {
             }
             let before = request.lookup.found;
             // What is not the same is looked up twice.
-            let piece = self.piece_of(2 * world).min((chunks.count - before) as usize);
+            let piece = self.piece_of(2 * world, chunks.count - before);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let records = &mut self.scratch.leases[..piece];
             let at = chunks.offset + before * LeaseRecord::WORDS as u32;

@@ -27,10 +27,15 @@ pub(super) struct LookupRequest {
 }
 
 impl Service {
-    /// How many chunks of so many ranks may be looked up in one piece.
-    pub(super) fn piece_of(&self, world: u32) -> usize {
-        let chunks = self.cache.left() / (RECORDS * (1 + u64::from(world)));
-        usize::try_from(chunks).unwrap_or(PIECE).clamp(1, PIECE)
+    /// How many of the `rest` chunks, of so many ranks each, may be looked up in one piece: at least one.
+    pub(super) fn piece_of(&self, world: u32, rest: u32) -> usize {
+        let (rest, each) = (PIECE.min(rest as usize), RECORDS * (1 + u64::from(world)));
+        let left = self.cache.left();
+        // The usual case, without the division: that takes longer than the rest of this.
+        if left >= rest as u64 * each {
+            return rest;
+        }
+        usize::try_from(left / each).unwrap_or(rest).clamp(1, rest)
     }
 
     pub(super) fn begin_lookup(
@@ -71,7 +76,7 @@ impl Service {
             if self.cache.is_spent() {
                 return Ok(Done::More);
             }
-            let piece = self.piece_of(world).min((all - request.lookup.found) as usize);
+            let piece = self.piece_of(world, all - request.lookup.found);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let payload = connection.payload();
             let keys = &mut self.scratch.keys[..piece];
