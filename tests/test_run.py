@@ -114,7 +114,7 @@ class Run(unittest.TestCase):
             (tools / tool).chmod(0o755)
         run = self.run_tests("--only", "python")
         made = "pip install\npip wheel\n"
-        used = "python tests/wheel/check.py\npip install\npytest -p\n"
+        used = "pip install\npython tests/wheel/check.py\npytest -p\n"
         self.assertEqual((run.returncode, said.read_text()), (0, made + used), run)
         said.unlink()
         with unittest.mock.patch.dict(os.environ, FAILING="wheel"):
