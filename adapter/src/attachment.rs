@@ -1,10 +1,11 @@
 //! One attachment: the engine's segments mapped and checked, an entry claimed, a channel that the engine reads.
 //!
-//! Made by the keeper alone, on its own thread (the claim belongs to that thread). An attempt that fails half-way takes
-//! back what it did: the entry is given up as if its owner had died, the channel is unlinked, the mappings go.
+//! Only the keeper makes one, on its own thread, because the claim belongs to that thread. An attempt that fails
+//! half-way undoes what it did: it gives the entry up as if its owner had died, unlinks the channel, and unmaps what it
+//! had mapped.
 //!
 //! The *claim* ([`Claim`]) outlives an engine whose successor takes over the same arena: the keeper publishes its entry
-//! again, with another nonce and channel. What the entry was writing is its own all the time.
+//! again, with another nonce and channel. The slots that the entry is writing stay its own all the time.
 
 use crate::arena::Arena;
 use crate::dma::Dma;
@@ -38,7 +39,7 @@ pub(crate) struct Attached {
     pub(crate) writers: Arc<WriterGate>,
 }
 
-/// One attachment. Shared by the adapters that use it; unmapped when the last of them lets go.
+/// One attachment. Its users share it; it is unmapped when the last of them drops it.
 pub(crate) struct Attachment {
     attached: ManuallyDrop<Attached>,
     fork: ForkGuard,
@@ -53,17 +54,17 @@ impl core::ops::Deref for Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        // A forked child inherited the handle but not the mappings: unmapping the same addresses there would hit
-        // whatever the child has put in their place.
+        // A forked child inherits this handle but not the mappings: to unmap these addresses there would hit whatever
+        // the child has mapped in their place.
         if self.fork.is_ours() {
-            // SAFETY: dropped once, here.
+            // SAFETY: this is the only place that drops it, and `drop` runs once.
             unsafe { ManuallyDrop::drop(&mut self.attached) };
         }
     }
 }
 
-/// An entry of the lobby that is ours as long as this lives: dropping it gives the entry up, and the engine frees what it
-/// was writing. So that is done only after the last copy into the arena has ended (`writers`).
+/// An entry of the lobby that is ours as long as this lives. Dropping it gives the entry up, and the engine then frees
+/// the slots that the entry was writing. So drop it only after the last copy into the arena has ended (`writers`).
 pub(crate) struct Claim {
     claims: Claims,
     entry: usize,
@@ -72,7 +73,7 @@ pub(crate) struct Claim {
     arena: Option<Arena>,
     identity: Identity,
     pub(crate) writers: Arc<WriterGate>,
-    /// Was it ever attached? Then what an engine of this arena has for its entry may be ours.
+    /// Has an engine ever accepted it? If so, engines of this arena may hold slots and leases of ours under its entry.
     pub(crate) used: bool,
 }
 
@@ -84,7 +85,7 @@ impl Claim {
             Role::Worker => Some(open_arena(name, &view.identity)?),
             Role::Scheduler => None,
         };
-        // Of the same lobby, by its arena id: a name may lead to another one by now.
+        // Opens the file by name and checks its arena id: the name may by now lead to the lobby of another start.
         let file = || {
             view.open_lobby_file(name).map_err(|error| match error {
                 AttachError::Segment(error) => error,
@@ -96,28 +97,28 @@ impl Claim {
         failpoint::here(Place::ClientClaimed);
         stand_ins::told(claims.notice());
         let (engine, identity) = (view.segment.clone(), view.identity);
-        // Before anything is published, and so before the engine gives it a slot.
+        // Before anything is published, and so before the engine can grant this entry a slot.
         attempt.dma.lock().unwrap_or_else(PoisonError::into_inner).claimed(name, &identity, &lobby, entry);
         Ok(Claim { claims, entry, lobby, engine, arena, identity, writers: Arc::default(), used: false })
     }
 
-    /// Has its arena been replaced or removed? Then nobody comes back to it.
+    /// Has its arena been replaced or removed? If so, no engine will ever serve it again.
     fn is_retired(&self) -> bool {
         self.engine.superblock().is_retired()
     }
 
-    /// Is the entry still ours? Peers can write there.
+    /// Is the entry still ours? Any peer can overwrite its life word.
     pub(crate) fn holds(&self) -> bool {
         self.claims.holds(self.entry)
     }
 
-    /// For a sleep until something becomes of its engine: the word, and its value.
+    /// The incarnation's word and its value, to sleep until that changes.
     pub(crate) fn incarnation(&self) -> (&AtomicU32, u32) {
         (self.engine.epoch().incarnation_word(), self.engine.epoch().incarnation())
     }
 }
 
-/// What the keeper gives to an attempt to attach.
+/// What the keeper passes to an attempt to attach.
 pub(crate) struct Attempt<'a> {
     pub(crate) checked: &'a Checked,
     pub(crate) role: Role,
@@ -125,13 +126,13 @@ pub(crate) struct Attempt<'a> {
     pub(crate) dma: &'a Mutex<Dma>,
     /// The keeper's futex, which ends every sleep of the attempt.
     pub(crate) control: &'a AtomicU32,
-    /// The client is being shut down.
+    /// Set when the client is being shut down.
     pub(crate) stop: &'a AtomicBool,
-    /// Called each time that an engine is late with its answer to a claim with which the attempt waits on.
+    /// Called each time that the engine has not answered in time and the attempt goes on waiting.
     pub(crate) on_stall: &'a dyn Fn(),
 }
 
-/// Attaches, on the keeper's thread: with the claim that is held, or a new one, which is then held.
+/// Attaches, on the keeper's thread, with the claim in `held`, or with a new one, which it leaves there.
 pub(crate) fn attach(attempt: &Attempt<'_>, held: &mut Option<Claim>) -> Result<Attachment, AttachError> {
     let name = &attempt.checked.name;
     if held.as_ref().is_some_and(Claim::is_retired) {
@@ -174,12 +175,12 @@ fn publish(
     failpoint::here(Place::ClientPublished);
     let answered = loop {
         match wait_for_answer(attempt, claim, view, nonce, incarnation) {
-            // What this entry is writing keeps it ours, so there is no other to try with; and a claim is judged once.
+            // Wait on: this entry holds our slots, so no other one would do, and an engine judges a claim only once.
             Err(AttachError::TimedOut(_)) if claim.used => (attempt.on_stall)(),
             answered => break answered,
         }
     };
-    // Both sides map it now, or never will: without a name it cannot be left behind.
+    // By now both sides have mapped the channel, or the engine never will. Without a name it cannot be left behind.
     segment::unlink(&name.client(entry, nonce));
     answered?;
     failpoint::here(Place::ClientAttached);
@@ -217,7 +218,7 @@ fn claim(claims: &mut Claims) -> Result<usize, AttachError> {
     Err(AttachError::TableFull)
 }
 
-/// The longest sleep without a look at the file lock of an engine whose kernel marks no words.
+/// The longest sleep between two looks at the engine's file lock, where the engine's kernel does not mark life words.
 const LOCK_EVERY: Duration = Duration::from_millis(50);
 
 fn wait_for_answer(
@@ -227,7 +228,7 @@ fn wait_for_answer(
     nonce: u64,
     incarnation: u32,
 ) -> Result<(), AttachError> {
-    // The same inode as the claim's: it has the same arena id.
+    // The view's segment is the inode that the claim has mapped, because it has the same arena id.
     let (engine, entry) = (&view.segment, claim.entry);
     let timeout = attempt.checked.options.attach_timeout;
     let deadline = Deadline::after(timeout);
@@ -243,7 +244,7 @@ fn wait_for_answer(
             AttachStatus::Attached => return Ok(()),
             refused => return Err(AttachError::Refused(refused)),
         }
-        // An engine that finds it unclaimed does not look at what we publish.
+        // An engine that finds the life word unclaimed never looks at the entry.
         if !claim.claims.holds(entry) {
             return Err(AttachError::ClaimLost(entry));
         }
@@ -252,14 +253,16 @@ fn wait_for_answer(
             Life::Alive { notice, .. } => (true, notice == DeathNotice::FileLock),
             Life::Dead | Life::Unclaimed => (false, false),
         };
-        // The incarnation is looked at after the word: a successor makes it odd before it revives the word.
+        // Read the incarnation (Acquire) after the life word (Acquire): a successor makes the incarnation odd (Release)
+        // before it revives the word (CAS AcqRel, in `segments.rs` of the engine).
         let is_dead =
             !lives || Locks::of(&view.file, engine_segment::LIFE_WORDS_AT).owner_is_dead(entry, raw);
         if engine.epoch().incarnation() != incarnation {
             return Err(AttachError::Restarted);
         }
         if is_dead {
-            // The kernel marks an engine's words one after the other: that of its owner may not be marked yet.
+            // The kernel marks an engine's life words one after the other, the owner word last, so for `view.end` the
+            // engine may still live.
             let name = &attempt.checked.name;
             return Err(view.end(name).unwrap_or_else(|| AttachError::Dead(name.to_string())));
         }

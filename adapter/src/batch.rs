@@ -1,4 +1,4 @@
-//! A batch of slots that one reservation was granted: its name, and what became of its commit.
+//! The slots that one reservation was granted are a batch: its id, and what became of its commit.
 
 use kvring_shm_abi::message::Completion;
 
@@ -9,14 +9,14 @@ pub(crate) struct BatchId(pub(crate) u64);
 /// What became of a batch's commit, in shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
-    /// Committed, now or before.
+    /// Shards that are committed, now or before.
     pub(crate) done: u32,
-    /// No longer wanted: their round had failed, or was replaced.
+    /// Shards that are no longer wanted, because their round had failed or was replaced.
     pub(crate) gone: u32,
 }
 
 impl Settled {
-    /// What the completion of a commit that has been carried out says, in sum.
+    /// The outcome in the completion of a commit that the engine has carried out.
     pub(crate) fn by(commit: &Completion) -> Settled {
         let [done, gone, ..] = commit.results.map(|value| u32::try_from(value).unwrap_or(u32::MAX));
         Settled { done, gone }

@@ -1,7 +1,7 @@
 //! A client: one role, one keeper, one attachment at a time.
 //!
-//! The caller's threads never attach, register or clean up: that is the keeper's. They take the current attachment
-//! (an `Arc`), use it, and get a typed error when it is gone.
+//! The caller's threads never attach, register or clean up: the keeper does. They take the current attachment (an
+//! `Arc`), use it, and get a typed error when it is gone.
 
 use crate::attachment::Attachment;
 use crate::counters::ClientStats;
@@ -22,8 +22,8 @@ use std::time::{Duration, Instant};
 
 /// One attachment to an engine, in one role: attaches, notices death and restart, and attaches again, by itself.
 ///
-/// Making a client never waits for an engine: an absent one is a state ([`Health::Absent`]), not an error.
-/// Adapters share a client through an `Arc`; the last one to go shuts it down.
+/// Making a client never waits for an engine: an absent one is a state ([`Health::Absent`]), not an error. Its users
+/// share it through an `Arc`; the last one to drop it shuts it down.
 pub struct Client {
     pub(crate) shared: Arc<Shared>,
     keeper: Mutex<Option<JoinHandle<()>>>,
@@ -37,7 +37,7 @@ impl Client {
         Ok(Arc::new(Client { shared, keeper: Mutex::new(Some(keeper)) }))
     }
 
-    /// The role it was made for.
+    /// The client's role.
     #[must_use]
     pub fn role(&self) -> Role {
         self.shared.role
@@ -58,21 +58,22 @@ impl Client {
         self.shared.current().health()
     }
 
-    /// What this client has seen of its engine, and what came of it, since it was made.
+    /// What this client has counted since it was made: changes of its engine's health, and what followed from them.
     #[must_use]
     pub fn stats(&self) -> ClientStats {
         self.shared.counters.snapshot()
     }
 
-    /// From now on devices may write into the arena for this client (a GPU's copy engine, say): where its process dies, the
-    /// engine gives its slots away when the *process* is gone for good, not when its keeper's end is noticed. Idempotent,
-    /// and for good: each later attachment says so from its beginning. Attached or not; waits for nothing but, perhaps, the
-    /// keeper's opening of a file.
+    /// Declares that from now on devices (a GPU's copy engine, say) may write into the arena for this client. When this
+    /// process dies, the engine then gives its slots away only when the *process* is gone for good, not already when it
+    /// notices the end of the keeper. The call is idempotent and cannot be taken back: each later claim declares the
+    /// same from its beginning. It may be made with or without an attachment, and waits at most for the keeper to open
+    /// a file.
     ///
-    /// Call it before the first store is submitted that a device carries out. Then the order is safe: the word is in the
-    /// entry before a slot is asked for (its Release, the reservation's through the ring), so the engine that has granted
-    /// the slot sees it, and it sees it after the kernel's mark, which comes later still. Slots that were granted before
-    /// this call are to be written by the CPU alone.
+    /// Call it before you submit the first store that a device carries out. This call stores the declaration in the
+    /// entry (Release) before the reservation goes through the ring, so an engine that has granted a slot has seen it,
+    /// also later, when it handles the kernel's mark on the life word (it then loads it with Acquire). Slots that were
+    /// granted before this call must be written by the CPU alone.
     pub fn register_dma(&self) {
         if self.shared.fork.is_ours() {
             self.shared.dma().register();
@@ -85,15 +86,15 @@ impl Client {
         self.health().is_healthy()
     }
 
-    /// A handle for health checks on a hot path: a few loads each.
+    /// A handle for health checks on a hot path: each check is a few loads.
     #[must_use]
     pub fn probe(self: &Arc<Self>) -> Probe {
         let (shared, fork) = (self.shared.clone(), self.shared.fork);
         Probe { client: self.clone(), shared, fork, held: None, generation: u64::MAX }
     }
 
-    /// Waits until the client is attached and its registrations are through, at most `timeout`. For start-up and
-    /// tools; nothing else needs to wait.
+    /// Waits at most `timeout` until the client is attached and the engine has answered its registrations. Only
+    /// start-up code and tools need it.
     pub fn wait_ready(&self, timeout: Duration) -> Result<(), Health> {
         let until = crate::options::until(timeout);
         let mut current = self.shared.current();
@@ -102,7 +103,7 @@ impl Client {
                 return Err(Health::ShutDown);
             }
             let health = match current.attached() {
-                // An engine that has died may not have been noticed by the keeper yet.
+                // The keeper may not have noticed yet that this engine has died.
                 Ok(attachment) if attachment.link.alive().is_err() => attachment.link.health(),
                 Ok(attachment) if self.is_registered(attachment.link.nonce) => return Ok(()),
                 Ok(attachment) => attachment.link.health(),
@@ -117,7 +118,7 @@ impl Client {
         }
     }
 
-    /// Has every registration had its answer through this attachment?
+    /// Has the engine answered every registration through this attachment?
     fn is_registered(&self, nonce: u64) -> bool {
         self.shared
             .registrations()
@@ -125,7 +126,7 @@ impl Client {
             .all(|registered| registered.outcome().as_ref().is_some_and(|outcome| outcome.nonce == nonce))
     }
 
-    /// The nonce of the current attachment, if the engine is fit to be asked.
+    /// The nonce of the current attachment, if its engine is healthy.
     pub(crate) fn attached_nonce(&self) -> Result<u64, Health> {
         self.usable().map(|attachment| attachment.link.nonce).map_err(|error| match error {
             CallError::Degraded(health) => health,
@@ -133,7 +134,7 @@ impl Client {
         })
     }
 
-    /// The current attachment, if the engine is fit to be asked.
+    /// The current attachment, if its engine is healthy.
     pub(crate) fn usable(&self) -> Result<Arc<Attachment>, CallError> {
         if !self.shared.fork.is_ours() {
             return Err(CallError::Forked);
@@ -145,7 +146,7 @@ impl Client {
         }
     }
 
-    /// What a store needs: an engine that answers, and the namespace's id there.
+    /// What a store needs: the attachment to a healthy engine, and the namespace's id there.
     pub(crate) fn to_store(&self, registered: &Registered) -> Result<(Arc<Attachment>, u32), CallError> {
         let attachment = self.usable()?;
         match registered.outcome().as_ref() {
@@ -156,7 +157,8 @@ impl Client {
         }
     }
 
-    /// What a load needs: the arena, and the namespace's id in it. No engine: a load needs no answer.
+    /// What a load needs: the attachment, for its arena, and the namespace's id there. The engine may be dead, because
+    /// a load asks it nothing.
     pub(crate) fn to_load(&self, registered: &Registered) -> Result<(Arc<Attachment>, u32), CallError> {
         if !self.shared.fork.is_ours() {
             return Err(CallError::Forked);
@@ -176,7 +178,7 @@ impl Client {
         }
     }
 
-    /// The attachment, as long as there is one: also while its engine is gone.
+    /// The attachment, if there is one, also while its engine is gone.
     pub(crate) fn current_attachment(&self) -> Option<Arc<Attachment>> {
         if self.shared.fork.is_ours() { self.shared.current().attachment.clone() } else { None }
     }
@@ -198,8 +200,8 @@ impl Client {
             .retain(|other| !Arc::ptr_eq(other, registered));
     }
 
-    /// Waits until a registration has its first outcome and can be used, at most `timeout`. `Ok(None)`: not yet; the keeper
-    /// goes on trying.
+    /// Waits at most `timeout` until a registration has its first outcome and can be used. `Ok(None)` means not yet;
+    /// the keeper goes on trying.
     pub(crate) fn wait_registered(
         &self,
         registered: &Registered,
@@ -209,7 +211,8 @@ impl Client {
         let mut current = self.shared.current();
         loop {
             if let Some(Outcome { nonce, namespace, .. }) = registered.outcome().clone() {
-                // Who is told that it is registered stores at once: the keeper must be through with that attachment.
+                // The caller may store as soon as this returns, so the keeper must have made that attachment the
+                // current one.
                 let is_current = current.attached().is_ok_and(|attachment| attachment.link.nonce == nonce);
                 if namespace.is_err() || is_current {
                     return namespace.map(Some);
@@ -223,7 +226,8 @@ impl Client {
         }
     }
 
-    /// Drops everything that is not leased, in all namespaces. An operator's call: waits up to `operation_timeout`.
+    /// Drops every chunk that is not leased, in all namespaces. Meant for operators: it waits up to
+    /// `operation_timeout`.
     pub fn clear(&self) -> Result<u64, CallError> {
         self.clear_namespace(kvring_shm_abi::message::ANY_NAMESPACE)
     }
@@ -238,14 +242,14 @@ impl Client {
         self.call(Request::Noop).map(|_| ())
     }
 
-    /// One request without payload, waited for.
+    /// Sends one request without payload and waits for its answer.
     fn call(&self, request: Request) -> Result<[u64; 4], CallError> {
         let attachment = self.usable()?;
         attachment.link.call(request, self.options().operation_timeout)
     }
 
-    /// Says goodbye to the engine and ends the keeper; idempotent. Waits for the last copy into
-    /// the arena, for a registration that is under way (`register_timeout`), and then at most `drain_timeout` for the engine.
+    /// Detaches from the engine and ends the keeper; idempotent. It waits for the last copy into the arena, for a
+    /// registration that is under way (`register_timeout`), and then at most `drain_timeout` for the engine's answer.
     pub fn shutdown(&self) {
         if !self.shared.fork.is_ours() {
             return;
@@ -255,12 +259,13 @@ impl Client {
         self.shared.poke();
         let keeper = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(keeper) = keeper {
-            // A keeper that panicked has said so; there is nothing left to clean up here.
+            // A keeper that panicked has logged it; there is nothing left to clean up here.
             let _ = keeper.join();
         }
     }
 
-    /// Why the last attempt to attach failed, as `attach` sees it now: for tools that want to say more than a state.
+    /// Why an attempt to attach would fail now; `None` if the engine lives. For tools that want to say more than a
+    /// state.
     pub fn diagnose(&self) -> Option<AttachError> {
         match EngineView::open(&self.shared.checked.name) {
             Err(error) => Some(error),
@@ -276,13 +281,15 @@ impl Drop for Client {
     }
 }
 
-/// Health checks for a hot path: keeps the attachment at hand, so that a check is a few loads and no lock.
+/// Health checks for a hot path. It keeps the current attachment's link, so that a check is a few loads and takes no
+/// lock.
 pub struct Probe {
     client: Arc<Client>,
-    // Copies of what is behind `client`, a hop nearer.
+    // Copies of fields of `client`: each saves a pointer to follow.
     shared: Arc<Shared>,
     fork: ForkGuard,
-    /// The link alone: a probe that nobody asks must not keep a dead engine's arena mapped.
+    /// The link of the attachment, without its arena: a probe that is not used must not keep a dead engine's arena
+    /// mapped.
     held: Option<Arc<Link>>,
     generation: u64,
 }
@@ -295,7 +302,7 @@ impl Probe {
         self.fork.is_ours() && self.held.as_ref().is_some_and(|link| link.is_healthy())
     }
 
-    /// Takes the current attachment's link, if there is a new one.
+    /// Takes the link of the current attachment where that has changed.
     #[inline]
     fn refresh(&mut self) {
         // SYNC POINT: Acquire; pairs with the Release in `set_current`.
@@ -311,25 +318,25 @@ impl Probe {
             return;
         }
         let current = self.shared.current();
-        // Under the lock under which it changes: the count is that of this link.
+        // `generation` changes under this same lock, so the value belongs to this link.
         self.generation = self.shared.generation.load(Ordering::Acquire);
         self.held = current.attached().ok().map(|attachment| attachment.link.clone());
     }
 
-    /// A round trip that does nothing, by the way that lookups take: for measuring.
+    /// A round trip that does nothing and is sent as lookups are: for measuring.
     pub fn noop(&mut self) -> Result<(), CallError> {
         let timeout = self.shared.checked.options.operation_timeout;
         self.link()?.call(Request::Noop, timeout).map(|_| ())
     }
 
-    /// The client behind it.
+    /// The client that the probe belongs to.
     #[must_use]
     pub fn client(&self) -> &Arc<Client> {
         &self.client
     }
 
-    /// Is the engine behind the attachment of this nonce still the one that is there, alive, and not restarted? Also while it
-    /// stalls: what it has answered holds.
+    /// Is the attachment with this nonce still the current one, and its engine alive and not restarted? True also while
+    /// that engine stalls, because its answers still hold.
     #[inline]
     pub(crate) fn lives(&mut self, nonce: u64) -> bool {
         self.refresh();
@@ -337,7 +344,7 @@ impl Probe {
             && self.held.as_ref().is_some_and(|link| link.nonce == nonce && link.alive().is_ok())
     }
 
-    /// Is this the process that made it?
+    /// Does this process own the probe (or did it inherit it by a fork)?
     pub(crate) fn is_ours(&self) -> bool {
         self.fork.is_ours()
     }

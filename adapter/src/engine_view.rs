@@ -1,4 +1,4 @@
-//! An engine as others see it: its segments, opened by name and checked.
+//! An engine as other processes see it: its segments, opened by name and checked.
 
 use crate::arena::Arena;
 use crate::error::AttachError;
@@ -15,7 +15,7 @@ use kvring_shm_abi::superblock::{
 use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
 
-/// The engine's own segment, opened read-only and checked: what `status` needs, and the first step of attaching.
+/// The engine's own segment, opened read-only and checked. `kvring status` reads it, and attaching begins with it.
 pub struct EngineView {
     /// The segment.
     pub segment: EngineSegment,
@@ -25,7 +25,7 @@ pub struct EngineView {
 }
 
 impl EngineView {
-    /// Opens the segment of the engine of that name, alive or not.
+    /// Opens the segment of the engine `name`, whether that is alive or not.
     pub fn open(name: &segment::EngineName) -> Result<EngineView, AttachError> {
         let segment = name.engine_segment();
         let file = match SegmentFile::open(&segment, Access::ReadOnly) {
@@ -37,7 +37,7 @@ impl EngineView {
         if length < SUPERBLOCK_BYTES as u64 {
             return Err(mismatch(Mismatch::Incomplete));
         }
-        // The superblock first: the rest follows from the geometry in it.
+        // Read the superblock first: the segment's size follows from the geometry in it.
         let head = file.map(SUPERBLOCK_BYTES as u64, Access::ReadOnly)?;
         let identity = head.at::<Superblock>(0)?.read(Kind::Engine, length).map_err(mismatch)?;
         let expected = Places::of(&identity.geometry).bytes;
@@ -49,21 +49,21 @@ impl EngineView {
         Ok(EngineView { segment, identity, file: Arc::new(file) })
     }
 
-    /// Does the process that owns the segment live?
+    /// Is the engine that owns the segment alive?
     #[must_use]
     pub fn owner_lives(&self) -> bool {
         let locks = Locks::of(&self.file, engine_segment::LIFE_WORDS_AT);
         matches!(locks.life(&self.segment.life_words, OWNER_WORD), Life::Alive { .. })
     }
 
-    /// How an engine that has ended came to its end; `None`: it lives. `name`: its own.
+    /// How the engine came to its end; `None` if it is alive. `name` is the engine's name.
     #[must_use]
     pub fn end(&self, name: &segment::EngineName) -> Option<AttachError> {
         let name = name.to_string();
         if self.owner_lives() {
             None
         } else if self.segment.superblock().is_retired() {
-            // It has ended cleanly, or been removed, since we opened it by name.
+            // The engine has ended cleanly, or been removed, since we opened it by name.
             Some(AttachError::NoEngine(name))
         } else if self.segment.info().stopped.load(Ordering::Relaxed) != 0 {
             Some(AttachError::Stopped(name))
@@ -72,7 +72,7 @@ impl EngineView {
         }
     }
 
-    /// The incarnation of an engine that serves; why it does not, else. `name`: its own.
+    /// The engine's incarnation if it serves, or else why it does not. `name` is the engine's name.
     pub fn serving(&self, name: &segment::EngineName) -> Result<u32, AttachError> {
         if let Some(end) = self.end(name) {
             return Err(end);
@@ -87,18 +87,19 @@ impl EngineView {
         Ok(incarnation)
     }
 
-    /// How the engine waits, and what tells of its death, as it says itself.
+    /// How the engine sleeps and how others notice its death, as it has published itself.
     #[must_use]
     pub fn means(&self) -> Means {
         Means::from_bits(self.segment.info().stand_ins.load(Ordering::Relaxed))
     }
 
-    /// The file of that lobby, for the locks of clients whose kernel marks no life word.
+    /// Opens the file of the lobby of this start of the engine, for the locks of clients whose kernel does not mark
+    /// life words.
     pub fn open_lobby_file(&self, name: &segment::EngineName) -> Result<SegmentFile, AttachError> {
         open_lobby_file(name, &self.identity)
     }
 
-    /// The lobby of the same start of the engine.
+    /// Opens the lobby of this start of the engine.
     pub fn open_lobby(&self, name: &segment::EngineName) -> Result<Lobby, AttachError> {
         let mapping = Arc::new(segment::open_shared(&name.lobby(), LOBBY_BYTES)?);
         let length = mapping.len() as u64;
@@ -109,7 +110,7 @@ impl EngineView {
     }
 }
 
-/// The file of the lobby of the same start as an engine's segment.
+/// Opens the file of the lobby that belongs to the same start as the segment with the identity `engine`.
 pub(crate) fn open_lobby_file(
     name: &segment::EngineName,
     engine: &Identity,

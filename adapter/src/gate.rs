@@ -1,7 +1,7 @@
-//! Who may write into reserved slots of an attachment, and when that has ended.
+//! Knows who writes into reserved slots of a claim, and when the last of them has ended.
 //!
-//! The engine frees the slots that a client was writing when the client gives its entry up. So the keeper gives it up
-//! only after the last copy into the arena has ended and no further one can begin.
+//! When a client gives its entry up, the engine frees the slots that the client was writing. So the keeper gives the
+//! entry up only after the last copy into the arena has ended and no further one can begin.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -11,14 +11,14 @@ struct State {
     closed: bool,
 }
 
-/// The gate of one attachment.
+/// The gate of one claim.
 #[derive(Debug, Default)]
 pub(crate) struct WriterGate {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// The right to write into slots that this attachment has reserved, until it is dropped.
+/// The right to write into slots reserved under this claim, until the pass is dropped.
 #[derive(Debug)]
 pub(crate) struct WriterPass(Arc<WriterGate>);
 
@@ -27,7 +27,7 @@ impl WriterGate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A pass, unless the attachment is being given up.
+    /// A pass, unless the claim is being given up.
     pub(crate) fn enter(self: &Arc<Self>) -> Option<WriterPass> {
         let mut state = self.state();
         if state.closed {
@@ -37,7 +37,8 @@ impl WriterGate {
         Some(WriterPass(self.clone()))
     }
 
-    /// Lets nobody in any more, and waits for those inside: copies end by themselves, whatever the engine does.
+    /// Gives out no more passes, and waits until those that it gave out are dropped: copies end by themselves, whatever
+    /// the engine does.
     pub(crate) fn close(&self) {
         let mut state = self.state();
         state.closed = true;

@@ -1,10 +1,10 @@
-//! The keeper: a client's small parked thread.
+//! The keeper: a client's own thread, which sleeps nearly always.
 //!
-//! It owns the client's life word, so it is the client's life as far as the engine can see. It attaches, makes and
-//! repeats registrations, notices death and restart (its own sleep includes the engine's life word and incarnation),
-//! and attaches again with back-off, so that no caller's thread ever does. It must not unwind: were it to end while
-//! copies of this process still run, the engine would take the client for dead and give their slots away. So a panic
-//! degrades the client for good and keeps the life word.
+//! The keeper holds the client's life word, so for the engine the client lives as long as this thread does. The keeper
+//! attaches, makes and repeats registrations, notices the engine's death and restart (it sleeps on the engine's life
+//! word and incarnation too), and attaches again with back-off, so that no caller's thread ever has to. It must not end
+//! while copies of this process still run: the engine would take the client for dead and give the slots away that they
+//! write. So a panic in it degrades the client for good, and the thread goes on holding the life word.
 //!
 //! ```text
 //!            ╭───────────── the engine died, or was restarted ◀──────────╮
@@ -31,14 +31,16 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// How often the keeper looks at the beat while something is in flight: below the gap that counts towards a stall.
+/// How often the keeper looks at the beat while an operation is in flight. It is shorter than the longest gap between
+/// two looks that still counts towards a stall (100 ms).
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How often it looks around at all: a safety net, not a mechanism.
+/// How often the keeper looks around when nothing is in flight. Nothing relies on it; it is a safety net.
 const IDLE_EVERY: Duration = Duration::from_secs(10);
-/// Where the kernel waits for one word alone, that is a poke of our own process's; how late everything else is noticed
-/// then, death and restart above all. A keeper sleeps nearly always, so this is what an idle client costs: 20 wake-ups a
-/// second, 0.05 % of a core (10 ms would be 0.25 %, and 64 clients more than the engine). A caller that waits for an answer
-/// does not depend on it, and one that begins sees the engine's life word for itself.
+/// How late the keeper notices everything but a poke (above all the engine's death and restart) where the kernel has no
+/// `futex_waitv`: there a thread can sleep on one word only, and the keeper takes the one that this process pokes. A
+/// keeper sleeps nearly always, so this interval is the cost of an idle client: 20 wake-ups a second, 0.05 % of a core
+/// (10 ms would cost 0.25 %, and 64 such clients more than the engine). Callers do not depend on it: one that waits for
+/// an answer looks more often, and each new call reads the engine's life word itself.
 const SLICE: Duration = Duration::from_millis(50);
 
 /// Starts the thread.
@@ -51,7 +53,7 @@ pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
             tracing::error!(
                 "kvring's own thread failed (a bug: please report it); this process goes on without the kvring engine"
             );
-            // The life word stays ours until the client is shut down: copies may still run.
+            // Keep the life word until the client is shut down: copies may still run.
             while !shared.stop.load(Ordering::Acquire) {
                 let seen = shared.control.load(Ordering::Acquire);
                 shared.wait_for_poke(seen, Deadline::after(IDLE_EVERY));
@@ -77,9 +79,9 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
         if shared.stop.load(Ordering::Acquire) {
             break;
         }
-        // Before the attempt: what happens during it ends the sleep after it.
+        // Read before the attempt, so that a change during the attempt ends the sleep after it.
         let incarnation = held.as_ref().map(|claim| claim.incarnation().1);
-        // Whoever was attached under this claim is expected to declare, also where it did not come to anything then.
+        // If this claim was ever attached, the engine expects a declaration, even if that attachment was never used.
         let rejoins = held.as_ref().is_some_and(|claim| claim.used);
         match attach(&attempt, held) {
             Ok(attachment) => {
@@ -93,14 +95,14 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
                     Err(why) => why,
                 };
                 match why {
-                    // It may have a successor: what we hold stays ours.
+                    // A successor may take over: keep the claim, the ledger and the leases.
                     Why::EngineGone => shared.set_suspended(attachment_health(&attachment)),
                     Why::Detached => {
                         shared.set_detached(attachment_health(&attachment));
                         give_up(shared, held);
                     }
                     Why::Stop => {
-                        // No slot of ours may be given away while a copy into it runs.
+                        // The engine frees our slots when we detach, so the last copy into them must have ended.
                         attachment.writers.close();
                         leave(shared, &attachment);
                         break;
@@ -110,16 +112,17 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
             Err(error) => {
                 tracing::debug!(%error, "not attached");
                 if held.as_ref().is_some_and(|claim| !claim.used || error.ends_claim()) {
-                    // Before waiting for the last copy: whoever wants memory wants it now.
+                    // Let go of the attachment before waiting for the last copy: its memory may be wanted now.
                     shared.set_detached(error.health());
                     give_up(shared, held);
-                    // Another claim, at once. Not where somebody overwrites ours: who does so again and again must not keep
-                    // this thread busy.
+                    // Try with another claim at once. Not after `ClaimLost`: a peer that overwrites our claims again
+                    // and again would keep this thread busy.
                     if matches!(error, AttachError::AnotherStart(_)) {
                         continue;
                     }
                 } else if error.is_no_room() {
-                    // It may be the old channel that takes the room. Loads have to wait for the new one, then.
+                    // The old channel may be what takes the room, so let go of it. Loads then have to wait for the new
+                    // attachment.
                     shared.set_detached(error.health());
                     rejoin::let_go(shared);
                 }
@@ -133,7 +136,7 @@ fn run(shared: &Arc<Shared>, held: &mut Option<Claim>) {
     give_up(shared, held);
 }
 
-/// Sleeps until poked, until something becomes of the engine of the claim that is held, or until the deadline.
+/// Sleeps until poked, until the incarnation of the held claim's engine changes, or until the deadline.
 fn sleep(shared: &Shared, seen: u32, held: Option<(&Claim, u32)>, until: Deadline) {
     match held {
         Some((claim, incarnation)) => {
@@ -146,21 +149,22 @@ fn sleep(shared: &Shared, seen: u32, held: Option<(&Claim, u32)>, until: Deadlin
     }
 }
 
-/// Gives the claim up, after the last copy into its arena has ended: then the engine frees all that it was writing.
+/// Gives the claim up, after the last copy into its arena has ended, because the engine then frees all slots that the
+/// entry was writing.
 fn give_up(shared: &Shared, held: &mut Option<Claim>) {
     if let Some(claim) = held.take() {
         claim.writers.close();
         shared.ledger.forget();
         shared.leases.forget();
-        // Nothing writes for it any more, so nobody need wait for this process.
+        // No device writes for this entry any more, so the engine need not wait for the end of this process.
         shared.dma().given_up(claim.holds());
         failpoint::here(Place::ClientGivesUp);
         drop(claim);
     }
 }
 
-/// From an answered attachment to one that callers may use: registrations, and where there was an engine before, what is
-/// still held. Tried again until it is done, or the engine is gone.
+/// Makes an attachment that the engine has accepted ready for callers: makes the registrations and, if the claim was
+/// attached before, declares what it still holds. Tries again until all of it is done or the attachment is over.
 fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> Result<(), Why> {
     let mut pause = shared.checked.options.backoff_min;
     loop {
@@ -180,14 +184,14 @@ fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> R
             }
             Err(error) => tracing::debug!(%error, "not through yet with a new attachment"),
         }
-        // Its late answers are drained meanwhile.
+        // Drain the answers that came too late for the failed attempt.
         attachment.link.tend();
         sleep(shared, seen, None, Deadline::after(pause));
         pause = (pause * 2).min(shared.checked.options.backoff_max);
     }
 }
 
-/// Is it over with this attachment?
+/// Why this attachment is over; `None` while it is not.
 fn over(shared: &Shared, attachment: &Attachment) -> Option<Why> {
     let link = &attachment.link;
     if shared.stop.load(Ordering::Acquire) {
@@ -227,7 +231,7 @@ enum Why {
     Stop,
     /// The engine died, or was restarted.
     EngineGone,
-    /// The engine lives, and does not read our channel any more; or what it says makes no sense.
+    /// The engine lives but has stopped reading our channel, or its answers make no sense.
     Detached,
 }
 
@@ -260,8 +264,8 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
             retry
         } else {
             retry = shared.checked.options.backoff_min;
-            // A stalled engine is looked at until it moves: then everybody is to know.
-            // So is one of whose death nobody is woken.
+            // Look often at an engine that stalls, so that it is noticed when it goes on, and at one whose death only
+            // its file lock shows, because that wakes nobody.
             if link.is_idle() && !is_stalled && !link.has_lock() { IDLE_EVERY } else { LOOK_EVERY }
         };
         if LifeWord::interpret(raw) == Life::Dead {
@@ -279,13 +283,14 @@ fn keep(shared: &Arc<Shared>, attachment: &Arc<Attachment>) -> Why {
             SLICE,
         );
         if life.life() == Life::Dead {
-            // The kernel wakes one sleeper per word: pass it on to the callers' threads.
+            // The kernel wakes only one sleeper for each marked word: wake the callers' threads too.
             kvring_shm_abi::futex::wake_all(life.futex());
         }
     }
 }
 
-/// Once for each transition. Callers see it by themselves, whoever looks first.
+/// Logs each change between stalling and responding once, and counts the stalls. Callers do not depend on it: they look
+/// at the stall clock themselves.
 fn told_stall(shared: &Shared, is_stalled: bool) {
     if is_stalled {
         shared.changed_to(&Health::Stalled);
@@ -295,13 +300,13 @@ fn told_stall(shared: &Shared, is_stalled: bool) {
     }
 }
 
-/// Makes the registrations that this attachment does not have yet. An error means: try again later. `again`: also those
-/// that it has been refused.
+/// Makes the registrations that the engine has not yet answered through this attachment, and with `again` also those
+/// that it has refused. An error means: try again later.
 fn register_all(shared: &Shared, attachment: &Arc<Attachment>, again: bool) -> Result<(), CallError> {
     let nonce = attachment.link.nonce;
     for registered in shared.registrations() {
-        // A refusal is an outcome too: it is not asked for again before the next attachment, which may be to an engine
-        // with more room.
+        // A refusal is an outcome too. A refused registration is made again only with the next attachment, whose engine
+        // may have more room.
         let is_known = |outcome: &Outcome| outcome.nonce == nonce && (!again || outcome.namespace.is_ok());
         if registered.outcome().as_ref().is_some_and(is_known) {
             continue;
@@ -345,7 +350,8 @@ fn register(
     crate::status::check_registration(&answer.completion, record)
 }
 
-/// Says goodbye, so that the engine frees everything at once. If it does not answer, our life word says the same.
+/// Detaches, so that the engine frees everything at once. If it does not answer, giving the claim up has the same
+/// effect.
 fn leave(shared: &Shared, attachment: &Arc<Attachment>) {
     let link = &attachment.link;
     if !link.is_healthy() {

@@ -1,9 +1,9 @@
-//! What this scheduler has pinned: the leases that the engine holds for it, so that the keeper can ask a new engine for
-//! them, and so that each is given back exactly once.
+//! The leases that the engine holds for this scheduler, kept here so that the keeper can declare them to a new engine,
+//! and so that each is released exactly once.
 //!
-//! A lease is entered when its lookup's answer is taken, and leaves when it is released. An answer that comes from an
-//! engine that the keeper has already taken stock for a successor of is not accepted: nothing holds what it found.
-//! What is released while the keeper names leases to a new engine is released there, afterwards.
+//! A lease is entered when its lookup's answer is taken, and leaves when it is released. Once the keeper has taken
+//! stock for the next engine, an answer of the engine before is not accepted, because no engine holds a lease for it.
+//! If a lease is released while the keeper declares leases to a new engine, the release is sent there afterwards.
 
 use crate::at::At;
 use crate::hit::Found;
@@ -27,11 +27,11 @@ pub(crate) struct Lease {
     pub(crate) keep: u32,
 }
 
-/// A lookup that may have a lease.
+/// A lookup for which an engine may hold a lease.
 #[derive(Clone, Copy)]
 pub(crate) struct Asking {
     pub(crate) admission: u32,
-    /// The attachment through which it was asked.
+    /// The nonce of the attachment through which it was sent.
     pub(crate) nonce: u64,
     /// How many of its chunks are still wanted.
     pub(crate) keep: u32,
@@ -40,7 +40,7 @@ pub(crate) struct Asking {
 struct State {
     at: At,
     held: HashMap<Name, Lease>,
-    /// Releases that are due once everything has been named.
+    /// Releases that are due once everything has been declared.
     owed: Vec<Request>,
 }
 
@@ -60,7 +60,8 @@ impl Leases {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A lookup's answer came through `link`. False: that engine is history, and nobody holds what it found.
+    /// Enters the lease of an answer that came through `link`. False: that is not the current attachment any more, and
+    /// no engine holds the lease.
     pub(crate) fn accept(&self, link: &Arc<Link>, lease: Lease) -> bool {
         let mut state = self.state();
         let is_current = state.at.is(link);
@@ -70,8 +71,8 @@ impl Leases {
         is_current
     }
 
-    /// Gives a lease up beyond its first `keep` chunks. `asked` is the attachment (by nonce) through which its lookup was
-    /// sent: where that is the current one, there may be a lease whose answer nobody has taken.
+    /// Gives a lease up beyond its first `keep` chunks. `asked` is the nonce of the attachment through which its lookup
+    /// was sent: if that is the current one, the engine may hold a lease whose answer nobody has taken.
     pub(crate) fn release(&self, session: u64, admission: u32, keep: u32, asked: u64) {
         let mut state = self.state();
         let known = match state.held.get_mut(&(session, admission)) {
@@ -85,7 +86,7 @@ impl Leases {
         state.send(known, |nonce| nonce == asked, Request::Release { session, admission, keep });
     }
 
-    /// Gives up everything of a session.
+    /// Gives up all leases of a session.
     pub(crate) fn end_session(&self, session: u64, admissions: &[Asking]) {
         let mut state = self.state();
         let mut known = false;
@@ -96,31 +97,31 @@ impl Leases {
         state.send(known, asked, Request::EndSession { session });
     }
 
-    /// Keeper: takes stock for a new engine. What is owed stays owed: an earlier attempt may have named it to the same one,
-    /// and to any other it is nothing.
+    /// Keeper: takes stock for a new engine and returns the leases to declare. Releases stay due: an earlier attempt
+    /// may have declared these leases to the same engine, and to any other engine the release does nothing.
     pub(crate) fn begin_declaring(&self) -> Vec<Lease> {
         let mut state = self.state();
         let before = core::mem::replace(&mut state.at, At::Declaring);
         let held = state.held.values().cloned().collect();
         drop(state);
-        // Outside the lock: this may unmap a channel.
+        // Dropped outside the lock, because this may unmap a channel.
         drop(before);
         held
     }
 
-    /// Keeper: the new attachment stands; what was released meanwhile is released there.
+    /// Keeper: moves the leases to a new attachment, and sends it the releases that are due.
     pub(crate) fn attached(&self, link: &Arc<Link>) {
         let mut state = self.state();
         state.at = At::Attached(link.clone());
         let owed = core::mem::take(&mut state.owed);
         drop(state);
-        // Outside the lock: these are system calls, and a scheduler may be about to release something.
+        // Sent outside the lock: these are system calls, and a scheduler may be waiting to release something.
         for request in owed {
             link.post(request);
         }
     }
 
-    /// Keeper: no engine holds any of it any more.
+    /// Keeper: no engine holds any of these leases any more.
     pub(crate) fn forget(&self) {
         let mut state = self.state();
         state.at = At::Nowhere;
@@ -130,11 +131,12 @@ impl Leases {
 }
 
 impl State {
-    /// `asked`: may the attachment of this nonce hold something that has not been taken?
+    /// Sends a release now, or leaves it to be sent after declaring. `known`: the lease was entered here. `asked`: may
+    /// the attachment with this nonce hold a lease whose answer has not been taken?
     fn send(&mut self, known: bool, asked: impl Fn(u64) -> bool, request: Request) {
         match &self.at {
             At::Attached(link) if known || asked(link.nonce) => link.post(request),
-            // It may have been named already.
+            // The keeper may have declared the lease already.
             At::Declaring if known => self.owed.push(request),
             At::Attached(_) | At::Declaring | At::Nowhere => {}
         }

@@ -1,15 +1,17 @@
-//! What this worker was granted and has not settled: the slots that the engine believes it is writing.
+//! The slots that this worker was granted and whose commit or abort is not done yet: those that the engine believes it
+//! is writing.
 //!
-//! A slot that an engine granted stays WRITING until its writer's word, whatever becomes of that engine. So every grant is
-//! entered here before its copy may begin, and leaves when it is settled: committed and acknowledged, or given up. After a
-//! restart the keeper names all that is here to the new engine, which frees the rest.
+//! A slot that an engine has granted stays WRITING until its writer commits or aborts it, whatever becomes of that
+//! engine. So the mover enters every grant here before its copy may begin. A batch leaves when its commit has been
+//! answered, or when it is aborted. After a restart the keeper declares all that is here to the new engine, which frees
+//! the rest.
 //!
-//! **A grant counts only while its attachment is the one that the ledger is at.** From the moment at which the keeper takes
-//! stock for the new engine ([`Ledger::begin_declaring`]), an answer that comes late through the old channel is refused:
-//! its slots are among those that the new engine frees, and may be somebody else's by the time they were written.
+//! **A grant counts only if it came through the attachment that the ledger is at.** From the moment at which the keeper
+//! takes stock for the new engine ([`Ledger::begin_declaring`]), the ledger refuses a grant that comes late through the
+//! old channel: the new engine frees these slots, and may have given them to somebody else before we write them.
 //!
-//! What the mover decides meanwhile (a copy has ended, or is given up) is a *duty*, which the keeper does when the new
-//! attachment stands.
+//! A commit or abort that the mover decides on while no engine is attached is a *duty*: the keeper sends it when there
+//! is a new attachment.
 
 use crate::at::At;
 use crate::batch::{BatchId, Settled};
@@ -22,18 +24,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 enum Duty {
     /// A copy may be running.
     Writing,
-    /// The copy has ended; the engine is to know.
+    /// The copy has ended, and the engine has not answered the commit yet.
     Commit,
-    /// It will not be written, and no copy runs.
+    /// The slots will not be written and no copy of them runs, but they may have been declared: they must be aborted.
     Abort,
-    /// The commit was answered, and its waiter has not been told.
+    /// The engine has answered the commit, and the mover has not taken the outcome yet.
     Settled(Settled),
 }
 
 struct Batch {
     records: Vec<SlotRecord>,
     duty: Duty,
-    /// Nobody waits for its outcome any more.
+    /// The mover does not wait for the outcome any more.
     left: bool,
 }
 
@@ -48,7 +50,7 @@ pub(crate) struct Ledger {
     state: Mutex<State>,
 }
 
-/// What is to be done through a new attachment.
+/// The duties that the keeper does through a new attachment.
 #[derive(Default)]
 pub(crate) struct Duties {
     /// To be committed.
@@ -65,14 +67,15 @@ impl Default for Ledger {
 }
 
 impl Ledger {
-    /// The state, with all that the engine has said about commits that nobody waits for.
+    /// The state, after taking in the link's answers to commits that nobody waits for.
     fn state(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.take_late_answers();
         state
     }
 
-    /// Mover: these slots were granted through `link`. `None`: too late, they are not ours; nothing may be written there.
+    /// Mover: enters slots that were granted through `link`. `None`: the grant came too late, the slots are not ours,
+    /// and nothing may be written there.
     pub(crate) fn hold(&self, link: &Arc<Link>, records: Vec<SlotRecord>) -> Option<BatchId> {
         let mut state = self.state();
         let is_current = state.at.is(link);
@@ -85,12 +88,12 @@ impl Ledger {
         Some(id)
     }
 
-    /// Mover: the copy has ended. Answers what to commit, and through which link; `None`: the keeper does, once there is
-    /// an engine again.
+    /// Mover: the copy has ended. Returns what to commit and through which link. `None`: the keeper commits it once
+    /// there is an engine again, or the batch was forgotten with its arena.
     pub(crate) fn commit(&self, id: BatchId, checksums: &[u64]) -> Option<(Arc<Link>, Vec<SlotRecord>)> {
         let mut guard = self.state();
         let state = &mut *guard;
-        // One that was given up meanwhile, with its arena, is nothing to any engine.
+        // A batch that was given up with its arena must never reach another engine.
         let batch = state.batches.get_mut(&id).filter(|batch| matches!(batch.duty, Duty::Writing))?;
         for (record, checksum) in batch.records.iter_mut().zip(checksums) {
             record.checksum = *checksum;
@@ -102,7 +105,7 @@ impl Ledger {
         }
     }
 
-    /// Mover: the batch will not be written, and no copy of it runs. Answers what to abort, and through which link.
+    /// Mover: the batch will not be written, and no copy of it runs. Returns what to abort now, and through which link.
     pub(crate) fn abort(&self, id: BatchId) -> Option<(Arc<Link>, Vec<SlotRecord>)> {
         let mut guard = self.state();
         let state = &mut *guard;
@@ -115,12 +118,12 @@ impl Ledger {
                 let batch = state.batches.remove(&id)?;
                 Some((link.clone(), batch.records))
             }
-            // It is being named at this moment: what was named must be taken back.
+            // The keeper may be declaring it at this moment, so it must be aborted afterwards.
             At::Declaring => {
                 state.batches.get_mut(&id)?.duty = Duty::Abort;
                 None
             }
-            // Who does not name it frees it.
+            // The next engine frees it because nobody declares it.
             At::Nowhere => {
                 state.batches.remove(&id);
                 None
@@ -128,18 +131,18 @@ impl Ledger {
         }
     }
 
-    /// The engine has answered the batch's commit.
+    /// Enters the engine's answer to the batch's commit.
     pub(crate) fn settle(&self, id: BatchId, outcome: Settled) {
         self.state().settle(id, outcome);
     }
 
-    /// Mover: it has seen the answer itself.
+    /// Mover: removes a batch whose answer it has seen itself.
     pub(crate) fn close(&self, id: BatchId) {
         self.state().batches.remove(&id);
     }
 
-    /// Mover: what became of a commit that somebody else sees through, once it is known. After that the batch is no longer
-    /// the caller's.
+    /// Mover: the outcome of a commit that the keeper sends or whose answer came late; `None` while it is not known.
+    /// The batch is removed when its outcome is taken.
     pub(crate) fn take_settled(&self, id: BatchId) -> Option<Settled> {
         let mut state = self.state();
         match state.batches.get(&id) {
@@ -149,12 +152,12 @@ impl Ledger {
                 Some(outcome)
             }
             Some(_) => None,
-            // Not one of ours any more: nothing of it is known to be stored.
+            // The batch has been removed: nothing of it is known to be stored.
             None => Some(Settled::default()),
         }
     }
 
-    /// Mover: it does not wait for the outcome any longer. It is committed all the same, when that can be.
+    /// Mover: does not wait for the outcome any longer. The batch is committed all the same, if an engine can be told.
     pub(crate) fn leave(&self, id: BatchId) {
         let mut state = self.state();
         match state.batches.get_mut(&id) {
@@ -164,8 +167,9 @@ impl Ledger {
         }
     }
 
-    /// Keeper: takes stock for a new engine. Nothing that an earlier one granted is accepted from here on. What is to be
-    /// aborted stays so: an earlier attempt may have named it to the same engine, and to any other it is nothing.
+    /// Keeper: takes stock for a new engine and returns the slots to declare. From here on no grant of an earlier
+    /// engine is accepted. Aborts stay due: an earlier attempt may have declared these slots to the same engine, and to
+    /// any other engine the abort does nothing.
     pub(crate) fn begin_declaring(&self) -> Vec<SlotRecord> {
         let mut state = self.state();
         let before = core::mem::replace(&mut state.at, At::Declaring);
@@ -177,12 +181,12 @@ impl Ledger {
         let held = state.batches.values().filter(is_held);
         let held = held.flat_map(|batch| batch.records.iter().copied()).collect();
         drop(state);
-        // Outside the lock: this may unmap a channel.
+        // Dropped outside the lock, because this may unmap a channel.
         drop(before);
         held
     }
 
-    /// Keeper: the new attachment stands. Answers what was decided before.
+    /// Keeper: moves the ledger to a new attachment, and returns the duties that have come up before.
     pub(crate) fn attached(&self, link: &Arc<Link>) -> Duties {
         let mut state = self.state();
         state.at = At::Attached(link.clone());
@@ -201,8 +205,8 @@ impl Ledger {
         duties
     }
 
-    /// Keeper: the arena and its slots are given up, after the last copy into them has ended. Whoever waits is told that
-    /// nothing was stored.
+    /// Keeper: the arena and its slots are given up, after the last copy into them has ended. A mover that waits for an
+    /// outcome is told that nothing was stored.
     pub(crate) fn forget(&self) {
         let mut state = self.state();
         state.at = At::Nowhere;
@@ -270,7 +274,7 @@ mod tests {
         ledger.attached(&old);
         let [commits, aborts, early, writes] =
             [1, 2, 3, 4].map(|slot| ledger.hold(&old, records(slot)).unwrap());
-        // The engine may be dead: whoever sends finds out, and nothing is settled by that.
+        // The engine may be dead: the sender finds out, and that settles nothing.
         let (link, sent) = ledger.commit(commits, &[77]).unwrap();
         assert!(Arc::ptr_eq(&link, &old));
         assert_eq!(sent[0].checksum, 77);
@@ -287,7 +291,7 @@ mod tests {
         ledger.attached(&new);
         assert!(ledger.commit(writes, &[]).is_some());
         ledger.settle(writes, Settled { done: 1, gone: 0 });
-        // Stock is taken between the answer and its waiter's look at it.
+        // The keeper takes stock after the answer and before its waiter has looked at it.
         assert!(ledger.begin_declaring().is_empty());
         assert_eq!(ledger.take_settled(writes), Some(Settled { done: 1, gone: 0 }));
     }

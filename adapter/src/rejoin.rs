@@ -1,6 +1,6 @@
-//! After a restart: what this client still holds is named to the new engine, which frees the rest. On the keeper's thread.
+//! After a restart the keeper declares to the new engine what this client still holds, and the engine frees the rest.
 //!
-//! Repeatable: it is done again, from the start, after anything that went wrong, with this engine or the next.
+//! If anything goes wrong, the keeper declares everything again from the start, to the same engine or the next.
 
 use crate::attachment::Attachment;
 use crate::batch::{BatchId, Settled};
@@ -15,20 +15,20 @@ use kvring_shm_abi::message::{LeaseRecord, Record, Records, Request, SlotRecord}
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Slots in one message.
+/// The most slots in one message.
 const SLOTS_PER_MESSAGE: usize = 512;
 
-/// Lets go of the old channel, before there is a new one. Late answers are not waited for any longer.
+/// Drops the old channel before there is a new one. Answers that come late through it no longer count.
 pub(crate) fn let_go(shared: &Shared) {
     drop(shared.ledger.begin_declaring());
     drop(shared.leases.begin_declaring());
 }
 
-/// Names everything, then says that this was all.
+/// Declares every slot and lease, then sends `DeclareEnd`.
 pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), CallError> {
     let link = &attachment.link;
     let timeout = shared.checked.options.operation_timeout;
-    // From here on nothing counts that the earlier engine may still be heard to say.
+    // From here on no answer of an earlier engine counts any more.
     let slots = shared.ledger.begin_declaring();
     let leases = shared.leases.begin_declaring();
     failpoint::here(Place::ClientTookStock);
@@ -78,14 +78,14 @@ fn declare_lease(
     timeout: Duration,
 ) -> Result<(), CallError> {
     let wanted = lease.keep.min(lease.found.keys.len() as u32) as usize;
-    // A lease that does not fit is kept as far as it does: its prefix is what is loaded first.
+    // Of a lease that is too long for a message, declare as many chunks as fit: they are loaded first.
     let count = wanted.min(link.payload().len() / 2 / LeaseRecord::WORDS);
     let records: Vec<LeaseRecord> = (0..count).map(|chunk| lease.found.record(chunk)).collect();
     let (session, admission, namespace) = (lease.session, lease.admission, lease.namespace);
     let pending = link.submit(
         count * LeaseRecord::WORDS,
-        // An answer that comes too late is nothing to undo: the next attempt names the lease again, and what has been
-        // released by then is owed.
+        // Nothing is undone if the answer comes too late: the next attempt declares the lease again, and a release that
+        // is made meanwhile stays due until then.
         |_| Undo::Nothing,
         |payload, region| {
             let written = payload.write(region.offset, bytemuck::cast_slice(&records));
@@ -97,14 +97,16 @@ fn declare_lease(
     let answer = pending.wait(timeout)?;
     match status::check(&answer.completion) {
         Ok(()) if answer.completion.results[0] as usize >= wanted => shared.counters.leases_declared.add(1),
-        // What is not pinned may be evicted; a load of it then fails its check.
+        // Chunks that are not pinned again may be evicted; a load of such a chunk then fails its validation.
         Ok(()) | Err(CallError::Busy | CallError::NotRegistered) => shared.counters.leases_cut.add(1),
         Err(error) => return Err(error),
     }
     Ok(())
 }
 
-/// The attachment stands: what was decided while there was none is done. Where `rejoins`, the earlier engine's slots too.
+/// Makes the attachment the one that the ledger and the leases go by, and sends the releases, aborts and commits that
+/// were decided while there was none. `rejoins`: the claim had been attached before, so this is counted as a
+/// reattachment.
 pub(crate) fn settle(shared: &Shared, attachment: &Attachment, rejoins: bool) {
     let link = &attachment.link;
     shared.leases.attached(link);
@@ -114,7 +116,7 @@ pub(crate) fn settle(shared: &Shared, attachment: &Attachment, rejoins: bool) {
     }
     link.post_abort(duties.aborts);
     for (batch, records) in duties.commits {
-        // Not through: it stays in the ledger, for the next engine.
+        // On an error the commit stays in the ledger, for the next engine.
         if let Err(error) = commit(shared, link, batch, &records) {
             tracing::debug!(%error, "a commit that outlived its engine is not through yet");
         }

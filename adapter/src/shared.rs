@@ -22,10 +22,10 @@ pub(crate) struct Registered {
     pub(crate) outcome: Mutex<Option<Outcome>>,
 }
 
-/// What an engine said to a registration.
+/// An engine's answer to a registration.
 #[derive(Clone)]
 pub(crate) struct Outcome {
-    /// The attachment through which it was made.
+    /// The nonce of the attachment through which it was made.
     pub(crate) nonce: u64,
     pub(crate) arena_id: [u64; 2],
     /// The namespace's id.
@@ -33,7 +33,7 @@ pub(crate) struct Outcome {
 }
 
 impl Registered {
-    /// What the attachment of this nonce, which is healthy, is to whoever needs this registration.
+    /// The health of the attachment with this nonce, which is healthy itself, for a user of this registration.
     pub(crate) fn health(&self, nonce: u64) -> Health {
         match self.outcome().as_ref() {
             Some(outcome) if outcome.nonce == nonce => match &outcome.namespace {
@@ -49,17 +49,18 @@ impl Registered {
     }
 }
 
-/// How things stand.
+/// The client's health and attachment.
 pub(crate) struct Current {
-    /// Healthy: as far as the keeper knows, and as the attachment itself says.
+    /// The health as the keeper last saw it. While this is healthy, the attachment's own view counts
+    /// (`Current::health()`).
     pub(crate) health: Health,
-    /// There is one while `health` is healthy, and also while its engine is gone, as long as nobody has taken its arena
-    /// away: what has been looked up can still be loaded.
+    /// There is one while `health` is healthy, and also while its engine is gone, until the arena is replaced or
+    /// removed: chunks that have been looked up can still be loaded.
     pub(crate) attachment: Option<Arc<Attachment>>,
 }
 
 impl Current {
-    /// The attachment, if its engine was fit when the keeper last looked.
+    /// The attachment, if its engine was healthy when the keeper last looked.
     pub(crate) fn attached(&self) -> Result<&Arc<Attachment>, Health> {
         match &self.attachment {
             Some(attachment) if self.health.is_healthy() => Ok(attachment),
@@ -77,21 +78,22 @@ pub(crate) struct Shared {
     pub(crate) checked: Checked,
     pub(crate) role: Role,
     pub(crate) fork: ForkGuard,
-    /// Counts attachments: an adapter that holds an older one takes the new one.
+    /// Counts changes of `current`: a probe with an older count takes the link anew.
     pub(crate) generation: AtomicU64,
     current: Mutex<Current>,
     /// Notified when `current` or a registration's outcome changes.
     changed: Condvar,
     pub(crate) registrations: Mutex<Vec<Arc<Registered>>>,
-    /// Slots that were granted and are not settled.
+    /// Slots that were granted and whose commit or abort is not done yet.
     pub(crate) ledger: Ledger,
-    /// What is pinned for us.
+    /// Leases that the engine holds for this client.
     pub(crate) leases: Leases,
     pub(crate) counters: Counters,
     pub(crate) dma: Mutex<Dma>,
-    /// The last session id given out: the engine knows leases by client and session, whichever adapter made them.
+    /// The last session id given out. The engine knows leases by client and session, so all users of this client draw
+    /// ids from here.
     sessions: AtomicU64,
-    /// The keeper's futex: bumped when it should look around.
+    /// The keeper's futex: raised when the keeper should look around.
     pub(crate) control: AtomicU32,
     pub(crate) stop: AtomicBool,
 }
@@ -124,7 +126,7 @@ impl Shared {
         self.dma.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeper: a new attachment stands.
+    /// Keeper: there is a new attachment, ready for callers.
     pub(crate) fn set_attached(&self, attachment: Arc<Attachment>) {
         self.set_current(Health::Healthy, Some(attachment));
     }
@@ -140,7 +142,7 @@ impl Shared {
         self.set_current(health, None);
     }
 
-    /// Logs the transition, and counts it, once.
+    /// Sets the health and the attachment, and logs and counts the change if the health is another one than before.
     fn set_current(&self, health: Health, attachment: Option<Arc<Attachment>>) {
         let mut current = self.current();
         let before = core::mem::replace(&mut *current, Current { health: health.clone(), attachment });
@@ -149,14 +151,15 @@ impl Shared {
         drop(current);
         self.changed.notify_all();
         let was = before.health.clone();
-        // The last holder unmaps; not under the lock.
+        // Dropped outside the lock, because the last holder unmaps the arena.
         drop(before);
         if was != health {
             self.changed_to(&health);
         }
     }
 
-    /// Counts a transition, and tells the log of it, in words for who runs vLLM: nothing else there says how the engine is.
+    /// Counts a change of health and logs it, in words for people who run vLLM: nothing else in vLLM's log tells them
+    /// about the engine's health.
     pub(crate) fn changed_to(&self, health: &Health) {
         self.counters.transition(health);
         let (engine, role) = (&self.checked.options.engine, self.role.as_str());
@@ -170,7 +173,7 @@ impl Shared {
         }
     }
 
-    /// How it stands, without an attachment's own view.
+    /// Is this the health as the keeper last saw it, without the attachment's own view?
     pub(crate) fn is_health(&self, health: &Health) -> bool {
         self.current().health == *health
     }
@@ -186,7 +189,7 @@ impl Shared {
     }
 
     pub(crate) fn notify_changed(&self) {
-        // The lock orders this with a waiter that is about to wait.
+        // A waiter checks under this lock. Taking it here makes sure that the waiter sees the change or sleeps already.
         drop(self.current());
         self.changed.notify_all();
     }

@@ -1,11 +1,13 @@
 //! Operations over one channel: submit, wait, abandon, undo.
 //!
 //! Invariants:
-//! * An operation slot and its payload region are reused only after the operation's completion was drained, also when
-//!   its caller has given up: a stalled engine may still write its answer there.
-//! * At most [`DEPTH`] operations are in flight, so neither ring can be overrun and the engine never waits for us.
-//! * What an abandoned operation gained (a lease, reserved slots) is given back when its late completion arrives.
-//! * Messages that give something back are never dropped: without room they wait in the outbox.
+//! * An operation's place in the table and its payload region are reused only after its completion has been drained,
+//!   even if its caller has given up: a stalled engine may still write its answer there.
+//! * At most [`DEPTH`] operations are in flight, so neither ring can be overrun and the engine never waits for this
+//!   client.
+//! * If an abandoned operation gained something (a lease, reserved slots), that is given back when its late completion
+//!   arrives.
+//! * A message that gives something back is never dropped: while there is no room for it, it waits in the outbox.
 
 mod operations;
 mod pending;
@@ -35,23 +37,23 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// The shortest time between two looks at the engine's file lock, where there is one: a look costs half a microsecond.
+/// The shortest time between two looks at the engine's file lock, if it has one: a look costs half a microsecond.
 const LOCK_EVERY_NS: u64 = 40_000_000;
 
-/// How an abandoned operation is undone when its completion arrives after all.
+/// How an abandoned operation is undone when its completion arrives.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Undo {
-    /// Nothing was gained.
+    /// The operation gains nothing.
     Nothing,
     /// Release the lease that the lookup got.
     ReleaseLease { session: u64, admission: u32 },
-    /// Abort the slots that the reservation got: where its keys and answers are in the payload area.
+    /// Abort the slots that the reservation got. Its keys and its answers lie at these places of the payload area.
     AbortSlots { keys: Records, answer: u32 },
-    /// Nobody waits for the commit of this batch any more; it need not be made again.
+    /// Tell the ledger what became of this batch's commit, so that it is not made again.
     Settle { batch: BatchId },
 }
 
-/// A message that gives something back: delivered later where it cannot be delivered now.
+/// A message that gives something back, and that is delivered later if it cannot be delivered now.
 #[derive(Debug)]
 enum Deferred {
     Plain(Request),
@@ -63,7 +65,7 @@ struct Inner {
     completions: Consumer,
     operations: Operations,
     outbox: VecDeque<Deferred>,
-    /// Commits that were answered when nobody waited for them any more: the ledger takes them from here.
+    /// Answers to commits that nobody waited for any more. The ledger takes them from here.
     settled: Vec<(BatchId, Settled)>,
 }
 
@@ -78,23 +80,23 @@ pub(crate) struct Link {
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
     spin: Duration,
-    /// In which process it was made: no other has its memory.
+    /// The process that made this link: no other process has its memory.
     fork: ForkGuard,
     /// The engine's life word for this client.
     life: One<LifeWord>,
-    /// The engine's file, where a file lock tells of its death; and when that was last looked at.
+    /// The engine's file, if only a file lock shows the engine's death, and when this client last looked at that lock.
     lock: Option<Arc<SegmentFile>>,
     lock_looked_ns: AtomicU64,
-    /// The keeper's futex: bumped when something is left for it that nobody else may ever look at.
+    /// The keeper sleeps on it. It is raised when a caller leaves work that only the keeper may ever get to.
     left: AtomicU32,
 }
 
-/// Where a link comes from.
+/// The parts from which a link is made.
 pub(crate) struct LinkParts {
     pub(crate) channel: Channel,
     pub(crate) lobby: Lobby,
     pub(crate) engine: EngineSegment,
-    /// The engine's file, where a file lock tells of its death.
+    /// The engine's file, if only a file lock shows the engine's death.
     pub(crate) lock: Option<Arc<SegmentFile>>,
     pub(crate) entry: usize,
     pub(crate) incarnation: u32,
@@ -110,7 +112,7 @@ impl core::fmt::Debug for Link {
 }
 
 impl Link {
-    /// `None` for an entry that the segment does not have.
+    /// `None` if the segment has no such entry.
     pub(crate) fn new(parts: LinkParts) -> Option<Link> {
         let beat = parts.engine.epoch().beat();
         Some(Link {
@@ -151,7 +153,7 @@ impl Link {
         &self.channel.payload
     }
 
-    /// Is the engine that we attached to still alive?
+    /// Is the engine of this attachment alive, and not restarted since?
     #[inline]
     pub(crate) fn alive(&self) -> Result<(), CallError> {
         if !self.life.is_alive() || self.stall.is_gone() {
@@ -163,11 +165,12 @@ impl Link {
         Ok(())
     }
 
-    /// Everything a client can conclude about this attachment.
+    /// All that the client can conclude about this attachment's engine.
     pub(crate) fn health(&self) -> Health {
         let epoch = self.engine.epoch();
-        // The life word first: a successor takes it over only after it has changed the incarnation, so who sees it alive
-        // again sees that too.
+        // Read the life word first (Acquire), then the incarnation (Acquire): a successor makes the incarnation odd
+        // (Release) before it takes the life word over (CAS AcqRel), so whoever sees the word alive again sees the new
+        // incarnation too.
         let life = self.life.life();
         let incarnation = epoch.incarnation();
         if !matches!(life, Life::Alive { .. }) || self.stall.is_gone() {
@@ -185,8 +188,8 @@ impl Link {
         }
     }
 
-    /// Healthy, in three loads: what every call asks first. (An engine that found itself unhealthy has an odd
-    /// incarnation.)
+    /// Is the engine healthy? Three loads, because every call asks this first. (An engine that found itself unhealthy
+    /// makes its incarnation odd.)
     #[inline]
     pub(crate) fn is_healthy(&self) -> bool {
         let epoch = self.engine.epoch();
@@ -195,23 +198,23 @@ impl Link {
             && !self.stall.troubled(|| epoch.beat())
     }
 
-    /// Does a file lock tell of the engine's death? Then somebody must look at it.
+    /// Does only a file lock show the engine's death? If so, somebody must look at it.
     pub(crate) fn has_lock(&self) -> bool {
         self.lock.is_some()
     }
 
-    /// Looks at the engine's file lock, if there is one and nobody has for a while: from the moment that it is found free
-    /// the engine is dead to all threads of this client.
+    /// Looks at the engine's file lock, if it has one and nobody has looked for [`LOCK_EVERY_NS`]. Once the lock is
+    /// found free, the engine is dead for all threads of this client.
     pub(crate) fn look_at_lock(&self, now_ns: u64) {
         let Some(file) = &self.lock else { return };
-        // Relaxed: two that look at once do no harm.
+        // Relaxed: two threads may look at once, which does no harm.
         if now_ns.saturating_sub(self.lock_looked_ns.load(Ordering::Relaxed)) < LOCK_EVERY_NS {
             return;
         }
         self.lock_looked_ns.store(now_ns, Ordering::Relaxed);
         let is_dead = Locks::of(file, LIFE_WORDS_AT).owner_is_dead(self.entry, self.life.raw());
         if is_dead && self.stall.engine_gone() {
-            // Whose sleep nothing else ends.
+            // Nothing else wakes the threads that sleep for an answer.
             self.rouse();
         }
     }
@@ -220,13 +223,13 @@ impl Link {
         self.stall.is_broken()
     }
 
-    /// Did the engine stop reading this channel, and why?
+    /// Why the engine has stopped reading this channel; `None` while it reads it.
     pub(crate) fn detached(&self) -> Option<AttachStatus> {
         let status = self.engine.attach[self.entry].read(self.nonce);
         (status != AttachStatus::Attached).then_some(status)
     }
 
-    /// Submits an operation with `words` words of payload; `fill` writes them and says what is asked.
+    /// Submits an operation with `words` words of payload; `fill` writes them and returns the request.
     pub(crate) fn submit(
         self: &Arc<Self>,
         words: usize,
@@ -238,7 +241,8 @@ impl Link {
         Ok(Pending::new(self.clone(), slot, beat))
     }
 
-    /// Takes what has arrived, sends what waits, then this.
+    /// Drains what has arrived, sends what waits in the outbox, then puts this request into the ring. Returns the
+    /// operation's id.
     #[inline(always)]
     fn send(
         &self,
@@ -254,7 +258,7 @@ impl Link {
         slot
     }
 
-    /// One request without payload, waited for: its results.
+    /// Sends one request without payload, waits for its answer, and returns its results.
     pub(crate) fn call(&self, request: Request, timeout: Duration) -> Result<[u64; 4], CallError> {
         let beat = self.engine.epoch().beat();
         let slot = self.send(0, |_| Undo::Nothing, |_, _| request)?;
@@ -270,7 +274,7 @@ impl Link {
         }
     }
 
-    /// Sends the commit of a batch: its pending answer, and where in the payload area the outcomes will be.
+    /// Sends the commit of a batch. Returns its pending answer, and where in the payload area the outcomes will be.
     pub(crate) fn commit(
         self: &Arc<Self>,
         batch: BatchId,
@@ -289,12 +293,12 @@ impl Link {
         Ok((pending, answer))
     }
 
-    /// What became of commits for whose answers nobody has waited, since this was last asked.
+    /// The answers to commits that nobody waited for, since the last call.
     pub(crate) fn take_settled(&self) -> Vec<(BatchId, Settled)> {
         core::mem::take(&mut self.lock().settled)
     }
 
-    /// Puts one request into the ring. The doorbell is the caller's.
+    /// Puts one request into the ring; the caller rings the doorbell.
     #[inline(always)]
     fn start(
         &self,
@@ -309,14 +313,14 @@ impl Link {
         Ok(slot)
     }
 
-    /// Delivers a message that gives something back, now or later; its completion is not waited for.
+    /// Delivers a message that gives something back, now or later, and does not wait for its completion.
     pub(crate) fn post(&self, request: Request) {
         let mut inner = self.lock();
         inner.outbox.push_back(Deferred::Plain(request));
         self.deliver_outbox(inner);
     }
 
-    /// As [`Link::post`], for slots that will not be written.
+    /// As [`Link::post`], to abort slots that will not be written.
     pub(crate) fn post_abort(&self, slots: Vec<SlotRecord>) {
         if slots.is_empty() {
             return;
@@ -326,7 +330,7 @@ impl Link {
         self.deliver_outbox(inner);
     }
 
-    /// Sends what there is room for; the rest is the keeper's.
+    /// Sends as much of the outbox as there is room for, and leaves the rest to the keeper.
     fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>) {
         let others = self.drain(&mut inner);
         self.flush(&mut inner);
@@ -337,20 +341,20 @@ impl Link {
         }
     }
 
-    /// A caller has gone and left something: a late answer to undo, or a message without room. It may be the last one
-    /// that calls for a long time, so the keeper looks from now on.
+    /// Wakes the keeper because a caller has left something behind: an answer that will come late and must be undone,
+    /// or a message without room. No other call may come for a long time, so the keeper looks from now on.
     fn leave_to_keeper(&self) {
         // SYNC POINT: Release; pairs with the Acquire in `left`, whose value the keeper takes before it tends.
         self.left.fetch_add(1, Ordering::Release);
         futex::wake_all(&self.left);
     }
 
-    /// For the keeper's sleep: the word and its value. Take it before `tend`.
+    /// The word for the keeper's sleep, and its value. The keeper takes them before it calls `tend`.
     pub(crate) fn left(&self) -> (&AtomicU32, u32) {
         (&self.left, self.left.load(Ordering::Acquire))
     }
 
-    /// Takes what has arrived and sends what waits: for the keeper, when nobody else calls.
+    /// Drains what has arrived and sends what waits in the outbox. The keeper calls it, because nobody else may.
     pub(crate) fn tend(&self) {
         let mut inner = self.lock();
         let others = self.drain(&mut inner);
@@ -358,13 +362,13 @@ impl Link {
         self.unlock(inner, others, sent);
     }
 
-    /// Is anything in flight or waiting to be sent?
+    /// Is nothing in flight, and nothing waiting to be sent?
     pub(crate) fn is_idle(&self) -> bool {
         let inner = self.lock();
         inner.outbox.is_empty() && inner.operations.is_idle()
     }
 
-    /// Sends what the outbox holds, as far as there is room. True when something was sent.
+    /// Sends as much of the outbox as there is room for. True when something was sent.
     #[inline(always)]
     fn flush(&self, inner: &mut Inner) -> bool {
         !inner.outbox.is_empty() && self.send_outbox(inner)
@@ -388,7 +392,7 @@ impl Link {
             };
             match started {
                 Ok(slot) => {
-                    // Its answer cannot have been drained yet: we hold the lock.
+                    // Nobody can have drained its answer yet, because this thread holds the lock.
                     let arrived = inner.operations.abandon(slot);
                     debug_assert!(arrived.is_none());
                     sent = true;
@@ -411,7 +415,7 @@ pub(crate) fn slot_words(count: usize) -> usize {
 /// Writes slot records into a region of [`slot_words`] words.
 pub(crate) fn write_slots(payload: &Payload, region: Region, slots: &[SlotRecord]) -> (Records, u32) {
     let words: &[u64] = bytemuck::cast_slice(slots);
-    // The region was taken with this length; were it not, the engine would answer "not yours" for each.
+    // The region was taken with this length. If it were shorter, the engine would answer "not yours" for each slot.
     let written = payload.write(region.offset, words);
     debug_assert!(written.is_ok());
     let answer = region.offset + words.len() as u32;

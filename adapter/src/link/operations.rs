@@ -1,4 +1,5 @@
-//! The operations of one link: which slots and payload regions are in use, for whom, and what has been answered.
+//! The operations of one link: which places in the table and which payload regions are in use, for whom, and which
+//! operations have been answered.
 //!
 //! ```text
 //! Free → InFlight → Arrived → Taken → Free        its waiter takes the answer, then gives the region back
@@ -31,15 +32,15 @@ pub(super) struct Done {
 
 /// What became of a completion.
 pub(super) enum Delivered {
-    /// It waits for its waiter.
+    /// It is kept until its waiter takes it.
     Kept,
-    /// Nobody waits: what the operation gained is to be undone, and its region freed after that.
+    /// Nobody waits for it: the caller must undo what the operation gained, and then free its region.
     Undo { undo: Undo, region: Region },
     /// The operation was not in flight: the engine has broken the protocol.
     Doubled,
 }
 
-/// The table. It knows nothing of rings: whoever starts an operation sends it.
+/// The table of operations. It knows nothing of rings: the caller that starts an operation here also sends its request.
 pub(super) struct Operations {
     table: Box<[Operation]>,
     free: Vec<u16>,
@@ -56,7 +57,7 @@ impl Operations {
         }
     }
 
-    /// Takes a slot, and a region of `words` words if there are any; `None` while there is no room.
+    /// Takes a place in the table, and a region of `words` words unless that is 0; `None` while there is no room.
     #[inline]
     pub(super) fn start(&mut self, words: usize, undo: impl FnOnce(Region) -> Undo) -> Option<(u16, Region)> {
         let slot = *self.free.last()?;
@@ -69,7 +70,7 @@ impl Operations {
         Some((slot, region))
     }
 
-    /// A completion that its waiter has found itself; `None` when it was not in flight.
+    /// Takes in a completion that its waiter has found itself; `None` if the operation was not in flight.
     #[inline(always)]
     pub(super) fn complete(&mut self, completion: &Completion) -> Option<Done> {
         match self.table.get(usize::from(completion.operation)) {
@@ -78,7 +79,7 @@ impl Operations {
         }
     }
 
-    /// A completion of this attachment's that somebody else found.
+    /// Takes in a completion of this attachment that another thread than its waiter has found.
     pub(super) fn deliver(&mut self, completion: &Completion) -> Delivered {
         let slot = completion.operation;
         match self.table.get(usize::from(slot)).copied() {
@@ -131,8 +132,8 @@ impl Operations {
         }
     }
 
-    /// The waiter of `slot` leaves without its answer. What is to be undone now, if that has arrived already; the
-    /// region is to be freed after that.
+    /// The waiter of `slot` leaves without its answer. If the answer has arrived already, returns what the caller must
+    /// undo now, and the region that it must free after that.
     pub(super) fn abandon(&mut self, slot: u16) -> Option<(Undo, Region, Completion)> {
         match self.table[usize::from(slot)] {
             Operation::InFlight { mut region, undo } => {
@@ -156,7 +157,7 @@ impl Operations {
         self.free.push(slot);
     }
 
-    /// A region that nobody reads or writes any more.
+    /// Frees a region that nobody reads or writes any more.
     #[inline]
     pub(super) fn free_region(&mut self, region: Region) {
         if region.words != 0 {
@@ -164,7 +165,7 @@ impl Operations {
         }
     }
 
-    /// Is no operation in use?
+    /// Is no place in the table in use?
     #[inline(always)]
     pub(super) fn is_idle(&self) -> bool {
         self.free.len() == DEPTH

@@ -1,4 +1,5 @@
-//! The caller's side of an operation: in flight, then answered. Letting go of either gives everything back.
+//! The caller's side of an operation: [`Pending`] while it is in flight, then [`Answer`]. Dropping either gives back
+//! what the operation holds.
 
 use super::Link;
 use super::operations::Done;
@@ -13,7 +14,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(crate) struct Pending {
     held: Held,
-    /// The engine's beat when it was submitted.
+    /// The engine's beat when the operation was submitted.
     beat: u32,
 }
 
@@ -24,7 +25,7 @@ pub(crate) struct Answer {
     pub(crate) completion: Completion,
 }
 
-/// An operation's slot in the link's table, and what is to be done about it at the end.
+/// An operation's place in the link's table, and what dropping this must do about it.
 #[derive(Debug)]
 struct Held {
     link: Arc<Link>,
@@ -34,11 +35,11 @@ struct Held {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owes {
-    /// It is in flight, or nobody has taken its completion.
+    /// The operation is in flight, or nobody has taken its completion.
     Abandon,
-    /// Its completion has been taken; its region is still ours.
+    /// The completion has been taken, and the region is still ours.
     Region,
-    /// It is over.
+    /// The completion has been taken, and there was no region.
     Nothing,
 }
 
@@ -58,7 +59,7 @@ impl Pending {
         }
     }
 
-    /// The answer, if it arrives while this spins for `patience`: one look at least, no sleep.
+    /// The answer, if it arrives within `patience`. It looks at least once, and spins instead of sleeping.
     pub(crate) fn spin(self, patience: Duration) -> Result<Answer, Pending> {
         if !self.held.link.fork.is_ours() {
             return Err(self);
@@ -69,7 +70,7 @@ impl Pending {
         }
     }
 
-    /// Why no answer is to be expected any more, if so: without waiting.
+    /// Why no answer can be expected any more, if so. It does not wait.
     pub(crate) fn hopeless(&self, deadline: Deadline) -> Option<CallError> {
         let link = &self.held.link;
         if !link.fork.is_ours() {
@@ -87,14 +88,15 @@ impl Pending {
         })
     }
 
-    /// It has less time than an operation gets: that it reaches its deadline does not tell against the engine.
+    /// Marks an operation that gets less time than others: if it reaches its deadline, that does not count as a stall
+    /// of the engine.
     pub(crate) fn forgiving(mut self) -> Pending {
-        // A beat that is not the present one: the engine's has moved since.
+        // With a beat that is not the present one the engine counts as having moved since.
         self.beat = self.beat.wrapping_sub(1);
         self
     }
 
-    /// Waits for the answer: for `timeout`, or until the engine is seen dead or restarted.
+    /// Waits for the answer for at most `timeout`, or until the engine is seen dead or restarted.
     pub(crate) fn wait(self, timeout: Duration) -> Result<Answer, CallError> {
         if !self.held.link.fork.is_ours() {
             return Err(CallError::Forked);
@@ -111,7 +113,7 @@ impl Pending {
 }
 
 impl Answer {
-    /// The payload area, in which this answer's region stays ours until it is dropped.
+    /// The payload area. This answer's region in it stays ours until the answer is dropped.
     pub(crate) fn payload(&self) -> &Payload {
         self.held.link.payload()
     }
@@ -120,7 +122,7 @@ impl Answer {
 impl Drop for Held {
     fn drop(&mut self) {
         if !self.link.fork.is_ours() {
-            // A forked child has none of the memory that this is about, and its parent does all of it.
+            // A forked child has none of the link's memory, and its parent does all of this.
             return;
         }
         match self.owes {

@@ -1,4 +1,4 @@
-//! The link against an engine that is played by the test: what happens to operations that nobody waits for any more.
+//! The link with an engine that the test plays: what happens to operations that nobody waits for any more.
 
 use super::*;
 use crate::health::Health;
@@ -233,7 +233,7 @@ fn a_restart_reaches_a_sleeper_through_the_keeper() {
     let (link, _engine) = pair("rouse");
     let pending = noop(&link);
     let sleeper = std::thread::spawn(move || pending.wait(Duration::MAX).err());
-    // Until it sleeps: its flag is up.
+    // Wait until it sleeps: then its flag is up.
     while link.channel.client_parked().load(Ordering::Relaxed) & 1 == 0 {
         std::thread::yield_now();
     }
@@ -260,15 +260,15 @@ fn a_thread_that_drains_anothers_completion_wakes_it() {
     let (a, _) = engine.next().unwrap();
     let (b, _) = engine.next().unwrap();
     let sleeper = std::thread::spawn(move || theirs.wait(Duration::MAX).unwrap().completion.results[0]);
-    // Until it sleeps: its flag is up.
+    // Wait until it sleeps: then its flag is up.
     while link.channel.client_parked().load(Ordering::Relaxed) & 1 == 0 {
         std::thread::yield_now();
     }
     engine.complete(a, Status::Ok, [1, 0, 0, 0]);
     engine.complete(b, Status::Ok, [2, 0, 0, 0]);
-    // The engine wakes nobody here: this thread drains both, and must.
+    // This test's engine wakes nobody: this thread must drain both, and wake the sleeper.
     assert_eq!(mine.wait(Duration::MAX).unwrap().completion.results[0], 2);
-    // Not by its own safety net: somebody took the flag down, and that was the drain above.
+    // The sleeper was not woken by its own time limit: the drain above took the flag down.
     assert_eq!(link.channel.client_parked().load(Ordering::Relaxed) & 1, 0);
     assert_eq!(sleeper.join().unwrap(), 1);
 }

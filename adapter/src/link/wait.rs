@@ -1,6 +1,7 @@
-//! Waiting for an operation's answer, and what becomes of answers that nobody waits for.
+//! Waiting for an operation's answer, and undoing operations whose answers nobody waits for.
 //!
-//! Whoever looks drains the ring for all threads of the client: an answer of another's is kept for it and it is woken.
+//! A thread that looks at the ring drains it for all threads of the client: it keeps the answers of the others for
+//! them, and wakes them.
 
 use super::operations::{Delivered, Done};
 use super::{Deferred, Inner, Link, Undo};
@@ -20,24 +21,26 @@ use std::time::Duration;
 
 /// Polls of the ring between two looks at the clock.
 const BURST: u32 = 64;
-/// The longest sleep without a look at the engine's beat: below the gap that still counts towards a stall.
+/// The longest sleep without a look at the engine's beat. It is shorter than the longest gap between two looks that
+/// still counts towards a stall (100 ms).
 const SLEEP_MAX: Duration = Duration::from_millis(50);
 /// Completions handled under one hold of the lock.
 const DRAIN_MAX: usize = DEPTH;
 
 /// What a look at the completion ring brought.
 enum Look {
-    /// The answer that was asked for.
+    /// The answer that the caller looked for.
     Answer(Done),
-    /// Something else, which has been dealt with. True when another thread of this client may sleep for it.
+    /// Another completion, which has been dealt with. True when another thread of this client may sleep until it
+    /// arrives.
     Other(bool),
     /// Nothing.
     Nothing,
 }
 
 impl Link {
-    /// One look at the ring, for the answer of `wanted`. All of this is inlined where it is called: between the
-    /// arrival of an answer and the caller's next step there is nothing but this.
+    /// Looks once at the ring, for the answer of `wanted`. It is inlined into its callers because it is all that runs
+    /// between the arrival of an answer and the caller's next step.
     #[inline(always)]
     fn look(&self, inner: &mut Inner, wanted: Option<u16>) -> Look {
         let completion = match inner.completions.pop().map(|body| body.map(|body| Completion::decode(&body)))
@@ -56,11 +59,11 @@ impl Link {
         self.deliver(inner, &completion)
     }
 
-    /// A completion that the thread that found it did not ask for.
+    /// Deals with a completion that the thread that found it does not wait for.
     #[inline(never)]
     fn deliver(&self, inner: &mut Inner, completion: &Completion) -> Look {
         if completion.ident != self.ident() {
-            // Of another life or attachment: stale, never a breach.
+            // A completion of another life or attachment is stale, never a breach.
             return Look::Other(false);
         }
         match inner.operations.deliver(completion) {
@@ -87,7 +90,7 @@ impl Link {
         Look::Nothing
     }
 
-    /// Takes what is in the ring. True when another thread of this client may sleep for some of it.
+    /// Drains the ring. True when another thread of this client may sleep until one of these completions arrives.
     #[inline]
     pub(super) fn drain(&self, inner: &mut Inner) -> bool {
         let mut others = false;
@@ -100,7 +103,7 @@ impl Link {
         others
     }
 
-    /// Gives back what an operation gained that nobody waits for.
+    /// Gives back what an abandoned operation gained.
     fn undo(&self, inner: &mut Inner, undo: Undo, completion: &Completion) {
         if completion.status != Status::Ok {
             return;
@@ -146,8 +149,8 @@ impl Link {
         slots
     }
 
-    /// Lets go of the lock, then wakes whom what was done under it concerns: other threads of this client, whose
-    /// answers have been drained, and the engine, if something was sent.
+    /// Releases the lock, then wakes the other threads of this client if answers of theirs have been drained
+    /// (`others`), and the engine if something was sent (`sent`).
     #[inline(always)]
     pub(super) fn unlock(&self, inner: MutexGuard<'_, Inner>, others: bool, sent: bool) {
         drop(inner);
@@ -159,7 +162,7 @@ impl Link {
         }
     }
 
-    /// Up to `looks` looks for the completion of `slot`, under one hold of the lock.
+    /// Looks up to `looks` times for the completion of `slot`, under one hold of the lock.
     #[inline(always)]
     pub(super) fn poll(&self, slot: u16, looks: u32) -> Option<Done> {
         let mut inner = self.lock();
@@ -176,13 +179,13 @@ impl Link {
                 }
             }
         }
-        // What undoing has queued goes out at once.
+        // Undoing may have put messages into the outbox: send them at once.
         let sent = self.flush(&mut inner);
         self.unlock(inner, others, sent);
         found
     }
 
-    /// Looks for the completion of `slot` for `patience`, without sleeping.
+    /// Looks for the completion of `slot` for as long as `patience`, without sleeping.
     pub(super) fn spin(&self, slot: u16, patience: Duration) -> Option<Done> {
         let mut until = None;
         loop {
@@ -200,9 +203,11 @@ impl Link {
 
     /// Waits at most `timeout` for the completion of `slot`, which was submitted under the engine's beat `beat`.
     pub(super) fn wait(&self, slot: u16, beat: u32, timeout: Duration) -> Result<Done, CallError> {
-        // Where spinning is pointless (one CPU for both), every look beyond the first keeps the engine from running.
+        // If the engine and this thread share one CPU, spinning is pointless: every look beyond the first keeps the
+        // engine from running.
         let looks = if self.spin.is_zero() { 1 } else { BURST };
-        // The clock is read only after the first looks: an engine that is awake answers sooner than that takes.
+        // Read the clock only after the first looks: an engine that is awake answers in less time than reading it
+        // takes.
         let mut started = None;
         loop {
             if let Some(done) = self.poll(slot, looks) {
@@ -227,8 +232,8 @@ impl Link {
         }
     }
 
-    /// An error where no answer is to be expected any more, or not soon: an engine that let one operation reach its
-    /// deadline, and has not moved since, would let each of them.
+    /// An error if no answer can be expected any more, or not soon. An engine that let one operation reach its deadline
+    /// and has not moved since would do the same to each other one.
     fn hopeless(&self) -> Result<(), CallError> {
         self.alive()?;
         if self.is_broken() || self.detached().is_some() {
@@ -246,7 +251,7 @@ impl Link {
     fn sleep(&self, slot: u16, soon: Deadline) {
         let parked = self.channel.client_parked();
         let ticket = park::announce(parked);
-        // What `rouse` tells of must be looked at after the announcement too, or it would come in between.
+        // Look again after the announcement: a `rouse` between the last look and the announcement wakes nobody.
         if self.has_news_for(slot) || self.hopeless().is_err() {
             return;
         }
@@ -256,11 +261,11 @@ impl Link {
         }
         futex::wait_any(&[ticket.word(parked), (life.futex(), raw)], soon);
         if life.life() == Life::Dead {
-            // The kernel wakes one waiter per word: pass it on.
+            // The kernel wakes only one sleeper for each marked word: wake the others.
             futex::wake_all(life.futex());
         }
-        // The flag is not taken back: another thread of this client may sleep on it, and the engine would then not
-        // wake it. A flag that stays costs one needless wake.
+        // Do not take the flag back: if another thread of this client sleeps on it, the engine would not wake that one.
+        // A flag that stays costs one needless wake-up.
     }
 
     /// Makes every sleeper of this client look again.
@@ -274,16 +279,16 @@ impl Link {
         inner.completions.has_news() || inner.operations.has_arrived(slot)
     }
 
-    /// The waiter of `slot` takes no interest in its region any more.
+    /// The waiter of `slot` does not need its region any more.
     pub(super) fn give_back(&self, slot: u16) {
         self.lock().operations.give_back(slot);
     }
 
-    /// The waiter of `slot` has gone: what its operation gains is given back, now or when it completes.
+    /// The waiter of `slot` gives up: what its operation gains is given back, now if it has completed, or when it does.
     pub(super) fn abandon(&self, slot: u16) {
         let mut inner = self.lock();
         let arrived = inner.operations.abandon(slot);
-        // It completed between the caller's last look and now: undone at once.
+        // If it has completed since the caller's last look, undo it at once.
         let sent = arrived.is_some_and(|(undo, region, completion)| {
             self.undo(&mut inner, undo, &completion);
             inner.operations.free_region(region);
