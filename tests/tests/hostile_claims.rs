@@ -5,9 +5,11 @@
 use kvring_adapter::Round;
 use kvring_shm_abi::channel::{PAYLOAD_AT, PAYLOAD_WORDS_MAX, SUBMISSIONS_AT};
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::{EntryContent, Role};
 use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::sync::Ordering;
+use kvring_tests::crash::BREAK;
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
 use kvring_tests::peer::Peer;
@@ -255,7 +257,7 @@ fn a_client_that_wipes_its_own_life_word_is_reclaimed_and_its_entry_serves_the_n
 /// from going.
 #[test]
 fn who_dies_all_the_time_keeps_the_engine_from_nobody() {
-    let engine = EngineProcess::start_in(&[("KVRING_BREAK", "reset the word")], "dying", 16);
+    let engine = EngineProcess::start_in(&[(BREAK, Rule::ResetTheWord.name())], "dying", 16);
     for word in &engine.lobby().life_words[..12] {
         word.futex().store(libc::FUTEX_OWNER_DIED, Ordering::Release);
     }
@@ -273,7 +275,7 @@ fn who_dies_all_the_time_keeps_the_engine_from_nobody() {
 /// meant for another one again and again) keeps nobody else from coming.
 #[test]
 fn who_claims_all_the_time_keeps_the_engine_from_nobody() {
-    let engine = EngineProcess::start_in(&[("KVRING_BREAK", "outdated claims")], "claiming", 16);
+    let engine = EngineProcess::start_in(&[(BREAK, Rule::OutdatedClaims.name())], "claiming", 16);
     let lobby = engine.lobby();
     for entry in 0..12 {
         lobby.life_words[entry].futex().store(1, Ordering::Release);

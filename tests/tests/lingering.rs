@@ -3,12 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Role, Round};
+use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::{DmaOwner, dma_lock_at};
 use kvring_shm_abi::process::{ProcessIdentity, ProcessStat};
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_tests::crash::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
 use kvring_tests::crash::rules;
+use kvring_tests::crash::{BREAK, FAIL_POINT};
 use kvring_tests::engine::{EngineProcess, overrides, stat_of, unique_name};
 use kvring_tests::held::HeldBackend;
 use kvring_tests::kv::chain;
@@ -209,9 +211,10 @@ fn who_loses_its_word_to_a_zero_is_waited_for_as_well() {
 #[test]
 fn what_a_newcomer_says_of_its_devices_is_not_taken_for_its_predecessors() {
     for is_marked_first in [true, false] {
-        let mut environment = vec![("KVRING_FAIL_POINT", "look.word:1:stop")];
+        let look = format!("{}:1:stop", Place::LookWord);
+        let mut environment = vec![(FAIL_POINT, look.as_str())];
         if !is_marked_first {
-            environment.push(("KVRING_BREAK", "mark before burying"));
+            environment.push((BREAK, Rule::MarkBeforeBurying.name()));
         }
         let name = unique_name("newcomer");
         let mut engine = EngineProcess::launched(&overrides(&name, 4), &environment);

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{EngineView, Role};
+use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::segment::EngineName;
+use kvring_tests::crash::FAIL_POINT;
 use kvring_tests::engine::{EngineProcess, Sweep, stat_of, unique_name};
 use kvring_tests::isolate::{ControlGroup, segments};
 use kvring_tests::proto::ClientSpec;
@@ -22,7 +24,7 @@ fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
         let arena = 256u64 << 20;
         let fields = json!({ "name": name, "arena": arena, "slab": 1 << 20 });
         let mut engine =
-            EngineProcess::launched(&fields, &[("KVRING_FAIL_POINT", "allocator started:1:stop")]);
+            EngineProcess::launched(&fields, &[(FAIL_POINT, &format!("{}:1:stop", Place::AllocatorStarted))]);
         engine.has_stopped();
         // This process is the neighbour: it takes all but less than the engine keeps for others.
         let spare = 24 << 20;

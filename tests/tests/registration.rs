@@ -7,7 +7,9 @@ use kvring_adapter::{
     WorkerOptions,
 };
 use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
+use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::message::{Disagreement, Request, Status};
+use kvring_tests::crash::{BREAK, FAIL_POINT};
 use kvring_tests::engine::EngineProcess;
 use kvring_tests::kv::{Shape, chain};
 use kvring_tests::peer::Peer;
@@ -99,7 +101,7 @@ fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
 #[test]
 fn the_first_store_after_a_registration_is_not_dropped() {
     let engine = EngineProcess::start("first", 16);
-    let mut peer = Peer::spawn_with(&[("KVRING_FAIL_POINT", "client.entered:1:pause")]);
+    let mut peer = Peer::spawn_with(&[(FAIL_POINT, &format!("{}:1:pause", Place::ClientEntered))]);
     peer.add_worker(&WorkerSpec::new(&engine.name)).unwrap();
     assert_eq!(peer.store(round(1), &chain(1, 4), 1), all_stored(4));
 }
@@ -238,7 +240,7 @@ fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
 /// of another number of ranks. It is not answered with that one's chunks.
 #[test]
 fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
-    let mut engine = EngineProcess::start_in(&[("KVRING_BREAK", "begin at once")], "refounded", 16);
+    let mut engine = EngineProcess::start_in(&[(BREAK, Rule::BeginAtOnce.name())], "refounded", 16);
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
     let mut worker = RawClient::attach(&engine.name, Role::Worker);
     assert!(scheduler.entry < worker.entry, "it is looked at first");

@@ -4,10 +4,12 @@
 use kvring_adapter::Round;
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, Transfer};
 use kvring_shm_abi::engine_segment::{EngineSegment, NAMESPACES_MAX};
+use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
 use kvring_shm_abi::sync::Ordering;
+use kvring_tests::crash::FAIL_POINT;
 use kvring_tests::engine::{EngineProcess, all_stopped, overrides, unique_name};
 use kvring_tests::held::HeldBackend;
 use kvring_tests::kv::chain;
@@ -45,7 +47,7 @@ fn a_lease_that_ends_between_two_attempts_to_declare_does_not_stay() {
         assert_eq!(scheduler.lookup(request, 0, &keys).unwrap().chunks, 8);
     }
     engine.kill();
-    engine.restart_with(&[("KVRING_FAIL_POINT", "declare.lease:2:stop")]).unwrap();
+    engine.restart_with(&[(FAIL_POINT, &format!("{}:2:stop", Place::DeclareLease))]).unwrap();
     engine.has_stopped();
     for request in ["a", "b"] {
         scheduler.api().end_session(request);
@@ -145,7 +147,7 @@ fn slots_that_are_given_up_between_two_attempts_to_declare_do_not_stay() {
     let job = worker.submit_store("r", round(1), None, &chain(1, 8), 1).unwrap();
     eventually("a copy runs", || *failing.begun.lock().unwrap() == 1);
     engine.kill();
-    engine.restart_with(&[("KVRING_FAIL_POINT", "declare.end:1:stop")]).unwrap();
+    engine.restart_with(&[(FAIL_POINT, &format!("{}:1:stop", Place::DeclareEnd))]).unwrap();
     engine.has_stopped();
     // While the first attempt waits for its end.
     *failing.go.lock().unwrap() = true;
@@ -257,7 +259,7 @@ fn every_slab_in_use_is_published() {
     let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadWrite).unwrap());
     let segment = EngineSegment::new(mapping, &engine.view().identity.geometry).unwrap();
     segment.info().slabs_allocated.store(1, Ordering::Relaxed);
-    engine.restart_with(&[("KVRING_FAIL_POINT", "allocator started:1:pause")]).unwrap();
+    engine.restart_with(&[(FAIL_POINT, &format!("{}:1:pause", Place::AllocatorStarted))]).unwrap();
     engine.is_allocated();
     engine.beats(20);
     assert_eq!(engine.view().segment.info().slabs_allocated.load(Ordering::Relaxed), 2);
@@ -274,7 +276,7 @@ fn every_slab_in_use_is_published() {
 #[test]
 fn a_client_that_was_only_just_attached_is_not_awaited_for_ever() {
     let name = unique_name("rj-await");
-    let mut peer = Peer::spawn_with(&[("KVRING_FAIL_POINT", "client.attached:1:stop")]);
+    let mut peer = Peer::spawn_with(&[(FAIL_POINT, &format!("{}:1:stop", Place::ClientAttached))]);
     peer.add_scheduler(&SchedulerSpec::new(&name));
     let mut fields = overrides(&name, 16);
     fields["reattach_grace_ms"] = json!(1000);
@@ -328,7 +330,7 @@ fn after_a_panic_the_next_start_is_a_cold_one() {
     let worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
     worker.wait_ready(LIMIT).unwrap();
     engine.kill();
-    engine.restart_with(&[("KVRING_FAIL_POINT", "attach.answer:1:panic")]).unwrap();
+    engine.restart_with(&[(FAIL_POINT, &format!("{}:1:panic", Place::AttachAnswer))]).unwrap();
     eventually("it has panicked", || engine.ended().is_some());
     engine.restart();
     assert_eq!(engine.stat("warm_start"), 0);

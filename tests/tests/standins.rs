@@ -4,11 +4,13 @@
 
 use kvring_adapter::{EngineView, Role, Round};
 use kvring_shm_abi::engine_segment::OWNER_WORD;
+use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::Ordering;
+use kvring_tests::crash::{BREAK, FAIL_POINT};
 use kvring_tests::engine::{EngineProcess, overrides, stat_of, within_beats};
 use kvring_tests::isolate::{isolated, segments};
 use kvring_tests::kv::chain;
@@ -22,7 +24,6 @@ use serde_json::json;
 use std::time::Duration;
 
 const WITHOUT: &str = "KVRING_WITHOUT";
-const BREAK: &str = "KVRING_BREAK";
 const SECOND: Duration = Duration::from_secs(1);
 const CHUNKS: usize = 8;
 
@@ -98,7 +99,7 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
 
     // A client that stands still in the middle of a store is not reaped; one that is killed there is, with all it held.
     let mut victims = [
-        worker_in(&[environment[0], ("KVRING_FAIL_POINT", "client.granted:1:stop")], &engine),
+        worker_in(&[environment[0], (FAIL_POINT, &format!("{}:1:stop", Place::ClientGranted))], &engine),
         scheduler_in(environment, &engine),
     ];
     victims[0].begin(&Ask::Store {
@@ -279,7 +280,7 @@ fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
 /// Negative control: where nobody looks at locks, a death is never noticed.
 #[test]
 fn without_looks_at_locks_nobody_notices_a_death() {
-    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, "looks at locks")];
+    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, Rule::LooksAtLocks.name())];
     let mut engine = EngineProcess::start_in(broken, "blind", 16);
     let mut worker = worker_in(broken, &engine);
     let mut victim = worker_in(broken, &engine);
@@ -294,7 +295,7 @@ fn without_looks_at_locks_nobody_notices_a_death() {
 /// Negative control: a claim without its lock is a dead owner's, however alive that is.
 #[test]
 fn without_the_lock_the_living_pass_for_dead() {
-    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, "life lock")];
+    let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, Rule::LifeLock.name())];
     let engine = EngineProcess::start_in(broken, "lockless", 16);
     assert!(!engine.view().owner_lives());
     let mut peer = Peer::spawn();

@@ -5,6 +5,7 @@ use kvring_engine::StartError;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::segments::SetupError;
+use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::Status;
 use kvring_tests::crash::BREAK;
@@ -133,8 +134,8 @@ fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
     assert_eq!(stored, all_stored(8));
     engine.kill();
-    for what in ["memory", "memory for headers"].repeat(4) {
-        let status = engine.restart_with(&[(BREAK, what)]).expect_err("it does not start");
+    for what in [Rule::Memory, Rule::MemoryForHeaders].repeat(4) {
+        let status = engine.restart_with(&[(BREAK, what.name())]).expect_err("it does not start");
         assert!(!status.success(), "{what}: {status}");
     }
     engine.restart();

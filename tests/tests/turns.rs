@@ -4,8 +4,10 @@
 
 use kvring_adapter::Key;
 use kvring_shm_abi::engine_segment::RANKS_MAX;
+use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{KEYS_MAX, Request, Round, SlotOutcome, Status};
+use kvring_tests::crash::FAIL_POINT;
 use kvring_tests::engine::{EngineProcess, overrides, unique_name};
 use kvring_tests::kv::chain;
 use kvring_tests::raw::{Claimed, RawClient};
@@ -61,8 +63,8 @@ fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
 fn a_short_request_waits_for_no_long_one_to_end() {
     let name = unique_name("turns-fair");
     // In the middle of the lookup, when it has been put off for the third time.
-    let middle = [("KVRING_FAIL_POINT", "request.put off:3:stop")];
-    let mut engine = EngineProcess::launched(&overrides(&name, 16), &middle);
+    let middle = format!("{}:3:stop", Place::RequestPutOff);
+    let mut engine = EngineProcess::launched(&overrides(&name, 16), &[(FAIL_POINT, &middle)]);
     engine.serves().unwrap();
     engine.is_allocated();
     let (mut long, namespace, keys) = longest_lookups(&engine);
