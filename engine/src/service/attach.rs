@@ -1,8 +1,8 @@
-//! The lobby: who comes, who goes, who died.
+//! The lobby: clients that come, leave, or die.
 //!
 //! A claimed life word is a claim, whatever its owner managed to do afterwards. Only this module turns a dead word back
-//! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry. (Where devices write for a client
-//! that may be later than its death: `linger`.)
+//! to 0, and only after it has reclaimed everything: leases, reservations, channel, entry. (Where devices write for a client,
+//! that may be long after its death: see `linger`.)
 
 use super::connection::{Claim, Connection};
 use super::entry::{Entry, Then};
@@ -20,8 +20,8 @@ use kvring_shm_abi::segment;
 const COMING_AND_GOING: u32 = 8;
 
 impl Service {
-    /// Has anything changed in the lobby since the last look around it? Looks at what is known and at one count, not at
-    /// every entry: an entry that was claimed but never published is found by the next tick.
+    /// Has anything changed in the lobby since the last look around it? Compares the watched life words and the count of
+    /// claims, not every entry: the next tick finds an entry that was claimed but never published.
     #[inline]
     pub(super) fn lobby_has_news(&self) -> bool {
         let lobby = &self.segments.lobby;
@@ -29,17 +29,17 @@ impl Service {
             || self.watched.iter().any(|watched| lobby.life_words[watched.entry].raw() != watched.raw)
     }
 
-    /// Looks at every entry of the lobby. Who comes and who goes takes system calls: of more than a few the others are news
-    /// until the next look, which begins with them.
+    /// Looks at every entry of the lobby. To judge a claim or to bury a dead client takes system calls, so one look does at
+    /// most [`COMING_AND_GOING`] of them; the others stay news for the next look, which begins with them.
     pub(super) fn look_around(&mut self) {
-        // First the count: a claim that comes meanwhile is news again.
+        // The count is read first, so that a claim made meanwhile is news again.
         self.claims = self.segments.lobby.claims();
         self.watched.clear();
         let mut left = COMING_AND_GOING;
         let mut put_off = None;
         for entry in (self.look_from..CLIENTS_MAX).chain(0..self.look_from) {
             match self.entries[entry] {
-                // Whatever its word says by now: it is looked at when that is over.
+                // Its life word is looked at when the parting is over, whatever it says by now.
                 Entry::Parting(_) => continue,
                 Entry::Lingering(_) => {
                     self.look_at_lingering(entry);
@@ -52,9 +52,10 @@ impl Service {
             failpoint::here(Place::LookWord);
             match LifeWord::interpret(raw) {
                 Life::Unclaimed if !self.is_known(entry) => {}
-                // Judged, and yet unclaimed: somebody wrote 0 into the word, and its owner will never be marked as dead. So
-                // it counts as dead; but that says no more of its process than a mark does. The mark is made here, and the
-                // entry left alone where that fails: then it is a newcomer's, and so may be what is known.
+                // The engine knows an owner of this entry, and yet the word is unclaimed: somebody wrote 0 into it, so the
+                // kernel will never mark that owner as dead. It counts as dead; but like the kernel's mark, that does not
+                // say that its process has ended. The mark is made here, by a compare-and-swap. Where that fails a newcomer
+                // has claimed the word, what the entry says may be the newcomer's, and it is left alone.
                 Life::Unclaimed if !failpoint::broken(Rule::MarkBeforeBurying) && !word.mark_dead(raw) => {}
                 Life::Unclaimed | Life::Dead => {
                     if left == 0 {
@@ -73,7 +74,7 @@ impl Service {
                         put_off.get_or_insert(entry);
                         continue;
                     }
-                    // What could not be read is looked at again, and took nothing.
+                    // A claim that could not be read took no system call. It is looked at again.
                     left -= u32::from(self.judge(entry));
                 }
             }
@@ -84,12 +85,12 @@ impl Service {
         }
     }
 
-    /// There is news in the lobby that no word tells.
+    /// Makes [`Self::lobby_has_news`] true, for news that no life word and no new claim shows.
     pub(super) fn look_again(&mut self) {
         self.claims = self.segments.lobby.claims().wrapping_sub(1);
     }
 
-    /// Has its client published a claim that has not been judged?
+    /// Has a client published a claim in this entry that has not been judged?
     fn is_to_be_judged(&self, entry: usize) -> bool {
         let nonce = self.segments.lobby.entries[entry].read_nonce();
         match self.entries[entry] {
@@ -101,16 +102,17 @@ impl Service {
         }
     }
 
-    /// Does something here belong to whoever claimed this entry? Also what an earlier engine gave to devices of its: what an entry
-    /// says of those is taken back before its word is.
+    /// May there be something to take back from a client that claimed this entry? Also where the entry says that devices
+    /// write for it: an earlier engine may have granted them slots, and has not reclaimed those, because it would have
+    /// cleared the entry before it reset the life word.
     fn is_known(&self, entry: usize) -> bool {
         matches!(self.entries[entry], Entry::Attached(_) | Entry::Over)
             || self.awaited.entries >> entry & 1 == 1
             || self.segments.lobby.entries[entry].dma().is_some()
     }
 
-    /// Attaches the client in `entry`, or says why not. Each claim is judged once; one that was meant for another engine
-    /// does not count: its owner tries again. False where the claim could not be read.
+    /// Attaches the client in `entry`, or answers why not. Each claim is judged once; one that was meant for another engine
+    /// does not count, because its owner publishes another. False where the claim could not be read.
     fn judge(&mut self, entry: usize) -> bool {
         let Some(content) = self.segments.lobby.entries[entry].read() else { return false };
         let incarnation = self.segments.engine.epoch().incarnation();
@@ -155,7 +157,7 @@ impl Service {
         true
     }
 
-    /// The client asked to leave: everything it had is freed, its entry waits for its life word.
+    /// The client asked to leave: everything it had is freed; its entry stays taken until the life word is marked.
     pub(super) fn leave(&mut self, entry: usize) {
         let Some(connection) = self.disconnect(entry) else { return };
         let nonce = connection.nonce;
@@ -167,8 +169,8 @@ impl Service {
         );
     }
 
-    /// The client broke the protocol: it is no longer listened to. What it may still write stays WRITING until it dies
-    /// or gives its entry up.
+    /// The client broke the protocol: its requests are no longer read. The slots that it may still write stay WRITING until it
+    /// dies or gives its entry up.
     pub(super) fn breach(&mut self, entry: usize, reason: &dyn core::fmt::Display) {
         let Some(connection) = self.disconnect(entry) else { return };
         let nonce = connection.nonce;
@@ -180,7 +182,7 @@ impl Service {
         );
     }
 
-    /// Nobody listens to this entry's client any more, if it had one.
+    /// Forgets the pending lookups of this entry's client and takes its connection away, if it has one.
     fn disconnect(&mut self, entry: usize) -> Option<Connection> {
         self.pending.forget(entry);
         self.entries[entry].connection()?;
@@ -190,32 +192,32 @@ impl Service {
         }
     }
 
-    /// The owner of this entry is dead, or has given it up: everything is freed, in pieces, then the entry may be claimed
-    /// again.
+    /// The owner of this entry is dead, or has given it up: everything that it had is freed in pieces; then the entry may be
+    /// claimed again.
     pub(super) fn reclaim(&mut self, entry: usize) {
         self.hang_up(entry, "client died; its leases and reservations are freed");
         if failpoint::broken(Rule::ReclaimBeforeReset) {
             self.segments.lobby.life_words[entry].reset();
         }
         failpoint::here(Place::ReclaimSlots);
-        // Also what it left in quarantine when it was detached, and what it was writing under an earlier engine.
+        // This also frees slots that stayed WRITING when it was detached, and those from an earlier engine.
         self.begin_parting(entry, Leaving::Gone, Then::Free);
     }
 
-    /// Nothing is left of the owner of this entry.
+    /// Nothing is left of the owner of this entry: clears the entry, then resets its life word.
     pub(super) fn reclaimed(&mut self, entry: usize) {
         self.no_longer_awaited(entry);
         failpoint::here(Place::ReclaimEntry);
         self.segments.lobby.entries[entry].clear();
         failpoint::here(Place::ReclaimWord);
-        // Last: from here on somebody else may claim it.
+        // Last: from here on another client may claim it.
         if !failpoint::broken(Rule::ResetTheWord) {
             self.segments.lobby.life_words[entry].reset();
         }
         failpoint::here(Place::ReclaimDone);
     }
 
-    /// Nobody is at the other end of this entry's channel any more.
+    /// Closes the channel of this entry's client, which is marked dead, and unlinks its file.
     pub(super) fn hang_up(&mut self, entry: usize, what: &str) {
         let connection = self.disconnect(entry);
         let name = self.segments.name();
@@ -226,10 +228,10 @@ impl Service {
             None => files::unlink_channels_of(name, entry),
         }
         if let Some(connection) = connection {
-            // Not said goodbye: it died.
+            // It is still attached, so it has died without leaving.
             self.stat(Stat::Deaths, 1);
             tracing::warn!(entry, client = %connection.name, "{what}");
-            // A client that lives, and whose word somebody else has overwritten, finds out and attaches again.
+            // A client that lives, because it was not the kernel that changed its word, sees this answer and attaches again.
             self.segments.engine.attach[entry].answer(connection.nonce, AttachStatus::Left);
         }
     }

@@ -4,7 +4,7 @@ use super::Service;
 use crate::stats::Stat;
 use kvring_shm_abi::message::{Ident, Status};
 
-/// Who waits for the end of a clear.
+/// The request that waits for the end of a clear.
 struct Asker {
     entry: usize,
     operation: u16,
@@ -13,7 +13,7 @@ struct Asker {
 
 /// A clear that is under way.
 pub(super) struct Clearing {
-    /// Nobody: a namespace that nobody uses is cleared to be forgotten.
+    /// `None` where a namespace that nobody uses is cleared in order to be forgotten.
     asker: Option<Asker>,
     namespace: Option<u32>,
     /// The chunk to go on with.
@@ -22,8 +22,8 @@ pub(super) struct Clearing {
 }
 
 impl Service {
-    /// Begins a clear; false when one is under way already, or while clients of the earlier engine are awaited: what they
-    /// have leased they have not said yet.
+    /// Begins a clear; false when one is under way already, or while clients of the earlier engine are awaited, which have not
+    /// declared their leases yet.
     pub(super) fn begin_clear(
         &mut self,
         entry: usize,
@@ -47,7 +47,7 @@ impl Service {
         }
     }
 
-    /// The next piece.
+    /// Does the next piece, and answers the request after the last one.
     pub(super) fn go_on_clearing(&mut self) {
         let Some(mut clearing) = self.clearing.take() else { return };
         let visible = |service: &Service| service.cache.stats().chunks_visible;
@@ -61,7 +61,7 @@ impl Service {
                 let Some(Asker { entry, operation, ident }) = asker else {
                     return self.retire(namespace, dropped);
                 };
-                // A client that has left meanwhile, and whoever has its entry now, is not answered.
+                // If the asking client has left meanwhile, nobody is answered, not even a client that has its entry by now.
                 if self.entries[entry].connection().is_some_and(|connection| connection.ident == ident) {
                     self.complete(entry, operation, Status::Ok, [dropped, 0, 0, 0]);
                     if let Some(connection) = self.entries[entry].connection_mut() {

@@ -24,13 +24,13 @@ pub(super) struct Connection {
     pub(super) name: String,
     /// The rank under which this client registered each namespace.
     ranks: [u8; NAMESPACES_MAX],
-    /// The request that is being done, in pieces.
+    /// The request that is under way.
     pub(super) doing: Option<Doing>,
-    /// Completions pushed since the client was last looked after.
+    /// A completion was pushed since the last [`Self::announce`].
     unannounced: bool,
 }
 
-/// What a lobby entry says, checked.
+/// A lobby entry's claim, checked.
 pub(super) struct Claim {
     pub(super) entry: usize,
     pub(super) role: Role,
@@ -79,7 +79,7 @@ impl Connection {
         self.unannounced = true;
     }
 
-    /// Wakes the client if it sleeps and something was pushed. Returns true when that took a system call.
+    /// Wakes the client if a completion was pushed and it sleeps. Returns true when that took a system call.
     #[inline]
     pub(super) fn announce(&mut self) -> bool {
         core::mem::take(&mut self.unannounced) && park::notify(self.channel.client_parked())

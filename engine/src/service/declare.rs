@@ -1,8 +1,9 @@
-//! After a restart: clients of the earlier engine come back, and say what they still hold.
+//! After a restart, clients of the earlier engine come back and declare what they still hold.
 //!
-//! A living client keeps its life word, and with it its entry; so whatever was reserved for that entry is its own, and a
-//! message on that entry's channel is all the proof there is to give. What it does not declare is free when it says that it
-//! has declared everything. Until all have, or [`Awaited::grace_ns`] has passed, nothing is evicted, cleared or forgotten.
+//! A living client keeps its life word, and with it its entry. So the slots that were reserved for that entry are its own,
+//! and it needs no other proof than to say so on that entry's channel. When it says that it has declared everything, the
+//! slots that it was writing and did not declare are freed. Until all clients have said so, or [`Awaited::grace_ns`] has
+//! passed, nothing is evicted, cleared or forgotten.
 
 use super::Service;
 use super::done::{Done, refuse, too_many};
@@ -16,7 +17,7 @@ use kvring_shm_abi::message::{KEYS_MAX, Key, LeaseRecord, Record, Records, Statu
 use kvring_shm_abi::payload::OutOfArea;
 
 impl Service {
-    /// Serving begins: from now on the grace runs.
+    /// Begins the grace, when serving begins and clients are awaited.
     pub(super) fn await_clients(&mut self) {
         if self.awaited.entries != 0 {
             self.awaited.until_ns = monotonic_ns().saturating_add(self.awaited.grace_ns);
@@ -24,13 +25,13 @@ impl Service {
         }
     }
 
-    /// Are clients of the earlier engine waited for? Until they are back, or the grace is over, nothing of what they may
-    /// hold is taken away: nothing is evicted, cleared, or forgotten.
+    /// Are clients of the earlier engine awaited? Until they are back, or the grace is over, nothing is evicted, cleared or
+    /// forgotten, because they may hold it.
     pub(super) fn is_awaiting(&self) -> bool {
         self.cache.evictions_held()
     }
 
-    /// Nobody waits for this client any more: it has declared everything, or is gone.
+    /// This client is no longer awaited: it has declared everything, or is gone.
     pub(super) fn no_longer_awaited(&mut self, entry: usize) {
         let before = self.awaited.entries;
         self.awaited.entries &= !(1 << entry);
@@ -40,8 +41,9 @@ impl Service {
         }
     }
 
-    /// Somebody does not come back, stopped perhaps: the others' stores wait for it no longer. What it was writing stays
-    /// its own; what it has leased may go, and its loads then fail their check.
+    /// Ends the grace when its time has come: a client that does not come back (stopped, perhaps) no longer keeps the others'
+    /// stores from evicting. The slots that it was writing stay its own; chunks that it has leased may be evicted, and its
+    /// loads of them then fail their check.
     pub(super) fn look_at_grace(&mut self, now: u64) {
         if self.awaited.entries != 0 && now >= self.awaited.until_ns {
             self.awaited.until_ns = u64::MAX;
@@ -77,7 +79,7 @@ impl Service {
         Ok(DeclareLease { lookup, chunks, shape })
     }
 
-    /// A lease that this client had: pinned again, piece by piece, as far as its chunks are still the same.
+    /// Goes on with the declaration of a lease: pins its chunks again, piece by piece, up to the first that is not the same.
     pub(super) fn declare_lease(
         &mut self,
         entry: usize,
@@ -94,7 +96,7 @@ impl Service {
                 return Ok(Done::More);
             }
             let before = request.lookup.found;
-            // What is not the same is looked up twice.
+            // Half of what a lookup's piece has: a piece with a chunk that is not the same is looked up twice.
             let piece = self.piece_of(2 * world, chunks.count - before);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let records = &mut self.scratch.leases[..piece];
@@ -116,7 +118,8 @@ impl Service {
                     same += 1;
                 }
             });
-            // Another chunk under the same key is not what its handles lead to.
+            // The client's handles do not lead to another chunk with the same key. So only the chunks before it are looked up
+            // again, and pinned.
             let found = match found {
                 Ok(chunks) if same < chunks as usize => {
                     self.cache.find_piece(&request.lookup, &keys[..same], &mut |_| {})
@@ -147,7 +150,7 @@ impl Service {
         }
     }
 
-    /// Everything has been declared.
+    /// The client has declared everything: frees, in pieces, the slots that it was writing and did not declare.
     pub(super) fn declare_end(&mut self, entry: usize, freed: &mut u32) -> Done {
         failpoint::here(Place::DeclareEnd);
         let before = *freed;

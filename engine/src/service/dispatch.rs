@@ -1,12 +1,11 @@
 //! Requests: copied out once, checked, done, answered.
 //!
-//! Three ways to be wrong. A request that this client may not make, or that cannot be met, is answered with a status.
-//! One of another life is ignored. One that no correct client can send (an unknown opcode, a range outside the payload
-//! area, a ring that jumps) is a breach: the client is detached and nobody else notices.
+//! There are three ways to be wrong. A request that this client may not make, or that cannot be met, is answered with a
+//! status. One that was meant for another attachment is ignored. One that no correct client can send (an unknown opcode, a
+//! range outside the payload area, a ring that jumps) is a breach: the client is detached and nobody else notices.
 //!
-//! A request of many keys is done in pieces, a slice of work each time it is this client's turn. What it names is copied
-//! out piece by piece, each piece once. Meanwhile nothing else of its client is taken, so nothing of what it does can be
-//! overtaken by what the client says next.
+//! A request of many keys is done in pieces, a slice of work each time it is this client's turn. Its arguments are copied
+//! out piece by piece, each piece once. Meanwhile no other request of its client is taken, so none can overtake it.
 
 use super::declare::DeclareLease;
 use super::done::{Done, OK, PIECE, refuse};
@@ -49,7 +48,7 @@ pub(super) struct Doing {
 #[derive(Clone, Copy)]
 enum What {
     Lookup(LookupRequest),
-    /// Ends what a lease has beyond its first `keep` chunks; `answered`: for a request that has had its answer.
+    /// Unpins the chunks of a lease beyond its first `keep`. `answered`: the request has had its answer already.
     Release {
         session: u64,
         admission: u32,
@@ -87,7 +86,7 @@ impl Service {
                 && let Some(asked) = self.pending.take_ready(entry, &mut *self.tier)
             {
                 worked = true;
-                // The tier has brought up what it had: it is looked up again, from its first key on.
+                // The tier has brought up what it had: the lookup begins again, at its first key.
                 match self.begin_lookup(asked) {
                     Ok(mut lookup) => {
                         lookup.asked_tier = true;
@@ -113,7 +112,7 @@ impl Service {
                 Ok((operation, ident, request)) if ident == expected => {
                     self.request(entry, operation, ident, &request);
                 }
-                // Of another life: ignored.
+                // Meant for another attachment: ignored.
                 Ok(_) => self.stat(Stat::StaleRequests, 1),
                 Err(malformed) => self.breach(entry, &malformed),
             }
@@ -194,7 +193,7 @@ impl Service {
         }
     }
 
-    /// The next piece of a request.
+    /// Does the next piece of a request, which then is answered or put off.
     #[inline]
     fn go_on(&mut self, entry: usize, mut doing: Doing) {
         let operation = doing.operation;

@@ -1,4 +1,4 @@
-//! How far a request has come with a piece of its work.
+//! How a piece of a request's work ended.
 
 use kvring_shm_abi::message::{KEYS_MAX, Status};
 
@@ -9,13 +9,13 @@ pub(super) const PIECE: usize = 512;
 pub(super) enum Done {
     /// The request has ended, with these results.
     Answer(Status, [u64; 4]),
-    /// The answer comes later, and other requests meanwhile.
+    /// The answer comes later; meanwhile other requests of the client are taken.
     Later,
     /// The answer has been given.
     Answered,
-    /// What is allowed is spent: it goes on with its client's next turn.
+    /// The allowed work is spent: the request goes on when it is its client's turn again.
     More,
-    /// The answer has been given; what its lease has beyond the first `keep` chunks is to be ended.
+    /// The answer has been given; the chunks of its lease beyond the first `keep` are to be unpinned.
     Trim { session: u64, admission: u32, keep: u32 },
 }
 

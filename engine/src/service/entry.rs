@@ -28,7 +28,7 @@ pub(super) enum Entry {
     /// A client is attached.
     Attached(Connection),
     /// Its claim was judged, and nobody is attached: the client was refused or thrown out, or has left. An entry is judged once
-    /// for each life of its life word, so that what such a client may still write is not forgotten.
+    /// for each life of its life word, so that the slots which such a client may still write are not forgotten.
     Over,
     /// What its client had is being taken back.
     Parting(Going),
@@ -42,7 +42,7 @@ pub(super) enum Then {
     Answer { nonce: u64, status: AttachStatus },
     /// The entry is free.
     Free,
-    /// Its process is waited for.
+    /// The client lingers: the end of its process is waited for.
     Wait(Lingering),
 }
 
@@ -63,7 +63,7 @@ impl Entry {
         if let Entry::Attached(connection) = self { Some(connection) } else { None }
     }
 
-    /// Is the process of its client waited for, now or after its parting?
+    /// Does its client linger, now or after its parting?
     pub(super) fn lingers(&self) -> bool {
         match self {
             Entry::Parting(going) => matches!(going.then, Then::Wait(_)),
@@ -74,7 +74,7 @@ impl Entry {
 }
 
 impl Service {
-    /// The entry's next state; answers the one before it.
+    /// Sets the entry's state, and returns the one before.
     pub(super) fn becomes(&mut self, entry: usize, state: Entry) -> Entry {
         let bit = 1 << entry;
         let set = |bits: &mut u64, is_set| *bits = if is_set { *bits | bit } else { *bits & !bit };

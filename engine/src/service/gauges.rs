@@ -4,7 +4,7 @@ use super::Service;
 use crate::stats::Stat;
 
 impl Service {
-    /// With each tick.
+    /// Called with each tick.
     pub(super) fn publish_gauges(&self) {
         let block = &self.segments.engine.stats;
         let cache = self.cache.stats();

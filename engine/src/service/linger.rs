@@ -1,23 +1,25 @@
-//! A client for which devices write is not over with the mark on its life word.
+//! A client for which devices write may not have ended when its life word is marked.
 //!
-//! The kernel marks the word when the thread that owns it ends. Its process may go on (`threads_linger` and
-//! `waits_for_process` in `tests/src/model/restart`), and while a process is being taken apart, or if nothing but that thread
-//! has ended, a device may still write into slots that were given to it. So what such an entry was writing stays WRITING, and
-//! the entry its, until the *process* is gone for good; everything else of it is freed at the mark, as ever.
+//! The kernel marks the word when the thread that owns it ends. That thread's process may go on (`threads_linger` and
+//! `waits_for_process` in `tests/src/model/restart`). While the process is being taken apart, or if no other thread of it has
+//! ended, a device may still write into slots that the client was granted. So the slots that such a client was writing stay
+//! WRITING, and it keeps its entry, until its *process* is gone for good. Everything else is freed at the mark, as for any
+//! client.
 //!
-//! *Gone for good* is a fact of the kernel's: a pidfd is readable, and a zombie has no thread left, after the last thread
-//! has given up the address space and the descriptors and the last of these files has been closed. The pidfd is opened
-//! first, then the process's time of start is read: if that is the client's, so was the process that the pidfd is of. So it
-//! need not be opened while the client lives, and the next engine does the same. Where that time cannot be read the process
-//! may be another's that has got its id by now: then the end of that one is waited for, and nothing is freed too early.
+//! The kernel says when a process is *gone for good*: its pidfd becomes readable, and its zombie has no thread left, only after
+//! the last thread has given up the address space and the descriptors and the last of these files has been closed. The engine
+//! opens the pidfd first and then reads the process's time of start: if that is the client's, the pidfd is of the client's
+//! process. So the pidfd need not be opened while the client lives, and the next engine finds out in the same way. Where the
+//! time cannot be read, another process may have the id by now: then the engine waits for the end of that one, and frees
+//! nothing too early.
 //!
 //! *In another PID namespace*, where the id means nothing, the client's process holds a file lock through a mapping that
 //! has no descriptor. Linux drops the files of a process in this order (seen on 6.18, true since 4.3: final closes are
 //! queued, and run last in, first out, when the thread that drops them has left both the address space and the descriptor
-//! table): first those of descriptors, from the highest number to the lowest, then what only mappings held. A lock through a
-//! descriptor would say nothing of the devices with lower numbers; this one ends after all of them if the last thread to
-//! leave the address space is the last to leave the descriptors too. It is another thread that does if that one stands still
-//! between the two, or a reader of `/proc` that holds the address space for a moment; hence a grace on top.
+//! table): first the files of descriptors, from the highest number to the lowest, then those that only mappings held. A lock
+//! through a descriptor would say nothing of devices with lower numbers. This one ends after all devices' files if the last
+//! thread to leave the address space is also the last to leave the descriptors. That is not so if this thread is delayed
+//! between the two, or if a reader of `/proc` holds the address space for a moment; hence a grace on top.
 
 use super::Service;
 use super::entry::{Entry, Then};
@@ -34,25 +36,26 @@ use std::os::fd::{AsFd, OwnedFd};
 /// context can take seconds.
 const LOCK_GRACE_NS: u64 = 10_000_000_000;
 
-/// How often it is looked for: a look is a system call, and a busy engine looks around every millisecond.
+/// The time between two looks at a client that lingers: a look is a system call, and a busy engine looks around the lobby every
+/// millisecond.
 const LOOK_NS: u64 = 10_000_000;
 
-/// An owner that is marked dead, and whose process is waited for.
+/// A client that is marked dead, and the end of its process, which is waited for.
 pub(super) struct Lingering {
     since_ns: u64,
     next_look_ns: u64,
     until: Until,
 }
 
-/// Its end.
+/// How the engine learns that the client's process has ended.
 enum Until {
-    /// This says so, and nothing else: `/proc` may hide a process that lives.
+    /// By its pidfd, and by nothing else: `/proc` may hide a process that lives.
     Pidfd(OwnedFd),
-    /// There is no pidfd to be had: it is looked for.
+    /// By looking for the process, where there is no pidfd to be had.
     Gone(ProcessIdentity),
-    /// The lock that it holds has been free for [`LOCK_GRACE_NS`]; since when.
+    /// By its file lock, once that has been free for [`LOCK_GRACE_NS`]. Holds the time since which it is free.
     Unlocked(Option<u64>),
-    /// Nothing would say so: not before this entry is written over, or there is another arena.
+    /// Not at all: its slots stay as they are until this entry is written over, or there is another arena.
     Never,
 }
 
@@ -62,7 +65,7 @@ impl Until {
             return if owner.locked { Until::Unlocked(None) } else { Until::Never };
         }
         let pid = i32::try_from(owner.process.pid).ok().and_then(Pid::from_raw);
-        // Before the time of start is read: so that is the time of the process that the pidfd is of.
+        // Opened before the time of start is read, so that a time which matches proves whose pidfd this is.
         let pidfd = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
         let is_anothers = matches!(
             ProcessStat::of(owner.process.pid),
@@ -101,7 +104,7 @@ impl Until {
     }
 }
 
-/// Has the process ended with all its threads, or somebody else its id? What cannot be read says nothing.
+/// Has the process ended with all its threads, or does another one have its id? Where neither can be read it counts as living.
 fn is_gone(process: &ProcessIdentity) -> bool {
     match ProcessStat::of(process.pid) {
         Ok(Some(stat)) => stat.started != process.started || stat.has_ended(),
@@ -111,10 +114,10 @@ fn is_gone(process: &ProcessIdentity) -> bool {
 }
 
 impl Service {
-    /// The owner of this entry is marked dead: it is reclaimed, or where a device may still write for it, all of it but
-    /// that.
+    /// The owner of this entry is marked dead: all that it had is freed. Where a device may still write for it, the slots
+    /// that it was writing and its entry are kept until its process has ended.
     pub(super) fn bury(&mut self, entry: usize) {
-        // Who writes nothing leaves nothing that a device could be writing into.
+        // An owner that was writing no slot leaves none that a device could be writing into.
         let writes = self.cache.writes(entry as u8);
         let owner = self.segments.lobby.entries[entry].dma().filter(|_| writes);
         let Some(owner) = owner.filter(|_| !failpoint::broken(Rule::WaitsForTheProcess)) else {
@@ -136,7 +139,7 @@ impl Service {
         self.begin_parting(entry, Leaving::Lingers, Then::Wait(lingering));
     }
 
-    /// With each look around the lobby.
+    /// Reclaims the entry if the client's process has ended. Called with each look around the lobby.
     pub(super) fn look_at_lingering(&mut self, entry: usize) {
         let Entry::Lingering(lingering) = &mut self.entries[entry] else { return };
         let now = monotonic_ns();
@@ -158,7 +161,7 @@ mod tests {
     use super::*;
     use std::process::{Child, Command};
 
-    /// A process, and what a client in it would have said of it.
+    /// A process, and what a client in it would have declared.
     fn process() -> (Child, DmaOwner) {
         let child = Command::new("sleep").arg("120").spawn().unwrap();
         let started = ProcessStat::of(child.id()).unwrap().unwrap().started;
@@ -166,7 +169,7 @@ mod tests {
         (child, DmaOwner { process, locked: false })
     }
 
-    /// From here on this thread sees a `/proc` that shows it none of the processes which it may not trace.
+    /// Gives this thread a `/proc` that hides the processes which the thread may not trace.
     fn hide_processes() -> nix::Result<()> {
         use nix::errno::Errno;
         let mount = |from: &std::ffi::CStr, to: &std::ffi::CStr, flags, data: &std::ffi::CStr| {
@@ -179,7 +182,7 @@ mod tests {
         Errno::result(unsafe { nix::libc::unshare(nix::libc::CLONE_NEWNS) })?;
         mount(c"none", c"/", nix::libc::MS_REC | nix::libc::MS_PRIVATE, c"")?;
         mount(c"proc", c"/proc", 0, c"hidepid=2")?;
-        // Who is of the group 0 sees everything all the same.
+        // A member of group 0 would see everything all the same.
         // SAFETY: as above: the system calls, other than libc's functions, are for the calling thread.
         unsafe {
             Errno::result(nix::libc::syscall(nix::libc::SYS_setgroups, 0, std::ptr::null::<u32>()))?;
@@ -202,7 +205,7 @@ mod tests {
             }
             let path = format!("/proc/{}/stat", owner.process.pid);
             assert_eq!(std::fs::read(path).unwrap_err().raw_os_error(), Some(nix::libc::ENOENT));
-            // Where there is no pidfd to be had, either.
+            // Neither with a pidfd nor without one is it taken for ended.
             let mut all = [Until::of(&owner, &own), Until::Gone(owner.process)];
             assert!(matches!(all[0], Until::Pidfd(_)));
             while asked.recv().is_ok() {
@@ -233,7 +236,7 @@ mod tests {
         let mut until = Until::of(&owner, &own);
         assert!(matches!(until, Until::Pidfd(_)) && !until.is_over(0, || false));
         child.kill().unwrap();
-        // A zombie: all that it had is closed.
+        // It becomes a zombie, when all its files are closed.
         let began = std::time::Instant::now();
         while !until.is_over(0, || false) {
             assert!(began.elapsed().as_secs() < 60);

@@ -5,10 +5,11 @@
 //! clients at once. About every millisecond, and every `beat_interval` while idle, it *ticks*: the beat, the lobby,
 //! the dead, the background allocator, the statistics, a step of its own invariants.
 //!
-//! No client can hold it up for long: it never waits for one, detaches who breaks the protocol, and **no turn does more
-//! than a bounded amount of work**, counted in records of the cache's tables that it touches. Whatever may take longer, a
-//! request of many keys or the death of a client that held much, goes on in pieces: a client has a [`SLICE`] at a time, and a
-//! turn ends after [`TURN`] and goes on with the next client in the next one. The clock is looked at by work done.
+//! No client can hold it up for long: it never waits for one, detaches one that breaks the protocol, and **no turn does more
+//! than a bounded amount of work**, counted in records of the cache's tables that it touches. A request of many keys, or the
+//! death of a client that held much, may take longer and is done in pieces: a client has a [`SLICE`] at a time; a turn ends
+//! after [`TURN`], and the next one begins with the next client. Work done, not turns alone, decides when the loop looks at the
+//! clock.
 
 mod attach;
 mod clear;
@@ -50,14 +51,15 @@ use std::time::Duration;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
 const BATCH: u32 = 32;
-/// Records that are touched for one client before it is somebody else's turn.
+/// Records that are touched for one client before the next one has its turn.
 const SLICE: u64 = 4096;
-/// Records that a parting, a clear or the like touches in one turn. A request that comes meanwhile waits for as long.
+/// Records that a job in the background (a parting, a clear) touches in one turn. A request that arrives meanwhile waits for
+/// that long.
 const BACKGROUND: u64 = 256;
-/// Records after which a turn ends, whoever has not had his.
+/// Records after which a turn ends, also where some clients have not been served: the next turn begins with those.
 const TURN: u64 = 4096;
-/// Records that one turn touches at most, but for what a single chunk takes: what is done in the background, all but one of
-/// a turn's, and a client's slice.
+/// The most records that one turn touches, give or take those of a single chunk: a piece in the background, one less than
+/// [`TURN`] for the clients, and then the whole slice of one more client.
 pub const RECORDS_PER_TURN: u64 = BACKGROUND + TURN + SLICE;
 /// Turns, or records, between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
@@ -66,15 +68,16 @@ const CLOCK_RECORDS: u64 = 2048;
 const SLABS_PER_TICK: usize = 64;
 /// The shortest time between two ticks: the beat moves at most at 1 kHz.
 const TICK_NS: u64 = 1_000_000;
-/// The time between two looks at the locks of clients whose kernel marks no life word: so late their deaths are noticed,
-/// and half a microsecond for each it costs.
+/// The time between two looks at the file locks of clients whose kernel marks no life word. The death of such a client is
+/// noticed that much later at most; a look costs half a microsecond for each of them.
 const LOCKS_NS: u64 = 50_000_000;
 /// The time between two looks at whether our names in `/dev/shm` still lead to our segments.
 const NAMES_NS: u64 = 1_000_000_000;
 /// Steps of the self-check in one idle tick.
 const CHECK_STEPS: u32 = 64;
 
-/// Words of a sleep for which room is made at little cost; with more clients it takes a moment longer to fall asleep.
+/// A sleep on fewer life words than this fills a small array; with more clients it fills one for [`CLIENTS_MAX`], which takes
+/// a moment longer.
 const SLEEP_FEW: usize = 8;
 
 /// Asks a running engine to stop, from any thread.
@@ -85,7 +88,7 @@ pub struct StopHandle {
 }
 
 impl StopHandle {
-    /// The loop ends with its current turn.
+    /// Ends the loop with its current turn.
     pub fn stop(&self) {
         // SYNC POINT: Release; pairs with the Acquire in `Service::run`.
         self.requested.store(true, Ordering::Release);
@@ -93,18 +96,18 @@ impl StopHandle {
     }
 }
 
-/// What the loop is told about time.
+/// The times that the loop keeps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
     /// The beat moves at least this often.
     pub(crate) beat_interval_ns: u64,
     /// The longest spin before a sleep; 0 on one CPU.
     pub(crate) spin_ns: u64,
-    /// How long clients of an earlier engine are waited for before anything is evicted.
+    /// How long the engine waits for clients of an earlier engine before it evicts anything.
     pub(crate) reattach_grace_ns: u64,
 }
 
-/// What a service begins with.
+/// The parts that a service is made of.
 pub(crate) struct Parts {
     pub(crate) segments: Segments,
     pub(crate) cache: Cache<SharedSlots>,
@@ -115,7 +118,7 @@ pub(crate) struct Parts {
     pub(crate) pace: Pace,
 }
 
-/// A claimed life word, and what it held.
+/// A claimed life word, and its value at the last look around the lobby.
 struct Watched {
     entry: usize,
     raw: u32,
@@ -127,12 +130,12 @@ pub(crate) struct Service {
     cache: Cache<SharedSlots>,
     registry: Registry,
     entries: Vec<Entry>,
-    /// A bit for each entry that is attached: what a turn looks at.
+    /// A bit for each attached entry: a turn looks at their rings.
     active: u64,
-    /// This process, to be compared with what clients say of theirs.
+    /// This process, to be compared with the processes that clients name as theirs.
     own: ProcessIdentity,
     awaited: Awaited,
-    /// The claimed life words at the last look around the lobby: a change of one ends a sleep.
+    /// The life words that were claimed at the last look around the lobby: a change of one ends a sleep.
     watched: Vec<Watched>,
     /// The lobby's count of claims at that look.
     claims: u32,
@@ -145,7 +148,7 @@ pub(crate) struct Service {
     /// A bit for each entry that is parting, and the entry at which the next one is looked for.
     parting: u64,
     part_from: u32,
-    /// The job in the background that went on last.
+    /// The job in the background that was done last, as an index into the kinds of jobs.
     job: usize,
     /// The entry that the next turn begins with.
     first: u32,
@@ -155,7 +158,7 @@ pub(crate) struct Service {
     spin: SpinBudget,
     next_tick_ns: u64,
     next_locks_ns: u64,
-    /// The longest time between two looks at the clock, of those between which it did not sleep.
+    /// The longest time between two looks at the clock without a sleep between them.
     longest_ns: u64,
     next_names_ns: u64,
     /// A self-check failed: nothing is served any more.
@@ -166,15 +169,16 @@ pub(crate) struct Service {
 struct Awaited {
     /// Bit per entry.
     entries: u64,
-    /// Until then nothing is evicted while somebody is awaited; set when serving begins.
+    /// The end of the grace: until then nothing is evicted while a client is awaited. Set when serving begins.
     until_ns: u64,
     grace_ns: u64,
 }
 
-/// How long to spin before sleeping: all of it while sleeps turn out to be short, less and less while they do not.
+/// How long the loop spins before it sleeps: the maximum after a short sleep, half as long after each sleep that was not, but
+/// at least a sixteenth of the maximum.
 ///
-/// A sleep that ends with work soon is one that spinning would have saved, at both ends: a client that has slept takes
-/// some 20 µs to ask again, and if that always finds the engine asleep, both sleep for ever after.
+/// A longer spin would have saved a sleep that soon ends with work, and on both sides: a client that has slept takes
+/// some 20 µs to ask again, and if its request always finds the engine asleep, the two put each other to sleep for ever.
 struct SpinBudget {
     max_ns: u64,
     now_ns: u64,
@@ -233,7 +237,7 @@ impl Service {
         }
     }
 
-    /// The engine's segment, for somebody else.
+    /// Another handle on the engine's segment.
     pub(crate) fn segment(&self) -> EngineSegment {
         self.segments.engine.clone()
     }
@@ -248,7 +252,7 @@ impl Service {
 
     /// Serves until it is told to stop. Returns the segments, for the end.
     pub(crate) fn run(mut self, ready: impl FnOnce()) -> Segments {
-        // Ready with its first slab: what comes later is taken as it comes.
+        // The engine is ready with its first slab: ticks take over the others as the allocator finishes them.
         self.take_slabs();
         self.await_clients();
         self.publish_gauges();
@@ -259,7 +263,8 @@ impl Service {
         failpoint::here(Place::ServingBegun);
         futex::wake_all(self.segments.engine.epoch().incarnation_word());
         ready();
-        // Without a spin (one CPU for both) each idle turn keeps the clients from running.
+        // A loop that does not spin shares one CPU with its clients: each idle turn keeps them from running, so it looks at
+        // the clock after each.
         let clock_every = if self.spin.max_ns == 0 { 1 } else { CLOCK_EVERY };
         let mut last_work = monotonic_ns();
         let mut worked = false;
@@ -298,7 +303,8 @@ impl Service {
         self.segments
     }
 
-    /// One look at every ring. True when there was something.
+    /// Does a piece in the background and serves each client once, until [`TURN`] records are spent. True when there was
+    /// something to do.
     #[inline]
     fn turn(&mut self) -> bool {
         let mut worked = self.go_on_in_the_background();
@@ -316,7 +322,8 @@ impl Service {
         worked
     }
 
-    /// A piece of what nobody waits for, or not in a ring, each kind in turn. True when there was something.
+    /// Does a piece of one job in the background (a parting, slabs being emptied, a clear), each kind in turn. True when there
+    /// was one.
     #[inline]
     fn go_on_in_the_background(&mut self) -> bool {
         let has_work = self.has_background_work();
@@ -339,7 +346,7 @@ impl Service {
         self.parting != 0 || self.clearing.is_some() || self.cache.is_emptying()
     }
 
-    /// Everything that is due now and then rather than on request.
+    /// Does everything that is due now and then rather than on request.
     fn tick(&mut self, now: u64, busy: bool) {
         self.next_tick_ns = now + TICK_NS;
         self.segments.engine.epoch().bump_beat();
@@ -350,7 +357,7 @@ impl Service {
         self.look_around();
         self.look_at_grace(now);
         if self.segments.is_retired() {
-            // Somebody took our names away: new clients cannot find us, and a successor may run already.
+            // Somebody removed our segments: new clients cannot find us, and a successor may run already.
             tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");
             self.stop.store(true, Ordering::Release);
         }
@@ -372,11 +379,11 @@ impl Service {
         self.publish_gauges();
     }
 
-    /// Slabs that the allocator has finished.
+    /// Takes over slabs that the allocator has finished.
     fn take_slabs(&mut self) {
         for _ in 0..SLABS_PER_TICK {
             let Some(slab) = self.allocator.take() else { break };
-            // Before anything lies in it: a successor believes in as many slabs.
+            // Published before anything lies in the slab: a successor takes over as many slabs as this says.
             self.segments.engine.info().slabs_allocated.store(slab + 1, Ordering::Relaxed);
             if let Err(error) = self.cache.add_slab(slab) {
                 tracing::error!(%error, "a slab was handed over twice");
@@ -384,24 +391,24 @@ impl Service {
         }
     }
 
-    /// A step of the self-check: what fails here is what "unhealthy" means beyond "dead".
+    /// Does a step of the self-check. An engine in which it fails is unhealthy: it lives, but no longer serves.
     fn check(&mut self) {
         if let Err(broken) = self.cache.check_step(CHECK_STEPS) {
             tracing::error!(%broken, "an invariant of the cache is broken; serving stops");
             self.unhealthy = true;
             self.stat(Stat::CheckFailures, 1);
             self.segments.engine.info().unhealthy.store(1, Ordering::Relaxed);
-            // Odd: every client sees it with its next call, and runs without us.
+            // The incarnation becomes odd: every client sees that with its next call, and goes on without this engine.
             self.segments.engine.epoch().begin_recovery();
             futex::wake_all(self.segments.engine.epoch().incarnation_word());
         }
     }
 
-    /// Sleeps until somebody rings, a client dies, or the beat is due.
+    /// Sleeps until somebody rings the doorbell, a client dies, or the beat is due.
     fn park(&mut self, now: u64) {
         let doorbell = self.segments.lobby.doorbell();
         let ticket = park::announce(doorbell);
-        // From here on whoever publishes something also rings. So one more look, then sleep.
+        // From here on a client that publishes something also rings the doorbell. So one more look, then sleep.
         let work = self.lobby_has_news()
             || self.rings_have_news()
             || !self.pending.is_empty()
@@ -430,8 +437,8 @@ impl Service {
         for (place, watched) in words[1..].iter_mut().zip(&self.watched) {
             *place = (lobby.life_words[watched.entry].futex(), watched.raw);
         }
-        // Where the kernel waits for one word alone, that is the doorbell, and the tick at the deadline looks at the others:
-        // no wake-up more than there would be.
+        // A kernel that can wait on one word only waits on the doorbell; the tick at the deadline looks at the others. So that
+        // costs no wake-up more.
         futex::wait_any_sliced(&words[..=self.watched.len()], deadline, Duration::MAX);
     }
 
@@ -447,7 +454,7 @@ impl Service {
         false
     }
 
-    /// A clean end: everybody is told. Sleepers wake, because the incarnation is odd from here on.
+    /// A clean end: the incarnation becomes odd, which tells every client, and those that sleep on it are woken.
     fn farewell(&mut self) {
         tracing::info!("stopping");
         let epoch = self.segments.engine.epoch();

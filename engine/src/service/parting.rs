@@ -1,5 +1,5 @@
-//! Clients that go, in whatever way: what they had is taken back a piece per turn, and their entry is looked at again when
-//! that is over.
+//! Clients that leave, die or are thrown out: what they had is taken back, a piece per turn, and their entry is looked at again
+//! when that is over.
 
 use super::Service;
 use super::entry::{Entry, Going, Then};
@@ -9,12 +9,12 @@ use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 impl Service {
-    /// From now on this entry has no connection, and is not looked at, until the parting is over.
+    /// Begins a parting. Until it is over this entry has no connection, and its life word is not looked at.
     pub(super) fn begin_parting(&mut self, entry: usize, how: Leaving, then: Then) {
         self.becomes(entry, Entry::Parting(Going { parting: Parting::new(entry as u8, how), then }));
     }
 
-    /// The next piece of somebody's parting: one goes on until it is over, then the next entry's that has one.
+    /// Does the next piece of one entry's parting. Another entry's begins when that is over.
     pub(super) fn go_on_parting(&mut self) {
         let from = self.part_from;
         let entry = ((self.parting.rotate_right(from).trailing_zeros() + from) as usize) % CLIENTS_MAX;
@@ -39,7 +39,7 @@ impl Service {
                 self.no_longer_awaited(entry);
             }
         }
-        // Its word may have changed meanwhile.
+        // The entry's life word may have changed meanwhile.
         self.look_again();
     }
 }

@@ -1,4 +1,4 @@
-//! Registrations: which namespaces are founded, and which of those that nobody uses are forgotten for them.
+//! Registrations: the founding of namespaces, and the forgetting of those that nobody uses where the tables have no room.
 
 use super::Service;
 use super::entry::Entry;
@@ -10,11 +10,11 @@ use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
 
-/// Places of the table that are kept free for namespaces to come.
+/// Places of the table of namespaces that are kept free for new ones.
 const SPARE: usize = 8;
-/// What a registration takes, in records of the cache: it looks through both tables, and is logged.
+/// What a registration costs, in records of the cache: it looks through the tables of namespaces and of sizes, and is logged.
 const RECORDS: u64 = 512;
-/// Shard sizes that are kept free for them: a namespace has one for each rank, at most.
+/// Shard sizes that are kept free for new namespaces: one has a size for each rank, at most.
 const SIZES_SPARE: usize = RANKS_MAX;
 
 fn check(registration: &Registration) -> Result<(), Nonsense> {
@@ -103,7 +103,7 @@ impl Service {
                         RegisterError::TooManySizes { most, .. } => {
                             (Status::TooManySizes, [most.into(), 0, 0, 0])
                         }
-                        // All else was compared with what the registry knows, which is what the cache knows.
+                        // Everything else was compared above with what the registry knows, and the cache knows the same.
                         _ => (Status::Busy, [0; 4]),
                     };
                 }
@@ -128,7 +128,7 @@ impl Service {
         self.entries.iter().filter_map(Entry::connection).any(|connection| connection.uses(namespace))
     }
 
-    /// Gives a rank its shard size. Where there are too many, those of namespaces go that nobody uses and that hold nothing.
+    /// Gives a rank its shard size. Where there are too many sizes, forgets namespaces that nobody uses and that hold nothing.
     fn register_rank(&mut self, id: usize, registration: &Registration) -> Result<(), RegisterError> {
         let Registration { world, rank, shard_bytes, .. } = *registration;
         loop {
@@ -140,8 +140,9 @@ impl Service {
     }
 
     /// Each change of a model's weights or of vLLM's version makes a namespace, so the tables of namespaces and of shard sizes
-    /// fill up over the months. Before one is full, the namespace that nobody uses and that was used longest ago goes, in
-    /// the background. Not while clients of the earlier engine are awaited: who has not come back is not gone.
+    /// fill up over the months. Before one is full, the least recently used of the namespaces that nobody uses is cleared and
+    /// forgotten, in the background. Not while clients of the earlier engine are awaited: one that has not come back yet may
+    /// use it.
     fn make_room(&mut self) {
         let (sizes, sizes_max) = self.cache.sizes();
         let is_room = self.registry.len() + SPARE <= NAMESPACES_MAX && sizes + SIZES_SPARE <= sizes_max;
@@ -155,7 +156,7 @@ impl Service {
         }
     }
 
-    /// Forgets a namespace that nobody uses and that holds nothing, other than `but`; which one that was.
+    /// Forgets one namespace, other than `but`, that nobody uses and that holds nothing, and returns its id.
     fn forget_an_empty_one(&mut self, but: Option<usize>) -> Option<usize> {
         if self.is_awaiting() {
             return None;
@@ -168,14 +169,14 @@ impl Service {
         Some(id)
     }
 
-    /// It is forgotten: clients find it no longer.
+    /// Takes a namespace out of the registry and the engine's segment: clients no longer find it.
     fn end_namespace(&mut self, id: usize) {
         self.segments.engine.namespaces[id].end();
         failpoint::here(Place::NamespaceEnded);
         self.registry.namespaces[id] = None;
     }
 
-    /// A namespace has been cleared to be forgotten, unless somebody uses it by now, or has leased some of it.
+    /// Forgets a namespace that was cleared for that, unless a client uses it by now or has leased some of it.
     pub(super) fn retire(&mut self, namespace: Option<u32>, dropped: u64) {
         let Some(id) = namespace else { return };
         if !self.is_used(id as usize) && self.cache.forget(id) {
@@ -188,11 +189,11 @@ impl Service {
         }
     }
 
-    /// A place for a new namespace: a free one, or one that nobody uses and that holds nothing.
+    /// Founds a namespace in a free place, or in that of a namespace that nobody uses and that holds nothing.
     fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
         let free = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none());
         let id = free.or_else(|| self.forget_an_empty_one(None))?;
-        // Whatever lies there, half made perhaps.
+        // Ends what lies in that place, also a namespace that is only half made.
         self.end_namespace(id);
         self.segments.engine.namespaces[id].begin(registration);
         failpoint::here(Place::NamespaceBegun);

@@ -4,23 +4,23 @@
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
 use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 
-/// What the engine remembers of its namespaces: its own copy, so that nothing has to be believed.
+/// The engine's own copy of its namespaces, so that it need not trust what lies in shared memory.
 pub(crate) struct Registry {
     pub(super) namespaces: Vec<Option<Known>>,
-    /// Namespaces that there have been.
+    /// The number of namespaces that have been founded.
     founded: u64,
     pub(super) largest_shard: u64,
 }
 
-/// What a request goes by that is done in pieces: while it has leased nothing yet, its namespace may be forgotten between two
-/// of them, and the id be another's.
+/// By this a request that is done in pieces recognises its namespace. As long as it has leased nothing, the namespace may be
+/// forgotten between two pieces, and another one get its id.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
-    /// Ranks.
+    /// How many ranks there are.
     pub(super) world: u32,
     /// Tokens of a chunk.
     pub(super) chunk_tokens: u32,
-    /// How many there were when it was founded.
+    /// [`Registry::founded`] when this one was founded: no other namespace has the same.
     founded: u64,
 }
 
@@ -41,7 +41,7 @@ impl Registry {
         }
     }
 
-    /// A namespace that an earlier engine has registered. What is wrong with it is an error, as in a registration.
+    /// Takes over a namespace of an earlier engine. One with values that make no sense is an error, as in a registration.
     pub(crate) fn restore(
         &mut self,
         id: usize,
@@ -82,7 +82,7 @@ impl Registry {
         self.namespaces.get(namespace as usize)?.as_ref().map(|known| known.shape)
     }
 
-    /// How many there are.
+    /// The number of namespaces that there are now.
     pub(super) fn len(&self) -> usize {
         self.namespaces.iter().flatten().count()
     }

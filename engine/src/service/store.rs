@@ -1,4 +1,4 @@
-//! Stores: reservations, and what becomes of the slots that were granted; piece by piece.
+//! Stores: reservations, and the commits, aborts and declarations of granted slots; all done piece by piece.
 
 use super::Service;
 use super::done::{Done, PIECE, refuse, too_many};
@@ -12,7 +12,7 @@ use kvring_shm_abi::message::{
 };
 use kvring_shm_abi::payload::OutOfArea;
 
-/// A reservation, as its message said.
+/// The content of a reservation's message.
 #[derive(Clone, Copy)]
 pub(super) struct ReserveMessage {
     pub(super) round: Round,
@@ -27,7 +27,7 @@ pub(super) struct ReserveMessage {
 #[derive(Clone, Copy)]
 pub(super) struct ReserveRequest {
     message: ReserveMessage,
-    /// The key before the next one.
+    /// The key that comes before the next one to reserve.
     parent: Option<Key>,
     going: Going,
     /// Keys that have been answered.
@@ -36,7 +36,7 @@ pub(super) struct ReserveRequest {
     dropped: u64,
 }
 
-/// What is said of slots.
+/// What a worker says of slots that were granted to it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Finish {
     Commit,
@@ -45,7 +45,7 @@ pub(super) enum Finish {
     Declare,
 }
 
-/// Slots of which that is being done.
+/// A message about slots, and how far it has been done.
 #[derive(Clone, Copy)]
 pub(super) struct FinishSlots {
     how: Finish,
@@ -73,7 +73,7 @@ impl Service {
         if connection.rank_in(message.namespace) != Some(message.rank) {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         }
-        // All of it is there, or none of it is done.
+        // A message with a range outside the payload area is a breach, and none of it is done.
         let check = |offset, words| connection.payload().check(offset, words).map_err(Err);
         check(message.keys.offset, message.keys.count as usize * KEY_WORDS)?;
         check(message.answer, message.keys.count as usize * ReserveAnswer::WORDS)?;
@@ -145,8 +145,8 @@ impl Service {
             self.stat(Stat::ShardsReserved, granted);
             self.stat(Stat::ShardsSkipped, skipped);
             self.stat(Stat::ShardsDropped, dropped);
-            // The rank was compared with what this client registered, the count with the limit: what is left is a
-            // namespace that is gone.
+            // The rank and the count were checked when the request began: the only error left is a namespace that is
+            // gone.
             let Ok(done) = reserved else { return Ok(refuse(Status::UnknownNamespace)) };
             request.granted += granted;
             request.dropped += dropped;
@@ -218,8 +218,8 @@ impl Service {
         Ok(Done::Answer(Status::Ok, [request.done, request.gone, 0, 0]))
     }
 
-    /// Any worker may say it of a shard that it reads itself. One that lies costs its own namespace a chunk, which any
-    /// client of that could also have replaced.
+    /// A worker says that a shard is damaged. It may say so of any shard of its own rank. One that lies costs its namespace a
+    /// chunk, which any client of that namespace could also have replaced.
     pub(super) fn invalidate(&mut self, entry: usize, slot: u32, generation: u64, key: Key) -> Done {
         let Some(connection) = self.entries[entry].connection() else { return Done::Answered };
         if connection.role != Role::Worker {
@@ -252,7 +252,7 @@ fn finish(
     how: Finish,
     record: &SlotRecord,
 ) -> SlotOutcome {
-    // A slot id beyond 32 bits is nobody's.
+    // No slot has an id beyond 32 bits.
     let slot = u32::try_from(record.slot).unwrap_or(u32::MAX);
     let SlotRecord { generation, key, checksum, .. } = *record;
     let outcome = match how {
@@ -264,7 +264,7 @@ fn finish(
         }
         Finish::Declare => {
             failpoint::here(Place::DeclareSlot);
-            // Committed already, for one: its commit was done, and the answer lost.
+            // Not adopted is, for one, a slot that the dead engine had committed, and whose answer was lost.
             Ok(cache.adopt(owner, nonce, slot, generation, key))
         }
     };
