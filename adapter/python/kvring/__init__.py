@@ -6,10 +6,11 @@ bytes) names a namespace: a digest of everything that keys do not cover.
 
 * `SchedulerAdapter`, `PollingSchedulerAdapter`: which chunks of a prompt are there?
 * `WorkerAdapter`: stores and loads one rank's paged KV cache, described by `KvGroup`.
-* `Engine`: starts and stops an engine; `engine_state`: how one looks; `engine_name`, `byte_size`: what `kvring serve` takes.
+* `Engine`: starts and stops an engine; `engine_state`: an engine's state; `engine_name` checks a name, and `byte_size` reads a
+  size, as `kvring serve` does.
 
-No engine, a dead one or a stopped one is never an exception: lookups answer 0 chunks, and stores are dropped. What the adapters
-say goes to `logging`, below the logger `kvring`; `set_log_level` says from which level on.
+No engine, a dead one or a stopped one is never an exception: lookups answer 0 chunks, and stores are dropped. The adapters log
+to `logging`, below the logger `kvring`, from the level on that `set_log_level` sets.
 """
 
 from importlib.metadata import PackageNotFoundError as _NotFound

@@ -1,7 +1,7 @@
 """All that kvring logs in Python's process goes through here: each line begins with `kvring:`, since vLLM's log shows neither the
 logger's name nor the package.
 
-What the adapters say is forwarded on a thread of its own: nobody who logs in Rust waits for the interpreter.
+A thread of its own forwards what the adapters log, so that no thread that logs in Rust waits for the interpreter.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Logger(_Adapter):
     """A logger whose lines all name kvring."""
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """What `LoggerAdapter` calls for each line."""
+        """Puts the prefix before a line; `LoggerAdapter` calls it for each."""
         return f"{PREFIX}{msg}", kwargs
 
 
 def get_logger(name: str) -> Logger:
-    """In place of `logging.getLogger`, which ruff refuses in this package."""
+    """Returns a logger of that name. For use in place of `logging.getLogger`, which ruff refuses in this package."""
     return Logger(logging.getLogger(name))
 
 
 def share_handlers(name: str) -> None:
-    """What the adapters say goes where that logger's lines go, at its level; but no line for each lookup and each copy, which
-    the integration writes itself."""
+    """Sends the adapters' log where that logger's lines go, at its level; but without the adapters' lines for each lookup and
+    each copy, because the integration writes its own."""
     ours, theirs = logging.getLogger("kvring"), logging.getLogger(name)
     if not ours.handlers:
         ours.handlers = theirs.handlers
@@ -53,7 +53,8 @@ def share_handlers(name: str) -> None:
 
 
 def ensure() -> None:
-    """Called before a process makes its first adapter: its thread runs from then on. A forked child gets its own."""
+    """Starts this process's forwarding thread, if there is none yet. Called before a process makes its first adapter. A forked
+    child gets a thread of its own."""
     global _lock, _thread, _pid
     pid = os.getpid()
     if _pid == pid:
@@ -88,7 +89,7 @@ def _forward() -> None:
 
 
 def _end() -> None:
-    """At exit, while there is still an interpreter to forward to."""
+    """Ends the thread at exit, while there is still an interpreter to forward to."""
     if _pid == os.getpid() and _thread is not None:
         _closing.set()
         _native.close_logs()

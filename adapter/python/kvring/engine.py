@@ -18,15 +18,15 @@ from typing import IO
 from ._native import EngineError
 
 _READY = "serving"
-# The first shell ends at once, so that the engine is nobody's child: vLLM kills all of its own when it ends. The second one names
-# itself and becomes the engine, so its number comes before anything that the engine says.
+# The first shell ends at once, so that the engine is nobody's child: vLLM kills all its own children when it ends. The second
+# shell prints its process id and becomes the engine, so the id comes before anything that the engine prints.
 _ORPHAN = ["/bin/sh", "-c", """/bin/sh -c 'echo $$; exec "$@"' sh "$@" &""", "sh"]
 _LOG_BYTES_MAX = 16 << 20
 
 
 def binary_path() -> str:
-    """The command `kvring`: `KVRING_BINARY`, else what this package has installed, else what lies beside the interpreter or
-    in `PATH`."""
+    """The path of the command `kvring`: `KVRING_BINARY`, else the one that this package has installed, else the one beside the
+    interpreter or in `PATH`."""
     chosen = os.environ.get("KVRING_BINARY")
     if chosen:
         if not os.access(chosen, os.X_OK):
@@ -48,10 +48,10 @@ def binary_path() -> str:
 
 
 class Engine:
-    """An engine of ours: `with Engine("name", "8GiB"): …`.
+    """An engine that this process starts: `with Engine("name", "8GiB"): …`.
 
-    It ends with us, unless `detach`: then it runs in a session of its own and outlives us, is bound to none of our CPUs and
-    memory nodes, and writes its log to `log_path`.
+    The engine ends with this process, unless `detach` is set: then it runs in a session of its own and outlives this process, is
+    not bound to this process's CPUs and memory nodes, and writes its log to `log_path`.
     `extra_args` go to `kvring serve`.
     """
 
@@ -71,7 +71,7 @@ class Engine:
         self.detach = detach
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
-        """Of an engine that is not our child."""
+        """The pidfd of an engine that is not our child."""
         self._log: IO[bytes] | None = None
         self._log_from = 0
         self._pid = 0
@@ -87,7 +87,7 @@ class Engine:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, while it runs."""
+        """The engine's process id; `None` while it does not run."""
         return self._pid if self.is_running else None
 
     @property
@@ -98,24 +98,26 @@ class Engine:
 
     @property
     def log(self) -> str:
-        """What it has written to stderr since its start."""
+        """What the engine has written to stderr since its start."""
         if self._log is None:
             return ""
         self._log.seek(self._log_from)
         return self._log.read().decode(errors="replace")
 
     def start(self) -> Engine:
-        """Starts it and waits until clients can attach. Raises `EngineError`, with its own words, where it refuses."""
+        """Starts the engine and waits until clients can attach. Raises `EngineError` where it does not start, with what it has
+        written to stderr."""
         if self.is_running:
             raise EngineError(f"the kvring engine {self.name} runs already, as process {self.pid}")
         command = [binary_path(), "serve", "--name", self.name, "--arena", self.arena, *self.extra_args]
         if self.detach:
-            # It belongs to the node: what we are bound to (one CPU, one memory node) is ours alone.
+            # The engine serves the whole node: it must not inherit what this process is bound to (one CPU, one memory node).
             command += ["--unbound"]
         elif threading.current_thread() is threading.main_thread():
-            # The kernel tells it of our end, however we end: of that of the thread that started it, to be exact.
+            # The kernel tells the engine when the thread that started it has ended, however that ended. Only the main thread
+            # lives as long as the process.
             command += ["--stop-with-parent", str(os.getpid())]
-        # stderr goes to a file: nobody has to read it, and it is never full.
+        # stderr goes to a file: unlike a pipe, it needs no reader and never fills up.
         self._close_log()
         self._log = self._open_log()
         self._forget_orphan()
@@ -136,7 +138,7 @@ class Engine:
         return self
 
     def _adopt(self, shell: subprocess.Popen[bytes]) -> None:
-        """The engine's process, which the shell names before it ends."""
+        """Opens the engine's process, whose id the shell has printed."""
         assert shell.stdout is not None
         said = shell.stdout.readline().strip()
         shell.wait()
@@ -144,7 +146,7 @@ class Engine:
             self._pid = int(said)
             self._pidfd = os.pidfd_open(self._pid)
         except (ValueError, OSError):
-            # It has ended already; its log says why.
+            # The engine has ended already; its log says why.
             self._pidfd = None
 
     def _forget_orphan(self) -> None:
@@ -153,7 +155,7 @@ class Engine:
             self._pidfd = None
 
     def _wait(self, timeout_s: float) -> bool:
-        """Has it ended, within that time?"""
+        """Has the engine ended, within that time?"""
         if self._pidfd is not None:
             return bool(select.select([self._pidfd], [], [], timeout_s)[0])
         try:
@@ -172,7 +174,7 @@ class Engine:
 
     @property
     def log_path(self) -> str | None:
-        """Where an engine that outlives us writes its log, after what earlier ones have written."""
+        """The file to which a detached engine appends its log; `None` for one that is not detached."""
         if not self.detach:
             return None
         return os.path.join(tempfile.gettempdir(), f"kvring-{os.getuid()}-{self.name}.log")
@@ -185,11 +187,11 @@ class Engine:
             try:
                 file = os.fdopen(os.open(path, flags, 0o600), "r+b")
             except OSError:
-                # Somebody else's, in a directory that everybody may write.
+                # The file is another user's: everybody may write to this directory.
                 return tempfile.TemporaryFile()
             found = os.fstat(file.fileno())
             if stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid():
-                # Appended to: another one may be running by now, and then ours only says so.
+                # The log is appended to: another engine may be running by now, and then ours only says so.
                 if found.st_size > _LOG_BYTES_MAX:
                     file.truncate(0)
                 self._log_from = file.seek(0, os.SEEK_END)
@@ -199,7 +201,7 @@ class Engine:
 
     def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None
-        # One that says nothing is killed; then its stdout ends.
+        # An engine that is not ready in time is killed, and then its stdout ends.
         late = threading.Event()
 
         def give_up() -> None:
@@ -214,7 +216,7 @@ class Engine:
             ready = any(line.decode(errors="replace").strip() == _READY for line in lines)
         finally:
             timer.cancel()
-            # It says nothing more on stdout.
+            # The engine writes nothing more to stdout.
             process.stdout.close()
         if ready and not late.is_set():
             return
@@ -233,10 +235,10 @@ class Engine:
         raise EngineError(f"the kvring engine {self.name} {why}:\n{said}")
 
     def stop(self, timeout_s: float = 30) -> None:
-        """SIGTERM, and SIGKILL where that does not end it within `timeout_s`. Fine if it does not run."""
+        """Ends the engine by SIGTERM, and by SIGKILL if it still runs after `timeout_s` seconds. Does nothing where none runs."""
         if self.is_running:
             self._signal(signal.SIGTERM)
-            # One that has been stopped by a signal could not hear it.
+            # An engine that was stopped by a signal does not get SIGTERM before it goes on.
             self._signal(signal.SIGCONT)
             if not self._wait(timeout_s):
                 self.kill()
@@ -244,7 +246,7 @@ class Engine:
         self._close_log()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would end it: for tests."""
+        """Ends the engine by SIGKILL, as a crash would: for tests."""
         if self.is_running:
             self._signal(signal.SIGKILL)
             self._wait(self.start_timeout_s)

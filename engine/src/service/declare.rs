@@ -96,7 +96,7 @@ impl Service {
                 return Ok(Done::More);
             }
             let before = request.lookup.found;
-            // Half of what a lookup's piece has: a piece with a chunk that is not the same is looked up twice.
+            // Sized for twice the ranks: a piece with a chunk that is not the same is looked up twice.
             let piece = self.piece_of(2 * world, chunks.count - before);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let records = &mut self.scratch.leases[..piece];

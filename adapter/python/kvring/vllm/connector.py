@@ -1,6 +1,6 @@
 """The glue: vLLM's connector interface on one side, `SchedulerSide` and `WorkerSide` on the other. No decisions here.
 
-What is wrong with the configuration is raised while vLLM starts. From then on nothing is raised: see `guard`.
+Errors in the configuration are raised while vLLM starts. From then on nothing is raised: see `guard`.
 """
 
 from __future__ import annotations
@@ -101,23 +101,23 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @property
     def scheduler(self) -> SchedulerSide:
-        """Of the connector in the scheduler."""
+        """The scheduler's side; only in the connector of vLLM's scheduler."""
         assert self._scheduler is not None, "this connector is a worker's"
         return self._scheduler
 
     @property
     def worker(self) -> WorkerSide:
-        """Of the connector in a worker."""
+        """The worker's side; only in the connector of a worker."""
         assert self._worker is not None, "this connector is the scheduler's"
         return self._worker
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """A cache: what is not stored is a miss later on, and no reason to compute anything twice."""
+        """`False`: kvring is a cache, and KV that was not stored is a miss later on, but no reason to compute anything twice."""
         return False
 
     def count_error(self) -> None:
-        """For `guard`."""
+        """Counts an error; called by `guard`."""
         side = self._scheduler or self._worker
         if side is not None:
             side.stats.add("errors")
@@ -131,9 +131,10 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's side.
 
     def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
-        """vLLM's block tables: who owns which block. vLLM resets its prefix cache only while no block is in use, and tells no
-        connector before it looks: so the manager is made to tell us. Where blocks are lacking vLLM does ask
-        (`has_pending_block_frees`), but then offers what it gets to waiting requests: so the manager asks, and tries again."""
+        """Takes vLLM's manager, which says who owns which block, and wraps two of its methods. `reset_prefix_cache`: vLLM resets
+        its prefix cache only while no block is in use, and tells no connector before it looks; the wrapper gives pinned blocks
+        back first. `allocate_slots`: where blocks are lacking vLLM does ask (`has_pending_block_frees`), but then offers what it
+        gets to waiting requests; the wrapper gives blocks back to the request that lacks them, and tries again."""
         super().bind_kv_cache_manager(kv_cache_manager)
         self.scheduler.kv_cache_manager = kv_cache_manager
         reset, allocate = kv_cache_manager.reset_prefix_cache, kv_cache_manager.allocate_slots
@@ -232,7 +233,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def get_finished_count(self) -> int | None:
-        """Every rank reports every job."""
+        """How many ranks report a job: all of them."""
         return self._vllm_config.parallel_config.world_size
 
     # A worker's side.
@@ -262,7 +263,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @fail_open(lambda self: None)
     def wait_for_save(self) -> None:
-        """See `WorkerSide`: stores are started here, and nobody waits for them."""
+        """See `WorkerSide`. Starts stores, and does not wait for them."""
         self.worker.start_stores(self._meta)
 
     @fail_open(lambda self, *_: KVConnectorTransferResults())
@@ -292,7 +293,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
-        """As vLLM makes them anew in the process that logs."""
+        """Makes counts anew from their data, in the process that logs."""
         return KvringStats(data=data) if data is not None else KvringStats()
 
     @classmethod
@@ -304,27 +305,27 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        """One piece per block: fewer, larger copies. A wish: where a backend cannot have it vLLM says so and takes its own. But
-        vLLM does not start where two connectors have different wishes, nor where blocks of this layout would have to be split for
-        a backend's kernels; blocks of a size that it has chosen itself never have to, but for hybrids' with Mamba layers. On CPU
-        there is one layout only."""
+        """Asks for the layout with one piece per block: fewer, larger copies. This is a wish: where a backend cannot have it,
+        vLLM says so and takes its own. But vLLM does not start where two connectors have different wishes, nor where blocks of
+        this layout would have to be split for a backend's kernels. Blocks of a size that vLLM has chosen itself never have to be
+        split, except in hybrids with Mamba layers. On CPU there is one layout only."""
         from vllm.platforms import current_platform
 
         assert vllm_config.kv_transfer_config is not None
         wish = Config.parse(vllm_config.kv_transfer_config.kv_connector_extra_config).layout
         if wish == "auto":
             cache = vllm_config.cache_config
-            # Of these every backend of this vLLM takes a size as it is, or none of its divisors either.
+            # Each backend of this vLLM takes blocks of these sizes unsplit, or takes none of their divisors either.
             never_split = not cache.user_specified_block_size or cache.block_size in (16, 32, 64)
             fits = never_split and not cache.kv_cache_dtype_skip_layers and not vllm_config.model_config.is_hybrid
-            # A connector is not told of those beside it, but vLLM imports this only where it is used.
+            # A connector is not told of others beside it, but vLLM imports this module only where several are used.
             is_alone = _MULTI_CONNECTOR not in sys.modules
             wish = "block-outermost" if current_platform.is_cuda() and fits and is_alone else "none"
         return "BLHNC" if wish == "block-outermost" else None
 
     @fail_open(lambda self: None)
     def shutdown(self) -> None:
-        """Ends the clients; an engine that was started for us lives on."""
+        """Ends the clients. An engine that was started for this vLLM lives on."""
         if self._autostart is not None:
             self._autostart.close()
         for side in (self._scheduler, self._worker):

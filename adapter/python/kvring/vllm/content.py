@@ -1,16 +1,17 @@
-"""What files hold, told by a digest: equal for equal content, wherever it lies and since whenever. No time and no path counts.
+"""A digest of the content of files. It is equal for equal content, wherever the files lie and however old they are: no time and
+no path counts.
 
 Checkpoints are too large to be read whole at each start of vLLM. So of weights this reads
 
 * nothing, where a file is a link to a blob of Hugging Face's cache: the blob's name is its digest;
 * all, where all of them together are small (adapters, mostly);
 * else of a safetensors file its header (names, types, shapes, places) and one block of each tensor, and of a file of another
-  kind its two ends (a PyTorch file's end lists the checksums of what is in it) and blocks that are spread evenly.
+  kind its two ends (a PyTorch file's end lists the checksums of its parts) and blocks that are spread evenly.
 
-Other files (configurations, code) are read whole. What this does not notice is a change of weights that leaves every header and
-every block that is read as it was.
+Other files (configurations, code) are read whole. A change of weights goes unnoticed if it leaves every header and every block
+that is read as it was.
 
-How much is read is bounded, whatever lies in a folder: vLLM's start waits for it.
+How much is read is bounded, whatever a folder holds, because vLLM's start waits for it.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ from pathlib import Path
 
 BLOCK = 4096
 BLOCKS_MAX = 4096
-"""Blocks of tensors that are read at most; weights that are no larger than that are read whole."""
+"""The most blocks of tensors that are read; weights that are no larger than so many blocks are read whole."""
 
 _END = 64 * 1024
-"""Bytes read at each end of weights whose format tells nothing; fewer where there are hundreds of such files."""
+"""Bytes read at each end of weights that are no safetensors files; fewer where there are hundreds of such files."""
 FILES_MAX = 10_000
-"""Files in a model's folder and in those just below it."""
+"""The most files in a model's folder and in those just below it."""
 READ_WHOLE_MAX = 64 << 20
-"""Bytes of all files that are no weights together; and of the headers of safetensors files, of which those that come later are
-read as files of another kind are. (The largest checkpoints have some 15 MB of each.)"""
+"""The most bytes of all files together that are no weights; and, apart from that, of all headers of safetensors files: the files
+after that are read like those of another kind. (The largest checkpoints have some 15 MB of each.)"""
 _NOT_LOADED = (".", "checkpoint-", "global_step", "original")
-"""How folders begin that vLLM loads nothing from: hidden ones, the steps of a training, Llama's weights in their first format."""
+"""vLLM loads nothing from folders whose names begin like this: hidden ones, steps of a training, Llama's weights in their first
+format."""
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LENGTH = 8
 
 
 class Unknown(Exception):
-    """What is in files, or what decides the bytes, cannot be told; the text says of what, and why."""
+    """The content of files, or something else that decides the bytes of KV, cannot be known. The text says what, and why."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Bytes that are read of a file."""
+    """A range of a file that is read."""
 
     name: str
     offset: int
@@ -56,8 +58,8 @@ class _Piece:
 
 
 def digest(weights: Mapping[str, Path], others: Mapping[str, Path] | None = None) -> str:
-    """Of files by name: the name counts, and what is in the file. Raises `OSError` for what cannot be read, and `Unknown` for
-    what is too much."""
+    """The digest of files, given by name: of the names and the contents. Raises `OSError` where a file cannot be read, and
+    `Unknown` where there is too much to read."""
     size = sum(path.stat().st_size for path in (others or {}).values())
     if size > READ_WHOLE_MAX:
         raise Unknown(
@@ -78,7 +80,8 @@ def digest(weights: Mapping[str, Path], others: Mapping[str, Path] | None = None
 
 
 def changed_since(files: Iterable[Path], time_s: float) -> Path | None:
-    """A file that has been written, replaced or given another owner since then, or the link to it. A blob's name tells all."""
+    """A file that was written, replaced or given another owner since `time_s`, or whose link was; `None` if there is none. Blobs
+    are left out, because their names are their digests."""
     return next(
         (path for path in files if _blob(path) is None and max(path.stat().st_ctime, path.lstat().st_ctime) > time_s), None
     )
@@ -91,7 +94,7 @@ def look(folder: Path) -> dict[str, Path]:
     for below in folders:
         if below.name.startswith(_NOT_LOADED):
             continue
-        # What this user may not list (a volume's `lost+found`), vLLM finds nothing in either.
+        # vLLM finds nothing either in a folder that this user may not list (a volume's `lost+found`).
         with contextlib.suppress(PermissionError):
             found |= {f"{below.name}/{name}": path for name, path in _list(below, FILES_MAX - len(found))[0].items()}
     return found
@@ -107,10 +110,10 @@ def _list(folder: Path, most: int) -> tuple[dict[str, Path], list[Path]]:
         try:
             mode = path.stat().st_mode
         except (FileNotFoundError, NotADirectoryError):
-            # A link that leads nowhere: nothing is loaded by it.
+            # A link that leads nowhere: vLLM loads nothing by it.
             continue
         except OSError:
-            # Whoever needs this one fails when it is read; nobody else does.
+            # This fails later, when the file is read, and only if it is needed.
             mode = stat.S_IFREG
         if stat.S_ISREG(mode):
             files[path.name] = path
@@ -120,14 +123,15 @@ def _list(folder: Path, most: int) -> tuple[dict[str, Path], list[Path]]:
 
 
 def _add(found: hashlib._Hash, kind: str, name: str, data: bytes) -> None:
-    """No two sequences of these give the same bytes."""
+    """Adds a record to a digest, with the lengths of its parts: so no two sequences of records give the same bytes."""
     for part in (kind.encode(), name.encode(errors="surrogateescape"), data):
         found.update(len(part).to_bytes(_LENGTH, "little"))
         found.update(part)
 
 
 def _blob(path: Path) -> str | None:
-    """The content's digest, where it is the name: in Hugging Face's cache `snapshots/COMMIT/FILE` links to `blobs/DIGEST`."""
+    """The content's digest, where the file's name tells it: in Hugging Face's cache `snapshots/COMMIT/FILE` links to
+    `blobs/DIGEST`."""
     if not path.is_symlink():
         return None
     target = Path(os.path.realpath(path, strict=True))
@@ -135,7 +139,7 @@ def _blob(path: Path) -> str | None:
 
 
 def _pieces(files: Mapping[str, Path], weights: Mapping[str, int]) -> list[_Piece]:
-    """What is read of weights."""
+    """The ranges of weights that are read."""
     if sum(weights.values()) <= BLOCK * BLOCKS_MAX:
         return [_Piece(name, 0, size) for name, size in weights.items()]
     heads: list[_Piece] = []
@@ -151,7 +155,7 @@ def _pieces(files: Mapping[str, Path], weights: Mapping[str, int]) -> list[_Piec
         headers_left -= start
         heads.append(_Piece(name, 0, start))
         for begin, end in tensors:
-            # The block in its middle; of a small one, all.
+            # The block in the tensor's middle, or all of a small tensor.
             length = min(BLOCK, end - begin)
             middle = start + begin + (end - begin - length) // 2
             blocks.append(_Piece(name, middle, length))
@@ -165,15 +169,15 @@ def _pieces(files: Mapping[str, Path], weights: Mapping[str, int]) -> list[_Piec
 
 
 def _spread(blocks: list[_Piece]) -> list[_Piece]:
-    """At most so many, evenly."""
+    """At most `BLOCKS_MAX` of the blocks, spread evenly."""
     if len(blocks) <= BLOCKS_MAX:
         return blocks
     return [blocks[index * len(blocks) // BLOCKS_MAX] for index in range(BLOCKS_MAX)]
 
 
 def _tensors(path: Path, size: int, most: int) -> tuple[int, list[tuple[int, int]]] | None:
-    """Of a safetensors file: where its data begins, and where in that each tensor lies. `None`: it is not one, or its header has
-    more than `most` bytes."""
+    """Where a safetensors file's data begins, and where in that each tensor lies. `None` where it is no such file, or its header
+    has more than `most` bytes."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH), "little")
         if length > min(most, size - _LENGTH):
@@ -184,15 +188,15 @@ def _tensors(path: Path, size: int, most: int) -> tuple[int, list[tuple[int, int
         places = [entry["data_offsets"] for name, entry in json.loads(data).items() if name != "__metadata__"]
         tensors = sorted((int(begin), int(end)) for begin, end in places)
     except Exception:
-        # Whatever it is: nobody can load it as one.
+        # Nobody can load this as a safetensors file.
         return None
     inside = all(0 <= begin <= end <= size - start for begin, end in tensors)
     return (start, tensors) if inside else None
 
 
 def _read(files: Mapping[str, Path], pieces: list[_Piece]) -> Iterator[tuple[_Piece, bytes]]:
-    """The pieces' bytes. All are asked for before the first is waited for, so that the disk has them all to do at once: a
-    thousand blocks that are not in memory yet take 30 ms instead of 150, and no threads."""
+    """Yields the pieces with their bytes. Asks for all before it reads the first, so that the disk works on all of them at once:
+    a thousand blocks that are not in memory yet take 30 ms instead of 150, without threads."""
     by_file: dict[str, list[_Piece]] = {}
     for piece in pieces:
         by_file.setdefault(piece.name, []).append(piece)
@@ -216,7 +220,8 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _whole(descriptor: int, piece: _Piece) -> bytes:
-    """One read may bring less than it was asked for; the file may have become shorter meanwhile, which is another content."""
+    """Reads all of a piece: one read may bring less than it was asked for. A file that was cut short meanwhile gives fewer bytes,
+    and so another digest."""
     data = os.pread(descriptor, piece.length, piece.offset)
     while len(data) < piece.length:
         more = os.pread(descriptor, piece.length - len(data), piece.offset + len(data))

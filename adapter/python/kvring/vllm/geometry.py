@@ -1,4 +1,4 @@
-"""How vLLM's blocks make chunks, and who holds which part of one. The same on the scheduler's side and on the workers'.
+"""How vLLM's blocks make chunks, and which rank holds which part of one. The same on the scheduler's side and on the workers'.
 
 A chunk covers `chunk_tokens` tokens in *every* KV group. Its block ids are those of group 0, then those of group 1, and so
 on; each rank's *shard* holds the pages of those blocks. So one key, one lease and one round cover a hybrid model as well.
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 NULL_BLOCK = 0
-"""vLLM's block for tokens that a sliding window does not look at any more: nobody's, and never to be read or written."""
+"""vLLM's block in place of those that a sliding window no longer looks at. It is nobody's, and never read or written."""
 
 _MANAGERS = {FullAttentionManager, SlidingWindowManager}
-"""Those of vLLM's managers that keep a block unchanged from when it is full until it leaves the window, if there is one."""
+"""The managers of vLLM that keep a full block unchanged until it leaves the window, if there is one."""
 
 _WITHOUT_DRAFT_KV = {None, "ngram", "ngram_gpu", "suffix"}
 
@@ -48,11 +48,11 @@ class Group:
 
     kind: str
     tokens: int
-    """Of a block."""
+    """Tokens of a block."""
     blocks: int
-    """Of a chunk."""
+    """Blocks of a chunk."""
     window: int | None
-    """Tokens that its attention looks back; `None`: all."""
+    """How many tokens its attention looks back; `None`: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +62,17 @@ class Geometry:
     groups: tuple[Group, ...]
     chunk_tokens: int
     hash_tokens: int
-    """Of one of `request.block_hashes`."""
+    """Tokens that one of `request.block_hashes` covers."""
     ranks: int
     """vLLM's workers: each reports every job."""
     replicas: int
     """Consecutive ranks that hold the same bytes (MLA): the first of them stores."""
     chunk_bytes: int
-    """Of one rank's part, the first one's: for limits."""
+    """Bytes of a chunk's part on the first rank: used for limits."""
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, chunk_blocks: int) -> Geometry:
-        """Raises `LayoutError` for what is not supported, with the reason: before anything was half-supported."""
+        """The geometry of a vLLM. Raises `LayoutError`, with the reason, for a model or an option that is not supported."""
         _check_parallel(vllm_config)
         _check_speculation(vllm_config, kv_cache_config)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
@@ -115,7 +115,7 @@ class Geometry:
 
     @property
     def hashes_per_chunk(self) -> int:
-        """Every so manyth of `request.block_hashes` is a chunk's key."""
+        """How many of `request.block_hashes` one chunk has; the last of them is its key."""
         return self.chunk_tokens // self.hash_tokens
 
     @property
@@ -126,7 +126,8 @@ class Geometry:
     @property
     def knows_bad_blocks(self) -> bool:
         """Can vLLM go on from the first block that a load has not brought? Not with several groups, whose blocks it cannot tell
-        apart, nor with a window, of which it has no block in front of that one: there the whole request is computed again."""
+        apart, and not with a window, because the blocks in front of that one are missing as well. Then vLLM computes the whole
+        request again."""
         return len(self.groups) == 1 and not self.has_windows
 
     def shard_of(self, rank: int) -> int:
@@ -134,26 +135,26 @@ class Geometry:
         return rank // self.replicas
 
     def stores(self, rank: int) -> bool:
-        """Does this rank store its part, or another one that holds the same bytes?"""
+        """Does this rank store its part? If not, another rank that holds the same bytes does."""
         return rank % self.replicas == 0
 
     def of_chunk(self, table: Sequence[Sequence[Block]], chunk: int) -> list[Block]:
-        """A chunk's blocks, as far as the table has them."""
+        """A chunk's blocks, those of group 0 first, as far as the table has them."""
         blocks: list[Block] = []
         for group, of_group in zip(self.groups, table, strict=True):
             blocks += of_group[chunk * group.blocks : (chunk + 1) * group.blocks]
         return blocks
 
     def to_store(self, table: Sequence[Sequence[KVCacheBlock]], chunk: int) -> list[int] | None:
-        """A chunk's block ids; `None` where one of them is not there (any more)."""
+        """A chunk's block ids; `None` where one of its blocks is not in the table yet, or has left it."""
         ids = [block.block_id for block in self.of_chunk(table, chunk)]
         whole = len(ids) == sum(group.blocks for group in self.groups)
         return ids if whole and NULL_BLOCK not in ids else None
 
     def to_load(self, table: BlockTable, first: int, last: int, start: int, end: int) -> list[int]:
-        """The block ids that loading tokens `start` to `end` writes, for chunks `first` to `last` (exclusive), one after the
-        other. Blocks below `start` are vLLM's own already, and may be shared: they are never written; nor is what the table
-        does not have. Thousands of blocks are nothing unusual: no loop over them where one group holds them all."""
+        """The block ids that a load of tokens `start` to `end` writes, for chunks `first` to `last` (exclusive), one after the
+        other. `SKIP` stands for blocks below `start`, which vLLM has itself and may share, so that they are never written, and
+        for those that the table does not have. Thousands of blocks are usual, so with one group there is no loop over them."""
         by_group = [
             self._group_to_load(group, ids, first, last, start, end) for group, ids in zip(self.groups, table, strict=True)
         ]
@@ -180,7 +181,7 @@ class Geometry:
 
 def _block_bytes(group: KVCacheGroupSpec) -> int:
     layers = list(iter_layer_specs(group.kv_cache_spec))
-    # A spec that all layers of the group share is listed once.
+    # A spec that all layers of the group share is listed only once.
     return sum(layer.page_size_bytes for layer in layers) * (len(group.layer_names) if len(layers) == 1 else 1)
 
 
@@ -193,7 +194,7 @@ def _check_parallel(vllm_config: VllmConfig) -> None:
         raise LayoutError("kvring keeps the KV cache of one node: expected all ranks of one vLLM on it, got nnodes > 1")
     skips = getattr(vllm_config.cache_config, "kv_cache_dtype_skip_layers", None)
     if skips and getattr(parallel, "pipeline_parallel_size", 1) > 1:
-        # The scheduler's side is told the format of the first stage's first layer only, the others' of their own.
+        # The scheduler's side knows the format of the first stage's first layer only; each other stage knows its own.
         raise LayoutError(
             "kvring does not support --kv-cache-dtype-skip-layers with pipeline parallelism yet: each stage would take its first "
             "layer's format for that of all, and none would find what another one has stored"
@@ -215,7 +216,7 @@ def _check_speculation(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) 
 def _check_group(index: int, group: KVCacheGroupSpec) -> None:
     spec = group.kv_cache_spec
     layers = iter_layer_specs(spec)
-    # By its manager, not by its kind: a kind of attention that drops or rewrites blocks has a manager of its own.
+    # A layer is judged by its manager, not by its kind: an attention that drops or rewrites blocks has a manager of its own.
     unsupported = [one for one in layers if KVCacheSpecRegistry.get_manager_class(one, group.role) not in _MANAGERS]
     if unsupported or not getattr(spec, "prefix_cacheable", True):
         what = sorted({f"{get_kv_cache_spec_kind(one).value} ({type(one).__name__})" for one in unsupported or layers})

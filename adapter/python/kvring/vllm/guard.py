@@ -1,5 +1,6 @@
-"""Failing open: vLLM guards none of its connector's calls, so whatever is raised in one ends vLLM. Nothing is raised, but for
-what must end it: a GPU that may still write where vLLM computes next, of which its driver tells nothing any more."""
+"""Failing open: vLLM guards none of its connector's calls, so any exception in one ends vLLM. So none is raised but the one that
+must end it: `DeviceError`, where a GPU may still write to blocks that vLLM uses next, and its driver no longer tells when it has
+ended."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _told: set[tuple[str, str, str]] = set()
 
 
 def fail_open(instead: Callable[..., Any]) -> Callable[[F], F]:
-    """Where the method raises, `instead(self, *arguments)` gives its answer: what goes on without the cache."""
+    """Where the method raises, `instead(self, *arguments)` gives the answer with which vLLM goes on without the cache."""
 
     def wrap(method: F) -> F:
         @functools.wraps(method)
@@ -43,7 +44,7 @@ def fail_open(instead: Callable[..., Any]) -> Callable[[F], F]:
 
 
 def _tell(where: str, error: Exception) -> None:
-    """Once for each kind: an error that comes at every step must not fill the disk."""
+    """Logs an error, once for each kind: one that comes at every step must not fill the disk."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     at = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
     kind = (where, at, type(error).__name__)

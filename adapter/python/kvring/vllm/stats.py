@@ -36,11 +36,11 @@ class KvringStats(KVConnectorStats):
     data: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, by: float = 1) -> None:
-        """Counts."""
+        """Adds `by` to a counter."""
         self.data[name] = self.data.get(name, 0) + by
 
     def take(self) -> KvringStats | None:
-        """What there is, and starts again; `None` where nothing happened."""
+        """Returns the counts and starts again from 0; `None` where nothing happened."""
         if not self.data:
             return None
         taken = KvringStats(data=self.data)
@@ -52,14 +52,14 @@ class KvringStats(KVConnectorStats):
         self.data = {}
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """Adds another rank's, or another step's."""
+        """Adds another rank's, or another step's, counts."""
         for name, value in other.data.items():
             self.add(name, value)
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """One line for people, in which each number has the name that it has in `/metrics`, or begins as those do. No hit rate:
-        vLLM shows that of what a connector brings itself (external prefix cache)."""
+        """The counts for one line of the log. Each number has its name from `/metrics`, or one that begins as those do. There is
+        no hit rate, because vLLM itself shows that of a connector (external prefix cache)."""
         data = self.data
         line: dict[str, int | float] = {name: round(value, 6) for name, value in data.items() if name in COUNTERS}
         for what in ("load", "store"):

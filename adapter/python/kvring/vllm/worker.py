@@ -1,7 +1,7 @@
-"""A worker's side: one rank's paged KV cache, its copies in the background, and what is reported of them.
+"""A worker's side: one rank's paged KV cache, its copies in the background, and the reports on them.
 
-Each rank reports each job exactly once, in the `KvringWorkerMetadata` of some step, and each request of which vLLM waits for
-something exactly once, in the transfer results. Whatever fails is reported as failed: nobody waits for ever.
+Each rank reports each job exactly once, in the `KvringWorkerMetadata` of some step, and each request with a load that vLLM waits
+for exactly once, in the transfer results. A job that fails is reported as failed, so that nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 logger = get_logger("vllm.kvring.worker")
 
 _IDLE_WAIT_MS = 1.0
-"""How long a step without a forward pass waits for a load: it has nothing else to do, and would only ask again."""
+"""How long a step without a forward pass waits for a load: vLLM has nothing else to do, and would only ask again."""
 
 
 def cuda_device(layers: Mapping[str, torch.Tensor]) -> int | None:
-    """The one device that all of a cache is on, `None` for the CPU. Raises `LayoutError` for several, and for others."""
+    """The one CUDA device that all of a cache is on; `None` for the CPU. Raises `LayoutError` for a cache on several devices, and
+    for devices of other kinds."""
     first, expected = "", None
     for layer, tensor in layers.items():
         device = tensor.device
@@ -42,7 +43,7 @@ def cuda_device(layers: Mapping[str, torch.Tensor]) -> int | None:
                 f"{layer}: expected a tensor on cpu or cuda, got one on {device}: kvring cannot copy from and to the memory of "
                 f"{device.type} devices"
             )
-        # Not torch's device itself: "cuda" without a number is the current one.
+        # Numbers are compared, not torch's devices: "cuda" without a number is the current one.
         place = None if device.type == "cpu" else _index(device)
         if not first:
             first, expected = layer, place
@@ -61,9 +62,10 @@ def _index(device: torch.device) -> int:
 
 
 class WorkerSide:
-    """Carries out what the scheduler's side decided. Every method is called from vLLM's worker thread; none waits for the
-    engine, and only `flush` and synchronous loads wait for copies (all copies, where vLLM may unmap a GPU's cache between steps;
-    stores, where it clears blocks there before it says so)."""
+    """Carries out what the scheduler's side decided. Every method is called from vLLM's worker thread. None waits for the
+    engine, and only `flush` and synchronous loads wait for copies. Two cases on a GPU are exceptions: where vLLM may unmap the
+    cache between steps, each step waits for all copies that it starts; where vLLM clears blocks before it calls `flush`, each
+    step waits for its stores to have read."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class WorkerSide:
         self._config = config
         self._may_sleep = may_sleep
         self._reads_at_once = self._writes_at_once = False
-        """Have stores read, and loads written, when the call that starts them returns?"""
+        """Must stores have read, and loads have written, when the call that starts them returns?"""
         self._loads: dict[int, Load] = {}
         """By the adapter's job."""
         self._stores: dict[int, int] = {}
@@ -107,15 +109,16 @@ class WorkerSide:
         self._received: set[str] = set()
         self._failed: set[str] = set()
         self._invalid_blocks: set[int] = set()
-        # Else vLLM wants to know the request instead. With several groups the same number may be a block of each. With a window
-        # it goes on from the first block that is named, and what it computes there looks back at blocks that nobody has filled.
+        # Are failed loads reported by their blocks? Else they are reported by their request: with several groups, one number may
+        # be a block of each; with a window, vLLM would go on from the first block that is named, and what it computes there
+        # looks back at blocks that nobody has filled.
         self._invalidates = geometry.knows_bad_blocks
         self._outcomes: dict[int, Outcome] = {}
         self.adapters = LoadedAdapters()
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
-        """Hands the engine the shape of this rank's cache. Raises `LayoutError`, `ConfigError` or `RegisterError`: vLLM
-        is just starting."""
+        """Hands the engine the shape of this rank's cache. Called while vLLM starts. Raises `LayoutError`, `ConfigError` or
+        `RegisterError`."""
         num_blocks = kv_cache_config.num_blocks
         groups, layers = [], {}
         for index, (group, spec) in enumerate(zip(self.geometry.groups, kv_cache_config.kv_cache_groups, strict=True)):
@@ -123,11 +126,11 @@ class WorkerSide:
             for name in spec.layer_names:
                 tensor = kv_caches.get(name)
                 if tensor is None:
-                    # Shares another layer's cache.
+                    # This layer shares another one's cache.
                     continue
                 layers[f"KV group {index}, layer {name}"] = tensor
                 described = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.element_size())
-                # Once, where layers that share a cache are all listed.
+                # A tensor counts once, also where all layers that share it are listed.
                 tensors[described] = None
             if not tensors:
                 raise LayoutError(f"KV group {index}: expected a tensor for one of its layers, got none of {spec.layer_names}")
@@ -139,10 +142,10 @@ class WorkerSide:
             )
         if self.device is not None and self._config.copy_threads is not None:
             logger.warning("kvring.copy_threads has no effect: the KV cache is in a GPU's memory, and the GPU copies")
-        # A vLLM that sleeps unmaps the cache between two steps, and tells nobody: a copy that was still to begin then would break
-        # the GPU's context for the whole process.
+        # A vLLM that goes to sleep unmaps the cache between two steps, and tells no connector: a copy that began after that would
+        # break the GPU's context for the whole process.
         self._writes_at_once = self.device is not None and self._may_sleep
-        # Before `flush` vLLM's V2 runner has cleared the blocks that got a new owner, where it clears them at all.
+        # vLLM's V2 runner calls `flush` only after it has cleared the blocks that got a new owner, where it clears blocks at all.
         self._reads_at_once = self._writes_at_once or (self.device is not None and kv_cache_config.needs_kv_cache_zeroing)
         if self._writes_at_once:
             logger.info("vLLM may sleep (--enable-sleep-mode): every step waits for the copies that it starts")
@@ -156,7 +159,7 @@ class WorkerSide:
         )  # fmt: skip
 
     def _stream(self) -> int | None:
-        """The stream that vLLM computes on, now: copies come after all that it has been given."""
+        """The stream that vLLM computes on now: copies run after all work that is on it already."""
         if self.device is None:
             return None
         import torch
@@ -166,7 +169,7 @@ class WorkerSide:
     # One step, in the order of the calls.
 
     def flush(self, meta: KvringMetadata) -> None:
-        """Before anything of this step writes blocks: fenced stores read none of theirs any more."""
+        """Waits until fenced stores no longer read their blocks. Called before anything of this step writes blocks."""
         if meta.flush_all:
             self.adapter.handle_preemptions(None)
         elif meta.flush:
@@ -178,10 +181,11 @@ class WorkerSide:
             try:
                 self._start_load(load)
             except DeviceError:
-                # It has not ended: reported as failed its blocks would be computed again while the GPU still writes there.
+                # The load has not ended. If it were reported as failed, vLLM would compute its blocks again while the GPU still
+                # writes there.
                 raise
             except Exception as error:
-                # Whatever it is: vLLM waits for the report, or would compute from what is not there.
+                # Any other error is reported: vLLM waits for the report, or would compute from blocks that were not loaded.
                 logger.warning(
                     "request %s: its KV cannot be loaded: %s: %s; vLLM computes these tokens again or fails the request, as its "
                     "kv_load_failure_policy says",
@@ -190,7 +194,7 @@ class WorkerSide:
                 self._load_failed(load)
 
     def fail_loads(self, meta: KvringMetadata) -> None:
-        """After an error: what has not been started never will be."""
+        """After an error: reports this step's loads that have not been started as failed, because they never will be."""
         running = {load.job for load in self._loads.values()}
         for load in meta.loads:
             if load.job not in running and load.job not in self._outcomes:
@@ -204,7 +208,7 @@ class WorkerSide:
         job = self.adapter.submit_load(load.request, shards, load.blocks, stream=self._stream())
         self._loads[job] = load
         if load.wait or self._writes_at_once:
-            # Its report comes for certain, and until then it may write: there is no giving up.
+            # The report comes for certain, and until then the load may write: so this never gives up.
             while not self._has_ended(job):
                 logger.warning("this step waits for a load of request %s, now for more than a second", load.request)
 
@@ -225,12 +229,12 @@ class WorkerSide:
             self._invalid_blocks.update(block for block in load.blocks if block != SKIP)
 
     def start_stores(self, meta: KvringMetadata) -> None:
-        """Starts this step's stores: what they read has been computed, or will be by what is on the stream."""
+        """Starts this step's stores. Their KV has been computed, or will be by work that is on the stream already."""
         if not self.geometry.stores(self.rank):
             return
         for store in meta.stores:
             if not self.adapters.holds(store.adapter):
-                # vLLM has loaded another content since the scheduler's side announced this.
+                # vLLM has loaded an adapter of other content since the scheduler's side announced this store.
                 self._store_failed(store)
                 continue
             try:
@@ -253,13 +257,13 @@ class WorkerSide:
         self._reading[store.job] = job
 
     def collect(self, meta: KvringMetadata) -> None:
-        """Takes what has ended, for the calls that follow."""
+        """Collects the jobs that have ended; the `take_…` calls then report them."""
         if not (self._loads or self._stores):
             return
         if meta.idle and self._loads:
             self.adapter.wait_some(_IDLE_WAIT_MS)
         for finished in self.adapter.get_finished():
-            # Each for itself: what has been taken is not given again, and somebody waits for every one.
+            # An error in one must not lose the others: the adapter gives each only once, and vLLM waits for every one.
             try:
                 self._count(finished)
             except Exception as error:
@@ -276,8 +280,8 @@ class WorkerSide:
                     "request %s: an error while its KV is reported: %s: %s", finished.request, type(error).__name__, error
                 )
                 self._report_at_least(finished)
-        # After `get_finished`: the blocks of a load that it reported are among these. Taken also where vLLM is told the request
-        # instead, or they would be kept for ever.
+        # Asked after `get_finished`, so that the blocks of the loads which that has returned are among these. Taken also where
+        # vLLM is told the request instead, because the adapter would keep them for ever.
         bad_blocks = self.adapter.get_block_ids_with_load_errors()
         if self._invalidates:
             self._invalid_blocks.update(bad_blocks)
@@ -303,7 +307,7 @@ class WorkerSide:
                 self._failed.add(load.request)
 
     def _report_at_least(self, finished: Finished) -> None:
-        """After an error: what somebody waits for."""
+        """After an error in the usual report: reports at least what the scheduler's side and vLLM wait for."""
         failed = Outcome(ranks=1, chunks_failed=max(1, finished.failed), ranks_failed=1)
         job, load = self._stores.pop(finished.job, None), self._loads.pop(finished.job, None)
         if job is not None:
@@ -338,18 +342,18 @@ class WorkerSide:
             )  # fmt: skip
 
     def take_transfer_results(self) -> tuple[set[str], set[str]]:
-        """Requests whose load has ended, and of these, whose load has failed. Each once."""
+        """The requests whose load has ended, and those of them whose load has failed. Returns each once."""
         results = self._received, self._failed
         self._received, self._failed = set(), set()
         return results
 
     def take_invalid_blocks(self) -> set[int]:
-        """Blocks that could not be loaded."""
+        """Blocks that could not be loaded. Returns each once."""
         blocks, self._invalid_blocks = self._invalid_blocks, set()
         return blocks
 
     def take_worker_meta(self) -> KvringWorkerMetadata | None:
-        """What has become of jobs, and which LoRA adapters have been loaded."""
+        """The outcomes of jobs and the LoRA adapters that were loaded, since the last call; `None` where there are none."""
         adapters = self.adapters.take_news()
         if not (self._outcomes or adapters):
             return None
@@ -361,5 +365,5 @@ class WorkerSide:
         return self.stats.take()
 
     def shutdown(self) -> None:
-        """After this nothing touches the KV cache any more."""
+        """Ends the client. When it returns, no copy touches the KV cache any more."""
         self.adapter.shutdown()
