@@ -1,4 +1,4 @@
-//! What a client has seen of its engine, and what came of it.
+//! What a client counts: changes of its engine's health, and what followed from them.
 
 use crate::health::Health;
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
@@ -18,7 +18,7 @@ macro_rules! counters {
             }
         }
 
-        /// The counts themselves. Relaxed throughout: numbers for people.
+        /// The counts themselves. Relaxed throughout, because nothing but people reads them.
         #[derive(Debug)]
         pub(crate) struct Counters {
             $(pub(crate) $name: Counter,)+
@@ -70,7 +70,7 @@ impl Counter {
 }
 
 impl Counters {
-    /// The health has changed to this.
+    /// Counts a change of health to `to`.
     pub(crate) fn transition(&self, to: &Health) {
         match to {
             Health::Healthy => self.attachments.add(1),

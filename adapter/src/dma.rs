@@ -1,4 +1,5 @@
-//! What the engine is to know of a client for which devices write: see `kvring_shm_abi::lobby` and the engine's `linger`.
+//! What a client's entry tells the engine if devices write for the client: see `kvring_shm_abi::lobby` and the engine's
+//! `linger`.
 
 use crate::engine_view::open_lobby_file;
 use kvring_shm_abi::lobby::{DmaOwner, Lobby, dma_lock_at};
@@ -7,13 +8,14 @@ use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::segment::{Access, EngineName};
 use kvring_shm_abi::superblock::Identity;
 
-/// Under one lock, so that no claim is missed: whoever comes second, the registration or the claim, finds the other.
+/// Both the registration and the claim are here, under one lock: whichever comes second finds the other, so no claim is
+/// left without the declaration.
 #[derive(Default)]
 pub(crate) struct Dma {
     registered: bool,
-    /// The entry that is claimed.
+    /// The claimed entry, while there is one.
     entry: Option<Claimed>,
-    /// Holds its lock; see [`hold_lock`].
+    /// Holds the entry's file lock; see [`hold_lock`].
     lock: Option<Mapping>,
 }
 
@@ -25,7 +27,7 @@ struct Claimed {
 }
 
 impl Dma {
-    /// Devices will write: the entry that is claimed, and each later one, says so.
+    /// Declares in the claimed entry, and in each later one, that devices write for this client.
     pub(crate) fn register(&mut self) {
         if !self.registered {
             self.registered = true;
@@ -41,8 +43,8 @@ impl Dma {
         }
     }
 
-    /// Keeper: it is about to be given up, after the last copy into its arena has ended. `is_ours`: nobody has overwritten
-    /// the claim, so what the entry says is ours to take back.
+    /// Keeper: the entry is about to be given up, after the last copy into its arena has ended. `is_ours`: nobody has
+    /// overwritten the claim, so the declaration in the entry is ours to take back.
     pub(crate) fn given_up(&mut self, is_ours: bool) {
         if let Some(claimed) = self.entry.take().filter(|_| is_ours) {
             claimed.lobby.entries[claimed.entry].withdraw_dma();
@@ -60,14 +62,15 @@ impl Dma {
 
 impl Drop for Dma {
     fn drop(&mut self) {
-        // Without `given_up` nobody has waited for the last copy: held to the end of the process.
+        // If `given_up` was not called, nobody has waited for the last copy: keep the lock until the process ends.
         core::mem::forget(self.lock.take());
     }
 }
 
-/// A file lock for engines of another PID namespace, held by a mapping: no descriptor leads to it any more, so it ends with
-/// the address space, no child of a fork inherits it, and Linux lets go of it after all that descriptors led to (see the
-/// engine's `linger`). `None` where there is none to be had; then such an engine never frees what a death left.
+/// Takes a file lock for engines of another PID namespace, and holds it by a mapping. No descriptor leads to the file
+/// any more, so the lock ends with the address space, no child of a fork inherits it, and Linux releases it after
+/// everything that descriptors led to (see the engine's `linger`). `None` if there is no such lock to be had; then such
+/// an engine never frees the slots that this client was writing when it died.
 fn hold_lock(claimed: &Claimed) -> Option<Mapping> {
     let file = open_lobby_file(&claimed.name, &claimed.engine).ok()?;
     let locked = file.try_lock_byte(dma_lock_at(claimed.entry)).ok()?;

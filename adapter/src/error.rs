@@ -1,4 +1,4 @@
-//! What an attempt to attach, and a call into the adapter, can come to.
+//! The errors of an attempt to attach, of a call, and of a registration.
 
 use crate::health::Health;
 use kvring_shm_abi::channel::ChannelError;
@@ -13,29 +13,29 @@ use std::time::Duration;
 /// Why an attempt to attach did not succeed. The keeper tries again after all of them.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// No engine of that name.
+    /// There is no engine of that name.
     #[error("no kvring engine named {0} runs here; start one with `kvring serve --name {0}`")]
     NoEngine(String),
-    /// Its segments are there, but their owner is dead.
+    /// The engine's segments are there, but their owner is dead.
     #[error("the kvring engine named {0} has died; start it again with `kvring serve --name {0}`")]
     Dead(String),
-    /// The same, but it was asked to stop (`kvring serve --keep`).
+    /// As `Dead`, but the engine was asked to stop and kept its segments (`kvring serve --keep`).
     #[error(
         "the kvring engine named {0} was stopped, and has kept what it held; start it again with `kvring serve --name {0}`"
     )]
     Stopped(String),
-    /// It is not ready yet.
+    /// The engine is recovering and not ready yet.
     #[error("the kvring engine is starting, and takes over what it held before (incarnation {0})")]
     Recovering(u32),
-    /// It found its own invariants broken.
+    /// The engine found its own invariants broken.
     #[error(
         "the kvring engine named {0} found an error in its own tables and stopped serving; see its log, and restart it"
     )]
     Unhealthy(String),
-    /// It was restarted while we attached.
+    /// The engine was restarted during the attempt.
     #[error("the kvring engine was restarted during the attempt")]
     Restarted,
-    /// Another release or build, or half-created.
+    /// The segment comes from another release or build, or is only half created.
     #[error("segment {segment}: {mismatch}")]
     Mismatch {
         /// Which segment.
@@ -43,10 +43,10 @@ pub enum AttachError {
         /// What differs.
         mismatch: Mismatch,
     },
-    /// The arena that we hold a claim on is not this name's any more: the engine was started anew, or removed.
+    /// The name does not lead to the arena of the held claim any more: the engine was started anew, or removed.
     #[error("the kvring engine named {0} was started anew, or removed")]
     AnotherStart(String),
-    /// Two segments of different cold starts: a restart was half-way. Mends itself.
+    /// Two segments belong to different cold starts, because a restart was half-way. The next attempt may succeed.
     #[error("segment {0} belongs to another start of the kvring engine")]
     OtherArena(String),
     /// All entries are taken.
@@ -60,10 +60,10 @@ pub enum AttachError {
     /// The client is being shut down.
     #[error("the client is being shut down")]
     Cancelled,
-    /// Somebody has written into the word that makes the entry ours. Mends itself, with another entry.
+    /// Another process has overwritten the life word by which we claim our entry. The next attempt takes another entry.
     #[error("the claim on entry {0} was overwritten by another process")]
     ClaimLost(usize),
-    /// The engine refused.
+    /// The engine refused the claim.
     #[error("the kvring engine refused the connection: {}", .0.as_str())]
     Refused(AttachStatus),
     /// A segment could not be opened.
@@ -78,15 +78,15 @@ pub enum AttachError {
     /// The kernel has no randomness, or refuses a file lock.
     #[error("{what}: {error}")]
     System {
-        /// The call.
+        /// The call that failed.
         what: &'static str,
-        /// What it said.
+        /// The system's error.
         error: std::io::Error,
     },
 }
 
 impl AttachError {
-    /// The health that this amounts to.
+    /// The health that this error amounts to.
     #[must_use]
     pub fn health(&self) -> Health {
         match self {
@@ -106,24 +106,25 @@ impl AttachError {
         }
     }
 
-    /// Is there no room for a channel at the moment?
+    /// Is there no memory for a channel at the moment?
     pub(crate) fn is_no_room(&self) -> bool {
         matches!(self, AttachError::Channel(ChannelError::Segment(SegmentError::NoSpace { .. })))
     }
 
-    /// Is the claim of no further use? Else the same one is tried again: with the next engine, or the next moment.
+    /// Is the claim of no further use? Otherwise the next attempt uses it again, with this engine or the next.
     pub(crate) fn ends_claim(&self) -> bool {
         match self {
             AttachError::Dead(_)
             | AttachError::Stopped(_)
-            // What it holds is not believed, but can be loaded: each load is checked. Its successor starts cold.
+            // Keep the claim with an engine whose tables are broken: what its arena holds can still be loaded, because
+            // each load is validated. Its successor starts cold.
             | AttachError::Unhealthy(_)
             | AttachError::Recovering(_)
             | AttachError::Restarted
             | AttachError::TimedOut(_)
             | AttachError::Refused(AttachStatus::Stale)
             | AttachError::System { .. } => false,
-            // No room for a channel, or no descriptor, at the moment.
+            // There is no memory for a channel, or no file descriptor, at the moment.
             AttachError::Channel(_) => false,
             AttachError::Segment(SegmentError::Os { .. } | SegmentError::Crate { .. }) => false,
             _ => true,
@@ -131,10 +132,10 @@ impl AttachError {
     }
 }
 
-/// Why a call did not do what was asked. None of these is fatal to the caller: every one has a degraded answer.
+/// Why a call did not do what was asked. None of these is fatal to the caller: there is a degraded answer for each.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
-    /// The engine is not there for us right now.
+    /// The engine is not healthy, so it was not asked.
     #[error("the kvring engine is {0}: nothing is stored or found until it is back")]
     Degraded(Health),
     /// The engine died while the call waited for its answer.
@@ -143,17 +144,18 @@ pub enum CallError {
     /// The engine was restarted while the call waited for its answer.
     #[error("the kvring engine was restarted before it answered")]
     Restarted,
-    /// No answer by the deadline. Should one still come, it is undone.
+    /// There was no answer by the deadline. If one still comes, what it gained is given back.
     #[error("the kvring engine did not answer within {waited_ms} ms")]
     TimedOut {
         /// How long the call waited.
         waited_ms: u64,
     },
-    /// No engine holds this namespace, or this client's registration has not come through yet.
+    /// The engine does not know this namespace, or has not answered this client's registration yet.
     #[error("this KV cache is not registered with the kvring engine, or not yet again")]
     NotRegistered,
-    /// Full for now: the client's share of leased and reserved bytes, or operations in flight. Or an engine that has just
-    /// been restarted clears nothing yet: clients that have not come back may still hold some of it.
+    /// No room for now: this client has used up its share of leased and reserved bytes, or its operations in flight. Or
+    /// the engine has just been restarted and does not clear anything yet, because clients that have not come back may
+    /// still hold some of it.
     #[error(
         "busy: this process has too many loads and stores under way, or the kvring engine has just been restarted and \
          waits for those that were attached before; try again in a few seconds"
@@ -169,18 +171,18 @@ pub enum CallError {
     TooManyKeys {
         /// The limit.
         limit: usize,
-        /// Given.
+        /// How many were given.
         got: usize,
     },
-    /// The engine says that this operation is not for this client.
+    /// The engine refused the operation, or its answer makes no sense.
     #[error("the kvring engine refused the operation: {0}")]
     Refused(&'static str),
-    /// Called in a child of `fork`: the adapter belongs to the parent.
+    /// The call was made in a child of `fork`: the adapter belongs to the parent.
     #[error("this adapter belongs to the process that made it; make a new one after fork")]
     Forked,
 }
 
-/// Why a registration cannot stand. It does not mend itself: something is configured wrongly.
+/// Why a registration failed. Except for `Call`, this does not mend itself: something is configured wrongly.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
     /// Ranks do not agree.
@@ -190,7 +192,7 @@ pub enum RegisterError {
         what: Disagreement,
         /// What an earlier rank registered.
         expected: u64,
-        /// What this one brought.
+        /// What this rank registered.
         got: u64,
     },
     /// A shard can never fit.
@@ -199,9 +201,9 @@ pub enum RegisterError {
          chunks (kvring.chunk_blocks), or a kvring engine with a larger --arena"
     )]
     ShardTooLarge {
-        /// Asked for.
+        /// The bytes of one shard.
         shard_bytes: u64,
-        /// The largest possible.
+        /// The largest possible, in bytes.
         largest: u64,
     },
     /// The engine's namespace table is full.
@@ -217,12 +219,12 @@ pub enum RegisterError {
         /// How many there may be.
         most: u64,
     },
-    /// The record itself makes no sense.
+    /// A value is out of range.
     #[error("registration: {what}: expected {expected}, got {got}")]
     Invalid {
         /// The field.
         what: &'static str,
-        /// What would do.
+        /// What was expected.
         expected: &'static str,
         /// What was given.
         got: u64,

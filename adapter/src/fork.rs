@@ -1,7 +1,7 @@
-//! A forked child does not pass for its parent.
+//! Keeps a forked child from using what it inherits from its parent.
 //!
-//! The mappings are not inherited (`MADV_DONTFORK`), so a child that called into an inherited adapter would die of a
-//! SIGSEGV. Each call therefore compares one process-wide counter, which only a child of `fork` bumps.
+//! A child does not inherit the mappings (`MADV_DONTFORK`), so one that called into an inherited adapter would die of a
+//! SIGSEGV. Each call therefore compares a counter of the process, which only a child of `fork` raises.
 
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use std::sync::Once;
@@ -14,16 +14,16 @@ extern "C" fn in_child() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Remembers in which process it was made.
+/// Remembers the process that made it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ForkGuard(u32);
 
 impl ForkGuard {
-    /// For the calling process.
+    /// A guard of the calling process.
     pub(crate) fn new() -> ForkGuard {
         REGISTER.call_once(|| {
-            // SAFETY: the handler only touches an atomic. It can only fail for lack of memory, and then a child is
-            // not recognised, as without the guard.
+            // SAFETY: the handler only touches an atomic. Registering it can fail only for lack of memory, and then a
+            // child is not recognised, as without the guard.
             unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         });
         ForkGuard(FORKS.load(Ordering::Relaxed))

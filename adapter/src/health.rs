@@ -1,14 +1,14 @@
-//! What a client concludes about its engine, from two words and its own eyes.
+//! What a client concludes about its engine, from the engine's life word, its epoch, and looks at its beat.
 
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::sync::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// How the engine looks from here. Everything but `Healthy` is *degraded*: a store may be dropped, a lookup may
-/// answer 0, a load may answer an error; never wrong bytes, never a hang, never a leak.
+/// The engine's health as this client sees it. Everything but `Healthy` is *degraded*: a store may be dropped, a lookup
+/// may answer 0, a load may fail; but there are never wrong bytes, a hang or a leak.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
-    /// Attached, the same incarnation, the beat moves.
+    /// The client is attached, the incarnation is still the same, and the beat moves.
     Healthy,
     /// No engine of that name has been found yet.
     Absent,
@@ -22,9 +22,9 @@ pub enum Health {
     Stalled,
     /// The engine found its own invariants broken and stopped serving: see `kvring status`.
     Unhealthy,
-    /// The client table is full, or the engine refused this client: the reason.
+    /// The client table is full, or the engine refused this client, for this reason.
     Refused(String),
-    /// The engine comes from another release or build: the difference.
+    /// The engine comes from another release or build, with this difference.
     Incompatible(String),
     /// This client has been shut down, or its keeper has failed.
     ShutDown,
@@ -37,8 +37,8 @@ impl Health {
         *self == Health::Healthy
     }
 
-    /// The same as a sentence for people who run an engine of that name and have never heard of this crate: what is wrong,
-    /// and what they can do about it.
+    /// A sentence for people who run an engine of that name and know nothing of this crate: what is wrong, and what
+    /// they can do about it.
     #[must_use]
     pub fn explain(&self, engine: &str) -> String {
         match self {
@@ -83,29 +83,32 @@ impl core::fmt::Display for Health {
     }
 }
 
-/// Only gaps between our own looks up to this long count towards a stall: who looked away cannot tell.
+/// Only gaps between two looks of this client that are at most this long count towards a stall: after a longer one it
+/// cannot tell when the beat last moved.
 const GAP_MAX_NS: u64 = 100_000_000;
 
-/// Watches the beat of one attachment. All of it is process-private; several threads may look at once, and a lost
-/// race between two looks only loses one short gap.
+/// Watches the beat of one attachment's engine. It is private to the process. Several threads may look at once; a race
+/// between two looks only loses one short gap.
 #[derive(Debug)]
 pub(crate) struct StallClock {
     stall_after_ns: u64,
     /// The beat at the last look.
     beat: AtomicU32,
-    /// When that was.
+    /// When the last look was.
     looked_ns: AtomicU64,
-    /// How long it has stood still under our eyes.
+    /// For how long the beat has stood still, in gaps of at most [`GAP_MAX_NS`].
     still_ns: AtomicU64,
-    /// [`SUSPECT`], [`BROKEN`] and [`GONE`]: one word, so that a health check of a well engine is one load of it.
+    /// [`SUSPECT`], [`BROKEN`] and [`GONE`] in one value, so that a health check of a healthy engine needs one load of
+    /// it.
     trouble: AtomicU32,
 }
 
-/// Stood still for too long, or an operation reached its deadline under an unmoved beat: degraded until it moves.
+/// The beat stood still for too long, or an operation reached its deadline under an unmoved beat: degraded until the
+/// beat moves.
 const SUSPECT: u32 = 1;
 /// The engine broke the protocol: nothing that comes through this attachment is believed any more.
 const BROKEN: u32 = 2;
-/// The engine has died, as its file lock told: its life word says nothing, and nobody here can write it.
+/// The engine has died, as its file lock shows: its life word does not say so, and a client cannot write that.
 const GONE: u32 = 4;
 
 impl StallClock {
@@ -119,7 +122,7 @@ impl StallClock {
         }
     }
 
-    /// A look at the beat, at time `now_ns`.
+    /// Takes in a look at the beat, at time `now_ns`.
     pub(crate) fn look_at(&self, beat: u32, now_ns: u64) {
         // Relaxed throughout: heuristics of one process about another; nothing is published by them.
         let before = self.looked_ns.swap(now_ns, Ordering::Relaxed);
@@ -137,7 +140,7 @@ impl StallClock {
         }
     }
 
-    /// A look now.
+    /// Takes in a look at the beat, now.
     pub(crate) fn look(&self, beat: u32) {
         self.look_at(beat, monotonic_ns());
     }
@@ -150,29 +153,30 @@ impl StallClock {
         }
     }
 
-    /// The engine broke the protocol. True for who says so first.
+    /// Says that the engine broke the protocol. True for the first call.
     pub(crate) fn break_off(&self) -> bool {
         self.trouble.fetch_or(BROKEN, Ordering::Relaxed) & BROKEN == 0
     }
 
-    /// Did it?
+    /// Did the engine break the protocol?
     pub(crate) fn is_broken(&self) -> bool {
         self.trouble.load(Ordering::Relaxed) & BROKEN != 0
     }
 
-    /// The engine has died, and its life word does not say so. True for who says so first.
+    /// Says that the engine has died though its life word does not show it. True for the first call.
     pub(crate) fn engine_gone(&self) -> bool {
-        // Release; pairs with the Acquire in `is_gone`: who sees it finds it when it looks at anything else.
+        // SYNC POINT: Release; pairs with the Acquire in `is_gone`.
         self.trouble.fetch_or(GONE, Ordering::Release) & GONE == 0
     }
 
-    /// Has it?
+    /// Has the engine died, as its file lock shows?
     #[inline]
     pub(crate) fn is_gone(&self) -> bool {
         self.trouble.load(Ordering::Acquire) & GONE != 0
     }
 
-    /// Does the engine look stalled, or worse? `beat` is asked for only if it might; if that has moved, it is not.
+    /// Is the engine stalled, broken or gone? `beat` is called only if it may be; if the beat has moved, the engine is
+    /// not stalled.
     #[inline]
     pub(crate) fn troubled(&self, beat: impl FnOnce() -> u32) -> bool {
         self.trouble.load(Ordering::Relaxed) != 0 && self.still_troubled(beat())
@@ -223,8 +227,8 @@ mod tests {
     #[test]
     fn who_looked_away_concludes_nothing() {
         let clock = clock();
-        // Five minutes of warm-up without a call, then an hour in a debugger: the beat did not move in between
-        // either, as far as this client saw.
+        // Five minutes of warm-up without a call, then an hour in a debugger: for all that this client saw, the beat
+        // did not move.
         for pause in [300_000, 3_600_000, 101] {
             let now = clock.looked_ns.load(Ordering::Relaxed) + pause * MS;
             clock.look_at(7, now);

@@ -4,29 +4,29 @@ use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, LeaseRecord, ShardAnswer};
 use std::sync::Arc;
 
-/// What a lookup found: the longest visible prefix, pinned for this request and admission.
+/// The answer of a lookup: the longest visible prefix of its keys, pinned for this request and admission.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hit {
-    /// Chunks found, from the first key on; 0 also where the engine could not be asked.
+    /// Chunks found, from the first key on. 0 also if the engine could not be asked.
     pub chunks: u32,
-    /// Ranks of the namespace.
+    /// Number of ranks of the namespace.
     pub world: u32,
-    /// Which arena the shards are in: a worker that maps another one refuses them.
+    /// The arena that the shards are in. A worker that maps another one refuses them.
     pub arena_id: [u64; 2],
-    /// Where they are; nothing where nothing was found.
+    /// The chunks; `None` if nothing was found.
     pub(crate) found: Option<Arc<Found>>,
 }
 
 /// The chunks of a hit.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Found {
-    /// Chunk-major, rank-minor.
+    /// The shards of the first chunk by rank, then those of the second, and so on.
     pub(crate) shards: Vec<ShardAnswer>,
     pub(crate) keys: Vec<Key>,
 }
 
 impl Found {
-    /// What names a chunk to an engine that knows nothing of this lookup.
+    /// The record that names a chunk to an engine that knows nothing of this lookup.
     pub(crate) fn record(&self, chunk: usize) -> LeaseRecord {
         let world = self.shards.len() / self.keys.len().max(1);
         LeaseRecord { key: self.keys[chunk], shard: self.shards[chunk * world] }
@@ -38,8 +38,8 @@ impl Hit {
         Hit { chunks: 0, world: 0, arena_id: [0; 2], found: None }
     }
 
-    /// What rank `rank` loads, one handle per chunk: to be sent with the scheduler's metadata. Empty for a rank that
-    /// does not exist.
+    /// The handles of the shards that rank `rank` loads, one per chunk, to be sent with the scheduler's metadata. Empty
+    /// for a rank that does not exist.
     pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
         let world = self.world.max(1) as usize;
         let (keys, shards): (&[Key], &[ShardAnswer]) = match &self.found {

@@ -1,13 +1,13 @@
-//! What a client can be told, and what it assumes when it is not.
+//! A client's options and their defaults.
 
 use kvring_shm_abi::channel::{PAYLOAD_BYTES_USUAL, PAYLOAD_WORDS_MAX, PAYLOAD_WORDS_MIN};
 use kvring_shm_abi::segment::{BadName, EngineName};
 use std::time::{Duration, Instant};
 
-/// The engine's name where none is given.
+/// The engine's name if none is given.
 pub const DEFAULT_ENGINE: &str = "default";
 
-/// How a client attaches, and how long it waits for what. Every timeout is here; none is hard-coded.
+/// How a client attaches, and how long it waits for what. All timeouts of a client are here.
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
     /// The engine's name, as in `kvring serve --name`. Default `default`.
@@ -18,19 +18,20 @@ pub struct ClientOptions {
     pub attach_timeout: Duration,
     /// How long `register_kv_caches` waits for the engine's answer; the keeper goes on trying. Default 5 s.
     pub register_timeout: Duration,
-    /// How long a worker waits for the answer to a reservation or commit, and everybody for `clear`. Default 2 s.
+    /// How long a worker waits for the answer to a reservation or a commit, and a caller of `clear` for its answer.
+    /// Default 2 s.
     pub operation_timeout: Duration,
-    /// How long `shutdown` waits for running copies and for the engine's goodbye. Copies themselves are never
-    /// abandoned half-way. Default 5 s.
+    /// How long `shutdown` waits for open jobs, and then for the engine's answer. It always waits for a copy that runs.
+    /// Default 5 s.
     pub drain_timeout: Duration,
-    /// How long after its submission a store may still be copied when its blocks are wanted (a flush); what has not begun by then
-    /// is dropped, and a copy that runs is always waited for. Default 200 ms.
+    /// When a store's blocks are wanted (a flush): how long after its submission its copies may still begin. Shards
+    /// whose copy has not begun by then are dropped; the flush always waits for a copy that runs. Default 200 ms.
     pub flush_timeout: Duration,
-    /// How long the engine's beat may stand still, under this client's own eyes, until it counts as stalled.
+    /// How long the engine's beat may stand still, while this client looks at it, before the engine counts as stalled.
     /// Default 2 s.
     pub stall_after: Duration,
-    /// Spinning before sleeping while waiting for an answer; `None`: 20 µs, or nothing where this process may run on
-    /// one CPU only (spinning there keeps the engine from running).
+    /// How long a caller that waits for an answer spins before it sleeps. `None`: 20 µs, or not at all if this process
+    /// may run on one CPU only, because spinning would keep the engine from running.
     pub spin: Option<Duration>,
     /// The keeper's first pause after a failed attempt to attach, doubled up to `backoff_max`. Default 5 ms.
     pub backoff_min: Duration,
@@ -63,13 +64,13 @@ impl Default for ClientOptions {
     }
 }
 
-/// A configuration that cannot work: reported at construction, never later.
+/// Options that cannot work. Reported when a client is made, never later.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// The engine's name.
+    /// The engine's name is not a valid one.
     #[error(transparent)]
     Name(#[from] BadName),
-    /// The payload area.
+    /// The payload area's size is out of range.
     #[error("payload_bytes: expected {min} to {max}, got {got}")]
     PayloadBytes {
         /// Smallest.
@@ -125,16 +126,15 @@ impl ClientOptions {
     }
 }
 
-/// `timeout` from now; so far away that nobody gets there, where the sum cannot be told. Times come from callers.
+/// The time `timeout` from now, or a century from now if that overflows: timeouts come from callers.
 pub(crate) fn until(timeout: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(timeout).unwrap_or(now + FAR)
 }
 
-/// A century.
 const FAR: Duration = Duration::from_secs(100 * 365 * 86_400);
 
-/// CPUs that this thread may run on; 1 where the system does not say, which only costs spinning.
+/// The number of CPUs that this thread may run on; 1 if the system does not say, which only turns spinning off.
 pub(crate) fn usable_cpus() -> usize {
     let mask = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0));
     mask.map_or(1, |mask| {

@@ -10,7 +10,7 @@ use kvring_shm_abi::message::Key;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// What a scheduler's lookups need to know.
+/// The options of a scheduler's lookups.
 #[derive(Clone, Debug)]
 pub struct SchedulerOptions {
     /// Names the namespace: the same digest as the workers register.
@@ -33,42 +33,45 @@ impl SchedulerOptions {
     }
 }
 
-/// What a scheduler adapter does. No default methods: a wrapper cannot forget to forward one.
+/// The methods of a scheduler adapter. None has a default, so that a wrapper cannot forget to forward one.
 ///
-/// A request is known by its name; an *admission* is one of its lives: a request that was preempted comes back with
-/// the next one. An answer stays until the session ends or the next admission.
+/// A request is known by its name. An *admission* counts how often the request has been preempted: a preempted request
+/// comes back with the next one. An answer stays until the session ends or the next admission begins.
 pub trait SchedulerApi {
-    /// Starts the lookup of the longest visible prefix of `keys`, once per request and admission, and engine.
+    /// Starts the lookup of the longest visible prefix of `keys`, once for each request, admission and engine.
     ///
     /// # Errors
-    /// Only the caller's own: too many keys, or called in a forked child. An engine in trouble is an answer of 0.
+    /// Only the caller's mistakes: too many keys, or a call in a forked child. If the engine is in trouble, the answer
+    /// is 0.
     fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError>;
 
-    /// The answer, or that it is pending. A request that was never submitted has 0 chunks. Where too many lookups are under way
-    /// for one more it is sent when there is room, and is pending until then.
+    /// The answer, or that it is pending. A request that was never submitted has 0 chunks. If too many lookups are
+    /// under way, this one is pending, and is sent when there is room.
     fn check_lookup(&mut self, request: &str) -> Lookup<'_>;
 
-    /// Does the answer of the request's present admission still hold? Not when the engine that has pinned what was found has
-    /// died, or was restarted: then the next `submit_lookup` or `lookup` of this admission asks again. A few loads.
+    /// Does the answer of the request's present admission still hold? It does not if the engine that has pinned the
+    /// chunks has died or was restarted: then the next `submit_lookup` or `lookup` of this admission asks again. Costs
+    /// a few loads.
     fn is_current(&mut self, request: &str) -> bool;
 
-    /// Gives up an admission's pins beyond its first `keep` chunks: when all ranks have reported the load (0), or when
-    /// less was loaded than found. Unknown is fine; delivered later where it cannot be delivered now.
+    /// Gives up an admission's pins beyond its first `keep` chunks: call it when all ranks have reported the load
+    /// (`keep` 0), or when less is loaded than was found. Ignores an unknown request. If the release cannot be
+    /// delivered now, it is delivered later.
     fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32);
 
-    /// Ends a request: its answer, its pending lookup, its pins. Unknown is fine.
+    /// Ends a request: drops its answer, its pending lookup and its pins. Ignores an unknown one.
     fn end_session(&mut self, request: &str);
 
     /// Drops everything in this namespace that is not pinned. Returns the number of chunks dropped.
     fn reset_cache(&mut self) -> Result<u64, CallError>;
 
-    /// Is the engine there and well? A few loads.
+    /// Is the engine healthy? Costs a few loads.
     fn is_healthy(&mut self) -> bool;
 
-    /// How the engine looks.
+    /// The engine's health.
     fn health(&self) -> Health;
 
-    /// What lookups have come to.
+    /// Counts of lookups by their outcomes.
     fn lookup_stats(&self) -> LookupStats;
 
     /// How many sessions are open.
@@ -78,32 +81,32 @@ pub trait SchedulerApi {
     fn shutdown(&mut self);
 }
 
-/// The answer where there is nothing to say.
+/// The answer when nothing is known.
 static NOTHING: Hit = Hit::nothing();
 
 /// A scheduler's adapter, in one of two ways to wait: see [`SchedulerAdapter`] and [`PollingSchedulerAdapter`].
 pub struct Adapter<const POLLING: bool> {
     sessions: Sessions,
     options: SchedulerOptions,
-    /// How long the lookups of this step may still wait, where somebody says when a step begins.
+    /// How long the lookups of this step may still wait; `None` if the caller never says when a step begins.
     left: Option<Duration>,
 }
 
 /// How to wait for an answer.
 #[derive(Clone, Copy)]
 enum Patience {
-    /// Not at all, but it may become late.
+    /// Look once, do not wait; a lookup past its deadline fails.
     Look,
-    /// Spinning.
+    /// Spin for so long.
     Spin(Duration),
-    /// For a definite answer.
+    /// Wait for so long, then the answer is definite.
     Wait(Duration),
-    /// For a definite answer, but not for as long as an engine may take for it.
+    /// As `Wait`, but so short that a missed deadline does not count as a stall of the engine.
     WaitShort(Duration),
 }
 
 impl Patience {
-    /// What is left of it after a while.
+    /// The patience that is left when `gone` has passed.
     fn after(self, gone: Duration) -> Patience {
         match self {
             Patience::Look => Patience::Look,
@@ -114,18 +117,18 @@ impl Patience {
     }
 }
 
-/// How often a lookup that waits for room looks for some.
+/// The pause between two attempts to send a lookup that waits for room.
 const ROOM_EVERY: Duration = Duration::from_micros(50);
 
-/// Lookups that return at once and are asked about later: for an engine with slower tiers, and for schedulers that
-/// would rather wait a step than a microsecond.
+/// Lookups that return at once, and whose answers the caller asks for later. For an engine with slower tiers, and for
+/// schedulers that would rather wait for the next step than for a microsecond.
 pub type SchedulerAdapter = Adapter<false>;
 
-/// Synchronous lookups: one call gives a definite answer within `lookup_timeout`. It polls the completion ring in its
-/// own process, spinning first and sleeping then; it never occupies the engine.
+/// Synchronous lookups: one call gives a definite answer within `lookup_timeout`. The calling thread polls the
+/// completion ring, first spinning, then sleeping; the polling costs the engine nothing.
 ///
-/// A timed-out 0 is that admission's answer: asking again does not wait again; the late completion is consumed and its
-/// lease released.
+/// If a lookup times out, 0 is that admission's answer, and asking again does not wait again. When the late completion
+/// arrives, it is drained and its lease released.
 pub type PollingSchedulerAdapter = Adapter<true>;
 
 impl<const POLLING: bool> Adapter<POLLING> {
@@ -140,13 +143,13 @@ impl<const POLLING: bool> Adapter<POLLING> {
         self.left.unwrap_or(self.options.lookup_timeout)
     }
 
-    /// How long a lookup may take that begins now.
+    /// How long a lookup that begins now may take.
     fn begin_timeout(&self) -> Option<Duration> {
-        // A polling one is ended by whoever waits for it; only whether there is any time matters.
+        // A polling lookup is ended by the thread that waits for it, so only whether any time is left matters here.
         if POLLING { self.left.filter(Duration::is_zero) } else { Some(self.options.pending_timeout) }
     }
 
-    /// Looks for the answer, and counts the time that this takes.
+    /// Looks for the answer, and takes the time that this costs off the step's.
     fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
         match &mut self.left {
             Some(left) if !matches!(patience, Patience::Look) && self.sessions.is_waiting(request) => {
@@ -161,15 +164,15 @@ impl<const POLLING: bool> Adapter<POLLING> {
 }
 
 impl PollingSchedulerAdapter {
-    /// A scheduling step begins: from here on all lookups together may wait for `lookup_timeout`. When they have, further ones
-    /// answer 0 at once, without asking the engine, and that is their admission's answer. Without it each lookup may wait
-    /// that long.
+    /// Begins a scheduling step: from here on all lookups together may wait for `lookup_timeout`. After that, further
+    /// lookups answer 0 at once, without asking the engine, and that is their admission's answer. If this is never
+    /// called, each lookup may wait that long.
     pub fn begin_step(&mut self) {
         self.left = Some(self.options.lookup_timeout);
     }
 
-    /// [`PollingSchedulerAdapter::lookup`] without sleeping: looks at least once, and spins for `spin`. `None`: not known yet;
-    /// the same call of `lookup` waits for it.
+    /// [`PollingSchedulerAdapter::lookup`] without sleeping: looks at least once, and spins for `spin`. `None`: the
+    /// answer is not known yet, and `lookup` with the same arguments waits for it.
     ///
     /// # Errors
     /// As [`SchedulerApi::submit_lookup`].
@@ -196,7 +199,7 @@ impl PollingSchedulerAdapter {
         self.sessions.begin(request, admission, keys, self.begin_timeout())?;
         match self.check_lookup(request) {
             Lookup::Hit(hit) => Ok(hit),
-            // It waits: this is not reached, and an empty answer is always right.
+            // Not reached, because `check_lookup` of a polling adapter waits. An empty answer is always right.
             Lookup::Pending => Ok(&NOTHING),
         }
     }
@@ -215,7 +218,7 @@ impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
         let left = self.left();
         let patience = match POLLING {
             false => Patience::Look,
-            // What is left of a step may be a few microseconds.
+            // Only a few microseconds of the step may be left.
             true if left < self.options.lookup_timeout / 2 => Patience::WaitShort(left),
             true => Patience::Wait(left),
         };
@@ -265,8 +268,8 @@ impl Sessions {
         self.get(request).is_some_and(|session| !matches!(session.state, State::Answered(_)))
     }
 
-    /// Sends a lookup for which there was no room, if there is some now, or within the caller's patience: what is left of that.
-    /// `None`: there is none yet.
+    /// Sends a lookup for which there was no room, as soon as there is some within the caller's patience. Returns the
+    /// patience that is left. `None`: there is still no room.
     fn send(&mut self, request: &str, patience: Patience) -> Option<Patience> {
         let began = Instant::now();
         loop {
@@ -332,7 +335,7 @@ impl Sessions {
     fn reset_cache(&mut self) -> Result<u64, CallError> {
         match self.namespace() {
             Ok(namespace) => self.probe.client().clear_namespace(namespace),
-            // Nobody has stored anything yet: it is empty.
+            // No worker has registered the namespace, so it is empty.
             Err(CallError::NotRegistered) => Ok(0),
             Err(error) => Err(error),
         }

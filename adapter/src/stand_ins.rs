@@ -1,10 +1,10 @@
-//! What stands in for something that this system lacks is said in the log, once in a process.
+//! Logs, once in each process, which stand-ins kvring uses because the system lacks something.
 
 use kvring_shm_abi::means::{DeathNotice, Waiting};
 use kvring_shm_abi::probe;
 use std::sync::Once;
 
-/// A client has made its claim: this tells of its death.
+/// Called when a client has made its claim. `death_notice` is how the engine notices this client's death.
 pub(crate) fn told(death_notice: DeathNotice) {
     static SAID: Once = Once::new();
     SAID.call_once(|| {

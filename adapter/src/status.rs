@@ -21,7 +21,7 @@ pub(crate) fn check(completion: &Completion) -> Result<(), CallError> {
     }
 }
 
-/// The same for a registration.
+/// As [`check`], for the completion of a registration; its result is the namespace's id.
 pub(crate) fn check_registration(
     completion: &Completion,
     record: &Registration,

@@ -1,4 +1,4 @@
-//! The package's exceptions, and the wall that panics do not pass.
+//! The package's exceptions, and the guard that turns panics into one of them.
 
 use pyo3::exceptions::{PyException, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
@@ -18,7 +18,7 @@ struct Kinds {
 
 static KINDS: PyOnceLock<Kinds> = PyOnceLock::new();
 
-/// `type(name, bases, …)`: `PyErr::new_type` takes one base only.
+/// Makes a class by Python's `type(name, bases, …)`, because `PyErr::new_type` takes one base only.
 fn make(py: Python<'_>, name: &str, doc: &str, bases: &[&Bound<'_, PyType>]) -> PyResult<Py<PyType>> {
     let content = PyDict::new(py);
     content.set_item("__module__", "kvring")?;

@@ -1,4 +1,4 @@
-//! `KvGroup`: layers that share a block table, from the tensors that they are.
+//! `KvGroup`: layers that share a block table, made from the layers' tensors.
 
 use crate::errors::{self, guarded};
 use crate::planes::{Piece, Tensor, planes};
@@ -9,19 +9,19 @@ use pyo3::prelude::*;
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct KvGroup {
     pieces: Vec<Piece>,
-    /// What the pieces were made of: see [`planes`].
+    /// The digest of how the pieces were made of the tensors: see [`planes`].
     order: u64,
     num_blocks: u32,
     blocks_per_chunk: u32,
 }
 
 impl KvGroup {
-    /// A digest of what its planes were made of.
+    /// The digest of how the planes were made of the tensors.
     pub(crate) fn order(&self) -> u64 {
         self.order
     }
 
-    /// As the adapter takes it.
+    /// The group in the adapter's form.
     pub(crate) fn group(&self) -> kvring_adapter::KvGroup {
         let plane = |piece: &Piece| kvring_adapter::Plane {
             base: core::ptr::with_exposed_provenance_mut(piece.address as usize),

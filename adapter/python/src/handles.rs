@@ -1,25 +1,25 @@
-//! Shard handles as bytes: what the scheduler's process sends to a worker's, through vLLM's metadata.
+//! Shard handles as bytes, which the scheduler's process sends to a worker's process in vLLM's metadata.
 
 use core::fmt;
 use kvring_adapter::ShardHandle;
 
-/// "kvring shards", and the version of this form.
+/// "kvring shards", and the version of this format.
 const MAGIC: [u8; 8] = *b"kvrsh\x00\x00\x01";
-/// Magic, count.
+/// Bytes of the header: magic and count.
 const HEADER: usize = 16;
-/// Seven words.
+/// Bytes of a record: seven numbers of 64 bits.
 const RECORD: usize = 56;
 
 /// Bytes that are not packed handles.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum NotHandles {
-    /// Shorter than the header.
+    /// They are shorter than the header.
     Short { got: usize },
-    /// Not ours, or another version's.
+    /// They do not begin with our magic, or are of another version.
     Magic { got: [u8; 8] },
-    /// Not as long as its count says.
+    /// Their length does not fit the count in the header.
     Length { count: u64, got: usize },
-    /// A record that cannot be.
+    /// The record at this index has a value that cannot be.
     Record { at: usize },
 }
 
@@ -49,7 +49,7 @@ pub(crate) fn packed_bytes(count: usize) -> usize {
     HEADER + count * RECORD
 }
 
-/// Packs handles into `to`, which has [`packed_bytes`] of their number.
+/// Packs handles into `to`, which has [`packed_bytes`] bytes for their count.
 pub(crate) fn pack(handles: impl ExactSizeIterator<Item = ShardHandle>, to: &mut [u8]) {
     let mut words = to.chunks_exact_mut(8);
     let mut put = |word: [u8; 8]| {
@@ -67,7 +67,7 @@ pub(crate) fn pack(handles: impl ExactSizeIterator<Item = ShardHandle>, to: &mut
     }
 }
 
-/// Unpacks handles. Whether they lead anywhere is for the load to find out.
+/// Unpacks handles. The load checks whether they lead to the shards that they name.
 pub(crate) fn unpack(bytes: &[u8]) -> Result<Vec<ShardHandle>, NotHandles> {
     let got = bytes.len();
     let (words, rest) = bytes.as_chunks::<8>();

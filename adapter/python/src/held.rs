@@ -4,7 +4,8 @@ use pyo3::prelude::*;
 use std::mem::ManuallyDrop;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
-/// Behind a lock that is never waited for while attached to the interpreter, and never held while waiting for that.
+/// An adapter behind a lock. No thread waits for the lock while it is attached to the interpreter, or for the
+/// interpreter while it holds the lock.
 pub(crate) struct Held<T: Send>(Mutex<ManuallyDrop<T>>);
 
 impl<T: Send> Held<T> {
@@ -13,11 +14,11 @@ impl<T: Send> Held<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, ManuallyDrop<T>> {
-        // A call that panicked has been told so; what the adapter holds is sound all the same.
+        // A caller whose call panicked has got an error; the adapter's state is sound all the same.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something that takes no time; `None` where somebody else is at it.
+    /// Calls `act`, which takes no time; `None` if another thread holds the lock.
     pub(crate) fn try_now<R>(&self, act: impl FnOnce(&mut T) -> R) -> Option<R> {
         match self.0.try_lock() {
             Ok(mut value) => Some(act(&mut value)),
@@ -26,7 +27,7 @@ impl<T: Send> Held<T> {
         }
     }
 
-    /// Does something that takes no time, once nobody else is at it.
+    /// Calls `act`, which takes no time, once the lock is free.
     pub(crate) fn now<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut T) -> R + Send) -> R {
         match self.0.try_lock() {
             Ok(mut value) => act(&mut value),
@@ -35,7 +36,7 @@ impl<T: Send> Held<T> {
         }
     }
 
-    /// Does something that takes no time, unless `may_wait`: a GPU's driver may hold its locks for a while.
+    /// Calls `act`, which takes no time unless `may_wait`: a GPU's driver may hold its locks for a while.
     pub(crate) fn soon<R: Send>(
         &self,
         py: Python<'_>,
@@ -45,7 +46,7 @@ impl<T: Send> Held<T> {
         if may_wait { self.wait(py, act) } else { self.now(py, act) }
     }
 
-    /// Does something that may wait.
+    /// Calls `act`, which may wait, detached from the interpreter.
     pub(crate) fn wait<R: Send>(&self, py: Python<'_>, act: impl FnOnce(&mut T) -> R + Send) -> R {
         py.detach(|| act(&mut self.lock()))
     }
@@ -54,9 +55,10 @@ impl<T: Send> Held<T> {
 impl<T: Send> Drop for Held<T> {
     fn drop(&mut self) {
         let value = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: taken once, here; nobody uses it after its drop.
+        // SAFETY: the value is taken only here, once, and nobody uses it after this drop.
         let value = unsafe { ManuallyDrop::take(value) };
-        // Ending an adapter waits for copies and for threads. Where there is no interpreter any more, just so.
+        // Dropping an adapter waits for copies and for threads, so do it detached from the interpreter. If there is no
+        // interpreter any more, it is dropped all the same, with the closure.
         let _ = Python::try_attach(|py| py.detach(|| drop(value)));
     }
 }

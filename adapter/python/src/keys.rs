@@ -6,7 +6,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PySequence};
 
-/// Bytes of a key that count.
+/// How many bytes of a key are used.
 pub(crate) const KEY_BYTES: usize = 16;
 
 /// A key's first 16 bytes, as two little-endian words.
@@ -27,7 +27,7 @@ fn key(py: Python<'_>, item: &Bound<'_, PyAny>, name: impl Fn() -> String) -> Py
     }
 }
 
-/// `keys[every - 1::every]`, at most `limit` of them.
+/// The keys `keys[every - 1::every]`, at most `limit` of them.
 pub(crate) fn every(keys: &Bound<'_, PyAny>, every: usize, limit: usize) -> PyResult<Vec<Key>> {
     let py = keys.py();
     if every == 0 {
@@ -45,7 +45,8 @@ pub(crate) fn every(keys: &Bound<'_, PyAny>, every: usize, limit: usize) -> PyRe
     places.map(|index| key(py, &sequence.get_item(index)?, at(index))).collect()
 }
 
-/// Keys that nobody finds or stores without the same salt: they are digests, so a fixed difference keeps them apart.
+/// Salts the keys, so that only users of the same salt find or store under them. Keys are digests, so XOR with a fixed
+/// value keeps them distinct.
 pub(crate) fn salt(py: Python<'_>, keys: &mut [Key], salt: Option<&[u8]>) -> PyResult<()> {
     let Some(salt) = salt else { return Ok(()) };
     match salt.as_chunks::<8>() {

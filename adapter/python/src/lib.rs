@@ -1,7 +1,7 @@
 //! The Rust side of the Python package `kvring`: `adapter/python/kvring/_native.pyi` says what it offers.
 //!
-//! Rules of this crate: nothing waits while it is attached to the interpreter (but for a lookup's spinning), nothing waits
-//! for the interpreter while it holds a lock, and no panic reaches Python.
+//! Rules of this crate: no thread waits while it is attached to the interpreter (except that a lookup may spin), no
+//! thread waits for the interpreter while it holds a lock, and no panic reaches Python.
 
 mod errors;
 mod group;
@@ -20,7 +20,7 @@ use kvring_shm_abi::byte_size::ByteSize;
 use kvring_shm_abi::segment::EngineName;
 use pyo3::prelude::*;
 
-/// A size as `kvring serve --arena` takes it, in bytes.
+/// The bytes of a size as `kvring serve --arena` takes it.
 #[pyfunction]
 fn byte_size(py: Python<'_>, text: &str) -> PyResult<u64> {
     errors::guarded(py, || {
@@ -28,7 +28,7 @@ fn byte_size(py: Python<'_>, text: &str) -> PyResult<u64> {
     })
 }
 
-/// A name as `kvring serve --name` takes it, unchanged.
+/// Checks a name as `kvring serve --name` takes it, and returns it unchanged.
 #[pyfunction]
 fn engine_name(py: Python<'_>, name: &str) -> PyResult<String> {
     errors::guarded(py, || {
@@ -36,7 +36,8 @@ fn engine_name(py: Python<'_>, name: &str) -> PyResult<String> {
     })
 }
 
-/// How the engine of this name looks from outside: `absent`, `dead`, `stopped` (asked to, with `--keep`), `recovering`, `serving`, ….
+/// The state of the engine of this name as others see it: `absent`, `dead`, `stopped` (asked to, with `--keep`),
+/// `recovering`, `serving`, ….
 #[pyfunction]
 #[pyo3(signature = (name = "default"))]
 fn engine_state(py: Python<'_>, name: &str) -> PyResult<String> {
@@ -47,7 +48,7 @@ fn engine_state(py: Python<'_>, name: &str) -> PyResult<String> {
             Ok(_) => "serving".to_owned(),
             Err(AttachError::Stopped(_)) => "stopped".to_owned(),
             Err(error) => match error.health() {
-                // Half created.
+                // The segments are only half created.
                 Health::Attaching => Health::Recovering.to_string(),
                 health => health.to_string(),
             },

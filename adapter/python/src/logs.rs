@@ -1,6 +1,7 @@
-//! What the adapters say, on its way to Python's `logging`.
+//! Carries the adapters' log records to Python's `logging`.
 //!
-//! A subscriber puts records into a queue; a thread of Python's takes them out. So nobody who logs waits for the interpreter.
+//! A subscriber puts records into a queue, and a Python thread takes them out. So a thread that logs never waits for
+//! the interpreter.
 
 use crate::errors::guarded;
 use crate::options::milliseconds;
@@ -19,20 +20,22 @@ struct Queue {
     records: Records,
 }
 
-/// The address of the queue of this process, or of the parent of the fork that it comes from; 0: none yet.
+/// The address of this process's queue, or of its parent's if this process was forked and has not logged yet; 0 if
+/// there is none yet.
 static QUEUE: AtomicU64 = AtomicU64::new(0);
-/// The lowest `logging` level that is wanted.
+/// The lowest `logging` level of records that are kept.
 static LEVEL: AtomicU64 = AtomicU64::new(INFO);
 const INFO: u64 = 20;
 
-/// This process's queue. A forked child begins with an empty one: its parent's may be locked for ever.
+/// This process's queue. A forked child begins with an empty one, because its copy of the parent's may be locked for
+/// ever.
 fn queue() -> &'static Queue {
     let pid = std::process::id();
     let mut known = QUEUE.load(Ordering::Acquire);
     let mut fresh: Option<Box<Queue>> = None;
     loop {
         if known != 0 {
-            // SAFETY: the address of a queue that was leaked, whose content the Release below published.
+            // SAFETY: the address of a queue that is never freed, and whose content the Release below has published.
             let queue: &'static Queue = unsafe { &*core::ptr::with_exposed_provenance(known as usize) };
             if queue.pid == pid {
                 return queue;
@@ -46,11 +49,11 @@ fn queue() -> &'static Queue {
             Ordering::AcqRel,
             Ordering::Acquire,
         ) {
-            // SAFETY: leaked: it lives for ever.
+            // SAFETY: the queue is never freed.
             Ok(_) => return unsafe { &*made },
             Err(now) => {
                 known = now;
-                // SAFETY: from `into_raw` above; nobody else has seen it.
+                // SAFETY: the pointer is from `into_raw` above, and no other thread has seen it.
                 fresh = Some(unsafe { Box::from_raw(made) });
             }
         }
@@ -96,7 +99,7 @@ impl Subscriber for Forward {
         queue().records.push((level, logger, text.0));
     }
 
-    // No spans.
+    // Spans are ignored.
     fn new_span(&self, _: &span::Attributes<'_>) -> span::Id {
         span::Id::from_u64(1)
     }
@@ -110,7 +113,7 @@ impl Subscriber for Forward {
     fn exit(&self, _: &span::Id) {}
 }
 
-/// "message key=value …".
+/// The text of a record: "message key=value …".
 #[derive(Default)]
 struct Text(String);
 
@@ -118,7 +121,7 @@ impl Visit for Text {
     fn record_debug(&mut self, field: &Field, value: &dyn core::fmt::Debug) {
         // Writing to a string does not fail.
         let _ = match field.name() {
-            // It comes first in the text, wherever it comes here.
+            // The message comes first in the text, wherever it comes among the fields.
             "message" => {
                 let rest = core::mem::take(&mut self.0);
                 write!(self.0, "{value:?}{rest}")
@@ -132,19 +135,19 @@ impl Visit for Text {
     }
 }
 
-/// Before the first client of a process: from now on its records are kept, and a thread of Python's forwards them.
+/// Called before a process makes a client: from now on log records are kept, and a Python thread forwards them.
 pub(crate) fn begin(py: Python<'_>) -> PyResult<()> {
     static INSTALL: Once = Once::new();
-    // Who is first waits for nobody: this is quick.
+    // The first thread here waits for nothing, so the others wait only a moment.
     INSTALL.call_once(|| {
-        // Only an extension that shares our statics could have set one before: there is none.
+        // This fails only if an extension that shares our statics has set a subscriber before, and there is none.
         let _ = tracing::subscriber::set_global_default(Forward);
     });
     py.import("kvring._logs")?.call_method0("ensure")?;
     Ok(())
 }
 
-/// Log records of this process's adapters; waits for the first one.
+/// The log records of this process's adapters; waits at most `timeout_ms` for the first one.
 #[pyfunction]
 pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>> {
     guarded(py, || {
@@ -162,7 +165,7 @@ pub(crate) fn close_logs(py: Python<'_>) -> PyResult<()> {
     })
 }
 
-/// Which records are kept, by `logging` level.
+/// Sets the lowest `logging` level of records that are kept.
 #[pyfunction]
 pub(crate) fn set_log_level(py: Python<'_>, level: u32) -> PyResult<()> {
     guarded(py, || {

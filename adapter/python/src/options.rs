@@ -5,7 +5,7 @@ use kvring_adapter::ClientOptions;
 use pyo3::prelude::*;
 use std::time::Duration;
 
-/// Longer than anybody waits: a time that is added to the present one must not overflow.
+/// The longest duration, more than anybody waits: added to the present time it must not overflow.
 const SECONDS_MAX: f64 = 1e9;
 
 /// A duration of `value` times `unit` seconds.

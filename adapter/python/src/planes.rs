@@ -2,29 +2,29 @@
 
 use kvring_adapter::Digest;
 
-/// More planes than that are not a KV cache.
+/// No KV cache has more planes than that.
 pub(crate) const PLANES_MAX: usize = 1 << 16;
-/// Pairs of pieces looked at for an overlap, where they interleave in a way that no KV cache does.
+/// The most pairs of pieces that are compared for an overlap. Only pieces that interleave as in no KV cache have more.
 const PAIRS_MAX: usize = 1 << 24;
-/// Addresses end here.
+/// Addresses are below this.
 const ADDRESS_MAX: u64 = i64::MAX as u64;
 
 /// One layer's tensor: the first dimension counts blocks, or kernel blocks.
 #[derive(Clone, Debug)]
 pub(crate) struct Tensor {
-    /// Of the first element.
+    /// The address of the first element.
     pub(crate) address: u64,
     pub(crate) shape: Vec<u64>,
-    /// In elements.
+    /// Strides in elements.
     pub(crate) strides: Vec<i64>,
     /// Bytes of an element.
     pub(crate) itemsize: u64,
 }
 
-/// What one block has at `address`, and the next one `stride` bytes further on.
+/// A contiguous piece of each block: the first block's is at `address`, the next one's `stride` bytes further on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
-    /// Which tensor it is of, or begins in.
+    /// The index of the tensor that it belongs to, or begins in.
     pub(crate) tensor: usize,
     pub(crate) address: u64,
     pub(crate) stride: u64,
@@ -32,17 +32,18 @@ pub(crate) struct Piece {
 }
 
 impl Piece {
-    /// The first address behind the last block's.
+    /// The first address behind the last block's piece.
     fn end(&self, num_blocks: u64) -> u64 {
         self.address + self.stride * (num_blocks - 1) + self.bytes
     }
 }
 
-/// The pieces of a group's blocks, in an order that follows from shapes and strides alone: tensor after tensor, and in each
-/// by address. Where all of a block lies together (vLLM's layouts with the blocks outermost) they are joined: most often to one.
+/// The pieces of a group's blocks, in an order that follows from shapes and strides alone: tensor after tensor, and in
+/// each by address. If all of a block lies together (vLLM's layouts with the blocks outermost), neighbours are joined,
+/// most often to one piece.
 ///
-/// With them, a digest of what the pieces alone do not show: where in a block which tensor's bytes are, and in which order those have
-/// their dimensions. Equal wherever the cache lies and however many blocks it has.
+/// Also returns a digest of what the pieces alone do not show: where in a block each tensor's bytes are, and in which
+/// order its dimensions lie in memory. It is the same wherever the cache lies and however many blocks it has.
 pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<(Vec<Piece>, u64), String> {
     if num_blocks == 0 {
         return Err("num_blocks: expected at least 1, got 0".to_owned());
@@ -63,8 +64,8 @@ pub(crate) fn planes(num_blocks: u32, tensors: &[Tensor]) -> Result<(Vec<Piece>,
     Ok((pieces, digest.value()))
 }
 
-/// Takes in a tensor's form, and which of its dimensions comes before which in memory. Not the strides: where heads are outside the
-/// blocks they follow from the number of blocks.
+/// Mixes in a tensor's element size and shape, and the order of its dimensions in memory. It leaves out the strides:
+/// where heads are outside the blocks, strides depend on the number of blocks.
 fn mix_tensor(digest: &mut Digest, num_blocks: u64, tensor: &Tensor) {
     digest.mix(tensor.itemsize);
     digest.mix(tensor.shape.len() as u64);
@@ -72,7 +73,7 @@ fn mix_tensor(digest: &mut Digest, num_blocks: u64, tensor: &Tensor) {
     for (at, (&size, &stride)) in tensor.shape.iter().zip(&tensor.strides).enumerate() {
         let size = if at == 0 { size / num_blocks } else { size };
         digest.mix(size);
-        // One of one element has no place.
+        // A dimension of one element has no place in that order.
         if size > 1 {
             dimensions.push((stride, at, size));
         }
@@ -81,8 +82,8 @@ fn mix_tensor(digest: &mut Digest, num_blocks: u64, tensor: &Tensor) {
     dimensions.iter().for_each(|(_, at, _)| digest.mix(*at as u64));
 }
 
-/// By address, neighbours as one, if all of a block comes before anything of the next one: only there is the order of addresses
-/// the same wherever the cache lies, and whatever allocations it is made of.
+/// If all of a block comes before anything of the next one, sorts the pieces by address and joins neighbours. Only in
+/// that case is the order of addresses the same wherever the cache lies, and whatever allocations it is made of.
 fn joined(num_blocks: u64, pieces: Vec<Piece>, digest: &mut Digest) -> Vec<Piece> {
     let [first, rest @ ..] = &pieces[..] else { return pieces };
     let from = pieces.iter().map(|piece| piece.address).min().unwrap_or(0);
@@ -129,7 +130,7 @@ fn pieces(num_blocks: u64, index: usize, tensor: &Tensor) -> Result<Vec<Piece>, 
     let too_far = || {
         format!("expected addresses below 2^63, got shape {shape:?}, strides {strides:?} of {itemsize} bytes")
     };
-    // Size and stride in bytes. A dimension of size 1 has no stride to speak of.
+    // Size, and stride in bytes, of each dimension. The stride of a dimension of size 1 means nothing.
     let mut dimensions = Vec::with_capacity(shape.len());
     for (&size, &stride) in shape.iter().zip(strides) {
         if size == 1 {
@@ -141,7 +142,7 @@ fn pieces(num_blocks: u64, index: usize, tensor: &Tensor) -> Result<Vec<Piece>, 
             stride.ok_or_else(|| format!("expected strides above 0, got {strides:?} for shape {shape:?}"))?;
         dimensions.push((size, stride.checked_mul(itemsize).ok_or_else(too_far)?));
     }
-    // The last byte's address, as long as it can be counted.
+    // The last byte's address, with checks for overflow.
     let mut last = address.checked_add(itemsize - 1).ok_or_else(too_far)?;
     for (size, stride) in &dimensions {
         let more = (size - 1).checked_mul(*stride).ok_or_else(too_far)?;
@@ -198,14 +199,14 @@ fn overlap(one: &Piece, other: &Piece) -> String {
     )
 }
 
-/// No byte belongs to two blocks, or to two pieces.
+/// Checks that no byte belongs to two blocks, or to two pieces.
 fn check_overlap(num_blocks: u64, pieces: &[Piece]) -> Result<(), String> {
     if let Some(piece) = pieces.iter().find(|piece| piece.bytes > piece.stride) {
         return Err(overlap(piece, piece));
     }
     let mut sorted: Vec<&Piece> = pieces.iter().collect();
     sorted.sort_unstable_by_key(|piece| piece.address);
-    // Pieces whose ranges, over all blocks, are chained to one another.
+    // Find groups of pieces whose ranges, over all blocks, overlap in a chain.
     let (mut from, mut end) = (0, 0);
     let mut pairs = 0;
     for to in 0..=sorted.len() {
@@ -218,7 +219,7 @@ fn check_overlap(num_blocks: u64, pieces: &[Piece]) -> Result<(), String> {
     Ok(())
 }
 
-/// Pieces sorted by address, whose ranges are interleaved.
+/// Checks pieces that are sorted by address and whose ranges over all blocks interleave.
 fn check_interleaved(num_blocks: u64, pieces: &[&Piece], pairs: &mut usize) -> Result<(), String> {
     let [first, .., last] = pieces else { return Ok(()) };
     if num_blocks == 1 {
@@ -226,7 +227,7 @@ fn check_interleaved(num_blocks: u64, pieces: &[&Piece], pairs: &mut usize) -> R
     }
     let stride = first.stride;
     if let Some(other) = pieces.iter().find(|piece| piece.stride != stride) {
-        // Not worth an exact answer: tensors of different strides lie apart.
+        // An exact answer is not worth it: in a KV cache, tensors of different strides lie apart.
         return Err(overlap(first, other));
     }
     for two in pieces.windows(2) {
@@ -234,11 +235,12 @@ fn check_interleaved(num_blocks: u64, pieces: &[&Piece], pairs: &mut usize) -> R
             return Err(overlap(two[0], two[1]));
         }
     }
-    // Everything of a block comes before anything of the next one: what all blocks-outermost caches look like.
+    // Everything of a block comes before anything of the next one, as in all caches with the blocks outermost.
     if last.address + last.bytes - first.address <= stride {
         return Ok(());
     }
-    // Which block of the first piece it lies beside, and where there.
+    // Where a piece lies: the offset within the first piece's stride, and the block of the first piece that it lies
+    // beside.
     let place =
         |piece: &Piece| ((piece.address - first.address) % stride, (piece.address - first.address) / stride);
     let mut placed: Vec<((u64, u64), &Piece)> = pieces.iter().map(|piece| (place(piece), *piece)).collect();

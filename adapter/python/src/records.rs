@@ -1,11 +1,12 @@
-//! The queue between who logs and who forwards: bounded, and nobody who puts something in waits.
+//! The queue between the threads that log and the one that forwards: it is bounded, and a thread that adds a record
+//! never waits.
 
 use core::fmt::Write;
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Records kept for a reader that does not come; the oldest goes first.
+/// The most records in the queue. If the reader does not keep up, the oldest are dropped.
 pub(crate) const RECORDS_MAX: usize = 4096;
 
 /// `logging` level, logger, text.
@@ -21,7 +22,7 @@ struct State {
 #[derive(Default)]
 pub(crate) struct Records {
     state: Mutex<State>,
-    /// A record, or the end.
+    /// Notified when a record has been added, or the queue closed.
     news: Condvar,
 }
 
@@ -30,7 +31,7 @@ impl Records {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a record; after the end it goes nowhere.
+    /// Adds a record; ignored once the queue is closed.
     pub(crate) fn push(&self, record: Record) {
         let mut state = self.state();
         if state.closed {
@@ -45,7 +46,8 @@ impl Records {
         self.news.notify_one();
     }
 
-    /// What there is; waits for the first one, at most `timeout`. What was dropped before is said in the first.
+    /// Takes all records; waits at most `timeout` for the first one. The first one also says how many were dropped
+    /// before it.
     pub(crate) fn take(&self, timeout: Duration) -> Vec<Record> {
         let empty = |state: &mut State| state.records.is_empty() && !state.closed;
         let waited = self.news.wait_timeout_while(self.state(), timeout, empty);
@@ -61,7 +63,7 @@ impl Records {
         records
     }
 
-    /// No more records; nobody waits any more.
+    /// Closes the queue: it takes no more records, and nobody waits for one any more.
     pub(crate) fn close(&self) {
         self.state().closed = true;
         self.news.notify_all();

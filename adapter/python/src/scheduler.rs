@@ -14,7 +14,7 @@ use pyo3::types::{PyBytes, PyDict};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What a lookup found.
+/// The answer of a lookup.
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct Hit(kvring_adapter::Hit);
 
@@ -71,7 +71,8 @@ struct Adapter<const POLLING: bool> {
     in_vain: AtomicU32,
 }
 
-/// Where spinning brings nothing, because the engine sleeps or waits for our CPU, one lookup of so many tries it again.
+/// While spinning brings no answer, because the engine sleeps or waits for our CPU, only one of so many lookups tries
+/// it again.
 const SPIN_EVERY: u32 = 16;
 
 impl<const POLLING: bool> Adapter<POLLING> {
@@ -117,7 +118,8 @@ pub(crate) fn dict<'py>(
     Ok(dict)
 }
 
-/// A class with the methods of its own, and those that both have: PyO3 takes one block of methods for each class.
+/// Makes a class with its own methods and those that both classes have: PyO3 takes only one block of methods for each
+/// class.
 macro_rules! scheduler_class {
     ($name:ident, $polling:literal, $doc:literal, { $($own:tt)* }) => {
         #[doc = $doc]
@@ -251,8 +253,9 @@ scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answer
     }
 });
 
-/// As long as an engine that sleeps takes to wake up and answer: who slept meanwhile would have to be woken as well, which takes
-/// as long again. Nothing on one CPU, where the engine would wait for us.
+/// How long a lookup spins by default: as long as an engine that sleeps takes to wake up and answer. If the caller
+/// slept meanwhile, it would have to be woken as well, which takes as long again. On one CPU it does not spin, because
+/// the engine would wait for our CPU.
 fn poll_interval() -> Duration {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     if cpus > 1 { Duration::from_micros(200) } else { Duration::ZERO }
@@ -260,8 +263,8 @@ fn poll_interval() -> Duration {
 
 impl Adapter<true> {
     fn lookup(&self, py: Python<'_>, request: &str, admission: u32, keys: &[Key]) -> PyResult<Hit> {
-        // Relaxed: a guess. Spinning in vain costs the interpreter's other threads as long as it lasts, and on a busy machine
-        // the engine too.
+        // Relaxed: it is only a guess. Spinning in vain takes time from the interpreter's other threads, and on a busy
+        // machine from the engine too.
         let in_vain = self.in_vain.load(Ordering::Relaxed);
         let spin = if in_vain.is_multiple_of(SPIN_EVERY) { self.spin } else { Duration::ZERO };
         let now = self
@@ -317,7 +320,7 @@ scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer 
                 drain_timeout_ms,
                 flush_timeout_ms,
                 stall_after_ms,
-                // It has spun already when it begins to wait.
+                // `lookup` has spun already when it begins to wait.
                 spin_us: spin_us.or(Some(0.0)),
             };
             let spin = match poll_interval_us {

@@ -17,7 +17,7 @@ use pyo3::types::PyDict;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a wait goes on before Python may look for a signal.
+/// The longest wait after which Python may look for a signal.
 const SLICE: Duration = Duration::from_millis(100);
 
 /// A job that has ended.
@@ -98,9 +98,9 @@ fn finished(ended: kvring_adapter::Finished) -> Vec<Finished> {
     stores.chain(loads).collect()
 }
 
-/// The adapter, and what owns the memory that it touches.
+/// The adapter, and the Python object that owns the memory that it touches.
 struct Worker {
-    // Dropped first: after that nothing touches the memory.
+    // Dropped before `owner`: after that nothing touches the memory.
     adapter: kvring_adapter::WorkerAdapter,
     owner: Option<Py<PyAny>>,
 }
@@ -139,7 +139,7 @@ impl NotTaken {
     }
 }
 
-/// The blocks of one chunk after the other.
+/// Splits the blocks by chunk.
 fn by_chunk(
     blocks: &[u32],
     chunks: usize,
@@ -162,13 +162,14 @@ pub(crate) struct WorkerAdapter {
 
 impl WorkerAdapter {
     /// # Errors
-    /// There is a load of which it is not known whether it has ended.
+    /// A load is lost: nobody knows whether its copy has ended.
     fn nothing_is_lost(&self, py: Python<'_>) -> PyResult<()> {
         let lost = |error| Err(errors::device(py, format_args!("{LOST}: {error}")));
         self.jobs.lost().map_or(Ok(()), lost)
     }
 
-    /// Waits in slices, so that Ctrl-C ends it. Nothing is waited for once a load is lost: it would be waited for in vain.
+    /// Waits in slices, so that Ctrl-C ends the wait. Once a load is lost it fails at once, because that load will
+    /// never end.
     fn wait_for(
         &self,
         py: Python<'_>,
@@ -281,14 +282,14 @@ impl WorkerAdapter {
             let memory = device.map_or(Memory::Host, Memory::Cuda);
             let order = groups.iter().fold(0u64, |order, group| order.rotate_left(1) ^ group.get().order());
             let groups = groups.iter().map(|group| group.get().group()).collect();
-            // SAFETY: the caller describes its own memory, keeps it by `owner` and keeps to who may touch which block when;
-            // from Python nothing more can be had.
+            // SAFETY: the caller describes its own memory, keeps it alive by `owner`, and keeps to the rules of who may
+            // touch which block when. Python code cannot give more than that.
             let paged = unsafe { PagedKv::grouped(groups) }
                 .map_err(|error| errors::layout(py, error))?
                 .on(memory)
                 .ordered(order);
             let (registered, before) = self.held.wait(py, |worker| {
-                // The mover that touched the earlier memory ends in this call.
+                // The mover that touched the earlier memory ends in this call, so `before` may be dropped after it.
                 let registered = worker.adapter.register_kv_caches(paged);
                 let owner = if registered.is_ok() { owner } else { None };
                 (registered, core::mem::replace(&mut worker.owner, owner))
@@ -432,7 +433,7 @@ impl WorkerAdapter {
             });
             match self.jobs.lost() {
                 None => drop(owner),
-                // The memory is nobody else's as long as this process lives.
+                // The owner is never dropped: the memory must stay ours as long as this process lives.
                 Some(_) => core::mem::forget(owner),
             }
             Ok(())

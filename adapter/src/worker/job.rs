@@ -1,4 +1,5 @@
-//! Jobs: what the caller's thread hands to the mover, and how the two agree on which blocks are being read.
+//! Jobs: the caller's thread hands them to the mover, and each knows whether copies of its blocks run or may still
+//! begin.
 
 use super::report::{LoadReport, StoreReport};
 use kvring_gpu_kernels::{Fence, PagedKv};
@@ -7,7 +8,7 @@ use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Names a job, in the order of submission.
+/// Names a job; ids grow in the order of submission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub u64);
 
@@ -20,21 +21,21 @@ pub struct StoreChunk {
     pub blocks: Vec<u32>,
 }
 
-/// One chunk to load: where the lookup said it is, and the blocks that it goes to.
+/// One chunk to load: the shard that the lookup found, and the blocks to copy it to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadChunk {
-    /// From [`crate::Hit::shards_of`].
+    /// The shard, from [`crate::Hit::shards_of`].
     pub shard: ShardHandle,
-    /// Where it goes, in order.
+    /// The blocks to copy it to, in order.
     pub blocks: Vec<u32>,
 }
 
 /// Jobs that have ended since the last call.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Finished {
-    /// Stores: job, request, what became of it.
+    /// Stores: job, request, report.
     pub stores: Vec<(JobId, String, StoreReport)>,
-    /// Loads.
+    /// Loads: job, request, report.
     pub loads: Vec<(JobId, String, LoadReport)>,
 }
 
@@ -48,9 +49,9 @@ pub(crate) struct Job {
     pub(crate) id: JobId,
     pub(crate) request: String,
     pub(crate) work: Work,
-    /// The layout it was submitted under.
+    /// The layout under which the job was submitted.
     pub(crate) paged: std::sync::Arc<PagedKv>,
-    /// Its copies come after this.
+    /// The job's copies are ordered after this fence.
     pub(crate) after: Fence,
     submitted: Instant,
     phase: Mutex<Phase>,
@@ -59,11 +60,11 @@ pub(crate) struct Job {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 struct Phase {
-    /// Copies of its blocks that are running.
+    /// How many copies of the job's blocks are running.
     copying: u32,
-    /// No copy may begin any more.
+    /// No copy may begin any more, and nobody waits for the outcome.
     cancelled: bool,
-    /// No copy will begin any more: all are done.
+    /// No copy will begin any more: the mover has ended all of them.
     copied: bool,
 }
 
@@ -95,7 +96,8 @@ impl Job {
         matches!(self.work, Work::Store { .. })
     }
 
-    /// Mover: a copy of its blocks runs from now on until what this returns is dropped; `None` where none may begin.
+    /// Mover: says that a copy of the job's blocks runs, until the value that this returns is dropped. `None` if no
+    /// copy may begin any more.
     pub(crate) fn begin_copy(&self) -> Option<CopyRunning<'_>> {
         let mut phase = self.phase();
         if phase.cancelled {
@@ -105,19 +107,19 @@ impl Job {
         Some(CopyRunning(self))
     }
 
-    /// May no copy of its blocks begin any more, and is nobody interested in what becomes of it?
+    /// Has the job been cancelled, so that no copy of its blocks may begin and nobody waits for the outcome?
     pub(crate) fn is_cancelled(&self) -> bool {
         self.phase().cancelled
     }
 
-    /// Mover: its blocks are not looked at any more.
+    /// Mover: says that it does not touch the job's blocks any more.
     pub(crate) fn end_copies(&self) {
         self.phase().copied = true;
         self.changed.notify_all();
     }
 
-    /// Caller: waits until its blocks are not looked at any more. When its submission is `patience` ago no further copy begins,
-    /// but one that runs is always waited for.
+    /// Caller: waits until the mover does not touch the job's blocks any more. From `patience` after the job's
+    /// submission no further copy may begin; this always waits for a copy that runs.
     pub(crate) fn wait_copied(&self, patience: Duration) {
         let mut phase = self.phase();
         while !phase.copied && !phase.cancelled {
@@ -133,14 +135,14 @@ impl Job {
         }
     }
 
-    /// Caller: no copy begins any more, and no answer is waited for; waits for a copy that runs.
+    /// Caller: lets no further copy begin, keeps the mover from waiting for answers, and waits for a copy that runs.
     pub(crate) fn cancel(&self) {
         self.phase().cancelled = true;
         self.wait_copied(Duration::ZERO);
     }
 }
 
-/// A copy of a job's blocks that is running, until this is dropped.
+/// While this lives, a copy of the job's blocks counts as running.
 pub(crate) struct CopyRunning<'a>(&'a Job);
 
 impl Drop for CopyRunning<'_> {
@@ -174,7 +176,7 @@ mod tests {
             theirs.wait_copied(Duration::ZERO);
             tell.send(()).unwrap();
         });
-        // Until it has said that no further copy may begin.
+        // Wait until the flush has said that no further copy may begin.
         while job.begin_copy().is_some() {
             std::thread::yield_now();
         }

@@ -1,4 +1,5 @@
-//! A worker's jobs after their submission: what ended, what failed, and waiting for it, also from other threads.
+//! A worker's jobs after their submission: which have ended, which failed, and how to wait for them, also from other
+//! threads.
 
 use super::job::{Finished, Job, JobId};
 use super::queue::Queue;
@@ -11,7 +12,7 @@ use std::time::Duration;
 #[derive(Clone)]
 pub struct Jobs {
     client: Arc<Client>,
-    /// Outlives the mover: what has ended is reported whenever it is asked for.
+    /// It outlives the mover, so that jobs that have ended can be reported at any time.
     pub(super) queue: Arc<Queue>,
 }
 
@@ -20,41 +21,43 @@ impl Jobs {
         Jobs { client: client.clone(), queue: Arc::default() }
     }
 
-    /// Nothing in a forked child: the jobs are its parent's, and so may be the queue's lock.
+    /// `None` in a forked child: the jobs are its parent's, and a thread of the parent may have held the queue's lock
+    /// at the fork.
     fn queue(&self) -> Option<&Queue> {
         self.client.shared.fork.is_ours().then_some(&*self.queue)
     }
 
-    /// Jobs that have ended since the last call; each is reported exactly once.
+    /// The jobs that have ended since the last call; each job is reported exactly once.
     #[must_use]
     pub fn get_finished(&self) -> Finished {
         self.queue().map(Queue::take_finished).unwrap_or_default()
     }
 
-    /// Why it is not known whether a load has ended, once that is so: a device may still write into its blocks, so it is never
-    /// reported, and nothing may be computed from the cache any more, which the caller must see to. Copies of which this is said
-    /// have been asked about for half a minute.
+    /// Why a load is *lost*, if one is: nobody knows whether its copy has ended, so a device may still write into its
+    /// blocks. A lost load is never reported, and the caller must see to it that nothing is computed from the cache any
+    /// more. A load is lost only after the device has been asked about its copy for half a minute.
     #[must_use]
     pub fn lost(&self) -> Option<CopyError> {
         self.queue().and_then(Queue::lost)
     }
 
-    /// Blocks whose load has failed since the last call: to be recomputed; never [`crate::SKIP`]. A load's blocks are here no
-    /// later than its report is in `get_finished`.
+    /// The blocks whose load has failed since the last call: vLLM must recompute them. None of them is [`crate::SKIP`].
+    /// A load's failed blocks are here no later than its report is in `get_finished`.
     #[must_use]
     pub fn get_block_ids_with_load_errors(&self) -> Vec<u32> {
         self.queue().map(Queue::take_failed_blocks).unwrap_or_default()
     }
 
-    /// Before the blocks of these requests (of all, for `None`) are given to somebody else: when this returns, no
-    /// store reads them any more. Stores are finished first as long as the engine answers, and until `flush_timeout` after
-    /// their submission: where stores come faster than they are copied, who waits is given up at once. A copy that runs is
-    /// always waited for, also when the engine is not there.
+    /// Call this before the blocks of these requests (`None`: of all) are given to somebody else: when it returns, no
+    /// store reads them any more. While the engine is healthy, these stores are copied first, and each may still begin
+    /// copies until `flush_timeout` after its submission; where stores come faster than they are copied, a store may
+    /// have waited that long already, and is then given up at once. This always waits for a copy that runs, also when
+    /// there is no engine.
     pub fn handle_preemptions(&self, requests: Option<&[&str]>) {
         self.flush_those(|job| requests.is_none_or(|requests| requests.contains(&job.request.as_str())));
     }
 
-    /// `handle_preemptions`, by job. Unknown and ended ones, and loads, are fine.
+    /// As `handle_preemptions`, for these jobs. Ignores loads, and jobs that have ended or are unknown.
     pub fn flush(&self, jobs: &[JobId]) {
         self.flush_those(|job| jobs.contains(&job.id));
     }
@@ -72,19 +75,19 @@ impl Jobs {
         }
     }
 
-    /// Waits until no job is open, at most `timeout`. True when none is.
+    /// Waits at most `timeout` until no job is open. True when none is.
     #[must_use]
     pub fn wait_idle(&self, timeout: Duration) -> bool {
         self.queue().is_none_or(|queue| queue.wait_open(0, timeout))
     }
 
-    /// Waits until fewer jobs than now are open, at most `timeout`: for callers that have nothing else to do.
+    /// Waits at most `timeout` until fewer jobs than now are open. For callers that have nothing else to do.
     #[must_use]
     pub fn wait_some(&self, timeout: Duration) -> bool {
         self.queue().is_none_or(|queue| queue.wait_open(queue.open_jobs().len().saturating_sub(1), timeout))
     }
 
-    /// Waits until this job has ended, at most `timeout`. True when it has; also for a job that never was.
+    /// Waits at most `timeout` until this job has ended. True when it has, and for an unknown job.
     #[must_use]
     pub fn wait_job(&self, job: JobId, timeout: Duration) -> bool {
         self.queue().is_none_or(|queue| queue.wait_job(job, timeout))

@@ -1,5 +1,5 @@
-//! A worker's loads: what the lookup meant is checked before each copy and after it. One batch is handed to the backend
-//! before the last one has ended, so that nothing waits in between.
+//! A worker's loads. Before and after each copy the mover checks that the slot holds the shard that the lookup found.
+//! It hands each batch to the backend before the last one has ended, so that nothing waits in between.
 
 use super::Checksum;
 use super::job::{CopyRunning, Job, LoadChunk};
@@ -15,11 +15,12 @@ use std::sync::Arc;
 
 /// A batch that is being copied to its blocks.
 struct Copying<'a> {
-    // In this order, also when the mover unwinds: the copy ends before it stops to count as one, and before the arena may go.
+    // Fields are dropped in this order, also when the mover unwinds: the copy ends before it stops counting as a
+    // running copy, and before the arena may be unmapped.
     transfer: Box<dyn Transfer>,
     running: CopyRunning<'a>,
     attachment: Arc<Attachment>,
-    /// Chunk, stored checksum.
+    /// Each chunk with its stored checksum.
     chunks: Vec<(&'a LoadChunk, u64)>,
     started_ns: u64,
 }
@@ -30,11 +31,11 @@ struct Load<'a> {
     job: &'a Job,
     report: LoadReport,
     failed: Vec<u32>,
-    /// Why the first chunk failed that did.
+    /// Why the first of the failed chunks failed.
     first: Option<String>,
-    /// A copy of which it is not known whether it has ended.
+    /// The error of a copy of which nobody knows whether it has ended.
     lost: Option<CopyError>,
-    /// When the last copy ended: two are in flight at once, and time that both took counts once.
+    /// When the last copy ended. Two copies are in flight at once, and the time in which both ran counts once.
     copied_until_ns: u64,
 }
 
@@ -44,7 +45,7 @@ impl Mover {
         let mut load = Load { mover: self, job, report, failed, first: None, lost: None, copied_until_ns: 0 };
         let mut copying = None;
         for batch in chunks.chunks(self.chunks_per_batch(job, usize::MAX)) {
-            // While this thread ends the batch before, the backend goes on to this one by itself.
+            // While this thread ends the batch before, the backend goes on with this one.
             let started = load.start(batch);
             if let Some(before) = core::mem::replace(&mut copying, started) {
                 load.finish(before);
@@ -61,7 +62,7 @@ impl Mover {
             return Ended::Lost(error);
         }
         if let Some(why) = first {
-            // One line: what fails one chunk (an engine that is gone) fails thousands.
+            // Log one line for the load: a cause that fails one chunk (an engine that is gone) fails thousands.
             let (chunks, failed_chunks) = (chunks.len(), report.failed);
             tracing::warn!(
                 request = %job.request, failed_chunks, chunks, reason = %why,
@@ -90,7 +91,8 @@ impl<'a> Load<'a> {
         chunks.into_iter().for_each(|chunk| self.fail(chunk, why));
     }
 
-    /// A copy has ended with an error; or it is not known that it has ended, and what it reads stays mapped.
+    /// Deals with a copy that failed. If nobody knows whether it has ended, the load is lost, and the arena that the
+    /// copy reads stays mapped for ever.
     fn copy_failed<'c>(
         &mut self,
         chunks: impl IntoIterator<Item = &'c LoadChunk>,
@@ -105,7 +107,7 @@ impl<'a> Load<'a> {
         }
     }
 
-    /// Starts copying the chunks of a batch that are what the lookup meant.
+    /// Starts copying those chunks of a batch whose slots hold the shards that the lookup found.
     fn start(&mut self, chunks: &'a [LoadChunk]) -> Option<Copying<'a>> {
         let (mover, job) = (self.mover, self.job);
         let (attachment, namespace) = match mover.client.to_load(&mover.registered) {
@@ -115,7 +117,7 @@ impl<'a> Load<'a> {
                 return None;
             }
         };
-        // Before the copy: is each slot the shard that the lookup meant?
+        // Before the copy: does each slot hold the shard that the lookup found?
         let mut good: Vec<(&LoadChunk, *mut u8, u64)> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             match mover.before_copy(&attachment, namespace, job, chunk) {
@@ -145,7 +147,7 @@ impl<'a> Load<'a> {
         }
     }
 
-    /// Ends a copy: was each slot the shard that the lookup meant, all the time?
+    /// Ends a copy, and checks that each slot has held the shard that the lookup found all the time.
     fn finish(&mut self, copying: Copying<'a>) {
         let Copying { transfer, running, attachment, chunks, started_ns } = copying;
         let copied = transfer.wait();
@@ -167,7 +169,7 @@ impl<'a> Load<'a> {
             let computed = checksums.get(index).copied().unwrap_or(0);
             match still {
                 Some(Ok(())) if verify && stored != 0 && stored != computed => {
-                    // Before this load is reported, and so before anybody stores the chunk again.
+                    // Send this before the load is reported, and so before anybody stores the chunk again.
                     let shard = &chunk.shard;
                     attachment.link.post(Request::Invalidate {
                         slot: shard.slot,
@@ -188,7 +190,7 @@ impl<'a> Load<'a> {
 }
 
 impl Mover {
-    /// Arena, key, namespace, rank, place and generation of one shard; its address and stored checksum.
+    /// Checks arena, key, namespace, rank, place and generation of one shard. Returns its address and stored checksum.
     fn before_copy(
         &self,
         attachment: &Attachment,

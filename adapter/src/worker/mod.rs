@@ -30,19 +30,19 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Checksums of shards: computed and verified by workers only, in the copy.
+/// Checksum policy for shards. Only workers compute and verify checksums, while they copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checksum {
-    /// None.
+    /// No checksums.
     #[default]
     Off,
-    /// Computed on store, not looked at on load.
+    /// A store computes them, a load ignores them.
     Store,
-    /// Computed on store, verified on load: a mismatch is a failed load.
+    /// A store computes them, and a load verifies them: a mismatch is a failed load.
     Verify,
 }
 
-/// What a worker needs to know.
+/// The options of a worker.
 #[derive(Clone, Debug)]
 pub struct WorkerOptions {
     /// Names the namespace: a digest of everything that chunk keys do not cover.
@@ -59,8 +59,8 @@ pub struct WorkerOptions {
     pub dtype: String,
     /// Checksum policy. Default off.
     pub checksum: Checksum,
-    /// For a cache in host memory: threads that copy, the mover included; `None`: two, or one where this process may run on
-    /// one CPU only.
+    /// For a cache in host memory: how many threads copy, the mover included. `None`: two, or one if this process may
+    /// run on one CPU only.
     pub copy_threads: Option<usize>,
     /// For a cache in a GPU's memory: how its bytes are moved. Default auto.
     pub copy: CopyMode,
@@ -84,13 +84,13 @@ impl WorkerOptions {
     }
 }
 
-/// Why a job was not taken: the caller's mistake, in every case.
+/// Why a job was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// `register_kv_caches` has not been called.
     #[error("no KV cache is registered with this adapter: call register_kv_caches first")]
     NoKvCache,
-    /// A chunk's blocks.
+    /// A chunk's blocks are wrong.
     #[error("chunk {chunk}: {error}")]
     Blocks {
         /// Which chunk of the call.
@@ -106,15 +106,15 @@ pub enum SubmitError {
     Ended(Health),
 }
 
-/// What a lost load means, for whoever reads the log.
+/// The log's text about a lost load (see [`Jobs::lost`]).
 pub const LOST: &str = "the GPU's driver has not said whether a load into the KV cache has ended: the GPU may still write there, \
     so vLLM must not go on";
 
-/// What copies.
+/// The copy backend.
 enum Backend {
-    /// Given by the caller.
+    /// One that the caller gave.
     Given(Arc<dyn CopyBackend>),
-    /// Made for the memory of the cache that is registered: while there is one.
+    /// One that the adapter has made for the kind of memory of the registered cache, once there is one.
     Own(Option<(Memory, Arc<dyn CopyBackend>)>),
 }
 
@@ -138,14 +138,16 @@ pub struct WorkerAdapter {
 }
 
 impl WorkerAdapter {
-    /// An adapter on a client of the worker's role. It copies with threads of this process (`copy_threads`) from and to a
-    /// cache in host memory, with the GPU's kernels and copy engines (`copy`) where it is in a GPU's. Wrong numbers are
-    /// an error here.
+    /// An adapter on a client of the worker's role. For a cache in host memory it copies with threads of this process
+    /// (`copy_threads`), for one in a GPU's memory with the GPU's kernels and copy engines (`copy`).
+    ///
+    /// # Errors
+    /// Options that are out of range.
     pub fn new(client: &Arc<Client>, options: WorkerOptions) -> Result<WorkerAdapter, RegisterError> {
         WorkerAdapter::with(client, options, Backend::Own(None))
     }
 
-    /// An adapter that copies in another way.
+    /// An adapter that copies with the given backend.
     pub fn with_backend(
         client: &Arc<Client>,
         options: WorkerOptions,
@@ -183,12 +185,13 @@ impl WorkerAdapter {
         })
     }
 
-    /// Registers this rank's KV cache: now, and again by the keeper after every restart of the engine. Waits up to
-    /// `register_timeout` for the first answer; without one the keeper goes on trying and jobs are dropped until then.
+    /// Registers this rank's KV cache; the keeper repeats that after every restart of the engine. This call waits up to
+    /// `register_timeout` for the first answer. Without one the keeper goes on trying, and stores are dropped and loads
+    /// fail until then.
     ///
     /// # Errors
-    /// Only what does not mend itself: ranks that disagree, a shard that can never fit, a full namespace table; memory that
-    /// cannot be copied from and to here.
+    /// Only problems that do not mend themselves: ranks that disagree, a shard that can never fit, a full namespace
+    /// table, or memory that cannot be copied from and to here.
     pub fn register_kv_caches(&mut self, paged: PagedKv) -> Result<(), RegisterError> {
         if let Some(running) = self.running.take() {
             self.stop(running);
@@ -196,7 +199,7 @@ impl WorkerAdapter {
         let paged = Arc::new(paged);
         let backend = self.backend_for(&paged)?;
         if backend.writes_by_device() {
-            // Before the first store: what a device is writing outlives the mark of a death.
+            // Declare it before the first store: a device may go on writing after this process's death has been marked.
             self.client.register_dma();
         }
         let record = self.record(&paged);
@@ -224,7 +227,7 @@ impl WorkerAdapter {
         Ok(())
     }
 
-    /// What copies from and to this cache; ready for it.
+    /// The backend that copies from and to this cache, prepared for it.
     fn backend_for(&mut self, paged: &Arc<PagedKv>) -> Result<Arc<dyn CopyBackend>, RegisterError> {
         let memory = paged.memory();
         let backend = match &self.backend {
@@ -270,9 +273,10 @@ impl WorkerAdapter {
     }
 
     /// Stores chunks in the background, in chain order. `parent` is the key just before the first one. The blocks must
-    /// keep their content until the job is reported by `get_finished`, or `handle_preemptions` has returned for it.
+    /// keep their content until `get_finished` has reported the job, or `handle_preemptions` has returned for it.
     ///
-    /// In a GPU's memory they are read when all that is on the stream `after` by now has been done; `None` is the default stream.
+    /// Blocks in a GPU's memory are read after all that is on the stream `after` at the time of this call; `None` is
+    /// the default stream.
     pub fn submit_store(
         &mut self,
         request: &str,
@@ -285,9 +289,9 @@ impl WorkerAdapter {
         self.submit(request, Work::Store { round, parent, chunks }, after)
     }
 
-    /// Loads chunks in the background. The blocks belong to the job until it is reported by `get_finished`; what [`SKIP`] names
-    /// is not written. In a GPU's memory they are written when all that is on the stream `after` by now has been done; `None` is
-    /// the default stream.
+    /// Loads chunks in the background. The blocks belong to the job until `get_finished` has reported it; the part of a
+    /// chunk whose block is [`SKIP`] is not written anywhere. Blocks in a GPU's memory are written after all that is on
+    /// the stream `after` at the time of this call; `None` is the default stream.
     pub fn submit_load(
         &mut self,
         request: &str,
@@ -319,7 +323,8 @@ impl WorkerAdapter {
             return Err(SubmitError::Ended(Health::ShutDown));
         }
         let running = self.running.as_ref().ok_or(SubmitError::NoKvCache)?;
-        // Here, in the caller's thread: what it puts on its stream later is not waited for.
+        // Make the fence here, in the caller's thread, so that the copy does not wait for work that the caller puts on
+        // its stream later.
         let fence = running.backend.fence(after.unwrap_or(ComputeStream(0))).map_err(SubmitError::Fence)?;
         self.next_job += 1;
         let id = JobId(self.next_job);
@@ -327,7 +332,7 @@ impl WorkerAdapter {
         if self.jobs.queue.push(job) { Ok(id) } else { Err(SubmitError::Ended(Health::ShutDown)) }
     }
 
-    /// The jobs that have been submitted, for threads that wait while this one goes on.
+    /// The submitted jobs, for other threads to wait for while this one goes on.
     #[must_use]
     pub fn jobs(&self) -> Jobs {
         self.jobs.clone()
@@ -380,7 +385,8 @@ impl WorkerAdapter {
         self.running.as_ref().map(|running| &*running.paged)
     }
 
-    /// Is the engine there and well, and has it this rank's registration? A few loads, and a lock that nobody holds for long.
+    /// Is the engine healthy, and has it accepted this rank's registration? Costs a few loads, and a lock that nobody
+    /// holds for long.
     pub fn is_healthy(&mut self) -> bool {
         let Self { probe, running, .. } = self;
         let Ok(link) = probe.link() else { return false };
@@ -388,8 +394,8 @@ impl WorkerAdapter {
         running.as_ref().is_some_and(|running| running.registered.health(nonce).is_healthy())
     }
 
-    /// How the engine looks from this rank. An engine that has refused its registration is of no use to it: *refused*, until
-    /// the keeper has asked again, which it does at its next attachment.
+    /// The engine's health for this rank. An engine that has refused this rank's registration is *refused* until the
+    /// keeper registers again, with its next attachment.
     #[must_use]
     pub fn health(&self) -> Health {
         match (self.client.attached_nonce(), &self.running) {
@@ -399,14 +405,15 @@ impl WorkerAdapter {
         }
     }
 
-    /// Finishes what is open (up to `drain_timeout`; copies that run are always waited for), then ends the client.
-    /// Idempotent. After it nothing of this adapter touches the KV cache, or a GPU.
+    /// Finishes open jobs (for up to `drain_timeout`, but always waits for copies that run), then shuts the client
+    /// down. Idempotent. Afterwards nothing of this adapter touches the KV cache or a GPU.
     pub fn shutdown(&mut self) {
         if let Some(running) = self.running.take() {
             self.stop(running);
         }
         self.client.shutdown();
-        // Who lives on does not keep its memory, and who ends does not do so while one of its threads talks to a driver.
+        // Drop the backend: a process that goes on gets its memory back, and one that ends does not end while a thread
+        // of the backend is inside a driver.
         if let Backend::Own(own) = &mut self.backend {
             *own = None;
         }
@@ -414,7 +421,7 @@ impl WorkerAdapter {
 
     fn stop(&self, mut running: Running) {
         if !self.client.shared.fork.is_ours() {
-            // The threads are the parent's.
+            // This is a forked child: the threads are the parent's.
             core::mem::forget(running);
             return;
         }
@@ -426,7 +433,7 @@ impl WorkerAdapter {
         }
         self.client.remove_registration(&running.registered);
         if let Some(mover) = running.mover.take() {
-            // A mover that panicked has said so.
+            // A mover that panicked has logged it.
             let _ = mover.join();
         }
     }
@@ -471,12 +478,12 @@ mod tests {
         let mut adapter = WorkerAdapter::new(&client, options).unwrap();
         let mut memory = vec![0u8; 4096];
         let plane = Plane { base: memory.as_mut_ptr(), block_stride: 1024, page_bytes: 1024 };
-        // SAFETY: it lives longer than the adapter.
+        // SAFETY: the memory lives longer than the adapter.
         let paged = unsafe { PagedKv::new(vec![plane], 4, 1) }.unwrap();
         adapter.register_kv_caches(paged).unwrap();
         assert_eq!(copy_threads(), 2);
         adapter.shutdown();
-        // A thread that has been joined may be seen for a moment still.
+        // A joined thread may still be listed for a moment.
         let until = std::time::Instant::now() + Duration::from_secs(10);
         while copy_threads() > 0 {
             assert!(std::time::Instant::now() < until, "its threads are there still");

@@ -1,7 +1,8 @@
-//! The mover: the thread that carries out a worker's jobs, so that vLLM's never waits for a copy or for the engine.
+//! The mover: the thread that carries out a worker's jobs, so that vLLM's thread never waits for a copy or for the
+//! engine.
 //!
-//! Loads go first: somebody waits for them; a store lets them pass between two batches. What is half done when the
-//! engine goes away ends by itself.
+//! Loads go first, because a request waits for each of them: a store lets them pass between two of its batches. A copy
+//! that runs when the engine goes away ends by itself.
 
 use super::WorkerOptions;
 use super::job::{Job, Work};
@@ -17,14 +18,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Bytes of one batch: large enough to hide a round trip, small enough that a load, or a preemption, does not wait long
-/// behind the two that may be in flight.
+/// Bytes of one batch: large enough to hide a round trip, and small enough that a load or a preemption does not wait
+/// long for the two batches that may be in flight.
 const BATCH_BYTES: u64 = 16 << 20;
-/// Chunks of one batch.
+/// The most chunks of one batch.
 const BATCH_CHUNKS: usize = 512;
-/// How often stores that wait for the next engine are looked at, while there are any.
+/// How often the mover looks at stores that wait for the next engine, while there are any.
 const UNSETTLED_EVERY: Duration = Duration::from_millis(2);
-/// How often it is looked whether the arena is still the one that the backend knows, where that matters.
+/// How often the mover looks whether the arena is still the one that the backend has registered, if devices write into
+/// it.
 const ARENA_EVERY: Duration = Duration::from_millis(500);
 
 pub(super) struct Mover {
@@ -32,7 +34,7 @@ pub(super) struct Mover {
     pub(super) registered: Arc<Registered>,
     pub(super) queue: Arc<Queue>,
     pub(super) backend: Arc<dyn CopyBackend>,
-    /// The arena that the backend was told of last.
+    /// The arena that the backend has mapped, and the backend's mapping.
     pub(super) arena: Mutex<Option<(Arena, Arc<dyn MappedArena>)>>,
     pub(super) options: WorkerOptions,
 }
@@ -40,11 +42,12 @@ pub(super) struct Mover {
 /// How a job ended.
 pub(super) enum Ended {
     Store(StoreReport),
-    /// Its copies have; its commits wait for the next engine.
+    /// A store whose copies have ended and whose commits wait for the next engine.
     Unsettled(Unsettled),
-    /// With the blocks that must be recomputed.
+    /// A load, and the blocks that must be recomputed.
     Load(LoadReport, Vec<u32>),
-    /// It is not known whether a device still writes into the blocks: they stay the job's, which is never reported.
+    /// A load of which nobody knows whether a device still writes into its blocks: they stay the job's, and it is never
+    /// reported.
     Lost(CopyError),
 }
 
@@ -53,8 +56,8 @@ impl Mover {
     pub(super) fn run(&self) {
         let mut unsettled: Vec<(Arc<Job>, Unsettled)> = Vec::new();
         loop {
-            // Before the first job, too: what a backend does to a mapping takes long, and is done in the background.
-            // Nor may a backend that fails at it end this thread: jobs would never be reported.
+            // Before the first job, too: it may take a backend long to register the arena, so it begins early, in the
+            // background. A backend that panics here must not end this thread, or jobs would never be reported.
             if catch_unwind(AssertUnwindSafe(|| self.look_at_arena())).is_err() {
                 tracing::error!(
                     "an error while the kvring engine's memory is prepared for copies (a bug: please report it); trying again"
@@ -76,7 +79,7 @@ impl Mover {
         }
     }
 
-    /// How long to wait for a job at most.
+    /// The longest wait for a job.
     fn patience(&self, has_unsettled: bool) -> Option<Duration> {
         match (has_unsettled, self.backend.writes_by_device()) {
             (true, _) => Some(UNSETTLED_EVERY),
@@ -85,8 +88,8 @@ impl Mover {
         }
     }
 
-    /// One job, to its report: whatever happens, it is reported exactly once, or a request would hang. A store that waits
-    /// for the next engine is the caller's to report.
+    /// Carries out one job and reports it, exactly once whatever happens, or a request would hang. A store that waits
+    /// for the next engine is returned, and the caller reports it.
     fn carry_out(&self, job: &Arc<Job>) -> Option<Unsettled> {
         let ran = catch_unwind(AssertUnwindSafe(|| match &job.work {
             Work::Store { round, parent, chunks } => {
@@ -141,14 +144,15 @@ impl Mover {
         usize::try_from(fit).unwrap_or(1).min(words / 40).clamp(1, BATCH_CHUNKS)
     }
 
-    /// Between two batches of a store: loads that have arrived meanwhile.
+    /// Carries out loads that have arrived meanwhile, between two batches of a store.
     pub(super) fn loads_first(&self) {
         while let Some(job) = self.queue.next_load() {
             self.carry_out(&job);
         }
     }
 
-    /// A device's copies need the arena registered: as soon as it is there, and no longer than it is.
+    /// If devices write into the arena, has it registered with them as soon as there is one, and drops that when there
+    /// is none.
     fn look_at_arena(&self) {
         if !self.backend.writes_by_device() {
             return;
@@ -159,7 +163,8 @@ impl Mover {
         }
     }
 
-    /// Tells the backend of the arena that this attachment maps, unless it knows it.
+    /// Has the backend map this attachment's arena, unless it has already. Only backends whose devices write there need
+    /// it.
     fn map_arena(&self, attachment: &Attachment) {
         let Some(arena) = &attachment.arena else { return };
         if !self.backend.writes_by_device() {
@@ -169,7 +174,7 @@ impl Mover {
         if known.as_ref().is_some_and(|(known, _)| known.is(arena)) {
             return;
         }
-        // First let go of the other one: the backend undoes what it did there.
+        // Drop the earlier arena first, so that the backend undoes its registration.
         *known = None;
         let engine = attachment.link.engine.clone();
         let mapping =
@@ -177,8 +182,9 @@ impl Mover {
         *known = Some((arena.clone(), self.backend.map_arena(mapping)));
     }
 
-    /// Starts copying shards between the arena and their blocks; checksums in the same order, if asked for. The caller
-    /// holds the attachment that maps the arena, and what says that a copy runs, until the transfer has ended.
+    /// Starts copying shards between the arena and their blocks; with `checksum` the transfer gives their checksums in
+    /// the same order. The caller keeps the attachment that maps the arena, and the job's
+    /// [`CopyRunning`](super::job::CopyRunning), until the transfer has ended.
     pub(super) fn start<'a>(
         &self,
         direction: Direction,
@@ -190,10 +196,10 @@ impl Mover {
         self.map_arena(attachment);
         let mut batch = CopyBatch::new(direction, &job.paged, checksum).after(job.after.clone());
         for (address, blocks) in shards {
-            // SAFETY: the address has been checked against the arena for a whole shard, and the attachment that maps
-            // it is held by the caller; the pages are as `PagedKv::grouped` was promised, for as long as the job runs. A
-            // store's slot is ours (WRITING, under a writer pass); a load's bytes are not believed before its slot's
-            // word has been looked at again.
+            // SAFETY: the address has been checked against the arena for a whole shard, and the caller keeps the
+            // attachment that maps it; whoever made the `PagedKv` has promised that its pages are as described for as
+            // long as the job runs. A store's slot is ours (WRITING, under a writer pass); nobody uses a load's bytes
+            // before the slot's word has been looked at again.
             let added = unsafe { batch.shard(address, blocks) };
             // The job's block ids were checked when it was submitted.
             debug_assert_eq!(added, Ok(()));

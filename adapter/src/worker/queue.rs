@@ -1,4 +1,4 @@
-//! The mover's queue: loads before stores, what has ended, and a clean end.
+//! The mover's queue: jobs that wait (loads go before stores), jobs that run, and reports of jobs that have ended.
 
 use super::job::{Finished, Job, JobId};
 use super::report::{LoadReport, StoreReport};
@@ -15,7 +15,7 @@ struct State {
     open: Vec<Arc<Job>>,
     finished: Finished,
     failed_blocks: Vec<u32>,
-    /// Why it is not known whether a load has ended, which stays open.
+    /// Why a load is lost, if one is: nobody knows whether its copy has ended, and its job stays open.
     lost: Option<CopyError>,
     closed: bool,
 }
@@ -28,21 +28,21 @@ impl State {
 
 /// What the mover finds in the queue.
 pub(super) enum Next {
-    /// This is to be done.
+    /// The job to carry out.
     Job(Arc<Job>),
-    /// There is nothing to do at the moment.
+    /// No job waits at the moment.
     Nothing,
-    /// There is nothing to do, and never will be.
+    /// No job waits, and none will come.
     Closed,
 }
 
-/// Shared by the caller's thread and the mover.
+/// The queue, shared by the callers' threads and the mover.
 #[derive(Default)]
 pub(super) struct Queue {
     state: Mutex<State>,
-    /// Something to do, or closed.
+    /// Notified when a job has been added, or the queue closed.
     work: Condvar,
-    /// Something ended.
+    /// Notified when a job has ended or is lost.
     ended: Condvar,
 }
 
@@ -68,7 +68,7 @@ impl Queue {
         true
     }
 
-    /// Mover: the next job, waited for; at most for `patience`, where there is one.
+    /// Mover: waits for the next job, for at most `patience` if that is given.
     pub(super) fn next(&self, patience: Option<Duration>) -> Next {
         let state = self.state();
         let nothing = |state: &mut State| state.is_empty() && !state.closed;
@@ -91,7 +91,7 @@ impl Queue {
         !self.state().loads.is_empty()
     }
 
-    /// Mover: a load, if one waits.
+    /// Mover: the next load, if one waits.
     pub(super) fn next_load(&self) -> Option<Arc<Job>> {
         self.state().loads.pop_front()
     }
@@ -106,7 +106,7 @@ impl Queue {
 
     pub(super) fn finish_load(&self, job: &Arc<Job>, report: LoadReport, failed: &[u32]) {
         let mut state = self.state();
-        // Before or together with the report of the load, never after it.
+        // Failed blocks come before or together with the load's report, never after it.
         state.failed_blocks.extend(failed.iter().filter(|block| **block != SKIP));
         state.open.retain(|other| !Arc::ptr_eq(other, job));
         state.finished.loads.push((job.id, job.request.clone(), report));
@@ -114,18 +114,18 @@ impl Queue {
         self.ended.notify_all();
     }
 
-    /// A load's job will never end: nobody waits any more.
+    /// Says that a load is lost: its job will never end, so all waits end now.
     pub(super) fn lose(&self, why: &CopyError) {
         self.state().lost.get_or_insert_with(|| why.clone());
         self.ended.notify_all();
     }
 
-    /// Why it is not known whether a load has ended, if there is one.
+    /// Why a load is lost, if one is.
     pub(super) fn lost(&self) -> Option<CopyError> {
         self.state().lost.clone()
     }
 
-    /// What has ended since the last call.
+    /// The jobs that have ended since the last call.
     pub(super) fn take_finished(&self) -> Finished {
         core::mem::take(&mut self.state().finished)
     }
@@ -135,7 +135,7 @@ impl Queue {
         core::mem::take(&mut self.state().failed_blocks)
     }
 
-    /// The stores among these jobs that have not ended; those that wait go to the front of the queue.
+    /// The stores among these jobs that have not ended. Those that have not begun go to the front of the queue.
     pub(super) fn preempt(&self, concerned: impl Fn(&Job) -> bool) -> Vec<Arc<Job>> {
         let mut state = self.state();
         let concerned = |job: &Arc<Job>| concerned(job);
@@ -156,7 +156,7 @@ impl Queue {
         self.wait_until(timeout, |open| open.len() <= left)
     }
 
-    /// Waits until this job has ended, or until `timeout` has passed. True in the first case, and for a job that never was.
+    /// Waits until this job has ended, or until `timeout` has passed. True in the first case, and for an unknown job.
     pub(super) fn wait_job(&self, job: JobId, timeout: Duration) -> bool {
         self.wait_until(timeout, |open| open.iter().all(|other| other.id != job))
     }
@@ -174,7 +174,7 @@ impl Queue {
         self.state().closed = false;
     }
 
-    /// Takes no more jobs. What waits is still done.
+    /// Takes no more jobs. Those that wait are still carried out.
     pub(super) fn close(&self) {
         self.state().closed = true;
         self.work.notify_all();

@@ -1,16 +1,17 @@
-//! What became of jobs, and why.
+//! Reports: the outcome of each job, and the reasons.
 
 use crate::error::CallError;
 use kvring_shm_abi::slot::NotServable;
 
-/// What became of a store.
+/// The outcome of a store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoreReport {
     /// Shards written and committed.
     pub stored: u32,
-    /// Skipped: visible already, or being stored under a newer round.
+    /// Shards skipped, because their chunk is visible already, this rank has a slot for it in this round already, or a
+    /// newer round of the same source has begun.
     pub skipped: u32,
-    /// Dropped, for one of the reasons in `why`.
+    /// Shards dropped, for one of the reasons in `why`.
     pub dropped: u32,
     /// Why: they add up to `dropped`.
     pub why: Drops,
@@ -29,11 +30,12 @@ pub struct Drops {
     pub busy: u32,
     /// The namespace is not registered with the engine, or not yet again.
     pub not_registered: u32,
-    /// The engine was not there, or did not answer in time. Those that were copied by then may be committed all the same.
+    /// There was no engine, or it did not answer in time. Shards that had been copied by then may be committed all the
+    /// same.
     pub unavailable: u32,
-    /// Their round had failed, or was replaced, when they were committed; or their arena is gone.
+    /// Their round had failed or was replaced before they were committed, or their arena is gone.
     pub gone: u32,
-    /// Preempted, or the adapter was shut down, before their copy began.
+    /// They were preempted, or the adapter was shut down, before their copy began.
     pub cancelled: u32,
     /// The copy failed, or the engine's answer made no sense.
     pub failed: u32,
@@ -52,7 +54,7 @@ pub(super) enum Dropped {
 }
 
 impl Dropped {
-    /// What a call's error amounts to.
+    /// The reason that a call's error amounts to.
     pub(super) fn by(error: &CallError) -> Dropped {
         match error {
             CallError::NotRegistered => Dropped::NotRegistered,
@@ -83,7 +85,7 @@ impl StoreReport {
         *count += shards;
     }
 
-    /// All of them were dropped.
+    /// The report of a store of which all shards were dropped.
     pub(super) fn dropped(shards: usize, why: Dropped) -> StoreReport {
         let mut report = StoreReport::default();
         report.drop_shards(shards as u32, why);
@@ -91,7 +93,7 @@ impl StoreReport {
     }
 }
 
-/// What became of a load.
+/// The outcome of a load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
     /// Chunks loaded and validated.
@@ -109,13 +111,13 @@ pub struct LoadReport {
 /// Why chunks could not be loaded, in chunks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadFailures {
-    /// Evicted, or replaced, since the lookup: it was not pinned any more.
+    /// The chunk was not pinned any more, and has been evicted or replaced since the lookup.
     pub gone: u32,
-    /// The lookup was answered from an arena that is not there any more.
+    /// The lookup found the chunk in an arena that has been replaced since.
     pub other_arena: u32,
     /// There is no arena, or the namespace is not registered.
     pub unavailable: u32,
-    /// The handle does not fit what it leads to: it belongs to another model, layout or rank.
+    /// The handle leads to another shard than it names: one of another model, layout or rank.
     pub mismatch: u32,
     /// The bytes are not those that were stored.
     pub corrupt: u32,
@@ -125,8 +127,8 @@ pub struct LoadFailures {
     pub failed: u32,
 }
 
-/// Why a chunk could not be loaded.
-/// In words for vLLM's log: what a slot's header held exactly is for those who debug.
+/// Why a chunk could not be loaded. Its texts are for vLLM's log; the exact content of a slot's header is logged at
+/// debug level only.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoadError {
     #[error("{}", match .0 {

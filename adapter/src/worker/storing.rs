@@ -1,8 +1,8 @@
 //! A worker's stores: reserve, copy, commit, batch by batch and overlapping.
 //!
-//! While one batch is copied the next one's reservation is on its way, and the commits of the last one too; the next
-//! copy is handed to the backend before the last one has ended, so that no thread of it waits in between. What the
-//! engine did not grant, or could not be asked for, is dropped and counted.
+//! While the mover copies one batch, the next one's reservation is on its way, and so is the commit of the last one.
+//! The mover hands the next copy to the backend before the last one has ended, so that the backend's threads never wait
+//! in between. Shards that the engine does not grant, or that it cannot be asked for, are dropped and counted.
 
 use super::Checksum;
 use super::job::{CopyRunning, Job, StoreChunk};
@@ -23,9 +23,9 @@ use kvring_shm_abi::message::{
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Batches that are reserved ahead of the one that is copied.
+/// How many batches are reserved ahead of the one that is copied.
 const RESERVED_AHEAD: usize = 2;
-/// Commits whose answers may be outstanding: each keeps an operation and a piece of the payload area.
+/// How many commits may be unanswered at a time: each keeps an operation and a region of the payload area.
 const COMMITS_OPEN: usize = 2;
 
 /// A batch whose reservation has been sent.
@@ -43,18 +43,19 @@ struct Granted<'a> {
     address: *mut u8,
 }
 
-/// The shards of a batch that the engine granted, as the ledger has them. Dropped without a commit they are aborted,
-/// whatever happened: else their slots would stay ours, and out of everybody's use, until this client ends.
+/// The shards of a batch that the engine granted and that are in the ledger. If this is dropped without a commit, it
+/// aborts them, whatever happened: otherwise nobody could use their slots until this client ends.
 struct Grant<'a> {
     shards: Vec<Granted<'a>>,
     batch: BatchId,
     ledger: &'a Ledger,
-    /// What becomes of it is the ledger's by now.
+    /// The batch has been committed or kept, so the drop does not abort it.
     committed: bool,
 }
 
 impl Grant<'_> {
-    /// A device may still write there: the slots stay ours, and in the ledger, as long as this client has its entry.
+    /// Keeps the slots, because a device may still write there: they stay ours, and in the ledger, as long as this
+    /// client has its entry.
     fn keep(mut self) {
         self.ledger.leave(self.batch);
         self.committed = true;
@@ -73,8 +74,8 @@ impl Drop for Grant<'_> {
 
 /// A batch that is being copied into the arena.
 struct Copying<'a> {
-    // In this order, also when the mover unwinds: the copy ends before its slots are given back, before it stops to
-    // count as a copy, and before this client may give its entry up.
+    // Fields are dropped in this order, also when the mover unwinds: the copy ends before its slots are given back,
+    // before it stops counting as a running copy, and before this client may give its entry up.
     transfer: Box<dyn Transfer>,
     grant: Grant<'a>,
     running: CopyRunning<'a>,
@@ -85,14 +86,15 @@ struct Copying<'a> {
 /// A commit that is due.
 struct Commit {
     batch: BatchId,
-    /// Where it has been sent: its answer to come. Else the keeper sends it, once there is an engine again.
+    /// If it has been sent: the pending answer, and where in the payload area the outcomes will be. `None`: the keeper
+    /// sends it once there is an engine again.
     sent: Option<(Pending, u32)>,
-    /// Shards.
+    /// How many shards.
     count: u32,
 }
 
-/// A store that has copied everything, and has commits of which it does not know what became: their engine went away. The
-/// mover goes on with other jobs meanwhile.
+/// A store that has copied everything, and whose last commits have no answer because their engine went away. The mover
+/// goes on with other jobs meanwhile.
 pub(super) struct Unsettled {
     report: StoreReport,
     /// Batch, shards.
@@ -101,7 +103,7 @@ pub(super) struct Unsettled {
 }
 
 impl Unsettled {
-    /// What has become of it. `None`: not known yet, and it may still wait.
+    /// The store's report, once the outcomes are known or it may not wait any longer. `None`: it still waits.
     pub(super) fn look(&mut self, ledger: &Ledger, may_wait: bool) -> Option<StoreReport> {
         let Unsettled { report, commits, until } = self;
         commits.retain(|(batch, count)| match ledger.take_settled(*batch) {
@@ -116,7 +118,7 @@ impl Unsettled {
             return None;
         }
         for (batch, count) in commits.drain(..) {
-            // Whether it counts is the engine's to know, when it is there again.
+            // An engine that comes back may still commit it, but this report cannot tell.
             ledger.leave(batch);
             report.drop_shards(count, Dropped::Unavailable);
         }
@@ -130,13 +132,13 @@ struct Store<'a> {
     job: &'a Job,
     attachment: &'a Attachment,
     report: StoreReport,
-    /// The batch before the one that is being prepared.
+    /// The copy of the batch before the one that is being prepared.
     copying: Option<Copying<'a>>,
-    /// Not yet answered, the oldest first.
+    /// Commits that have not been answered yet, the oldest first.
     commits: VecDeque<Commit>,
-    /// Whose answers will not come from the engine that they were sent to.
+    /// Commits (batch, shards) that will get no answer from the engine that they were sent to.
     unsettled: Vec<(BatchId, u32)>,
-    /// When the last copy ended: two are in flight at once, and time that both took counts once.
+    /// When the last copy ended. Two copies are in flight at once, and the time in which both ran counts once.
     copied_until_ns: u64,
 }
 
@@ -183,7 +185,7 @@ impl<'a> Store<'a> {
         let (mut before, mut left) = (parent, chunks.len());
         let mut asked: VecDeque<(usize, Result<Reserving<'a>, CallError>)> = VecDeque::new();
         loop {
-            // Reservations travel while earlier batches are copied.
+            // Reservations are on their way while earlier batches are copied.
             while asked.len() < RESERVED_AHEAD
                 && let Some(batch) = batches.next()
             {
@@ -192,7 +194,7 @@ impl<'a> Store<'a> {
             }
             let Some((count, reserving)) = asked.pop_front() else { break };
             if self.job.is_cancelled() || !self.attachment.link.is_healthy() {
-                // What has been asked for is given back when it is answered.
+                // Slots of reservations that are under way are given back when their answers arrive.
                 let cancelled = self.job.is_cancelled();
                 let why = if cancelled { Dropped::Cancelled } else { Dropped::Unavailable };
                 self.report.drop_shards(left as u32, why);
@@ -208,7 +210,7 @@ impl<'a> Store<'a> {
                 }
             };
             self.settle_commits();
-            // While this thread ends the batch before, the backend's others go on to this one by themselves.
+            // While this thread ends the batch before, the backend's threads go on with this one.
             let started = granted.and_then(|grant| self.start_copy(grant));
             self.finish_running();
             self.copying = started;
@@ -218,9 +220,9 @@ impl<'a> Store<'a> {
             }
         }
         self.finish_running();
-        // Whoever preempts waits for copies, not for answers.
+        // A preemption waits for copies, not for answers to commits.
         self.job.end_copies();
-        // One deadline for all of them.
+        // All these commits have one deadline.
         let until = crate::options::until(self.timeout());
         while let Some(commit) = self.commits.pop_front() {
             self.end_commit(commit, until);
@@ -231,15 +233,15 @@ impl<'a> Store<'a> {
         self.mover.client.options().operation_timeout
     }
 
-    /// Ends the copy that runs, if one does, and sends its commit: before anything that may take long. As long as a copy
-    /// counts as running, a preemption waits for it.
+    /// Ends the copy that runs, if one does, and sends its commit. Called before anything that may take long, because a
+    /// preemption waits as long as a copy counts as running.
     fn finish_running(&mut self) {
         let Some(copying) = self.copying.take() else { return };
         let commit = self.finish_copy(copying);
         self.commits.extend(commit);
     }
 
-    /// Makes room for another commit: waits for the oldest one's answer if it has not come, and for nothing else.
+    /// Makes room for another commit: waits for the oldest one's answer if that has not come.
     fn settle_commits(&mut self) {
         while self.commits.len() >= COMMITS_OPEN
             && let Some(mut commit) = self.commits.pop_front()
@@ -297,7 +299,7 @@ impl<'a> Store<'a> {
         Ok(Reserving { chunks, pending, answer })
     }
 
-    /// What the engine granted of a batch.
+    /// The shards of a batch that the engine has granted.
     fn granted(&mut self, reserving: Reserving<'a>) -> Option<Grant<'a>> {
         let Reserving { chunks, pending, answer } = reserving;
         let answered = pending.try_take().or_else(|pending| {
@@ -364,7 +366,7 @@ impl<'a> Store<'a> {
         if shards.is_empty() { None } else { self.hold(shards) }
     }
 
-    /// Enters granted shards into the ledger: only then may anything be written there.
+    /// Enters granted shards into the ledger. Only after that may anything be written into their slots.
     fn hold(&mut self, shards: Vec<Granted<'a>>) -> Option<Grant<'a>> {
         let shared = &self.mover.client.shared;
         let record = |shard: &Granted<'_>| SlotRecord {
@@ -388,10 +390,10 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Starts copying granted shards into the arena; aborts them where the copy may not begin.
+    /// Starts copying granted shards into the arena; aborts them if the copy may not begin.
     fn start_copy(&mut self, grant: Grant<'a>) -> Option<Copying<'a>> {
         let (Some(pass), Some(running)) = (self.attachment.writers.enter(), self.job.begin_copy()) else {
-            // Preempted before the copy began, or the attachment is being given up.
+            // The job was preempted before the copy began, or the claim is being given up.
             self.report.drop_shards(grant.shards.len() as u32, Dropped::Cancelled);
             return None;
         };
@@ -407,12 +409,12 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Ends a copy into the arena and sends its commit, if there is somebody to send it to.
+    /// Ends a copy into the arena and sends its commit, if there is an engine to send it to.
     fn finish_copy(&mut self, copying: Copying<'a>) -> Option<Commit> {
         let Copying { transfer, grant, running, pass, started_ns } = copying;
         let copied = transfer.wait();
         let now = monotonic_ns();
-        // Two batches are in flight at once: time that both took counts once.
+        // Two copies are in flight at once, and the time in which both ran counts once.
         self.report.copy_ns += now.saturating_sub(started_ns.max(self.copied_until_ns));
         self.copied_until_ns = now;
         drop(running);
@@ -427,8 +429,8 @@ impl<'a> Store<'a> {
         failpoint::here(Place::ClientCopied);
         let count = grant.shards.len() as u32;
         self.report.bytes += u64::from(count) * self.job.paged.shard_bytes();
-        // SYNC POINT: the submission's Release publishes the payload: the copy has completed (with an `sfence` by
-        // each thread that stored non-temporally) before this message is pushed.
+        // SYNC POINT: the ring's Release publishes the shard's bytes together with the message. The copy has completed
+        // (with an `sfence` by each thread that stored non-temporally) before this message is pushed.
         let sent = match grant.ledger.commit(grant.batch, &checksums) {
             None => None,
             Some((link, records)) => match link.commit(grant.batch, &records) {
@@ -455,7 +457,7 @@ impl<'a> Store<'a> {
         }
     }
 
-    /// Waits for a commit's answer, at most until `until`, and not at all where its engine has gone.
+    /// Waits for a commit's answer, at most until `until`, and not at all if its engine is gone.
     fn end_commit(&mut self, mut commit: Commit, until: Instant) {
         if let Some((pending, at)) = commit.sent.take() {
             match pending.wait(until.saturating_duration_since(Instant::now())) {
