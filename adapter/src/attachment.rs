@@ -31,7 +31,7 @@ use kvring_shm_abi::sync::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// What an attachment is made of.
+/// The parts of an attachment.
 pub(crate) struct Attached {
     pub(crate) link: Arc<Link>,
     pub(crate) arena: Option<Arena>,

@@ -1,4 +1,4 @@
-//! The slots that one reservation was granted are a batch: its id, and what became of its commit.
+//! A batch is the slots that one reservation was granted. Here are its id and the outcome of its commit.
 
 use kvring_shm_abi::message::Completion;
 
@@ -6,7 +6,7 @@ use kvring_shm_abi::message::Completion;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct BatchId(pub(crate) u64);
 
-/// What became of a batch's commit, in shards.
+/// The outcome of a batch's commit, in shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Settled {
     /// Shards that are committed, now or before.

@@ -49,7 +49,7 @@ impl Client {
         &self.shared.checked.options
     }
 
-    /// How the engine looks now. Takes a lock: for logs and decisions, not for every call (see [`Probe`]).
+    /// The engine's health now. It takes a lock, so use it for logs and decisions, and a [`Probe`] for every call.
     #[must_use]
     pub fn health(&self) -> Health {
         if !self.shared.fork.is_ours() {
@@ -80,7 +80,7 @@ impl Client {
         }
     }
 
-    /// Is the engine there and well?
+    /// Is the engine healthy?
     #[must_use]
     pub fn is_healthy(&self) -> bool {
         self.health().is_healthy()
@@ -183,7 +183,7 @@ impl Client {
         if self.shared.fork.is_ours() { self.shared.current().attachment.clone() } else { None }
     }
 
-    /// Adds a registration: the keeper makes it now, and again after every restart.
+    /// Adds a registration: the keeper makes it now, and again after every restart of the engine.
     pub(crate) fn add_registration(&self, record: Registration) -> Arc<Registered> {
         let registered = Arc::new(Registered { record, outcome: Mutex::new(None) });
         self.shared.registrations.lock().unwrap_or_else(PoisonError::into_inner).push(registered.clone());
@@ -191,7 +191,7 @@ impl Client {
         registered
     }
 
-    /// Takes a registration back: it is not made again.
+    /// Removes a registration: the keeper does not make it again.
     pub(crate) fn remove_registration(&self, registered: &Arc<Registered>) {
         self.shared
             .registrations
@@ -295,7 +295,7 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// Is the engine there and well? A few loads while nothing changes.
+    /// Is the engine healthy? Costs a few loads while the attachment does not change.
     #[inline]
     pub fn is_healthy(&mut self) -> bool {
         self.refresh();
@@ -349,7 +349,7 @@ impl Probe {
         self.fork.is_ours()
     }
 
-    /// The current attachment's link, if the engine is fit to be asked.
+    /// The current attachment's link, if its engine is healthy.
     #[inline]
     pub(crate) fn link(&mut self) -> Result<&Arc<Link>, CallError> {
         if !self.fork.is_ours() {

@@ -35,7 +35,7 @@ impl Dma {
         }
     }
 
-    /// Keeper: an entry has been claimed.
+    /// Keeper: an entry has been claimed; declares there that devices write, if they do.
     pub(crate) fn claimed(&mut self, name: &EngineName, engine: &Identity, lobby: &Lobby, entry: usize) {
         self.entry = Some(Claimed { name: name.clone(), engine: *engine, lobby: lobby.clone(), entry });
         if self.registered {

@@ -124,7 +124,7 @@ impl StallClock {
 
     /// Takes in a look at the beat, at time `now_ns`.
     pub(crate) fn look_at(&self, beat: u32, now_ns: u64) {
-        // Relaxed throughout: heuristics of one process about another; nothing is published by them.
+        // Relaxed throughout: these are one process's guesses about another, and publish nothing.
         let before = self.looked_ns.swap(now_ns, Ordering::Relaxed);
         if self.beat.swap(beat, Ordering::Relaxed) != beat {
             self.still_ns.store(0, Ordering::Relaxed);
@@ -145,7 +145,7 @@ impl StallClock {
         self.look_at(beat, monotonic_ns());
     }
 
-    /// An operation that began under beat `began` reached its deadline.
+    /// Takes in that an operation that began under beat `began` reached its deadline.
     pub(crate) fn deadline_missed(&self, began: u32, beat: u32) {
         if began == beat {
             self.beat.store(beat, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! What a lookup found.
+//! The answers of lookups.
 
 use kvring_shm_abi::engine_segment::ShardHandle;
 use kvring_shm_abi::message::{Key, LeaseRecord, ShardAnswer};

@@ -43,7 +43,7 @@ const IDLE_EVERY: Duration = Duration::from_secs(10);
 /// an answer looks more often, and each new call reads the engine's life word itself.
 const SLICE: Duration = Duration::from_millis(50);
 
-/// Starts the thread.
+/// Starts the keeper's thread.
 pub(crate) fn spawn(shared: Arc<Shared>) -> std::io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name("kvring-keeper".into()).stack_size(256 << 10).spawn(move || {
         let mut held: Option<Claim> = None;

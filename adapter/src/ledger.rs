@@ -213,7 +213,7 @@ impl Ledger {
         state.batches.retain(|_, batch| {
             let gone = batch.records.len() as u32;
             match batch.duty {
-                // Nobody waits for it.
+                // Nobody waits for the outcome of an abort.
                 Duty::Abort => return false,
                 Duty::Writing | Duty::Commit => batch.duty = Duty::Settled(Settled { done: 0, gone }),
                 Duty::Settled(_) => {}

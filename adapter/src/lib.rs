@@ -1,4 +1,4 @@
-//! What vLLM's scheduler and workers use to reach a kvring engine.
+//! The adapters by which vLLM's scheduler and workers use a kvring engine.
 //!
 //! Adapters share a [`Client`], which attaches by itself, notices the engine's death and restart, and attaches again.
 //! Every call returns by its deadline, whatever the engine does.

@@ -131,7 +131,7 @@ impl Shared {
         self.set_current(Health::Healthy, Some(attachment));
     }
 
-    /// Keeper: the engine is gone for now; its arena is still there.
+    /// Keeper: the engine is gone for now, and its arena is kept.
     pub(crate) fn set_suspended(&self, health: Health) {
         let attachment = self.current().attachment.clone();
         self.set_current(health, attachment);

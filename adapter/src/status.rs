@@ -1,4 +1,4 @@
-//! From the engine's status codes to typed errors.
+//! Turns the engine's status codes into typed errors.
 
 use crate::error::{CallError, RegisterError};
 use kvring_shm_abi::message::{Completion, Disagreement, KEYS_MAX, Registration, Status};

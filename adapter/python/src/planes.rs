@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn what_vllm_has() {
-        // Its CPU backend: one page for each block.
+        // vLLM's CPU backend: one page for each block.
         let cpu = tensor(4096, &[256, 2, 32, 128], &[8192, 4096, 128, 1], 4);
         assert_eq!(of(256, cpu), [(4096, 32768, 32768)]);
         // Two kernel blocks for each block.
@@ -334,18 +334,18 @@ mod tests {
         }
         let heads = [0, 160, 320, 480].map(|at| (at, 32, 32));
         assert_eq!(found("LHBNC", 0), heads);
-        // Other layers' pages in between, as where two groups have a block of their own each in the same memory.
+        // Other layers' pages lie in between, as when two groups each have blocks of their own in the same memory.
         let some = [layers("BLHNC", 64)[0].clone(), tensor(4096 + 128, &[5, 2, 4, 8], &[192, 32, 8, 1], 1)];
         assert_eq!(of(5, some[0].clone()), [(4096, 192, 64)]);
         assert_eq!(planes(5, &some).unwrap().0.len(), 2);
-        // In whatever order the layers come.
+        // The order of the layers does not matter.
         let mut turned = layers("BLHNC", 0);
         turned.reverse();
         assert_eq!(planes(5, &turned).unwrap().0.len(), 1);
         // MLA: one head.
         let mla = [0, 32].map(|at| tensor(4096 + at, &[5, 1, 4, 8], &[64, 32, 8, 1], 1));
         assert_eq!(planes(5, &mla).unwrap().0.len(), 1);
-        // Who has one block only does not know where the next one would be.
+        // With one block only, nothing tells where the next one would be.
         let alone = [0, 8].map(|at| tensor(4096 + at, &[1, 8], &[16, 1], 1));
         assert_eq!(planes(1, &alone).unwrap().0.len(), 2);
     }
@@ -367,7 +367,7 @@ mod tests {
         }
         assert_ne!(of(&layers("LBHNC", 0)).1, of(&layers("LBNHC", 0)).1, "one page each, other bytes in it");
         assert_ne!(of(&layers("LHBNC", 0)).1, of(&layers("LBNHC", 0)).1);
-        // Neither place, room, nor the number of blocks changes what the bytes mean.
+        // Address, padding and the number of blocks do not change what the bytes mean.
         for layout in ["BLHNC", "BHLNC", "LBNHC", "LHBNC"] {
             let digest = of(&layers(layout, 0)).1;
             let mut moved = layers(layout, 0);
@@ -435,7 +435,7 @@ mod tests {
         let found = match planes(num_blocks, tensors) {
             Ok((found, _)) => found,
             Err(text) => {
-                // Pages of different strides are told apart by their ranges alone.
+                // Pages of different strides are compared by their ranges alone.
                 let from_block_to_block = |tensor: &Tensor| {
                     let kernel = tensor.shape[0] / u64::from(num_blocks);
                     tensor.strides[0] as u64 * tensor.itemsize * kernel

@@ -1,4 +1,4 @@
-//! Tests of what does not touch Python, in a binary that is not linked with it.
+//! Tests of the modules that do not touch Python, in a binary that is not linked with it.
 #![allow(dead_code, reason = "only the tests use these modules here")]
 
 mod handles;

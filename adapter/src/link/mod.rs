@@ -140,7 +140,7 @@ impl Link {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Nothing in here panics half-way through a change; a poisoned lock is as good as any.
+        // No code panics half-way through a change under this lock, so a poisoned one can be used like any.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -354,7 +354,8 @@ impl Link {
         (&self.left, self.left.load(Ordering::Acquire))
     }
 
-    /// Drains what has arrived and sends what waits in the outbox. The keeper calls it, because nobody else may.
+    /// Drains what has arrived and sends what waits in the outbox. The keeper calls it, because no caller may come for
+    /// a long time.
     pub(crate) fn tend(&self) {
         let mut inner = self.lock();
         let others = self.drain(&mut inner);

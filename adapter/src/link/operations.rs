@@ -30,7 +30,7 @@ pub(super) struct Done {
     pub(super) owns_region: bool,
 }
 
-/// What became of a completion.
+/// What [`Operations::deliver`] did with a completion.
 pub(super) enum Delivered {
     /// It is kept until its waiter takes it.
     Kept,

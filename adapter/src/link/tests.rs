@@ -14,7 +14,7 @@ use kvring_shm_abi::superblock::Geometry;
 const ENTRY: usize = 3;
 const NONCE: u64 = 0xfeed;
 
-/// The engine's side of one channel, and the life word that says it lives.
+/// The engine's side of one channel, and the engine's life word.
 pub(crate) struct FakeEngine {
     requests: Consumer,
     completions: Producer,

@@ -19,22 +19,22 @@ use kvring_shm_abi::sync::spin_loop;
 use std::sync::MutexGuard;
 use std::time::Duration;
 
-/// Polls of the ring between two looks at the clock.
+/// How often a caller polls the ring between two looks at the clock.
 const BURST: u32 = 64;
 /// The longest sleep without a look at the engine's beat. It is shorter than the longest gap between two looks that
 /// still counts towards a stall (100 ms).
 const SLEEP_MAX: Duration = Duration::from_millis(50);
-/// Completions handled under one hold of the lock.
+/// The most completions handled under one hold of the lock.
 const DRAIN_MAX: usize = DEPTH;
 
-/// What a look at the completion ring brought.
+/// The result of a look at the completion ring.
 enum Look {
     /// The answer that the caller looked for.
     Answer(Done),
     /// Another completion, which has been dealt with. True when another thread of this client may sleep until it
     /// arrives.
     Other(bool),
-    /// Nothing.
+    /// The ring is empty.
     Nothing,
 }
 
@@ -245,9 +245,9 @@ impl Link {
         Ok(())
     }
 
-    /// Sleeps until `soon` for a completion or the engine's death; every return means: look again. A restart reaches
-    /// the sleeper through the keeper, which watches the incarnation for all threads and then calls [`Link::rouse`]:
-    /// each word costs every sleep a quarter of a microsecond.
+    /// Sleeps until a completion arrives, the engine dies, or `soon` has passed. Whenever it returns, the caller must
+    /// look again. A restart reaches the sleeper through the keeper, which watches the incarnation for all threads and
+    /// then calls [`Link::rouse`]: each word costs every sleep a quarter of a microsecond.
     fn sleep(&self, slot: u16, soon: Deadline) {
         let parked = self.channel.client_parked();
         let ticket = park::announce(parked);

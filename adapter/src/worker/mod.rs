@@ -93,7 +93,7 @@ pub enum SubmitError {
     /// A chunk's blocks are wrong.
     #[error("chunk {chunk}: {error}")]
     Blocks {
-        /// Which chunk of the call.
+        /// The chunk's index in the call.
         chunk: usize,
         /// What is wrong.
         error: BlockError,

@@ -151,8 +151,8 @@ impl Mover {
         }
     }
 
-    /// If devices write into the arena, has it registered with them as soon as there is one, and drops that when there
-    /// is none.
+    /// If devices write into the arena, has the backend map it as soon as there is one, and drops that mapping when
+    /// there is none.
     fn look_at_arena(&self) {
         if !self.backend.writes_by_device() {
             return;

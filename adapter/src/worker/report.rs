@@ -13,7 +13,7 @@ pub struct StoreReport {
     pub skipped: u32,
     /// Shards dropped, for one of the reasons in `why`.
     pub dropped: u32,
-    /// Why: they add up to `dropped`.
+    /// The reasons; their counts add up to `dropped`.
     pub why: Drops,
     /// Bytes copied.
     pub bytes: u64,
@@ -100,7 +100,7 @@ pub struct LoadReport {
     pub loaded: u32,
     /// Chunks that could not be loaded, for one of the reasons in `why`; their blocks are among the blocks with load errors.
     pub failed: u32,
-    /// Why: they add up to `failed`.
+    /// The reasons; their counts add up to `failed`.
     pub why: LoadFailures,
     /// Bytes copied.
     pub bytes: u64,

@@ -93,11 +93,11 @@ struct Commit {
     count: u32,
 }
 
-/// A store that has copied everything, and whose last commits have no answer because their engine went away. The mover
-/// goes on with other jobs meanwhile.
+/// A store that has copied everything, and some of whose commits have no answer because their engine went away. The
+/// mover goes on with other jobs meanwhile.
 pub(super) struct Unsettled {
     report: StoreReport,
-    /// Batch, shards.
+    /// Each batch with its number of shards.
     commits: Vec<(BatchId, u32)>,
     until: Instant,
 }
