@@ -25,7 +25,7 @@ pub enum AttachError {
     )]
     Stopped(String),
     /// The engine is recovering and not ready yet.
-    #[error("the kvring engine is starting, and takes over what it held before (incarnation {0})")]
+    #[error("the kvring engine is starting, and may be taking over what it held before")]
     Recovering(u32),
     /// The engine found its own invariants broken.
     #[error(
@@ -61,7 +61,7 @@ pub enum AttachError {
     #[error("the client is being shut down")]
     Cancelled,
     /// Another process has overwritten the life word by which we claim our entry. The next attempt takes another entry.
-    #[error("the claim on entry {0} was overwritten by another process")]
+    #[error("another process has overwritten what makes this client known to the kvring engine")]
     ClaimLost(usize),
     /// The engine refused the claim.
     #[error("the kvring engine refused the connection: {}", .0.as_str())]

@@ -9,6 +9,7 @@
 //! still map the old arena unmap it soon.
 
 use crate::preflight::{self, NoRoom, Room};
+use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::park;
 use kvring_shm_abi::segment::{SegmentError, SegmentFile};
@@ -170,6 +171,7 @@ impl Allocator {
             stalled: AtomicBool::new(false),
             state: Mutex::new(State::Running),
         });
+        failpoint::here(Place::AllocatorStarts);
         let worker = Worker { shared: shared.clone(), geometry, lobby, inherited: ready, allocate, populate };
         let thread = thread::Builder::new()
             .name("kvring-alloc".to_owned())

@@ -65,6 +65,8 @@ called! {
         // An engine starts.
         /// The engine has opened or created the file of its engine segment, and has not locked it.
         Opened = "opened",
+        /// The first slab is allocated; the thread that allocates the others does not run yet.
+        AllocatorStarts = "allocator starts",
         /// The first slab is allocated, and the allocator's thread runs; there is no cache yet.
         AllocatorStarted = "allocator started",
 

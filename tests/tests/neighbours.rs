@@ -24,7 +24,7 @@ fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
         let arena = 256u64 << 20;
         let fields = json!({ "name": name, "arena": arena, "slab": 1 << 20 });
         let mut engine =
-            EngineProcess::launched(&fields, &[(FAIL_POINT, &format!("{}:1:stop", Place::AllocatorStarted))]);
+            EngineProcess::launched(&fields, &[(FAIL_POINT, &format!("{}:1:stop", Place::AllocatorStarts))]);
         engine.has_stopped();
         // This process is the neighbour: it takes all but less than the engine keeps for others.
         let spare = 24 << 20;

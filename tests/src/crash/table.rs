@@ -51,6 +51,7 @@ pub const VISITS: &[Visit] = &[
     visit(Place::RecoveryOdd, UNCOUNTED, &[1]),
     visit(Place::RecoveryCounted, COUNTED, &[1]),
     visit(Place::RecoveryWords, COUNTED, &[1]),
+    visit(Place::AllocatorStarts, COUNTED, &[1]),
     visit(Place::AllocatorStarted, COUNTED, &[1]),
     visit(Place::RecoverySpan, COUNTED, &[1, 2]),
     visit(Place::RecoveryChunks, COUNTED, &[1]),
