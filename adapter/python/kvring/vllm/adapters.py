@@ -1,13 +1,13 @@
-"""What tells a LoRA adapter's content from that of another one of the same name and path.
+"""Tells LoRA adapters apart that have the same name and path but different content.
 
-vLLM's keys cover an adapter's name and path, and not what is there. So its content salts the keys of its requests: not what the
-files hold at some time, but what vLLM has *loaded*, which only the workers know. They read the files just before vLLM does and
-just after, and tell the scheduler's side with the reports of that step; until it knows, requests of this adapter neither find nor
-store anything.
+vLLM's keys cover an adapter's name and path, but not its content. So a digest of the content salts the keys of its requests: not
+of what the files hold at some time, but of what vLLM has *loaded*, which only the workers know. They read the files just before
+and just after vLLM does, and tell the scheduler's side with the reports of that step. Until it knows, requests with this adapter
+neither find nor store anything.
 
-vLLM goes on serving its own prefix cache whatever it loads under the name and path of before. So what has been loaded with two
-contents, or with one that cannot be told, is not known any more, for as long as this vLLM lives: nothing that it computes is
-stored. A worker refuses by itself what the scheduler's side has announced before it knew.
+vLLM goes on serving from its own prefix cache when it loads other content under the same name and path. So an adapter that was
+loaded with two contents, or with one that cannot be read, is *not known* any more for as long as this vLLM lives, and nothing
+that it computes is stored. A worker by itself refuses a store that the scheduler's side announced before it knew.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ logger = get_logger("vllm.kvring.adapters")
 
 SALT_BYTES = 16
 NOT_KNOWN = b""
-"""The salt of an adapter whose content nobody knows: what its requests compute is neither looked up nor stored."""
+"""The salt of an adapter whose content is not known: KV of its requests is neither looked up nor stored."""
 
 ADAPTERS_MAX = 65_536
-"""Names that are remembered; those that come later are not known."""
+"""The most adapters that are remembered; those loaded after that are not known."""
 _NOT_OF_KV = frozenset(
     {"max_loras", "max_cpu_loras", "max_lora_rank", "max_lora_cls_labels", "default_mm_loras", "specialize_active_lora"}
 )
-"""Of vLLM's options of adapters: all others decide what one makes of the same files."""
+"""vLLM's options for adapters that do not change KV. All others decide what vLLM computes from the same files."""
 
 
 class Adapter(NamedTuple):
-    """One that was loaded: what vLLM's keys cover, and the salt for what they do not."""
+    """An adapter that was loaded: its name and path, which vLLM's keys cover, and a salt for its content, which they do not."""
 
     name: str
     path: str
     salt: bytes
     why: str = ""
-    """It is not known."""
+    """The reason, where it is not known."""
 
 
 class _Salts:
-    """By name and path: an adapter's salt, as long as it has always been the same."""
+    """The salts of adapters, by name and path; `NOT_KNOWN` for one that had two."""
 
     def __init__(self) -> None:
         self._salts: dict[tuple[str, str], bytes] = {}
 
     def _tell(self, adapter: Adapter) -> bool:
-        """True: this is news."""
+        """Notes an adapter's salt. True where that has changed what is known."""
         names, salt = (adapter.name, adapter.path), adapter.salt
         if names not in self._salts and len(self._salts) >= ADAPTERS_MAX:
             return False
@@ -68,10 +68,10 @@ class _Salts:
 
 
 class Adapters(_Salts):
-    """On the scheduler's side: what the workers have told."""
+    """What the workers have told the scheduler's side of adapters."""
 
     def learn(self, adapter: Adapter) -> None:
-        """A worker has loaded this one, or knows it no more."""
+        """A worker has loaded this adapter, or reports that it is no longer known."""
         before = len(self._salts)
         news = self._tell(adapter)
         if before < len(self._salts) == ADAPTERS_MAX:
@@ -86,7 +86,7 @@ class Adapters(_Salts):
             )  # fmt: skip
 
     def of(self, lora: LoRARequest | None) -> Adapter | None:
-        """A request's adapter, with what its keys are salted with."""
+        """A request's adapter, with the salt of its keys."""
         if lora is None:
             return None
         names = (lora.lora_name, lora.lora_path)
@@ -94,7 +94,7 @@ class Adapters(_Salts):
 
 
 class LoadedAdapters(_Salts):
-    """In a worker: what vLLM has loaded there."""
+    """The adapters that vLLM has loaded in a worker."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class LoadedAdapters(_Salts):
         self._news: list[Adapter] = []
 
     def watch(self) -> None:
-        """From now on this is told of what vLLM loads."""
+        """From now on `loaded` is called for each adapter that vLLM loads."""
         try:
             _watch_loads()
         except Exception as error:
@@ -117,11 +117,11 @@ class LoadedAdapters(_Salts):
         adapter = Adapter(request.lora_name, request.lora_path, salt, why)
         before = self._by_id.get(request.lora_int_id)
         if before is not None and before[:2] != adapter[:2]:
-            # Requests that still have the id with the earlier name are computed with this one's weights.
+            # Requests that still use the id under the earlier name are now computed with this adapter's weights.
             reused = f"its id {request.lora_int_id} was given to another adapter"
             self._report(before._replace(salt=NOT_KNOWN, why=reused))
             if not request.load_inplace:
-                # And those with this name and the id may have been computed with the earlier one's, before this was loaded.
+                # And requests with this name and id may have been computed with the earlier weights, before this was loaded.
                 adapter = adapter._replace(salt=NOT_KNOWN, why=f"its id {request.lora_int_id} was another adapter's")
         self._by_id[request.lora_int_id] = adapter
         self._report(adapter)
@@ -133,11 +133,11 @@ class LoadedAdapters(_Salts):
             self._news.append(adapter._replace(salt=salt, why=why))
 
     def holds(self, adapter: Adapter | None) -> bool:
-        """Is this what has been computed with, ever since it was first loaded?"""
+        """Has this worker computed with exactly this content, ever since the adapter was first loaded?"""
         return adapter is None or (adapter.salt != NOT_KNOWN and self._salts.get((adapter.name, adapter.path)) == adapter.salt)
 
     def take_news(self) -> list[Adapter]:
-        """For the scheduler's side."""
+        """Returns the news for the scheduler's side, each once."""
         news, self._news = self._news, []
         return news
 
@@ -146,7 +146,7 @@ _watching: weakref.WeakSet[LoadedAdapters] = weakref.WeakSet()
 
 
 def _watch_loads() -> None:
-    """vLLM tells nobody what it loads, and when: so the method that does is made to."""
+    """Wraps the method that loads adapters, because vLLM tells no connector what it loads, and when."""
     from vllm.lora.worker_manager import WorkerLoRAManager
 
     load = WorkerLoRAManager._load_adapter
@@ -169,7 +169,8 @@ def _watch_loads() -> None:
 
 
 def _salt(request: LoRARequest, config: LoRAConfig) -> tuple[bytes, str]:
-    """Of the files that are there now; or why there is none. A repository is fetched by vLLM, whichever commit it has then."""
+    """The salt of the files that are there now, or `NOT_KNOWN` and the reason. An adapter in a repository is not known: vLLM
+    fetches it, at whichever commit it has then."""
     try:
         folder = Path(request.lora_path).expanduser()
         options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -181,14 +182,14 @@ def _salt(request: LoRARequest, config: LoRAConfig) -> tuple[bytes, str]:
 
 
 def salted(key: bytes, salt: bytes | None) -> bytes:
-    """The key that is looked up and stored: keys are digests, so a fixed difference keeps them apart from all others."""
+    """The key that is looked up and stored. Keys are digests, so XOR with a salt keeps them apart from all other keys."""
     if salt is None:
         return key[:SALT_BYTES]
     return (int.from_bytes(key[:SALT_BYTES], "little") ^ int.from_bytes(salt, "little")).to_bytes(SALT_BYTES, "little")
 
 
 def joined(first: bytes | None, second: bytes | None) -> bytes | None:
-    """Both salts in one."""
+    """One salt made of both; either may be missing."""
     if first is None or second is None:
         return first or second
     return hashlib.sha256(first + second).digest()[:SALT_BYTES]

@@ -1,4 +1,4 @@
-"""An engine without anybody starting one: the first vLLM that finds none starts it, and it outlives that vLLM."""
+"""Starts an engine for vLLM: the first vLLM that finds none starts one, and that outlives the vLLM."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _PAUSE_MAX_S = 30.0
 
 
 class Keeper:
-    """Starts the engine where there is none when vLLM starts, and again whenever it has *died*. Several may try at once: one of
-    them wins, which is the engine's own doing (it holds a lock on its name), and the others find it running.
+    """Starts the engine where there is none when vLLM starts, and again whenever it has *died*. Several vLLMs may try at once:
+    an engine holds a lock on its name, so one of them wins, and the others find its engine running.
 
-    An engine that somebody has *stopped* is not started again before a vLLM starts anew. One can tell: a dead one leaves its
-    segments behind, one that was asked to stop leaves none, or says in them that it was, and `kvring remove` takes them away. One
-    that somebody starts by hand, whatever its size, is as good as our own: if it dies, its successor takes over what it held."""
+    An engine that somebody has *stopped* is not started again before a vLLM starts anew. The segments tell the difference: a
+    dead engine leaves them behind; one that was asked to stop leaves none, or notes the stop in them; and `kvring remove` takes
+    them away. An engine that somebody starts by hand, of whatever size, is treated like our own: if it dies, its successor takes
+    over its cache."""
 
     def __init__(self, name: str, arena: str):
         self._name = name
@@ -28,14 +29,15 @@ class Keeper:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._owed = False
-        """A start of ours has failed and left nothing, not even what it was to take over: that nobody has asked for."""
+        """A start of ours has failed and left no segments, not even those that it was to take over. Nobody has asked for that, so
+        an absent engine is started again."""
         self._gone = 0
-        """Looks at which it was gone for good, one after another."""
+        """How many looks in a row have found it absent or stopped."""
 
     def ensure(self) -> None:
-        """Starts an engine where none runs. Raises `EngineError` where it refuses: what does not fit, and what would help."""
+        """Starts an engine where none runs. Raises `EngineError` where that fails; its text says why, and what would help."""
         if engine_state(self._name) in ("absent", "dead", "stopped"):
-            # The size that vLLM's configuration asks for, also where a dead engine had another one.
+            # With the size that vLLM's configuration asks for, also where a dead engine had another one.
             self._start()
 
     def _start(self, *arguments: str) -> None:
@@ -47,15 +49,15 @@ class Keeper:
             self._owed = state == "absent"
             if state in ("absent", "dead", "stopped"):
                 raise
-            # Somebody else was faster.
+            # Another vLLM was faster: its engine runs.
         else:
-            # Kept, to notice when it ends.
+            # Kept in order to notice when the engine ends.
             self._engine = engine
             self._owed = False
             logger.info("started the kvring engine %s (pid %s); its log is %s", self._name, engine.pid, engine.log_path)
 
     def watch(self) -> None:
-        """From now on, on a thread of its own."""
+        """Starts a thread that starts the engine again whenever it has died."""
         self._thread = threading.Thread(target=self._watch, name="kvring-autostart", daemon=True)
         self._thread.start()
 
@@ -76,11 +78,11 @@ class Keeper:
             self._engine = None
         state = engine_state(self._name)
         if state == "dead" or (state == "absent" and self._owed):
-            # Its size may be another one by now: somebody may have started it by hand.
+            # With the size that the dead engine had: somebody may have started it by hand with another one than ours.
             self._start("--any-arena")
         elif state in ("absent", "stopped"):
             self._gone += 1
-            # At the first look it may be between the two engines of a cold start.
+            # The first such look may fall between the two engines of a cold start.
             if self._gone == 2:
                 logger.warning(
                     "the kvring engine %s was stopped or removed by somebody; vLLM goes on without it until a vLLM is started"
@@ -93,7 +95,7 @@ class Keeper:
         self._gone = 0
 
     def close(self) -> None:
-        """Looks no more. The engine lives on. A start that is under way is not waited for."""
+        """Ends the thread. The engine lives on. A start that is under way is not waited for."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join(0.1)

@@ -1,5 +1,5 @@
-"""What vLLM has decided for a model and a configuration, and a connector must not overrule: refused when vLLM starts, with the
-reason."""
+"""Checks for decisions of vLLM that a connector must not overrule: models and options that cannot work with kvring are refused
+when vLLM starts, with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def check(config: Config, vllm_config: VllmConfig, geometry: Geometry, *, loads: bool) -> None:
     """Raises `LayoutError` for a model that cannot be served from a cache, `ConfigError` for an option that cannot work here.
-    `loads`: is anything ever loaded?"""
+    `loads`: may this vLLM load from the cache?"""
     _check_prefix_caching(vllm_config)
     if loads:
         _check_routed_experts(vllm_config)
@@ -24,9 +24,9 @@ def check(config: Config, vllm_config: VllmConfig, geometry: Geometry, *, loads:
 
 
 def _check_prefix_caching(vllm_config: VllmConfig) -> None:
-    """After a load a prompt is computed from its middle on, as after a hit in vLLM's own prefix cache. A user who has switched
-    that cache off loses nothing; where vLLM has, the model cannot do it. Which of the two it was vLLM does not say, so each of
-    its own reasons is asked for. (Those that lie in the layers are `geometry`'s.)"""
+    """After a load a prompt is computed from its middle on, as after a hit in vLLM's own prefix cache. Where a user has switched
+    that cache off, kvring can still be used; where vLLM has done so, the model cannot be computed like that. vLLM does not say
+    which of the two it was, so this checks each of vLLM's own reasons. (`geometry` checks those that lie in the layers.)"""
     import vllm.envs as envs
     from vllm.platforms import current_platform
 
@@ -48,7 +48,8 @@ def _check_prefix_caching(vllm_config: VllmConfig) -> None:
 
 
 def _check_routed_experts(vllm_config: VllmConfig) -> None:
-    """vLLM keeps the routed experts of what it has computed itself, and its workers end where one of a hit is missing."""
+    """vLLM knows the routed experts only of tokens that it has computed itself, and its workers end where those of a hit are
+    missing."""
     if vllm_config.aux_output_config.enabled:
         raise ConfigError(
             "kvring cannot be used with --enable-return-routed-experts: vLLM knows the routed experts of tokens that it has "
@@ -57,7 +58,7 @@ def _check_routed_experts(vllm_config: VllmConfig) -> None:
 
 
 def _check_synchronous_loads(config: Config, vllm_config: VllmConfig, geometry: Geometry) -> None:
-    """What a step has computed from a synchronous load that failed must be taken back before the next step begins."""
+    """After a synchronous load has failed, vLLM must take back what its step has computed before the next step begins."""
     if config.load != "sync":
         return
     why = None

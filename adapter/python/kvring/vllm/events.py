@@ -1,4 +1,4 @@
-"""KV events for cache-aware routers: what has become visible in the cache of this node."""
+"""KV events for cache-aware routers: they tell which blocks have become visible in the cache of this node."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Events:
         self._ready: list[KVCacheEvent] = []
 
     def announce(self, job: int, tracker: Tracker, first: int, count: int) -> None:
-        """A store has been handed to the workers."""
+        """A store has been handed to the workers: keeps its event until they have reported it."""
         geometry = self._geometry
         start, end = first * geometry.hashes_per_chunk, (first + count) * geometry.hashes_per_chunk
         self._announced[job] = BlockStored(
@@ -37,17 +37,18 @@ class Events:
         )
 
     def stored(self, job: int, *, failed: bool) -> None:
-        """Every rank has reported it. Where one could not store all of it nothing is said: a promise must hold."""
+        """Every rank has reported a store: its event is sent. Not where a rank could not store all of it, since routers rely on
+        events."""
         event = self._announced.pop(job, None)
         if event is not None and not failed:
             self._ready.append(event)
 
     def cleared(self) -> None:
-        """Nothing that was announced holds any more."""
+        """The cache was reset: drops all events, and tells routers that all blocks are gone."""
         self._announced.clear()
         self._ready = [AllBlocksCleared()]
 
     def take(self) -> list[KVCacheEvent]:
-        """What there is to tell."""
+        """Returns the events that are ready, each once."""
         ready, self._ready = self._ready, []
         return ready

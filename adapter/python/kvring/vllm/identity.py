@@ -1,12 +1,14 @@
-"""Which weights compute the KV, and what prepares their inputs: *content, or the instance; never a time, never a guess*.
+"""Identifies the weights that compute the KV, and everything that prepares their inputs, *by content or by the instance; never by
+a time, never by a guess*.
 
-What is stored may be found for weeks, by any vLLM that names it the same. So a name is made of what the files hold that decide
-the bytes (`content`), wherever they lie. Where that cannot be known (weights that come from elsewhere than files, ids that count
-up) it is made of this very vLLM, whose processes share among themselves and with nobody else: whatever is raised here means that.
-For files of weights the version that their user gives them stands in, and for nothing else. What decides nothing is not in it:
-copies share, and so does a checkpoint with other files beside it.
+Stored KV may be found for weeks, by any vLLM whose namespace has the same name. So the name is made of the content of the files
+that decide the bytes (`content`), wherever they lie. Where that cannot be known (weights that do not come from files, ids that
+count up), functions here raise, and the name is made of this very vLLM: its processes share KV among themselves and with nobody
+else. A version given by the user may stand in for the content of the weights' files, and for nothing else. Files that decide
+nothing do not count: copies of a checkpoint share KV, and so does one with other files beside it.
 
-What vLLM 0.32 reads was looked up in its loaders, configurations and models; where a later one reads more, it has to be added.
+The files that vLLM 0.32 reads were looked up in its loaders, configurations and models. Those that a later one reads as well have
+to be added.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ _FROM_FILES = {
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "npcache", "pt",
     "runai_streamer", "runai_streamer_sharded", "sharded_state",
 }  # fmt: skip
-"""The load formats that read nothing but files of the model's folder. Not: tensorizer, modelexpress, ipc_cache, plugins' own."""
+"""The load formats that read only files of the model's folder. Not: tensorizer, modelexpress, ipc_cache, plugins' own."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _OF_A_TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-"""As vLLM leaves them out (`filter_files_not_needed_for_inference`)."""
+"""Files of a training, which vLLM does not load (`filter_files_not_needed_for_inference`)."""
 _CONFIGURATIONS = ("config.json", "params.json", ".index.json")
-"""Of models, quantizations, sparse attention, processors of images and sound; and which files belong to a checkpoint."""
+"""Configurations of models, quantizations, sparse attention, processors of images and sound; and the lists of a checkpoint's
+files."""
 _NOT_OF_KV = ("generation_config.json", "tokenizer_config.json")
 
 _SAME_AT_ANY_LENGTH = {
@@ -46,14 +49,14 @@ _SAME_AT_ANY_LENGTH = {
 
 
 def instance(vllm_config: VllmConfig) -> list[str]:
-    """This very vLLM: the same in all of its processes, and in no other one's."""
+    """Names this very vLLM: the same in all of its processes, and in none of another vLLM."""
     transfer = vllm_config.kv_transfer_config
-    # The first is a time, the second random unless a user sets it.
+    # `instance_id` is a time, `engine_id` random unless a user sets it.
     return [vllm_config.instance_id, str(transfer.engine_id if transfer is not None else "")]
 
 
 def weights(vllm_config: VllmConfig, version: str | None) -> list[Any]:
-    """Which weights these are, with everything beside them that makes a model of them."""
+    """Identifies the weights, and the files beside them that make a model of them."""
     model = vllm_config.model_config
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
         raise Unknown("its weights are pushed into it while it runs (weight_transfer_config)")
@@ -71,8 +74,8 @@ def weights(vllm_config: VllmConfig, version: str | None) -> list[Any]:
                 "the weights change"
             ) from error
         known = ["version", version, str(model.model_weights or model.model), content.digest({}, others)]
-    # When vLLM's configuration was made, the same in all of its processes. A time tells nothing here but that what is in a file
-    # now may not be what was loaded.
+    # The time at which vLLM's configuration was made, the same in all of its processes. It is used only to notice that a file
+    # may have changed since it was loaded.
     started = vllm_config.instance_id
     changed = content.changed_since([*found.values(), *others.values()], int(started) / 1e9) if started.isdigit() else None
     if changed is not None:
@@ -81,14 +84,14 @@ def weights(vllm_config: VllmConfig, version: str | None) -> list[Any]:
 
 
 def media(vllm_config: VllmConfig) -> dict[str, Any] | None:
-    """What is made of images, sound and video before the model sees them; `None` for a model that takes none. (The processors'
-    own configurations are among the model's files.)"""
+    """The options that decide how images, sound and video are prepared for the model; `None` for a model that takes none. (The
+    processors' own configurations are among the model's files.)"""
     config = vllm_config.model_config.multimodal_config
     if config is None:
         return None
     scales = config.mm_encoder_fp8_scale_path
     if config.mm_processor_cache_gb == 0 and not vllm_config.cache_config.enable_prefix_caching:
-        # `BaseRenderer._process_mm_uuids`.
+        # See `BaseRenderer._process_mm_uuids`.
         raise Unknown(
             "with --mm-processor-cache-gb 0 and --no-enable-prefix-caching vLLM counts images instead of looking at them"
         )
@@ -109,9 +112,9 @@ def media(vllm_config: VllmConfig) -> dict[str, Any] | None:
 
 
 def length(model: ModelConfig) -> str | None:
-    """The longest context that the model was built for, where what it computes at *every* position depends on it; else `None`.
-    One that vLLM finds itself (`--max-model-len auto`, or nothing) follows from the configuration when the model is built;
-    what it makes of it later, by the memory that there is, changes nothing."""
+    """The longest context that the model was built for, if the values at *every* position depend on it; else `None`.
+    A length that vLLM finds itself (`--max-model-len auto`, or nothing) follows from the configuration when the model is built;
+    that vLLM may shorten it later, for lack of memory, changes no values."""
     if _is_same_at_any_length(model):
         return None
     given = getattr(model, "original_max_model_len", model.max_model_len)
@@ -119,12 +122,12 @@ def length(model: ModelConfig) -> str | None:
 
 
 def _is_same_at_any_length(model: ModelConfig) -> bool:
-    """By what its configuration says as it lies there: in memory, models write into it while they are built."""
+    """Does the length not matter, by the configuration's file? In memory, models write into it while they are built."""
     if callable(model.hf_overrides) or is_llama4(model) or model.hf_config.model_type.startswith("phi"):
-        # Phi's own name for a long rope is another one's.
+        # Phi's own name for a long rope is that of another kind elsewhere.
         return False
     if type(model.hf_config).__module__.startswith("transformers_modules"):
-        # A configuration of somebody else's code: it may mean anything.
+        # The configuration is read by code from elsewhere, and may mean anything.
         return False
     try:
         folder = _folder(model.hf_config_path or model.model, getattr(model, "_hf_config_revision", None) or model.revision)
@@ -138,13 +141,14 @@ def _is_same_at_any_length(model: ModelConfig) -> bool:
 def adapter(folder: Path) -> str:
     """A LoRA adapter's content. Raises `OSError` where it cannot be read, or there is none."""
     files = {name: folder / f"adapter_model{name}" for name in (".safetensors", ".bin", ".pt")}
-    # The first that there is; as `LoRAModel.from_local_checkpoint` looks for them.
+    # The first that exists, in the order of `LoRAModel.from_local_checkpoint`.
     name, path = next(((name, path) for name, path in files.items() if path.is_file()), (".pt", files[".pt"]))
     return content.digest({name: path}, {"config": folder / "adapter_config.json"})
 
 
 def plain(value: Any) -> str:
-    """In words that are the same in every process. Raises for what has none: an object that is told by its address only."""
+    """A value as text that is the same in every process. Raises for one that has no such text: an object that is told apart by
+    its address only."""
     from vllm.config.utils import normalize_value
 
     return json.dumps(normalize_value(value), sort_keys=True)
@@ -162,14 +166,15 @@ def _ropes(config: Any, *, inside: bool = False) -> Iterator[str]:
 
 
 def is_llama4(model: ModelConfig) -> bool:
-    """It tunes its attention's temperature where more than 32768 tokens fit, unless its generation config says whether to."""
+    """Is this a Llama 4? It tunes its attention's temperature where more than 32768 tokens fit, unless its generation config says
+    whether to."""
     return any(
         str(getattr(config, "model_type", None)).startswith("llama4") for config in (model.hf_config, model.hf_text_config)
     )
 
 
 def _others(vllm_config: VllmConfig) -> tuple[dict[str, Path], dict[str, Path]]:
-    """All files beside the weights that decide what is computed; and the folders of the parts that a model is put together of."""
+    """All files beside the weights that decide what is computed; and the folders of a composite model's parts."""
     model = vllm_config.model_config
     if callable(model.hf_overrides):
         raise Unknown("hf_overrides is a function, which may do anything")
@@ -193,7 +198,7 @@ def _others(vllm_config: VllmConfig) -> tuple[dict[str, Path], dict[str, Path]]:
 
 
 def _configuring(model: ModelConfig, folder: Path) -> dict[str, Path]:
-    """Configurations, and code where it is run."""
+    """A folder's configurations, and its code where vLLM may run it."""
     return {
         name: path
         for name, path in content.look(folder).items()
@@ -203,7 +208,7 @@ def _configuring(model: ModelConfig, folder: Path) -> dict[str, Path]:
 
 
 def _add_named(model: ModelConfig, path: Path, others: dict[str, Path], parts: dict[str, Path]) -> None:
-    """What a configuration takes from other repositories: code (`auto_map`), and the parts that Ultravox is put together of."""
+    """Adds the files that a configuration takes from other repositories: code (`auto_map`), and the parts of an Ultravox."""
     try:
         config = json.loads(path.read_bytes())
     except ValueError:
@@ -232,7 +237,7 @@ def _weights(vllm_config: VllmConfig, parts: dict[str, Path]) -> dict[str, Path]
     files = content.look(folder)
     found = _of_weights(files) | _by_pattern(folder, load.model_loader_extra_config)
     if load_format == "npcache":
-        # Written at the first start and read at all others; their names are the tensors'.
+        # vLLM writes these files at its first start and reads them at all others; they are named like tensors.
         found |= {name: path for name, path in files.items() if name.startswith("np/")}
     if not found:
         raise Unknown(f"{folder} has none")
@@ -246,7 +251,7 @@ def _of_weights(files: dict[str, Path]) -> dict[str, Path]:
 
 
 def _by_pattern(folder: Path, extra: Any) -> dict[str, Path]:
-    """What `ShardedStateLoader` takes by a pattern of its user's, which may lead anywhere."""
+    """The files that `ShardedStateLoader` reads by a pattern given by the user, which may lead anywhere."""
     pattern = extra.get("pattern") if isinstance(extra, dict) else None
     if pattern is None:
         return {}
@@ -259,7 +264,7 @@ def _by_pattern(folder: Path, extra: Any) -> dict[str, Path]:
 
 
 def _folder(name: str, revision: str | None, cache: str | None = None) -> Path:
-    """Where a model's files lie: its own folder, or where vLLM has put what it has fetched from Hugging Face."""
+    """The folder of a model's files: the model's own, or the one into which vLLM has fetched them from Hugging Face."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -271,7 +276,7 @@ def _folder(name: str, revision: str | None, cache: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
     except Exception as error:
-        # vLLM fetches what it loads, and not all that the repository has.
+        # The folder may lack files of the repository: vLLM fetches only those that it loads.
         if part := getattr(error, "snapshot_path", None):
             return Path(part)
         raise Unknown(f"{name} is not in Hugging Face's cache") from error

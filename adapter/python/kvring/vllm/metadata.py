@@ -1,4 +1,4 @@
-"""What the scheduler's side tells the workers in each step, and what they tell it. Pickled by vLLM between processes."""
+"""The messages of each step between the scheduler's side and the workers. vLLM pickles them between processes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from .adapters import Adapter
 
 @dataclass(slots=True)
 class Load:
-    """Bring chunks into blocks."""
+    """A load: the worker copies chunks into blocks."""
 
     job: int
     request: str
     tokens: int
-    """Tokens that vLLM counts as computed once this has ended."""
+    """How many tokens vLLM counts as computed once this load has ended."""
     wait: bool
-    """Before this step's forward pass (synchronous), or between steps."""
+    """Does this step's forward pass wait for it (synchronous)? Else it runs between steps."""
     shards: tuple[bytes, ...]
-    """For each shard of the world, where its part of the chunks is; none of them: the load has failed already."""
+    """By shard (`Geometry.shard_of`): where that part of the chunks is. Empty where the load has failed already."""
     blocks: list[int]
-    """Of one chunk after the other, all groups; `SKIP` where nothing is to be written."""
+    """The block ids of one chunk after the other, all groups; `SKIP` where nothing is to be written."""
 
 
 @dataclass(slots=True)
 class Store:
-    """Keep chunks that this step's forward pass completes, or an earlier one's."""
+    """A store: the worker keeps chunks that this step's forward pass, or an earlier one, completes."""
 
     job: int
     request: str
@@ -36,7 +36,7 @@ class Store:
     keys: list[bytes]
     blocks: list[int]
     adapter: Adapter | None = None
-    """What it has to have been computed with."""
+    """The LoRA adapter with which the KV must have been computed."""
 
 
 @dataclass(slots=True)
@@ -46,16 +46,16 @@ class KvringMetadata(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
     flush: list[int] = field(default_factory=list)
-    """Stores whose blocks may have got a new owner: none of them may read any more when the forward pass begins."""
+    """The jobs of stores whose blocks may have a new owner: none of them may still read when the forward pass begins."""
     flush_all: bool = False
-    """The scheduler's side does not know: all of them."""
+    """All stores are to be flushed, because the scheduler's side does not know which."""
     idle: bool = False
-    """No forward pass in this step: whoever waits for a load costs nobody anything."""
+    """This step has no forward pass, so to wait for a load in it delays nothing."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a job, on the ranks that have reported it."""
+    """The result of a job, on the ranks that have reported it."""
 
     ranks: int = 0
     chunks_failed: int = 0
@@ -74,10 +74,10 @@ class KvringWorkerMetadata(KVConnectorWorkerMetadata):
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     adapters: list[Adapter] = field(default_factory=list)
-    """What is new of LoRA adapters."""
+    """News of LoRA adapters: those that were loaded, or are no longer known."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """As vLLM joins the ranks' reports of one step. Neither side is changed."""
+        """Joins two ranks' reports of one step; called by vLLM. Neither report is changed."""
         assert isinstance(other, KvringWorkerMetadata)
         joined = {job: Outcome(o.ranks, o.chunks_failed, o.ranks_failed) for job, o in self.outcomes.items()}
         for job, outcome in other.outcomes.items():

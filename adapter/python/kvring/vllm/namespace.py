@@ -1,4 +1,4 @@
-"""Who may share KV with whom: everything that a chunk's key does not cover.
+"""The namespace: everything that decides which vLLMs may share KV, and that a chunk's key does not cover.
 
 A key (from `request.block_hashes`) covers the tokens, multimodal inputs, prompt embeddings, `cache_salt` and the LoRA's name.
 Everything else that decides the bytes of a page is in the namespace's *fingerprint*; two vLLMs that differ in any of it never see
@@ -35,28 +35,28 @@ if TYPE_CHECKING:
 logger = get_logger("vllm.kvring.namespace")
 
 FORMAT = 4
-"""Of what a fingerprint is made of, and of what a shard holds."""
+"""The version of a fingerprint's ingredients and of a shard's content."""
 
 _PACKAGES = (
     "flashinfer-python", "transformers", "mistral_common", "compressed-tensors", "torchao", "bitsandbytes",
 )  # fmt: skip
-"""Whose versions decide."""
+"""Packages whose versions may decide the bytes of KV."""
 _SAME_FILES = {"fastsafetensors": "safetensors", "instanttensor": "safetensors"}
-"""Load formats that read what another one does (`DefaultModelLoader._prepare_weights`)."""
+"""Load formats that read the same files as another one (`DefaultModelLoader._prepare_weights`)."""
 _NOT_OF_LOADING = ("enable_multithread_load", "num_threads", "enable_weights_track", "concurrency", "memory_limit")
 
 _NOT_OF_KERNELS = frozenset({"enable_cutedsl_warmup", "enable_jit_warmup", "sparse_mla_prefill_workspace_factor"})
-"""What happens before the first request; and room, which vLLM gives any model by its longest context."""
+"""Options for work before the first request, and for the size of a workspace, which vLLM sets by a model's longest context."""
 
 _DECIDES_NOTHING = re.compile(
     "PORT|HOST|_IPS?$|_PATH|_DIR$|URL|TIMEOUT|_LOG_|LOGGING|DEBUG|TRACE|_SCOPES|VLLM_DP_|RAY|VLLM_ALLOW_|USAGE|NIXL|P2P|MOONCAKE"
     "|_EC_|_NIC_|ELASTIC|PLUGINS|RESOLVER|TOOL|REGEX|XGRAMMAR|GPT_OSS|BUILD|DOCKER|IMAGE_TAG|PRECOMPILED|PROCESS_NAME|OMP_THREADS"
     "|RESERVED_CPU|COMPILE_CACHE|MEMORY_PROFILER|RUST|MLA_DISABLE"
 )
-"""Environment variables in which equal deployments differ, and those of vLLM's front. The last one some models set while they are
-built, in a worker's process; the kind of a group tells it."""
+"""Environment variables in which equal deployments differ, and those of vLLM's front end. Some models set the last one while
+they are built, in a worker's process; the kind of a KV group tells its value."""
 _WRITTEN_BY_WORKERS = frozenset({"VLLM_ALLREDUCE_USE_SYMM_MEM", "VLLM_ROCM_USE_SKINNY_GEMM", "VLLM_USE_AOT_COMPILE"})
-"""With `VLLM_BATCH_INVARIANT`, and to the same value (`override_envs_for_invariance`)."""
+"""vLLM's workers set these with `VLLM_BATCH_INVARIANT`, always to the same values (`override_envs_for_invariance`)."""
 
 
 def describe(
@@ -67,8 +67,8 @@ def describe(
     *,
     tell: bool = True,
 ) -> dict[str, Any]:
-    """The namespace in words: plain values, the same in every process that may share KV. `tell`: what keeps others from sharing
-    it is said in the log."""
+    """The namespace in words: plain values, the same in every process that may share KV. With `tell`, the log says what keeps
+    other vLLMs from sharing it."""
     import torch
     import vllm
 
@@ -76,7 +76,8 @@ def describe(
     unknown: dict[str, None] = {}
 
     def known(what: Callable[..., Any], *arguments: Any) -> Any:
-        """What this says. Where it cannot, whatever the reason is, the namespace is this vLLM's own: its start goes on."""
+        """The value of `what(*arguments)`. Where that raises, for whatever reason, vLLM's start goes on, and the namespace is
+        this vLLM's own."""
         try:
             return what(*arguments)
         except Unknown as error:
@@ -88,7 +89,7 @@ def describe(
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     load, speculative, lora = vllm_config.load_config, vllm_config.speculative_config, vllm_config.lora_config
     if str(cache.prefix_caching_hash_algo).startswith("xxhash") and "PYTHONHASHSEED" not in os.environ:
-        # `init_none_hash`: then each process begins its keys with a number of its own.
+        # Then each process begins its keys with a random number of its own (`init_none_hash`).
         warn(
             f"with --prefix-caching-hash-algo {cache.prefix_caching_hash_algo} and no PYTHONHASHSEED nothing that kvring stores "
             "for this vLLM can be found by another one, or after its end; set PYTHONHASHSEED, or take sha256"
@@ -97,14 +98,14 @@ def describe(
     description = {
         "format": FORMAT,
         "vllm": vllm.__version__,
-        # Which kernels there are for a backend that vLLM chooses by itself, and what it chooses.
+        # It decides which kernels a backend of vLLM's has, and which of them vLLM chooses.
         "torch": torch.__version__,
-        # And what a configuration leaves out, how images are prepared, how quantized weights are computed with.
+        # They decide the values that a configuration leaves out, how images are prepared, how quantized weights are used.
         "packages": {package: _version(package) for package in _PACKAGES},
         "plugins": known(_plugins),
         "environment": known(_environment),
         "platform": known(_platform, vllm_config),
-        # The configuration itself is one of these files. Not what has become of it in memory: some models write into it while
+        # The model's configuration counts as one of these files, not as it is in memory: some models write into it while
         # they are built, in a worker's process and not in the scheduler's.
         "weights": known(identity.weights, vllm_config, weights_version),
         "weights_version": weights_version,
@@ -120,9 +121,9 @@ def describe(
         "ignore_patterns": known(plain, load.ignore_patterns),
         "quantization": [str(model.quantization), known(plain, model.quantization_config)],
         "dtype": str(model.dtype),
-        # Its layers may take other kernels, also for requests without an adapter. (What an adapter makes of it salts the keys.)
+        # With LoRA, layers may take other kernels, also for requests without an adapter. (An adapter's content salts keys.)
         "lora": lora is not None,
-        # As the layers have it: `cache_dtype` is changed by some models while they are built. It alone knows which fp8 it is.
+        # From the layers, because some models change `cache_dtype` while they are built. Only that tells which fp8 it is.
         "kv_dtype": [_kv_dtype(layer) for layer in layers],
         "kv_variant": [variant for variant in ("e5m2", "4over6") if variant in str(cache.cache_dtype)],
         "skipped_layers": known(plain, getattr(cache, "kv_cache_dtype_skip_layers", None)),
@@ -159,11 +160,11 @@ def fingerprint(description: dict[str, Any]) -> bytes:
 
 
 def _platform(vllm_config: VllmConfig) -> list[str]:
-    """What computes: the CPU's instruction set, or the kinds of the GPUs, rank by rank. Two kinds of GPU round differently, take
+    """The hardware that computes: the CPU's instruction set, or each rank's kind of GPU. Two kinds of GPU round differently, use
     different kernels, and may have different KV formats.
 
-    Asked of NVML, which knows the GPUs without CUDA: the scheduler's process must not begin to use one. (Where there is no NVML
-    vLLM itself has asked CUDA in all of its processes by now.)"""
+    NVML names the GPUs without CUDA, which the scheduler's process must not begin to use. (Where there is no NVML, vLLM itself
+    has asked CUDA in all of its processes by now.)"""
     import torch
     from vllm.platforms import current_platform
 
@@ -196,14 +197,14 @@ def gpu_names(vllm_config: VllmConfig) -> list[str]:
 
 
 def check_gpu(vllm_config: VllmConfig, rank: int, device: int) -> None:
-    """Raises `LayoutError` where NVML says of this rank's GPU what CUDA does not: in a node with several kinds of GPU they count
-    in different orders unless told otherwise, and who may share KV would be anybody's guess."""
+    """Raises `LayoutError` where NVML and CUDA name different kinds of GPU for this rank. In a node with several kinds they
+    number the GPUs in different orders unless told otherwise, and the namespace would name the wrong ones."""
     import torch
 
     try:
         said = gpu_names(vllm_config)[rank]
     except Exception:
-        # Nothing has been said of it: see `_platform`.
+        # Then the namespace does not name the GPUs either: see `_platform`.
         return
     name = torch.cuda.get_device_name(device)
     if not (name.startswith(said) or said.startswith(name)):
@@ -213,7 +214,7 @@ def check_gpu(vllm_config: VllmConfig, rank: int, device: int) -> None:
 
 
 def _first_layer(group: KVCacheGroupSpec) -> KVCacheSpec:
-    """All that the scheduler's side is told of a group's layers."""
+    """A group's first layer: the scheduler's side is told of no other."""
     return next(iter(iter_layer_specs(group.kv_cache_spec)))
 
 
@@ -223,7 +224,7 @@ def _kv_dtype(layer: KVCacheSpec) -> list[str]:
 
 
 def _options(config: Any, left_out: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Of one of vLLM's configurations: also those that a later vLLM has."""
+    """All options of one of vLLM's configurations, also those that only a later vLLM has."""
     names = [field.name for field in dataclasses.fields(config) if field.name not in left_out | _NOT_OF_KERNELS]
     return {name: plain(getattr(config, name)) for name in names}
 
@@ -234,14 +235,14 @@ def _written_by_a_model(model: ModelConfig) -> frozenset[str]:
 
 
 def _load_options(extra: Any) -> str | None:
-    """Those of the loader that decide which files are read, and how; not how many of them at once."""
+    """The loader's options that decide which files are read, and how; not those for how many are read at once."""
     if not isinstance(extra, dict):
         return None
     return plain({name: value for name, value in extra.items() if name not in _NOT_OF_LOADING})
 
 
 def _environment() -> dict[str, Any]:
-    """vLLM's settings by environment variables: those that are set."""
+    """The environment variables of vLLM that are set and may decide the bytes of KV."""
     from vllm import envs
 
     left_out = _WRITTEN_BY_WORKERS if envs.VLLM_BATCH_INVARIANT else frozenset()
@@ -253,7 +254,7 @@ def _environment() -> dict[str, Any]:
 
 
 def _plugins() -> list[list[str]]:
-    """What may put other code in the place of vLLM's."""
+    """The plugins of vLLM, which may replace its code."""
     from vllm import envs
 
     plugins = [
@@ -262,7 +263,7 @@ def _plugins() -> list[list[str]]:
         for plugin in importlib.metadata.entry_points(group=group)
         if envs.VLLM_PLUGINS is None or plugin.name in envs.VLLM_PLUGINS
     ]
-    # vLLM has some of its own, and its version is told anyway; for this one, `FORMAT` is.
+    # Without vLLM's own plugins, which its version covers, and without kvring's, which `FORMAT` covers.
     theirs = [plugin for plugin in plugins if plugin.module.partition(".")[0] not in ("vllm", "kvring")]
     return sorted(
         [plugin.name, plugin.value, *((plugin.dist.name, plugin.dist.version) if plugin.dist is not None else ())]
@@ -278,4 +279,4 @@ def _version(package: str) -> str:
 
 
 def _say_nothing(_: str) -> None:
-    """Another process of this vLLM's says it."""
+    """Logs nothing: another process of this vLLM logs it."""

@@ -1,19 +1,19 @@
-"""The scheduler's side: what is looked up, loaded and stored, and when blocks may be reused.
+"""The scheduler's side decides what is looked up, loaded and stored, and when blocks may be reused.
 
-Invariants (P0 to P5 of the obligations that preemption brings; the harness under `tests/vllm` checks them):
+Invariants (the harness under `tests/vllm` checks them):
 
-* One lookup per admission, over *all* tokens; asked again the answer is the same and costs nothing, unless the engine that gave
-  it has died meanwhile: then it is looked up anew. What it found stays leased until vLLM has decided, and until every rank has
-  reported the load.
-* Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from what was added up.
-* A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, and once per admission
-  but for what could not be stored.
+* Each admission has one lookup, over *all* its tokens. When vLLM asks again it gets the same answer at no cost, unless the engine
+  that gave it has died meanwhile: then the lookup is repeated. The chunks that it found stay leased until vLLM has decided
+  whether to load them, and then until every rank has reported the load.
+* Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from sums of our own.
+* A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, and once per
+  admission, except for chunks that could not be stored.
 * A store's blocks are *fenced*: a request that is preempted, or loses blocks to a sliding window, has its stores flushed before
-  the next forward pass. Those of one that finishes are *pinned*, until every rank has reported the store, vLLM wants them back,
-  or `flush_timeout_ms` has passed (`stores.py`).
-* What waits is bounded: while the stores that are open have too many bytes no further ones are announced.
-* While a synchronous load is not known to be good nothing is stored, whoever's load and whoever's blocks: vLLM shares them at
-  once. Under `MultiConnector` that includes other connectors' loads.
+  the next forward pass. The blocks of a request that finishes are *pinned*, until every rank has reported the store, vLLM wants
+  them back, or `flush_timeout_ms` has passed (`stores.py`).
+* The queue is bounded: while the open stores have too many bytes, no further ones are announced.
+* While a synchronous load is not known to be good nothing is stored of any request, because vLLM shares loaded blocks at once.
+  Under `MultiConnector` that includes other connectors' loads.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ LATE_EVERY_S = 600
 
 
 class SchedulerSide:
-    """All decisions. Every method is called from vLLM's scheduler thread, and returns without waiting for anybody but, in
-    `poll` mode and for `lookup_timeout_ms` per step, the engine."""
+    """Makes all decisions. Every method is called from vLLM's scheduler thread and waits for nothing, except in `poll` mode for
+    the engine, `lookup_timeout_ms` per step at most."""
 
     def __init__(
         self,
@@ -75,16 +75,16 @@ class SchedulerSide:
         self.config = config
         self.geometry = geometry
         self.events = events
-        # By vLLM's `kv_role`: a producer only stores, a consumer only loads.
+        # From vLLM's `kv_role`: a producer only stores, a consumer only loads.
         self.loads, self.stores = loads, stores
         self.stats = KvringStats()
         self.trackers: dict[str, Tracker] = {}
         self.open_stores = OpenStores(geometry, config.flush_timeout_ms)
         self.load_waits = config.load == "sync"
-        # Steps that vLLM may have scheduled before it has seen the output of the first of them.
+        # How many steps vLLM may have scheduled before it has seen the output of the first of them.
         self._batches = batches
         self._unproven = 0
-        """Steps, from this one on, until all synchronous loads are known to be good."""
+        """How many steps it takes, from this one on, until all synchronous loads are known to be good."""
         if max_tokens > KEYS_MAX * geometry.chunk_tokens:
             logger.warning(
                 "of a prompt only the first %d chunks (%d tokens) can be found, and it may have %d: raise kvring.chunk_blocks",
@@ -106,9 +106,10 @@ class SchedulerSide:
         self._next_job = 0
         self._salt: bytes | None = None
         self._vllm_was_reset = True
-        """Has vLLM's prefix cache been reset, when that was tried last? It cannot be while a block is in use."""
+        """Did vLLM's last attempt to reset its prefix cache succeed? It fails while a block is in use."""
         self._has_older = False
-        """Are blocks of before our last reset in vLLM's prefix cache? They may be stored as if they had been computed since."""
+        """Does vLLM's prefix cache hold blocks from before our last reset? They could be stored as if they had been computed
+        since."""
         self._asked = False
         """Has anything been looked up since the last step?"""
         self._announced: list[Store] = []
@@ -116,12 +117,12 @@ class SchedulerSide:
         self._loads: list[Load] = []
         self._open_loads: dict[int, OpenLoad] = {}
         self._loading: dict[bytes, int] = {}
-        """The last open load that begins with this chunk."""
+        """By the key of its first chunk: the last open load that begins with that chunk."""
         self._flush_all = False
-        """An error has cost us the account of who reads which block."""
+        """After an error it is no longer known which stores read which blocks: all are to be flushed."""
         self._adapters = Adapters()
         self._lookups: dict[str, int] = {}
-        """The adapter's own counts, as far as they have been looked at."""
+        """The adapter's own counts, when they were read last."""
         self._say_late_after = 0.0
 
     @property
@@ -136,7 +137,8 @@ class SchedulerSide:
     # Lookups and loads.
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Tokens beyond `num_computed_tokens` that the cache can bring; `None`: not known yet."""
+        """How many tokens beyond `num_computed_tokens` the cache can bring (`None`: not known yet, vLLM asks again), and whether
+        it loads them between steps."""
         tracker = self._track(request)
         tracker.local_tokens = num_computed_tokens
         if tracker.settled or request.skip_reading_prefix_cache or not self.loads:
@@ -146,8 +148,8 @@ class SchedulerSide:
             return None, False
         external = hit_tokens - num_computed_tokens
         if (self.load_waits or self.geometry.has_windows) and hit_tokens >= request.num_tokens:
-            # The last token must be computed, or there is nothing to sample from. After an asynchronous load vLLM sees to that
-            # itself, but has by then dropped the block of a sliding window that this token begins to look at.
+            # The last token must be computed, or there is nothing to sample from. After an asynchronous load vLLM does that
+            # itself, but by then it has dropped the block of a sliding window that this token still looks at.
             external = request.num_tokens - 1 - num_computed_tokens
         if external <= 0:
             return NOTHING
@@ -156,8 +158,8 @@ class SchedulerSide:
         return external, not self.load_waits
 
     def _is_being_loaded(self, tracker: Tracker) -> bool:
-        """Does another request's load bring what this one lacks first? When that has ended vLLM has it in its own prefix cache,
-        or this request loads it itself."""
+        """Does another request's load bring the first chunk that this request lacks? When that load has ended vLLM has the chunk
+        in its own prefix cache, or this request loads it."""
         caches = self.kv_cache_manager is not None and self.kv_cache_manager.enable_caching
         return caches and self._key(tracker, tracker.local_tokens // self.geometry.chunk_tokens) in self._loading
 
@@ -179,14 +181,14 @@ class SchedulerSide:
         return tracker
 
     def _lookup(self, tracker: Tracker, request: Request) -> int | None:
-        """Tokens of the longest prefix that the cache has."""
+        """How many tokens the longest prefix has that is in the cache; `None`: not known yet."""
         geometry = self.geometry
         if tracker.hit is not None and not self.adapter.is_current(tracker.request):
             tracker.hit, tracker.asked = None, False
         if tracker.hit is None:
             if len(tracker.hashes) < geometry.hashes_per_chunk:
                 return 0
-            # Also where vLLM has it all itself: what it uses stays warm, and what is missing is stored.
+            # Looked up also where vLLM has all of it: so chunks in use are not evicted, and those that are missing are stored.
             tracker.hit = self._ask(tracker)
             if tracker.hit is None:
                 return None
@@ -211,7 +213,7 @@ class SchedulerSide:
         return self.adapter.lookup(*self._question(tracker))
 
     def _count_unanswered(self) -> None:
-        """Where nothing was found: perhaps the engine has not said so."""
+        """Called where nothing was found: counts the lookup if that was not the engine's answer."""
         before, self._lookups = self._lookups, self.adapter.lookup_stats()
         new = {why: self._lookups[why] - before.get(why, 0) for why in ("degraded", "refused", "timed_out")}
         if absent := new["degraded"] + new["refused"]:
@@ -236,7 +238,8 @@ class SchedulerSide:
         return tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """vLLM has allocated blocks, for `num_external_tokens` that the cache brings."""
+        """vLLM has allocated a request's blocks, also for the `num_external_tokens` that the cache is to bring: prepares that
+        load, and releases the rest of the lease."""
         tracker = self.trackers.get(request.request_id)
         if tracker is None or tracker.settled:
             return
@@ -245,7 +248,7 @@ class SchedulerSide:
         if hit is None:
             return
         if tracker.admission == 0:
-            # As vLLM counts its own: requests that it has begun with, each once, however often it preempts them.
+            # Counted as vLLM counts its own hits: each request that it has begun with once, however often it preempts it.
             self.stats.add("lookups")
             self.stats.add("lookup_tokens", request.num_tokens)
             self.stats.add("hit_tokens", hit.chunks * self.geometry.chunk_tokens)
@@ -275,9 +278,9 @@ class SchedulerSide:
         self.stats.add("load_tokens", num_external_tokens)
 
     def load_cannot_be(self, request_id: str, blocks: KVCacheBlocks) -> None:
-        """vLLM waits for a load of which nothing will come, because of an error of ours: the workers report it as failed."""
+        """vLLM waits for a load that an error of ours has prevented: has the workers report it as failed."""
         if any(load.request == request_id for load in self._loads):
-            # The error came after it: it is on its way.
+            # The error came after the load was prepared: the load is on its way.
             return
         job, tracker = self._job(), self.trackers.get(request_id)
         start = 0
@@ -287,7 +290,7 @@ class SchedulerSide:
                 job, request_id, tracker.admission, self.load_waits, start // self.geometry.chunk_tokens, start
             )
             self._open_loads[job] = tracker.load
-        # What vLLM has itself others may be using: that is good.
+        # Without the blocks before `start`: vLLM had those itself, they are good, and other requests may use them.
         table = zip(self.geometry.groups, blocks.get_block_ids(), strict=True)
         ids = [block for group, ids in table for block in ids[start // group.tokens :] if block != NULL_BLOCK]
         self._loads.append(Load(job, request_id, 0, self.load_waits, (), ids))
@@ -301,7 +304,7 @@ class SchedulerSide:
         idle = output.total_num_scheduled_tokens == 0
         try:
             if idle and self.open_stores.has_pins and any(not tracker.settled for tracker in self.trackers.values()):
-                # Nothing runs, and somebody waits: perhaps for just these blocks.
+                # Nothing runs, and a request waits, perhaps for just these blocks.
                 self.open_stores.let_go()
             self.open_stores.let_go_in_time()
             flush = self.open_stores.fence(output.preempted_req_ids) if self.open_stores else ()
@@ -311,7 +314,7 @@ class SchedulerSide:
                 self._store_all(output)
         except Exception:
             for store in self._announced:
-                # Nobody will ever report it.
+                # The workers never get this store, so none will report it.
                 self._store_ended(store.job)
             raise
         if self._asked and isinstance(self.adapter, PollingSchedulerAdapter):
@@ -324,12 +327,13 @@ class SchedulerSide:
         return meta
 
     def _may_store(self) -> bool:
-        """Not while a synchronous load may have failed: on any rank, and of any connector, since vLLM's block tables do not tell
-        who has loaded a block. Nor while too much waits. What is not stored in this step is stored in a later one."""
+        """May this step announce stores? Not while a synchronous load may have failed, on any rank and of any connector, since
+        vLLM's block tables do not tell who has loaded a block; nor while too many bytes are queued. A later step stores those
+        chunks."""
         return self.stores and not self._unproven and not self.open_stores.is_full
 
     def emergency_meta(self) -> KvringMetadata:
-        """After an error of ours: no store may read on, and what vLLM waits for is still asked for."""
+        """The metadata of a step after an error of ours: all stores are flushed, and loads that vLLM waits for still start."""
         meta = KvringMetadata(loads=self._loads, flush_all=True)
         self._loads = []
         return meta
@@ -352,12 +356,13 @@ class SchedulerSide:
                     return
 
     def _store(self, tracker: Tracker, chunks: int) -> None:
-        """Announces up to `chunks` chunks: those whose tokens are known, too. What is only guessed (speculation) is not."""
+        """Announces stores of a request's first `chunks` chunks, as far as their tokens are known: those that speculation has
+        only guessed are left out."""
         geometry, manager = self.geometry, self.kv_cache_manager
         complete = min(chunks, len(tracker.hashes) // geometry.hashes_per_chunk)
         if complete <= tracker.stored_chunks or manager is None:
             return
-        # Not its ids: making a list of them takes as long as the context is.
+        # The blocks, not a list of their ids: to make that takes time in proportion to the whole context.
         table = manager.get_blocks(tracker.request).blocks
         first, keys, blocks = tracker.stored_chunks, [], []
         for chunk in range(first, complete):
@@ -383,12 +388,12 @@ class SchedulerSide:
     # When vLLM wants blocks.
 
     def let_go(self) -> None:
-        """vLLM is about to reset its prefix cache: no block of it is ours any more."""
+        """vLLM is about to reset its prefix cache: gives back all pinned blocks."""
         self.open_stores.let_go()
 
     def has_given_blocks(self, request_id: str) -> bool:
-        """vLLM lacks blocks for a request. True: there are more now. Only where it has some already, so that it cannot go on, or
-        another one would be preempted for it; a new one waits its turn."""
+        """vLLM lacks blocks for a request: gives pinned ones back. True where more are free now. Only for a request that has
+        blocks already, because vLLM would preempt it or another one; a new request waits its turn."""
         manager = self.kv_cache_manager
         if manager is None or not self.open_stores.has_pins or not any(manager.get_blocks(request_id).blocks):
             return False
@@ -397,14 +402,14 @@ class SchedulerSide:
         return manager.block_pool.get_num_free_blocks() > free
 
     def has_pending_push_work(self) -> bool:
-        """Does vLLM have to go on with empty steps, because blocks are still ours? For `flush_timeout_ms` at most."""
+        """Must vLLM go on with empty steps, because blocks are still pinned? For `flush_timeout_ms` at most."""
         self.open_stores.let_go_in_time()
         return self.open_stores.has_pins
 
     # Ends.
 
     def request_finished(self, request_id: str) -> None:
-        """A request has ended. vLLM takes its blocks back when this returns."""
+        """A request has ended: pins the blocks that its stores read. vLLM takes the request's blocks back when this returns."""
         tracker = self.trackers.get(request_id)
         if tracker is None:
             return
@@ -413,7 +418,8 @@ class SchedulerSide:
         self._forget_if_over(tracker)
 
     def finished_after_error(self, request_id: str) -> None:
-        """vLLM takes the blocks back, and we do not know what reads them: nothing may when the next forward pass begins."""
+        """A request has ended, and pinning its blocks has failed. vLLM takes them back, and it is not known which stores read
+        them: so all stores are flushed before the next forward pass."""
         self._flush_all = True
         tracker = self.trackers.pop(request_id, None)
         if tracker is not None and tracker.load is not None:
@@ -421,7 +427,7 @@ class SchedulerSide:
         self.adapter.end_session(request_id)
 
     def _forget_if_over(self, tracker: Tracker) -> None:
-        """The session ends with the request, but not before a load that rests on it."""
+        """Forgets a request and ends its session once it has finished, but not before its load, which needs the lease."""
         if not tracker.finished or tracker.load is not None:
             return
         if self.trackers.get(tracker.request) is tracker:
@@ -429,7 +435,7 @@ class SchedulerSide:
         self.adapter.end_session(tracker.request)
 
     def update_connector_output(self, worker_meta: KvringWorkerMetadata | None, bad_blocks: Collection[int] = ()) -> None:
-        """What the workers have reported, and the blocks that some connector could not load."""
+        """Takes the workers' reports, and the blocks that some connector could not load."""
         if bad_blocks and self._unproven:
             self._spoilt(bad_blocks)
         if worker_meta is None:
@@ -438,7 +444,7 @@ class SchedulerSide:
             self._adapters.learn(adapter)
         errors = []
         for job, outcome in worker_meta.outcomes.items():
-            # Each for itself: nobody reports it a second time.
+            # An error in one report must not lose the others: none is sent a second time.
             try:
                 self._reported(job, outcome)
             except Exception as error:
@@ -458,12 +464,12 @@ class SchedulerSide:
                 self._store_ended(job)
 
     def give_up(self, worker_meta: KvringWorkerMetadata | None) -> None:
-        """After an error: these reports are lost."""
+        """After an error: gives up the jobs whose reports are lost."""
         for job in worker_meta.outcomes if worker_meta is not None else ():
             self._give_up(job)
 
     def _give_up(self, job: int) -> None:
-        """After an error: nothing more is known of this job, and nothing more is stored of its request."""
+        """After an error: forgets this job, of which nothing more is known, and stores nothing more of its request."""
         self._flush_all = True
         load, store = self._open_loads.get(job), self.open_stores.get(job)
         if load is not None:
@@ -484,7 +490,7 @@ class SchedulerSide:
         tracker = self.trackers.get(load.request)
         if tracker is not None and tracker.load is load:
             tracker.load = None
-            # What is computed in place of what failed is stored again: the engine skips what it still has.
+            # vLLM computes the chunks that were not loaded, and they are stored again: the engine skips those that it still has.
             if load.outcome.ranks_failed:
                 tracker.store_again(load.first_chunk)
         if load.outcome.ranks_failed and load.wait and self.kv_cache_manager is not None:
@@ -500,8 +506,9 @@ class SchedulerSide:
             del self._loading[load.key]
 
     def _spoilt(self, bad_blocks: Collection[int]) -> None:
-        """A synchronous load has failed: its step computed from garbage, and vLLM had put the blocks into its own prefix cache
-        before. It computes them again; until then others would be served what is in them, and we would keep it for good."""
+        """A synchronous load has failed: its step computed from garbage, and vLLM had already put the blocks into its own prefix
+        cache. vLLM computes them again, but until then it would serve the garbage to other requests, and we would store it for
+        good. So vLLM's prefix cache drops the blocks, and nothing more is stored of the present requests."""
         for tracker in self.trackers.values():
             tracker.has_hole = True
         manager = self.kv_cache_manager
@@ -510,13 +517,14 @@ class SchedulerSide:
         bad = set(bad_blocks) - {NULL_BLOCK}
         evict = set(bad)
         for request in self.trackers:
-            # Who shares them has computed from them what comes behind. There is one group: vLLM knows no bad blocks of several.
+            # A request that shares bad blocks has computed its later blocks from them. There is one group: with several, vLLM
+            # knows no bad blocks.
             (ids,) = manager.get_block_ids(request)
             evict.update(itertools.dropwhile(lambda block: block not in bad, ids))
         manager.evict_blocks(evict)
 
     def _store_ended(self, job: int) -> None:
-        """Every rank has reported it, or it is not waited for any more."""
+        """Closes a store that every rank has reported, or that is no longer waited for."""
         store = self.open_stores.get(job)
         if store is None:
             return
@@ -531,18 +539,18 @@ class SchedulerSide:
     # The rest.
 
     def vllm_was_reset(self, done: bool) -> None:
-        """vLLM has tried to reset its own prefix cache, and has done it or not."""
+        """vLLM has tried to reset its own prefix cache; `done`: it succeeded."""
         self._vllm_was_reset = done
         if done and self._has_older:
             self.reset_cache()
 
     def reset_cache(self) -> None:
-        """Nothing that was stored before is found any more, whether or not the engine can be asked now: weights may have changed,
-        and a dead engine comes back with what it held. So from here on this vLLM's keys are different ones."""
+        """Makes everything that was stored before unfindable, whether or not the engine answers now: weights may have changed,
+        and a dead engine may come back with what it held. So from here on this vLLM uses other keys (another salt)."""
         self._salt = os.urandom(SALT_BYTES)
         self._has_older = not self._vllm_was_reset
         for tracker in self.trackers.values():
-            # Their blocks hold the KV of before, and what waits has been promised it.
+            # These requests' blocks hold KV from before the reset, and those that wait were promised such KV.
             tracker.has_hole = True
             if not tracker.settled:
                 tracker.settled = True

@@ -1,11 +1,12 @@
-"""Stores that not every rank has reported, and the blocks that they read: nobody else writes there before they have.
+"""Stores that not every rank has reported, and the blocks that they read. Nothing else writes to these blocks before the stores
+have read them.
 
-* *Fence*: a request that is preempted, or whose sliding window goes on, loses blocks without a word. Its stores are flushed
-  before the next forward pass.
-* *Pin*: a request that ends would lose them as well. From then on its stores have a reference of their own to them, for as long
-  as they are open, and for `flush_timeout_ms` at most.
-* Pins are never in the way: vLLM has all of them back at once when it resets its cache, or needs blocks. Then the stores that
-  have not been reported are flushed like the others.
+* *Fence*: a request that is preempted, or whose sliding window moves on, loses blocks, and vLLM does not say so. Its stores are
+  flushed before the next forward pass.
+* *Pin*: a request that ends would lose its blocks as well. From then on its stores hold references of their own to the blocks,
+  for as long as the stores are open, and for `flush_timeout_ms` at most.
+* Pins are never in the way: vLLM gets all pinned blocks back at once when it resets its cache, or needs blocks. Then the stores
+  that have not been reported are flushed like the others.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 QUEUED_BYTES_MAX = 1 << 30
-"""Of one rank's open stores. Copies run at several GB/s, so what is behind as much as this waits for longer than
-`flush_timeout_ms`, and would be given up when vLLM needs the blocks."""
+"""The limit for the bytes of one rank's open stores. Copies run at several GB/s, so a store behind so many bytes would wait for
+longer than `flush_timeout_ms`, and be given up when vLLM needs the blocks."""
 
 
 REPORT_STEPS = 100
-"""Steps in which a flushed store is reported. It has ended by then, but for one that waits for an engine's restart; a report that
-has not come is not waited for any more, or what was lost once would count as open for ever."""
+"""How many steps the scheduler's side waits for the report of a flushed store. Such a store has ended by then, unless it waits
+for an engine's restart. After that its report is not waited for, because a lost one would count as open for ever."""
 
 
 @dataclass(slots=True)
@@ -43,19 +44,19 @@ class OpenStore:
     first_chunk: int
     chunks: int
     blocks: list[int]
-    """That it reads."""
+    """The ids of the blocks that it reads."""
     flushed: bool = False
-    """The workers have been told to let go of them."""
+    """The workers have been told to stop reading them."""
     lost: bool = False
-    """They may get another owner: it is to be flushed before the next forward pass."""
+    """The blocks may get another owner: the store is to be flushed before the next forward pass."""
     pinned: list[KVCacheBlock] = field(default_factory=list)
-    """The blocks, while it has a reference of its own to them."""
+    """The blocks, while the store holds a reference of its own to them."""
     pinned_until: float = 0.0
     outcome: Outcome = field(default_factory=Outcome)
 
 
 class OpenStores:
-    """By job."""
+    """All open stores, by job."""
 
     def __init__(self, geometry: Geometry, flush_timeout_ms: float):
         self.manager: KVCacheManager | None = None
@@ -78,13 +79,13 @@ class OpenStores:
         return self._open.get(job)
 
     def add(self, store: OpenStore) -> None:
-        """A store that is announced in this step."""
+        """Adds a store that is announced in this step."""
         self._open[store.job] = store
         self._by_request.setdefault(store.request, {})[store.job] = store
         self._queued_bytes += store.chunks * self._geometry.chunk_bytes
 
     def close(self, store: OpenStore) -> None:
-        """Every rank has reported it, or nobody ever will."""
+        """Forgets a store and unpins its blocks: every rank has reported it, or no further report will come."""
         if self._open.pop(store.job, None) is None:
             return
         self._queued_bytes -= store.chunks * self._geometry.chunk_bytes
@@ -96,17 +97,18 @@ class OpenStores:
 
     @property
     def is_full(self) -> bool:
-        """Do so many bytes wait that no further ones are to be announced?"""
+        """Are so many bytes open that no further stores may be announced?"""
         return self._queued_bytes >= QUEUED_BYTES_MAX
 
     def fence(self, preempted: Collection[str] | None) -> list[int]:
-        """Before blocks that a store reads get another owner: the stores to flush."""
+        """Begins a step: marks the stores that must be flushed, because blocks that they read may get another owner, and returns
+        their jobs."""
         flush = []
         self._step += 1
         for store in self._open.values():
             if store.flushed or store.pinned:
                 continue
-            # By the stores' own account: a request may have been preempted, and aborted, between two steps.
+            # Stores are asked, not requests: a request may have been preempted and then aborted between two steps.
             lost = store.lost or (preempted and store.request in preempted)
             if lost or (self._geometry.has_windows and not self._owns_blocks(store)):
                 store.flushed = True
@@ -115,15 +117,15 @@ class OpenStores:
         return flush
 
     def overdue(self) -> list[int]:
-        """Stores that were flushed long ago: they read nothing any more, whether they are reported or not."""
+        """Takes the stores that were flushed `REPORT_STEPS` ago: they read nothing any more, reported or not."""
         jobs = []
         while self._flushed and self._flushed[0][0] + REPORT_STEPS <= self._step:
             jobs.append(self._flushed.popleft()[1])
         return jobs
 
     def _owns_blocks(self, store: OpenStore) -> bool:
-        """Does the request still own every block that this store reads? Sliding windows drop blocks from the front, so the first
-        block of each window tells of all."""
+        """Does the request still own every block that this store reads? Sliding windows drop blocks from the front, so it is
+        enough to compare the first block in each group with a window."""
         if self.manager is None:
             return False
         table = self.manager.get_blocks(store.request).blocks
@@ -137,11 +139,11 @@ class OpenStores:
 
     @property
     def has_pins(self) -> bool:
-        """Would vLLM have more free blocks without us?"""
+        """Are blocks pinned, which vLLM could use otherwise?"""
         return bool(self._pinned)
 
     def pin(self, request_id: str) -> None:
-        """A request ends, and vLLM takes its blocks back: what is being stored of it keeps its content for now."""
+        """A request ends, and vLLM takes its blocks back: pins those that its stores read, so that they keep their content."""
         for store in self._by_request.get(request_id, {}).values():
             if not store.flushed and not store.pinned:
                 self._pin(store)
@@ -152,7 +154,7 @@ class OpenStores:
         chunks = range(store.first_chunk, store.first_chunk + store.chunks)
         blocks = [block for chunk in chunks for block in self._geometry.of_chunk(table, chunk)]
         if [block.block_id for block in blocks] != store.blocks:
-            # It has been preempted since the last step, or its window has gone on: they are others', or nobody's.
+            # The request was preempted since the last step, or its window has moved on: it no longer owns these blocks.
             store.lost = True
             return
         self.manager.block_pool.touch(blocks)
@@ -162,17 +164,17 @@ class OpenStores:
     def _unpin(self, store: OpenStore) -> None:
         blocks, store.pinned = store.pinned, []
         if self._pinned.pop(store.job, None) is not None and self.manager is not None:
-            # As vLLM frees a request's: the last ones are handed out first.
+            # In the order in which vLLM frees a request's blocks: the last ones are handed out first.
             self.manager.block_pool.free_blocks(reversed(blocks))
 
     def let_go(self) -> None:
-        """Nothing is pinned any more; what has not been reported is flushed before the next forward pass."""
+        """Unpins all blocks. Their stores, which have not been reported, are flushed before the next forward pass."""
         for store in list(self._pinned.values()):
             store.lost = True
             self._unpin(store)
 
     def let_go_in_time(self) -> None:
-        """The same, of what has been pinned for long enough."""
+        """Unpins the blocks that have been pinned for `flush_timeout_ms`, and has their stores flushed."""
         now = time.monotonic()
         while self._pinned and (store := next(iter(self._pinned.values()))).pinned_until <= now:
             store.lost = True

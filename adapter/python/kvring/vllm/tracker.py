@@ -1,4 +1,4 @@
-"""What is remembered of a request. Nothing of vLLM's `Request` is kept but its list of hashes, which vLLM extends in place."""
+"""The state that is kept for each request. Of vLLM's `Request` only its list of hashes is kept, which vLLM extends in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .adapters import Adapter
 from .metadata import Outcome
 
 TRIES_MAX = 3
-"""So often chunks are stored again in one admission."""
+"""How often chunks may be stored again in one admission."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class OpenLoad:
     start: int
     """The first token that it brings."""
     key: bytes = b""
-    """Of its first chunk."""
+    """The key of its first chunk."""
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -38,9 +38,9 @@ class Tracker:
     hashes: Sequence[bytes]
     tokens: Sequence[int] = ()
     lora_name: str | None = None
-    """Both only where KV events are wanted, which carry them."""
+    """`tokens` and `lora_name` are kept only where KV events are wanted, which carry them."""
     salt: bytes | None = None
-    """What its keys are salted with, in this admission."""
+    """The salt of its keys in this admission."""
     adapter: Adapter | None = None
     """Its LoRA adapter, as it is known in this admission."""
     admission: int = -1
@@ -49,23 +49,23 @@ class Tracker:
     asked: bool = False
     """The lookup is on its way, or has been answered."""
     hit: Hit | None = None
-    """The answer to this admission's lookup. Asked again, it is given again."""
+    """The answer to this admission's lookup, given again when vLLM asks again."""
     local_tokens: int = 0
-    """What vLLM had itself when it asked last."""
+    """How many tokens vLLM had itself when it asked last."""
     settled: bool = False
-    """vLLM has allocated blocks: this admission loads, or does not; there is no second load in it."""
+    """vLLM has allocated blocks, so it is decided whether this admission loads. It does so at most once."""
     load: OpenLoad | None = None
 
     stored_chunks: int = 0
     """Chunks before this one need no storing: they were found, or have been handed to the workers."""
     has_hole: bool = False
-    """A chunk could not be stored, so those behind it could never be found."""
+    """A chunk cannot be stored, so no later chunk is: it could never be found."""
     tries: int = 0
-    """How often chunks were to be stored again in this admission."""
+    """How often chunks had to be stored again in this admission."""
     finished: bool = False
 
     def begin(self, admission: int, salt: bytes | None, adapter: Adapter | None = None) -> None:
-        """The next admission: nothing of the earlier one's answer counts any more."""
+        """Begins the next admission: nothing of the earlier one's answer counts any more."""
         self.admission = admission
         self.salt = salt
         self.adapter = adapter
@@ -78,8 +78,8 @@ class Tracker:
         self.tries = 0
 
     def store_again(self, first_chunk: int) -> None:
-        """This chunk and those behind it are not in the cache: they are stored once more, or nothing behind them would be found.
-        Not for ever: where there is no room for them each try costs as much as the first."""
+        """This chunk and those behind it are not in the cache: stores them once more, because nothing behind them could be found.
+        At most `TRIES_MAX` times, because where there is no room for them each try costs as much as the first."""
         if first_chunk < self.stored_chunks:
             self.stored_chunks = first_chunk
             self.tries += 1
