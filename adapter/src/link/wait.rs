@@ -34,7 +34,7 @@ enum Look {
     /// Another completion, which has been dealt with. True when another thread of this client may sleep until it
     /// arrives.
     Other(bool),
-    /// The ring is empty.
+    /// There is no completion to take, or one that makes no sense.
     Nothing,
 }
 
