@@ -61,7 +61,7 @@ impl Service {
                 let Some(Asker { entry, operation, ident }) = asker else {
                     return self.retire(namespace, dropped);
                 };
-                // If the asking client has left meanwhile, nobody is answered, not even a client that has its entry by now.
+                // If the asking client has left meanwhile, no answer is sent, also not to a client that has its entry by now.
                 if self.entries[entry].connection().is_some_and(|connection| connection.ident == ident) {
                     self.complete(entry, operation, Status::Ok, [dropped, 0, 0, 0]);
                     if let Some(connection) = self.entries[entry].connection_mut() {

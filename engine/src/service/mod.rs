@@ -58,8 +58,8 @@ const SLICE: u64 = 4096;
 const BACKGROUND: u64 = 256;
 /// Records after which a turn ends, also where some clients have not been served: the next turn begins with those.
 const TURN: u64 = 4096;
-/// The most records that one turn touches, give or take those of a single chunk: a piece in the background, one less than
-/// [`TURN`] for the clients, and then the whole slice of one more client.
+/// The most records that one turn touches: a piece in the background, one less than [`TURN`] for the clients, and then the
+/// whole slice of one more client. A piece may exceed its share by the records that a single chunk takes.
 pub const RECORDS_PER_TURN: u64 = BACKGROUND + TURN + SLICE;
 /// Turns, or records, between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
@@ -174,8 +174,8 @@ struct Awaited {
     grace_ns: u64,
 }
 
-/// How long the loop spins before it sleeps: the maximum after a short sleep, half as long after each sleep that was not, but
-/// at least a sixteenth of the maximum.
+/// How long the loop spins before it sleeps: the maximum after a short sleep that work has ended, half as long after each other
+/// sleep, but at least a sixteenth of the maximum.
 ///
 /// A longer spin would have saved a sleep that soon ends with work, and on both sides: a client that has slept takes
 /// some 20 µs to ask again, and if its request always finds the engine asleep, the two put each other to sleep for ever.

@@ -23,7 +23,7 @@ pub(super) struct ReserveMessage {
     pub(super) parent: Option<u32>,
 }
 
-/// A reservation that is being done.
+/// A reservation that is under way.
 #[derive(Clone, Copy)]
 pub(super) struct ReserveRequest {
     message: ReserveMessage,

@@ -1,6 +1,6 @@
-"""What `kv_connector_extra_config` may say: one table, from which parsing, defaults and the README's table come.
+"""The options in `kv_connector_extra_config`: one table, from which parsing, defaults and the README's table come.
 
-A wrong or unknown key is an error when vLLM starts, and names the key; an engine that is not there is not.
+An unknown key or a wrong value stops vLLM at its start with an error that names the key. A missing engine does not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _flag(key: str, value: Any) -> bool:
 
 
 def _size(key: str, value: Any) -> str:
-    """A size as `kvring serve` takes it; kept as text."""
+    """Checks a size as `kvring serve` does, and keeps it as text."""
     if not isinstance(value, int | str) or isinstance(value, bool):
         raise _wrong(key, 'a size such as "32GiB"', value)
     try:
@@ -82,7 +82,7 @@ def _size(key: str, value: Any) -> str:
 
 
 def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str, only: tuple[str, object] | None = None) -> Any:
-    """`only`: it has an effect only where that other option has that value."""
+    """One option. `only`: another option and the value of it without which this one has no effect."""
     return field(default=default, metadata={"parse": parse, "meaning": meaning, "only": only})
 
 
@@ -162,7 +162,8 @@ class Config:
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> Config:
-        """From `kv_connector_extra_config`. Keys without our prefix that look like ours are errors too."""
+        """Reads `kv_connector_extra_config`. Raises `ConfigError` for wrong values and for unknown keys, also for those without
+        the prefix `kvring.`."""
         options = {option.name: option for option in fields(cls)}
         values = {}
         for key, value in extra.items():
@@ -181,7 +182,7 @@ class Config:
         return config
 
     def without_effect(self, extra: Mapping[str, Any]) -> list[str]:
-        """What `kv_connector_extra_config` says in vain, with the reason, in words."""
+        """A line for each option in `kv_connector_extra_config` that has no effect, with the reason."""
         told = [option for option in fields(self) if extra.get(PREFIX + option.name) is not None and option.metadata["only"]]
         needs = [(option.name, *option.metadata["only"]) for option in told]
         return [
@@ -192,7 +193,7 @@ class Config:
 
     @property
     def client(self) -> dict[str, Any]:
-        """What every native adapter is told."""
+        """The arguments that every native adapter gets."""
         return {
             "name": self.name,
             "attach_timeout_ms": self.attach_timeout_ms,

@@ -101,7 +101,7 @@ class WorkerSide:
         self._reads_at_once = self._writes_at_once = False
         """Must stores have read, and loads have written, when the call that starts them returns?"""
         self._loads: dict[int, Load] = {}
-        """By the adapter's job."""
+        """The load, by the adapter's job."""
         self._stores: dict[int, int] = {}
         """The scheduler's job, by the adapter's."""
         self._reading: dict[int, int] = {}
