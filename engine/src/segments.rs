@@ -43,7 +43,7 @@ use crate::stats;
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint::{self, Place, Rule};
-use kvring_shm_abi::futex;
+use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
 use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
@@ -59,6 +59,10 @@ use takeover::{Claimed, Inherited};
 
 /// How often a start that has swept a predecessor looks for room.
 const ROOM_EVERY: Duration = Duration::from_millis(20);
+
+/// How long such a start waits for room. Nothing can be stopped before it serves, so the wait must end: a SIGTERM that comes
+/// meanwhile is obeyed after it.
+const LET_GO: Duration = Duration::from_secs(60);
 
 /// What a start is asked for.
 #[derive(Clone, Debug)]
@@ -161,14 +165,18 @@ impl<'a> Claim<'a> {
 
 /// Waits until there is room for as much as a start needs before it serves. A swept predecessor's memory becomes
 /// free as soon as its clients unmap it: they have been woken, and do so when their copies have ended; a stopped
-/// process does so later. The wait has no limit: giving up would gain nothing, now that the cache is gone. The
-/// allocator takes the rest of the memory, and waits for it as well.
+/// process does so later. After [`LET_GO`] the start goes on, and is refused if there is no room yet. The allocator takes
+/// the rest of the memory, and waits for it without a limit.
 fn wait_for_room(geometry: &Geometry) {
+    let deadline = Deadline::after(LET_GO);
     let mut said = false;
     while let Err(error) = preflight::check_first(geometry, &Room::now()) {
         if !said {
             tracing::warn!(%error, "waiting for the clients of the earlier engine to let go of its arena");
             said = true;
+        }
+        if deadline.passed() {
+            return;
         }
         std::thread::sleep(ROOM_EVERY);
     }

@@ -2,7 +2,6 @@
 
 use super::takeover::Found;
 use super::*;
-use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::segment::SegmentError;
 use kvring_shm_abi::superblock::Mismatch;
