@@ -1,6 +1,7 @@
 """Counts add up over steps, ranks and processes, and reach Prometheus."""
 
 import pickle
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -41,6 +42,12 @@ def test_prometheus_gets_every_counter() -> None:
     assert 'vllm:kvring_lookups_total{engine="1"} 3.0' in text
     for name in COUNTERS:
         assert f'vllm:kvring_{name}_total{{engine="0"}} 0.0' in text
+
+
+def test_the_documentation_has_every_counter() -> None:
+    page = Path(__file__).parents[2] / "docs" / "operations.md"
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in COUNTERS.items()]
+    assert "\n".join(rows) in page.read_text()
 
 
 def test_what_travels_between_processes_survives() -> None:

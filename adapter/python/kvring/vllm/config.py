@@ -1,4 +1,4 @@
-"""The options in `kv_connector_extra_config`: one table, from which parsing, defaults and the README's table come.
+"""The options in `kv_connector_extra_config`: one table, for parsing, for defaults, and for the table in docs/configuration.md.
 
 An unknown key or a wrong value stops vLLM at its start with an error that names the key. A missing engine does not.
 """
