@@ -321,14 +321,14 @@ fn be_engine(job: EngineJob) -> anyhow::Result<()> {
         cores::pin(&job.cpus)?;
     }
     let config = EngineConfig::default().with(serde_json::from_value(job.config)?)?;
-    let engine = kvring_engine::Engine::create(&config)?;
+    let stop = kvring_engine::StopHandle::default();
+    let engine = kvring_engine::Engine::create(&config, &stop)?;
     if let Some(cpu) = job.service_cpu {
         cores::pin(&[cpu])?;
     }
     if job.batch {
         never_preempt()?;
     }
-    let stop = engine.stop_handle();
     std::thread::Builder::new().name("bench-parent".into()).stack_size(64 << 10).spawn(move || {
         commands().for_each(drop);
         stop.stop();

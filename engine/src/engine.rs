@@ -7,7 +7,8 @@ use crate::preflight::Room;
 use crate::process;
 use crate::recovery::{self, Inherited, NotRecoverable};
 use crate::segments::{self, ColdStart, Segments, Setup, SetupError, Start};
-use crate::service::{Pace, Parts, Registry, Service, SharedSlots, StopHandle};
+use crate::service::{Pace, Parts, Registry, Service, SharedSlots};
+use crate::stop::StopHandle;
 use crate::tier::{LowerTier, NoLowerTier};
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::message::KEYS_MAX;
@@ -22,7 +23,8 @@ pub enum StartError {
     /// The configuration is refused.
     #[error(transparent)]
     Config(#[from] config::ConfigError),
-    /// Its segments cannot be made: another engine runs, there is no room, or a name is not ours.
+    /// Its segments cannot be made: another engine runs, there is no room, or a name is not ours. Or the start was asked
+    /// to stop.
     #[error(transparent)]
     Setup(#[from] SetupError),
     /// The arena's memory cannot be allocated.
@@ -79,13 +81,17 @@ fn give_up(segments: Segments) {
 
 impl Engine {
     /// Claims the name, makes or takes over the segments, and allocates the first slab. The calling thread becomes
-    /// the service thread.
-    pub fn create(config: &EngineConfig) -> Result<Engine, StartError> {
-        Engine::create_with_tier(config, Box::new(NoLowerTier))
+    /// the service thread. `stop` ends the start, and later the engine.
+    pub fn create(config: &EngineConfig, stop: &StopHandle) -> Result<Engine, StartError> {
+        Engine::create_with_tier(config, stop, Box::new(NoLowerTier))
     }
 
     /// The same, with a lower tier.
-    pub fn create_with_tier(config: &EngineConfig, tier: Box<dyn LowerTier>) -> Result<Engine, StartError> {
+    pub fn create_with_tier(
+        config: &EngineConfig,
+        stop: &StopHandle,
+        tier: Box<dyn LowerTier>,
+    ) -> Result<Engine, StartError> {
         if !config.core_dumps {
             process::disable_core_dumps();
         }
@@ -101,6 +107,7 @@ impl Engine {
             policy: config.policy.name(),
             wait: config.start_wait(),
             cold: config.cold.then_some(ColdStart::Asked),
+            stop: stop.clone(),
         };
         let mut tier = tier;
         loop {
@@ -155,16 +162,15 @@ impl Engine {
                 Err(why) => return Ok(Opened::NotRecoverable(why, tier)),
             }
         }
+        if setup.stop.is_requested() {
+            give_up(segments);
+            return Err(SetupError::Stopped.into());
+        }
         let progress = allocator.progress();
         let keep = config.keep;
-        let parts = Parts { segments, cache, registry, allocator, tier, inherited, pace };
+        let stop = setup.stop.clone();
+        let parts = Parts { segments, cache, registry, allocator, tier, inherited, pace, stop };
         Ok(Opened::Engine(Box::new(Engine { service: Service::new(parts), progress, keep })))
-    }
-
-    /// A handle by which any thread can stop the engine.
-    #[must_use]
-    pub fn stop_handle(&self) -> StopHandle {
-        self.service.stop_handle()
     }
 
     /// From now on a panic of this process means that the engine's tables cannot be trusted, and the next start is
@@ -265,18 +271,17 @@ pub fn spawn(config: EngineConfig) -> Result<RunningEngine, StartError> {
 /// The same, with a lower tier.
 pub fn spawn_with_tier(config: EngineConfig, tier: Box<dyn LowerTier>) -> Result<RunningEngine, StartError> {
     let (started, outcome) = mpsc::channel();
-    let run = move || match Engine::create_with_tier(&config, tier) {
-        Ok(engine) => {
-            let stop = engine.stop_handle();
-            // The receiver is gone only if `spawn` itself is.
-            engine.run(|| drop(started.send(Ok(stop))));
-        }
+    let stop = StopHandle::default();
+    let of_the_thread = stop.clone();
+    // The receiver is gone only if `spawn` itself is.
+    let run = move || match Engine::create_with_tier(&config, &of_the_thread, tier) {
+        Ok(engine) => engine.run(|| drop(started.send(Ok(())))),
         Err(error) => drop(started.send(Err(error))),
     };
     let system = |error| StartError::System { what: "a thread for the engine", error };
     let thread = std::thread::Builder::new().name("kvring-service".into()).spawn(run).map_err(system)?;
     match outcome.recv() {
-        Ok(Ok(stop)) => Ok(RunningEngine { stop, thread: Some(thread) }),
+        Ok(Ok(())) => Ok(RunningEngine { stop, thread: Some(thread) }),
         Ok(Err(error)) => {
             let _ = thread.join();
             Err(error)

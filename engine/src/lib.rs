@@ -18,9 +18,11 @@ mod recovery;
 pub mod segments;
 mod service;
 pub mod stats;
+mod stop;
 pub mod tier;
 
 pub use kvring_shm_abi::byte_size;
 
 pub use engine::{Engine, RunningEngine, StartError, spawn, spawn_with_tier};
-pub use service::{RECORDS_PER_TURN, StopHandle};
+pub use service::RECORDS_PER_TURN;
+pub use stop::StopHandle;

@@ -40,10 +40,11 @@ pub use takeover::ColdStart;
 
 use crate::preflight::{self, Room};
 use crate::stats;
+use crate::stop::StopHandle;
 use kvring_shm_abi::claims::{Claims, Locks};
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint::{self, Place, Rule};
-use kvring_shm_abi::futex::{self, Deadline};
+use kvring_shm_abi::futex;
 use kvring_shm_abi::lobby::{self, LOBBY_BYTES, Lobby};
 use kvring_shm_abi::mapping::{Mapping, OutOfBounds};
 use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
@@ -60,12 +61,8 @@ use takeover::{Claimed, Inherited};
 /// How often a start that has swept a predecessor looks for room.
 const ROOM_EVERY: Duration = Duration::from_millis(20);
 
-/// How long such a start waits for room. Nothing can be stopped before it serves, so the wait must end: a SIGTERM that comes
-/// meanwhile is obeyed after it.
-const LET_GO: Duration = Duration::from_secs(60);
-
 /// What a start is asked for.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Setup<'a> {
     /// The engine's name.
     pub name: &'a EngineName,
@@ -81,6 +78,8 @@ pub struct Setup<'a> {
     pub wait: Duration,
     /// Why nothing of a predecessor's is to be kept. `None`: whatever can be kept is kept.
     pub cold: Option<ColdStart>,
+    /// Ends the start's waits.
+    pub stop: StopHandle,
 }
 
 /// How an engine's segments came to be.
@@ -165,21 +164,21 @@ impl<'a> Claim<'a> {
 
 /// Waits until there is room for as much as a start needs before it serves. A swept predecessor's memory becomes
 /// free as soon as its clients unmap it: they have been woken, and do so when their copies have ended; a stopped
-/// process does so later. After [`LET_GO`] the start goes on, and is refused if there is no room yet. The allocator takes
-/// the rest of the memory, and waits for it without a limit.
-fn wait_for_room(geometry: &Geometry) {
-    let deadline = Deadline::after(LET_GO);
+/// process does so later. The wait has no limit: giving up would gain nothing, now that the cache is gone. The
+/// allocator takes the rest of the memory, and waits for it as well.
+fn wait_for_room(geometry: &Geometry, stop: &StopHandle) -> Result<(), SetupError> {
     let mut said = false;
     while let Err(error) = preflight::check_first(geometry, &Room::now()) {
         if !said {
             tracing::warn!(%error, "waiting for the clients of the earlier engine to let go of its arena");
             said = true;
         }
-        if deadline.passed() {
-            return;
+        if stop.is_requested() {
+            return Err(SetupError::Stopped);
         }
         std::thread::sleep(ROOM_EVERY);
     }
+    Ok(())
 }
 
 impl Segments {
@@ -244,7 +243,7 @@ impl Segments {
         unfinished.begin()?;
         failpoint::here(Place::Claimed);
         if why.is_some() {
-            wait_for_room(&geometry);
+            wait_for_room(&geometry, &setup.stop)?;
         }
         let places = Places::of(&geometry);
         let file = unfinished.file();

@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
-use kvring_engine::Engine;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
+use kvring_engine::{Engine, StopHandle};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Request, Status};
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
@@ -132,8 +132,8 @@ fn the_service_thread_allocates_nothing_for_an_operation() {
         };
         let serving = serving.clone();
         let service = std::thread::spawn(move || {
-            let engine = Engine::create(&config).unwrap();
-            let stop = engine.stop_handle();
+            let stop = StopHandle::default();
+            let engine = Engine::create(&config, &stop).unwrap();
             engine.run(|| {
                 serving.send(stop).unwrap();
                 COUNTED.with(|counted| counted.set(true));

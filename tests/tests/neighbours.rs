@@ -43,32 +43,37 @@ fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
     });
 }
 
-/// The arena of a predecessor that was swept is not free before the last of its clients has let go of it. One that is stopped may
-/// take its time: the start waits.
+/// The arena of a predecessor that was swept is not free before the last of its clients has let go of it. A client that is
+/// stopped may take its time: the start waits, until there is room or it is asked to stop.
 #[test]
 fn an_old_arena_that_somebody_still_maps_is_waited_for() {
     let name = "an_old_arena_that_somebody_still_maps_is_waited_for";
     ControlGroup::limited(name, 300_000_000, |group| {
-        let name = unique_name("mapped");
-        let _sweep = Sweep(name.clone());
-        let mut engine =
-            EngineProcess::launched(&json!({ "name": name, "arena": 192 << 20, "slab": 1 << 20 }), &[]);
-        engine.serves().unwrap();
-        engine.is_allocated();
-        let old = std::fs::File::open(engine.file("arena")).unwrap();
-        engine.kill();
-        engine.reconfigure(&json!({ "arena": 128 << 20, "slab": 128 << 20 }));
-        engine.launch(&[]);
-        let is_swept = || old.metadata().is_ok_and(|old| std::os::unix::fs::MetadataExt::nlink(&old) == 0);
-        eventually("the old arena has no name any more", is_swept);
-        // Longer than anybody needs who is awake.
-        std::thread::sleep(std::time::Duration::from_secs(5));
-        assert!(engine.ended().is_none(), "it has given up, with {} bytes in use", group.used());
-        assert!(!engine.file("arena").exists(), "there was room: the test is none");
-        drop(old);
-        engine.serves().unwrap();
-        assert_eq!(engine.terminate(), Some(0));
-        assert!(segments(&name).is_empty());
+        for asked_to_stop in [true, false] {
+            let name = unique_name("mapped");
+            let _sweep = Sweep(name.clone());
+            let mut engine =
+                EngineProcess::launched(&json!({ "name": name, "arena": 192 << 20, "slab": 1 << 20 }), &[]);
+            engine.serves().unwrap();
+            engine.is_allocated();
+            let old = std::fs::File::open(engine.file("arena")).unwrap();
+            engine.kill();
+            engine.reconfigure(&json!({ "arena": 128 << 20, "slab": 128 << 20 }));
+            engine.launch(&[]);
+            let is_swept =
+                || old.metadata().is_ok_and(|old| std::os::unix::fs::MetadataExt::nlink(&old) == 0);
+            eventually("the old arena has no name any more", is_swept);
+            if !asked_to_stop {
+                // Longer than anybody needs who is awake.
+                std::thread::sleep(std::time::Duration::from_secs(5));
+                assert!(engine.ended().is_none(), "it has given up, with {} bytes in use", group.used());
+                assert!(!engine.file("arena").exists(), "there was room: the test is none");
+                drop(old);
+                engine.serves().unwrap();
+            }
+            assert_eq!(engine.terminate(), Some(0));
+            assert!(segments(&name).is_empty());
+        }
     });
 }
 

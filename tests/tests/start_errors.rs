@@ -1,10 +1,10 @@
 //! Engines that cannot start: typed errors with the values in them, and nothing is left behind.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_engine::StartError;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::segments::SetupError;
+use kvring_engine::{Engine, StartError, StopHandle};
 use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::Status;
@@ -19,6 +19,7 @@ use kvring_tests::wait::LIMIT;
 use kvring_tests::worker::WorkerSide;
 use serde_json::json;
 use std::os::unix::fs::MetadataExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 fn config(name: &str, arena: u64) -> EngineConfig {
     EngineConfig {
@@ -27,6 +28,16 @@ fn config(name: &str, arena: u64) -> EngineConfig {
         start_wait_ms: 200,
         ..EngineConfig::default()
     }
+}
+
+/// An engine of 8 MiB that was killed when it held 8 chunks, and the worker that has stored them.
+fn dead_with_8_chunks(tag: &str) -> (EngineProcess, WorkerSide) {
+    let mut engine = EngineProcess::start(tag, 8);
+    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
+    assert_eq!(stored, all_stored(8));
+    engine.kill();
+    (engine, worker)
 }
 
 fn refused(config: EngineConfig) -> StartError {
@@ -90,11 +101,7 @@ fn an_arena_beyond_the_control_groups_limit_is_refused() {
 /// Each of these would be a cold start, because another arena is asked for.
 #[test]
 fn a_refused_start_leaves_the_warm_cache_as_it_was() {
-    let mut engine = EngineProcess::start("typo", 8);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
-    assert_eq!(stored, all_stored(8));
-    engine.kill();
+    let (mut engine, worker) = dead_with_8_chunks("typo");
     drop(worker);
     let files = || -> Vec<(String, u64)> {
         let inode = |file: &String| std::fs::metadata(format!("/dev/shm/{file}")).unwrap().ino();
@@ -129,11 +136,7 @@ fn a_refused_start_leaves_the_warm_cache_as_it_was() {
 /// What is short at the moment is no reason to give up what there is: the next start has it.
 #[test]
 fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
-    let mut engine = EngineProcess::start("short", 8);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
-    assert_eq!(stored, all_stored(8));
-    engine.kill();
+    let (mut engine, worker) = dead_with_8_chunks("short");
     for what in [Rule::Memory, Rule::MemoryForHeaders].repeat(4) {
         let status = engine.restart_with(&[(BREAK, what.name())]).expect_err("it does not start");
         assert!(!status.success(), "{what}: {status}");
@@ -143,6 +146,31 @@ fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     worker.wait_ready(LIMIT).unwrap();
     drop(worker);
     engine.settles(0);
+}
+
+/// A start is asked to stop when it has the name and the segments already: with the first line that it logs.
+#[test]
+fn a_start_that_is_asked_to_stop_leaves_what_was_there() {
+    let asked_to_stop = |name: &str| {
+        let stop = StopHandle::default();
+        let on_a_line = stop.clone();
+        let log = tracing_subscriber::fmt().with_writer(move || {
+            on_a_line.stop();
+            std::io::sink()
+        });
+        let config = config(name, 8 << 20);
+        let _of_this_thread = log.set_default();
+        let error = Engine::create(&config, &stop).err().expect("a start that ends");
+        assert!(matches!(error, StartError::Setup(SetupError::Stopped)), "{error:?}");
+    };
+    let name = unique_name("asked");
+    asked_to_stop(&name);
+    assert!(segments(&name).is_empty(), "{:?}", segments(&name));
+    let (mut engine, worker) = dead_with_8_chunks("asked");
+    drop(worker);
+    asked_to_stop(&engine.name);
+    engine.restart();
+    assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
 }
 
 #[test]

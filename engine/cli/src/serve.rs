@@ -7,6 +7,7 @@ use kvring_engine::byte_size::ByteSize;
 use kvring_engine::cache;
 use kvring_engine::config::{ConfigError, EngineConfig, Overrides};
 use kvring_engine::policy::PolicyKind;
+use kvring_engine::segments::SetupError;
 use kvring_engine::{Engine, StartError, StopHandle, process};
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
@@ -14,7 +15,6 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -204,15 +204,21 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     if let Some(parent) = args.stop_with_parent {
         stop_with_parent(parent)?;
     }
-    let stop = StopOnSignal::install(args.stop_with_parent.is_some())?;
-    let engine = Engine::create(&config).map_err(|error| match error {
-        StartError::Config(error) => config_error(error),
-        StartError::Cache(error) if !matches!(error, cache::ConfigError::Memory(_)) => wrong(error),
-        error => error.into(),
-    });
+    let stop = StopHandle::default();
+    stop_on_signal(stop.clone(), args.stop_with_parent.is_some())?;
+    let engine = match Engine::create(&config, &stop) {
+        Err(StartError::Setup(stopped @ SetupError::Stopped)) => {
+            tracing::info!("{stopped}");
+            return Ok(());
+        }
+        created => created.map_err(|error| match error {
+            StartError::Config(error) => config_error(error),
+            StartError::Cache(error) if !matches!(error, cache::ConfigError::Memory(_)) => wrong(error),
+            error => error.into(),
+        }),
+    };
     let engine = engine.with_context(|| format!("cannot start engine `{}`", config.name))?;
     engine.doubt_after_a_panic();
-    stop.stops(engine.stop_handle());
     show_allocation(engine.progress());
     engine.run(|| {
         // A script that has gone away again does not end the engine.
@@ -257,60 +263,31 @@ fn show_allocation(progress: kvring_engine::allocator::Progress) {
     }
 }
 
-/// Signals, and what they stop.
-struct StopOnSignal {
-    state: Arc<Mutex<StopState>>,
-}
-
-enum StopState {
-    /// Nothing to stop yet.
-    Starting,
-    /// A signal came before the engine did.
-    Asked,
-    Running(StopHandle),
-}
-
-impl StopOnSignal {
-    /// From here on SIGTERM, SIGINT and SIGHUP (its terminal is gone) are ours: also one that comes while the segments are being
-    /// made. Where SIGHUP is ignored from the start (`nohup`) it stays ignored.
-    ///
-    /// A second one ends the process at once; but no SIGHUP, which the kernel and the shell both send; and with `by_parent` not a
-    /// second SIGTERM: the kernel sends one for each thread of a dying parent that we are handed on to.
-    fn install(by_parent: bool) -> anyhow::Result<StopOnSignal> {
-        let hangup = (!process::ignores(Signal::SIGHUP)).then_some(SIGHUP);
-        let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))
-            .context("cannot watch for SIGTERM, SIGINT and SIGHUP")?;
-        let state = Arc::new(Mutex::new(StopState::Starting));
-        let watched = state.clone();
-        let watch = move || {
-            let mut insisted = 0;
-            for signal in signals.forever() {
-                let again = signal == SIGHUP || by_parent && signal == SIGTERM;
-                insisted += u32::from(insisted == 0 && signal != SIGHUP || !again);
-                if insisted > 1 {
-                    // The segments stay as they are, for the next engine of this name.
-                    std::process::exit(1);
-                }
-                tracing::info!(signal, "asked to stop; another signal ends the process at once");
-                let mut state = watched.lock().unwrap_or_else(PoisonError::into_inner);
-                match &*state {
-                    StopState::Running(handle) => handle.stop(),
-                    StopState::Starting | StopState::Asked => *state = StopState::Asked,
-                }
+/// From here on SIGTERM, SIGINT and SIGHUP (its terminal is gone) are ours, and ask the engine to stop, also while it starts.
+/// Where SIGHUP is ignored from the start (`nohup`) it stays ignored.
+///
+/// A second one ends the process at once; but no SIGHUP, which the kernel and the shell both send; and with `by_parent` not a
+/// second SIGTERM: the kernel sends one for each thread of a dying parent that we are handed on to.
+fn stop_on_signal(stop: StopHandle, by_parent: bool) -> anyhow::Result<()> {
+    let hangup = (!process::ignores(Signal::SIGHUP)).then_some(SIGHUP);
+    let mut signals = Signals::new([SIGTERM, SIGINT].into_iter().chain(hangup))
+        .context("cannot watch for SIGTERM, SIGINT and SIGHUP")?;
+    let watch = move || {
+        let mut insisted = 0;
+        for signal in signals.forever() {
+            let again = signal == SIGHUP || by_parent && signal == SIGTERM;
+            insisted += u32::from(insisted == 0 && signal != SIGHUP || !again);
+            if insisted > 1 {
+                // The segments stay as they are, for the next engine of this name.
+                std::process::exit(1);
             }
-        };
-        thread::Builder::new()
-            .name("kvring-signals".to_owned())
-            .spawn(watch)
-            .context("cannot start the thread that watches for signals")?;
-        Ok(StopOnSignal { state })
-    }
-
-    fn stops(&self, handle: StopHandle) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if matches!(*state, StopState::Asked) {
-            handle.stop();
+            tracing::info!(signal, "asked to stop; another signal ends the process at once");
+            stop.stop();
         }
-        *state = StopState::Running(handle);
-    }
+    };
+    thread::Builder::new()
+        .name("kvring-signals".to_owned())
+        .spawn(watch)
+        .context("cannot start the thread that watches for signals")?;
+    Ok(())
 }

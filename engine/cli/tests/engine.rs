@@ -6,7 +6,7 @@ use kvring_adapter::{EngineView, Role};
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::{DmaOwner, EntryContent};
 use kvring_shm_abi::process::ProcessIdentity;
-use kvring_shm_abi::segment::EngineName;
+use kvring_shm_abi::segment::{EngineName, SegmentFile};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Stdio;
@@ -116,6 +116,28 @@ fn the_end_of_its_terminal_is_nothing_to_an_engine_under_nohup() {
     assert_eq!(run(&["status", "--name", &engine.name]).code, Some(0));
     engine.signal(Signal::SIGTERM);
     assert_eq!(engine.wait(), Some(0));
+}
+
+/// Another start of its name is under way, and does not come to its end.
+#[test]
+fn a_start_that_waits_is_ended_by_a_signal() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let name = unique_name("waits");
+        let other = SegmentFile::create(&EngineName::new(&name).unwrap().engine_segment(), 0).unwrap();
+        let lock = other.try_lock();
+        let mut engine =
+            Running::start(&name, &["serve", "--name", &name, "--arena", "8MiB", "--start-wait-ms", "60000"]);
+        let file = format!("/dev/shm/kvring.{name}.engine");
+        support::eventually("it looks at the file of the other start", || {
+            let open = std::fs::read_dir(format!("/proc/{}/fd", engine.pid())).unwrap();
+            open.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.as_os_str() == &*file))
+        });
+        engine.signal(signal);
+        assert_eq!(engine.wait(), Some(0), "{signal}: {}", engine.stderr());
+        assert!(lock.is_some() && other.is_current());
+        // Else the removal of what this test leaves would wait for the lock.
+        drop(lock);
+    }
 }
 
 /// Whoever may write to /dev/shm can make files there with our names.

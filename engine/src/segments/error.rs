@@ -59,6 +59,9 @@ pub enum SetupError {
         /// The engine's name.
         name: EngineName,
     },
+    /// The start was asked to stop. Nothing of it is left, and what could have been taken over is still there.
+    #[error("asked to stop before it served")]
+    Stopped,
     /// The arena does not fit.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),

@@ -83,6 +83,10 @@ fn a_start_is_refused_before_anything_is_swept() {
     assert!(matches!(error, SetupError::NoRoom(_)), "{error}");
     let error = untouched("no room", &Setup { geometry: huge, cold: Some(ColdStart::Asked), ..name.setup() });
     assert!(matches!(error, SetupError::NoRoom(_)), "{error}");
+    let stop = StopHandle::default();
+    stop.stop();
+    let error = untouched("asked to stop", &Setup { stop, cold: Some(ColdStart::Asked), ..name.setup() });
+    assert!(matches!(error, SetupError::Stopped), "{error}");
     // A dropped claim has changed nothing either.
     drop(Claim::new(&Setup { cold: Some(ColdStart::Asked), ..name.setup() }).unwrap());
     assert_eq!(name.inodes(), before);

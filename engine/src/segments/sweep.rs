@@ -11,6 +11,7 @@
 use super::files::{Whose, all, channels};
 use super::takeover::{Found, acquire};
 use super::{SetupError, arena_superblock};
+use crate::stop::StopHandle;
 use kvring_shm_abi::engine_segment::EngineSegment;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex;
@@ -177,7 +178,7 @@ pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed,
         return Ok(Removed::default());
     }
     mend_mode(&name.engine_segment());
-    let refused = match acquire(name, wait) {
+    let refused = match acquire(name, wait, &StopHandle::default()) {
         Ok(taken) => {
             let removed = held(name, taken.found.as_ref().unwrap_or(&Found::Incomplete))?;
             // If only the other segments were left, `acquire` has just made the engine's file, for its lock: it

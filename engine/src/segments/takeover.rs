@@ -8,6 +8,7 @@
 
 use super::{Removed, Setup, SetupError, Sweep, arena_superblock, sweep};
 use crate::preflight::{self, Room};
+use crate::stop::StopHandle;
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{EngineSegment, LIFE_WORDS_AT, OWNER_WORD, Places};
 use kvring_shm_abi::failpoint::{self, Place};
@@ -205,12 +206,15 @@ pub(super) struct Held {
 
 /// Locks the engine file; creates it if there is none.
 ///
-/// Its engine lives, or the lock stays held until `wait` has passed.
-pub(super) fn acquire(name: &EngineName, wait: Duration) -> Result<Held, SetupError> {
+/// Its engine lives, the lock stays held until `wait` has passed, or `stop` is requested meanwhile.
+pub(super) fn acquire(name: &EngineName, wait: Duration, stop: &StopHandle) -> Result<Held, SetupError> {
     let began = Instant::now();
     let deadline = Deadline::after(wait);
     let file_name = name.engine_segment();
     loop {
+        if stop.is_requested() {
+            return Err(SetupError::Stopped);
+        }
         let (file, fresh) = match SegmentFile::open(&file_name, Access::ReadWrite) {
             Ok(file) => (file, false),
             // It has no length yet: another start that finds it knows that it has only just been made.
@@ -303,7 +307,7 @@ pub(super) fn claim_name(setup: &Setup<'_>, swept: bool) -> Result<Claimed, Setu
         }
         Ok(())
     };
-    let Held { file, lock, found } = acquire(setup.name, setup.wait)?;
+    let Held { file, lock, found } = acquire(setup.name, setup.wait, &setup.stop)?;
     let Some(found) = found else {
         let unfinished = Unfinished { name: setup.name.clone(), held: Some((file, lock)), sweeps: false };
         check()?;

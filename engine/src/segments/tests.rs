@@ -2,6 +2,7 @@
 
 use super::takeover::Found;
 use super::*;
+use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::segment::SegmentError;
 use kvring_shm_abi::superblock::Mismatch;
@@ -28,6 +29,7 @@ impl Name {
             policy: "lru",
             wait: WAIT,
             cold: None,
+            stop: StopHandle::default(),
         }
     }
 

@@ -32,6 +32,7 @@ use crate::cache::Cache;
 use crate::recovery::Inherited;
 use crate::segments::Segments;
 use crate::stats::Stat;
+use crate::stop::StopHandle;
 use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
@@ -43,10 +44,9 @@ use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
 use kvring_shm_abi::process::ProcessIdentity;
-use kvring_shm_abi::sync::{AtomicBool, Ordering, spin_loop};
+use kvring_shm_abi::sync::{Ordering, spin_loop};
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Requests taken from one ring per turn: a client that floods its ring delays the others by this many at most.
@@ -80,22 +80,6 @@ const CHECK_STEPS: u32 = 64;
 /// a moment longer.
 const SLEEP_FEW: usize = 8;
 
-/// Asks a running engine to stop, from any thread.
-#[derive(Clone)]
-pub struct StopHandle {
-    requested: Arc<AtomicBool>,
-    lobby: kvring_shm_abi::lobby::Lobby,
-}
-
-impl StopHandle {
-    /// Ends the loop with its current turn.
-    pub fn stop(&self) {
-        // SYNC POINT: Release; pairs with the Acquire in `Service::run`.
-        self.requested.store(true, Ordering::Release);
-        park::notify(self.lobby.doorbell());
-    }
-}
-
 /// The times that the loop keeps.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
@@ -116,6 +100,7 @@ pub(crate) struct Parts {
     pub(crate) tier: Box<dyn LowerTier>,
     pub(crate) inherited: Inherited,
     pub(crate) pace: Pace,
+    pub(crate) stop: StopHandle,
 }
 
 /// A claimed life word, and its value at the last look around the lobby.
@@ -153,7 +138,7 @@ pub(crate) struct Service {
     /// The entry that the next turn begins with.
     first: u32,
     scratch: Scratch,
-    stop: Arc<AtomicBool>,
+    stop: StopHandle,
     beat_interval_ns: u64,
     spin: SpinBudget,
     next_tick_ns: u64,
@@ -201,7 +186,8 @@ impl SpinBudget {
 
 impl Service {
     pub(crate) fn new(parts: Parts) -> Service {
-        let Parts { segments, cache, registry, allocator, tier, inherited, pace } = parts;
+        let Parts { segments, cache, registry, allocator, tier, inherited, pace, stop } = parts;
+        stop.wakes(segments.lobby.clone());
         let awaited =
             Awaited { entries: inherited.living, until_ns: u64::MAX, grace_ns: pace.reattach_grace_ns };
         let outdated = |nonce: Option<u64>| nonce.map_or(Entry::Free, |nonce| Entry::Outdated { nonce });
@@ -225,7 +211,7 @@ impl Service {
             job: 0,
             first: 0,
             scratch: Scratch::new(),
-            stop: Arc::new(AtomicBool::new(false)),
+            stop,
             beat_interval_ns: pace.beat_interval_ns,
             spin: SpinBudget::new(pace.spin_ns),
             next_tick_ns: 0,
@@ -240,10 +226,6 @@ impl Service {
     /// Another handle on the engine's segment.
     pub(crate) fn segment(&self) -> EngineSegment {
         self.segments.engine.clone()
-    }
-
-    pub(crate) fn stop_handle(&self) -> StopHandle {
-        StopHandle { requested: self.stop.clone(), lobby: self.segments.lobby.clone() }
     }
 
     fn stat(&self, stat: Stat, by: u64) {
@@ -270,8 +252,7 @@ impl Service {
         let mut worked = false;
         let (mut turns, mut looked) = (0u32, 0u64);
         let mut before = last_work;
-        // SYNC POINT: Acquire; pairs with the Release in `StopHandle::stop`.
-        while !self.stop.load(Ordering::Acquire) {
+        while !self.stop.is_requested() {
             if self.turn() {
                 worked = true;
             } else {
@@ -359,7 +340,7 @@ impl Service {
         if self.segments.is_retired() {
             // Somebody removed our segments: new clients cannot find us, and a successor may run already.
             tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");
-            self.stop.store(true, Ordering::Release);
+            self.stop.stop();
         }
         if now >= self.next_names_ns {
             self.next_names_ns = now + NAMES_NS;
@@ -369,7 +350,7 @@ impl Service {
                     "this name in /dev/shm leads to this engine no more (rm?): no client finds it, and another one of its name \
                      may start; stopping"
                 );
-                self.stop.store(true, Ordering::Release);
+                self.stop.stop();
             }
         }
         self.take_slabs();
@@ -414,7 +395,7 @@ impl Service {
             || !self.pending.is_empty()
             || self.has_background_work()
             || self.allocator.has_news()
-            || self.stop.load(Ordering::Acquire);
+            || self.stop.is_requested();
         if !work {
             self.stat(Stat::Parks, 1);
             let deadline = Deadline(now + self.beat_interval_ns);

@@ -1,7 +1,8 @@
 //! The other process of a test: an engine, a client that is driven over its pipes, or a bystander.
 
-use kvring_engine::Engine;
 use kvring_engine::config::{EngineConfig, Overrides};
+use kvring_engine::segments::SetupError;
+use kvring_engine::{Engine, StartError, StopHandle};
 use nix::sys::signal::Signal;
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,14 +45,18 @@ fn engine(overrides: &str) -> Result<(), Box<dyn std::error::Error>> {
     signals.thread_block()?;
     // No thread but this one, the service thread, is to be ended by a test.
     kvring_tests::ends::block();
-    let engine = Engine::create(&config)?;
-    engine.doubt_after_a_panic();
-    let stop = engine.stop_handle();
+    let stop = StopHandle::default();
+    let stopped = stop.clone();
     std::thread::spawn(move || {
         if signals.wait().is_ok() {
-            stop.stop();
+            stopped.stop();
         }
     });
+    let engine = match Engine::create(&config, &stop) {
+        Err(StartError::Setup(SetupError::Stopped)) => return Ok(()),
+        created => created?,
+    };
+    engine.doubt_after_a_panic();
     kvring_tests::ends::install();
     kvring_tests::ends::unblock();
     engine.run(|| {
