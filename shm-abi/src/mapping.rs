@@ -48,18 +48,17 @@ pub struct Mapping {
     len: usize,
     writable: bool,
     backing: Backing,
-    /// The process that made the mapping. A forked child does not have it (`MADV_DONTFORK`), and must not unmap whatever it may
-    /// have mapped at the same address itself.
-    process: u32,
 }
 
+/// Where the memory comes from, and the process that mapped it. A forked child does not have the mapping (`MADV_DONTFORK`),
+/// and must not unmap whatever it may have mapped at the same address itself.
 enum Backing {
     /// Mapped by `nix`: unmapped here.
     #[cfg(not(loom))]
-    Nix,
+    Nix(u32),
     /// Mapped by the crate `shared_memory`, which unmaps when it is dropped.
     #[cfg(not(loom))]
-    Crate(ManuallyDrop<shared_memory::Shmem>),
+    Crate(ManuallyDrop<shared_memory::Shmem>, u32),
     /// Private zeroed memory, for tests and models.
     Private(core::alloc::Layout),
 }
@@ -91,20 +90,16 @@ impl Mapping {
     /// `base..base + len` is a mapping that nobody else unmaps, writable if `writable`.
     #[cfg(not(loom))]
     pub(crate) unsafe fn from_mmap(base: NonNull<u8>, len: usize, writable: bool) -> Mapping {
-        Mapping { base, len, writable, backing: Backing::Nix, process: std::process::id() }
+        Mapping { base, len, writable, backing: Backing::Nix(std::process::id()) }
     }
 
     /// Takes over a mapping of the crate `shared_memory`, whose owner flag must be clear already.
     #[cfg(not(loom))]
     pub(crate) fn from_shmem(shmem: shared_memory::Shmem) -> Option<Mapping> {
         let base = NonNull::new(shmem.as_ptr())?;
-        Some(Mapping {
-            base,
-            len: shmem.len(),
-            writable: true,
-            backing: Backing::Crate(ManuallyDrop::new(shmem)),
-            process: std::process::id(),
-        })
+        let len = shmem.len();
+        let backing = Backing::Crate(ManuallyDrop::new(shmem), std::process::id());
+        Some(Mapping { base, len, writable: true, backing })
     }
 
     /// Private zeroed memory of `len` bytes, page aligned, that looks like a segment: for unit tests.
@@ -118,7 +113,7 @@ impl Mapping {
         let layout = core::alloc::Layout::from_size_align(len, 4096).expect("a sane length");
         // SAFETY: the layout has a non-zero size.
         let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).expect("memory");
-        Mapping { base, len, writable: true, backing: Backing::Private(layout), process: std::process::id() }
+        Mapping { base, len, writable: true, backing: Backing::Private(layout) }
     }
 
     /// Length in bytes.
@@ -168,20 +163,18 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        #[cfg(not(loom))]
-        let ours = self.process == std::process::id();
         match &mut self.backing {
             #[cfg(not(loom))]
-            Backing::Nix | Backing::Crate(_) if !ours => {}
+            Backing::Nix(process) | Backing::Crate(_, process) if *process != std::process::id() => {}
             #[cfg(not(loom))]
-            Backing::Nix => {
+            Backing::Nix(_) => {
                 // SAFETY: the range came from `mmap` and nobody else unmaps it; all borrows have ended.
                 let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
                 debug_assert!(unmapped.is_ok(), "munmap of our own range failed: {unmapped:?}");
             }
             #[cfg(not(loom))]
             // SAFETY: dropped once, here.
-            Backing::Crate(shmem) => unsafe { ManuallyDrop::drop(shmem) },
+            Backing::Crate(shmem, _) => unsafe { ManuallyDrop::drop(shmem) },
             // SAFETY: allocated in `private` with this layout.
             Backing::Private(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), *layout) },
         }
