@@ -4,6 +4,12 @@
 //! does not inherit mappings. Memory is allocated (`fallocate`) before it is touched, so that a full `/dev/shm` is an error and
 //! never a SIGBUS. Nothing is ever truncated, zeroed in place or unlinked by a `Drop`.
 
+mod error;
+mod name;
+
+pub use error::SegmentError;
+pub use name::{BadName, EngineName, NAME_MAX};
+
 use crate::failpoint::{self, Rule};
 use crate::mapping::Mapping;
 use nix::errno::Errno;
@@ -23,152 +29,6 @@ pub const SHM_DIR: &str = "/dev/shm";
 #[must_use]
 pub fn path(name: &str) -> PathBuf {
     Path::new(SHM_DIR).join(name.trim_start_matches('/'))
-}
-
-/// The longest engine name, in bytes.
-pub const NAME_MAX: usize = 64;
-
-/// An engine's name: one to 64 of `A–Z a–z 0–9 _ -`. Every file name that is made from input is made from such a checked name.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct EngineName(String);
-
-/// A name that no engine can have.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expected an engine name of 1 to {NAME_MAX} characters out of A-Z a-z 0-9 _ -, got {0:?}")]
-pub struct BadName(pub String);
-
-impl EngineName {
-    /// Checks a name.
-    pub fn new(name: &str) -> Result<EngineName, BadName> {
-        let good = (1..=NAME_MAX).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-');
-        if good { Ok(EngineName(name.to_owned())) } else { Err(BadName(name.to_owned())) }
-    }
-
-    /// The name.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The name of the engine's own segment, which clients map read-only.
-    #[must_use]
-    pub fn engine_segment(&self) -> String {
-        format!("/kvring.{}.engine", self.0)
-    }
-
-    /// The name of the lobby, where clients claim their entries.
-    #[must_use]
-    pub fn lobby(&self) -> String {
-        format!("/kvring.{}.lobby", self.0)
-    }
-
-    /// The name of the arena.
-    #[must_use]
-    pub fn arena(&self) -> String {
-        format!("/kvring.{}.arena", self.0)
-    }
-
-    /// The name of one client's channel.
-    #[must_use]
-    pub fn client(&self, entry: usize, nonce: u64) -> String {
-        format!("/kvring.{}.client.{entry}.{nonce:016x}", self.0)
-    }
-
-    /// The beginning of the names of all segments of this engine (without the leading slash).
-    #[must_use]
-    pub fn prefix(&self) -> String {
-        format!("kvring.{}.", self.0)
-    }
-}
-
-impl core::str::FromStr for EngineName {
-    type Err = BadName;
-
-    fn from_str(name: &str) -> Result<EngineName, BadName> {
-        EngineName::new(name)
-    }
-}
-
-impl core::fmt::Display for EngineName {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// What can go wrong with a segment.
-#[derive(Debug, thiserror::Error)]
-pub enum SegmentError {
-    /// There is none of that name.
-    #[error("no shared memory segment {0}")]
-    NotFound(String),
-    /// There is one already.
-    #[error("shared memory segment {0} exists already")]
-    Exists(String),
-    /// It belongs to another user.
-    #[error(
-        "segment {name}: expected one of this user (uid {expected}), found one of uid {found}; run this as that user, or use \
-         another engine name"
-    )]
-    WrongOwner {
-        /// The segment.
-        name: String,
-        /// Our effective uid.
-        expected: u32,
-        /// Its owner.
-        found: u32,
-    },
-    /// Others may read or write it.
-    #[error(
-        "segment {name}: expected mode 0600, found {found:04o}; `chmod 600 {SHM_DIR}{name}`, or take it away with `kvring remove`"
-    )]
-    WrongMode {
-        /// The segment.
-        name: String,
-        /// Its permission bits.
-        found: u32,
-    },
-    /// It is shorter than the part that is to be mapped.
-    #[error("segment {name}: expected at least {expected} bytes, found {found}")]
-    TooShort {
-        /// The segment.
-        name: String,
-        /// Bytes needed.
-        expected: u64,
-        /// Bytes there.
-        found: u64,
-    },
-    /// `/dev/shm` (or the cgroup) is full.
-    #[error(
-        "segment {name}: expected room for {bytes} more bytes in {SHM_DIR}, it has {available} left; enlarge it (docker run \
-         --shm-size, mount -o remount,size=), free some of it, or start the kvring engine with a smaller --arena"
-    )]
-    NoSpace {
-        /// The segment.
-        name: String,
-        /// Bytes that were to be allocated.
-        bytes: u64,
-        /// Bytes that the file system says are available.
-        available: u64,
-    },
-    /// Any other error of a system call.
-    #[error("segment {name}: {what}: {errno}")]
-    Os {
-        /// The segment.
-        name: String,
-        /// The call.
-        what: &'static str,
-        /// Its error.
-        errno: Errno,
-    },
-    /// The crate `shared_memory` refused.
-    #[error("segment {name}: {error}")]
-    Crate {
-        /// The segment.
-        name: String,
-        /// Its error.
-        error: shared_memory::ShmemError,
-    },
 }
 
 /// How a segment is mapped.
@@ -497,16 +357,6 @@ mod tests {
 
     fn name(tag: &str) -> String {
         EngineName::new(&format!("t-{tag}-{}", std::process::id())).unwrap().engine_segment()
-    }
-
-    #[test]
-    fn names_are_checked() {
-        for good in ["a", "default", "A-b_9"] {
-            assert!(EngineName::new(good).is_ok());
-        }
-        for bad in ["", "a/b", "..", "a.b", "ä", "a b", &"x".repeat(65)] {
-            assert_eq!(EngineName::new(bad), Err(BadName(bad.to_owned())));
-        }
     }
 
     #[test]
