@@ -1,7 +1,7 @@
-//! What to move: shards of the arena, and the blocks of a paged cache that they are made of.
+//! What to move, and after what: shards of the arena, and the blocks of a paged cache that they are made of.
 
-use crate::backend::Fence;
 use crate::layout::{BlockError, PagedKv};
+use std::any::Any;
 use std::sync::Arc;
 
 /// The direction in which bytes go.
@@ -21,6 +21,29 @@ impl Direction {
             Direction::Store => "store",
             Direction::Load => "load",
         }
+    }
+}
+
+/// A stream of the caller's device (a `CUstream`). A transfer must come after the work on it: after the kernels that write the
+/// KV of a store, and the last readers of the blocks of a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ComputeStream(pub u64);
+
+/// A point in a [`ComputeStream`]: all that had been put on it when the fence was made ([`CopyBackend::fence`](crate::CopyBackend::fence)).
+#[derive(Clone, Default)]
+pub struct Fence(pub(crate) Option<Arc<dyn Any + Send + Sync>>);
+
+impl Fence {
+    /// A fence with nothing to wait for. It is all that host memory needs: the caller's earlier accesses to it have ended.
+    #[must_use]
+    pub fn none() -> Fence {
+        Fence(None)
+    }
+}
+
+impl core::fmt::Debug for Fence {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str(if self.0.is_some() { "Fence(event)" } else { "Fence(none)" })
     }
 }
 

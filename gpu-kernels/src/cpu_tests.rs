@@ -1,7 +1,7 @@
 //! Batches of every shape, bit-exact, with guard bytes around everything that is written.
 
 use super::*;
-use crate::backend::Fence;
+use crate::batch::Fence;
 use crate::layout::{BlockError, KvGroup, Memory, PagedKv, Plane, SKIP};
 use proptest::prelude::*;
 

@@ -16,10 +16,8 @@ mod layout;
 mod sync;
 mod tiles;
 
-pub use backend::{
-    ArenaMapping, ComputeStream, CopyBackend, CopyDone, CopyError, Fence, MappedArena, MappedAsItIs, Transfer,
-};
-pub use batch::{CopyBatch, Direction};
+pub use backend::{ArenaMapping, CopyBackend, CopyDone, CopyError, MappedArena, MappedAsItIs, Transfer};
+pub use batch::{ComputeStream, CopyBatch, Direction, Fence};
 pub use cpu::CpuBackend;
 pub use cuda::raw;
 pub use cuda::{CopyMode, CudaBackend, DeviceInfo, GpuError, GpuOptions, probe};

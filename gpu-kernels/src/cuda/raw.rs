@@ -8,7 +8,7 @@ use super::error::GpuError;
 use super::kernels::{Kernel, Kernels, Launch};
 use super::objects::{DeviceBuffer, Events, Recorded, Stream};
 use super::prepared::Tiled;
-use crate::backend::ComputeStream;
+use crate::batch::ComputeStream;
 use crate::layout::PagedKv;
 use core::ffi::c_int;
 use cudarc::driver::sys::culib;
