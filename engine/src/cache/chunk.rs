@@ -3,7 +3,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::index::Hash;
+use super::hash::Hash;
 use super::pins::Pins;
 use super::{Key, NAMESPACES, NamespaceId, RANKS, Round, SlotId};
 use crate::lazy::{Lazy, NoMemory, prefetch};

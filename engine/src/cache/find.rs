@@ -2,7 +2,8 @@
 
 use super::chunk::Chunks;
 use super::error::FindError;
-use super::index::{Guess, Hash};
+use super::hash::Hash;
+use super::index::Guess;
 use super::lease::LeaseId;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, PAGE_BYTES, SlotId, SlotTable};
 use crate::policy::ChunkId;

@@ -1,14 +1,15 @@
 //! The index, (namespace, key) → chunks: a table of buckets of one cache line each, which grows by one bucket at a
 //! time (linear hashing).
 //!
-//! Keys come from clients, so a secret seed is mixed into the hash. Growing never moves more than one bucket, and
-//! takes memory only as it goes: ten thousand chunks cost the same in an arena of any size. If a bucket has more
-//! than seven chunks, the others are chained to it through their own records.
+//! Growing never moves more than one bucket, and takes memory only as it goes: ten thousand chunks cost the same in
+//! an arena of any size. If a bucket has more than seven chunks, the others are chained to it through their own
+//! records.
 
 use bytemuck::{Pod, Zeroable};
 
+use super::Key;
 use super::chunk::{Chunks, Life};
-use super::{Key, NamespaceId};
+use super::hash::Hash;
 use crate::lazy::{Lazy, NoMemory, prefetch};
 use crate::policy::ChunkId;
 
@@ -20,37 +21,6 @@ const BUCKETS_MIN: u32 = 64;
 const LOAD: u64 = 3;
 /// The most rounds of one key that form at once.
 pub(super) const FORMING_MAX: usize = 4;
-/// How many bits of the hash a tag has.
-const HASH_BITS: u32 = 31;
-
-/// A keyed hash of (namespace, key).
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
-pub(super) struct Hash(u64);
-
-impl Hash {
-    /// Made of folded multiplications, as in wyhash.
-    #[inline(always)]
-    pub(super) fn new(seed: [u64; 2], namespace: NamespaceId, key: Key) -> Self {
-        let mix = |a: u64, b: u64| {
-            let product = u128::from(a) * u128::from(b);
-            product as u64 ^ (product >> 64) as u64
-        };
-        let namespace = u64::from(namespace).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let first = mix(key[0] ^ seed[0], key[1] ^ seed[1] ^ namespace);
-        Self(mix(first ^ seed[1], 0xa076_1d64_78bd_642f))
-    }
-
-    /// The `HASH_BITS` bits that the index uses.
-    #[inline(always)]
-    pub(super) fn bits(self) -> u32 {
-        (self.0 >> (64 - HASH_BITS)) as u32
-    }
-
-    /// The whole hash, by which the policy remembers evicted contents.
-    pub(super) fn whole(self) -> u64 {
-        self.0
-    }
-}
 
 /// A bucket, in one cache line. Each way has a tag (hash << 1 | visible) and a link (chunk id + 1; 0: none).
 #[derive(Clone, Copy, Pod, Zeroable)]

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use super::chunk::Chunks;
-use super::index::{FORMING_MAX, Hash, Index};
+use super::hash::Hash;
+use super::index::{FORMING_MAX, Index};
 use super::lease::{ADMISSIONS_MAX, Leases};
 use super::slab::Slabs;
 use super::slot::Slots;
