@@ -25,6 +25,8 @@
 mod deaths;
 mod error;
 pub(crate) mod files;
+mod found;
+mod remove;
 mod slot_memory;
 #[cfg(test)]
 mod strangers;
@@ -34,9 +36,10 @@ mod takeover;
 mod tests;
 
 pub use error::SetupError;
+pub use found::ColdStart;
+pub use remove::remove;
 pub use slot_memory::SlotMemory;
-pub use sweep::{Removed, remove};
-pub use takeover::ColdStart;
+pub use sweep::Removed;
 
 use crate::preflight::{self, Room};
 use crate::stats;

@@ -1,7 +1,7 @@
 //! Deaths of real processes. This test binary runs itself again ([`child`]), and the child is killed at a place
 //! that is named in the code ([`failpoint`]), or at random.
 
-use super::takeover::Found;
+use super::found::Found;
 use super::tests::{Name, client_view};
 use super::*;
 use kvring_shm_abi::failpoint::Place;
@@ -76,23 +76,7 @@ fn a_killed_engine_is_noticed_and_succeeded() {
     assert_eq!(*name.start().unwrap().start(), Start::Warm);
 }
 
-/// All places of a start, then those of a clean end.
-const PLACES: [Place; 13] = [
-    Place::Opened,
-    Place::Claimed,
-    Place::Allocated,
-    Place::Owned,
-    Place::Described,
-    Place::Lobby,
-    Place::Arena,
-    Place::ArenaMagic,
-    Place::LobbyMagic,
-    Place::EngineMagic,
-    Place::Retired,
-    Place::SatellitesGone,
-    Place::Unlinked,
-];
-/// The places at which no client may find an engine yet.
+/// The places of a start at which no client may find an engine yet.
 const UNTIL_COMPLETE: [Place; 9] = [
     Place::Opened,
     Place::Claimed,
@@ -104,6 +88,8 @@ const UNTIL_COMPLETE: [Place; 9] = [
     Place::ArenaMagic,
     Place::LobbyMagic,
 ];
+/// The end of a start, and a clean end.
+const COMPLETE: [Place; 4] = [Place::EngineMagic, Place::Retired, Place::SatellitesGone, Place::Unlinked];
 /// The places of a start that sweeps a predecessor.
 const SWEEP_PLACES: [Place; 5] = [
     Place::SatellitesRetired,
@@ -128,14 +114,13 @@ fn dies(name: &Name, mode: &str, place: Place) {
 #[test]
 fn a_death_at_any_place_leaves_what_the_next_start_sweeps() {
     let name = Name::new("places");
-    for (place, predecessor) in
-        PLACES.into_iter().map(|place| (place, false)).chain(SWEEP_PLACES.map(|place| (place, true)))
-    {
-        if predecessor {
+    for place in UNTIL_COMPLETE.into_iter().chain(COMPLETE).chain(SWEEP_PLACES) {
+        let sweeps = SWEEP_PLACES.contains(&place);
+        if sweeps {
             drop(name.start().unwrap());
         }
-        dies(&name, if predecessor { "cold" } else { "once" }, place);
-        if !predecessor && UNTIL_COMPLETE.contains(&place) {
+        dies(&name, if sweeps { "cold" } else { "once" }, place);
+        if UNTIL_COMPLETE.contains(&place) {
             let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadWrite);
             let complete = file.is_ok_and(|file| !matches!(Found::look(&file).unwrap(), Found::Incomplete));
             assert!(!complete, "{place}: the engine's magic comes last");

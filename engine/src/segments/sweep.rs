@@ -8,10 +8,8 @@
 //! Everybody may make files in `/dev/shm`, also under our names. A file that is not ours ([`Whose`]) is left where
 //! it is, with a warning. A sweep goes on after a file that it cannot remove, and reports the failure at its end.
 
-use super::files::{Whose, all, channels};
-use super::takeover::{Found, acquire};
+use super::files::{Whose, channels};
 use super::{SetupError, arena_superblock};
-use crate::stop::StopHandle;
 use kvring_shm_abi::engine_segment::EngineSegment;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex;
@@ -22,7 +20,6 @@ use kvring_shm_abi::superblock::ARENA_TRAILER;
 use nix::errno::Errno;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// What was removed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -153,61 +150,9 @@ pub(super) fn retire_arena(file: &SegmentFile) -> Result<(), SetupError> {
     Ok(())
 }
 
-/// Sweeps everything, the engine's segment last. The caller holds the lock on the current engine file.
-///
-/// A segment of ours cannot be removed. The others have been.
-pub(super) fn held(name: &EngineName, found: &Found) -> Result<Removed, SetupError> {
-    found.retire();
-    failpoint::here(Place::PredecessorRetired);
-    let mut sweep = Sweep::default();
-    sweep.satellites(name);
-    failpoint::here(Place::PredecessorsSatellitesGone);
-    sweep.unlink(&name.engine_segment());
-    failpoint::here(Place::PredecessorGone);
-    sweep.end()
-}
-
-/// `kvring remove`: removes all segments of an engine. Those of a living engine only with `force`: it keeps its
-/// inodes, sees that they are retired, and ends, and its clients lose it as if it had died.
-///
-/// Without `force`: the engine lives or is starting. The engine's segment is another user's. A segment of ours
-/// cannot be removed.
-pub fn remove(name: &EngineName, force: bool, wait: Duration) -> Result<Removed, SetupError> {
-    let names = all(name);
-    if names.is_empty() {
-        return Ok(Removed::default());
-    }
-    mend_mode(&name.engine_segment());
-    let refused = match acquire(name, wait, &StopHandle::default()) {
-        Ok(taken) => {
-            let removed = held(name, taken.found.as_ref().unwrap_or(&Found::Incomplete))?;
-            // If only the other segments were left, `acquire` has just made the engine's file, for its lock: it
-            // does not count.
-            let made = u64::from(taken.found.is_none());
-            return Ok(Removed { segments: removed.segments.saturating_sub(made), ..removed });
-        }
-        Err(error) => error,
-    };
-    let (forced_pid, state) = match &refused {
-        SetupError::AlreadyRunning { pid, .. } => (Some(*pid), "runs"),
-        SetupError::Starting { .. } => (None, "is being started or removed"),
-        SetupError::Exiting { .. } => (None, "is dead, and its process still exiting"),
-        SetupError::OtherBuild { .. } => (None, "is another build's"),
-        _ => return Err(refused),
-    };
-    if !force {
-        return Err(refused);
-    }
-    tracing::warn!(name = %name, "this engine {state}; its segments are removed by force, as asked");
-    // This goes without the lock, which its holder does not give up. A start that is under way notices at its end.
-    let file = SegmentFile::open(&name.engine_segment(), Access::ReadWrite)?;
-    let removed = held(name, &Found::look(&file)?)?;
-    Ok(Removed { forced_pid, ..removed })
-}
-
 /// Repairs the mode of a segment of ours: a wrong mode is refused everywhere, but removing the segment must work
 /// all the same.
-fn mend_mode(segment: &str) {
+pub(super) fn mend_mode(segment: &str) {
     let mend = || std::fs::set_permissions(path(segment), std::fs::Permissions::from_mode(0o600));
     if matches!(Whose::of(segment), Whose::Ours(_))
         && let Err(error) = mend()

@@ -1,6 +1,6 @@
 //! Tests with real segments in `/dev/shm`. Deaths of whole processes are in [`super::deaths`].
 
-use super::takeover::Found;
+use super::found::Found;
 use super::*;
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
