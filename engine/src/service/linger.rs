@@ -21,10 +21,6 @@
 //! thread to leave the address space is also the last to leave the descriptors. That is not so if this thread is delayed
 //! between the two, or if a reader of `/proc` holds the address space for a moment; hence a grace on top.
 
-use super::Service;
-use super::entry::{Entry, Then};
-use crate::cache::Leaving;
-use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::DmaOwner;
 use kvring_shm_abi::process::{ProcessIdentity, ProcessStat};
@@ -113,46 +109,35 @@ fn is_gone(process: &ProcessIdentity) -> bool {
     }
 }
 
-impl Service {
-    /// The owner of this entry is marked dead: all that it had is freed. Where a device may still write for it, the slots
-    /// that it was writing and its entry are kept until its process has ended.
-    pub(super) fn bury(&mut self, entry: usize) {
-        // An owner that was writing no slot leaves none that a device could be writing into.
-        let writes = self.cache.writes(entry as u8);
-        let owner = self.segments.lobby.entries[entry].dma().filter(|_| writes);
-        let Some(owner) = owner.filter(|_| !failpoint::broken(Rule::WaitsForTheProcess)) else {
-            return self.reclaim(entry);
-        };
+impl Lingering {
+    /// Begins to wait for the end of the process that this owner has named; `None`: it has ended already. `is_locked` says
+    /// whether somebody holds its file lock, or that this cannot be told.
+    pub(super) fn begin(
+        owner: &DmaOwner,
+        own: &ProcessIdentity,
+        is_locked: impl FnOnce() -> bool,
+    ) -> Option<Lingering> {
         let since_ns = monotonic_ns();
-        let mut until = Until::of(&owner, &self.own);
-        if until.is_over(since_ns, || self.segments.holds_dma_lock(entry)) {
-            return self.reclaim(entry);
+        let mut until = Until::of(owner, own);
+        if until.is_over(since_ns, is_locked) {
+            return None;
         }
-        self.hang_up(entry, "client died; its leases are freed");
-        tracing::warn!(
-            entry,
-            pid = owner.process.pid,
-            told_by = until.as_str(),
-            "devices may still write for a dead client: what it was writing is kept until its process is gone"
-        );
-        let lingering = Lingering { since_ns, next_look_ns: 0, until };
-        self.begin_parting(entry, Leaving::Lingers, Then::Wait(lingering));
+        Some(Lingering { since_ns, next_look_ns: 0, until })
     }
 
-    /// Reclaims the entry if the client's process has ended. Called with each look around the lobby.
-    pub(super) fn look_at_lingering(&mut self, entry: usize) {
-        let Entry::Lingering(lingering) = &mut self.entries[entry] else { return };
+    /// What tells of the end, for the log.
+    pub(super) fn told_by(&self) -> &'static str {
+        self.until.as_str()
+    }
+
+    /// How many milliseconds the process was waited for, if it has ended. Between two looks the answer is no.
+    pub(super) fn ended_after(&mut self, is_locked: impl FnOnce() -> bool) -> Option<u64> {
         let now = monotonic_ns();
-        if now < lingering.next_look_ns {
-            return;
+        if now < self.next_look_ns {
+            return None;
         }
-        lingering.next_look_ns = now + LOOK_NS;
-        let segments = &self.segments;
-        if lingering.until.is_over(now, || segments.holds_dma_lock(entry)) {
-            let ms = now.saturating_sub(lingering.since_ns) / 1_000_000;
-            tracing::info!(entry, ms, "the process of a dead client is gone; what it was writing is freed");
-            self.reclaim(entry);
-        }
+        self.next_look_ns = now + LOOK_NS;
+        self.until.is_over(now, is_locked).then(|| now.saturating_sub(self.since_ns) / 1_000_000)
     }
 }
 

@@ -3,9 +3,11 @@
 
 use super::Service;
 use super::entry::{Entry, Going, Then};
+use super::linger::Lingering;
 use crate::cache::{Leaving, Parting};
 use crate::stats::Stat;
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 impl Service {
@@ -41,5 +43,37 @@ impl Service {
         }
         // The entry's life word may have changed meanwhile.
         self.look_again();
+    }
+
+    /// The owner of this entry is marked dead: all that it had is freed. Where a device may still write for it, the slots
+    /// that it was writing and its entry are kept until its process has ended.
+    pub(super) fn bury(&mut self, entry: usize) {
+        // An owner that was writing no slot leaves none that a device could be writing into.
+        let writes = self.cache.writes(entry as u8);
+        let owner = self.segments.lobby.entries[entry].dma().filter(|_| writes);
+        let Some(owner) = owner.filter(|_| !failpoint::broken(Rule::WaitsForTheProcess)) else {
+            return self.reclaim(entry);
+        };
+        let Some(lingering) = Lingering::begin(&owner, &self.own, || self.segments.holds_dma_lock(entry))
+        else {
+            return self.reclaim(entry);
+        };
+        self.hang_up(entry, "client died; its leases are freed");
+        tracing::warn!(
+            entry,
+            pid = owner.process.pid,
+            told_by = lingering.told_by(),
+            "devices may still write for a dead client: what it was writing is kept until its process is gone"
+        );
+        self.begin_parting(entry, Leaving::Lingers, Then::Wait(lingering));
+    }
+
+    /// Reclaims the entry if the client's process has ended. Called with each look around the lobby.
+    pub(super) fn look_at_lingering(&mut self, entry: usize) {
+        let Entry::Lingering(lingering) = &mut self.entries[entry] else { return };
+        if let Some(ms) = lingering.ended_after(|| self.segments.holds_dma_lock(entry)) {
+            tracing::info!(entry, ms, "the process of a dead client is gone; what it was writing is freed");
+            self.reclaim(entry);
+        }
     }
 }
