@@ -7,6 +7,7 @@
 
 use super::Service;
 use super::done::{Done, refuse, too_many};
+use super::lookup::piece_of;
 use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
@@ -97,7 +98,7 @@ impl Service {
             }
             let before = request.lookup.found;
             // Sized for twice the ranks: a piece with a chunk that is not the same is looked up twice.
-            let piece = self.piece_of(2 * world, chunks.count - before);
+            let piece = piece_of(self.cache.left(), 2 * world, chunks.count - before);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let records = &mut self.scratch.leases[..piece];
             let at = chunks.offset + before * LeaseRecord::WORDS as u32;

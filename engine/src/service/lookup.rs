@@ -26,18 +26,19 @@ pub(super) struct LookupRequest {
     pub(super) asked_tier: bool,
 }
 
-impl Service {
-    /// How many of the `rest` chunks, of so many ranks each, may be looked up in one piece: at least one.
-    pub(super) fn piece_of(&self, world: u32, rest: u32) -> usize {
-        let (rest, each) = (PIECE.min(rest as usize), RECORDS * (1 + u64::from(world)));
-        let left = self.cache.left();
-        // The usual case, without the division: that takes longer than the rest of this.
-        if left >= rest as u64 * each {
-            return rest;
-        }
-        usize::try_from(left / each).unwrap_or(rest).clamp(1, rest)
+/// How many of the `rest` chunks, of so many ranks each, may be looked up in one piece while `left` records may be touched: at
+/// least one.
+#[inline]
+pub(super) fn piece_of(left: u64, world: u32, rest: u32) -> usize {
+    let (rest, each) = (PIECE.min(rest as usize), RECORDS * (1 + u64::from(world)));
+    // The usual case, without the division: that takes longer than the rest of this.
+    if left >= rest as u64 * each {
+        return rest;
     }
+    usize::try_from(left / each).unwrap_or(rest).clamp(1, rest)
+}
 
+impl Service {
     pub(super) fn begin_lookup(
         &mut self,
         asked: AskedLookup,
@@ -76,7 +77,7 @@ impl Service {
             if self.cache.is_spent() {
                 return Ok(Done::More);
             }
-            let piece = self.piece_of(world, all - request.lookup.found);
+            let piece = piece_of(self.cache.left(), world, all - request.lookup.found);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
             let payload = connection.payload();
             let keys = &mut self.scratch.keys[..piece];
@@ -144,5 +145,19 @@ impl Service {
         while let Some(lookup) = self.pending.take_session(entry, session, admission) {
             self.complete(entry, lookup.operation, Status::Ok, [0; 4]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_piece_touches_no_more_than_it_may_but_is_never_empty() {
+        let chunk = RECORDS * 65;
+        assert_eq!(piece_of(u64::MAX, 64, 3), 3);
+        assert_eq!(piece_of(u64::MAX, 1, u32::MAX), PIECE);
+        assert_eq!([3 * chunk, 3 * chunk - 1, chunk, 0].map(|left| piece_of(left, 64, 100)), [3, 2, 1, 1]);
+        assert_eq!(piece_of(0, 64, 0), 0);
     }
 }
