@@ -106,6 +106,7 @@ stats! {
     LeasesDeclared Counter "leases_declared" "leases that clients came back with";
     ChunksDeclared Counter "chunks_declared" "chunks in those leases that were still there, and are pinned again";
     LongestTurnNs Gauge "longest_turn_ns" "the longest that the service loop has worked between two looks at the clock, in nanoseconds";
+    LongestTurnCpuNs Gauge "longest_turn_cpu_ns" "the most CPU time of that kind, of turns that follow one of 0.1 ms or more: time without a core does not count";
     Wakes Counter "wakes" "sleeping clients woken";
     Parks Counter "parks" "times the service loop slept";
     CheckFailures Counter "check_failures" "self-checks that failed";

@@ -31,6 +31,7 @@ impl Service {
             (Stat::ClientsAwaited, u64::from(self.awaited.entries.count_ones())),
             (Stat::ClientsLingering, self.entries.iter().filter(|entry| entry.lingers()).count() as u64),
             (Stat::LongestTurnNs, self.longest_ns),
+            (Stat::LongestTurnCpuNs, self.longest_cpu_ns),
             (Stat::AllocationStalled, u64::from(self.allocator.is_stalled())),
         ] {
             stat.of(block).set(value);

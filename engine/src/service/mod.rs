@@ -64,6 +64,8 @@ pub const RECORDS_PER_TURN: u64 = BACKGROUND + TURN + SLICE;
 /// Turns, or records, between two looks at the clock.
 const CLOCK_EVERY: u32 = 32;
 const CLOCK_RECORDS: u64 = 2048;
+/// After so long without a look at the clock the loop reads its CPU time as well, which is a system call.
+const LONG_NS: u64 = 100_000;
 /// Slabs taken over from the allocator in one tick.
 const SLABS_PER_TICK: usize = 64;
 /// The shortest time between two ticks: the beat moves at most at 1 kHz.
@@ -145,6 +147,8 @@ pub(crate) struct Service {
     next_locks_ns: u64,
     /// The longest time between two looks at the clock without a sleep between them.
     longest_ns: u64,
+    /// The most CPU time between two looks at it.
+    longest_cpu_ns: u64,
     next_names_ns: u64,
     /// A self-check failed: nothing is served any more.
     unhealthy: bool,
@@ -184,6 +188,12 @@ impl SpinBudget {
     }
 }
 
+/// The CPU time that the calling thread has had: while the thread, or its virtual CPU, has no core, it stands still.
+fn thread_cpu_ns() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+}
+
 impl Service {
     pub(crate) fn new(parts: Parts) -> Service {
         let Parts { segments, cache, registry, allocator, tier, inherited, pace, stop } = parts;
@@ -217,6 +227,7 @@ impl Service {
             next_tick_ns: 0,
             next_locks_ns: 0,
             longest_ns: 0,
+            longest_cpu_ns: 0,
             next_names_ns: 0,
             unhealthy: false,
             segments,
@@ -251,7 +262,7 @@ impl Service {
         let mut last_work = monotonic_ns();
         let mut worked = false;
         let (mut turns, mut looked) = (0u32, 0u64);
-        let mut before = last_work;
+        let (mut before, mut cpu_before) = (last_work, None);
         while !self.stop.is_requested() {
             if self.turn() {
                 worked = true;
@@ -264,8 +275,13 @@ impl Service {
             }
             looked = self.cache.work();
             let now = monotonic_ns();
-            self.longest_ns = self.longest_ns.max(now.saturating_sub(before));
-            before = now;
+            let took = now.saturating_sub(before);
+            let cpu_now = (took >= LONG_NS).then(thread_cpu_ns);
+            if let (Some(before), Some(now)) = (cpu_before, cpu_now) {
+                self.longest_cpu_ns = self.longest_cpu_ns.max(now - before);
+            }
+            self.longest_ns = self.longest_ns.max(took);
+            (before, cpu_before) = (now, cpu_now);
             if now >= self.next_tick_ns {
                 self.tick(now, worked);
             }
@@ -275,7 +291,7 @@ impl Service {
             if now.saturating_sub(last_work) >= self.spin.now_ns {
                 self.park(now);
                 last_work = monotonic_ns();
-                before = last_work;
+                (before, cpu_before) = (last_work, None);
                 self.spin.slept(last_work.saturating_sub(now), self.rings_have_news());
             }
         }
