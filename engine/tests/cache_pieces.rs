@@ -5,7 +5,8 @@
 mod cache_support;
 
 use cache_support::small::{
-    NONCE, SLAB_BYTES, cache, cache_of, config, register, reserve, reserve_in, round, slot_of, store,
+    NONCE, SLAB_BYTES, cache, cache_of, config, message, register, reserve, reserve_in, reserve_quietly,
+    round, slot_of, store, store_ranks,
 };
 use cache_support::{VecTable, chain, key};
 use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservation, Reserve};
@@ -65,8 +66,7 @@ fn reserve_in_pieces(
     let mut going = cache.reservation(namespace, keys.len());
     let calls = in_pieces(cache, allowed, "a reservation", |cache| {
         let keys = &keys[answers.len()..];
-        let owner = rank as u8;
-        let message = Reserve { owner, nonce: NONCE, namespace, rank, round: round(number), parent, keys };
+        let message = Reserve { namespace, parent, ..message(rank, round(number), keys) };
         let done = cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
         parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
         done == keys.len()
@@ -110,7 +110,7 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     assert!(calls > 4, "{calls} calls");
     assert_eq!((cache.stats().slots_writing, cache.stats().chunks_forming), (0, 0));
     // Next a clear.
-    store_all(&mut cache, &chain(3, 100));
+    store_ranks(&mut cache, 0, 0..64, 3, &chain(3, 100));
     let mut at = Some(0);
     let calls = in_pieces(&mut cache, 256, "a clear", |cache| {
         at = cache.clear_step(None, at.unwrap());
@@ -119,14 +119,6 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     assert!(calls > 16, "{calls} calls");
     assert_eq!(cache.stats().slabs_free, 32);
     cache.check_all().unwrap();
-}
-
-fn store_all(cache: &mut Cache<VecTable>, keys: &[Key]) {
-    for rank in 0..64 {
-        for (answer, key) in reserve(cache, rank, round(3), keys).into_iter().zip(keys) {
-            cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
-        }
-    }
 }
 
 /// Leaves are evicted first, however many pieces an access had.
@@ -284,8 +276,7 @@ fn ask_for_large(cache: &mut Cache<VecTable>, allowed: u64) -> Vec<Reservation> 
     let mut answers = Vec::new();
     let mut going = cache.reservation(1, 1);
     let keys = [key(9, 0)];
-    let message =
-        Reserve { owner: 1, nonce: NONCE, namespace: 1, rank: 0, round: round(1), parent: None, keys: &keys };
+    let message = Reserve { owner: 1, namespace: 1, ..message(0, round(1), &keys) };
     cache.allow(allowed);
     cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
     cache.allow(u64::MAX);
@@ -308,15 +299,7 @@ fn what_is_being_emptied_gives_out_nothing_and_stays_together() {
         let mut answers = Vec::new();
         let mut going = cache.reservation(namespace, 1);
         let keys = [key(name, 0)];
-        let message = Reserve {
-            owner: 2,
-            nonce: NONCE,
-            namespace,
-            rank: 0,
-            round: round(1),
-            parent: None,
-            keys: &keys,
-        };
+        let message = Reserve { owner: 2, namespace, ..message(0, round(1), &keys) };
         cache.allow(2);
         cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
         assert!(answers.is_empty(), "{answers:?}");
@@ -369,7 +352,7 @@ fn a_search_in_vain_is_made_once_for_a_message() {
     let mut cache = cache(1024, &[SLAB_BYTES / 2]);
     register(&mut cache, 1, &[2 * SLAB_BYTES]);
     for place in 0..2048 {
-        let slot = reserve_one_quietly(&mut cache, place);
+        let slot = reserve_quietly(&mut cache, key(1, place));
         if place % 2 == 0 {
             cache.commit(0, slot.0, slot.1, key(1, place), 0).unwrap();
         }
@@ -399,13 +382,4 @@ fn a_search_for_a_record_in_vain_is_made_once_for_a_message() {
     };
     let (one, many) = (spent(1), spent(500));
     assert!(many < one + 500 * 8, "{one} for one, {many} for 500");
-}
-
-fn reserve_one_quietly(cache: &mut Cache<VecTable>, place: u64) -> (u32, u64) {
-    let mut slot = None;
-    let keys = [key(1, place)];
-    let message =
-        Reserve { owner: 0, nonce: NONCE, namespace: 0, rank: 0, round: round(1), parent: None, keys: &keys };
-    cache.reserve(message, &mut |_, answer| slot = Some(slot_of(answer))).unwrap();
-    slot.unwrap()
 }

@@ -5,50 +5,31 @@
 mod cache_support;
 
 use cache_support::small::{
-    SLAB_BYTES, cache, commit, config, declare_end, find, hits, register, reserve, reserve_in, reserve_one,
-    round, slot_of, store,
+    SLAB_BYTES, cache, commit, config, declare_end, find, hits, register, reserve, reserve_one, round, store,
+    store_ranks,
 };
-use cache_support::{State, VecTable, chain, key};
+use cache_support::{State, VecTable, chain, key, restore};
 use kvring_engine::cache::{
-    Cache, Committed, Found, Invalidated, NotRestorable, Reservation, Shard, ShardHeader, SlotId,
+    Cache, CacheConfig, Committed, Invalidated, NotRestorable, Reservation, Shard, ShardHeader,
 };
 
 /// A cache with everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
-    let mut cache = empty(table, slabs);
+    let mut cache = empty(table, config(slabs));
     for (namespace, ranks) in namespaces.iter().enumerate() {
         register(&mut cache, namespace as u32, ranks);
     }
-    for (first, len, slot_bytes) in &table.spans {
-        cache.restore_span(*first, *len, *slot_bytes).unwrap();
-        for slot in cache.slots_of_span(*first) {
-            if let Some(shard) = shard(table, slot) {
-                cache.restore(slot, &shard).unwrap();
-            }
-        }
-    }
+    restore(&mut cache);
     cache
 }
 
 /// A cache over a copy of that table, into which nothing has been restored yet.
-fn empty(table: &VecTable, slabs: u32) -> Cache<VecTable> {
-    let mut cache = Cache::new(config(slabs), table.clone()).unwrap();
-    for slab in 0..slabs {
+fn empty(table: &VecTable, config: CacheConfig) -> Cache<VecTable> {
+    let mut cache = Cache::new(config, table.clone()).unwrap();
+    for slab in 0..config.slab_count {
         cache.add_slab(slab).unwrap();
     }
     cache
-}
-
-fn shard(table: &VecTable, slot: SlotId) -> Option<Shard> {
-    let entry = table.entries[slot as usize];
-    let (header, found) = match entry.state {
-        State::Writing(header) => (header, Found::Writing),
-        State::Orphaned(header) => (header, Found::Orphaned),
-        State::Committed(header) => (header, Found::Committed),
-        State::Hidden(header) => (header, Found::Hidden),
-        State::Free => return None,
-    };
-    Some(Shard { header, generation: entry.generation, found, tick: entry.tick })
 }
 
 #[test]
@@ -56,7 +37,7 @@ fn a_shortage_is_not_taken_for_nonsense() {
     let mut cache = cache(2, &[4096]);
     store(&mut cache, 1, &chain(1, 4));
     let (first, slabs, slot_bytes) = cache.table().spans[0];
-    let mut new = empty(cache.table(), 2);
+    let mut new = empty(cache.table(), config(2));
     new.table_mut().out_of_space = true;
     let short = new.restore_span(first, slabs, slot_bytes);
     assert!(matches!(short, Err(NotRestorable::Memory { count: 256, .. })), "{short:?}");
@@ -70,14 +51,8 @@ fn recovery_keeps_what_a_living_sibling_completes() {
     let mut old = cache(8, worlds[0]);
     register(&mut old, 1, worlds[1]);
     let (kept, late, whole) = (key(1, 0), key(2, 0), chain(3, 3));
-    for rank in 0..2 {
-        let slots = reserve(&mut old, rank, round(1), &whole);
-        for (answer, key) in slots.into_iter().zip(&whole) {
-            commit(&mut old, rank as u8, slot_of(answer), *key);
-        }
-    }
-    let large = slot_of(reserve_in(&mut old, 1, 0, round(1), &[key(4, 0)])[0]);
-    commit(&mut old, 0, large, key(4, 0));
+    store_ranks(&mut old, 0, 0..2, 1, &whole);
+    store_ranks(&mut old, 1, 0..1, 1, &[key(4, 0)]);
     let first = reserve_one(&mut old, 0, round(1), kept);
     let second = reserve_one(&mut old, 1, round(1), kept);
     commit(&mut old, 0, first, kept);
@@ -150,7 +125,7 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
 fn spans_in_which_nothing_is_in_use_go_back() {
     let mut old = cache(2, &[70_000]);
     store(&mut old, 1, &chain(1, 2));
-    let mut new = empty(old.table(), 2);
+    let mut new = empty(old.table(), config(2));
     register(&mut new, 0, &[70_000]);
     new.restore_span(0, 1, 73_728).unwrap();
     assert_eq!(new.restore_end().visible, 0);
@@ -186,13 +161,13 @@ fn recovery_refuses_what_makes_no_sense() {
         (0, 1, 0),
         (0, 1, 2 << 20),
     ];
-    let mut new = empty(old.table(), 2);
+    let mut new = empty(old.table(), config(2));
     for (first, len, slot_bytes) in spans {
         assert!(new.restore_span(first, len, slot_bytes).is_err(), "{first} {len} {slot_bytes}");
     }
-    let good = shard(old.table(), 0).unwrap();
+    let good = old.table().shard(0).unwrap();
     assert!(new.restore(0, &good).is_err(), "in no span");
-    let mut new = empty(old.table(), 2);
+    let mut new = empty(old.table(), config(2));
     register(&mut new, 0, &[70_000]);
     new.restore_span(0, 1, 73_728).unwrap();
     assert!(new.restore_span(0, 1, 73_728).is_err(), "twice");
@@ -212,7 +187,7 @@ fn recovery_refuses_what_makes_no_sense() {
     new.check_all().unwrap();
     // A shard of a namespace, rank or size that is not registered is of no use, but no error.
     for header in [ShardHeader { namespace: 9, ..header }, ShardHeader { rank: 63, ..header }] {
-        let mut new = empty(old.table(), 2);
+        let mut new = empty(old.table(), config(2));
         register(&mut new, 0, &[70_000]);
         new.restore_span(0, 1, 73_728).unwrap();
         new.restore(0, &Shard { header, ..good }).unwrap();
@@ -229,8 +204,7 @@ fn the_age_of_a_namespace_survives_a_restart() {
     (1..8).for_each(|namespace| register(&mut old, namespace, worlds[0]));
     let order = [3_u32, 0, 7, 5, 1, 6, 2, 4];
     for namespace in order {
-        let slot = slot_of(reserve_in(&mut old, namespace, 0, round(1), &[key(1, 0)])[0]);
-        commit(&mut old, 0, slot, key(1, 0));
+        store_ranks(&mut old, namespace, 0..1, 1, &[key(1, 0)]);
     }
     let mut new = restored(old.table(), 8, worlds);
     new.restore_end();
@@ -272,14 +246,7 @@ fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
     // chunk too many, is treated alike.
     let State::Committed(header) = table.entries[0].state else { panic!("the first slot") };
     table.entries[0].state = State::Committed(ShardHeader { namespace: 9, ..header });
-    let mut new = empty(&table, 2);
-    register(&mut new, 0, &[70_000]);
-    new.restore_span(0, 1, 73_728).unwrap();
-    for slot in new.slots_of_span(0) {
-        if let Some(shard) = shard(&table, slot) {
-            new.restore(slot, &shard).unwrap();
-        }
-    }
+    let mut new = restored(&table, 2, &[&[70_000]]);
     assert_eq!(new.restore_end().visible, 1);
     new.check_all().unwrap();
 }
@@ -289,20 +256,9 @@ fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
 fn fewer_chunks_than_before_do_not_end_the_recovery() {
     let mut old = cache(4, &[70_000]);
     store(&mut old, 1, &chain(1, 40));
-    let table = old.table().clone();
-    let mut limits = config(4);
-    limits.chunks_max = 10;
-    let mut new = Cache::new(limits, table.clone()).unwrap();
-    (0..4).for_each(|slab| new.add_slab(slab).unwrap());
+    let mut new = empty(old.table(), CacheConfig { chunks_max: 10, ..config(4) });
     register(&mut new, 0, &[70_000]);
-    for (first, len, slot_bytes) in &table.spans {
-        new.restore_span(*first, *len, *slot_bytes).unwrap();
-        for slot in new.slots_of_span(*first) {
-            if let Some(shard) = shard(&table, slot) {
-                new.restore(slot, &shard).unwrap();
-            }
-        }
-    }
+    restore(&mut new);
     assert_eq!(new.restore_end().visible, 10);
     new.check_all().unwrap();
 }
@@ -329,10 +285,7 @@ fn what_was_hidden_is_not_shown_by_the_next_engine() {
     let world: &[u64] = &[4096, 70_000];
     let mut old = cache(8, world);
     let name = key(1, 0);
-    for rank in 0..2 {
-        let slot = reserve_one(&mut old, rank, round(1), name);
-        commit(&mut old, rank as u8, slot, name);
-    }
+    store_ranks(&mut old, 0, 0..2, 1, &[name]);
     let before = old.table().clone();
     let damaged = find(&mut old, 1, &[name]).unwrap()[0];
     let hidden = old.invalidate(damaged.slot, damaged.generation, name, |_, _| true);
@@ -345,10 +298,7 @@ fn what_was_hidden_is_not_shown_by_the_next_engine() {
         assert_eq!((restored.visible, restored.kept), (0, kept));
         new.check_all().unwrap();
         assert_eq!((hits(&mut new, &[name]), new.stats().slots_committed), (0, u64::from(kept)));
-        for rank in 0..2 {
-            let slot = reserve_one(&mut new, rank, round(2), name);
-            commit(&mut new, rank as u8, slot, name);
-        }
+        store_ranks(&mut new, 0, 0..2, 2, &[name]);
         assert_eq!(hits(&mut new, &[name]), 1);
     }
 }

@@ -6,6 +6,7 @@
 
 #[path = "../cache_support/mod.rs"]
 mod cache_support;
+mod ends;
 mod model;
 mod ops;
 

@@ -4,7 +4,7 @@
 
 pub(crate) mod small;
 
-use kvring_engine::cache::{Key, Owner, ShardHeader, SlotId, SlotTable};
+use kvring_engine::cache::{Cache, Found, Key, Owner, Shard, ShardHeader, SlotId, SlotTable};
 
 /// The published state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +52,19 @@ impl VecTable {
             out_of_space: false,
             ensures: 0,
         }
+    }
+
+    /// What a successor reads of a slot; `None`: it is free.
+    pub(crate) fn shard(&self, slot: SlotId) -> Option<Shard> {
+        let entry = self.entries[slot as usize];
+        let (header, found) = match entry.state {
+            State::Writing(header) => (header, Found::Writing),
+            State::Orphaned(header) => (header, Found::Orphaned),
+            State::Committed(header) => (header, Found::Committed),
+            State::Hidden(header) => (header, Found::Hidden),
+            State::Free => return None,
+        };
+        Some(Shard { header, generation: entry.generation, found, tick: entry.tick })
     }
 
     /// Asserts that no two slots in use share a byte.
@@ -153,6 +166,18 @@ impl SlotTable for VecTable {
 
     fn generation(&self, slot: SlotId) -> u64 {
         self.entries[slot as usize].generation
+    }
+}
+
+/// Restores all that the cache's table holds, as an engine's successor does.
+pub(crate) fn restore(cache: &mut Cache<VecTable>) {
+    for (first, len, slot_bytes) in cache.table().spans.clone() {
+        cache.restore_span(first, len, slot_bytes).unwrap();
+        for slot in cache.slots_of_span(first) {
+            if let Some(shard) = cache.table().shard(slot) {
+                cache.restore(slot, &shard).unwrap();
+            }
+        }
     }
 }
 

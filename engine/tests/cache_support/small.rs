@@ -7,6 +7,7 @@ use kvring_engine::cache::{
 };
 
 use super::VecTable;
+use std::ops::Range;
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
 pub(crate) const SLOTS_PER_SLAB: u32 = (SLAB_BYTES / 4096) as u32;
@@ -40,6 +41,11 @@ pub(crate) const fn round(number: u32) -> Round {
     Round { source: 1, number }
 }
 
+/// Asks for slots in namespace 0; the client entry has the rank's number.
+pub(crate) fn message(rank: u32, round: Round, keys: &[Key]) -> Reserve<'_> {
+    Reserve { owner: rank as u8, nonce: NONCE, namespace: 0, rank, round, parent: None, keys }
+}
+
 /// Reserves in namespace 0; the client entry has the rank's number.
 pub(crate) fn reserve(
     cache: &mut Cache<VecTable>,
@@ -58,10 +64,17 @@ pub(crate) fn reserve_in(
     keys: &[Key],
 ) -> Vec<Reservation> {
     let mut answers = Vec::new();
-    let message = Reserve { owner: rank as u8, nonce: NONCE, namespace, rank, round, parent: None, keys };
+    let message = Reserve { namespace, ..message(rank, round, keys) };
     cache.reserve(message, &mut |_, answer| answers.push(answer)).unwrap();
     cache.check_all().unwrap();
     answers
+}
+
+/// Reserves one slot of rank 0, without a self-check: for many of them in a large cache.
+pub(crate) fn reserve_quietly(cache: &mut Cache<VecTable>, key: Key) -> (SlotId, u64) {
+    let mut answers = Vec::new();
+    cache.reserve(message(0, round(1), &[key]), &mut |_, answer| answers.push(answer)).unwrap();
+    slot_of(answers[0])
 }
 
 pub(crate) fn slot_of(answer: Reservation) -> (SlotId, u64) {
@@ -84,12 +97,27 @@ pub(crate) fn commit(
     committed
 }
 
-/// Stores a chain of namespace 0 with one rank.
+/// Stores chunks of namespace 0 as rank 0.
 pub(crate) fn store(cache: &mut Cache<VecTable>, number: u32, keys: &[Key]) {
-    for (answer, key) in reserve(cache, 0, round(number), keys).into_iter().zip(keys) {
-        if answer != Reservation::Present {
-            commit(cache, 0, slot_of(answer), *key);
+    store_ranks(cache, 0, 0..1, number, keys);
+}
+
+/// Stores the shards of these ranks, rank by rank.
+pub(crate) fn store_ranks(
+    cache: &mut Cache<VecTable>,
+    namespace: u32,
+    ranks: Range<u32>,
+    number: u32,
+    keys: &[Key],
+) {
+    for rank in ranks {
+        for (answer, key) in reserve_in(cache, namespace, rank, round(number), keys).into_iter().zip(keys) {
+            if answer != Reservation::Present {
+                let (slot, generation) = slot_of(answer);
+                cache.commit(rank as u8, slot, generation, *key, 0).unwrap();
+            }
         }
+        cache.check_all().unwrap();
     }
 }
 
