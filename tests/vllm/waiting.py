@@ -1,12 +1,12 @@
-"""Waiting by state. Nothing here has a limit by the clock, which a slow machine would meet: what hangs is ended by
-`tests/watch`, and has said by then what it waits for."""
+"""Waiting by state. Nothing here has a limit by the clock, which a slow machine would meet. `tests/watch` ends a test that hangs,
+and by then the test has said what it waits for."""
 
 import sys
 import time
 from collections.abc import Callable
 
 FOREVER_MS = 86_400_000.0
-"""As good as for ever: the deadline of whatever is not to end by its deadline."""
+"""As good as for ever: the deadline of a call that is not to end by its deadline."""
 
 PATIENT = {
     f"kvring.{option}": FOREVER_MS
@@ -20,12 +20,12 @@ PATIENT = {
         "stall_after_ms",
     )
 }
-"""kvring's options for whoever asks for hits: where the engine has to wait for a core an answer may take longer than users
-would wait, and what comes too late is not found, or not stored."""
+"""kvring's options for tests that expect hits. Where the engine has to wait for a core, an answer may take longer than users
+would wait, and with their deadlines it would come too late: a chunk would not be found, or not be stored."""
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    """Until `condition()`. Looks come seldomer the longer it takes: a wait in vain stands still, as `tests/watch` sees it."""
+    """Waits until `condition()` is true. It looks the seldomer the longer it takes, so `tests/watch` sees it stand still."""
     looks = 0
     while not condition():
         looks += 1

@@ -5,18 +5,21 @@ import glob
 import hashlib
 import itertools
 import os
+import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
 import kvring
+from kvring import KvGroup
 
-LIMIT_MS = 86_400_000
-"""As good as for ever: no test has a limit by the clock, which a slow machine would meet. `tests/watch` ends what hangs."""
+# After this folder: its `conftest` is this one.
+sys.path.append(str(pathlib.Path(__file__).parents[3] / "tests" / "vllm"))
 
-PATIENT = {f"{what}_ms": LIMIT_MS for what in ("attach_timeout", "register_timeout", "operation_timeout", "stall_after")}
+from waiting import FOREVER_MS, wait_for
+
+PATIENT = {f"{what}_ms": FOREVER_MS for what in ("attach_timeout", "register_timeout", "operation_timeout", "stall_after")}
 FINGERPRINT = bytes(range(32))
 _count = itertools.count()
 _names = []
@@ -26,16 +29,6 @@ def unique_name():
     name = f"t-{os.getpid()}-{next(_count)}"
     _names.append(name)
     return name
-
-
-def eventually(state, what="it"):
-    """Waits until `state()` is true. Looks come seldomer the longer it takes: a wait in vain stands still, for `tests/watch`."""
-    looks = 0
-    while not state():
-        looks += 1
-        if looks % 1000 == 0:
-            print(f"still waiting, after {looks} looks: {what}", file=sys.__stderr__, flush=True)
-        time.sleep(min(0.001 * (1 + looks // 50), 0.1))
 
 
 def keys(tag, count):
@@ -66,9 +59,43 @@ class Memory:
         )
 
 
+_rounds = itertools.count(1)
+_admissions = itertools.count()
+
+
+def done(worker, job):
+    """The report of a job."""
+    assert worker.wait_job(job, FOREVER_MS)
+    return {report.job: report for report in worker.get_finished()}[job]
+
+
+def store(worker, chain, blocks, **more):
+    """The report of a store in a round of its own."""
+    return done(worker, worker.submit_store("r", (1, next(_rounds)), chain, blocks, **more))
+
+
+def load(worker, shards, blocks, **more):
+    """The report of a load."""
+    return done(worker, worker.submit_load("r", shards, blocks, **more))
+
+
+def found(scheduler, request, wanted, chunks, every=1):
+    """The lookup that finds so many chunks: a machine that is busy may leave the first ones no time."""
+    hits = []
+
+    def finds():
+        scheduler.begin_step()
+        hits.append(scheduler.lookup(request, next(_admissions), wanted, every))
+        return hits[-1].chunks == chunks
+
+    wait_for(finds, f"a lookup finds {chunks} chunks")
+    return hits[-1]
+
+
 @pytest.fixture
 def engine():
-    with kvring.Engine(unique_name(), "64MiB", extra_args=["--slab", "1MiB", "--beat-interval-ms", "5"]) as engine:
+    options = ["--slab", "1MiB", "--beat-interval-ms", "5"]
+    with kvring.Engine(unique_name(), "64MiB", extra_args=options, start_timeout_s=FOREVER_MS / 1000) as engine:
         yield engine
 
 
@@ -79,27 +106,28 @@ def make(engine):
 
     class Make:
         def worker(self, *groups, fingerprint=FINGERPRINT, owner=None, **options):
-            options = {"world": 1, "rank": 0, "chunk_tokens": 16, "name": engine.name, **PATIENT, **options}
-            worker = kvring.WorkerAdapter(fingerprint, **options)
+            fixed = {"world": 1, "rank": 0, "chunk_tokens": 16, "name": engine.name}
+            worker = kvring.WorkerAdapter(fingerprint, **fixed | PATIENT | options)
             made.append(worker)
             if groups:
                 worker.register_kv_caches(groups, owner=owner)
-                eventually(worker.is_healthy, "the worker's health")
+                wait_for(worker.is_healthy, "the worker is attached")
             return worker
 
-        def polling(self, fingerprint=FINGERPRINT, **options):
-            scheduler = kvring.PollingSchedulerAdapter(
-                fingerprint, **{"name": engine.name, "lookup_timeout_ms": LIMIT_MS, **PATIENT, **options}
-            )
+        def cached(self, blocks=4, page=4096, **options):
+            """A worker with one KV group, and its memory."""
+            memory = Memory(blocks, page)
+            return self.worker(KvGroup(blocks, 1, [memory.tensor()]), owner=memory, **options), memory
+
+        def scheduler(self, fingerprint=FINGERPRINT, kind=kvring.SchedulerAdapter, **options):
+            scheduler = kind(fingerprint, **{"name": engine.name} | PATIENT | options)
             made.append(scheduler)
-            eventually(scheduler.is_healthy, "the scheduler's health")
+            wait_for(scheduler.is_healthy, "the scheduler is attached")
             return scheduler
 
-        def scheduler(self, fingerprint=FINGERPRINT, **options):
-            scheduler = kvring.SchedulerAdapter(fingerprint, **{"name": engine.name, **PATIENT, **options})
-            made.append(scheduler)
-            eventually(scheduler.is_healthy, "the scheduler's health")
-            return scheduler
+        def polling(self, fingerprint=FINGERPRINT, **options):
+            options = {"lookup_timeout_ms": FOREVER_MS} | options
+            return self.scheduler(fingerprint, kvring.PollingSchedulerAdapter, **options)
 
     yield Make()
     for adapter in made:

@@ -22,8 +22,8 @@ def driver(tmp_path_factory):
     if shutil.which("g++") is None:
         warnings.warn("no g++ here: NOTHING of copies to and from a GPU is tested", stacklevel=1)
         pytest.skip("no g++ to build the fake CUDA driver")
-    # One for all workers of xdist: who comes second finds it built. Without xdist it outlives the session, and another checkout
-    # has another driver.
+    # One folder for all workers of xdist: the first one builds it. Without xdist it outlives the session, so each checkout has a
+    # folder of its own.
     checkout = hashlib.sha256(str(BUILD).encode()).hexdigest()[:12]
     folder = tmp_path_factory.getbasetemp().parent / f"kvring-fake-cuda-{checkout}"
     subprocess.run([BUILD, folder], check=True, capture_output=True, text=True)
@@ -83,7 +83,7 @@ class Cuda:
         self.call("fake_cuda_fill", stream, address, size, ctypes.c_uint(seed), ctypes.c_uint(delay_us))
 
     def pattern(self, size, seed):
-        """What `fill` writes: it begins the same at every size."""
+        """The bytes that `fill` writes: they begin the same at every size."""
         if seed not in self._patterns:
             scratch = self.alloc(1 << 14)
             self.fill(scratch, 1 << 14, seed)

@@ -6,9 +6,9 @@ import ctypes
 import random
 
 import pytest
-from conftest import LIMIT_MS, eventually, keys
+from conftest import done, found, keys, load, store
 from fake_gpu import Cuda, driver, with_driver
-from test_adapters import done, lookup
+from waiting import FOREVER_MS, wait_for
 
 import kvring
 from kvring import KvGroup
@@ -63,7 +63,7 @@ class Cache:
 def on_gpu(request, cache, per_chunk=1, **options):
     worker = request.getfixturevalue("make").worker(**options)
     worker.register_kv_caches([cache.group(per_chunk)], device=0)
-    eventually(worker.is_healthy, "the worker's health")
+    wait_for(worker.is_healthy, "the worker is attached")
     return worker
 
 
@@ -80,12 +80,12 @@ def test_what_is_stored_is_loaded(request, copy):
         for block in range(8):
             cache.write(block, block)
         before = [cache.read(block) for block in range(24)]
-        report = done(worker, worker.submit_store("r", (1, 1), keys("a", 4), range(8), stream=cuda.stream))
+        report = store(worker, keys("a", 4), range(8), stream=cuda.stream)
         assert (report.done, report.failed, report.why) == (4, 0, {})
-        hit = lookup(request.getfixturevalue("make").polling(options["fingerprint"]), "q", keys("a", 4), 4)
+        hit = found(request.getfixturevalue("make").polling(options["fingerprint"]), "q", keys("a", 4), 4)
         # Without a stream: after the default one.
         blocks = [20, 9, kvring.SKIP, 11, 23, 10, 8, 22]
-        report = done(worker, worker.submit_load("q", hit.shards(0, 0, 4), blocks))
+        report = load(worker, hit.shards(0, 0, 4), blocks)
         assert (report.done, report.failed, report.why) == (4, 0, {})
         expected = list(before)
         for source, block in enumerate(blocks):
@@ -95,7 +95,7 @@ def test_what_is_stored_is_loaded(request, copy):
 
 
 def random_rounds(request, rounds):
-    """Stores of what is still to be computed, and loads over what is still to be written: how many of them were wrong."""
+    """Stores of blocks that are still being computed, and loads into blocks that are still being written; the wrong rounds."""
     cuda = Cuda()
     cache = Cache(cuda, "LBNHC")
     worker = on_gpu(request, cache, copy=MODES[1 + rounds % 3])
@@ -120,8 +120,8 @@ def random_rounds(request, rounds):
         # Its last owner writes until the load may.
         cache.compute(target, 98, rng.choice([0, 300, 1500]))
         request_id = f"{number} {old}"
-        hit = lookup(scheduler, request_id, key, 1)
-        report = done(worker, worker.submit_load(request_id, hit.shards(0, 0, 1), [target], stream=cuda.stream))
+        hit = found(scheduler, request_id, key, 1)
+        report = load(worker, hit.shards(0, 0, 1), [target], stream=cuda.stream)
         scheduler.end_session(request_id)
         if report.done:
             # The load is not what is looked at, where a write could follow it.
@@ -149,16 +149,16 @@ def test_a_stream_that_is_captured_takes_no_copy(request):
     cache = Cache(cuda)
     worker = on_gpu(request, cache)
     stream, graph = ctypes.c_void_p(cuda.stream), ctypes.c_void_p()
-    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
-    hit = lookup(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    assert store(worker, keys("a", 1), [0], stream=cuda.stream).done == 1
+    hit = found(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
     cuda.call("cuStreamBeginCapture_v2", stream, 0)
     with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
         worker.submit_store("r", (1, 2), keys("b", 1), [0], stream=cuda.stream)
     with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
         worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
     cuda.call("cuStreamEndCapture", stream, ctypes.byref(graph))
-    assert worker.get_finished() == [] and worker.wait_idle(LIMIT_MS)
-    assert done(worker, worker.submit_store("r", (1, 3), keys("b", 1), [0], stream=cuda.stream)).done == 1
+    assert worker.get_finished() == [] and worker.wait_idle(FOREVER_MS)
+    assert store(worker, keys("b", 1), [0], stream=cuda.stream).done == 1
 
 
 @with_driver(FAKE_CUDA_DEVICES="2")
@@ -185,7 +185,7 @@ def test_memory_that_is_not_the_devices_is_refused(request):
 
 
 @with_driver(FAKE_CUDA_PTX_MAX="7.0")
-def test_a_driver_that_is_too_old_for_kernels(request):
+def test_a_driver_that_is_too_old_for_kernels_copies_in_batches(request):
     cuda = Cuda()
     for copy in ["staged", "zerocopy"]:
         worker = request.getfixturevalue("make").worker(copy=copy)
@@ -193,18 +193,18 @@ def test_a_driver_that_is_too_old_for_kernels(request):
             worker.register_kv_caches([Cache(cuda).group()], device=0)
     cache = Cache(cuda)
     worker = on_gpu(request, cache)
-    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
+    assert store(worker, keys("a", 1), [0], stream=cuda.stream).done == 1
 
 
 @with_driver(FAKE_CUDA_DEVICES="0")
-def test_a_driver_without_a_device(request):
+def test_a_driver_without_a_device_is_refused(request):
     memory = ctypes.create_string_buffer(1 << 16)
     group = KvGroup(16, 1, [(ctypes.addressof(memory), (16, 4096), (4096, 1), 1)])
     with pytest.raises(kvring.LayoutError, match="finds no device"):
         request.getfixturevalue("make").worker().register_kv_caches([group], owner=memory, device=0)
 
 
-def test_no_driver(make):
+def test_where_there_is_no_driver_a_gpus_memory_is_refused(make):
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -218,28 +218,23 @@ def test_no_driver(make):
         worker.register_kv_caches([group], owner=memory, device=0)
     # A stream is nothing to host memory.
     worker.register_kv_caches([group], owner=memory)
-    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=0xDEAD)).done == 1
-
-
-def test_the_mode_is_checked(make):
-    with pytest.raises(kvring.ConfigError, match='copy: expected one of auto, batch, staged, zerocopy, got "dma"'):
-        make.worker(copy="dma")
+    assert store(worker, keys("a", 1), [0], stream=0xDEAD).done == 1
 
 
 @with_driver()
-def test_a_load_of_which_the_driver_says_nothing_more_ends_its_worker(request):
+def test_a_load_whose_end_the_driver_does_not_tell_ends_its_worker(request):
     """For half a minute: then the GPU may still write into its blocks, and nobody may go on to compute from them."""
     cuda = Cuda()
     cache = Cache(cuda)
     worker = on_gpu(request, cache)
     cache.write(0, 0)
-    assert done(worker, worker.submit_store("r", (1, 1), keys("a", 1), [0], stream=cuda.stream)).done == 1
-    hit = lookup(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    assert store(worker, keys("a", 1), [0], stream=cuda.stream).done == 1
+    hit = found(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
     for call in (b"cuEventQuery", b"cuEventSynchronize", b"cuStreamSynchronize"):
         cuda.library.fake_cuda_fail(call, 999, 1)
     job = worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
     with pytest.raises(kvring.DeviceError, match="vLLM must not go on"):
-        while not worker.wait_job(job, LIMIT_MS):
+        while not worker.wait_job(job, FOREVER_MS):
             pass
     with pytest.raises(kvring.DeviceError):
         worker.get_finished()

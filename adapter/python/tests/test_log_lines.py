@@ -1,6 +1,6 @@
 """Every line that reaches vLLM's log, read in the sources: it speaks to somebody who runs vLLM and knows kvring from its README.
 
-That each line names kvring is `kvring._logs`' doing, and ruff's, which refuses other loggers; here it is what the lines say.
+`kvring._logs` makes each line name kvring, and ruff refuses other loggers. This file is about what the lines say.
 """
 
 import ast
@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 RUST = [ROOT / "adapter" / "src", ROOT / "adapter" / "python" / "src", ROOT / "gpu-kernels" / "src"]
-"""What runs in vLLM's processes."""
+"""The crates that run in vLLM's processes."""
 ALL_RUST = [*RUST, ROOT / "shm-abi" / "src", ROOT / "engine" / "src"]
 PYTHON = ROOT / "adapter" / "python" / "kvring"
 
@@ -20,14 +20,14 @@ INSIDE = (
     "generation", "grant", "header", "incarnation", "keeper", "ledger", "lease", "life word", "lobby", "mover", "nonce", "ring",
     "shard", "slab", "slot", "stands still", "tracker", "unsettled",
 )  # fmt: skip
-"""Words for what is inside of kvring: nobody needs them to use it."""
+"""Words for the inside of kvring, which its users do not need."""
 
 _MACRO = re.compile(r"tracing::(info|warn|error)!\(")
 _ERROR = re.compile(r"#\[error\(")
 
 
 def _literals(text):
-    """What is between quotes in Rust, with its lines joined; `{…}` stands for a value."""
+    """The texts between quotes in Rust, with their lines joined; `{…}` stands for a value."""
     for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', text, re.DOTALL):
         yield re.sub(r"\\\n\s*", "", literal)
 
@@ -71,7 +71,7 @@ def _in_python():
 
 
 LINES = {where: " ".join(_literals(arguments)) for where, arguments in _in_rust(_MACRO)}
-"""What the adapters log, from `info` on: what is below never reaches vLLM's log."""
+"""The adapters' lines from `info` on: others never reach vLLM's log."""
 REASONS = {where: " ".join(_literals(text)) for where, text in _in_rust(_ERROR) if "transparent" not in text}
 """Why something failed: these are the values in those lines."""
 SHOWN = {
@@ -92,7 +92,7 @@ def test_a_line_says_nothing_that_only_its_author_understands(where, text):
 
 
 @pytest.mark.parametrize("where, text", [*LINES.items(), *CALLS.items(), *REASONS.items()])
-def test_whose_engine_it_is_is_said(where, text):
+def test_a_line_says_that_the_engine_is_kvrings(where, text):
     """ "The engine" alone is vLLM's own EngineCore to the reader of its log."""
     bare = re.sub(r"kvring('s)? engine", "", text)
     assert not re.search(r"\bengine\b(?!=)", bare), f"{where}: {text}"
@@ -107,8 +107,8 @@ def test_nothing_is_shown_as_rust_shows_it_to_programmers(where, arguments):
 
 
 def test_no_error_tells_its_cause_twice():
-    """Whoever prints an error with its causes (`{:#}`) would: an error that has its cause in its own words does not also name it
-    as its source (`#[from]`, `#[source]`, a field called `source`)."""
+    """A text of an error and its causes (`{:#}`) would: an error that has its cause in its own words does not also name it as its
+    source (`#[from]`, `#[source]`, a field called `source`)."""
     twice = []
     for where, arguments in _in_rust(_ERROR, [*ALL_RUST, ROOT / "benches" / "src", ROOT / "engine" / "cli" / "src"]):
         name, line = where.rsplit(":", 1)

@@ -12,7 +12,8 @@ import sys
 import threading
 
 import pytest
-from conftest import FINGERPRINT, eventually, unique_name
+from conftest import FINGERPRINT, unique_name
+from waiting import wait_for
 
 import kvring
 from kvring import _native
@@ -70,7 +71,7 @@ def same(node, found, skipped):
     return True
 
 
-def test_versions_and_names():
+def test_the_package_has_the_names_that_it_lists_and_its_command():
     assert set(kvring.__all__) <= set(dir(kvring))
     assert kvring.KvringError.__module__ == "kvring"
     assert "Usage" in subprocess.check_output([kvring.binary_path(), "--help"], text=True)
@@ -115,7 +116,7 @@ def test_an_engine_starts_and_stops_and_says_why_not():
         kvring.Engine(unique_name(), "64MiB", start_timeout_s=0.0).start()
 
 
-def test_a_detached_engine_outlives_who_started_it():
+def test_a_detached_engine_outlives_the_process_that_started_it():
     name = unique_name()
     # vLLM ends by killing all that descend from it: an engine must not.
     script = (
@@ -128,7 +129,7 @@ def test_a_detached_engine_outlives_who_started_it():
     assert kvring.engine_state(name) == "serving"
     assert os.getsid(pid) != os.getsid(0)
     os.kill(pid, 15)
-    eventually(lambda: kvring.engine_state(name) == "absent")
+    wait_for(lambda: kvring.engine_state(name) == "absent", "the engine has ended")
 
 
 def test_a_detached_engine_is_watched_stopped_and_says_why_not():
@@ -139,7 +140,7 @@ def test_a_detached_engine_is_watched_stopped_and_says_why_not():
         with pytest.raises(kvring.EngineError, match="runs already"):
             kvring.Engine(name, "16MiB", detach=True).start()
         os.kill(engine.pid, 9)
-        eventually(lambda: not engine.is_running)
+        wait_for(lambda: not engine.is_running, "the engine is dead")
         assert engine.pid is None and kvring.engine_state(name) == "dead"
         engine.start()
         engine.stop()
@@ -246,11 +247,11 @@ scheduler.lookup("r", 0, [bytes(16)])
 """
     ended = subprocess.run([sys.executable, "-X", "faulthandler", "-c", script], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (0, ""), ended
-    # What was said before the end is not lost. (Only an adapter that has ended has surely said it.)
+    # Lines from before the end are not lost. (Only an adapter that was shut down has surely written its own.)
     assert "kvring: connected to the kvring engine" in ended.stdout or how != "twice shut down"
 
 
-def test_next_logs_ends():
+def test_waiting_for_lines_of_the_log_ends_when_they_are_closed():
     script = """
 from kvring import _native
 assert _native.next_logs(1) == []
