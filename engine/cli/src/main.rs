@@ -5,14 +5,15 @@
 //! is no failure: see [`console::out`].
 
 mod chaos;
+mod children;
 mod clear;
 mod console;
 mod flags;
 mod remove;
 mod replay;
 mod serve;
+mod signals;
 mod simulate;
-mod simulated;
 mod status;
 mod trace;
 

@@ -4,10 +4,10 @@ use super::conduct::Conductor;
 use super::work::Turn;
 use super::{QUIET, Sabotage};
 use crate::clear;
-use crate::simulated::shm;
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, PollingSchedulerAdapter, SchedulerApi, SchedulerOptions};
 use kvring_engine::stats::{Snapshot, Stat};
+use kvring_rig::shm;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

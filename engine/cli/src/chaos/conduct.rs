@@ -8,13 +8,13 @@ use super::fleet::{Fleet, Said};
 use super::message::{FromScheduler, FromWorker, ToScheduler, ToWorker};
 use super::oracle::{Oracle, Promise};
 use super::plan::{Action, INSTANCES, Phase, RANKS, Who};
-use super::random::Random;
 use super::report::Counts;
 use super::{Args, LOOK, Sabotage};
 use crate::console::LogChoice;
-use crate::simulated::pipe::Abort;
 use anyhow::bail;
 use indicatif::ProgressBar;
+use kvring_rig::pipe::Abort;
+use kvring_rig::random::Random;
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::segment::EngineName;
 use std::time::{Duration, Instant};
@@ -103,7 +103,7 @@ impl<'a> Conductor<'a> {
         self.oracle.roomy = phase.roomy;
         self.clearing = None;
         self.working = false;
-        let way = Random::new(self.seed, u64::from(phase.number)).next();
+        let way = Random::new(self.seed, u64::from(phase.number)).bits();
         self.engine.begin_phase(phase, way)?;
         if phase.number > 0 {
             self.counts.restarts += 1;

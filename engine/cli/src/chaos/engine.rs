@@ -4,13 +4,14 @@ mod ends;
 
 use super::guard::Guard;
 use super::plan::Phase;
+use crate::children::kvring;
 use crate::console::LogChoice;
 use crate::serve::READY_LINE;
-use crate::simulated::child::{Process, Stderr};
-use crate::simulated::shm;
 use anyhow::{Context, anyhow};
 use kvring_adapter::EngineView;
 use kvring_engine::stats::{Snapshot, Stat};
+use kvring_rig::child::Process;
+use kvring_rig::shm;
 use kvring_shm_abi::segment::EngineName;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -117,10 +118,10 @@ impl Engine {
 
     /// Starts a life of it.
     pub(super) fn start(&mut self) -> anyhow::Result<()> {
-        let arguments = arguments(&self.name, &self.phase);
-        let mut process = Process::start("the engine".to_owned(), &Stderr::Kept(&self.log), |command| {
-            command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped())
-        })?;
+        let mut command = kvring("serve")?;
+        command.args(arguments(&self.name, &self.phase)).stdin(Stdio::null()).stdout(Stdio::piped());
+        let stderr = self.log.hand_to(&mut command);
+        let mut process = Process::start("the engine".to_owned(), command, stderr)?;
         if let Some(guard) = &mut self.guard {
             guard.engine_is(process.child().id())?;
         }
@@ -332,6 +333,5 @@ fn arguments(name: &EngineName, phase: &Phase) -> Vec<String> {
         ("--client-share", share.to_string()),
         ("--stop-with-parent", std::process::id().to_string()),
     ];
-    let words = arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
-    std::iter::once("serve".to_owned()).chain(words).collect()
+    arguments.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect()
 }

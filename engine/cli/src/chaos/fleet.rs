@@ -4,12 +4,13 @@ mod client;
 
 use super::message::{FromScheduler, FromWorker, Start, Tally, ToScheduler, ToWorker};
 use super::plan::Who;
-use super::random::Random;
+use crate::children::kvring;
 use crate::console::LogChoice;
-use crate::simulated::child::{Peer, Stderr};
-use crate::simulated::pipe::Abort;
 use anyhow::Context;
 use client::Client;
+use kvring_rig::child::Peer;
+use kvring_rig::pipe::Abort;
+use kvring_rig::random::Random;
 use kvring_shm_abi::segment::EngineName;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -222,7 +223,9 @@ impl Fleet {
             careless: self.careless,
         };
         let name = client.who.to_string();
-        let mut peer = Peer::start(name, subcommand, &Stderr::Kept(&self.log), self.abort.clone())?;
+        let mut command = kvring(subcommand)?;
+        let stderr = self.log.hand_to(&mut command);
+        let mut peer = Peer::start(name, command, stderr, self.abort.clone())?;
         match client.who {
             Who::Scheduler { .. } => peer.send(&ToScheduler::Start(start))?,
             Who::Worker { .. } => peer.send(&ToWorker::Start(start))?,

@@ -3,9 +3,10 @@
 //! All children die with the coordinator by themselves, except an engine that stands still at that moment (the signal
 //! that ends it in order waits until it goes on); and a killed engine's segments stay until somebody removes them.
 
-use crate::simulated::child::{Peer, Stderr};
-use crate::simulated::pipe::{Abort, Pipe};
-use crate::simulated::shm;
+use crate::children::kvring;
+use kvring_rig::child::{Peer, Stderr};
+use kvring_rig::pipe::{Abort, Pipe};
+use kvring_rig::shm;
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -34,7 +35,8 @@ pub(super) struct Guard {
 impl Guard {
     /// Starts it.
     pub(super) fn start(name: &EngineName) -> anyhow::Result<Guard> {
-        let mut peer = Peer::start("the guard".to_owned(), "chaos-guard", &Stderr::Ours, Abort::default())?;
+        let mut peer =
+            Peer::start("the guard".to_owned(), kvring("chaos-guard")?, Stderr::Inherited, Abort::default())?;
         peer.send(&ToGuard::Name(name.to_string()))?;
         Ok(Guard { peer })
     }

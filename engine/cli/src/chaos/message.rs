@@ -2,16 +2,16 @@
 //! started again without the others' pipes being cut.
 
 use super::plan::RANKS;
-use super::work::{SHAPE, Turn};
+use super::work::{CHUNK_TOKENS, SHAPE, Turn};
 use super::{ATTACH, DRAIN, OPERATION, REGISTER};
-use crate::simulated::wire::{Lookups, Shard};
 use kvring_adapter::{ClientOptions, Key};
+use kvring_rig::wire::{Lookups, Shard};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// Names the namespace: the same for all instances.
 pub(super) const FINGERPRINT: [u64; 4] =
-    [u64::from_le_bytes(*b"kvrchaos"), RANKS as u64, SHAPE.page_words as u64, SHAPE.chunk_tokens as u64];
+    [u64::from_le_bytes(*b"kvrchaos"), RANKS as u64, SHAPE.shard_bytes(), CHUNK_TOKENS as u64];
 
 /// What a client is, when it is started.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -2,8 +2,8 @@
 //!
 //! The plan is fixed by the seed alone; when exactly something strikes, and what it strikes, is up to the machine.
 
-use super::random::Random;
 use kvring_engine::policy::PolicyKind;
+use kvring_rig::random::Random;
 use std::time::Duration;
 
 /// Instances: a scheduler and its workers.

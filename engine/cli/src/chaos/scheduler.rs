@@ -7,18 +7,18 @@ mod turns;
 use super::lives::Lives;
 use super::message::{FINGERPRINT, FromScheduler, Job, Start, ToScheduler, ToWorker};
 use super::plan::RANKS;
-use super::random::Random;
 use super::requests::{Request, State};
 use super::watch::Watch;
 use super::work::Turn;
 use super::{BEAT, LOOKUP, TELL};
-use crate::simulated::child;
-use crate::simulated::pipe::Pipe;
-use crate::simulated::wire::Lookups;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, Hit, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
 };
+use kvring_rig::child;
+use kvring_rig::pipe::Pipe;
+use kvring_rig::random::Random;
+use kvring_rig::wire::Lookups;
 use kvring_shm_abi::segment::EngineName;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -105,7 +105,7 @@ impl Scheduler {
             seed: start.seed,
             instance: start.instance,
             life: start.life,
-            source: random.next() as u32,
+            source: random.bits() as u32,
             random,
             lives: Lives::new(EngineName::new(&start.engine)?),
             watch: Watch::start()?,

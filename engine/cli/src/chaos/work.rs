@@ -1,9 +1,9 @@
 //! The workload: conversations, of which several begin alike, and each request is a turn of one of them.
 
-use super::random::Random;
-use crate::simulated::content::mix;
-use crate::simulated::shape::Shape;
 use kvring_adapter::Key;
+use kvring_rig::pages::Shape;
+use kvring_rig::random::Random;
+use kvring_rig::random::mix;
 use serde::{Deserialize, Serialize};
 
 /// Chunks at the beginning that all conversations of a family share: a system prompt.
@@ -21,7 +21,9 @@ const REQUESTS_EACH: u32 = 20;
 
 /// One rank's paged KV cache.
 pub(super) const SHAPE: Shape =
-    Shape { chunk_tokens: 64, blocks_per_chunk: 2, planes: 4, page_words: 1024, num_blocks: 768 };
+    Shape { planes: 4, page_bytes: [8192; 2], gap_bytes: 0, blocks_per_chunk: 2, blocks: 768 };
+/// Tokens of a chunk.
+pub(super) const CHUNK_TOKENS: u32 = 64;
 
 /// The first part of a conversation, which is what a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,18 +3,19 @@
 use super::lives::Lives;
 use super::message::{FINGERPRINT, FromWorker, Job, Life, Outcome, Reply, Start, ToWorker};
 use super::watch::Watch;
-use super::work::SHAPE;
+use super::work::{CHUNK_TOKENS, SHAPE};
 use super::{BEAT, DRAIN, OPERATION, REGISTER, TELL};
-use crate::simulated::blocks::BlockPool;
-use crate::simulated::child;
-use crate::simulated::pages::Pages;
-use crate::simulated::pipe::Pipe;
-use crate::simulated::wire::Shard;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk, StoreReport, WorkerAdapter,
     WorkerOptions,
 };
+use kvring_rig::blocks::BlockPool;
+use kvring_rig::child;
+use kvring_rig::content::Content;
+use kvring_rig::pages::Pages;
+use kvring_rig::pipe::Pipe;
+use kvring_rig::wire::Shard;
 use kvring_shm_abi::segment::EngineName;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -49,6 +50,7 @@ struct Worker {
     adapter: WorkerAdapter,
     client: Arc<Client>,
     pages: Pages,
+    rank: u32,
     pool: BlockPool,
     jobs: HashMap<JobId, Open>,
     /// Blocks whose load has failed. They may be told before the load's report is.
@@ -66,25 +68,26 @@ impl Worker {
     fn start(start: &Start, pipe: Pipe) -> anyhow::Result<Worker> {
         let rank = start.rank.unwrap_or(0);
         let mut watch = Watch::start()?;
-        let pages = Pages::new(SHAPE, rank)?;
+        let pages = Pages::new(SHAPE)?;
         let client = Client::new(Role::Worker, start.client_options())?;
         let options = WorkerOptions {
             model: "chaos".to_owned(),
             dtype: "counter".to_owned(),
             copy_threads: Some(1 + (start.life % 2) as usize),
-            ..WorkerOptions::new(FINGERPRINT, super::plan::RANKS, rank, SHAPE.chunk_tokens)
+            ..WorkerOptions::new(FINGERPRINT, super::plan::RANKS, rank, CHUNK_TOKENS)
         };
         let mut adapter = WorkerAdapter::new(&client, options)?;
         // SAFETY: `adapter` is dropped before `pages`, and blocks are left alone while a job names them.
         let paged = unsafe { pages.describe()? };
         watch.call("register_kv_caches", REGISTER, || adapter.register_kv_caches(paged))?;
         let lives = Lives::new(EngineName::new(&start.engine)?);
-        let pool = BlockPool::new(SHAPE.num_blocks);
+        let pool = BlockPool::new(SHAPE.blocks);
         let (jobs, beaten, careless) = (HashMap::new(), Instant::now(), start.careless);
         Ok(Worker {
             adapter,
             client,
             pages,
+            rank,
             pool,
             jobs,
             failed: HashSet::new(),
@@ -140,6 +143,10 @@ impl Worker {
         Ok(())
     }
 
+    fn content(&self, key: Key) -> Content {
+        Content { key, rank: self.rank, version: 0 }
+    }
+
     fn take_blocks(&mut self, chunks: usize) -> Option<Vec<Vec<u32>>> {
         self.pool.take(chunks, SHAPE.blocks_per_chunk).ok()
     }
@@ -148,8 +155,9 @@ impl Worker {
         let Some(blocks) = self.take_blocks(shards.len()) else { return self.reply(job, Outcome::Refused) };
         let keys: Vec<Key> = shards.iter().map(|shard| shard.key).collect();
         for (key, blocks) in keys.iter().zip(&blocks) {
+            let content = self.content(*key);
             // SAFETY: blocks fresh from the pool: no job names them.
-            unsafe { self.pages.spoil(*key, blocks) };
+            unsafe { self.pages.spoil(content, blocks) };
         }
         let chunk = |(shard, blocks): (&Shard, &Vec<u32>)| LoadChunk {
             shard: shard.handle(arena_id),
@@ -173,8 +181,9 @@ impl Worker {
     ) -> anyhow::Result<()> {
         let Some(blocks) = self.take_blocks(keys.len()) else { return self.reply(job, Outcome::Refused) };
         for (key, blocks) in keys.iter().zip(&blocks) {
+            let content = self.content(*key);
             // SAFETY: blocks fresh from the pool: no job names them.
-            unsafe { self.pages.compute(*key, blocks) };
+            unsafe { self.pages.compute(content, blocks) };
         }
         let chunk = |(key, blocks): (&Key, &Vec<u32>)| StoreChunk { key: *key, blocks: blocks.clone() };
         let chunks = keys.iter().zip(&blocks).map(chunk).collect();
@@ -198,9 +207,9 @@ impl Worker {
         self.watch.tally().preemptions += 1;
         for open in self.jobs.values().filter(|open| open.job == job && open.is_store) {
             for (key, blocks) in open.keys.iter().zip(&open.blocks) {
-                let [low, high] = *key;
+                let somebody_elses = Content { key: *key, rank: self.rank, version: 1 };
                 // SAFETY: a store of these blocks is open, but by the call above nothing reads them any more.
-                unsafe { self.pages.compute([!low, !high], blocks) };
+                unsafe { self.pages.compute(somebody_elses, blocks) };
             }
         }
     }
@@ -242,7 +251,11 @@ impl Worker {
             let failed = blocks.iter().filter(|block| self.failed.remove(*block)).count();
             if failed == 0 {
                 // SAFETY: the load has been reported.
-                wrong_bytes += unsafe { self.pages.wrong_bytes(*key, blocks) };
+                let wrong = unsafe { self.pages.verify(self.content(*key), blocks) };
+                wrong_bytes += wrong.map_or(0, |wrong| {
+                    tracing::error!(?wrong, "a loaded page is wrong");
+                    wrong.bytes
+                });
             }
         }
         let tally = self.watch.tally();

@@ -1,17 +1,18 @@
 //! The coordinator's work: requests to whichever instance is free, and what comes back.
 
 use super::engine::Engine;
-use super::message::{FromScheduler, Loaded, Plan, RequestReport, Stored, ToScheduler};
+use super::message::{FromScheduler, Loaded, Plan, REQUEST_MAX, RequestReport, Stored, ToScheduler};
 use super::plan::Resolved;
 use super::worker::ATTACH_MAX;
 use super::{Args, Sabotage, Speed};
+use crate::children::kvring;
 use crate::console::{self, LogChoice};
-use crate::simulated::child::{Peer, REQUEST_MAX, Stderr};
-use crate::simulated::pipe::Abort;
-use crate::simulated::wire::Lookups;
 use crate::trace::Trace;
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
+use kvring_rig::child::Peer;
+use kvring_rig::pipe::Abort;
+use kvring_rig::wire::Lookups;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -49,7 +50,9 @@ pub(super) fn start_instances(
     let mut instances = Vec::new();
     for instance in 0..resolved.instances {
         let name = format!("instance {instance}");
-        let mut peer = Peer::start(name, "replay-scheduler", &Stderr::Kept(log), abort.clone())?;
+        let mut command = kvring("replay-scheduler")?;
+        let stderr = log.hand_to(&mut command);
+        let mut peer = Peer::start(name, command, stderr, abort.clone())?;
         peer.send(&ToScheduler::Start(Plan { instance, ..resolved.plan.clone() }))?;
         instances.push(peer);
     }

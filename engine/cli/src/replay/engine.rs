@@ -1,10 +1,8 @@
 //! The engine of a replay: `kvring serve` in a process of its own, and what its statistics say.
 
-use crate::console::{self, LogChoice};
+use crate::children::kvring;
+use crate::console::{self, LOG_ENV, LogChoice};
 use crate::serve::READY_LINE;
-use crate::simulated::child::{Process, Stderr};
-use crate::simulated::pipe::{self, Abort};
-use crate::simulated::shm;
 use anyhow::{Context, anyhow, bail};
 use kvring_adapter::EngineView;
 use kvring_engine::byte_size::ByteSize;
@@ -12,6 +10,9 @@ use kvring_engine::config::EngineConfig;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::segments;
 use kvring_engine::stats::{Snapshot, Stat};
+use kvring_rig::child::Process;
+use kvring_rig::pipe::{self, Abort};
+use kvring_rig::shm;
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
 use std::fs::File;
@@ -46,23 +47,16 @@ impl Engine {
         abort: &Abort,
     ) -> anyhow::Result<Engine> {
         let parent = std::process::id().to_string();
-        let mut process = Process::start("the engine".to_owned(), &Stderr::Kept(log), |command| {
-            command
-                .args([
-                    "serve",
-                    "--name",
-                    name.as_str(),
-                    "--arena",
-                    &arena.to_string(),
-                    "--policy",
-                    policy.name(),
-                ])
-                .args(["--stop-with-parent", &parent])
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped());
-            // Its own notes are of no interest here, unless asked for.
-            command.env(console::LOG_ENV, log.asked().unwrap_or("warn"))
-        })?;
+        let mut command = kvring("serve")?;
+        command
+            .args(["--name", name.as_str(), "--arena", &arena.to_string(), "--policy", policy.name()])
+            .args(["--stop-with-parent", &parent])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            // Its own notes are of no interest here, unless the user asks for them.
+            .env(LOG_ENV, "warn");
+        let stderr = log.hand_to(&mut command);
+        let mut process = Process::start("the engine".to_owned(), command, stderr)?;
         let ready = wait_for_ready(&mut process, abort).and_then(|()| Ok(EngineView::open(&name)?));
         match ready {
             Ok(view) => Ok(Engine { process, name, view }),

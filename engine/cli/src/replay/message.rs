@@ -1,10 +1,18 @@
 //! What the processes of a replay say to each other: coordinator ↔ scheduler ↔ worker, as vLLM's scheduler tells its
 //! workers with each step what to load and what to store.
 
-use crate::simulated::shape::Shape;
-use crate::simulated::wire::{Lookups, Shard};
 use kvring_adapter::Key;
+use kvring_rig::pages::Shape;
+use kvring_rig::wire::{Lookups, Shard};
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// The longest that one load or store of a worker may take. Far above anything real: only a hang reaches it.
+pub(super) const STEP_MAX: Duration = Duration::from_secs(120);
+/// How long a scheduler waits for a worker: somewhat longer, so that the process that is nearest to a hang reports it.
+pub(super) const REPLY_MAX: Duration = Duration::from_secs(150);
+/// How long the coordinator waits for a scheduler: a load and a store.
+pub(super) const REQUEST_MAX: Duration = Duration::from_secs(330);
 
 /// Tokens in a block of the simulated paged KV cache.
 pub(super) const BLOCK_TOKENS: u32 = 32;
@@ -22,7 +30,9 @@ pub(super) struct Plan {
     pub(super) ranks: u32,
     /// Names the namespace, the same in all instances.
     pub(super) fingerprint: [u64; 4],
-    /// Of each rank.
+    /// Tokens of a chunk: a block of the trace.
+    pub(super) chunk_tokens: u32,
+    /// The paged KV cache of each rank.
     pub(super) shape: Shape,
     /// Is every loaded byte compared?
     pub(super) verify: bool,

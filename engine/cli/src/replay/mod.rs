@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The coordinator hands the trace's requests, in order, to whichever instance is free. A page's content is a function
-//! of whose page it is ([`content`](crate::simulated::content)), so every byte that comes back can be told right or wrong.
+//! of whose page it is ([`content`](kvring_rig::content)), so every byte that comes back can be told right or wrong.
 
 mod drive;
 mod engine;
@@ -23,10 +23,8 @@ pub(crate) use worker::be_worker;
 
 use crate::clear;
 use crate::console::{self, LogChoice};
+use crate::signals;
 use crate::simulate;
-use crate::simulated::content;
-use crate::simulated::pipe::Abort;
-use crate::simulated::signals;
 use crate::trace::Trace;
 use anyhow::{Context, anyhow};
 use drive::Driven;
@@ -35,6 +33,8 @@ use kvring_adapter::{Client, PollingSchedulerAdapter, SchedulerApi, SchedulerOpt
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::stats::{Snapshot, Stat};
+use kvring_rig::content;
+use kvring_rig::pipe::Abort;
 use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::segment::EngineName;
 use plan::Resolved;

@@ -3,14 +3,14 @@
 use super::Args;
 use super::message::{BLOCK_TOKENS, PLANES, Plan};
 use crate::flags::wrong;
-use crate::simulated::content::LANES;
-use crate::simulated::shape::Shape;
 use crate::trace::Trace;
 use anyhow::{Context, bail, ensure};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::policy::PolicyKind;
 use kvring_engine::preflight::Room;
+use kvring_rig::content::LANES;
+use kvring_rig::pages::Shape;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 
 /// The arena where none is given and there is room.
@@ -62,6 +62,7 @@ impl Resolved {
             instance: 0,
             ranks,
             fingerprint: fingerprint(args.bytes_per_token, ranks, trace.block_tokens),
+            chunk_tokens: trace.block_tokens,
             shape,
             verify: !args.no_verify,
             copy_threads,
@@ -87,16 +88,17 @@ fn shape(bytes_per_token: u32, ranks: u32, trace: &Trace) -> anyhow::Result<Shap
     let blocks_per_chunk = chunk_tokens / BLOCK_TOKENS;
     let block_bytes = u64::from(bytes_per_token) * u64::from(BLOCK_TOKENS);
     let page_bytes = block_bytes.div_ceil(u64::from(ranks) * u64::from(PLANES));
-    let page_words = page_bytes.div_ceil(8).next_multiple_of(LANES as u64);
+    let page_bytes = page_bytes.next_multiple_of(LANES as u64 * 8);
+    let page_bytes = usize::try_from(page_bytes).context("--bytes-per-token: pages that no memory holds")?;
     let longest = trace.requests.iter().map(|request| request.blocks.len()).max().unwrap_or(0);
     // Half as many again: so that blocks go round, as in a real pool.
     let num_blocks = (longest as u64 * 3 / 2 + 1) * u64::from(blocks_per_chunk);
     Ok(Shape {
-        chunk_tokens,
-        blocks_per_chunk,
         planes: PLANES,
-        page_words: u32::try_from(page_words).context("--bytes-per-token: pages of more than 32 GiB")?,
-        num_blocks: u32::try_from(num_blocks).context("the trace: a prompt of more than 2^32 blocks")?,
+        page_bytes: [page_bytes; 2],
+        gap_bytes: 0,
+        blocks_per_chunk,
+        blocks: u32::try_from(num_blocks).context("the trace: a prompt of more than 2^32 blocks")?,
     })
 }
 
@@ -114,10 +116,10 @@ mod tests {
         let trace = Trace::bundled().unwrap();
         for (bytes_per_token, ranks) in [(256, 2), (1, 1), (100, 3), (131_072, 8)] {
             let shape = shape(bytes_per_token, ranks, &trace).unwrap();
-            assert!(shape.page_bytes().is_multiple_of(64));
+            assert!(shape.page_bytes(0).is_multiple_of(64));
             let chunk = shape.shard_bytes() * u64::from(ranks);
             assert!(chunk >= u64::from(bytes_per_token) * 512, "{bytes_per_token} × {ranks}: {chunk}");
-            assert!(shape.num_blocks >= 239 * 16, "room for the longest prompt");
+            assert!(shape.blocks >= 239 * 16, "room for the longest prompt");
         }
         assert_eq!(shape(256, 2, &trace).unwrap().shard_bytes(), 64 << 10, "the default is exact");
     }

@@ -1,25 +1,28 @@
 //! One simulated vLLM scheduler: looks each request up, tells its workers what to load and what to store, and gives
 //! the lookup's pins back when all ranks have loaded.
 
-use super::message::{FromScheduler, FromWorker, Plan, RequestReport, Step, ToScheduler, ToWorker};
+use super::message::{
+    FromScheduler, FromWorker, Plan, REPLY_MAX, RequestReport, STEP_MAX, Step, ToScheduler, ToWorker,
+};
 use super::worker::ATTACH_MAX;
-use crate::simulated::blocks::BlockPool;
-use crate::simulated::child::{Peer, REPLY_MAX, STEP_MAX, Stderr};
-use crate::simulated::content::key_of;
-use crate::simulated::pipe::{Abort, Pipe};
-use crate::simulated::shape::Shape;
-use crate::simulated::wire::Shard;
+use crate::children::kvring;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, ClientOptions, Hit, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,
 };
+use kvring_rig::blocks::BlockPool;
+use kvring_rig::child::{Peer, Stderr, die_with_parent};
+use kvring_rig::content::key_of;
+use kvring_rig::pages::Shape;
+use kvring_rig::pipe::{Abort, Pipe};
+use kvring_rig::wire::Shard;
 use kvring_shm_abi::superblock::random_u64;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// The scheduler's process: serves requests until the coordinator closes the pipe.
 pub(crate) fn be_scheduler() -> anyhow::Result<()> {
-    crate::simulated::child::die_with_parent()?;
+    die_with_parent()?;
     let mut pipe = Pipe::to_parent()?;
     let Some(ToScheduler::Start(plan)) = pipe.receive(None)? else { bail!("expected `start` first") };
     let mut scheduler = Scheduler::start(plan)?;
@@ -62,7 +65,7 @@ impl Scheduler {
         let Plan { instance, ranks, shape, .. } = plan;
         let start = |rank| {
             let name = format!("instance {instance} rank {rank}");
-            Peer::start(name, "replay-worker", &Stderr::Ours, Abort::default())
+            Peer::start(name, kvring("replay-worker")?, Stderr::Inherited, Abort::default())
         };
         let mut workers = (0..ranks).map(start).collect::<anyhow::Result<Vec<Peer>>>()?;
         for (rank, worker) in (0..).zip(&mut workers) {
@@ -91,7 +94,7 @@ impl Scheduler {
             client,
             workers,
             shape,
-            pool: BlockPool::new(shape.num_blocks),
+            pool: BlockPool::new(shape.blocks),
             source,
             rounds: 0,
         })
@@ -173,7 +176,7 @@ impl Scheduler {
 fn step(request: &str, rank: u32, hit: &Hit, keys: &[Key], paged: &[Vec<u32>], round: (u32, u32)) -> Step {
     let hit_chunks = hit.chunks as usize;
     let (load_blocks, store_blocks) = paged.split_at(hit_chunks);
-    let shards = hit.shards_of(rank).map(Shard::of);
+    let shards = hit.shards_of(rank).map(Shard::from);
     let missing = keys[hit_chunks..].iter().copied();
     Step {
         request: request.to_owned(),

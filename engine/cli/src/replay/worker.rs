@@ -1,14 +1,17 @@
 //! One simulated vLLM worker: a rank with its own paged KV cache, in a process of its own.
 
-use super::message::{FromWorker, Loaded, Plan, Step, Stored, ToWorker};
-use crate::simulated::child::STEP_MAX;
-use crate::simulated::pages::Pages;
-use crate::simulated::pipe::Pipe;
+use super::message::{FromWorker, Loaded, Plan, STEP_MAX, Step, Stored, ToWorker};
 use anyhow::{Context, bail};
 use kvring_adapter::{
-    Client, ClientOptions, Finished, JobId, LoadChunk, Role, Round, StoreChunk, WorkerAdapter, WorkerOptions,
+    Client, ClientOptions, Finished, JobId, Key, LoadChunk, Role, Round, StoreChunk, WorkerAdapter,
+    WorkerOptions,
 };
 use kvring_adapter::{LoadReport, StoreReport};
+use kvring_rig::child::die_with_parent;
+use kvring_rig::content::Content;
+use kvring_rig::pages::Pages;
+use kvring_rig::pipe::Pipe;
+use kvring_rig::wire::Shard;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +23,7 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// The worker's process: does what its scheduler says, until that closes the pipe.
 pub(crate) fn be_worker() -> anyhow::Result<()> {
-    crate::simulated::child::die_with_parent()?;
+    die_with_parent()?;
     let mut pipe = Pipe::to_parent()?;
     let Some(ToWorker::Start(plan, rank)) = pipe.receive(None)? else { bail!("expected `start` first") };
     let mut worker =
@@ -49,12 +52,13 @@ struct Worker {
     adapter: WorkerAdapter,
     client: Arc<Client>,
     pages: Pages,
+    rank: u32,
     verify: bool,
 }
 
 impl Worker {
     fn start(plan: &Plan, rank: u32) -> anyhow::Result<Worker> {
-        let pages = Pages::new(plan.shape, rank)?;
+        let pages = Pages::new(plan.shape)?;
         let client = Client::new(
             Role::Worker,
             ClientOptions {
@@ -71,7 +75,7 @@ impl Worker {
                 model: "replay".to_owned(),
                 dtype: "counter".to_owned(),
                 copy_threads: plan.copy_threads,
-                ..WorkerOptions::new(plan.fingerprint, plan.ranks, rank, plan.shape.chunk_tokens)
+                ..WorkerOptions::new(plan.fingerprint, plan.ranks, rank, plan.chunk_tokens)
             },
         )?;
         // SAFETY: `adapter` is dropped before `pages`, and `step` leaves blocks alone while a job names them.
@@ -80,7 +84,11 @@ impl Worker {
         if let Err(health) = client.wait_ready(ATTACH_MAX) {
             bail!("the engine is {health} after {} s", ATTACH_MAX.as_secs());
         }
-        Ok(Worker { adapter, client, pages, verify: plan.verify })
+        Ok(Worker { adapter, client, pages, rank, verify: plan.verify })
+    }
+
+    fn content(&self, key: Key) -> Content {
+        Content { key, rank: self.rank, version: 0 }
     }
 
     /// Loads, reports, computes, stores, reports.
@@ -91,8 +99,9 @@ impl Worker {
         let again = step.load.iter().filter(|(_, blocks)| blocks.iter().any(|block| failed.contains(block)));
         let compute = again.map(|(shard, blocks)| (shard.key, blocks));
         for (key, blocks) in compute.chain(step.store.iter().map(|(key, blocks)| (*key, blocks))) {
+            let content = self.content(key);
             // SAFETY: the load has been reported, and there is no other job.
-            unsafe { self.pages.compute(key, blocks) };
+            unsafe { self.pages.compute(content, blocks) };
         }
         let stored = self.store(step)?;
         tell(pipe, &FromWorker::Stored(stored))
@@ -104,11 +113,12 @@ impl Worker {
         }
         if self.verify {
             for (shard, blocks) in &step.load {
+                let content = self.content(shard.key);
                 // SAFETY: between two steps no job is open.
-                unsafe { self.pages.spoil(shard.key, blocks) };
+                unsafe { self.pages.spoil(content, blocks) };
             }
         }
-        let chunk = |(shard, blocks): &(crate::simulated::wire::Shard, Vec<u32>)| LoadChunk {
+        let chunk = |(shard, blocks): &(Shard, Vec<u32>)| LoadChunk {
             shard: shard.handle(step.arena_id),
             blocks: blocks.clone(),
         };
@@ -122,7 +132,11 @@ impl Worker {
             for (shard, blocks) in &step.load {
                 if !blocks.iter().any(|block| failed.contains(block)) {
                     // SAFETY: the load has been reported.
-                    wrong_bytes += unsafe { self.pages.wrong_bytes(shard.key, blocks) };
+                    let wrong = unsafe { self.pages.verify(self.content(shard.key), blocks) };
+                    wrong_bytes += wrong.map_or(0, |wrong| {
+                        tracing::error!(?wrong, "a loaded page is wrong");
+                        wrong.bytes
+                    });
                 }
             }
         }

@@ -2,10 +2,10 @@
 
 use super::{Engine, START_MAX};
 use crate::chaos::plan::Phase;
-use crate::simulated::shm;
 use anyhow::anyhow;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::segments;
+use kvring_rig::shm;
 use nix::sys::signal::Signal;
 
 impl Engine {

@@ -4,8 +4,8 @@ use super::Said;
 use crate::chaos::message::{FromScheduler, FromWorker, Tally};
 use crate::chaos::plan::Who;
 use crate::chaos::{HANG_AFTER, JOB_MAX};
-use crate::simulated::child::Peer;
 use anyhow::{Context, anyhow};
+use kvring_rig::child::Peer;
 use std::time::{Duration, Instant};
 
 /// One client.

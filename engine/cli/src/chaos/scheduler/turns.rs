@@ -6,9 +6,9 @@ use crate::chaos::message::{FromScheduler, Job, Outcome, ToWorker};
 use crate::chaos::plan::RANKS;
 use crate::chaos::requests::{Request, State};
 use crate::chaos::work::Turn;
-use crate::simulated::wire::Shard;
 use anyhow::bail;
 use kvring_adapter::{Hit, Lookup};
+use kvring_rig::wire::Shard;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::time::{Duration, Instant};
 
@@ -131,7 +131,7 @@ impl Scheduler {
         self.tell_all(|rank| ToWorker::Load {
             job,
             arena_id: hit.arena_id,
-            shards: hit.shards_of(rank).map(Shard::of).collect(),
+            shards: hit.shards_of(rank).map(Shard::from).collect(),
         })
     }
 

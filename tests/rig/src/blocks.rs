@@ -1,22 +1,28 @@
-//! The blocks of a simulated paged KV cache, as vLLM's block pool gives them out: any free block will do.
+//! The blocks of a simulated paged KV cache, given out as vLLM's block pool does it: any free block will do.
 
 use anyhow::bail;
 use std::collections::VecDeque;
 
-/// Free blocks, the longest unused first.
-pub(crate) struct BlockPool {
+/// Free blocks; the one that has been free for longest is given out first.
+#[derive(Debug)]
+pub struct BlockPool {
     free: VecDeque<u32>,
 }
 
 impl BlockPool {
-    /// All blocks are free. Their order is not that of their ids: a shard's pages are never one run of memory.
-    pub(crate) fn new(num_blocks: u32) -> BlockPool {
-        let (even, odd) = ((0..num_blocks).step_by(2), (1..num_blocks).step_by(2));
+    /// A pool in which all blocks are free. Their order is not that of their ids, so that the pages of a shard are never one
+    /// run of memory.
+    #[must_use]
+    pub fn new(blocks: u32) -> BlockPool {
+        let (even, odd) = ((0..blocks).step_by(2), (1..blocks).step_by(2));
         BlockPool { free: odd.rev().chain(even).collect() }
     }
 
-    /// Blocks for `chunks` chunks.
-    pub(crate) fn take(&mut self, chunks: usize, blocks_per_chunk: u32) -> anyhow::Result<Vec<Vec<u32>>> {
+    /// Takes the blocks of so many chunks.
+    ///
+    /// # Errors
+    /// Fewer blocks are free.
+    pub fn take(&mut self, chunks: usize, blocks_per_chunk: u32) -> anyhow::Result<Vec<Vec<u32>>> {
         let wanted = chunks * blocks_per_chunk as usize;
         if wanted > self.free.len() {
             bail!("expected at most {} free blocks to be asked for, got {wanted}", self.free.len());
@@ -24,8 +30,8 @@ impl BlockPool {
         Ok((0..chunks).map(|_| self.free.drain(..blocks_per_chunk as usize).collect()).collect())
     }
 
-    /// They are free again.
-    pub(crate) fn give(&mut self, blocks: Vec<Vec<u32>>) {
+    /// Gives blocks back.
+    pub fn give(&mut self, blocks: Vec<Vec<u32>>) {
         self.free.extend(blocks.into_iter().flatten());
     }
 }

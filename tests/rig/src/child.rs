@@ -1,7 +1,6 @@
-//! The other processes of a run: this executable again. None outlives us, and none dies unexplained.
+//! Other processes: none outlives this one, and none dies unexplained.
 
-use super::pipe::{Abort, Pipe};
-use crate::console::{self, LOG_ENV, LogChoice};
+use crate::pipe::{Abort, Pipe};
 use anyhow::{Context, anyhow, bail};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,77 +14,71 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// The longest that one load or store of a worker may take. Far above anything real: only a hang reaches it.
-pub(crate) const STEP_MAX: Duration = Duration::from_secs(120);
-/// The longest that a scheduler waits for a worker: somewhat more, so that who hangs is told by who is nearest.
-pub(crate) const REPLY_MAX: Duration = Duration::from_secs(150);
-/// The longest that the coordinator waits for a scheduler: a load and a store.
-pub(crate) const REQUEST_MAX: Duration = Duration::from_secs(330);
+/// How long a process may take to read a message that it is sent. Far above anything real: only a hang reaches it.
+const SEND_MAX: Duration = Duration::from_secs(120);
 /// How long a process may take to end after it was told to.
 const END_MAX: Duration = Duration::from_secs(30);
-/// How long we wait for what a failed process still has to say.
+/// How long we wait for the last lines of a process that has failed.
 const LAST_WORDS: Duration = Duration::from_millis(500);
-/// Lines of stderr that are kept.
+/// How many lines of its standard error are kept.
 const TAIL_LINES: usize = 12;
 
-/// In a child: ends with its parent, however that ends.
-pub(crate) fn die_with_parent() -> anyhow::Result<()> {
+/// Makes this process end with its parent, however that ends: the kernel sends it SIGKILL then.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn die_with_parent() -> anyhow::Result<()> {
     // If the parent has ended before this, the pipe to it is closed: that ends us as well.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")
 }
 
-/// What becomes of a process's stderr.
-pub(crate) enum Stderr<'a> {
-    /// Ours: our parent reads it.
-    Ours,
-    /// Its end is kept, and shown if the process fails; all of it is shown if the user asked for logs.
-    Kept(&'a LogChoice),
+/// What becomes of the lines that a process writes to its standard error.
+#[derive(Clone, Copy, Debug)]
+pub enum Stderr {
+    /// They go where ours go.
+    Inherited,
+    /// The last ones are kept, and are a part of the error if the process fails.
+    Kept,
+    /// Each is handed to this function, with the name of the process before it.
+    Shown(fn(&str)),
 }
 
 /// A process of ours, killed when dropped.
-pub(crate) struct Process {
+#[derive(Debug)]
+pub struct Process {
     name: String,
     child: Child,
     tail: Option<Tail>,
 }
 
 impl Process {
-    /// Starts this executable with these arguments; standard input and output as the caller sets them up.
-    pub(crate) fn start(
-        name: String,
-        stderr: &Stderr<'_>,
-        set_up: impl FnOnce(&mut Command) -> &mut Command,
-    ) -> anyhow::Result<Process> {
-        let program = std::env::current_exe().context("this executable's path")?;
-        let mut command = Command::new(program);
-        set_up(&mut command);
-        // A group of its own: Ctrl-C is for us, who then end everything in order.
+    /// Starts a process in a process group of its own: Ctrl-C is for us alone, who then end everything in order.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(name: String, mut command: Command, stderr: Stderr) -> anyhow::Result<Process> {
         command.process_group(0);
-        let mut shown = false;
-        if let Stderr::Kept(log) = stderr {
+        if !matches!(stderr, Stderr::Inherited) {
             command.stderr(Stdio::piped());
-            if let Some(asked) = log.asked() {
-                command.env(LOG_ENV, asked);
-                shown = true;
-            }
         }
         let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        let tail = child.stderr.take().map(|stderr| Tail::read(&name, stderr, shown));
+        let show = if let Stderr::Shown(show) = stderr { Some(show) } else { None };
+        let tail = child.stderr.take().map(|stderr| Tail::read(&name, stderr, show));
         Ok(Process { name, child, tail })
     }
 
-    /// For messages.
-    pub(crate) fn name(&self) -> &str {
+    /// Its name, for messages.
+    pub fn name(&self) -> &str {
         &self.name
     }
 
     /// The process, for its pipes and its id.
-    pub(crate) fn child(&mut self) -> &mut Child {
+    pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
 
-    /// Sends it a signal; that it has ended is fine.
-    pub(crate) fn signal(&mut self, signal: Signal) {
+    /// Sends it a signal, unless it has ended.
+    pub fn signal(&mut self, signal: Signal) {
         // It is our child: as long as it has not been waited for, the id is its own.
         if self.ended().is_none()
             && let Ok(pid) = i32::try_from(self.child.id())
@@ -94,13 +87,13 @@ impl Process {
         }
     }
 
-    /// Has it ended?
-    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+    /// How it has ended; `None` while it runs.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
-    /// Waits for its end, at most `timeout`.
-    pub(crate) fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
+    /// Waits for its end, for at most `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Option<ExitStatus> {
         let until = Instant::now() + timeout;
         loop {
             match self.ended() {
@@ -110,8 +103,11 @@ impl Process {
         }
     }
 
-    /// Waits for its end; anything but success in time is an error.
-    pub(crate) fn succeed(&mut self) -> anyhow::Result<()> {
+    /// Waits for its end.
+    ///
+    /// # Errors
+    /// It fails, or does not end in time.
+    pub fn succeed(&mut self) -> anyhow::Result<()> {
         match self.wait(END_MAX) {
             Some(status) if status.success() => Ok(()),
             Some(_) => Err(self.explain(anyhow!("it failed at its end"))),
@@ -119,13 +115,14 @@ impl Process {
         }
     }
 
-    /// The end of what it said, if that has not been shown.
-    pub(crate) fn last_words(&self) -> Vec<String> {
+    /// The last lines that it wrote to its standard error, where they are kept.
+    pub fn last_words(&self) -> Vec<String> {
         self.tail.as_ref().map(Tail::last_words).unwrap_or_default()
     }
 
-    /// Adds to an error who it was, how it ended, and what it said last.
-    pub(crate) fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
+    /// Adds to an error the name of the process, how it has ended, and its last lines.
+    #[must_use]
+    pub fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
         let fate = match self.wait(LAST_WORDS) {
             Some(status) => format!("{} has ended ({status})", self.name),
             None => format!("{} still runs", self.name),
@@ -147,20 +144,21 @@ impl Drop for Process {
     }
 }
 
-/// The last lines of a process's stderr.
+/// The last lines of a process's standard error.
+#[derive(Debug)]
 struct Tail {
     lines: Arc<Mutex<VecDeque<String>>>,
     reader: Option<JoinHandle<()>>,
 }
 
 impl Tail {
-    fn read(name: &str, stderr: ChildStderr, shown: bool) -> Tail {
+    fn read(name: &str, stderr: ChildStderr, show: Option<fn(&str)>) -> Tail {
         let lines = Arc::new(Mutex::new(VecDeque::with_capacity(TAIL_LINES)));
         let (kept, name) = (lines.clone(), name.to_owned());
         let read = move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if shown {
-                    console::say(&format!("{name}: {line}"));
+                if let Some(show) = show {
+                    show(&format!("{name}: {line}"));
                     continue;
                 }
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
@@ -174,7 +172,7 @@ impl Tail {
         Tail { lines, reader }
     }
 
-    /// What was said, once the process and its children have closed their end, or after a moment.
+    /// The lines that are kept, once the process and its children have closed their end, or after a moment.
     fn last_words(&self) -> Vec<String> {
         let until = Instant::now() + LAST_WORDS;
         while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) && Instant::now() < until {
@@ -184,24 +182,22 @@ impl Tail {
     }
 }
 
-/// A process that we talk to.
-pub(crate) struct Peer {
+/// A process that we exchange messages with, over its standard input and output.
+#[derive(Debug)]
+pub struct Peer {
     process: Process,
-    /// `None` once it was told to end.
+    /// `None` once it has been told to end.
     pipe: Option<Pipe>,
 }
 
 impl Peer {
-    /// Starts `kvring SUBCOMMAND`, with pipes to it.
-    pub(crate) fn start(
-        name: String,
-        subcommand: &str,
-        stderr: &Stderr<'_>,
-        abort: Abort,
-    ) -> anyhow::Result<Peer> {
-        let mut process = Process::start(name, stderr, |command| {
-            command.arg(subcommand).stdin(Stdio::piped()).stdout(Stdio::piped())
-        })?;
+    /// Starts it. A message to it, or from it, is given up when `abort` is called.
+    ///
+    /// # Errors
+    /// It cannot be started.
+    pub fn start(name: String, mut command: Command, stderr: Stderr, abort: Abort) -> anyhow::Result<Peer> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut process = Process::start(name, command, stderr)?;
         let child = process.child();
         let (Some(input), Some(output)) = (child.stdout.take(), child.stdin.take()) else {
             bail!("{}: no pipes", process.name());
@@ -209,25 +205,31 @@ impl Peer {
         Ok(Peer { process, pipe: Some(Pipe::new(input.into(), output.into(), abort)) })
     }
 
-    /// For messages.
-    pub(crate) fn name(&self) -> &str {
+    /// Its name, for messages.
+    pub fn name(&self) -> &str {
         self.process.name()
     }
 
-    /// Its process.
-    pub(crate) fn pid(&mut self) -> u32 {
+    /// Its process's id.
+    pub fn pid(&mut self) -> u32 {
         self.process.child().id()
     }
 
-    /// Tells it something.
-    pub(crate) fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
+    /// Sends it a message.
+    ///
+    /// # Errors
+    /// It has ended, or does not read.
+    pub fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
         let Some(pipe) = &mut self.pipe else { bail!("{} was told to end", self.process.name()) };
-        let sent = pipe.send(message, Instant::now() + STEP_MAX);
+        let sent = pipe.send(message, Instant::now() + SEND_MAX);
         sent.map_err(|error| self.process.explain(error))
     }
 
     /// Its next message.
-    pub(crate) fn receive<T: DeserializeOwned>(&mut self, timeout: Duration) -> anyhow::Result<T> {
+    ///
+    /// # Errors
+    /// It has ended, or says nothing for `timeout`.
+    pub fn receive<T: DeserializeOwned>(&mut self, timeout: Duration) -> anyhow::Result<T> {
         let Some(pipe) = &mut self.pipe else { bail!("{} was told to end", self.process.name()) };
         match pipe.receive(Some(Instant::now() + timeout)) {
             Ok(Some(message)) => Ok(message),
@@ -237,22 +239,25 @@ impl Peer {
     }
 
     /// Its process.
-    pub(crate) fn process(&mut self) -> &mut Process {
+    pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
 
-    /// The pipes to it, until it was told to end.
-    pub(crate) fn pipe(&mut self) -> Option<&mut Pipe> {
+    /// The pipes to it, until it has been told to end.
+    pub fn pipe(&mut self) -> Option<&mut Pipe> {
         self.pipe.as_mut()
     }
 
-    /// Tells it to end.
-    pub(crate) fn close(&mut self) {
+    /// Tells it to end, by closing the pipes to it.
+    pub fn close(&mut self) {
         self.pipe = None;
     }
 
-    /// Tells it to end, and waits until it has, well. Answers what it said last, if that has not been shown.
-    pub(crate) fn finish(mut self) -> anyhow::Result<Vec<String>> {
+    /// Tells it to end, and waits until it has ended. Returns its last lines, where they are kept.
+    ///
+    /// # Errors
+    /// It fails, or does not end in time.
+    pub fn finish(mut self) -> anyhow::Result<Vec<String>> {
         self.close();
         self.process.succeed()?;
         Ok(self.process.last_words())
@@ -270,7 +275,7 @@ mod tests {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let tail = Tail::read("sh", child.stderr.take().unwrap(), false);
+        let tail = Tail::read("sh", child.stderr.take().unwrap(), None);
         assert!(child.wait().unwrap().success());
         let words = tail.last_words();
         assert_eq!((words.len(), words[0].as_str(), words[11].as_str()), (12, "line 19", "line 30"));

@@ -1,4 +1,4 @@
-//! What an engine of a given name has in /dev/shm, from outside.
+//! The files of an engine in `/dev/shm`, seen from outside.
 
 use anyhow::Context;
 use kvring_engine::config::EngineConfig;
@@ -8,23 +8,27 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-/// Nothing stays behind, also after a `kill -9`.
-pub(crate) fn sweep(name: &EngineName) {
+/// Removes whatever an engine has left, for instance after a `kill -9`. A failure is logged.
+pub fn sweep(name: &EngineName) {
     match segments::remove(name, true, EngineConfig::default().start_wait()) {
         Ok(removed) => tracing::debug!(segments = removed.segments, bytes = removed.bytes, "swept"),
         Err(error) => tracing::error!(%error, "the engine {name} may have left segments in /dev/shm"),
     }
 }
 
-/// The files of this engine and its clients that there are.
-pub(crate) fn files(name: &EngineName) -> Vec<String> {
+/// The names of the files that belong to this engine or to its clients.
+#[must_use]
+pub fn files(name: &EngineName) -> Vec<String> {
     let entries = std::fs::read_dir(SHM_DIR).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     names.filter(|file| file.starts_with(&name.prefix())).collect()
 }
 
-/// Negative control: flips a bit in every page of the arena, behind everybody's back.
-pub(crate) fn corrupt(name: &EngineName, arena_bytes: u64) -> anyhow::Result<()> {
+/// Flips a bit in every page of the arena, as a faulty neighbour would: a negative control for whatever verifies bytes.
+///
+/// # Errors
+/// The arena cannot be opened, read or written.
+pub fn corrupt(name: &EngineName, arena_bytes: u64) -> anyhow::Result<()> {
     let path = PathBuf::from(format!("{SHM_DIR}{}", name.arena()));
     let file =
         File::options().read(true).write(true).open(&path).context("opening the arena to corrupt it")?;

@@ -1,8 +1,8 @@
 //! Ctrl-C: everything is given up, in order.
 
-use super::pipe::Abort;
 use crate::console;
 use anyhow::Context;
+use kvring_rig::pipe::Abort;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::thread;

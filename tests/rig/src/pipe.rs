@@ -1,4 +1,4 @@
-//! Messages over pipes: a length, then postcard. Nothing waits without a deadline.
+//! Messages over pipes: a length, then the message in postcard's format.
 
 use anyhow::{Context, anyhow, bail};
 use kvring_shm_abi::sync::{AtomicBool, Ordering};
@@ -12,19 +12,20 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Bytes before a message: its length.
+/// Bytes of the length before a message.
 const HEAD: usize = 4;
-/// A longer message is none: something else writes to the pipe.
+/// The longest message. Where the length says more, something else has written to the pipe.
 const MESSAGE_MAX: usize = 64 << 20;
-/// What a pipe that polls as writable takes without blocking (`PIPE_BUF`).
+/// How many bytes a pipe takes without blocking, once it polls as writable (`PIPE_BUF`).
 const WRITE_AT_ONCE: usize = 4096;
-/// The longest single wait: how soon an [`Abort`] is seen.
+/// The longest single wait, after which a waiting thread looks whether there is an [`Abort`].
 const SLICE: Duration = Duration::from_millis(50);
 
-/// Ends all waiting, from another thread.
-#[derive(Clone)]
-pub(crate) struct Abort(Arc<AbortFlags>);
+/// Gives up all waiting, from another thread.
+#[derive(Clone, Debug)]
+pub struct Abort(Arc<AbortFlags>);
 
+#[derive(Debug)]
 struct AbortFlags {
     on: AtomicBool,
     interrupted: AtomicBool,
@@ -38,29 +39,32 @@ impl Default for Abort {
 
 impl Abort {
     /// From here on every wait is an error.
-    pub(crate) fn now(&self) {
+    pub fn now(&self) {
         self.0.on.store(true, Ordering::Relaxed);
     }
 
-    /// The same, because the user wants it. False if that was known.
-    pub(crate) fn interrupt(&self) -> bool {
+    /// The same, because the user has interrupted the run. False if the user had done so before.
+    pub fn interrupt(&self) -> bool {
         self.now();
         !self.0.interrupted.swap(true, Ordering::Relaxed)
     }
 
-    /// Was it called?
-    pub(crate) fn is_on(&self) -> bool {
+    /// Has somebody given up?
+    #[must_use]
+    pub fn is_on(&self) -> bool {
         self.0.on.load(Ordering::Relaxed)
     }
 
-    /// Does the user want it?
-    pub(crate) fn is_interrupted(&self) -> bool {
+    /// Has the user interrupted the run?
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
         self.0.interrupted.load(Ordering::Relaxed)
     }
 }
 
 /// Both directions between two processes.
-pub(crate) struct Pipe {
+#[derive(Debug)]
+pub struct Pipe {
     input: File,
     output: File,
     /// Read, but not yet a whole message.
@@ -69,21 +73,28 @@ pub(crate) struct Pipe {
 }
 
 impl Pipe {
-    /// Reads from `input`, writes to `output`.
-    pub(crate) fn new(input: OwnedFd, output: OwnedFd, abort: Abort) -> Pipe {
+    /// A pair of pipes: messages come from `input`, and go to `output`.
+    #[must_use]
+    pub fn new(input: OwnedFd, output: OwnedFd, abort: Abort) -> Pipe {
         Pipe { input: input.into(), output: output.into(), buffer: Vec::new(), abort }
     }
 
-    /// A child's end: standard input and output.
+    /// A child's end: its standard input and output.
+    ///
+    /// # Errors
+    /// One of them is closed.
     #[allow(clippy::disallowed_methods, reason = "its parent reads it, and is told of every failure")]
-    pub(crate) fn to_parent() -> anyhow::Result<Pipe> {
+    pub fn to_parent() -> anyhow::Result<Pipe> {
         let input = std::io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
         let output = std::io::stdout().as_fd().try_clone_to_owned().context("standard output")?;
         Ok(Pipe::new(input, output, Abort::default()))
     }
 
-    /// Sends a message, or gives up at the deadline.
-    pub(crate) fn send(&mut self, message: &impl Serialize, deadline: Instant) -> anyhow::Result<()> {
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// The other side has closed its end, or does not read until the deadline.
+    pub fn send(&mut self, message: &impl Serialize, deadline: Instant) -> anyhow::Result<()> {
         let mut bytes = postcard::to_extend(message, vec![0; HEAD]).context("encoding a message")?;
         let length = u32::try_from(bytes.len() - HEAD).context("a message of more than 4 GiB")?;
         bytes[..HEAD].copy_from_slice(&length.to_le_bytes());
@@ -94,12 +105,12 @@ impl Pipe {
         Ok(())
     }
 
-    /// The next message, or an error at the deadline. `None`: the other side has closed its end between two messages.
-    /// Without a deadline it waits for as long as the other side lives.
-    pub(crate) fn receive<T: DeserializeOwned>(
-        &mut self,
-        deadline: Option<Instant>,
-    ) -> anyhow::Result<Option<T>> {
+    /// The next message; `None` where the other side has closed its end between two messages. Without a deadline it waits for
+    /// as long as the other side lives.
+    ///
+    /// # Errors
+    /// No message comes until the deadline, or what comes is not a message.
+    pub fn receive<T: DeserializeOwned>(&mut self, deadline: Option<Instant>) -> anyhow::Result<Option<T>> {
         loop {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
@@ -119,16 +130,17 @@ impl Pipe {
         }
     }
 
-    /// Where messages come from: to be waited for together with others.
-    pub(crate) fn input(&self) -> BorrowedFd<'_> {
+    /// Where messages come from, to be waited for together with others.
+    #[must_use]
+    pub fn input(&self) -> BorrowedFd<'_> {
         self.input.as_fd()
     }
 
-    /// Whatever has come, or comes within `patience` (rounded up to whole milliseconds); and whether more may come.
-    pub(crate) fn drain<T: DeserializeOwned>(
-        &mut self,
-        patience: Duration,
-    ) -> anyhow::Result<(Vec<T>, bool)> {
+    /// All messages that have come, or come within `patience` (rounded up to whole milliseconds); and whether more may come.
+    ///
+    /// # Errors
+    /// What comes is not a message.
+    pub fn drain<T: DeserializeOwned>(&mut self, patience: Duration) -> anyhow::Result<(Vec<T>, bool)> {
         let timeout = PollTimeout::try_from(patience.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
         let mut open = true;
         match poll(&mut [PollFd::new(self.input.as_fd(), PollFlags::POLLIN)], timeout) {
@@ -138,7 +150,7 @@ impl Pipe {
                 self.buffer.resize(before + (64 << 10), 0);
                 let read = self.input.read(&mut self.buffer[before..]);
                 self.buffer.truncate(before + read.as_ref().copied().unwrap_or(0));
-                // Who was killed in the middle of a message has closed the pipe like anybody else.
+                // A process that was killed in the middle of a message has closed the pipe like any other.
                 open = read.context("reading from the pipe")? > 0;
             }
             Err(errno) => return Err(errno).context("poll"),
@@ -167,7 +179,10 @@ impl Pipe {
 }
 
 /// Waits until there is something to read, or its end.
-pub(crate) fn wait_readable(file: &File, deadline: Instant, abort: &Abort) -> anyhow::Result<()> {
+///
+/// # Errors
+/// Nothing comes until the deadline, or the run is given up.
+pub fn wait_readable(file: &File, deadline: Instant, abort: &Abort) -> anyhow::Result<()> {
     wait(file, PollFlags::POLLIN, Some(deadline), abort)
 }
 

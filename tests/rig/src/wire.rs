@@ -1,0 +1,72 @@
+//! What an adapter answers, in a form that can be sent to another process.
+
+use kvring_adapter::{Key, LookupStats, ShardHandle};
+use serde::{Deserialize, Serialize};
+
+/// [`LookupStats`] that can be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lookups {
+    /// Lookups that the engine answered.
+    pub answered: u64,
+    /// Lookups that were answered with 0 because the engine was not fit to be asked.
+    pub degraded: u64,
+    /// Lookups that were answered with 0 because no answer came in time.
+    pub timed_out: u64,
+    /// Lookups that were answered with 0 because the engine refused them.
+    pub refused: u64,
+}
+
+impl From<LookupStats> for Lookups {
+    fn from(stats: LookupStats) -> Lookups {
+        let LookupStats { answered, degraded, timed_out, refused } = stats;
+        Lookups { answered, degraded, timed_out, refused }
+    }
+}
+
+impl Lookups {
+    /// The lookups since these statistics were as in `before`.
+    #[must_use]
+    pub fn since(&self, before: &Lookups) -> Lookups {
+        Lookups {
+            answered: self.answered - before.answered,
+            degraded: self.degraded - before.degraded,
+            timed_out: self.timed_out - before.timed_out,
+            refused: self.refused - before.refused,
+        }
+    }
+
+    /// Adds others.
+    pub fn add(&mut self, other: &Lookups) {
+        let Lookups { answered, degraded, timed_out, refused } = other;
+        self.answered += answered;
+        self.degraded += degraded;
+        self.timed_out += timed_out;
+        self.refused += refused;
+    }
+}
+
+/// A [`ShardHandle`] without its arena, which is the same for all shards of a lookup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    slot: u32,
+    generation: u64,
+    offset: u64,
+    /// The chunk's key.
+    pub key: Key,
+}
+
+impl From<ShardHandle> for Shard {
+    fn from(handle: ShardHandle) -> Shard {
+        let ShardHandle { slot, generation, offset, key, .. } = handle;
+        Shard { slot, generation, offset, key }
+    }
+}
+
+impl Shard {
+    /// The handle, as a worker's adapter takes it.
+    #[must_use]
+    pub fn handle(self, arena_id: [u64; 2]) -> ShardHandle {
+        let Shard { slot, generation, offset, key } = self;
+        ShardHandle { arena_id, slot, generation, offset, key }
+    }
+}
