@@ -316,9 +316,18 @@ impl EngineProcess {
     }
 
     /// Waits until a counter or gauge has this value.
+    ///
+    /// # Panics
+    /// When the engine ends meanwhile: its statistics do not change any more.
     pub fn stat_becomes(&self, name: &str, value: u64) {
         let view = self.view();
-        becomes(name, value, || stat_of(&view, name));
+        let task = PathBuf::from(format!("/proc/{0}/task/{0}", self.pid()));
+        becomes(name, value, || {
+            let is_over = thread_state(&task).is_none_or(|state| state == 'Z');
+            let now = stat_of(&view, name);
+            assert!(!is_over || now == value, "{name}: expected {value}, it is {now}, and the engine has ended");
+            now
+        });
     }
 
     /// Waits until the engine has gone on: its beat has moved `beats` times.

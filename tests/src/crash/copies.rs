@@ -34,13 +34,16 @@ impl Filler {
     fn start(checks: &mut Checks, engine: &EngineProcess) -> Filler {
         let worker = WorkerSide::start(&worker_spec(&engine.name, FILLER, 1, 0, SHARD)).expect("a worker");
         let scheduler = SchedulerSide::start(&scheduler_spec(&engine.name, FILLER, 1));
-        for client in [worker.client(), scheduler.client()] {
-            checks.becomes("a filler that is ready", true, || client.is_healthy());
-        }
-        checks.becomes("a filler that is registered", true, || {
-            worker.wait_ready(std::time::Duration::from_millis(5)).is_ok()
-        });
-        Filler { worker, scheduler, stored: 0 }
+        let filler = Filler { worker, scheduler, stored: 0 };
+        filler.is_ready(checks);
+        filler
+    }
+
+    /// Waits until its worker is registered and its scheduler is attached, also after a restart: a scheduler that is not
+    /// back yet finds nothing, whatever the worker has stored.
+    fn is_ready(&self, checks: &mut Checks) {
+        ready(checks, &self.worker);
+        checks.becomes("a filler's scheduler that is attached", true, || self.scheduler.client().is_healthy());
     }
 
     /// Takes every slot that is free, or can be had by eviction.
@@ -93,7 +96,7 @@ pub fn a_copy_into_the_arena() -> Vec<String> {
     engine.kill();
     engine.restart();
     ready(&mut checks, &worker);
-    ready(&mut checks, &filler.worker);
+    filler.is_ready(&mut checks);
     filler.fills(32);
     backend.let_go();
     checks.same("the store whose copy ran on", all_stored(8), worker.finished_store(job));
@@ -137,7 +140,7 @@ pub fn a_grant_that_comes_too_late() -> Vec<String> {
     engine.kill();
     engine.restart();
     ready(&mut checks, &worker);
-    ready(&mut checks, &filler.worker);
+    filler.is_ready(&mut checks);
     checks.same("slots that are declared", BATCH as u64, engine.stat("slots_declared"));
     filler.fills(64);
     backend.let_go();
