@@ -1,4 +1,4 @@
-//! Ways for a process, or one thread of it, to end: asked for by signals, so that it can be in the middle of anything.
+//! Ways for a process, or one thread of it, to end. Signals ask for them, so that it ends in the middle of anything.
 //!
 //! The handlers run on the thread that the signal finds. In an engine's process all threads but the service thread have
 //! been started with these signals blocked.
@@ -10,7 +10,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 /// The variable that says how an engine's process ends.
 pub const ENDS: &str = "KVRING_TEST_ENDS";
 
-/// How.
+/// A way to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum End {
@@ -24,22 +24,21 @@ pub enum End {
     Thread = 4,
     /// A panic, where nothing can unwind: as in a build with `panic = "abort"`.
     Panic = 5,
-    /// Not at all: a child is forked, which lives on, and the engine goes on.
+    /// None: the engine forks a child that lives on, and goes on itself.
     Fork = 6,
 }
 
 impl End {
-    /// All of them that end an engine.
+    /// All that end an engine.
     pub const ALL: [End; 5] = [End::Segv, End::Abort, End::Exec, End::Thread, End::Panic];
 
     /// Its name in [`ENDS`].
-    #[must_use]
     pub fn name(self) -> String {
         (self as u32).to_string()
     }
 }
 
-/// Seconds after which a forked child ends by itself: a test that fails leaves nobody behind.
+/// Seconds after which a forked child ends by itself, so that a test that fails leaves no process behind.
 const CHILD_LIVES: u32 = 1200;
 
 static END: AtomicU32 = AtomicU32::new(0);
@@ -47,13 +46,10 @@ static GO: AtomicBool = AtomicBool::new(false);
 
 /// Installs what [`ENDS`] asks for: SIGUSR1 makes the thread hang, in the middle of whatever it does, until SIGUSR2 ends it.
 /// A fork needs SIGUSR2 alone.
-///
-/// # Panics
-/// When a handler cannot be installed.
 pub fn install() {
     let Some(end) = std::env::var(ENDS).ok().and_then(|end| end.parse().ok()) else { return };
     if end == End::Fork as u32 {
-        // Not in a handler: `fork` waits for the allocator, which the thread may be in the middle of.
+        // Not in a handler: `fork` waits for the allocator, and the thread may be in the middle of a call of it.
         on(Signal::SIGUSR2, go);
         std::thread::spawn(|| {
             while !GO.swap(false, Ordering::Relaxed) {
@@ -75,17 +71,11 @@ fn on(signal: Signal, handler: extern "C" fn(libc::c_int)) {
 }
 
 /// Blocks both signals in this thread and those that it starts.
-///
-/// # Panics
-/// Never.
 pub fn block() {
     mask().thread_block().expect("a signal mask");
 }
 
-/// Lets this thread have them again.
-///
-/// # Panics
-/// Never.
+/// Unblocks both in this thread.
 pub fn unblock() {
     mask().thread_unblock().expect("a signal mask");
 }
@@ -114,7 +104,7 @@ extern "C" fn hang(_: libc::c_int) {
 #[allow(clippy::panic, reason = "one of the ways")]
 pub fn end(how: u32) {
     match how {
-        // SAFETY: it is not: that is the point.
+        // SAFETY: it is not sound. This process is to end by a segmentation fault.
         1 => unsafe { core::ptr::without_provenance_mut::<u8>(8).write_volatile(1) },
         2 => std::process::abort(),
         3 => {
@@ -123,7 +113,7 @@ pub fn end(how: u32) {
             // SAFETY: strings and an array that end with zeros.
             unsafe { libc::execv(program.as_ptr(), arguments.as_ptr()) };
         }
-        // SAFETY: this thread ends, and nothing of it is run down; that is the point.
+        // SAFETY: this thread ends without running its destructors, as a thread that the kernel kills does.
         4 => unsafe {
             libc::syscall(libc::SYS_exit, 0);
         },
@@ -137,9 +127,6 @@ extern "C" fn end_thread(_: libc::c_int) {
 }
 
 /// Ends the threads of this process that have this name, and waits until they are gone.
-///
-/// # Panics
-/// Where there is none.
 pub fn end_threads(name: &str) {
     on(Signal::SIGUSR1, end_thread);
     let tasks = std::fs::read_dir("/proc/self/task").expect("our own threads").flatten();
@@ -157,7 +144,7 @@ pub fn end_threads(name: &str) {
     assert!(ended > 0, "no thread is called {name}");
 }
 
-/// Forks a child that does nothing, for as long as it is let; its id.
+/// Forks a child that does nothing for as long as it lives; returns its id.
 pub fn fork_idle() -> i32 {
     // SAFETY: the child calls nothing but a sleep.
     unsafe {

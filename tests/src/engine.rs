@@ -1,7 +1,13 @@
 //! An engine in a process of its own, and everything that a test does to it from outside.
 
+use crate::held::HeldBackend;
 use crate::isolate::segments;
+use crate::process::{Process, thread_state};
+use crate::proto::{SchedulerSpec, WorkerSpec};
+use crate::scheduler::SchedulerSide;
+use crate::traffic::Bystander;
 use crate::wait::{becomes, eventually, until};
+use crate::worker::WorkerSide;
 use kvring_adapter::EngineView;
 use kvring_engine::stats::Snapshot;
 use kvring_shm_abi::life::Life;
@@ -9,102 +15,178 @@ use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::slot::SlotState;
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{ExitStatus, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The binary that plays the other processes of a test. Cargo builds it with the tests of this package.
-///
-/// # Panics
-/// When it is not beside the test's own binary.
-#[must_use]
-pub fn peer_binary() -> PathBuf {
-    // target/<profile>/deps/<test> → target/<profile>/kvring-test-peer
-    let exe = std::env::current_exe().expect("this test's own path");
-    let candidates = exe.ancestors().skip(1).take(2).map(|dir| dir.join("kvring-test-peer"));
-    candidates.into_iter().find(|path| path.is_file()).expect("kvring-test-peer beside the test binary")
-}
-
 /// The configuration of a test's engine. It beats faster than usual, and so checks itself more often.
-#[must_use]
 pub fn overrides(name: &str, arena_mib: u64) -> Value {
     json!({ "name": name, "arena": arena_mib << 20, "slab": 1 << 20, "beat_interval_ms": 2, "start_wait_ms": 30_000 })
 }
 
+/// A configuration with these fields added or replaced.
+pub fn merged(mut overrides: Value, fields: &Value) -> Value {
+    for (key, value) in fields.as_object().expect("fields") {
+        overrides[key] = value.clone();
+    }
+    overrides
+}
+
 /// A name that no other test has, in any process.
-#[must_use]
 pub fn unique_name(tag: &str) -> String {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     format!("t-{tag}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Kills a child process and waits for its end, whatever its state.
-pub(crate) fn put_down(child: &mut Child) {
-    // SIGKILL also ends a stopped process. It may have ended already.
-    let _ = child.kill();
-    let _ = child.wait();
-}
-
-/// An engine that is told its configuration and serves until it is ended.
+/// An engine that is told its configuration and serves until it is ended. What it leaves in `/dev/shm` is removed when
+/// it is dropped.
 pub struct EngineProcess {
-    /// Its name.
     pub name: String,
     overrides: Value,
-    /// Environment variables of its own.
+    /// Variables that are added to its environment, also when it is restarted.
     environment: Vec<(&'static str, String)>,
-    child: Child,
-    stopped: bool,
-    /// Does dropping it remove what it leaves in `/dev/shm`?
+    process: Process,
     sweep: bool,
+}
+
+impl Deref for EngineProcess {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl DerefMut for EngineProcess {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
 }
 
 /// An engine whose beat has not moved for so long has been stopped by its test.
 const STOPPED: Duration = Duration::from_secs(2);
 
+/// Starts an engine's process, with what is in its environment always and what this once.
+fn launched(overrides: &Value, always: &[(&'static str, String)], once: &[(&str, &str)]) -> Process {
+    let stderr = if std::env::var_os("KVRING_LOG").is_some() { Stdio::inherit() } else { Stdio::piped() };
+    let environment = always.iter().map(|(name, value)| (*name, value.as_str())).chain(once.iter().copied());
+    Process::start(&["engine", &overrides.to_string()], environment, stderr)
+}
+
+/// Waits for an engine's first line: false where it has ended without one.
+fn says_serving(process: &Process) -> bool {
+    process.lines.recv().is_ok_and(|line| line == "serving")
+}
+
 impl EngineProcess {
     /// Starts an engine with an arena of `arena_mib` MiB and waits until it serves all of it.
-    ///
-    /// # Panics
-    /// When it does not start.
-    #[must_use]
     pub fn start(tag: &str, arena_mib: u64) -> EngineProcess {
         EngineProcess::configured(tag, arena_mib, &json!({}))
     }
 
-    /// The same, with further fields of its configuration.
-    ///
-    /// # Panics
-    /// When it does not start.
-    #[must_use]
+    /// The same with further fields of its configuration.
     pub fn configured(tag: &str, arena_mib: u64, fields: &Value) -> EngineProcess {
-        let mut overrides = overrides(&unique_name(tag), arena_mib);
-        for (key, value) in fields.as_object().expect("fields") {
-            overrides[key] = value.clone();
-        }
+        let overrides = merged(overrides(&unique_name(tag), arena_mib), fields);
         let engine = EngineProcess::try_start(&overrides);
         let engine = engine.unwrap_or_else(|error| panic!("the engine did not start: {error}"));
         engine.is_allocated();
         engine
     }
 
-    /// Starts an engine with an arena of `arena_mib` MiB in another environment, also for its restarts, and waits until
-    /// it serves all of it.
-    ///
-    /// # Panics
-    /// When it does not start.
-    #[must_use]
+    /// The same as [`EngineProcess::start`] with variables in its environment, also for its restarts.
     pub fn start_in(environment: &[(&'static str, &str)], tag: &str, arena_mib: u64) -> EngineProcess {
-        let environment: Vec<_> =
-            environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-        let engine = EngineProcess::spawn(&overrides(&unique_name(tag), arena_mib), environment);
-        let engine = engine.unwrap_or_else(|error| panic!("the engine did not start: {error}"));
+        let mut engine = EngineProcess::launched(&overrides(&unique_name(tag), arena_mib), environment);
+        engine.move_to(environment);
+        engine.serves().unwrap_or_else(|status| panic!("the engine did not start: {status}"));
         engine.is_allocated();
         engine
+    }
+
+    /// An engine with an arena of 16 MiB, a worker, and a scheduler.
+    pub fn with_clients(tag: &str) -> (EngineProcess, WorkerSide, SchedulerSide) {
+        let engine = EngineProcess::start(tag, 16);
+        let (worker, scheduler) = (engine.worker(), engine.scheduler());
+        (engine, worker, scheduler)
+    }
+
+    /// An engine with an arena of 16 MiB, and a bystander.
+    pub fn with_bystander(tag: &str) -> (EngineProcess, Bystander) {
+        let engine = EngineProcess::start(tag, 16);
+        let bystander = Bystander::start(&engine.name);
+        (engine, bystander)
+    }
+
+    /// Launches an engine with variables in its environment that its restarts do not have, and does not wait until it
+    /// serves: [`EngineProcess::serves`] does.
+    pub fn launched(overrides: &Value, environment: &[(&str, &str)]) -> EngineProcess {
+        let name = overrides["name"].as_str().expect("a name").to_owned();
+        let process = launched(overrides, &[], environment);
+        EngineProcess { name, overrides: overrides.clone(), environment: Vec::new(), process, sweep: true }
+    }
+
+    /// Starts an engine. The error is what it said last.
+    pub fn try_start(overrides: &Value) -> Result<EngineProcess, String> {
+        let mut engine = EngineProcess::launched(overrides, &[]);
+        if says_serving(&engine.process) {
+            return Ok(engine);
+        }
+        engine.sweep = false;
+        Err(engine.process.last_words())
+    }
+
+    /// The variables in its environment after the next restart.
+    pub fn move_to(&mut self, environment: &[(&'static str, &str)]) {
+        self.environment = environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    }
+
+    /// Further fields of its configuration after the next restart.
+    pub fn reconfigure(&mut self, fields: &Value) {
+        self.overrides = merged(self.overrides.take(), fields);
+    }
+
+    /// Starts it again with the same name and configuration, after [`Process::kill`] or [`EngineProcess::terminate`].
+    pub fn restart(&mut self) {
+        self.try_restart().unwrap_or_else(|error| panic!("no restart: {error}"));
+    }
+
+    /// `kill -9`, and a new start.
+    pub fn kill_and_restart(&mut self) {
+        self.kill();
+        self.restart();
+    }
+
+    /// The same as [`EngineProcess::restart`] where it may not start. The error is what it said last.
+    pub fn try_restart(&mut self) -> Result<(), String> {
+        self.launch(&[]);
+        if says_serving(&self.process) { Ok(()) } else { Err(self.process.last_words()) }
+    }
+
+    /// Starts it again with another arena.
+    pub fn restart_with_arena(&mut self, arena_mib: u64) {
+        self.reconfigure(&json!({ "arena": arena_mib << 20 }));
+        self.restart();
+    }
+
+    /// The same as [`EngineProcess::restart`] with further variables in its environment. The error is how it ended before
+    /// it served.
+    pub fn restart_with(&mut self, environment: &[(&str, &str)]) -> Result<(), ExitStatus> {
+        self.launch(environment);
+        self.serves()
+    }
+
+    /// The same, and does not wait until it serves: [`EngineProcess::serves`] does.
+    pub fn launch(&mut self, environment: &[(&str, &str)]) {
+        self.process = launched(&self.overrides, &self.environment, environment);
+    }
+
+    /// Waits until an engine that was launched serves. The error is how it ended before that.
+    pub fn serves(&mut self) -> Result<(), ExitStatus> {
+        if says_serving(&self.process) { Ok(()) } else { Err(self.process.wait()) }
     }
 
     /// Waits until the whole arena has its memory: a store that comes earlier may be dropped.
@@ -121,191 +203,36 @@ impl EngineProcess {
         });
     }
 
-    /// Launches an engine with variables in its environment that its restarts do not have, without waiting until it serves:
-    /// [`EngineProcess::serves`] does.
-    ///
-    /// # Panics
-    /// When there is no process to be had.
-    #[must_use]
-    pub fn launched(overrides: &Value, environment: &[(&str, &str)]) -> EngineProcess {
-        let name = overrides["name"].as_str().expect("a name").to_owned();
-        let child = launch(overrides, &[], environment).expect("an engine process");
-        let (overrides, environment) = (overrides.clone(), Vec::new());
-        EngineProcess { name, overrides, environment, child, stopped: false, sweep: true }
+    /// A worker of namespace 1, attached and registered.
+    pub fn worker(&self) -> WorkerSide {
+        WorkerSide::start(&WorkerSpec::new(&self.name)).expect("a worker")
     }
 
-    /// Starts an engine; the error is what it said.
-    ///
-    /// # Errors
-    /// Its last words.
-    pub fn try_start(overrides: &Value) -> Result<EngineProcess, String> {
-        EngineProcess::spawn(overrides, Vec::new())
+    /// The same, and the backend that holds its copies.
+    pub fn held_worker(&self) -> (WorkerSide, Arc<HeldBackend>) {
+        let backend = HeldBackend::new();
+        let worker = WorkerSide::copying_with(&WorkerSpec::new(&self.name), backend.clone());
+        (worker.expect("a worker"), backend)
     }
 
-    fn spawn(overrides: &Value, environment: Vec<(&'static str, String)>) -> Result<EngineProcess, String> {
-        let name = overrides["name"].as_str().expect("a name").to_owned();
-        let child = spawn_engine(overrides, &environment)?;
-        let overrides = overrides.clone();
-        Ok(EngineProcess { name, overrides, environment, child, stopped: false, sweep: true })
-    }
-
-    /// Another environment, for the next restart.
-    pub fn move_to(&mut self, environment: &[(&'static str, &str)]) {
-        self.environment = environment.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
-    }
-
-    /// The same name and configuration again, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
-    ///
-    /// # Panics
-    /// When it does not start.
-    pub fn restart(&mut self) {
-        self.try_restart().unwrap_or_else(|error| panic!("no restart: {error}"));
-    }
-
-    /// The same where it may not start; the error is what it said.
-    ///
-    /// # Errors
-    /// Its last words.
-    pub fn try_restart(&mut self) -> Result<(), String> {
-        self.child = spawn_engine(&self.overrides, &self.environment)?;
-        self.stopped = false;
-        Ok(())
-    }
-
-    /// The same name and configuration again, with further variables in its environment.
-    ///
-    /// # Errors
-    /// How it ended, where it did before it served.
-    ///
-    /// # Panics
-    /// When there is no process to be had.
-    pub fn restart_with(&mut self, environment: &[(&str, &str)]) -> Result<(), ExitStatus> {
-        self.launch(environment);
-        self.serves()
-    }
-
-    /// Starts it again without waiting until it serves: [`EngineProcess::serves`] does.
-    ///
-    /// # Panics
-    /// When there is no process to be had.
-    pub fn launch(&mut self, environment: &[(&str, &str)]) {
-        self.child = launch(&self.overrides, &self.environment, environment).expect("an engine process");
-        self.stopped = false;
-    }
-
-    /// Waits until an engine that was launched serves.
-    ///
-    /// # Errors
-    /// How it ended, where it did before that.
-    ///
-    /// # Panics
-    /// When it was not launched, or has been waited for.
-    pub fn serves(&mut self) -> Result<(), ExitStatus> {
-        if says_serving(&mut self.child) {
-            return Ok(());
-        }
-        Err(self.child.wait().expect("our own child"))
-    }
-
-    /// Waits until it has stopped itself, as a fail point asked it to.
-    pub fn has_stopped(&mut self) {
-        all_stopped(self.child.id());
-        self.stopped = true;
-    }
-
-    /// How it ended, if it has.
-    ///
-    /// # Panics
-    /// When it cannot be waited for.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
-        self.child.try_wait().expect("our own child")
-    }
-
-    /// The same name with another arena, after [`EngineProcess::kill`] or [`EngineProcess::terminate`].
-    ///
-    /// # Panics
-    /// When it does not start.
-    pub fn restart_with_arena(&mut self, arena_mib: u64) {
-        self.overrides = overrides(&self.name, arena_mib);
-        self.restart();
-    }
-
-    /// Further fields of the configuration, for the next restart.
-    ///
-    /// # Panics
-    /// For something that is no object.
-    pub fn reconfigure(&mut self, fields: &Value) {
-        for (key, value) in fields.as_object().expect("fields") {
-            self.overrides[key] = value.clone();
-        }
-    }
-
-    /// Its process.
-    #[must_use]
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).expect("a signal to our own child");
-    }
-
-    /// `kill -9`, and waits until the process is gone.
-    pub fn kill(&mut self) {
-        put_down(&mut self.child);
-        self.stopped = false;
+    /// A scheduler of namespace 1, attached.
+    pub fn scheduler(&self) -> SchedulerSide {
+        SchedulerSide::started(&SchedulerSpec::new(&self.name))
     }
 
     /// SIGTERM: a clean end. Returns its exit code.
-    ///
-    /// # Panics
-    /// When it cannot be waited for.
     pub fn terminate(&mut self) -> Option<i32> {
-        self.signal(Signal::SIGTERM);
-        self.child.wait().expect("our own child").code()
-    }
-
-    /// SIGSTOP, and waits until all its threads stand still.
-    pub fn stop(&mut self) {
-        self.signal(Signal::SIGSTOP);
-        all_stopped(self.child.id());
-        self.stopped = true;
-    }
-
-    /// Sends it a signal.
-    ///
-    /// # Panics
-    /// When it is gone.
-    pub fn send(&self, signal: Signal) {
-        self.signal(signal);
-    }
-
-    /// SIGCONT.
-    pub fn resume(&mut self) {
-        self.signal(Signal::SIGCONT);
-        self.stopped = false;
-    }
-
-    /// Is the process there (and not a zombie)?
-    pub fn is_running(&mut self) -> bool {
-        matches!(self.child.try_wait(), Ok(None))
+        self.send(Signal::SIGTERM);
+        self.wait().code()
     }
 
     /// The engine's own segment, read-only.
-    ///
-    /// # Panics
-    /// When it is not there.
-    #[must_use]
     pub fn view(&self) -> EngineView {
         view_of(&self.name)
     }
 
     /// A counter or gauge of its statistics, of a moment after this call began: gauges are published with each tick,
     /// just after the beat, so one whole tick is waited for. A stopped engine's are as old as they are.
-    ///
-    /// # Panics
-    /// For a name that does not exist.
-    #[must_use]
     pub fn stat(&self, name: &str) -> u64 {
         let view = self.view();
         let (before, began) = (view.segment.epoch().beat(), Instant::now());
@@ -315,17 +242,16 @@ impl EngineProcess {
         stat_of(&view, name)
     }
 
-    /// Waits until a counter or gauge has this value.
-    ///
-    /// # Panics
-    /// When the engine ends meanwhile: its statistics do not change any more.
+    /// Waits until a counter or gauge has this value. An engine that has ended changes none any more.
     pub fn stat_becomes(&self, name: &str, value: u64) {
-        let view = self.view();
-        let task = PathBuf::from(format!("/proc/{0}/task/{0}", self.pid()));
+        let (view, task) = (self.view(), self.task());
         becomes(name, value, || {
             let is_over = thread_state(&task).is_none_or(|state| state == 'Z');
             let now = stat_of(&view, name);
-            assert!(!is_over || now == value, "{name}: expected {value}, it is {now}, and the engine has ended");
+            assert!(
+                !is_over || now == value,
+                "{name}: expected {value}, it is {now}, and the engine has ended"
+            );
             now
         });
     }
@@ -338,17 +264,26 @@ impl EngineProcess {
     }
 
     /// The lobby.
-    ///
-    /// # Panics
-    /// When it cannot be opened.
-    #[must_use]
     pub fn lobby(&self) -> Lobby {
         let name = EngineName::new(&self.name).expect("a good name");
         self.view().open_lobby(&name).expect("the lobby")
     }
 
-    /// Nothing of any client is left: no lease, no slot being written, no forming chunk, no channel, and `clients`
-    /// attached. The engine has not found anything wrong with itself.
+    /// These clients go, and nothing of any client is left.
+    pub fn settles_without<T>(&self, clients: T) {
+        drop(clients);
+        self.settles(0);
+    }
+
+    /// These clients go, and so does the bystander, to which nothing has happened. Nothing of any client is left.
+    pub fn settles_beside<T>(&self, bystander: Bystander, clients: T) {
+        drop(clients);
+        bystander.was_undisturbed();
+        self.settles(0);
+    }
+
+    /// Nothing of any client is left: no lease, no slot that is being written, no forming chunk, no channel. `clients` are
+    /// attached, and the engine has found nothing wrong with itself.
     pub fn settles(&self, clients: u64) {
         let view = self.view();
         let all = [
@@ -365,17 +300,12 @@ impl EngineProcess {
         becomes(&format!("{all:?}"), [0, 0, 0, 0, 0, 0, clients, 0], now);
         let lobby = self.lobby();
         becomes("claimed entries", clients as usize, || claimed_entries(&lobby));
-        becomes("segments of clients", Vec::<String>::new(), || {
-            segments(&self.name).into_iter().filter(|name| name.contains(".client.")).collect()
-        });
+        becomes("channels with a name", Vec::<String>::new(), || channels(&self.name));
         self.is_sound();
     }
 
     /// The self-check has gone through everything, and found nothing. For an engine without traffic: it checks while
     /// it is idle, 64 entries with each beat.
-    ///
-    /// # Panics
-    /// When it has found something.
     pub fn is_sound(&self) {
         self.beats(200);
         let view = self.view();
@@ -384,7 +314,6 @@ impl EngineProcess {
     }
 
     /// The slots that somebody may be writing, for a chunk or for none, with the entry that writes each.
-    #[must_use]
     pub fn written_slots(&self) -> BTreeMap<u32, u8> {
         let view = self.view();
         let words = (0..).map_while(|slot| Some((slot, view.segment.slot(slot)?.word())));
@@ -394,53 +323,27 @@ impl EngineProcess {
     }
 
     /// A file of the engine's in `/dev/shm`: `engine`, `lobby` or `arena`.
-    #[must_use]
     pub fn file(&self, segment: &str) -> PathBuf {
         PathBuf::from(format!("/dev/shm/kvring.{}.{segment}", self.name))
     }
 
-    /// Leaves what it leaves.
+    /// What it leaves in `/dev/shm` stays there when it is dropped.
     pub fn keep_segments(&mut self) {
         self.sweep = false;
     }
 }
 
+/// The channels of clients that have a name in `/dev/shm`.
+pub fn channels(engine: &str) -> Vec<String> {
+    segments(engine).into_iter().filter(|name| name.contains(".client.")).collect()
+}
+
 /// How many entries of the client table are claimed, by the living or the dead.
-#[must_use]
 pub fn claimed_entries(lobby: &Lobby) -> usize {
     lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count()
 }
 
-/// Waits until every thread of a process has stopped.
-///
-/// # Panics
-/// When the process is gone, or does not stop.
-pub fn all_stopped(pid: u32) {
-    let tasks = format!("/proc/{pid}/task");
-    eventually("every thread of a process has stopped", || {
-        let tasks = std::fs::read_dir(&tasks).expect("the process's threads");
-        tasks.flatten().all(|task| thread_state(&task.path()).is_none_or(|state| state == 'T'))
-    });
-}
-
-/// Has this process stopped?
-#[must_use]
-pub fn has_stopped(pid: u32) -> bool {
-    thread_state(Path::new(&format!("/proc/{pid}/task/{pid}"))) == Some('T')
-}
-
-/// `R`, `S`, `T` …, or `None` when the thread is gone.
-#[must_use]
-pub fn thread_state(task: &Path) -> Option<char> {
-    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
-}
-
 /// The segment of the engine of this name, read-only.
-///
-/// # Panics
-/// When it is not there.
-#[must_use]
 pub fn view_of(name: &str) -> EngineView {
     let name = EngineName::new(name).expect("a good name");
     EngineView::open(&name).unwrap_or_else(|error| panic!("the engine's segment: {error}"))
@@ -457,54 +360,15 @@ pub fn within_beats(view: &EngineView, beats: u32, mut state: impl FnMut() -> bo
 }
 
 /// A counter or gauge of an engine's statistics.
-///
-/// # Panics
-/// For a name that does not exist.
-#[must_use]
 pub fn stat_of(view: &EngineView, name: &str) -> u64 {
     let snapshot = Snapshot::read(&view.segment.stats).expect("our own statistics table");
     let found = snapshot.iter().find(|(stat, _)| stat.name() == name);
     found.unwrap_or_else(|| panic!("no statistic {name}")).1
 }
 
-fn launch(
-    overrides: &Value,
-    environment: &[(&'static str, String)],
-    further: &[(&str, &str)],
-) -> std::io::Result<Child> {
-    let stderr = if std::env::var_os("KVRING_LOG").is_some() { Stdio::inherit() } else { Stdio::piped() };
-    Command::new(peer_binary())
-        .args(["engine", &overrides.to_string()])
-        .envs(environment.iter().map(|(name, value)| (*name, value.as_str())))
-        .envs(further.iter().copied())
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(stderr)
-        .spawn()
-}
-
-/// Waits for its first line: false where it ended without.
-fn says_serving(child: &mut Child) -> bool {
-    let stdout = child.stdout.take().expect("an engine that nobody has listened to");
-    let mut line = String::new();
-    let _ = BufReader::new(stdout).read_line(&mut line);
-    line.trim() == "serving"
-}
-
-fn spawn_engine(overrides: &Value, environment: &[(&'static str, String)]) -> Result<Child, String> {
-    let mut child = launch(overrides, environment, &[]).map_err(|error| error.to_string())?;
-    if says_serving(&mut child) {
-        return Ok(child);
-    }
-    put_down(&mut child);
-    let mut said = String::new();
-    let _ = child.stderr.take().map(|mut stderr| stderr.read_to_string(&mut said));
-    Err(said.trim().to_owned())
-}
-
 impl Drop for EngineProcess {
     fn drop(&mut self) {
-        put_down(&mut self.child);
+        self.kill();
         if self.sweep {
             remove_segments(&self.name);
         }

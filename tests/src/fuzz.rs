@@ -1,4 +1,4 @@
-//! Nonsense with a seed: the same number gives the same nonsense again.
+//! Nonsense from a seed: the same seed gives the same nonsense again.
 
 use crate::kv::mix;
 use kvring_shm_abi::message::{Key, Records, Request, Round};
@@ -9,7 +9,6 @@ pub struct Random(u64);
 
 impl Random {
     /// From a seed.
-    #[must_use]
     pub fn new(seed: u64) -> Random {
         Random(mix(seed))
     }
@@ -46,7 +45,7 @@ impl Random {
         }
     }
 
-    /// A key: often one that others of this fuzz use too.
+    /// A key, often one that others of this fuzz use too.
     pub fn key(&mut self) -> Key {
         if self.one_in(8) { [self.bits(), self.bits()] } else { [0xf0ff, self.below(64)] }
     }
@@ -63,8 +62,8 @@ impl Random {
         if self.one_in(3) { self.edgy() } else { self.below(1 << 15) as u32 }
     }
 
-    /// A request in form; what it says may be nonsense. `hardly` makes all but a few of them harmless enough not to be
-    /// a breach, so that what lies behind the first check is reached too.
+    /// A request that is well-formed and may say nonsense. Most of its arguments are plausible, so that also the checks
+    /// behind the first one are reached.
     pub fn request(&mut self, namespace: u32) -> Request {
         let namespace = if self.one_in(4) { self.edgy() } else { namespace };
         let rank = if self.one_in(4) { self.edgy() } else { 0 };
@@ -110,7 +109,7 @@ impl Random {
         Body { head: self.bits() as u32, words: core::array::from_fn(|_| self.bits()) }
     }
 
-    /// A request of which one word was hit.
+    /// A request with one bit flipped.
     pub fn damage(&mut self, mut body: Body) -> Body {
         let word = self.below(8) as usize;
         let bit = 1u64 << self.below(64);

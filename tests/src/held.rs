@@ -1,21 +1,38 @@
-//! A way of copying that stands still when a test says so: to have a copy run across an engine's death.
+//! A copy backend whose copies stand still or go wrong when a test says so.
 
 use crate::wait::eventually;
-use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, Transfer};
+use crate::worker::WorkerSide;
+use kvring_adapter::{JobId, Key, Round};
+use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, CpuBackend, GpuError, Transfer};
 use std::sync::{Arc, Condvar, Mutex};
+
+/// How a copy goes wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Fault {
+    #[default]
+    None,
+    RefuseToStart,
+    PanicAtStart,
+    FailWhileCopying,
+    PanicWhileCopying,
+    /// A device may still be copying.
+    Unended,
+}
 
 #[derive(Default)]
 struct State {
     hold: bool,
     held: usize,
+    fault: Fault,
 }
 
+#[derive(Default)]
 struct Gate {
     state: Mutex<State>,
     changed: Condvar,
 }
 
-/// Copies as the CPU backend does, but a copy that begins while [`HeldBackend::hold`] is in force does not end before
+/// Copies as the CPU backend does, but a copy that begins after [`HeldBackend::hold`] ends only after
 /// [`HeldBackend::let_go`]: its bytes are moved then.
 pub struct HeldBackend {
     inner: Arc<CpuBackend>,
@@ -24,35 +41,37 @@ pub struct HeldBackend {
 
 impl HeldBackend {
     /// Nothing is held yet.
-    #[must_use]
     pub fn new() -> Arc<HeldBackend> {
-        let gate = Gate { state: Mutex::default(), changed: Condvar::new() };
-        Arc::new(HeldBackend { inner: Arc::new(CpuBackend::new(1)), gate: Arc::new(gate) })
+        Arc::new(HeldBackend { inner: Arc::new(CpuBackend::new(1)), gate: Arc::default() })
     }
 
     /// Copies stand still from now on.
-    ///
-    /// # Panics
-    /// Never.
     pub fn hold(&self) {
         self.gate.state.lock().unwrap().hold = true;
     }
 
     /// Waits until this many copies stand still.
-    ///
-    /// # Panics
-    /// When they do not come.
     pub fn holds(&self, copies: usize) {
         eventually("copies are under way", || self.gate.state.lock().unwrap().held == copies);
     }
 
-    /// They go on, and further ones do.
-    ///
-    /// # Panics
-    /// Never.
+    /// Begins a store of this worker, which copies with this backend, and waits until its copy stands still.
+    pub fn hold_a_store(&self, worker: &mut WorkerSide, round: Round, keys: &[Key], version: u64) -> JobId {
+        self.hold();
+        let job = worker.submit_store(round, keys, version).expect("a good job");
+        self.holds(1);
+        job
+    }
+
+    /// Copies go on, those that stand still and further ones.
     pub fn let_go(&self) {
         self.gate.state.lock().unwrap().hold = false;
         self.gate.changed.notify_all();
+    }
+
+    /// From now on copies go wrong in this way, also those that stand still.
+    pub fn set(&self, fault: Fault) {
+        self.gate.state.lock().unwrap().fault = fault;
     }
 }
 
@@ -60,6 +79,11 @@ impl CopyBackend for HeldBackend {
     kvring_gpu_kernels::copies_host_memory!();
 
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
+        let fault = self.gate.state.lock().unwrap().fault;
+        assert_ne!(fault, Fault::PanicAtStart, "a fault that was asked for");
+        if fault == Fault::RefuseToStart {
+            return Err(CopyError::ShutDown);
+        }
         Ok(Box::new(HeldTransfer { batch: Some(batch), inner: self.inner.clone(), gate: self.gate.clone() }))
     }
 
@@ -81,8 +105,15 @@ impl HeldTransfer {
         state.held += 1;
         let mut state = self.gate.changed.wait_while(state, |state| state.hold).unwrap();
         state.held -= 1;
+        let fault = state.fault;
         drop(state);
-        self.inner.submit(batch)?.wait()
+        let done = self.inner.submit(batch)?.wait()?;
+        assert_ne!(fault, Fault::PanicWhileCopying, "a fault that was asked for");
+        match fault {
+            Fault::FailWhileCopying => Err(CopyError::ThreadFailed),
+            Fault::Unended => Err(CopyError::Unended(GpuError::NoDriver)),
+            _ => Ok(done),
+        }
     }
 }
 

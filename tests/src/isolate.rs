@@ -8,17 +8,11 @@ use std::process::Command;
 const INSIDE: &str = "KVRING_TEST_ISOLATED";
 
 /// Runs `body` in a process of its own: this binary again, with only the test `name` (its full path).
-///
-/// # Panics
-/// When it fails there.
 pub fn isolated(name: &str, body: impl FnOnce()) {
     isolated_by(name, &[], body);
 }
 
 /// The same behind a command that ends in `exec "$@"`, such as one that mounts a small `/dev/shm` first.
-///
-/// # Panics
-/// When it fails there.
 pub fn isolated_by(name: &str, prefix: &[&str], body: impl FnOnce()) {
     if std::env::var_os(INSIDE).is_some() {
         return body();
@@ -60,11 +54,8 @@ impl ControlGroup {
             .into_iter()
     }
 
-    /// Runs `body` as the only process of a new group with this limit. Where no group can be made that is said, and nothing is
-    /// run.
-    ///
-    /// # Panics
-    /// When it fails there.
+    /// Runs `body` as the only process of a new group with this limit. Where no group can be made, it says so and runs
+    /// nothing.
     pub fn limited(name: &str, bytes: u64, body: impl FnOnce(&ControlGroup)) {
         if !is_root(name) {
             return;
@@ -91,19 +82,14 @@ impl ControlGroup {
         }
     }
 
-    /// What is used of it, in bytes.
-    ///
-    /// # Panics
-    /// When it cannot be read.
-    #[must_use]
+    /// How many bytes of it are used.
     pub fn used(&self) -> u64 {
         let text = std::fs::read_to_string(self.dir.join(self.usage)).expect("the group's usage");
         text.trim().parse().expect("a number")
     }
 }
 
-/// Does this user have the privileges of root? What needs them is skipped elsewhere, and says so.
-#[must_use]
+/// Does this user have the privileges of root? Where not, says that the test is skipped.
 pub fn is_root(test: &str) -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
@@ -125,10 +111,6 @@ pub struct Footprint {
 
 impl Footprint {
     /// Of this process, as far as the engine of this name is concerned.
-    ///
-    /// # Panics
-    /// Without `/proc`.
-    #[must_use]
     pub fn now(engine: &str) -> Footprint {
         let prefix = format!("/kvring.{engine}.");
         let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc/self/maps");
@@ -151,17 +133,12 @@ impl Footprint {
     }
 
     /// How many mappings there are of segments whose names hold `part`.
-    #[must_use]
     pub fn mapped(&self, part: &str) -> usize {
         self.mappings.iter().filter(|file| file.contains(part)).count()
     }
 }
 
 /// Names in `/dev/shm` that belong to the engine of this name.
-///
-/// # Panics
-/// Without `/dev/shm`.
-#[must_use]
 pub fn segments(engine: &str) -> BTreeSet<String> {
     let prefix = format!("kvring.{engine}.");
     std::fs::read_dir("/dev/shm")

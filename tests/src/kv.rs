@@ -9,54 +9,45 @@ use serde::{Deserialize, Serialize};
 pub struct Shape {
     /// Bytes of a page in each plane, multiples of 8.
     pub pages: [usize; 2],
-    /// Blocks of one chunk.
     pub blocks_per_chunk: u32,
-    /// Blocks in all.
+    /// Blocks of the whole cache.
     pub blocks: u32,
 }
 
 impl Shape {
     /// 64 KiB a shard.
     pub const SMALL: Shape = Shape { pages: [4096, 12288], blocks_per_chunk: 4, blocks: 256 };
-    /// 1 MiB a shard: a copy takes long enough to be raced.
+    /// 1 MiB a shard, so that a copy takes long enough to be raced.
     pub const LARGE: Shape = Shape { pages: [256 << 10, 256 << 10], blocks_per_chunk: 2, blocks: 32 };
 
-    /// Bytes of one shard.
-    #[must_use]
     pub fn shard_bytes(&self) -> u64 {
         (self.pages[0] + self.pages[1]) as u64 * u64::from(self.blocks_per_chunk)
     }
 
     /// Chunks that fit into the cache at once.
-    #[must_use]
     pub fn chunks(&self) -> usize {
         (self.blocks / self.blocks_per_chunk) as usize
     }
 }
 
-/// Whose bytes these are: two contents differ in every word.
+/// What a block's bytes are a function of: two contents differ in every word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Content {
-    /// The chunk.
     pub key: Key,
-    /// The rank.
     pub rank: u32,
-    /// Which computation of it: what one store wrote, and another did not.
+    /// Names one computation of the chunk: stores of different versions write different bytes.
     pub version: u64,
 }
 
-/// Bytes that are not what they should be.
+/// A wrong word in a block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WrongBytes {
-    /// Which block of the chunk.
+    /// The block's place in the chunk.
     pub block: usize,
-    /// Which plane.
     pub plane: usize,
-    /// Which word of the page.
+    /// The word's place in the page.
     pub word: usize,
-    /// What should be there.
     pub expected: u64,
-    /// What is.
     pub found: u64,
 }
 
@@ -67,18 +58,17 @@ const CANARY: u64 = 0xa5a5_a5a5_a5a5_a5a5;
 /// What blocks hold before a load.
 const POISON: u64 = 0xdead_dead_dead_dead;
 
-/// The cache's memory. Its pages are read and written by an adapter's threads, so it is touched by address only.
+/// The cache's memory. An adapter's threads read and write its pages, so it is accessed by address only.
 pub struct Kv {
     shape: Shape,
     memory: Memory,
     planes: [(*mut u64, usize); 2],
-    /// What the planes lie in, where that is a device's.
+    /// The memory of the planes where it is a device's.
     on_device: Vec<DeviceMemory>,
 }
 
-/// Are caches to be in a GPU's memory? Where tests run with the fake CUDA driver, whose device memory the host can reach:
-/// `KVRING_TEST_FAKE_GPU=1` (see `tests/run`).
-#[must_use]
+/// Are caches to be in a GPU's memory? So it is where tests run with the fake CUDA driver (`KVRING_TEST_FAKE_GPU=1`, see
+/// `tests/run`), whose device memory the host can access.
 pub fn with_fake_gpu() -> bool {
     std::env::var_os("KVRING_TEST_FAKE_GPU").is_some()
 }
@@ -91,7 +81,6 @@ unsafe impl Sync for Kv {}
 
 impl Kv {
     /// An empty cache of this shape.
-    #[must_use]
     pub fn new(shape: Shape) -> Kv {
         let plane = |page: usize| {
             let words = (page / 8 + GAP) * shape.blocks as usize;
@@ -102,10 +91,6 @@ impl Kv {
     }
 
     /// An empty cache in the memory of the fake driver's first device.
-    ///
-    /// # Panics
-    /// Without the fake driver.
-    #[must_use]
     pub fn on_fake_gpu(shape: Shape) -> Kv {
         let device = Device::open(0).expect("the fake CUDA driver");
         let mut on_device = Vec::new();
@@ -123,17 +108,11 @@ impl Kv {
         Kv { shape, memory: Memory::Cuda(0), planes, on_device }
     }
 
-    /// Its form.
-    #[must_use]
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// As the worker adapter takes it.
-    ///
-    /// # Panics
-    /// For a shape that cannot be.
-    #[must_use]
+    /// The cache as the worker adapter takes it.
     pub fn paged(&self) -> PagedKv {
         let planes = self.planes.iter().zip(self.shape.pages).map(|((base, _), page_bytes)| Plane {
             base: base.cast(),
@@ -160,7 +139,7 @@ impl Kv {
         });
     }
 
-    /// Makes sure that nothing of an earlier content is left.
+    /// Overwrites blocks, so that nothing of an earlier content is left.
     pub fn poison(&self, blocks: &[u32]) {
         self.each_word(blocks, |at, _| {
             // SAFETY: as in `fill`.
@@ -169,7 +148,6 @@ impl Kv {
     }
 
     /// The first word that is not the content's, if there is one.
-    #[must_use]
     pub fn verify(&self, blocks: &[u32], content: Content) -> Option<WrongBytes> {
         let mut wrong = None;
         self.each_word(blocks, |at, place| {
@@ -194,10 +172,7 @@ impl Kv {
         }
     }
 
-    /// Nothing was ever written between the pages.
-    ///
-    /// # Panics
-    /// When something was.
+    /// Checks that nothing was ever written between the pages.
     pub fn check_gaps(&self) {
         for plane in 0..2 {
             for block in 0..self.shape.blocks {
@@ -215,7 +190,7 @@ impl Kv {
 impl Drop for Kv {
     fn drop(&mut self) {
         if !self.on_device.is_empty() {
-            // They go by themselves.
+            // The device's memory frees itself.
             return;
         }
         for (base, words) in self.planes {
@@ -225,8 +200,7 @@ impl Drop for Kv {
     }
 }
 
-/// A good 64-bit mix (splitmix64): also the tests' random numbers.
-#[must_use]
+/// A good 64-bit mix (splitmix64), also for the tests' random numbers.
 pub fn mix(value: u64) -> u64 {
     let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -242,8 +216,7 @@ fn word_of(content: Content, (block, plane, word): (usize, usize, usize)) -> u64
     page.wrapping_add((word as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 
-/// `count` keys of a chain that nobody else has.
-#[must_use]
+/// `count` keys of a chain with this name.
 pub fn chain(name: u64, count: usize) -> Vec<Key> {
     (0..count as u64).map(|index| [mix(name), index]).collect()
 }

@@ -1,44 +1,35 @@
-//! What tests and their other processes say to each other: a line of JSON each way.
+//! How tests set their clients up, and what stores, loads and lookups come to: in a form that goes through a pipe.
 
 use crate::kv::{Shape, mix};
 use crate::wait::LIMIT;
-use kvring_adapter::{ClientOptions, Key, ShardHandle};
+use kvring_adapter::{ClientOptions, Key, Round, ShardHandle};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 const LIMIT_MS: u64 = LIMIT.as_millis() as u64;
 
-/// A client's options, as far as tests choose them; times in milliseconds.
+/// The client options that tests choose; times are in milliseconds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ClientSpec {
-    /// The engine's name.
     pub engine: String,
-    /// See [`ClientOptions::attach_timeout`].
     pub attach_ms: u64,
-    /// See [`ClientOptions::register_timeout`].
     pub register_ms: u64,
-    /// See [`ClientOptions::operation_timeout`].
     pub operation_ms: u64,
-    /// See [`ClientOptions::drain_timeout`].
     pub drain_ms: u64,
-    /// See [`ClientOptions::stall_after`].
     pub stall_ms: u64,
-    /// See [`ClientOptions::backoff_max`].
     pub backoff_max_ms: u64,
-    /// See [`ClientOptions::payload_bytes`].
     pub payload_bytes: usize,
 }
 
 impl ClientSpec {
-    /// Patient: nothing times out that is not meant to, however busy the machine is.
-    #[must_use]
+    /// A patient client: nothing times out that is not meant to, however busy the machine is.
     pub fn new(engine: &str) -> ClientSpec {
         ClientSpec {
             engine: engine.to_owned(),
             attach_ms: LIMIT_MS,
             register_ms: LIMIT_MS,
             operation_ms: LIMIT_MS,
-            // Not for ever: a test that has failed, with its engine dead, is to come to its end.
+            // Not for ever: a test that has failed, with its engine dead, must come to its end.
             drain_ms: 20_000,
             stall_ms: LIMIT_MS,
             backoff_max_ms: 20,
@@ -46,8 +37,7 @@ impl ClientSpec {
         }
     }
 
-    /// As the adapter takes it.
-    #[must_use]
+    /// The options as the adapter takes them.
     pub fn options(&self) -> ClientOptions {
         ClientOptions {
             engine: self.engine.clone(),
@@ -66,25 +56,23 @@ impl ClientSpec {
 }
 
 /// A namespace's fingerprint, by a number.
-#[must_use]
 pub fn fingerprint(namespace: u64) -> [u64; 4] {
     core::array::from_fn(|word| mix(mix(namespace).wrapping_add(word as u64)))
+}
+
+/// A round of source 1.
+pub fn round(number: u32) -> Round {
+    Round { source: 1, number }
 }
 
 /// One rank's worker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct WorkerSpec {
-    /// How it attaches.
     pub client: ClientSpec,
-    /// Which namespace.
     pub namespace: u64,
-    /// Number of ranks.
     pub world: u32,
-    /// This rank.
     pub rank: u32,
-    /// Tokens per chunk.
     pub chunk_tokens: u32,
-    /// The paged KV cache.
     pub shape: Shape,
     /// Are checksums stored and verified?
     pub checksum: bool,
@@ -92,7 +80,6 @@ pub struct WorkerSpec {
 
 impl WorkerSpec {
     /// The only rank of namespace 1.
-    #[must_use]
     pub fn new(engine: &str) -> WorkerSpec {
         WorkerSpec {
             client: ClientSpec::new(engine),
@@ -106,13 +93,10 @@ impl WorkerSpec {
     }
 
     /// One rank of several.
-    #[must_use]
     pub fn rank(engine: &str, world: u32, rank: u32) -> WorkerSpec {
         WorkerSpec { world, rank, ..WorkerSpec::new(engine) }
     }
 
-    /// The namespace's fingerprint.
-    #[must_use]
     pub fn fingerprint(&self) -> [u64; 4] {
         fingerprint(self.namespace)
     }
@@ -121,9 +105,7 @@ impl WorkerSpec {
 /// A scheduler.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SchedulerSpec {
-    /// How it attaches.
     pub client: ClientSpec,
-    /// Which namespace.
     pub namespace: u64,
     /// Number of ranks, for the handles.
     pub world: u32,
@@ -136,8 +118,7 @@ pub struct SchedulerSpec {
 }
 
 impl SchedulerSpec {
-    /// A patient one of namespace 1 with one rank.
-    #[must_use]
+    /// A patient one of namespace 1, which has one rank.
     pub fn new(engine: &str) -> SchedulerSpec {
         SchedulerSpec {
             client: ClientSpec::new(engine),
@@ -150,30 +131,22 @@ impl SchedulerSpec {
     }
 
     /// Of a namespace with several ranks.
-    #[must_use]
     pub fn world(engine: &str, world: u32) -> SchedulerSpec {
         SchedulerSpec { world, ..SchedulerSpec::new(engine) }
     }
 
-    /// The namespace's fingerprint.
-    #[must_use]
     pub fn fingerprint(&self) -> [u64; 4] {
         fingerprint(self.namespace)
     }
 }
 
-/// [`ShardHandle`], for a pipe: as vLLM's metadata carries it from the scheduler to the workers.
+/// A [`ShardHandle`] that can be sent, as vLLM's metadata carries it from the scheduler to the workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handle {
-    /// Which arena.
     pub arena_id: [u64; 2],
-    /// The slot.
     pub slot: u32,
-    /// Its generation.
     pub generation: u64,
-    /// First byte in the arena.
     pub offset: u64,
-    /// The chunk's key.
     pub key: Key,
 }
 
@@ -185,106 +158,59 @@ impl From<ShardHandle> for Handle {
 }
 
 impl Handle {
-    /// As the adapter takes it.
-    #[must_use]
+    /// The handle as the adapter takes it.
     pub fn shard(&self) -> ShardHandle {
         let Handle { arena_id, slot, generation, offset, key } = *self;
         ShardHandle { arena_id, slot, generation, offset, key }
     }
 }
 
-/// What a lookup found.
+/// What a lookup has found.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
-    /// Chunks, from the first key on.
+    /// How many chunks, from the first key on.
     pub chunks: u32,
     /// What each rank loads.
     pub ranks: Vec<Vec<Handle>>,
 }
 
-/// What a store came to, in shards.
+/// What became of the shards of a store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stored {
     /// Written and committed.
     pub stored: u32,
     /// Visible already.
     pub skipped: u32,
-    /// Dropped.
     pub dropped: u32,
 }
 
 /// Everything was written.
-#[must_use]
 pub fn all_stored(count: usize) -> Stored {
     Stored { stored: count as u32, ..Stored::default() }
 }
 
-/// What a load came to, in shards.
+/// Everything was dropped.
+pub fn all_dropped(count: usize) -> Stored {
+    Stored { dropped: count as u32, ..Stored::default() }
+}
+
+/// What became of the shards of a load.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Loaded {
-    /// Loaded, as the adapter says.
+    /// Reported as loaded.
     pub loaded: u32,
     /// Reported as failed.
     pub failed: u32,
-    /// Of those loaded: with bytes that are not the chunk's.
+    /// Reported as loaded, with bytes that are not the chunk's.
     pub wrong: u32,
 }
 
 /// Everything was loaded, and right.
-#[must_use]
 pub fn all_loaded(count: usize) -> Loaded {
     Loaded { loaded: count as u32, ..Loaded::default() }
 }
 
-/// What lookups have come to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Tally {
-    /// Answered by the engine.
-    pub answered: u64,
-    /// 0 because of the engine's health.
-    pub degraded: u64,
-    /// 0 because of the deadline.
-    pub timed_out: u64,
-    /// 0 because of the namespace, or of too many leases.
-    pub refused: u64,
-}
-
-/// What a test asks of a client in another process.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "the methods of `Peer` have the same names and are documented")]
-pub enum Ask {
-    BecomeUser { uid: u32 },
-    Worker(Box<WorkerSpec>),
-    HeldWorker(Box<WorkerSpec>),
-    HoldAStore { round: (u32, u32), keys: Vec<Key>, version: u64 },
-    FinishTheStore,
-    End { how: u32 },
-    EndKeepers,
-    RegisterDma,
-    Fork,
-    Scheduler(Box<SchedulerSpec>),
-    WaitReady,
-    Health,
-    Store { request: String, round: (u32, u32), parent: Option<Key>, keys: Vec<Key>, version: u64 },
-    Load { request: String, handles: Vec<Handle>, version: u64 },
-    Lookup { request: String, admission: u32, keys: Vec<Key> },
-    Release { request: String, admission: u32, keep: u32 },
-    EndSession { request: String },
-    ResetCache,
-    Tally,
-    Shutdown,
-}
-
-/// What it answers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[allow(missing_docs, reason = "see `Ask`")]
-pub enum Tell {
-    Done,
-    Failed(String),
-    Health(String),
-    Stored(Stored),
-    Loaded(Loaded),
-    Found(Found),
-    Count(u64),
-    Tally(Tally),
+/// Every load failed.
+pub fn all_failed(count: usize) -> Loaded {
+    Loaded { failed: count as u32, ..Loaded::default() }
 }

@@ -1,10 +1,10 @@
-//! A client made by hand from `shm-abi`: it can say anything, in any order, and promise nothing.
+//! A client made by hand from `shm-abi`: it can send anything, in any order, and keeps no promise.
 //!
-//! Its life words belong to the thread that made it, and a thread has one robust list that the kernel knows: to let one
-//! *die*, let its process die. Dropping one gives its entry up.
+//! Its life word belongs to the thread that made it, and the kernel knows one robust list of each thread: so a client
+//! dies only with its process. Dropping it gives its entry up.
 
 use crate::kv::{Kv, Shape, chain};
-use crate::wait::{becomes, eventually};
+use crate::wait::{becomes, until};
 use kvring_adapter::EngineView;
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::engine_segment::AttachStatus;
@@ -26,36 +26,34 @@ const ARGUMENTS_AT: u32 = 0;
 /// Where its answers go.
 const ANSWER_AT: u32 = 1 << 15;
 
-/// The attachment, step by step.
+/// The client.
 pub struct RawClient {
     name: EngineName,
-    /// The engine's segment.
     pub view: EngineView,
-    /// The lobby.
     pub lobby: Lobby,
     list: RobustList,
-    /// Its entry.
     pub entry: usize,
-    /// Its nonce.
     pub nonce: u64,
-    /// What its messages are signed with.
+    /// It signs its messages with this.
     pub ident: Ident,
     /// The writing end of its submissions.
     pub submissions: Producer,
     completions: Consumer,
-    /// Its payload area.
     pub payload: Payload,
-    /// Its channel's file: for what the types do not allow.
+    /// Its channel's file, for accesses that the types do not allow.
     pub file: std::fs::File,
     next_operation: u16,
 }
 
-/// Where a channel lies.
-fn channel_path(engine: &EngineName, entry: usize, nonce: u64) -> std::path::PathBuf {
-    std::path::Path::new("/dev/shm").join(engine.client(entry, nonce).trim_start_matches('/'))
+/// A new channel of this many words for an entry, under a new nonce.
+fn new_channel(name: &EngineName, view: &EngineView, entry: usize, payload_words: u32) -> (u64, Channel) {
+    let nonce = kvring_shm_abi::superblock::random_u64().expect("random numbers");
+    let identity = view.identity;
+    let channel = Channel::create(name, entry, nonce, payload_words, identity.arena_id, identity.geometry);
+    (nonce, channel.expect("a channel"))
 }
 
-/// An entry claimed, and a channel made: what comes before `publish`.
+/// A client that has claimed an entry and made a channel, and has not published the entry yet.
 pub struct Claimed {
     client: RawClient,
     content: EntryContent,
@@ -63,37 +61,20 @@ pub struct Claimed {
 
 impl Claimed {
     /// Claims a free entry and makes a channel for it.
-    ///
-    /// # Panics
-    /// When the engine is not there, or its table is full.
-    #[must_use]
     pub fn new(engine: &str, role: Role) -> Claimed {
         Claimed::with_payload(engine, role, PAYLOAD_WORDS)
     }
 
-    /// The same, with a payload area of so many words.
-    ///
-    /// # Panics
-    /// As `new`.
-    #[must_use]
+    /// The same with a payload area of this many words.
     pub fn with_payload(engine: &str, role: Role, payload_words: u32) -> Claimed {
         let name = EngineName::new(engine).expect("a good name");
         let view = EngineView::open(&name).unwrap_or_else(|error| panic!("the engine: {error}"));
         let lobby = view.open_lobby(&name).unwrap_or_else(|error| panic!("the lobby: {error}"));
         let mut list = RobustList::register(lobby.life_words.clone()).expect("robust lists");
-        let mut entry = None;
-        // Those who gave theirs up a moment ago may not have been reclaimed yet.
-        eventually("an entry is free", || {
-            entry = (0..CLIENTS_MAX).find(|entry| list.claim(*entry).is_ok());
-            entry.is_some()
-        });
-        let entry = entry.expect("just claimed");
-        let nonce = kvring_shm_abi::superblock::random_u64().expect("random numbers");
-        let identity = view.identity;
-        let channel =
-            Channel::create(&name, entry, nonce, payload_words, identity.arena_id, identity.geometry)
-                .expect("a channel");
-        let path = channel_path(&name, entry, nonce);
+        // The engine may not have reclaimed yet what others gave up a moment ago.
+        let entry = until("an entry is free", || (0..CLIENTS_MAX).find(|entry| list.claim(*entry).is_ok()));
+        let (nonce, channel) = new_channel(&name, &view, entry, payload_words);
+        let path = std::path::Path::new("/dev/shm").join(name.client(entry, nonce).trim_start_matches('/'));
         let file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("our own channel");
         let incarnation = view.segment.epoch().incarnation();
         let content = EntryContent {
@@ -121,14 +102,10 @@ impl Claimed {
         Claimed { client, content }
     }
 
-    /// The entry.
-    #[must_use]
     pub fn entry(&self) -> usize {
         self.client.entry
     }
 
-    /// The channel's file.
-    #[must_use]
     pub fn file(&self) -> &std::fs::File {
         &self.client.file
     }
@@ -139,7 +116,6 @@ impl Claimed {
     }
 
     /// Publishes the entry as changed, and waits for nothing.
-    #[must_use]
     pub fn publish_only(mut self, change: impl FnOnce(&mut EntryContent)) -> RawClient {
         change(&mut self.content);
         self.client.lobby.claim(self.client.entry, &self.content);
@@ -147,9 +123,6 @@ impl Claimed {
     }
 
     /// Publishes the entry, changed as told, and waits for the engine's answer.
-    ///
-    /// # Errors
-    /// What the engine said instead of "attached".
     pub fn publish(mut self, change: impl FnOnce(&mut EntryContent)) -> Result<RawClient, AttachStatus> {
         change(&mut self.content);
         let client = self.client;
@@ -163,10 +136,6 @@ impl Claimed {
 
 impl RawClient {
     /// Attaches as a well-behaved client would.
-    ///
-    /// # Panics
-    /// When the engine refuses.
-    #[must_use]
     pub fn attach(engine: &str, role: Role) -> RawClient {
         let attached = Claimed::new(engine, role).publish(|_| {});
         attached.unwrap_or_else(|status| panic!("refused: {status:?}"))
@@ -174,12 +143,13 @@ impl RawClient {
 
     fn judged(&self, nonce: u64) -> AttachStatus {
         let record = &self.view.segment.attach[self.entry];
-        eventually("the engine judges the claim", || record.read(nonce) != AttachStatus::None);
-        record.read(nonce)
+        until("the engine judges the claim", || {
+            let status = record.read(nonce);
+            (status != AttachStatus::None).then_some(status)
+        })
     }
 
     /// How its attachment stands.
-    #[must_use]
     pub fn status(&self) -> AttachStatus {
         self.view.segment.attach[self.entry].read(self.nonce)
     }
@@ -189,17 +159,11 @@ impl RawClient {
         becomes(why, AttachStatus::Breach, || self.status());
     }
 
-    /// A further claim on the same entry, without giving it up: another nonce, another channel. What the engine says to
-    /// it, if anything, while `meanwhile` runs.
-    ///
-    /// # Panics
-    /// When no channel can be made.
+    /// Publishes its entry again without giving it up, with another nonce and another channel. Returns what the engine has
+    /// said to that, if anything, when `meanwhile` has run.
     pub fn claim_again(&mut self, meanwhile: impl FnOnce()) -> AttachStatus {
-        self.nonce = kvring_shm_abi::superblock::random_u64().expect("random numbers");
-        let identity = self.view.identity;
-        let (arena_id, geometry) = (identity.arena_id, identity.geometry);
-        let channel = Channel::create(&self.name, self.entry, self.nonce, PAYLOAD_WORDS, arena_id, geometry)
-            .expect("a channel");
+        let (nonce, channel) = new_channel(&self.name, &self.view, self.entry, PAYLOAD_WORDS);
+        self.nonce = nonce;
         let content = EntryContent {
             role: Role::Worker as u32,
             nonce: self.nonce,
@@ -217,7 +181,7 @@ impl RawClient {
         self.status()
     }
 
-    /// Gives the entry up without a word, as if its owner had died.
+    /// Gives the entry up without a message, as if its owner had died.
     pub fn give_up(&mut self) {
         self.list.release(self.entry);
     }
@@ -227,13 +191,12 @@ impl RawClient {
         park::notify(self.lobby.doorbell());
     }
 
-    /// Sends anything.
     pub fn send_body(&mut self, body: &Body) {
         self.submissions.push(body);
         self.ring();
     }
 
-    /// Sends a request; its operation number.
+    /// Sends a request; returns its operation number.
     pub fn send(&mut self, request: Request) -> u16 {
         self.next_operation = (self.next_operation + 1) % 256;
         let operation = self.next_operation;
@@ -242,18 +205,12 @@ impl RawClient {
     }
 
     /// The next completion, if there is one.
-    ///
-    /// # Panics
-    /// When the engine's ring makes no sense.
     pub fn poll(&mut self) -> Option<Completion> {
         let body = self.completions.pop().expect("a ring that does not jump")?;
         Some(Completion::decode(&body).expect("a completion"))
     }
 
     /// Sends a request and waits for its completion.
-    ///
-    /// # Panics
-    /// When there is none.
     pub fn call(&mut self, request: Request) -> Completion {
         let operation = self.send(request);
         let completion = self.answer();
@@ -262,24 +219,13 @@ impl RawClient {
     }
 
     /// Waits for the next completion.
-    ///
-    /// # Panics
-    /// When it is of another life.
     pub fn answer(&mut self) -> Completion {
-        let mut completion = None;
-        eventually("the engine answers", || {
-            completion = self.poll();
-            completion.is_some()
-        });
-        let completion = completion.expect("just seen");
+        let completion = until("the engine answers", || self.poll());
         assert_eq!(completion.ident, self.ident);
         completion
     }
 
-    /// Registers one rank of namespace `namespace`; its id.
-    ///
-    /// # Panics
-    /// When the engine refuses.
+    /// Registers one rank of namespace `namespace`; returns the namespace's id.
     pub fn register(&mut self, namespace: u64, world: u32, rank: u32, shard_bytes: u64) -> u32 {
         let completion = self.call_register(&registration(namespace, world, rank, shard_bytes));
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
@@ -287,19 +233,12 @@ impl RawClient {
     }
 
     /// Registers whatever it is.
-    ///
-    /// # Panics
-    /// When the engine does not answer.
     pub fn call_register(&mut self, registration: &Registration) -> Completion {
         let request = self.register_request(registration);
         self.call(request)
     }
 
     /// A registration.
-    ///
-    /// # Panics
-    /// When the payload area has no room for it.
-    #[must_use]
     pub fn register_request(&self, registration: &Registration) -> Request {
         self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(&[*registration])).expect("room");
         Request::Register { record: ARGUMENTS_AT }
@@ -312,10 +251,7 @@ impl RawClient {
         Request::Reserve { round, namespace, rank, keys, answer: ANSWER_AT, parent: None }
     }
 
-    /// Reserves; the slots to write, for a commit or an abort.
-    ///
-    /// # Panics
-    /// When the engine refuses.
+    /// Reserves; returns the slots to write, for a commit or an abort.
     pub fn reserve(&mut self, namespace: u32, rank: u32, round: Round, keys: &[Key]) -> Vec<SlotRecord> {
         let completion = self.call(self.reserve_request(namespace, rank, round, keys));
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
@@ -332,7 +268,7 @@ impl RawClient {
             .collect()
     }
 
-    /// Reserves slots until there are none left; which it got.
+    /// Reserves slots until none is left; returns those that it got.
     pub fn take_all(&mut self, namespace: u32, name: u64) -> Vec<SlotRecord> {
         let mut taken = Vec::new();
         for part in 0.. {
@@ -345,42 +281,33 @@ impl RawClient {
         taken
     }
 
-    /// Commits or aborts; what became of each.
-    ///
-    /// # Panics
-    /// When the engine does not answer.
+    /// Commits or aborts slots; returns what became of each.
     pub fn finish(&mut self, slots: &[SlotRecord], commit: bool) -> Vec<SlotOutcome> {
-        self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(slots)).expect("room");
-        let records = Records { offset: ARGUMENTS_AT, count: slots.len() as u32 };
-        let completion = self.call(if commit {
-            Request::Commit { slots: records, answer: ANSWER_AT }
-        } else {
-            Request::Abort { slots: records, answer: ANSWER_AT }
-        });
-        assert_eq!(completion.status, Status::Ok, "{completion:?}");
-        let mut words = vec![0u64; slots.len()];
-        self.payload.read(ANSWER_AT, &mut words).expect("room");
-        words.into_iter().map(|word| SlotOutcome::from_number(word).expect("an outcome")).collect()
+        self.outcomes(slots, |slots| match commit {
+            true => Request::Commit { slots, answer: ANSWER_AT },
+            false => Request::Abort { slots, answer: ANSWER_AT },
+        })
     }
 
-    /// Declares slots; what became of each.
-    ///
-    /// # Panics
-    /// When the engine does not answer.
+    /// Declares slots; returns what became of each.
     pub fn declare(&mut self, slots: &[SlotRecord]) -> Vec<SlotOutcome> {
+        self.outcomes(slots, |slots| Request::DeclareSlots { slots, answer: ANSWER_AT })
+    }
+
+    fn outcomes(
+        &mut self,
+        slots: &[SlotRecord],
+        request: impl FnOnce(Records) -> Request,
+    ) -> Vec<SlotOutcome> {
         self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(slots)).expect("room");
-        let records = Records { offset: ARGUMENTS_AT, count: slots.len() as u32 };
-        let completion = self.call(Request::DeclareSlots { slots: records, answer: ANSWER_AT });
+        let completion = self.call(request(Records { offset: ARGUMENTS_AT, count: slots.len() as u32 }));
         assert_eq!(completion.status, Status::Ok, "{completion:?}");
         let mut words = vec![0u64; slots.len()];
         self.payload.read(ANSWER_AT, &mut words).expect("room");
         words.into_iter().map(|word| SlotOutcome::from_number(word).expect("an outcome")).collect()
     }
 
-    /// Says that a shard is damaged; what became of that.
-    ///
-    /// # Panics
-    /// When the engine does not answer.
+    /// Says that a shard is damaged; returns what became of that.
     pub fn invalidate(&mut self, record: SlotRecord) -> SlotOutcome {
         let SlotRecord { slot, generation, key, .. } = record;
         let completion = self.call(Request::Invalidate { slot: slot as u32, generation, key });
@@ -421,7 +348,6 @@ impl RawClient {
     }
 
     /// The shards that the last lookup answered.
-    #[must_use]
     pub fn shards(&self, count: usize) -> Vec<ShardAnswer> {
         self.read(ANSWER_AT, count)
     }
@@ -434,7 +360,6 @@ impl RawClient {
 }
 
 /// A good registration.
-#[must_use]
 pub fn registration(namespace: u64, world: u32, rank: u32, shard_bytes: u64) -> Registration {
     Registration {
         fingerprint: crate::proto::fingerprint(namespace),

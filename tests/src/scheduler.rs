@@ -1,11 +1,11 @@
-//! A scheduler as a test sees it: either adapter, behind one face.
+//! A scheduler as a test sees it, with either adapter.
 
-use crate::proto::{Found, Handle, SchedulerSpec, Tally};
-use crate::wait::until;
+use crate::proto::{Found, Handle, SchedulerSpec};
+use crate::wait::{LIMIT, until};
 use crate::worker::client;
 use kvring_adapter::{
-    CallError, Client, Hit, Key, Lookup, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi,
-    SchedulerOptions,
+    CallError, Client, Hit, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role, SchedulerAdapter,
+    SchedulerApi, SchedulerOptions,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,8 +18,7 @@ pub struct SchedulerSide {
 }
 
 impl SchedulerSide {
-    /// A client and an adapter on it.
-    #[must_use]
+    /// A client and an adapter on it, attached or not.
     pub fn start(spec: &SchedulerSpec) -> SchedulerSide {
         let client = client(Role::Scheduler, &spec.client);
         let mut options = SchedulerOptions::new(spec.fingerprint());
@@ -33,10 +32,20 @@ impl SchedulerSide {
         SchedulerSide { api, client, world: spec.world }
     }
 
-    /// The client behind it.
-    #[must_use]
+    /// The same, and waits until it is attached.
+    pub fn started(spec: &SchedulerSpec) -> SchedulerSide {
+        let scheduler = SchedulerSide::start(spec);
+        scheduler.ready();
+        scheduler
+    }
+
     pub fn client(&self) -> &Arc<Client> {
         &self.client
+    }
+
+    /// Waits until it is attached.
+    pub fn ready(&self) {
+        self.client.wait_ready(LIMIT).expect("a scheduler that is attached");
     }
 
     /// The adapter itself.
@@ -45,12 +54,27 @@ impl SchedulerSide {
     }
 
     /// Looks up and waits for the answer.
-    ///
-    /// # Errors
-    /// The adapter's.
-    pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<Found, CallError> {
+    pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Found {
+        self.try_lookup(request, admission, keys).expect("a lookup within the limits")
+    }
+
+    /// The same where the lookup may be refused.
+    pub fn try_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<Found, CallError> {
         self.api.submit_lookup(request, admission, keys)?;
         Ok(until(format_args!("the lookup of {request} is answered"), || self.check(request)))
+    }
+
+    /// Looks these chunks up, all of which are found.
+    #[track_caller]
+    pub fn finds(&mut self, request: &str, admission: u32, keys: &[Key]) -> Found {
+        let found = self.lookup(request, admission, keys);
+        assert_eq!(found.chunks as usize, keys.len(), "found for {request}");
+        found
+    }
+
+    /// Ends these sessions.
+    pub fn ends(&mut self, requests: &[&str]) {
+        requests.iter().for_each(|request| self.api.end_session(request));
     }
 
     /// The answer as it stands; `None` while it is pending.
@@ -61,16 +85,9 @@ impl SchedulerSide {
         }
     }
 
-    /// What lookups have come to.
-    #[must_use]
-    pub fn tally(&self) -> Tally {
-        let stats = self.api.lookup_stats();
-        Tally {
-            answered: stats.answered,
-            degraded: stats.degraded,
-            timed_out: stats.timed_out,
-            refused: stats.refused,
-        }
+    /// How its lookups have ended so far.
+    pub fn tally(&self) -> LookupStats {
+        self.api.lookup_stats()
     }
 }
 

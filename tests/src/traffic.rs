@@ -1,24 +1,24 @@
 //! The bystander: a client in another process that stores, looks up, loads and verifies all the time, while a test does
-//! its worst to the engine or to somebody else. Whatever happens to others must not happen to it.
+//! its worst to the engine or to another client. Nothing of that may happen to the bystander.
 
-use crate::engine::{peer_binary, put_down};
 use crate::kv::{Shape, chain, mix};
+use crate::process::Process;
 use crate::proto::{SchedulerSpec, WorkerSpec, all_stored};
 use crate::scheduler::SchedulerSide;
-use crate::wait::{LIMIT, eventually};
+use crate::wait::eventually;
 use crate::worker::WorkerSide;
 use kvring_adapter::Round;
 use kvring_shm_abi::sync::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::io::{Read, Write};
+use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Chunks of one round of its traffic.
 const CHUNKS: usize = 4;
 
-/// What it has come to so far.
+/// What has become of its traffic so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     /// Rounds: store, look up, load, verify, end.
@@ -33,57 +33,28 @@ pub struct Traffic {
     pub wrong: u64,
 }
 
-impl Traffic {
-    /// Everything it asked for went as it should.
-    #[must_use]
-    pub fn undisturbed(&self) -> bool {
-        Traffic { rounds: 0, ..*self } == Traffic::default()
-    }
-}
-
 /// The process, from the test's side.
 pub struct Bystander {
-    child: Child,
-    input: Option<ChildStdin>,
-    latest: Arc<Mutex<Traffic>>,
+    process: Process,
+    latest: Mutex<Traffic>,
 }
 
 impl Bystander {
     /// Starts it and waits for its first round. It has a namespace of its own.
-    ///
-    /// # Panics
-    /// When it does not get going.
-    #[must_use]
     pub fn start(engine: &str) -> Bystander {
-        let mut child = Command::new(peer_binary())
-            .args(["traffic", engine])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a bystander");
-        let input = child.stdin.take();
-        let stdout = child.stdout.take().expect("its stdout");
-        let latest = Arc::new(Mutex::new(Traffic::default()));
-        let theirs = latest.clone();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                if let Ok(traffic) = serde_json::from_str(&line) {
-                    *theirs.lock().expect("no panic under this lock") = traffic;
-                }
-            }
-        });
-        let bystander = Bystander { child, input, latest };
+        let process = Process::start(&["traffic", engine], [], Stdio::inherit());
+        let bystander = Bystander { process, latest: Mutex::default() };
         eventually("the bystander's first round is done", || bystander.now().rounds > 0);
         bystander
     }
 
-    /// What it has come to.
-    ///
-    /// # Panics
-    /// Never.
-    #[must_use]
+    /// What has become of its traffic by now.
     pub fn now(&self) -> Traffic {
-        *self.latest.lock().expect("no panic under this lock")
+        let mut latest = self.latest.lock().expect("no panic under this lock");
+        if let Some(line) = self.process.lines.try_iter().last() {
+            *latest = serde_json::from_str(&line).expect("a line of the bystander's");
+        }
+        *latest
     }
 
     /// Waits until it has begun and finished a round after this call: the engine serves it now.
@@ -92,65 +63,45 @@ impl Bystander {
         eventually("the bystander goes on", || self.now().rounds >= before + 2);
     }
 
-    /// Ends it, and returns what it came to.
-    ///
-    /// # Panics
-    /// When it failed or hangs.
-    #[must_use]
+    /// Ends it, and returns what has become of its traffic.
     pub fn finish(mut self) -> Traffic {
         self.goes_on();
-        drop(self.input.take());
-        let mut status = None;
-        eventually("the bystander ends", || {
-            status = self.child.try_wait().expect("our own child");
-            status.is_some()
-        });
-        assert!(status.is_some_and(|status| status.success()), "the bystander failed: {status:?}");
+        self.process.hang_up();
+        eventually("the bystander ends", || self.process.ended().is_some());
+        let status = self.process.wait();
+        assert!(status.success(), "the bystander failed: {status:?}");
         self.now()
     }
 
     /// Ends it; nothing of its traffic went wrong.
-    ///
-    /// # Panics
-    /// When something did.
     pub fn was_undisturbed(self) {
         let traffic = self.finish();
-        assert!(traffic.undisturbed(), "{traffic:?}");
+        assert_eq!(Traffic { rounds: 0, ..traffic }, Traffic::default());
     }
 }
 
-impl Drop for Bystander {
-    fn drop(&mut self) {
-        put_down(&mut self.child);
-    }
-}
-
-/// The other process's side: goes on until its input ends.
-///
-/// # Panics
-/// When the engine does not take it, or a call hangs.
+/// What the other process does, until its input ends.
 pub fn run(engine: &str) {
     let worker = WorkerSpec {
         namespace: 99,
         shape: Shape { pages: [1024, 3072], blocks_per_chunk: 2, blocks: 64 },
         ..WorkerSpec::new(engine)
     };
-    let scheduler = SchedulerSpec { namespace: 99, ..SchedulerSpec::new(engine) };
     let mut worker = WorkerSide::start(&worker).expect("a worker");
-    let mut scheduler = SchedulerSide::start(&scheduler);
-    worker.wait_ready(LIMIT).expect("a worker that is attached");
-    scheduler.client().wait_ready(LIMIT).expect("a scheduler that is attached");
+    let scheduler = SchedulerSpec { namespace: 99, ..SchedulerSpec::new(engine) };
+    let mut scheduler = SchedulerSide::started(&scheduler);
     let ended = Arc::new(AtomicBool::new(false));
     let flag = ended.clone();
     std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        // Release; pairs with the Acquire below.
         flag.store(true, Ordering::Release);
     });
     let me = mix(u64::from(std::process::id()));
     let mut traffic = Traffic::default();
     while !ended.load(Ordering::Acquire) {
         round(&mut worker, &mut scheduler, me, &mut traffic);
-        // It neither fills the arena nor takes the cores from those it stands by.
+        // It must neither fill the arena nor take the cores from the processes that the test is about.
         if traffic.rounds.is_multiple_of(32) {
             let _ = scheduler.api().reset_cache();
         }
@@ -166,14 +117,13 @@ fn round(worker: &mut WorkerSide, scheduler: &mut SchedulerSide, me: u64, traffi
     let count = traffic.rounds;
     let keys = chain(me.wrapping_add(count), CHUNKS);
     let request = format!("traffic-{count}");
-    let round = Round { source: me as u32, number: count as u32 };
-    let stored = worker.store(&request, round, None, &keys, count);
+    let stored = worker.store(Round { source: me as u32, number: count as u32 }, &keys, count);
     if stored != all_stored(CHUNKS) {
         traffic.dropped += u64::from(stored.dropped + stored.skipped);
     }
-    let found = scheduler.lookup(&request, 0, &keys).expect("a lookup within the limits");
+    let found = scheduler.lookup(&request, 0, &keys);
     traffic.missed += (CHUNKS as u64).saturating_sub(u64::from(found.chunks));
-    let loaded = worker.load(&request, &found.ranks[0], count);
+    let loaded = worker.load(&found.ranks[0], count);
     traffic.failed += u64::from(loaded.failed);
     traffic.wrong += u64::from(loaded.wrong);
     scheduler.api().free_lookup_locks(&request, 0, 0);

@@ -1,27 +1,23 @@
-//! Waiting by state. Nothing here has a limit by the clock, which a slow machine would meet: what hangs is ended by
-//! `tests/watch`, and has said by then what it waits for.
+//! Waiting by state. Nothing here has a limit by the clock, which a slow machine would meet: `tests/watch` ends a test that
+//! hangs, and the test has said by then what it waits for.
 
+use core::fmt::{Debug, Display};
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// As good as for ever: the deadline of whatever is not to end by its deadline.
+/// As good as for ever: the deadline of calls that are not to end by their deadline.
 pub const LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// What a call may take beyond its own deadline, not counting time in which a thread was ready and had no core.
 pub const SLACK: Duration = Duration::from_secs(2);
 
-/// Looks that come seldomer the longer one has waited: a wait in vain stands still, as `tests/watch` sees it.
+/// Looks at a state, which come seldomer the longer a wait takes: so a wait in vain uses no CPU, and `tests/watch` sees
+/// that it stands still.
 #[derive(Default)]
-pub struct Looks(u32);
+struct Looks(u32);
 
 impl Looks {
-    /// So many there were.
-    #[must_use]
-    pub fn count(&self) -> u32 {
-        self.0
-    }
-
-    /// Until the next look. A wait that takes long is told, past what captures a test's output.
-    pub fn pause(&mut self, what: &dyn core::fmt::Display) {
+    /// Waits until the next look. A wait that takes long is told on the real standard error, which is not captured.
+    fn pause(&mut self, what: &dyn Display) {
         self.0 += 1;
         if self.0.is_multiple_of(1000) {
             let _ = writeln!(std::io::stderr(), "still waiting, after {} looks: {what}", self.0);
@@ -34,7 +30,7 @@ impl Looks {
 }
 
 /// Waits until `look` says something other than `None`, and gives that.
-pub fn until<T>(what: impl core::fmt::Display, mut look: impl FnMut() -> Option<T>) -> T {
+pub fn until<T>(what: impl Display, mut look: impl FnMut() -> Option<T>) -> T {
     let mut looks = Looks::default();
     loop {
         if let Some(found) = look() {
@@ -49,15 +45,30 @@ pub fn eventually(what: &str, mut state: impl FnMut() -> bool) {
     until(what, || state().then_some(()));
 }
 
-/// Waits until `value` is `expected`; what is told of a wait in vain names both.
-pub fn becomes<T: PartialEq + core::fmt::Debug>(what: &str, expected: T, mut value: impl FnMut() -> T) {
+/// Waits until `value` is `expected`. The message of a wait in vain names both.
+pub fn becomes<T: PartialEq + Debug>(what: &str, expected: T, value: impl FnMut() -> T) {
+    // A test does not live for so many looks.
+    let _ = becomes_in(u32::MAX, what, expected, value);
+}
+
+/// The same with at most this many looks more than one. The error says what the value was at the last one.
+pub fn becomes_in<T: PartialEq + Debug>(
+    looks_max: u32,
+    what: impl Display,
+    expected: T,
+    mut value: impl FnMut() -> T,
+) -> Result<(), String> {
     let mut looks = Looks::default();
     loop {
         let now = value();
         if now == expected {
-            return;
+            return Ok(());
         }
-        looks.pause(&format_args!("{what}: expected {expected:?}, it is {now:?}"));
+        let in_vain = format!("{what}: expected {expected:?}, it is {now:?}");
+        if looks.0 == looks_max {
+            return Err(in_vain);
+        }
+        looks.pause(&in_vain);
     }
 }
 
@@ -79,10 +90,7 @@ pub fn took<T>(call: impl FnOnce() -> T) -> (T, Duration) {
     (result, elapsed.saturating_sub(refused().saturating_sub(before)))
 }
 
-/// A call that must come back by its own deadline, give or take [`SLACK`]. It waits for nobody but this process.
-///
-/// # Panics
-/// When it takes longer.
+/// A call that must come back by its own deadline, give or take [`SLACK`], and that depends on no other process.
 pub fn within<T>(deadline: Duration, what: &str, call: impl FnOnce() -> T) -> T {
     let (result, took) = took(call);
     assert!(took <= deadline + SLACK, "{what} took {took:?}, its deadline is {deadline:?}");

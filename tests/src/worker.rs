@@ -1,8 +1,8 @@
 //! A worker as a test sees it: it stores and loads keys, and says whether the bytes were right.
 
-use crate::kv::{Content, Kv, Shape, with_fake_gpu};
-use crate::proto::{ClientSpec, Handle, Loaded, Stored, WorkerSpec};
-use crate::wait::until;
+use crate::kv::{Content, Kv, with_fake_gpu};
+use crate::proto::{ClientSpec, Handle, Loaded, Stored, WorkerSpec, all_stored};
+use crate::wait::{LIMIT, until};
 use kvring_adapter::{
     Checksum, Client, JobId, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError,
     WorkerAdapter, WorkerOptions,
@@ -14,6 +14,9 @@ use std::time::Duration;
 /// How long a look at a job may wait for its end.
 const A_LOOK: Duration = Duration::from_millis(20);
 
+/// The name of the request that all stores and loads of a [`WorkerSide`] are for.
+pub const REQUEST: &str = "r";
+
 /// One rank's worker with its KV cache.
 pub struct WorkerSide {
     // Dropped first: nothing touches the cache's memory after it.
@@ -22,28 +25,21 @@ pub struct WorkerSide {
     kv: Kv,
     rank: u32,
     next_block: u32,
-    /// Of the last store that was submitted.
+    /// The blocks of the last store that was submitted.
     submitted: Vec<u32>,
     /// Reports of stores that nobody has asked for yet.
     stores: Vec<(JobId, Stored)>,
-    /// Of loads: loaded and failed.
+    /// Reports of loads that nobody has asked for yet: how many chunks were loaded, and how many failed.
     loads: Vec<(JobId, u32, u32)>,
 }
 
 /// A new client of this role.
-///
-/// # Panics
-/// For options that cannot be.
-#[must_use]
 pub fn client(role: Role, spec: &ClientSpec) -> Arc<Client> {
     Client::new(role, spec.options()).expect("good options")
 }
 
 impl WorkerSide {
-    /// A client, an adapter on it, a cache, registered.
-    ///
-    /// # Errors
-    /// What the registration said.
+    /// A worker with a cache of its own. Waits at most `register_ms` until it is attached and registered.
     pub fn start(spec: &WorkerSpec) -> Result<WorkerSide, RegisterError> {
         if with_fake_gpu() {
             let new = |client: &Arc<Client>, options| WorkerAdapter::new(client, options);
@@ -52,10 +48,7 @@ impl WorkerSide {
         WorkerSide::copying_with(spec, Arc::new(CpuBackend::new(2)))
     }
 
-    /// The same, with a way of copying of the test's own.
-    ///
-    /// # Errors
-    /// What the registration said.
+    /// The same with a copy backend of the test's own.
     pub fn copying_with(
         spec: &WorkerSpec,
         backend: Arc<dyn CopyBackend>,
@@ -79,8 +72,6 @@ impl WorkerSide {
         Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted, stores, loads })
     }
 
-    /// The client behind it.
-    #[must_use]
     pub fn client(&self) -> &Arc<Client> {
         &self.client
     }
@@ -90,18 +81,9 @@ impl WorkerSide {
         &mut self.adapter
     }
 
-    /// The cache's form.
-    #[must_use]
-    pub fn shape(&self) -> Shape {
-        self.kv.shape()
-    }
-
     /// Waits until it is attached and registered.
-    ///
-    /// # Errors
-    /// The health after the limit.
-    pub fn wait_ready(&self, limit: Duration) -> Result<(), String> {
-        self.client.wait_ready(limit).map_err(|health| health.to_string())
+    pub fn ready(&self) {
+        self.client.wait_ready(LIMIT).expect("a worker that is ready");
     }
 
     /// The blocks of the next chunk, in an order that is not that of their ids.
@@ -116,18 +98,15 @@ impl WorkerSide {
         (first..first + per_chunk).rev().collect()
     }
 
-    /// Computes the chunks of `keys` and submits their store, without waiting for it.
-    ///
-    /// # Errors
-    /// The adapter's.
-    ///
-    /// # Panics
-    /// For more keys than the cache has room for at once.
-    pub fn submit_store(
+    /// Computes the chunks of `keys`, which must fit into the cache at once, and submits their store.
+    pub fn submit_store(&mut self, round: Round, keys: &[Key], version: u64) -> Result<JobId, SubmitError> {
+        self.submit_after(None, round, keys, version)
+    }
+
+    fn submit_after(
         &mut self,
-        request: &str,
-        round: Round,
         parent: Option<Key>,
+        round: Round,
         keys: &[Key],
         version: u64,
     ) -> Result<JobId, SubmitError> {
@@ -140,7 +119,7 @@ impl WorkerSide {
             self.kv.fill(&blocks, Content { key: *key, rank: self.rank, version });
             chunks.push(StoreChunk { key: *key, blocks });
         }
-        self.adapter.submit_store(request, round, parent, chunks, None)
+        self.adapter.submit_store(REQUEST, round, parent, chunks, None)
     }
 
     /// Gives the blocks of the last submitted store to somebody else, as vLLM does after a preemption.
@@ -148,22 +127,11 @@ impl WorkerSide {
         self.kv.poison(&self.submitted);
     }
 
-    /// Computes the chunks of `keys`, stores them, and waits for the end.
-    ///
-    /// # Panics
-    /// When a job is not reported.
-    pub fn store(
-        &mut self,
-        request: &str,
-        round: Round,
-        parent: Option<Key>,
-        keys: &[Key],
-        version: u64,
-    ) -> Stored {
-        let mut total = Stored::default();
-        let mut parent = parent;
+    /// Computes the chunks of `keys`, stores them, and waits for the reports.
+    pub fn store(&mut self, round: Round, keys: &[Key], version: u64) -> Stored {
+        let (mut total, mut parent) = (Stored::default(), None);
         for part in keys.chunks(self.kv.shape().chunks()) {
-            let job = self.submit_store(request, round, parent, part, version).expect("a good job");
+            let job = self.submit_after(parent, round, part, version).expect("a good job");
             let report = self.finished_store(job);
             total.stored += report.stored;
             total.skipped += report.skipped;
@@ -171,6 +139,13 @@ impl WorkerSide {
             parent = part.last().copied();
         }
         total
+    }
+
+    /// Stores these chunks, all of which are written. Returns their keys.
+    #[track_caller]
+    pub fn stores(&mut self, round: Round, keys: Vec<Key>, version: u64) -> Vec<Key> {
+        assert_eq!(self.store(round, &keys, version), all_stored(keys.len()));
+        keys
     }
 
     /// Waits for a store's report.
@@ -199,11 +174,8 @@ impl WorkerSide {
             .extend(finished.loads.into_iter().map(|(id, _, report)| (id, report.loaded, report.failed)));
     }
 
-    /// Loads chunks into poisoned blocks, waits for the end, and looks at every byte of those without an error.
-    ///
-    /// # Panics
-    /// When a job is not reported, or its report does not fit its errors.
-    pub fn load(&mut self, request: &str, handles: &[Handle], version: u64) -> Loaded {
+    /// Loads chunks into poisoned blocks, waits for the reports, and looks at every byte of those without an error.
+    pub fn load(&mut self, handles: &[Handle], version: u64) -> Loaded {
         let mut total = Loaded::default();
         for part in handles.chunks(self.kv.shape().chunks()) {
             let chunks: Vec<LoadChunk> = part
@@ -214,16 +186,14 @@ impl WorkerSide {
                     LoadChunk { shard: handle.shard(), blocks }
                 })
                 .collect();
-            let job = self.adapter.submit_load(request, chunks.clone(), None).expect("a good job");
+            let job = self.adapter.submit_load(REQUEST, chunks.clone(), None).expect("a good job");
             let (loaded, failed, errors) = self.finished_load(job);
             assert_eq!((loaded + failed) as usize, chunks.len(), "a report of every chunk");
             let mut bad = 0;
             for chunk in &chunks {
                 if chunk.blocks.iter().any(|block| errors.contains(block)) {
-                    assert!(
-                        chunk.blocks.iter().all(|block| errors.contains(block)),
-                        "a chunk fails as a whole"
-                    );
+                    let all_failed = chunk.blocks.iter().all(|block| errors.contains(block));
+                    assert!(all_failed, "a chunk fails as a whole");
                     bad += 1;
                     continue;
                 }
@@ -252,7 +222,7 @@ impl WorkerSide {
             let (_, loaded, failed) = self.loads.swap_remove(at);
             Some((loaded, failed))
         });
-        // Errors are there no later than the report: so they are asked for after it.
+        // Errors are there no later than the report, so they are asked for after it.
         (loaded, failed, self.adapter.get_block_ids_with_load_errors())
     }
 }

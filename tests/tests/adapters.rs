@@ -1,20 +1,17 @@
-//! Several adapters on one client, one after another and side by side, and what outlives each.
+//! Several adapters on one client, one after another and side by side: what ends with each of them, and what does not.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{
-    Client, PollingSchedulerAdapter, RegisterError, Role, Round, SchedulerApi, SchedulerOptions, StoreChunk,
+    Client, PollingSchedulerAdapter, RegisterError, Role, SchedulerApi, SchedulerOptions, StoreChunk,
     WorkerAdapter, WorkerOptions,
 };
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::{Kv, Shape, chain};
-use kvring_tests::proto::{ClientSpec, WorkerSpec, all_stored, fingerprint};
-use kvring_tests::wait::{LIMIT, becomes, eventually};
-use kvring_tests::worker::{WorkerSide, client};
+use kvring_tests::kv::Kv;
+use kvring_tests::proto::fingerprint;
+use kvring_tests::{
+    ClientSpec, EngineProcess, LIMIT, Shape, WorkerSide, WorkerSpec, all_stored, becomes, chain, client,
+    eventually, round,
+};
 use std::sync::Arc;
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
 
 fn scheduler(client: &Arc<Client>) -> PollingSchedulerAdapter {
     PollingSchedulerAdapter::new(
@@ -26,9 +23,8 @@ fn scheduler(client: &Arc<Client>) -> PollingSchedulerAdapter {
 #[test]
 fn adapters_on_one_client_have_leases_of_their_own_which_end_with_them() {
     let engine = EngineProcess::start("adapters", 16);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let keys = chain(1, 8);
-    assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(8));
+    let mut worker = engine.worker();
+    let keys = worker.stores(round(1), chain(1, 8), 0);
     let client = client(Role::Scheduler, &ClientSpec::new(&engine.name));
     client.wait_ready(LIMIT).unwrap();
     let (mut one, mut other) = (scheduler(&client), scheduler(&client));
@@ -40,14 +36,13 @@ fn adapters_on_one_client_have_leases_of_their_own_which_end_with_them() {
     engine.stat_becomes("pins", 3);
     assert_eq!(one.lookup("again", 0, &keys).unwrap().chunks, 8);
     engine.stat_becomes("pins", 11);
-    // The client lives on: what the adapter leased does not.
+    // The client lives on; the leases of its adapter do not.
     drop(one);
     engine.stat_becomes("pins", 3);
     drop(other);
     engine.stat_becomes("leases", 0);
     client.noop().unwrap();
-    drop((client, worker));
-    engine.settles(0);
+    engine.settles_without((client, worker));
 }
 
 #[test]
@@ -83,18 +78,15 @@ fn a_registration_that_one_engine_refused_is_made_again_at_the_next() {
     // 4 MiB a shard.
     let shape = Shape { pages: [1 << 20, 1 << 20], blocks_per_chunk: 2, blocks: 8 };
     let mut worker = WorkerSide::start(&WorkerSpec { shape, ..WorkerSpec::new(&engine.name) }).unwrap();
-    assert_eq!(worker.store("r", round(1), None, &chain(1, 1), 0), all_stored(1));
+    assert_eq!(worker.store(round(1), &chain(1, 1), 0), all_stored(1));
     engine.terminate();
     engine.restart_with_arena(2);
     eventually("the worker attaches and is refused", || {
         engine.stat("attaches") > 0 && worker.client().wait_ready(LIMIT).is_ok()
     });
-    assert_eq!(worker.store("r", round(2), None, &chain(2, 1), 0).dropped, 1, "a shard that cannot fit");
+    assert_eq!(worker.store(round(2), &chain(2, 1), 0).dropped, 1, "a shard that cannot fit");
     engine.terminate();
     engine.restart_with_arena(16);
-    becomes("a store through the third engine", 1, || {
-        worker.store("r", round(3), None, &chain(3, 1), 0).stored
-    });
-    drop(worker);
-    engine.settles(0);
+    becomes("a store through the third engine", 1, || worker.store(round(3), &chain(3, 1), 0).stored);
+    engine.settles_without(worker);
 }

@@ -1,20 +1,18 @@
-//! Nothing is allocated from the heap for an operation on the service thread: an allocator that counts what one thread
-//! asks for, an engine on that thread, and clients in other processes that do everything there is to do.
+//! The service thread allocates nothing from the heap for an operation. The allocator of this test counts the calls of one
+//! thread, the engine runs on that thread, and clients in other processes send every kind of request.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::Round;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::{Engine, StopHandle};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Request, Status};
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
-use kvring_tests::engine::{Sweep, unique_name};
-use kvring_tests::kv::{Shape, chain};
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded};
-use kvring_tests::raw::RawClient;
-use kvring_tests::wait::eventually;
+use kvring_tests::engine::view_of;
+use kvring_tests::{
+    Peer, RawClient, SchedulerSpec, Shape, Sweep, WorkerSpec, all_loaded, chain, eventually, round, stat_of,
+    unique_name,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::mpsc;
@@ -59,8 +57,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Everything that attached clients do, over and over: stores that evict, hits, misses, holes, leases and their ends,
-/// aborts, repeats, clears, and what is refused.
+/// Everything that attached clients do: stores that evict, hits, misses, holes, leases and their ends, aborts, repeats,
+/// clears, and requests that are refused.
 struct Mix {
     worker: Peer,
     scheduler: Peer,
@@ -84,10 +82,9 @@ impl Mix {
 
     fn turn(&mut self, number: u32) {
         let keys = chain(u64::from(number), 24);
-        let round = Round { source: 1, number };
         let request = format!("r{number}");
-        assert_eq!(self.worker.store(round, &keys, 0).dropped, 0);
-        assert_eq!(self.worker.store(round, &keys, 0).skipped, 24);
+        assert_eq!(self.worker.store(round(number), &keys, 0).dropped, 0);
+        assert_eq!(self.worker.store(round(number), &keys, 0).skipped, 24);
         let found = self.scheduler.lookup(&request, 0, &keys);
         assert_eq!(found.chunks, 24);
         assert_eq!(self.worker.load(&found.ranks[0], 0), all_loaded(24));
@@ -97,7 +94,8 @@ impl Mix {
         self.scheduler.end_session(&request);
 
         let worker = &mut self.raw_worker;
-        let aborted = worker.reserve(self.namespace, 0, round, &chain(u64::from(number) + 2_000_000, 40));
+        let aborted =
+            worker.reserve(self.namespace, 0, round(number), &chain(u64::from(number) + 2_000_000, 40));
         worker.finish(&aborted[..20], false);
         worker.finish(&aborted[20..], true);
         worker.finish(&aborted, true);
@@ -145,16 +143,14 @@ fn the_service_thread_allocates_nothing_for_an_operation() {
         for number in 0..40 {
             mix.turn(number);
         }
-        let view =
-            kvring_adapter::EngineView::open(&kvring_shm_abi::segment::EngineName::new(&name).unwrap())
-                .unwrap();
-        let requests = || kvring_tests::engine::stat_of(&view, "requests");
+        let view = view_of(&name);
+        let requests = || stat_of(&view, "requests");
         let (before, asked) = (COUNT.load(Ordering::Relaxed), requests());
         for number in 40..140 {
             mix.turn(number);
         }
         eventually("the engine has counted", || requests() >= asked + 100 * 25);
-        // Ticks, parks and self-checks in between are the service thread's too.
+        // Ticks, parks and self-checks in between count as well.
         let beat = view.segment.epoch().beat();
         eventually("the engine idles", || view.segment.epoch().beat().wrapping_sub(beat) > 20);
         let allocated = COUNT.load(Ordering::Relaxed) - before;
@@ -164,8 +160,8 @@ fn the_service_thread_allocates_nothing_for_an_operation() {
             "{policy}: heap calls of the service thread in {} requests",
             requests() - asked
         );
-        assert!(kvring_tests::engine::stat_of(&view, "evictions") > 1000);
-        // The count works: an attachment allocates.
+        assert!(stat_of(&view, "evictions") > 1000);
+        // The control: an attachment allocates, and is counted.
         drop(Peer::scheduler(&SchedulerSpec::new(&name)));
         eventually("something is counted", || COUNT.load(Ordering::Relaxed) > before);
         drop(mix);

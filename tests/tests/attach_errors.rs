@@ -1,5 +1,5 @@
-//! Engines that cannot be attached to: each is a typed error with the values in its message, leaves nothing behind, and
-//! mends itself once its reason is gone; who was attached before notices nothing.
+//! Engines that a client cannot attach to: each is a typed error with the values in its message, leaves nothing behind, and
+//! ends by itself once its reason is gone. Clients that were attached before do not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Client, ClientOptions, ConfigError, Health, Role};
@@ -7,14 +7,12 @@ use kvring_shm_abi::layout::LAYOUT_HASH;
 use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::superblock::ABI_VERSION;
 use kvring_tests::attempts::{Others, fails_cleanly, mends_itself};
-use kvring_tests::engine::{EngineProcess, claimed_entries, unique_name};
-use kvring_tests::isolate::{Footprint, is_root, isolated, segments};
-use kvring_tests::kv::chain;
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{ClientSpec, SchedulerSpec};
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::{LIMIT, becomes, eventually};
-use kvring_tests::worker::client;
+use kvring_tests::engine::claimed_entries;
+use kvring_tests::isolate::{Footprint, is_root};
+use kvring_tests::{
+    Bystander, ClientSpec, EngineProcess, LIMIT, Peer, SchedulerSpec, becomes, chain, client, eventually,
+    isolated, segments, unique_name,
+};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Duration;
@@ -74,6 +72,7 @@ fn another_abi_or_layout_is_refused_and_those_who_are_attached_go_on() {
     isolated("another_abi_or_layout_is_refused_and_those_who_are_attached_go_on", || {
         let engine = EngineProcess::start("abi", 64);
         let others = Others { lobby: engine.lobby(), count: 2 };
+        let fails = |role, parts: &[&str]| fails_cleanly(&engine, &others, role, parts);
         let bystander = Bystander::start(&engine.name);
         let arena_bytes = 64u64 << 20;
         let abi = format!("expected ABI version {ABI_VERSION}, found 77");
@@ -86,7 +85,7 @@ fn another_abi_or_layout_is_refused_and_those_who_are_attached_go_on() {
             _ => 4 << 32,
         };
         for (segment, base) in [("engine", 0), ("lobby", 0), ("arena", arena_bytes)] {
-            // Only workers look at the arena.
+            // Only workers open the arena.
             let role = if segment == "arena" { Role::Worker } else { Role::Scheduler };
             let file = format!("kvring.{}.{segment}", engine.name);
             let cases: [(u64, u64, &[&str]); 6] = [
@@ -94,7 +93,7 @@ fn another_abi_or_layout_is_refused_and_those_who_are_attached_go_on() {
                 (LAYOUT_HASH_AT, 0x1234, &["incompatible", &file, &layout]),
                 (ABI_VERSION_AT, 9 << 32 | u64::from(ABI_VERSION), &["incompatible", &file, "found 9"]),
                 (SLAB_BYTES_AT, 3 << 20, &["incompatible", &file, geometry]),
-                // Half-created, or another start's: those mend themselves, so they are no reason to complain.
+                // A segment that is half made, or another start's: both pass by themselves, so they are no error.
                 (MAGIC_AT, 0, &["attaching"]),
                 (ARENA_ID_AT, 5, &["attaching"]),
             ];
@@ -103,7 +102,7 @@ fn another_abi_or_layout_is_refused_and_those_who_are_attached_go_on() {
                     continue;
                 }
                 let right = patch(&engine, segment, base + at, value);
-                fails_cleanly(&engine, &others, role, parts);
+                fails(role, parts);
                 mends_itself(&engine, role, || {
                     patch(&engine, segment, base + at, right);
                 });
@@ -112,10 +111,9 @@ fn another_abi_or_layout_is_refused_and_those_who_are_attached_go_on() {
         }
         // Another geometry: the arena is shorter than the engine's segment says, or the other segments differ.
         let right = patch(&engine, "engine", ARENA_BYTES_AT, 128 << 20);
-        fails_cleanly(&engine, &others, Role::Worker, &["expected", "found"]);
+        fails(Role::Worker, &["expected", "found"]);
         patch(&engine, "engine", ARENA_BYTES_AT, right);
-        bystander.was_undisturbed();
-        engine.settles(0);
+        engine.settles_beside(bystander, ());
     });
 }
 
@@ -124,57 +122,48 @@ fn a_segment_of_the_wrong_mode_or_owner_is_refused() {
     isolated("a_segment_of_the_wrong_mode_or_owner_is_refused", || {
         let engine = EngineProcess::start("mode", 16);
         let others = Others { lobby: engine.lobby(), count: 2 };
+        let fails = |role, parts: &[&str]| fails_cleanly(&engine, &others, role, parts);
         let bystander = Bystander::start(&engine.name);
         for segment in ["engine", "lobby", "arena"] {
             let path = engine.file(segment);
             let file = format!("kvring.{}.{segment}", engine.name);
             let mode = |bits| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(bits)).unwrap();
             mode(0o666);
-            fails_cleanly(
-                &engine,
-                &others,
-                Role::Worker,
-                &["refused", &file, "expected mode 0600, found 0666"],
-            );
+            fails(Role::Worker, &["refused", &file, "expected mode 0600, found 0666"]);
             mends_itself(&engine, Role::Worker, || mode(0o600));
             if is_root("a segment of the wrong owner") {
                 let own = |uid| std::os::unix::fs::chown(&path, Some(uid), None).unwrap();
                 own(12345);
-                fails_cleanly(
-                    &engine,
-                    &others,
-                    Role::Worker,
-                    &["refused", &file, "uid 0", "found one of uid 12345"],
-                );
+                fails(Role::Worker, &["refused", &file, "uid 0", "found one of uid 12345"]);
                 mends_itself(&engine, Role::Worker, || own(0));
             }
             bystander.goes_on();
         }
-        bystander.was_undisturbed();
-        engine.settles(0);
+        engine.settles_beside(bystander, ());
     });
 }
 
 #[test]
 fn a_segment_that_is_gone_or_too_short_is_refused() {
     isolated("a_segment_that_is_gone_or_too_short_is_refused", || {
-        let mut engine = EngineProcess::start("gone", 16);
+        let engine = EngineProcess::start("gone", 16);
         let others = Others { lobby: engine.lobby(), count: 0 };
+        let fails = |role, parts: &[&str]| fails_cleanly(&engine, &others, role, parts);
         for segment in ["engine", "lobby", "arena"] {
             let path = engine.file(segment);
             let mode = |bits| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(bits)).unwrap();
-            // It does not see that the name is gone, else it would end.
+            // Stopped, because an engine that sees that its name is gone ends.
             engine.stop();
             // Gone: as if half of the segments had been removed by hand.
             let aside = path.with_extension("aside");
             std::fs::rename(&path, &aside).unwrap();
             let said = if segment == "engine" { "absent" } else { "no shared memory segment" };
-            fails_cleanly(&engine, &others, Role::Worker, &[said]);
+            fails(Role::Worker, &[said]);
             // Too short for what it should hold.
             std::fs::write(&path, [0u8; 100]).unwrap();
             mode(0o600);
             let said: &[&str] = if segment == "engine" { &["attaching"] } else { &["found 100"] };
-            fails_cleanly(&engine, &others, Role::Worker, said);
+            fails(Role::Worker, said);
             mends_itself(&engine, Role::Worker, || {
                 std::fs::rename(&aside, &path).unwrap();
                 engine.send(Signal::SIGCONT);
@@ -190,8 +179,7 @@ fn another_users_engine_is_refused() {
     if !is_root("another user's engine") {
         return;
     }
-    let engine = EngineProcess::start("user", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("user");
     let mut stranger = Peer::spawn();
     stranger.become_user(65534);
     stranger.add_scheduler(&SchedulerSpec::new(&engine.name));
@@ -200,9 +188,7 @@ fn another_users_engine_is_refused() {
     assert!(said.contains(&format!("kvring.{}.engine", engine.name)), "{said}");
     assert!(said.contains("(uid 65534), found one of uid 0; run this as that user"), "{said}");
     assert_eq!(stranger.lookup("r", 0, &chain(1, 3)).chunks, 0, "it runs without");
-    drop(stranger);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, stranger);
 }
 
 #[test]
@@ -210,6 +196,7 @@ fn the_client_after_the_last_entry_is_refused_until_one_is_free() {
     isolated("the_client_after_the_last_entry_is_refused_until_one_is_free", || {
         let engine = EngineProcess::start("crowd", 16);
         let others = Others { lobby: engine.lobby(), count: CLIENTS_MAX };
+        let fails = |role, parts: &[&str]| fails_cleanly(&engine, &others, role, parts);
         let bystander = Bystander::start(&engine.name);
         let spec = ClientSpec::new(&engine.name);
         let mut crowd: Vec<_> = (2..CLIENTS_MAX).map(|_| client(Role::Scheduler, &spec)).collect();
@@ -220,30 +207,23 @@ fn the_client_after_the_last_entry_is_refused_until_one_is_free() {
         let last = crowd.pop().unwrap();
         last.noop().unwrap();
         crowd.push(last);
-        fails_cleanly(
-            &engine,
-            &others,
-            Role::Scheduler,
-            &["refused", "client table is full", "all 64 entries"],
-        );
+        fails(Role::Scheduler, &["refused", "client table is full", "all 64 entries"]);
         let late = client(Role::Scheduler, &spec);
         eventually("the late one is refused", || late.health().to_string().contains("all 64 entries"));
         bystander.goes_on();
-        // One leaves: the late one gets in by itself.
+        // When one leaves, the late one attaches by itself.
         drop(crowd.pop());
         late.wait_ready(LIMIT).unwrap();
         late.noop().unwrap();
-        drop((crowd, late));
-        bystander.was_undisturbed();
-        engine.settles(0);
+        engine.settles_beside(bystander, (crowd, late));
     });
 }
 
-/// The keeper claims an entry and makes a channel, and then nobody answers: both are given back each time.
+/// Keepers claim an entry and make a channel, and a stopped engine does not answer: they give both back each time.
 #[test]
 fn an_attachment_that_is_never_answered_leaves_nothing_behind() {
     isolated("an_attachment_that_is_never_answered_leaves_nothing_behind", || {
-        let mut engine = EngineProcess::start("mute", 16);
+        let engine = EngineProcess::start("mute", 16);
         let lobby = engine.lobby();
         let before = Footprint::now(&engine.name);
         engine.stop();
@@ -252,7 +232,7 @@ fn an_attachment_that_is_never_answered_leaves_nothing_behind() {
         for newcomer in &newcomers {
             becomes("health", Health::Stalled, || newcomer.health());
         }
-        // One of them gives up, the others get in when the engine goes on.
+        // One of them gives up, and the others attach when the engine goes on.
         newcomers[0].shutdown();
         engine.resume();
         newcomers[1].wait_ready(LIMIT).unwrap();

@@ -1,4 +1,4 @@
-//! Processes are killed at every place that the code names.
+//! Processes are killed at every fail point.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_shm_abi::failpoint::Place;
@@ -9,10 +9,10 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::time::Instant;
 
-/// No process of a scenario comes to a place more often.
+/// No process of a scenario comes to a place more often than this.
 const TIMES_MAX: u32 = 24;
 
-/// Nobody adds a place without a scenario.
+/// A new place needs a scenario.
 #[test]
 fn the_table_of_visits_has_every_place() {
     let is_visited = |place: &&Place| VISITS.iter().any(|visit| visit.place == **place);
@@ -20,16 +20,16 @@ fn the_table_of_visits_has_every_place() {
     assert!(missing.is_empty(), "no line of `VISITS` leads to {missing:?}");
 }
 
-/// Runs a scenario for each visit of one way, two at a time: they wait more than they work. In a soak, for every time that a
-/// process comes there.
+/// Runs a scenario for each visit of one way, two at a time, because they wait more than they work. In a soak it runs for every
+/// time that a process comes there.
 fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Visit, u32) -> Vec<String> + Sync) {
-    // For whoever looks into one.
+    // `KVRING_ONLY` names one place, to look into that.
     let only = std::env::var("KVRING_ONLY").ok();
     let is_meant =
         |visit: &&Visit| of(&visit.way) && only.as_ref().is_none_or(|only| visit.place.name() == only);
     let mut cases: Vec<(&Visit, u32, bool)> = Vec::new();
     for visit in VISITS.iter().filter(is_meant) {
-        // A process comes to the others once.
+        // Only these ways lead a process to a place several times.
         let is_repeated = soak() > 1 && matches!(visit.way, Way::Serving | Way::Client);
         let wanted =
             if is_repeated { 1..=TIMES_MAX } else { 1..=visit.times.iter().copied().max().unwrap_or(1) };
@@ -68,55 +68,37 @@ fn each(of: impl Fn(&Way) -> bool, scenario: impl Fn(&Visit, u32) -> Vec<String>
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-#[test]
-fn an_engine_that_dies_while_it_recovers_is_recovered_from() {
-    each(
-        |way| matches!(way, Way::Recovery { .. }),
-        |visit, time| engines::dies_at(visit.place, visit.way, time, false),
-    );
+/// A test for each scenario: it runs for all visits of one way.
+macro_rules! scenarios {
+    ($($(#[$doc:meta])* $name:ident: $way:pat => $scenario:expr;)+) => {
+        $(
+            $(#[$doc])*
+            #[test]
+            fn $name() {
+                each(|way| matches!(way, $way), $scenario);
+            }
+        )+
+    };
 }
 
-/// The third start is a cold one by design, if both attempts had been counted.
-#[test]
-fn engines_that_die_twice_in_a_row_while_they_recover_are_recovered_from() {
-    each(
-        |way| matches!(way, Way::Recovery { .. }),
-        |visit, time| engines::dies_at(visit.place, visit.way, time, true),
-    );
-}
-
-#[test]
-fn an_engine_that_dies_at_work_is_recovered_from() {
-    each(|way| *way == Way::Serving, |visit, time| engines::dies_at(visit.place, visit.way, time, false));
-}
-
-#[test]
-fn an_engine_that_dies_while_it_starts_anew_is_swept() {
-    each(
-        |way| matches!(way, Way::ColdStart { .. }),
-        |visit, time| engines::dies_at(visit.place, visit.way, time, false),
-    );
-}
-
-#[test]
-fn an_engine_that_dies_while_it_gives_everything_up_is_swept() {
-    each(|way| *way == Way::Stop, |visit, time| engines::dies_at(visit.place, visit.way, time, false));
-}
-
-#[test]
-fn a_client_that_dies_anywhere_leaves_nothing_and_is_replaced() {
-    each(|way| *way == Way::Client, |visit, time| clients::dies_at(visit.place, time));
-}
-
-/// A client dies while the engine is there: as if it had died at any moment of the engine's.
-#[test]
-fn an_engine_that_stops_while_a_client_dies_goes_on() {
-    let ways = |way: &Way| matches!(way, Way::Recovery { .. } | Way::Serving);
-    each(ways, |visit, time| engines::stops_at(visit.place, visit.way, time));
-}
-
-/// Engines come and go while a client is there: as if they had at any moment of the client's.
-#[test]
-fn a_client_that_stops_while_engines_die_goes_on() {
-    each(|way| *way == Way::Client, |visit, time| clients::stops_at(visit.place, time, 1 + time % 2));
+scenarios! {
+    an_engine_that_dies_while_it_recovers_is_recovered_from:
+        Way::Recovery { .. } => |visit, time| engines::dies_at(visit.place, visit.way, time, false);
+    /// The third start is a cold one by design, if both attempts had been counted.
+    engines_that_die_twice_in_a_row_while_they_recover_are_recovered_from:
+        Way::Recovery { .. } => |visit, time| engines::dies_at(visit.place, visit.way, time, true);
+    an_engine_that_dies_at_work_is_recovered_from:
+        Way::Serving => |visit, time| engines::dies_at(visit.place, visit.way, time, false);
+    an_engine_that_dies_while_it_starts_anew_is_swept:
+        Way::ColdStart { .. } => |visit, time| engines::dies_at(visit.place, visit.way, time, false);
+    an_engine_that_dies_while_it_gives_everything_up_is_swept:
+        Way::Stop => |visit, time| engines::dies_at(visit.place, visit.way, time, false);
+    a_client_that_dies_anywhere_leaves_nothing_and_is_replaced:
+        Way::Client => |visit, time| clients::dies_at(visit.place, time);
+    /// A client dies while the engine is stopped: as if it had died at any moment of the engine's.
+    an_engine_that_stops_while_a_client_dies_goes_on:
+        Way::Recovery { .. } | Way::Serving => |visit, time| engines::stops_at(visit.place, visit.way, time);
+    /// Engines come and go while a client is stopped: as if they had at any moment of the client's.
+    a_client_that_stops_while_engines_die_goes_on:
+        Way::Client => |visit, time| clients::stops_at(visit.place, time, 1 + time % 2);
 }

@@ -1,18 +1,18 @@
-//! The rules by which a crash does no harm: with each of them broken the same checks find something.
+//! The rules because of which a crash does no harm: with each of them broken the same checks find a violation.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_shm_abi::failpoint::Rule;
 use kvring_tests::crash::{BREAK, copies, rules};
 use kvring_tests::isolate::isolated_by;
 
-/// Rules that are broken elsewhere.
+/// Rules whose controls are elsewhere.
 const ELSEWHERE: [Rule; 7] = [
     // Rules of what stands in for robust lists: their controls are in `standins.rs`.
     Rule::LifeLock,
     Rule::LooksAtLocks,
     // Its control is in `lingering.rs`.
     Rule::MarkBeforeBurying,
-    // Broken to come to something rare: in `hostile_claims.rs`, in `registration.rs` and `turns.rs`, and in `start_errors.rs`.
+    // Broken to bring about a rare state: in `hostile_claims.rs`, in `registration.rs` and `turns.rs`, and in `start_errors.rs`.
     Rule::ResetTheWord,
     Rule::BeginAtOnce,
     Rule::Memory,

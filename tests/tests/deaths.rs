@@ -1,40 +1,31 @@
-//! Deaths of every kind, of an engine and of a client: each is noticed at once by whoever calls, sleeps, or does nothing,
-//! and leaves nothing behind. Who is merely stopped is not dead.
+//! Deaths of every kind, of an engine and of a client: clients that call, that sleep in a call, or that do nothing notice each
+//! at once, and it leaves nothing behind. A process that is merely stopped does not pass for dead.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{CallError, Client, ClientOptions, Role, Round};
 use kvring_shm_abi::probe::has_robust_lists;
-use kvring_shm_abi::sync::{AtomicU32, Ordering};
-use kvring_tests::crash::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
+use kvring_tests::crash::scene::{SOLO, scheduler_spec, solo_spec};
 use kvring_tests::ends::{ENDS, End};
-use kvring_tests::engine::{EngineProcess, thread_state};
-use kvring_tests::held::HeldBackend;
-use kvring_tests::kv::chain;
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{Ask, ClientSpec, Tell, all_loaded, all_stored};
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::wait::{LIMIT, becomes, eventually, within};
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::{
+    Ask, ClientSpec, EngineProcess, HeldBackend, LIMIT, Peer, SchedulerSide, Stored, WorkerSide, all_failed,
+    all_loaded, all_stored, becomes, chain, eventually, in_a_call, round, within,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
-use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// No notice of it where a file lock stands in: that lasts as long as the process.
+/// A death that a file lock, which stands in for a robust list, does not tell: the lock lasts as long as the process.
 const KEEPERS_END: &str = "the end of its keepers";
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
 
 fn fast() -> serde_json::Value {
     json!({ "beat_interval_ms": 1, "client_share": 1.0 })
 }
 
-/// A client whose calls would wait for ever if nobody noticed that there is no answer to come: spinning all the time, or
-/// sleeping from the first moment on.
+/// A client whose calls would wait for ever if they did not notice that no answer will come. They spin for `spin`, and then
+/// sleep.
 fn client(engine: &str, spin: Duration) -> Arc<Client> {
     let options = ClientOptions { spin: Some(spin), ..ClientSpec::new(engine).options() };
     let client = Client::new(Role::Scheduler, options).unwrap();
@@ -42,34 +33,10 @@ fn client(engine: &str, spin: Duration) -> Arc<Client> {
     client
 }
 
-/// A thread that is in a call which nobody answers.
-struct Caller {
-    thread: std::thread::JoinHandle<Result<(), CallError>>,
-    tid: Arc<AtomicU32>,
-}
-
-impl Caller {
-    fn begin(client: &Arc<Client>, state: char) -> Caller {
-        let tid = Arc::new(AtomicU32::new(0));
-        let (theirs, client) = (tid.clone(), client.clone());
-        let thread = std::thread::spawn(move || {
-            theirs.store(nix::unistd::gettid().as_raw() as u32, Ordering::Release);
-            client.noop()
-        });
-        eventually("a thread that calls", || tid.load(Ordering::Acquire) != 0);
-        let task = PathBuf::from(format!("/proc/self/task/{}", tid.load(Ordering::Acquire)));
-        eventually("a thread that waits for its answer", || thread_state(&task) == Some(state));
-        Caller { thread, tid }
-    }
-
-    fn fails_at_once(self, how: &str) {
-        let error = within(Duration::ZERO, how, || self.thread.join().unwrap()).unwrap_err();
-        assert!(
-            matches!(error, CallError::Dead | CallError::Restarted | CallError::Degraded(_)),
-            "{how}: {error} (thread {})",
-            self.tid.load(Ordering::Relaxed)
-        );
-    }
+/// A call of this client's that no engine answers, on a thread that waits in this state.
+fn call(client: &Arc<Client>, state: char) -> JoinHandle<Result<(), CallError>> {
+    let client = client.clone();
+    in_a_call(state, move || client.noop())
 }
 
 /// One death of an engine under everybody's eyes, and its successor.
@@ -80,19 +47,16 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     let [spins, sleeps, idle] =
         [LIMIT, Duration::ZERO, Duration::ZERO].map(|spin| client(&engine.name, spin));
     let backend = HeldBackend::new();
-    let spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
+    let spec = solo_spec(&engine.name);
     let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
     let mut reader = WorkerSide::start(&spec).unwrap();
     for worker in [&worker, &reader] {
-        worker.wait_ready(LIMIT).unwrap();
+        worker.ready();
     }
-    let mut scheduler = SchedulerSide::start(&scheduler_spec(&engine.name, SOLO, 1));
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    assert_eq!(reader.store("r", round(1), None, &chain(1, 4), 1), all_stored(4));
-    let found = scheduler.lookup("held", 0, &chain(1, 4)).unwrap();
-    backend.hold();
-    let job = worker.submit_store("r", round(2), None, &chain(2, 4), 2).unwrap();
-    backend.holds(1);
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    assert_eq!(reader.store(round(1), &chain(1, 4), 1), all_stored(4));
+    let found = scheduler.lookup("held", 0, &chain(1, 4));
+    let job = backend.hold_a_store(&mut worker, round(2), &chain(2, 4), 2);
     // The service thread hangs where it is: nobody is answered any more.
     engine.send(Signal::SIGUSR1);
     let still = engine.view();
@@ -101,30 +65,30 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
         std::thread::sleep(Duration::from_millis(20));
         still.segment.epoch().beat() == beat
     });
-    let callers = [Caller::begin(&spins, 'R'), Caller::begin(&sleeps, 'S')];
+    let callers = [call(&spins, 'R'), call(&sleeps, 'S')];
     kill(&engine);
     for caller in callers {
-        caller.fails_at_once(how);
+        let error = within(Duration::ZERO, how, || caller.join().unwrap()).unwrap_err();
+        let is_told = matches!(error, CallError::Dead | CallError::Restarted | CallError::Degraded(_));
+        assert!(is_told, "{how}: {error}");
     }
     let next = within(Duration::ZERO, how, || idle.noop());
     assert!(next.is_err(), "{how}: an idle client's next call");
     for client in [&spins, &sleeps, &idle] {
         assert!(!client.is_healthy(), "{how}");
     }
-    // A copy is not abandoned, and a load needs no engine.
+    // A copy is not abandoned, and loads need no engine.
     assert_eq!(worker.report_of(job), None, "{how}: a copy still runs");
-    assert_eq!(reader.load("held", &found.ranks[0], 1), all_loaded(4), "{how}");
-    // What is left of the process, if there is anything: it holds the lock on the name.
-    engine.kill();
-    engine.restart();
+    assert_eq!(reader.load(&found.ranks[0], 1), all_loaded(4), "{how}");
+    // Where some of the process is left, it holds the lock on the name.
+    engine.kill_and_restart();
     if end == End::Panic {
-        // What it held is not to be trusted. The worker gives its old arena up when nothing is copied into it any more.
+        // Its successor trusts nothing of it. The worker gives the old arena up when its copy has ended.
         assert_eq!(engine.stat("warm_start"), 0, "{how}");
         backend.let_go();
         assert_eq!(worker.finished_store(job).dropped, 4, "{how}");
-        worker.wait_ready(LIMIT).unwrap();
-        drop((spins, sleeps, idle, worker, reader, scheduler));
-        return engine.settles(0);
+        worker.ready();
+        return engine.settles_without((spins, sleeps, idle, worker, reader, scheduler));
     }
     for client in [&spins, &sleeps, &idle, worker.client(), reader.client(), scheduler.client()] {
         client.wait_ready(LIMIT).unwrap();
@@ -132,12 +96,10 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     assert_eq!(engine.stat("warm_start"), 1, "{how}");
     backend.let_go();
     assert_eq!(worker.finished_store(job), all_stored(4), "{how}");
-    let found = scheduler.lookup("after", 0, &chain(2, 4)).unwrap();
-    assert_eq!(reader.load("after", &found.ranks[0], 2), all_loaded(4), "{how}");
-    scheduler.api().end_session("held");
-    scheduler.api().end_session("after");
-    drop((spins, sleeps, idle, worker, reader, scheduler));
-    engine.settles(0);
+    let found = scheduler.lookup("after", 0, &chain(2, 4));
+    assert_eq!(reader.load(&found.ranks[0], 2), all_loaded(4), "{how}");
+    scheduler.ends(&["held", "after"]);
+    engine.settles_without((spins, sleeps, idle, worker, reader, scheduler));
 }
 
 #[test]
@@ -162,28 +124,18 @@ fn an_engine_that_ends_in_any_other_way_is_noticed() {
     }
 }
 
-/// A worker with a copy that runs and a scheduler with a lease, in another process.
+/// A worker with a copy that runs, and a scheduler, in another process.
 fn busy_peer(engine: &str, source: u32) -> Peer {
-    let mut peer = Peer::spawn();
-    for ask in [
-        Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
-        Ask::Scheduler(Box::new(scheduler_spec(engine, SOLO, 1))),
-        Ask::WaitReady,
-        Ask::HoldAStore { round: (source, 1), keys: chain(source.into(), 8), version: source.into() },
-    ] {
-        let told = peer.ask(&ask);
-        assert!(matches!(told, Tell::Done), "{ask:?}: {told:?}");
-    }
-    peer
+    let specs = (solo_spec(engine), scheduler_spec(engine, SOLO, 1));
+    Peer::holding(&specs.0, &specs.1, false, Round { source, number: 1 }, &chain(source.into(), 8))
 }
 
 #[test]
 fn a_client_that_dies_in_any_way_leaves_nothing() {
     let engine = EngineProcess::configured("client-death", 4, &fast());
-    let mut worker = WorkerSide::start(&worker_spec(&engine.name, SOLO, 1, 0, SHARD)).unwrap();
-    worker.wait_ready(LIMIT).unwrap();
-    let keys = chain(1, 4);
-    assert_eq!(worker.store("r", round(1), None, &keys, 1), all_stored(4));
+    let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
+    worker.ready();
+    let keys = worker.stores(round(1), chain(1, 4), 1);
     type Death = fn(&mut Peer);
     let deaths: [(&str, Death); 6] = [
         ("SIGKILL", |peer| peer.kill()),
@@ -195,7 +147,7 @@ fn a_client_that_dies_in_any_way_leaves_nothing() {
         ("abort", |peer| assert!(peer.try_ask(&Ask::End { how: End::Abort as u32 }).is_none())),
         // Its pipes stay open in the other program.
         ("exec", |peer| peer.begin(&Ask::End { how: End::Exec as u32 })),
-        (KEEPERS_END, |peer| assert!(matches!(peer.ask(&Ask::EndKeepers), Tell::Done))),
+        (KEEPERS_END, |peer| peer.end_keepers()),
     ];
     for (number, (how, death)) in (0..).zip(deaths) {
         let mut peer = busy_peer(&engine.name, 2);
@@ -210,19 +162,17 @@ fn a_client_that_dies_in_any_way_leaves_nothing() {
         becomes(how, [0; 3], || ["leases", "pins", "slots_writing"].map(|name| engine.stat(name)));
         engine.settles(1);
     }
-    drop(worker);
-    engine.settles(0);
+    engine.settles_without(worker);
 }
 
-/// The kernel marks their words all the same; the next engine finds them so.
+/// The kernel marks their words all the same, and the next engine finds the marks.
 #[test]
 fn clients_that_die_while_there_is_no_engine_leave_nothing() {
     let mut engine = EngineProcess::configured("nobody", 4, &fast());
-    let mut worker = WorkerSide::start(&worker_spec(&engine.name, SOLO, 1, 0, SHARD)).unwrap();
-    let mut scheduler = SchedulerSide::start(&scheduler_spec(&engine.name, SOLO, 1));
-    worker.wait_ready(LIMIT).unwrap();
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 1), all_stored(4));
+    let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    worker.ready();
+    assert_eq!(worker.store(round(1), &chain(1, 4), 1), all_stored(4));
     for number in 0..4 {
         let mut peers = [busy_peer(&engine.name, 2), busy_peer(&engine.name, 3)];
         for peer in &mut peers {
@@ -239,27 +189,25 @@ fn clients_that_die_while_there_is_no_engine_leave_nothing() {
         }
         engine.restart();
         if number >= 2 {
-            // While its word is being looked at, perhaps.
+            // Perhaps while the engine looks at its word.
             second.kill();
         }
-        worker.wait_ready(LIMIT).unwrap();
-        scheduler.client().wait_ready(LIMIT).unwrap();
+        worker.ready();
+        scheduler.ready();
         second.kill();
         engine.settles(2);
-        let found = scheduler.lookup("r", number, &chain(1, 4)).unwrap();
-        assert_eq!(worker.load("r", &found.ranks[0], 1), all_loaded(4));
+        let found = scheduler.lookup("r", number, &chain(1, 4));
+        assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(4));
         scheduler.api().end_session("r");
     }
-    drop((worker, scheduler));
-    engine.settles(0);
+    engine.settles_without((worker, scheduler));
 }
 
 #[test]
 fn a_forked_child_does_not_keep_its_parents_entry_alive() {
     let engine = EngineProcess::configured("client-fork", 4, &fast());
     let mut peer = busy_peer(&engine.name, 2);
-    let Tell::Count(child) = peer.ask(&Ask::Fork) else { panic!("no child") };
-    let child = Pid::from_raw(child as i32);
+    let child = Pid::from_raw(peer.get(&Ask::Fork));
     engine.stat_becomes("slots_writing", 8);
     peer.kill();
     engine.settles(0);
@@ -267,7 +215,7 @@ fn a_forked_child_does_not_keep_its_parents_entry_alive() {
     kill(child, Signal::SIGKILL).unwrap();
 }
 
-/// Its mappings, and its hold on the name, go with the last process that has them; its life went with its own thread.
+/// The child keeps the engine's mappings and its lock on the name, but the engine's life ended with its own thread.
 #[test]
 fn a_forked_child_of_an_engine_does_not_pass_for_it() {
     let mut engine = EngineProcess::configured("engine-fork", 4, &fast());
@@ -278,7 +226,7 @@ fn a_forked_child_of_an_engine_does_not_pass_for_it() {
     let tasks = format!("/proc/{}/task", engine.pid());
     let mut child = None;
     eventually("the engine has a child", || {
-        // A child whose thread has ended is another thread's.
+        // Where the thread that forked it has ended, it is listed under another thread.
         let tasks = std::fs::read_dir(&tasks).unwrap().flatten();
         let texts = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
         let all: Vec<String> = texts.collect();
@@ -294,21 +242,19 @@ fn a_forked_child_of_an_engine_does_not_pass_for_it() {
     kill(child, Signal::SIGKILL).unwrap();
     engine.restart();
     client.wait_ready(LIMIT).unwrap();
-    drop(client);
-    engine.settles(0);
+    engine.settles_without(client);
 }
 
-/// Nobody reaps a client that does not move: not the engine, however often it ticks; not its successor, after its grace.
+/// A client that is stopped is not reaped: not by the engine, however often it ticks, and not by its successor after the grace.
 #[test]
 fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     let mut fields = fast();
     fields["reattach_grace_ms"] = json!(20);
     let mut engine = EngineProcess::configured("stopped", 2, &fields);
-    let mut worker = WorkerSide::start(&worker_spec(&engine.name, SOLO, 1, 0, SHARD)).unwrap();
-    let mut scheduler = SchedulerSide::start(&scheduler_spec(&engine.name, SOLO, 1));
-    worker.wait_ready(LIMIT).unwrap();
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 1), all_stored(4));
+    let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    worker.ready();
+    assert_eq!(worker.store(round(1), &chain(1, 4), 1), all_stored(4));
     let mut peer = busy_peer(&engine.name, 2);
     let theirs = peer.lookup("theirs", 0, &chain(1, 4));
     assert_eq!(theirs.chunks, 4);
@@ -319,16 +265,15 @@ fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     let now = |engine: &EngineProcess| ["leases", "slots_writing", "clients"].map(|name| engine.stat(name));
     assert_eq!(now(&engine), [1, 8, 4]);
     for _ in 0..2 {
-        engine.kill();
-        engine.restart();
-        worker.wait_ready(LIMIT).unwrap();
-        scheduler.client().wait_ready(LIMIT).unwrap();
+        engine.kill_and_restart();
+        worker.ready();
+        scheduler.ready();
         engine.stat_becomes("clients", 2);
         engine.beats(500);
         assert_eq!(engine.stat("clients_awaited"), 2, "both of its entries are theirs still");
-        // The grace has passed, so others get what they want: all but what it writes.
+        // The grace has passed, so others get all slots but those that it writes.
         for number in 2..6 {
-            let stored = worker.store("r", round(number), None, &chain(10 + u64::from(number), 12), 3);
+            let stored = worker.store(round(number), &chain(10 + u64::from(number), 12), 3);
             assert_eq!(stored, all_stored(12));
         }
         assert!(engine.stat("evictions") > 0);
@@ -336,15 +281,13 @@ fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     }
     peer.resume();
     peer.ready();
-    assert!(matches!(peer.ask(&Ask::FinishTheStore), Tell::Stored(stored) if stored == all_stored(8)));
-    let found = scheduler.lookup("after", 0, &chain(2, 8)).unwrap();
+    assert_eq!(peer.get::<Stored>(&Ask::FinishTheStore), all_stored(8));
+    let found = scheduler.lookup("after", 0, &chain(2, 8));
     assert_eq!(found.chunks, 8);
-    assert_eq!(worker.load("after", &found.ranks[0], 2), all_loaded(8));
-    // What it had leased was evicted meanwhile: an error, and nothing else.
-    let late = worker.load("theirs", &theirs.ranks[0], 1);
-    assert_eq!((late.loaded, late.failed, late.wrong), (0, 4, 0));
+    assert_eq!(worker.load(&found.ranks[0], 2), all_loaded(8));
+    // What it had leased was evicted meanwhile: its load is an error, and nothing else.
+    assert_eq!(worker.load(&theirs.ranks[0], 1), all_failed(4));
     scheduler.api().end_session("after");
     peer.shutdown();
-    drop((peer, worker, scheduler));
-    engine.settles(0);
+    engine.settles_without((peer, worker, scheduler));
 }

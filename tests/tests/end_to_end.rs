@@ -1,21 +1,14 @@
-//! What kvring is for, across processes: what one worker stores, a scheduler finds and another worker loads, with the
-//! right bytes; and everything that must keep a chunk invisible.
+//! What kvring is for, across processes: one worker stores chunks, a scheduler finds them, and another worker loads them, with
+//! the right bytes. And everything that must keep a chunk invisible.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::SlotOutcome;
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::{Shape, chain};
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::raw::RawClient;
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::worker::WorkerSide;
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
+use kvring_tests::{
+    EngineProcess, Peer, RawClient, SchedulerSide, SchedulerSpec, Shape, Stored, WorkerSide, WorkerSpec,
+    all_loaded, all_stored, chain, round,
+};
 
 #[test]
 fn what_two_ranks_store_other_processes_find_and_load() {
@@ -28,11 +21,10 @@ fn what_two_ranks_store_other_processes_find_and_load() {
     for worker in &mut stores {
         assert_eq!(worker.store(round(1), &keys, 5), all_stored(100));
     }
-    // Who stored may be gone by the time somebody loads.
+    // The workers that stored may have gone when others load.
     drop(stores);
     engine.stat_becomes("clients", 1);
-    let found = scheduler.lookup("after", 0, &keys);
-    assert_eq!(found.chunks, 100);
+    let found = scheduler.finds("after", 0, &keys);
     for rank in 0..2 {
         let mut loads = Peer::worker(&WorkerSpec::rank(name, 2, rank));
         assert_eq!(loads.load(&found.ranks[rank as usize], 5), all_loaded(100));
@@ -59,15 +51,15 @@ fn a_chunk_is_invisible_until_every_rank_has_stored_it() {
         assert_eq!(worker.store(round(1), &keys, 0), all_stored(4));
     }
     assert_eq!(scheduler.lookup("all", 0, &keys).chunks, 4);
-    // Storing it again, in the same or in another round, is no work.
+    // Another store of it, in the same or in another round, writes nothing.
     for number in [1, 2] {
         let skipped = Stored { skipped: 4, ..Stored::default() };
         assert_eq!(workers[0].store(round(number), &keys, 9), skipped);
     }
 }
 
-/// Interleavings, 2: a rank whose load failed computes garbage from it, and so do the others; what it aborts must stay
-/// invisible, and the next round's shards must replace everybody's.
+/// A rank whose load has failed aborts its shards of the round. The other ranks have computed garbage in that round and do not
+/// know it, so the chunks must stay invisible, and the next round's shards must replace those of all ranks.
 #[test]
 fn a_rank_that_aborts_keeps_the_chunk_invisible_until_a_new_round() {
     let engine = EngineProcess::start("abort", 16);
@@ -76,19 +68,19 @@ fn a_rank_that_aborts_keeps_the_chunk_invisible_until_a_new_round() {
     let mut worker = Peer::worker(&WorkerSpec::rank(name, 2, 0));
     let mut scheduler = Peer::scheduler(&SchedulerSpec::world(name, 2));
     let keys = chain(1, 8);
-    // Rank 1 by hand, so that it aborts exactly here. Its layout is its own.
+    // Rank 1 is a raw client, which aborts exactly here.
     let mut raw = RawClient::attach(name, Role::Worker);
     let namespace = raw.register(1, 2, 1, shard_bytes);
     assert_eq!(worker.store(round(1), &keys, 666), all_stored(8));
     let slots = raw.reserve(namespace, 1, round(1), &keys);
     assert_eq!(slots.len(), 8);
-    // It fails for the last four, and completes the first four.
+    // It aborts the last four, and commits the first four.
     assert_eq!(raw.finish(&slots[4..], false), vec![SlotOutcome::Done; 4]);
     assert_eq!(raw.finish(&slots[..4], true), vec![SlotOutcome::Done; 4]);
     assert_eq!(scheduler.lookup("garbage", 0, &keys).chunks, 4, "the round's other chunks are whole");
     assert_eq!(scheduler.lookup("garbage tail", 0, &keys[4..]).chunks, 0);
     engine.stat_becomes("chunks_forming", 0);
-    // The next round: rank 0 is not told that its garbage will do.
+    // In the next round rank 0 must store again: its garbage does not count.
     assert_eq!(worker.store(round(2), &keys[4..], 7), all_stored(4));
     assert_eq!(scheduler.lookup("one rank", 0, &keys[4..]).chunks, 0);
     let slots = raw.reserve(namespace, 1, round(2), &keys[4..]);
@@ -108,23 +100,21 @@ fn shards_of_different_rounds_never_combine() {
     assert_eq!(workers[0].store(round(1), &keys, 1), all_stored(4));
     assert_eq!(workers[1].store(round(2), &keys, 2), all_stored(4));
     assert_eq!(scheduler.lookup("mixed", 0, &keys).chunks, 0);
-    // An older round of the same source is moot.
+    // An older round of the same source writes nothing.
     assert_eq!(workers[0].store(round(1), &keys, 1).stored, 0);
     assert_eq!(workers[0].store(round(2), &keys, 2), all_stored(4));
-    let found = scheduler.lookup("same", 0, &keys);
-    assert_eq!(found.chunks, 4);
+    let found = scheduler.finds("same", 0, &keys);
     for (rank, worker) in workers.iter_mut().enumerate() {
         assert_eq!(worker.load(&found.ranks[rank], 2), all_loaded(4));
     }
-    // Rounds of different sources form side by side; one of them must be whole.
+    // Rounds of different sources form side by side, and one of them must be complete.
     let keys = chain(2, 4);
     let of = |source| Round { source, number: 1 };
     assert_eq!(workers[0].store(of(10), &keys, 10), all_stored(4));
     assert_eq!(workers[1].store(of(11), &keys, 11), all_stored(4));
     assert_eq!(scheduler.lookup("two sources", 0, &keys).chunks, 0);
     assert_eq!(workers[1].store(of(10), &keys, 10), all_stored(4));
-    let found = scheduler.lookup("one source", 0, &keys);
-    assert_eq!(found.chunks, 4);
+    let found = scheduler.finds("one source", 0, &keys);
     for (rank, worker) in workers.iter_mut().enumerate() {
         assert_eq!(worker.load(&found.ranks[rank], 10), all_loaded(4));
     }
@@ -133,72 +123,64 @@ fn shards_of_different_rounds_never_combine() {
 #[test]
 fn lookups_are_answered_once_per_request_and_admission() {
     let engine = EngineProcess::start("idem", 16);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+    let mut worker = engine.worker();
     let keys = chain(1, 6);
-    assert_eq!(worker.store("r", round(1), None, &keys[..3], 0), all_stored(3));
+    assert_eq!(worker.store(round(1), &keys[..3], 0), all_stored(3));
     for polling in [true, false] {
-        let mut scheduler =
-            SchedulerSide::start(&SchedulerSpec { polling, ..SchedulerSpec::new(&engine.name) });
-        scheduler.client().wait_ready(kvring_tests::wait::LIMIT).unwrap();
+        let spec = SchedulerSpec { polling, ..SchedulerSpec::new(&engine.name) };
+        let mut scheduler = SchedulerSide::started(&spec);
         let before = engine.stat("lookups");
-        let first = scheduler.lookup("r", 0, &keys).unwrap();
+        let first = scheduler.lookup("r", 0, &keys);
         assert_eq!(first.chunks, 3, "longer than cached: the prefix");
         for _ in 0..10 {
-            assert_eq!(scheduler.lookup("r", 0, &keys).unwrap(), first, "the same answer");
+            assert_eq!(scheduler.lookup("r", 0, &keys), first, "the same answer");
         }
         assert_eq!(scheduler.tally().answered, 1);
-        // A preempted request comes back with the next admission: asked anew.
-        assert_eq!(scheduler.lookup("r", 1, &keys).unwrap(), first);
+        // A preempted request comes back with the next admission, for which the engine is asked again.
+        assert_eq!(scheduler.lookup("r", 1, &keys), first);
         assert_eq!(scheduler.tally().answered, 2);
         engine.stat_becomes("lookups", before + 2);
         engine.stat_becomes("leases", 2);
         engine.stat_becomes("pins", 6);
-        // A part of the first, all of the second, then the session.
+        // A part of the first admission's lease is given up, all of the second's, and then the session ends.
         scheduler.api().free_lookup_locks("r", 0, 2);
         engine.stat_becomes("pins", 5);
         scheduler.api().free_lookup_locks("r", 1, 0);
         engine.stat_becomes("leases", 1);
         scheduler.api().end_session("r");
         engine.stat_becomes("leases", 0);
-        // Unknown is fine.
+        // Unknown sessions are no error.
         scheduler.api().end_session("r");
         scheduler.api().free_lookup_locks("nobody", 3, 0);
         assert_eq!(scheduler.api().open_sessions(), 0);
         assert_eq!(scheduler.check("r").unwrap().chunks, 0, "an ended session has no answer");
     }
-    // Nothing to look up is no question.
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(kvring_tests::wait::LIMIT).unwrap();
-    assert_eq!(scheduler.lookup("empty", 0, &[]).unwrap().chunks, 0);
+    // A lookup of no keys finds nothing.
+    let mut scheduler = engine.scheduler();
+    assert_eq!(scheduler.lookup("empty", 0, &[]).chunks, 0);
     // A hole ends the prefix.
     let mut holed = keys.clone();
     holed[1] = [404, 404];
-    assert_eq!(scheduler.lookup("hole", 0, &holed).unwrap().chunks, 1);
-    drop(scheduler);
-    drop(worker);
-    engine.settles(0);
+    assert_eq!(scheduler.lookup("hole", 0, &holed).chunks, 1);
+    engine.settles_without((worker, scheduler));
 }
 
 #[test]
 fn clearing_drops_what_is_not_leased() {
     let engine = EngineProcess::start("clear", 16);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(kvring_tests::wait::LIMIT).unwrap();
-    let keys = chain(1, 20);
-    assert_eq!(worker.store("r", round(1), None, &keys, 3), all_stored(20));
-    let leased = scheduler.lookup("keeps", 0, &keys[..5]).unwrap();
+    let mut worker = engine.worker();
+    let mut scheduler = engine.scheduler();
+    let keys = worker.stores(round(1), chain(1, 20), 3);
+    let leased = scheduler.lookup("keeps", 0, &keys[..5]);
     assert_eq!(scheduler.api().reset_cache(), Ok(15));
-    assert_eq!(scheduler.lookup("after", 0, &keys).unwrap().chunks, 5);
-    assert_eq!(worker.load("r", &leased.ranks[0], 3), all_loaded(5));
-    for session in ["keeps", "after"] {
-        scheduler.api().end_session(session);
-    }
+    assert_eq!(scheduler.lookup("after", 0, &keys).chunks, 5);
+    assert_eq!(worker.load(&leased.ranks[0], 3), all_loaded(5));
+    scheduler.ends(&["keeps", "after"]);
     assert_eq!(worker.client().clear(), Ok(5));
-    assert_eq!(scheduler.lookup("at last", 0, &keys).unwrap().chunks, 0);
-    assert_eq!(worker.store("r", round(2), None, &keys, 4), all_stored(20), "and is stored again");
-    let found = scheduler.lookup("again", 0, &keys).unwrap();
-    assert_eq!(worker.load("r", &found.ranks[0], 4), all_loaded(20));
+    assert_eq!(scheduler.lookup("at last", 0, &keys).chunks, 0);
+    assert_eq!(worker.store(round(2), &keys, 4), all_stored(20), "and is stored again");
+    let found = scheduler.lookup("again", 0, &keys);
+    assert_eq!(worker.load(&found.ranks[0], 4), all_loaded(20));
 }
 
 #[test]
@@ -206,52 +188,48 @@ fn checksums_are_verified_against_stray_writes() {
     let engine = EngineProcess::start("sums", 16);
     let spec = WorkerSpec { checksum: true, ..WorkerSpec::new(&engine.name) };
     let mut worker = WorkerSide::start(&spec).unwrap();
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(kvring_tests::wait::LIMIT).unwrap();
-    let keys = chain(1, 4);
-    assert_eq!(worker.store("r", round(1), None, &keys, 3), all_stored(4));
-    let found = scheduler.lookup("r", 0, &keys).unwrap();
-    assert_eq!(worker.load("r", &found.ranks[0], 3), all_loaded(4));
+    let mut scheduler = engine.scheduler();
+    let keys = worker.stores(round(1), chain(1, 4), 3);
+    let found = scheduler.lookup("r", 0, &keys);
+    assert_eq!(worker.load(&found.ranks[0], 3), all_loaded(4));
     // One bit of one shard, as a stray write of another client would leave it.
     let arena = std::fs::OpenOptions::new().read(true).write(true).open(engine.file("arena")).unwrap();
     let mut byte = [0u8];
     let at = found.ranks[0][2].offset + 777;
     std::os::unix::fs::FileExt::read_exact_at(&arena, &mut byte, at).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&arena, &[byte[0] ^ 1], at).unwrap();
-    let loaded = worker.load("r", &found.ranks[0], 3);
+    let loaded = worker.load(&found.ranks[0], 3);
     assert_eq!((loaded.loaded, loaded.failed, loaded.wrong), (3, 1, 0));
 }
 
-/// Interleavings, 13: when `handle_preemptions` has returned, the blocks are somebody else's, and what was stored of them
-/// is whole or not there.
+/// When `handle_preemptions` has returned, vLLM may give the blocks to another request. The chunks that were being stored are
+/// complete, or not stored.
 #[test]
 fn preempted_blocks_may_be_overwritten_at_once() {
     let engine = EngineProcess::start("preempt", 64);
     let spec = WorkerSpec { shape: Shape::LARGE, ..WorkerSpec::new(&engine.name) };
     let mut worker = WorkerSide::start(&spec).unwrap();
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(kvring_tests::wait::LIMIT).unwrap();
+    let mut scheduler = engine.scheduler();
     let mut found = 0;
     for number in 0..30 {
         let keys = chain(u64::from(number), 8);
-        let job = worker.submit_store("r", round(number), None, &keys, 1).unwrap();
+        let job = worker.submit_store(round(number), &keys, 1).unwrap();
         let requests = ["r", "another"];
         worker.adapter().handle_preemptions((number % 2 == 0).then_some(&requests[..]));
         worker.overwrite_submitted();
         let stored = worker.finished_store(job);
         assert_eq!(stored.stored + stored.dropped, 8);
         let request = format!("r{number}");
-        let hit = scheduler.lookup(&request, 0, &keys).unwrap();
+        let hit = scheduler.lookup(&request, 0, &keys);
         assert_eq!(hit.chunks, stored.stored);
-        let loaded = worker.load("r", &hit.ranks[0], 1);
+        let loaded = worker.load(&hit.ranks[0], 1);
         assert_eq!((loaded.failed, loaded.wrong), (0, 0), "{stored:?}");
         found += hit.chunks;
         scheduler.api().end_session(&request);
     }
-    assert!(found > 0, "a store is finished first, as long as the engine answers");
-    // Requests that have nothing to do with it are not waited for, and nothing is lost.
-    worker.submit_store("r", round(100), None, &chain(100, 8), 1).unwrap();
+    assert!(found > 0, "a store is finished first while the engine answers");
+    // A preemption of another request does not wait for this store, and nothing is lost.
+    worker.submit_store(round(100), &chain(100, 8), 1).unwrap();
     worker.adapter().handle_preemptions(Some(&["another"]));
-    drop((worker, scheduler));
-    engine.settles(0);
+    engine.settles_without((worker, scheduler));
 }

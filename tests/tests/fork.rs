@@ -1,15 +1,10 @@
 //! A child of `fork` does not pass for its parent: every call says so, nothing hangs, and the parent does not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Health, Lookup, Role, Round, StoreChunk, SubmitError};
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::isolate::isolated;
-use kvring_tests::kv::chain;
-use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::{LIMIT, eventually};
-use kvring_tests::worker::{WorkerSide, client};
+use kvring_adapter::{CallError, Health, Lookup, Role, StoreChunk, SubmitError};
+use kvring_tests::{
+    EngineProcess, LIMIT, SchedulerSide, SchedulerSpec, all_loaded, chain, client, isolated, round, until,
+};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
@@ -19,18 +14,14 @@ fn in_a_child(body: impl FnOnce()) {
     // process with several threads, and the adapter's own promise is what is tested here.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
-            let code = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)) {
-                Ok(()) => 0,
-                Err(_) => 1,
-            };
+            let code = i32::from(std::panic::catch_unwind(std::panic::AssertUnwindSafe(body)).is_err());
             // SAFETY: ends the process, and nothing of the parent's is run down.
             unsafe { libc::_exit(code) };
         }
         ForkResult::Parent { child } => {
-            let mut status = WaitStatus::StillAlive;
-            eventually("the child ends", || {
-                status = waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap();
-                status != WaitStatus::StillAlive
+            let status = until("the child ends", || {
+                let status = waitpid(child, Some(WaitPidFlag::WNOHANG)).unwrap();
+                (status != WaitStatus::StillAlive).then_some(status)
             });
             assert_eq!(status, WaitStatus::Exited(child, 0), "what the child did is above");
         }
@@ -40,21 +31,17 @@ fn in_a_child(body: impl FnOnce()) {
 #[test]
 fn a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer() {
     isolated("a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer", || {
-        let mut engine = EngineProcess::start("fork-pending", 16);
-        let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
+        let engine = EngineProcess::start("fork-pending", 16);
+        let mut worker = engine.worker();
         let spec = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
-        let mut sides = [SchedulerSide::start(&spec), SchedulerSide::start(&spec)];
-        for side in &sides {
-            side.client().wait_ready(LIMIT).unwrap();
-        }
-        let keys = chain(1, 8);
-        assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &keys, 0), all_stored(8));
+        let mut sides = [SchedulerSide::started(&spec), SchedulerSide::started(&spec)];
+        let keys = worker.stores(round(1), chain(1, 8), 0);
         engine.stop();
         for side in &mut sides {
             side.api().submit_lookup("r", 0, &keys).unwrap();
         }
         in_a_child(|| {
-            // One asks, one ends its session: both would touch memory that the child does not have.
+            // One looks for its answer and one ends its session. Both would touch memory that the child does not have.
             let [asks, ends] = &mut sides;
             assert!(matches!(asks.api().check_lookup("r"), Lookup::Hit(hit) if hit.chunks == 0));
             ends.api().end_session("r");
@@ -64,37 +51,26 @@ fn a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer() 
         let mut sides = dropped.unwrap();
         engine.resume();
         for side in &mut sides {
-            eventually("the parent's answer", || {
-                side.check("r").is_some_and(|found| {
-                    assert_eq!(found.chunks, 8);
-                    true
-                })
-            });
+            assert_eq!(until("the parent's answer", || side.check("r")).chunks, 8);
         }
-        drop((worker, sides));
-        engine.settles(0);
+        engine.settles_without((worker, sides));
     });
 }
 
 #[test]
 fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
     isolated("a_child_of_fork_is_told_so_and_the_parent_goes_on", || {
-        let engine = EngineProcess::start("fork", 16);
-        let bystander = Bystander::start(&engine.name);
-        let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-        let mut polling = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-        let mut pending =
-            SchedulerSide::start(&SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) });
-        for scheduler in [&polling, &pending] {
-            scheduler.client().wait_ready(LIMIT).unwrap();
-        }
-        let keys = chain(1, 8);
-        assert_eq!(worker.store("r", Round { source: 1, number: 1 }, None, &keys, 0), all_stored(8));
-        let found = polling.lookup("r", 0, &keys).unwrap();
+        let (engine, bystander) = EngineProcess::with_bystander("fork");
+        let mut worker = engine.worker();
+        let mut polling = engine.scheduler();
+        let pending = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
+        let mut pending = SchedulerSide::started(&pending);
+        let keys = worker.stores(round(1), chain(1, 8), 0);
+        let found = polling.lookup("r", 0, &keys);
 
         in_a_child(|| {
             for scheduler in [&mut polling, &mut pending] {
-                assert_eq!(scheduler.lookup("new", 0, &keys), Err(CallError::Forked));
+                assert_eq!(scheduler.try_lookup("new", 0, &keys), Err(CallError::Forked));
                 assert_eq!(scheduler.api().reset_cache(), Err(CallError::Forked));
                 scheduler.api().free_lookup_locks("r", 0, 0);
                 scheduler.api().end_session("r");
@@ -108,7 +84,7 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             }
             let adapter = worker.adapter();
             let store = vec![StoreChunk { key: keys[0], blocks: vec![0, 1, 2, 3] }];
-            let submitted = adapter.submit_store("r", Round { source: 1, number: 2 }, None, store, None);
+            let submitted = adapter.submit_store("r", round(2), None, store, None);
             assert_eq!(submitted, Err(SubmitError::Ended(Health::ShutDown)));
             assert_eq!(adapter.submit_load("r", vec![], None), Err(SubmitError::Ended(Health::ShutDown)));
             assert_eq!(adapter.get_finished(), kvring_adapter::Finished::default());
@@ -131,12 +107,10 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             own.noop().unwrap();
         });
 
-        // The parent: the lease still holds, the copies still work.
-        assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(8));
-        assert_eq!(polling.lookup("again", 0, &keys).unwrap().chunks, 8);
+        // The parent's lease still holds, and its copies still work.
+        assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(8));
+        assert_eq!(polling.lookup("again", 0, &keys).chunks, 8);
         assert_eq!(engine.stat("breaches"), 0);
-        drop((worker, polling, pending));
-        bystander.was_undisturbed();
-        engine.settles(0);
+        engine.settles_beside(bystander, (worker, polling, pending));
     });
 }

@@ -1,29 +1,28 @@
-//! Nonsense by the thousand, with a seed: random slots, damaged and well-formed requests with senseless arguments, noise in
-//! payload areas, channel files and lobby entries. The engine lives, a bystander's verified traffic goes on, and nothing is left.
+//! Nonsense by the thousand, from a seed: random slots, damaged and well-formed requests with senseless arguments, noise in
+//! payload areas, channel files and lobby entries. The engine lives, a bystander's verified traffic goes on, and nothing is
+//! left.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::{ENTRIES_AT, Role};
 use kvring_shm_abi::message::{Request, SlotOutcome, SlotRecord};
-use kvring_tests::engine::EngineProcess;
 use kvring_tests::fuzz::Random;
-use kvring_tests::raw::{Claimed, PAYLOAD_WORDS, RawClient, registration};
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::eventually;
+use kvring_tests::raw::{PAYLOAD_WORDS, registration};
+use kvring_tests::{Bystander, Claimed, EngineProcess, RawClient, eventually, soak, stat_of};
 use std::os::unix::fs::FileExt;
 
 /// Behind the lobby's superblock.
 const DOORBELL_AT: u64 = 256;
 
-/// The bystander saw nothing but others' clears.
+/// Nothing happened to the bystander but the clears of other clients.
 fn unharmed(mut engine: EngineProcess, bystander: Bystander) {
     let traffic = bystander.finish();
     assert_eq!((traffic.wrong, traffic.failed), (0, 0), "{traffic:?}");
-    assert!(engine.is_running(), "the engine has died");
+    assert_eq!(engine.ended(), None);
     engine.settles(0);
 }
 
-/// Noise where arguments are looked for, some of it keys and slots that exist.
+/// Writes noise where the engine looks for arguments; some of it are keys and slots that exist.
 fn scribble(raw: &RawClient, random: &mut Random) {
     let words: Vec<u64> = (0..random.below(2000))
         .map(|_| match random.below(4) {
@@ -39,12 +38,11 @@ fn scribble(raw: &RawClient, random: &mut Random) {
 
 #[test]
 fn messages() {
-    let engine = EngineProcess::start("messages", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("messages");
     let mut random = Random::new(1);
     let mut sent = 0u64;
     let mut breaches = 0;
-    while sent < 30_000 * kvring_tests::soak() {
+    while sent < 30_000 * soak() {
         let role = if random.one_in(2) { Role::Worker } else { Role::Scheduler };
         let mut raw = RawClient::attach(&engine.name, role);
         let mut namespace = 1;
@@ -72,7 +70,7 @@ fn messages() {
             sent += 1;
             if random.one_in(8) {
                 raw.ring();
-                // At its pace: so that most messages are looked at before a breach ends them.
+                // Waits for the engine, so that it looks at most messages before a breach ends the attachment.
                 let requests = engine_requests(&raw);
                 eventually("the engine takes them, or has had enough", || {
                     engine_requests(&raw) != requests
@@ -90,17 +88,17 @@ fn messages() {
 }
 
 fn engine_requests(raw: &RawClient) -> u64 {
-    kvring_tests::engine::stat_of(&raw.view, "requests")
+    stat_of(&raw.view, "requests")
 }
 
-/// Requests in form, in range, of a registered client, in any order: what only the cache itself can refuse.
+/// Well-formed requests of registered clients with arguments in range, in any order: only the cache itself can refuse them.
 #[test]
 fn good_messages_in_a_senseless_order() {
     let engine = EngineProcess::start("order", 8);
     let bystander = Bystander::start(&engine.name);
     let mut random = Random::new(2);
     let mut invalidated = 0;
-    for _ in 0..6 * kvring_tests::soak() {
+    for _ in 0..6 * soak() {
         let mut workers: Vec<RawClient> =
             (0..2).map(|_| RawClient::attach(&engine.name, Role::Worker)).collect();
         let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
@@ -112,14 +110,12 @@ fn good_messages_in_a_senseless_order() {
         for _ in 0..1500 {
             let rank = random.below(2) as usize;
             let worker = &mut workers[rank];
-            // Of so few that both ranks often store the same ones, and chunks become visible.
+            // So few different keys that both ranks often store the same ones, and chunks become visible.
             let keys: Vec<_> = (0..1 + random.below(40)).map(|_| [0xf0ff, random.below(12)]).collect();
             match random.below(10) {
                 0..=2 => {
-                    let round = kvring_adapter::Round {
-                        source: random.below(2) as u32,
-                        number: random.below(2) as u32,
-                    };
+                    let (source, number) = (random.below(2) as u32, random.below(2) as u32);
+                    let round = kvring_adapter::Round { source, number };
                     held.extend(worker.reserve(namespace, rank as u32, round, &keys));
                 }
                 3 | 4 if !held.is_empty() => {
@@ -132,7 +128,7 @@ fn good_messages_in_a_senseless_order() {
                     let (session, admission) = (random.below(5), random.below(3) as u32);
                     let lookup = scheduler.lookup_request(session, admission, namespace, 2, &keys);
                     if scheduler.call(lookup).results[0] > 0 && random.one_in(2) {
-                        // One of its ranks says that the first chunk is damaged, or another one does.
+                        // A rank says that its shard of the first chunk is damaged, or that the other rank's is.
                         let shard = scheduler.shards(2)[random.below(2) as usize];
                         let slot = u64::from(shard.slot());
                         let generation = shard.generation;
@@ -141,7 +137,7 @@ fn good_messages_in_a_senseless_order() {
                     }
                 }
                 8 if random.one_in(3) => {
-                    // As if the engine had been restarted: with what it holds, and with what it does not.
+                    // Declares as after a restart: some of what it holds, and leases that it may not have.
                     let from = random.below(held.len() as u64 + 1) as usize;
                     worker.declare(&held[from..]);
                     let (session, admission) = (random.below(5), random.below(3) as u32);
@@ -159,7 +155,7 @@ fn good_messages_in_a_senseless_order() {
                 _ => drop(scheduler.call(Request::EndSession { session: random.below(5) })),
             }
         }
-        // Their ends are as senseless: with leases and reservations open.
+        // They end with leases and reservations open.
     }
     assert!(invalidated > 0);
     assert_eq!(engine.stat("breaches"), 0);
@@ -173,7 +169,7 @@ fn claims_entries_and_channels() {
     let lobby = std::fs::OpenOptions::new().write(true).open(engine.file("lobby")).unwrap();
     let mut random = Random::new(3);
     let mut attached = 0;
-    for _ in 0..1500 * kvring_tests::soak() {
+    for _ in 0..1500 * soak() {
         let claim = Claimed::new(&engine.name, if random.one_in(2) { Role::Worker } else { Role::Scheduler });
         if random.one_in(2) {
             // Noise in its channel, most often in the header.
@@ -201,7 +197,7 @@ fn claims_entries_and_channels() {
             client.ring();
         }
         if random.one_in(16) {
-            // The doorbell is everybody's: at worst somebody is late.
+            // Every client may write the doorbell: at worst somebody is late.
             lobby.write_all_at(&random.edgy().to_le_bytes(), DOORBELL_AT).unwrap();
         }
         if random.one_in(3) {
@@ -223,14 +219,14 @@ fn claims_entries_and_channels() {
     unharmed(engine, bystander);
 }
 
-/// Registrations with one field out of order, thousands of them.
+/// Thousands of registrations with one wrong field each.
 #[test]
 fn registrations() {
     let engine = EngineProcess::start("records", 8);
     let bystander = Bystander::start(&engine.name);
     let mut random = Random::new(4);
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
-    for _ in 0..3000 * kvring_tests::soak() {
+    for _ in 0..3000 * soak() {
         if raw.status() != AttachStatus::Attached {
             drop(raw);
             raw = RawClient::attach(&engine.name, Role::Worker);

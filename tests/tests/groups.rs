@@ -1,15 +1,13 @@
-//! Several groups of layers in one cache, pages that a load skips, flushing by job, and what a scheduling step may wait.
+//! Several groups of layers in one cache, pages that a load skips, flushing by job, and how long the lookups of a scheduling
+//! step may wait.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{
     BlockError, Checksum, Client, JobId, Key, KvGroup, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter,
-    Role, Round, SKIP, SchedulerApi, SchedulerOptions, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
+    Role, SKIP, SchedulerApi, SchedulerOptions, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
 };
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::chain;
-use kvring_tests::proto::{ClientSpec, fingerprint};
-use kvring_tests::wait::{LIMIT, within};
-use kvring_tests::worker::client;
+use kvring_tests::proto::fingerprint;
+use kvring_tests::{ClientSpec, EngineProcess, LIMIT, chain, client, round, within};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use std::sync::Arc;
@@ -95,7 +93,7 @@ impl Both {
     fn store(&mut self, keys: &[Key], blocks: &[Vec<u32>]) -> u32 {
         let chunks =
             keys.iter().zip(blocks).map(|(key, blocks)| StoreChunk { key: *key, blocks: blocks.clone() });
-        let round = Round { source: 1, number: 1 };
+        let round = round(1);
         let job = self.worker.submit_store("r", round, None, chunks.collect(), None).unwrap();
         assert!(self.worker.wait_job(job, LIMIT));
         self.worker.get_finished().stores[0].2.stored
@@ -149,7 +147,7 @@ fn groups_and_skipped_pages_come_back_as_they_were_and_nothing_else_is_written()
             for (planes, _) in &mut cache.groups {
                 planes.iter_mut().for_each(|(_, memory)| memory.fill(POISON));
             }
-            // Back, to other blocks, without those that are skipped.
+            // Loaded to other blocks, without those that are skipped.
             let mut skips = skips.iter().cycle();
             let targets: Vec<Vec<u32>> = blocks
                 .iter()
@@ -190,8 +188,7 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
     let keys = chain(1, 1);
     assert_eq!(both.store(&keys, &[vec![0, 1, 2]]), 1);
     let chunks = vec![StoreChunk { key: keys[0], blocks: vec![0, SKIP, 1] }];
-    let refused =
-        both.worker.submit_store("r", Round { source: 1, number: 2 }, None, chunks, None).unwrap_err();
+    let refused = both.worker.submit_store("r", round(2), None, chunks, None).unwrap_err();
     assert_eq!(refused, SubmitError::Blocks { chunk: 0, error: BlockError::NothingToStore { at: 1 } });
     let mut shard = both.scheduler.lookup("r", 0, &keys).unwrap().shards_of(0).next().unwrap();
     shard.generation += 8;
@@ -201,10 +198,10 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
     assert_eq!(both.worker.get_finished().loads[0].2.failed, 1);
     assert_eq!(both.worker.get_block_ids_with_load_errors(), [5, 7]);
     assert!(both.worker.wait_job(JobId(999), Duration::ZERO), "there is no such job");
-    // Flushing what a dead engine left open: the blocks are not read any more when it returns.
+    // `flush` of a store that a dead engine has left open: when it returns the blocks are not read any more.
     engine.stop();
     let chunks = vec![StoreChunk { key: chain(2, 1)[0], blocks: vec![0, 1, 2] }];
-    let job = both.worker.submit_store("r", Round { source: 1, number: 3 }, None, chunks, None).unwrap();
+    let job = both.worker.submit_store("r", round(3), None, chunks, None).unwrap();
     engine.kill();
     both.worker.flush(&[JobId(1), job, JobId(999)]);
     for (planes, _) in &mut cache.groups {
@@ -217,14 +214,14 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
 fn the_lookups_of_a_step_wait_for_one_timeout_together() {
     const TIMEOUT: Duration = Duration::from_millis(200);
     const LOOKUPS: u64 = 50;
-    let mut engine = EngineProcess::start("steps", 16);
+    let engine = EngineProcess::start("steps", 16);
     let mut cache = Cache::new(&[(vec![64], 1)]);
     let mut both = both(&engine, 1, Checksum::Off, &mut cache);
     let keys = chain(1, 1);
     assert_eq!(both.store(&keys, &[vec![0]]), 1);
     let options =
         |lookup_timeout| SchedulerOptions { lookup_timeout, ..SchedulerOptions::new(fingerprint(1)) };
-    // No time at all: nobody is asked, and that is the admission's answer.
+    // With no time at all the engine is not asked, and the admission's answer is 0.
     let mut none = PollingSchedulerAdapter::new(&both.client, options(Duration::ZERO));
     none.begin_step();
     let asked = engine.stat("lookups");
@@ -235,7 +232,7 @@ fn the_lookups_of_a_step_wait_for_one_timeout_together() {
     let mut steps = PollingSchedulerAdapter::new(&both.client, options(TIMEOUT));
     steps.begin_step();
     let found = loop {
-        // Looking without waiting, until it is there.
+        // Looks without waiting, until the answer is there.
         if let Some(hit) = steps.try_lookup("r", 0, &keys, Duration::ZERO).unwrap() {
             break hit.chunks;
         }

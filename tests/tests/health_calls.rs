@@ -1,15 +1,14 @@
-//! Every call returns by its deadline whatever the engine does: never there, killed, stopped, killed in the middle. What
-//! it returns then is what "degraded" means: nothing found, stores dropped, loads right or refused.
+//! Every call returns by its deadline, whether the engine was never there, was killed, is stopped, or is killed in the middle
+//! of the call. Until there is an engine again clients are *degraded*: lookups find nothing, stores are dropped, and loads are
+//! right or refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Health, Round};
+use kvring_adapter::{CallError, Health};
 use kvring_shm_abi::sync::{AtomicBool, AtomicU64, Ordering};
-use kvring_tests::engine::{EngineProcess, unique_name};
-use kvring_tests::kv::chain;
-use kvring_tests::proto::{ClientSpec, Handle, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::wait::{LIMIT, eventually, within};
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::{
+    ClientSpec, EngineProcess, Handle, SchedulerSide, SchedulerSpec, WorkerSide, WorkerSpec, all_dropped,
+    all_loaded, all_stored, chain, eventually, round, segments, soak, unique_name, within,
+};
 use std::time::Duration;
 
 const LOOKUP: Duration = Duration::from_millis(150);
@@ -17,11 +16,7 @@ const OPERATION: Duration = Duration::from_millis(200);
 const DRAIN: Duration = Duration::from_millis(250);
 const REGISTER: Duration = Duration::from_millis(300);
 
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
-
-/// Deadlines that are soon over.
+/// A client with short deadlines.
 fn hasty(engine: &str) -> ClientSpec {
     ClientSpec {
         attach_ms: 200,
@@ -55,7 +50,7 @@ fn clients(engine: &str) -> Clients {
     }
 }
 
-/// Every call there is, twice: by its deadline, and with a degraded answer.
+/// Every call, twice: each returns by its deadline, and with a degraded answer.
 fn every_call_is_degraded(clients: &mut Clients, handles: &[Handle], version: u64) {
     let Clients { worker, polling, pending } = clients;
     let keys = chain(1, 8);
@@ -64,7 +59,7 @@ fn every_call_is_degraded(clients: &mut Clients, handles: &[Handle], version: u6
         for scheduler in [&mut *polling, &mut *pending] {
             let answered = scheduler.tally().answered;
             within(LOOKUP, "submit_lookup", || scheduler.api().submit_lookup(&request, 0, &keys)).unwrap();
-            // A pending lookup is asked about until it gives up; no single question waits longer than a lookup may.
+            // A pending lookup is looked at until it gives up. No single look waits longer than a lookup may.
             eventually("the lookup is answered", || {
                 within(LOOKUP, "check_lookup", || scheduler.check(&request))
                     .is_some_and(|found| found.chunks == 0)
@@ -79,16 +74,16 @@ fn every_call_is_degraded(clients: &mut Clients, handles: &[Handle], version: u6
             }
             assert!(within(Duration::ZERO, "is_healthy", || !scheduler.api().is_healthy()));
             let waited = within(OPERATION, "wait_ready", || scheduler.client().wait_ready(OPERATION));
-            // A stopped engine's client is attached all the same.
+            // The client of a stopped engine stays attached.
             assert!(waited.is_err() || scheduler.client().health() == Health::Stalled, "{waited:?}");
         }
         let job = within(Duration::ZERO, "submit_store", || {
-            worker.submit_store("store", round(100 + pass), None, &chain(50, 4), 0)
+            worker.submit_store(round(100 + pass), &chain(50, 4), 0)
         });
         within(OPERATION, "handle_preemptions", || worker.adapter().handle_preemptions(None));
         let stored = within(OPERATION * 3, "get_finished", || worker.finished_store(job.unwrap()));
-        assert_eq!(stored, Stored { dropped: 4, ..Stored::default() }, "stores are dropped, and said to be");
-        let loaded = within(OPERATION, "a load", || worker.load("load", handles, version));
+        assert_eq!(stored, all_dropped(4), "stores are dropped, and said to be");
+        let loaded = within(OPERATION, "a load", || worker.load(handles, version));
         assert_eq!((loaded.loaded + loaded.failed) as usize, handles.len());
         assert_eq!(loaded.wrong, 0);
         assert!(within(Duration::ZERO, "wait_idle", || worker.adapter().wait_idle(OPERATION)));
@@ -107,34 +102,34 @@ fn ends(clients: Clients) {
     for scheduler in [&mut polling, &mut pending] {
         within(DRAIN, "shutdown", || scheduler.api().shutdown());
         within(Duration::ZERO, "a second shutdown", || scheduler.api().shutdown());
-        assert_eq!(scheduler.lookup("late", 0, &chain(1, 1)).unwrap().chunks, 0, "a call after it");
+        assert_eq!(scheduler.lookup("late", 0, &chain(1, 1)).chunks, 0, "a call after it");
     }
     within(DRAIN * 2, "shutdown", || worker.adapter().shutdown());
     within(Duration::ZERO, "a second shutdown", || worker.adapter().shutdown());
 }
 
-/// With an engine: something is stored, and found with these handles.
+/// Clients of an engine that have stored something, and its handles.
 fn with_content(engine: &EngineProcess) -> (Clients, Vec<Handle>) {
     let mut clients = clients(&engine.name);
     let Clients { worker, polling, pending } = &mut clients;
-    worker.wait_ready(LIMIT).unwrap();
+    worker.ready();
     for scheduler in [&*polling, &*pending] {
-        scheduler.client().wait_ready(LIMIT).unwrap();
+        scheduler.ready();
     }
     let keys = chain(1, 8);
-    // As hasty as these clients are, a busy machine may take several attempts.
+    // With such short deadlines, a busy machine may need several attempts.
     eventually("everything is stored", || {
-        let stored = worker.store("r", round(1), None, &keys, 5);
+        let stored = worker.store(round(1), &keys, 5);
         stored.stored + stored.skipped == 8
     });
-    let mut found = polling.lookup("r", 0, &keys).unwrap();
+    let mut found = polling.lookup("r", 0, &keys);
     for admission in 1.. {
         if found.chunks == 8 {
             break;
         }
-        found = polling.lookup("r", admission, &keys).unwrap();
+        found = polling.lookup("r", admission, &keys);
     }
-    assert_eq!(worker.load("r", &found.ranks[0], 5), all_loaded(8));
+    assert_eq!(worker.load(&found.ranks[0], 5), all_loaded(8));
     (clients, found.ranks.remove(0))
 }
 
@@ -162,7 +157,7 @@ fn with_an_engine_that_ended_politely() {
     let mut engine = EngineProcess::start("polite", 16);
     let (mut clients, handles) = with_content(&engine);
     assert_eq!(engine.terminate(), Some(0));
-    assert!(kvring_tests::isolate::segments(&engine.name).is_empty(), "it takes everything away");
+    assert!(segments(&engine.name).is_empty(), "it takes everything away");
     every_call_is_degraded(&mut clients, &handles, 5);
     eventually("the client knows", || clients.worker.client().health() == Health::Absent);
     ends(clients);
@@ -170,20 +165,20 @@ fn with_an_engine_that_ended_politely() {
 
 #[test]
 fn with_an_engine_that_is_stopped() {
-    let mut engine = EngineProcess::start("stopped", 16);
+    let engine = EngineProcess::start("stopped", 16);
     let (mut clients, handles) = with_content(&engine);
     engine.stop();
     every_call_is_degraded(&mut clients, &handles, 5);
-    // A load needs no answer: what is there is right.
-    assert_eq!(clients.worker.load("r", &handles, 5), all_loaded(8));
-    // It goes on: so do they, by themselves and in the same attachment.
+    // A load needs no answer of the engine's.
+    assert_eq!(clients.worker.load(&handles, 5), all_loaded(8));
+    // When it goes on the clients do too, by themselves and in the same attachment.
     let attaches = engine.stat("attaches");
     engine.resume();
     let Clients { worker, polling, pending } = &mut clients;
     for client in [worker.client(), polling.client(), pending.client()] {
         eventually("the client is well again", || client.health().is_healthy());
     }
-    eventually("stores work again", || worker.store("r", round(500), None, &chain(9, 4), 7) == all_stored(4));
+    eventually("stores work again", || worker.store(round(500), &chain(9, 4), 7) == all_stored(4));
     assert_eq!(engine.stat("attaches"), attaches);
     engine.stop();
     ends(clients);
@@ -191,7 +186,7 @@ fn with_an_engine_that_is_stopped() {
     engine.settles(0);
 }
 
-/// Threads that call all the time, and an engine that is killed, stopped, and started again under them.
+/// Threads call all the time, and meanwhile the engine is killed, stopped and started again.
 #[test]
 fn in_the_middle_of_everything() {
     let mut engine = EngineProcess::start("middle", 16);
@@ -210,9 +205,7 @@ fn in_the_middle_of_everything() {
                     break;
                 }
                 let keys = chain(u64::from(number % 20), 8);
-                stored +=
-                    within(OPERATION * 4, "a store", || worker.store("r", round(number), None, &keys, 3))
-                        .stored;
+                stored += within(OPERATION * 4, "a store", || worker.store(round(number), &keys, 3)).stored;
                 within(OPERATION, "handle_preemptions", || worker.adapter().handle_preemptions(None));
             }
             stored
@@ -234,11 +227,10 @@ fn in_the_middle_of_everything() {
                     }
                     let request = format!("{polling} {number}");
                     let keys = chain(number % 20, 8);
-                    let hit =
-                        within(LOOKUP * 2, "a lookup", || scheduler.lookup(&request, 0, &keys)).unwrap();
+                    let hit = within(LOOKUP * 2, "a lookup", || scheduler.lookup(&request, 0, &keys));
                     found.fetch_add(u64::from(hit.chunks), Ordering::Relaxed);
                     if hit.chunks > 0 {
-                        wrong += within(OPERATION, "a load", || loader.load("r", &hit.ranks[0], 3)).wrong;
+                        wrong += within(OPERATION, "a load", || loader.load(&hit.ranks[0], 3)).wrong;
                     }
                     within(Duration::ZERO, "end_session", || scheduler.api().end_session(&request));
                     if number.is_multiple_of(64) {
@@ -248,7 +240,7 @@ fn in_the_middle_of_everything() {
                 wrong
             })
         });
-        for cycle in 0..4 * kvring_tests::soak() {
+        for cycle in 0..4 * soak() {
             std::thread::sleep(Duration::from_millis(150));
             if cycle.is_multiple_of(2) {
                 engine.stop();
@@ -260,7 +252,7 @@ fn in_the_middle_of_everything() {
             std::thread::sleep(Duration::from_millis(50));
             engine.restart();
         }
-        // The last engine is used too, and by both, also where the machine is so busy that one of them has found nothing yet.
+        // Both schedulers use the last engine. On a busy machine one of them may not have found anything yet.
         eventually("lookups hit again", || engine.stat("chunks_hit") > 0);
         eventually("both find something", || finds.iter().all(|found| found.load(Ordering::Relaxed) > 0));
         ended.store(true, Ordering::Release);

@@ -1,5 +1,5 @@
-//! What is wrong before the first message: entries, channels, claims that come back; and what a client that was thrown
-//! out, or dies half-way, leaves to be cleaned up.
+//! Clients that do wrong before their first message: with entries, channels, and claims that come back. And what the engine
+//! cleans up after clients that it has thrown out, or that die half-way.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Round;
@@ -9,28 +9,20 @@ use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::{EntryContent, Role};
 use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::sync::Ordering;
-use kvring_tests::crash::BREAK;
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::{Shape, chain};
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::raw::{Claimed, PAYLOAD_WORDS, RawClient};
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::becomes;
+use kvring_tests::raw::PAYLOAD_WORDS;
+use kvring_tests::{
+    BREAK, Bystander, Claimed, EngineProcess, Peer, RawClient, SchedulerSpec, Shape, WorkerSpec, all_loaded,
+    all_stored, becomes, chain, round,
+};
 use std::os::unix::fs::FileExt;
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
 
 #[test]
 fn entries_that_make_no_sense_are_refused() {
-    let engine = EngineProcess::start("entry", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("entry");
     let refused = |expected: AttachStatus, change: &dyn Fn(&mut EntryContent)| {
         let status = Claimed::new(&engine.name, Role::Worker).publish(change).err();
         assert_eq!(status, Some(expected));
-        // Dropping the claim has given the entry up: it is free again for the next one.
+        // The claim is dropped here, which gives the entry up for the next one.
     };
     for role in [0, 3, 77, u32::MAX] {
         refused(AttachStatus::BadRole, &|entry| entry.role = role);
@@ -43,7 +35,7 @@ fn entries_that_make_no_sense_are_refused() {
     }
     // A channel that does not exist.
     refused(AttachStatus::BadChannel, &|entry| entry.nonce ^= 1);
-    // A smaller area than there is, and a strange name, are the client's own affair.
+    // A payload area smaller than the file, and a strange name, concern the client alone.
     let odd = Claimed::new(&engine.name, Role::Worker).publish(|entry| {
         entry.payload_words = 1024;
         entry.name = "\u{1b}[31m\u{fffd} %s {} \n".to_owned();
@@ -52,19 +44,16 @@ fn entries_that_make_no_sense_are_refused() {
     let mut odd = odd.unwrap();
     assert_eq!(odd.call(Request::Noop).status, Status::Ok);
     drop(odd);
-    // A nonce that nobody draws: at worst it is not answered.
+    // A nonce of 0, which no client draws: at worst it is not answered.
     let mut mute = Claimed::new(&engine.name, Role::Worker).publish_only(|entry| entry.nonce = 0);
     bystander.goes_on();
     mute.give_up();
-    drop(mute);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, mute);
 }
 
 #[test]
 fn channels_that_make_no_sense_are_refused() {
-    let engine = EngineProcess::start("channel", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("channel");
     type Damage = fn(&Claimed);
     let damages: [(&str, Damage); 9] = [
         ("no magic", |claim| claim.file().write_all_at(&[0; 8], 0).unwrap()),
@@ -89,7 +78,8 @@ fn channels_that_make_no_sense_are_refused() {
     let claim = Claimed::new(&engine.name, Role::Worker);
     claim.unlink_channel();
     assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "no file");
-    // Made sparse: the engine must not find a page missing later, when the file system is full. Nor does it pay for the page.
+    // A sparse file is refused: later, when the file system is full, its pages could not be had. Nor does the engine allocate
+    // them.
     let claim = Claimed::new(&engine.name, Role::Worker);
     let length = claim.file().metadata().unwrap().len();
     let header = read(claim.file(), SUBMISSIONS_AT);
@@ -97,8 +87,7 @@ fn channels_that_make_no_sense_are_refused() {
     claim.file().set_len(length).unwrap();
     claim.file().write_all_at(&header, 0).unwrap();
     assert_eq!(claim.publish(|_| {}).err(), Some(AttachStatus::BadChannel), "holes");
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
 }
 
 fn read(file: &std::fs::File, length: usize) -> Vec<u8> {
@@ -107,28 +96,25 @@ fn read(file: &std::fs::File, length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Between the claim and the first message a client can die at any point: the entry must come back.
+/// A client may die at any point between its claim and its first message: its entry must become free.
 #[test]
 fn claims_that_are_never_completed_are_reclaimed() {
-    let engine = EngineProcess::start("claim", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("claim");
     for _ in 0..100 {
         drop(Claimed::new(&engine.name, Role::Scheduler));
     }
-    // With the channel still there, published and given up in one breath.
+    // Published and given up at once, while the channel still has its name.
     for _ in 0..100 {
         let mut client = Claimed::new(&engine.name, Role::Scheduler).publish_only(|_| {});
         client.give_up();
     }
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
 }
 
-/// Interleavings, 3: a client that was thrown out may still be writing, so its slots are nobody's until it is gone.
+/// A client that was thrown out may still be writing, so the engine gives its slots to no other until it is gone.
 #[test]
 fn slots_of_a_client_that_was_thrown_out_wait_for_its_end() {
-    let engine = EngineProcess::start("quarantine", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("quarantine");
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     let namespace = raw.register(1, 1, 0, Shape::SMALL.shard_bytes());
     let keys = chain(1, 8);
@@ -138,12 +124,11 @@ fn slots_of_a_client_that_was_thrown_out_wait_for_its_end() {
     raw.is_thrown_out("nonsense");
     bystander.goes_on();
     engine.stat_becomes("slots_orphaned", 8);
-    // Others fill the whole arena meanwhile: not with those slots.
+    // Meanwhile others fill the whole arena, but for those slots.
     let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
     let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
     for number in 2..14 {
-        let keys = chain(u64::from(number), 32);
-        assert_eq!(worker.store(round(number), &keys, 1), all_stored(32));
+        let keys = worker.stores(round(number), chain(u64::from(number), 32), 1);
         let found = scheduler.lookup("r", number, &keys);
         for handle in &found.ranks[0] {
             assert!(
@@ -158,17 +143,14 @@ fn slots_of_a_client_that_was_thrown_out_wait_for_its_end() {
     assert_eq!(scheduler.lookup("theirs", 0, &keys).chunks, 0);
     raw.give_up();
     engine.stat_becomes("slots_orphaned", 0);
-    drop((raw, worker, scheduler));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (raw, worker, scheduler));
 }
 
-/// An entry is judged once for each time that its life word is claimed. A client that was thrown out, or left, and
-/// claims its entry again without giving it up, must not make the engine forget what it may still be writing.
+/// The engine judges an entry once for each time that its life word is claimed. A client that was thrown out, or left, and
+/// claims its entry again without giving it up, must not make the engine forget which slots it may still be writing.
 #[test]
 fn an_entry_that_attaches_again_and_again_leaves_nothing() {
-    let engine = EngineProcess::start("again", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("again");
     for number in 0..40 {
         let mut raw = RawClient::attach(&engine.name, Role::Worker);
         for again in 0..3 {
@@ -186,27 +168,23 @@ fn an_entry_that_attaches_again_and_again_leaves_nothing() {
             if raw.claim_again(|| bystander.goes_on()) != AttachStatus::Attached {
                 break;
             }
-            // What it reserved is not its any more, whatever its next attachment says.
+            // The slots that it reserved before are not its own any more.
             assert!(!raw.finish(&slots, true).contains(&SlotOutcome::Done));
         }
     }
     engine.stat_becomes("slots_writing", 0);
-    // Others still find room, and a place among those who write.
+    // Others can still attach and store.
     let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
     assert_eq!(worker.store(round(1), &chain(1, 16), 1), all_stored(16));
-    drop(worker);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, worker);
 }
 
-/// `kill -9` at any time: leases, reservations, channel and entry come back.
+/// After a `kill -9` at any time, the leases, reservations, channel and entry are free again.
 #[test]
 fn clients_that_are_killed_leave_nothing() {
-    let engine = EngineProcess::start("killed", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("killed");
     let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
-    let keys = chain(1, 32);
-    assert_eq!(worker.store(round(1), &keys, 1), all_stored(32));
+    let keys = worker.stores(round(1), chain(1, 32), 1);
     for number in 0..10 {
         let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
         for request in ["a", "b", "c"] {
@@ -227,9 +205,7 @@ fn clients_that_are_killed_leave_nothing() {
     let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
     let found = scheduler.lookup("after", 0, &keys);
     assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
-    drop((scheduler, worker));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (scheduler, worker));
 }
 
 #[test]
@@ -241,20 +217,17 @@ fn a_client_that_wipes_its_own_life_word_is_reclaimed_and_its_entry_serves_the_n
     assert_eq!(raw.reserve(namespace, 0, Round { source: 9, number: 1 }, &chain(9, 3)).len(), 3);
     engine.stat_becomes("slots_writing", 3);
     raw.lobby.life_words[raw.entry].futex().store(0, Ordering::Release);
-    // Nobody marks it any more, and yet nothing of it stays.
+    // The kernel does not mark a word of 0, and yet nothing of the client stays.
     engine.stat_becomes("slots_writing", 0);
-    // If it was somebody else who wiped it: the client is told, and would attach again.
+    // The client is told, in case another one wiped the word. It would attach again.
     becomes("its status", AttachStatus::Left, || raw.status());
     let next = RawClient::attach(&engine.name, Role::Worker);
     assert_eq!(next.entry, raw.entry, "the entry is free again");
-    drop((next, raw));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (next, raw));
 }
 
-/// The engine looks at eight claims and deaths at a time, and takes back what one client had at a time. Whoever marks the first
-/// entries as dead again and again (here the engine, which does not free them) keeps nobody else from coming, from clearing and
-/// from going.
+/// The engine looks at eight claims and deaths at a time, and reclaims one client at a time. Entries that are dead again and
+/// again (here because the engine does not reset their words) keep no other client from attaching, clearing and leaving.
 #[test]
 fn who_dies_all_the_time_keeps_the_engine_from_nobody() {
     let engine = EngineProcess::start_in(&[(BREAK, Rule::ResetTheWord.name())], "dying", 16);
@@ -271,8 +244,7 @@ fn who_dies_all_the_time_keeps_the_engine_from_nobody() {
     engine.stat_becomes("slots_writing", 0);
 }
 
-/// The same of claims: whoever makes new ones of the first entries all the time (here the engine, which judges claims that were
-/// meant for another one again and again) keeps nobody else from coming.
+/// Nor do entries that are claimed again and again (here because the engine judges outdated claims each time).
 #[test]
 fn who_claims_all_the_time_keeps_the_engine_from_nobody() {
     let engine = EngineProcess::start_in(&[(BREAK, Rule::OutdatedClaims.name())], "claiming", 16);

@@ -1,27 +1,17 @@
-//! Messages that no correct client sends: answered with a status, ignored, or the end of their sender; and while they
-//! come, another client's verified traffic goes on.
+//! Messages that no correct client sends: the engine answers them with a status, ignores them, or detaches their sender.
+//! Meanwhile the verified traffic of another client goes on.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Round};
+use kvring_adapter::CallError;
 use kvring_shm_abi::channel::SUBMISSIONS_AT;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{
     ANY_NAMESPACE, Ident, KEYS_MAX, Records, Request, SlotOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::ring::{Body, DEPTH};
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::{Shape, chain};
-use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::raw::{PAYLOAD_WORDS, RawClient, registration};
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::LIMIT;
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::raw::{PAYLOAD_WORDS, registration};
+use kvring_tests::{EngineProcess, RawClient, SchedulerSide, SchedulerSpec, Shape, all_loaded, chain, round};
 use std::os::unix::fs::FileExt;
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
 
 fn records(offset: u32, count: u32) -> Records {
     Records { offset, count }
@@ -29,12 +19,10 @@ fn records(offset: u32, count: u32) -> Records {
 
 #[test]
 fn more_keys_than_the_limit_is_an_error_with_the_limit() {
-    let engine = EngineProcess::start("keys", 16);
-    let bystander = Bystander::start(&engine.name);
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(LIMIT).unwrap();
+    let (engine, bystander) = EngineProcess::with_bystander("keys");
+    let mut scheduler = engine.scheduler();
     let keys = chain(1, KEYS_MAX + 1);
-    let error = scheduler.lookup("r", 0, &keys).unwrap_err();
+    let error = scheduler.try_lookup("r", 0, &keys).unwrap_err();
     assert_eq!(error, CallError::TooManyKeys { limit: KEYS_MAX, got: KEYS_MAX + 1 });
     assert!(error.to_string().contains("at most 8192") && error.to_string().contains("got 8193"));
     assert_eq!(scheduler.api().open_sessions(), 0);
@@ -70,20 +58,16 @@ fn more_keys_than_the_limit_is_an_error_with_the_limit() {
     // None of it was a breach.
     assert_eq!(worker.call(Request::Noop).status, Status::Ok);
     assert_eq!(engine.stat("breaches"), 0);
-    drop((worker, scheduler));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (worker, scheduler));
 }
 
 #[test]
 fn unknown_namespaces_and_other_roles_are_refused() {
-    let engine = EngineProcess::start("roles", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("roles");
     // A scheduler whose workers have not come yet.
-    let mut early =
-        SchedulerSide::start(&SchedulerSpec { namespace: 77, ..SchedulerSpec::new(&engine.name) });
-    early.client().wait_ready(LIMIT).unwrap();
-    assert_eq!(early.lookup("r", 0, &chain(1, 4)).unwrap().chunks, 0);
+    let early = SchedulerSpec { namespace: 77, ..SchedulerSpec::new(&engine.name) };
+    let mut early = SchedulerSide::started(&early);
+    assert_eq!(early.lookup("r", 0, &chain(1, 4)).chunks, 0);
     assert_eq!((early.tally().refused, early.tally().answered), (1, 0));
     assert_eq!(early.api().reset_cache(), Ok(0));
     drop(early);
@@ -113,7 +97,7 @@ fn unknown_namespaces_and_other_roles_are_refused() {
     assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
     drop(other);
 
-    // What is not for this role.
+    // Requests of the other role.
     let lookup = worker.lookup_request(1, 0, namespace, 2, &keys);
     assert_eq!(worker.call(lookup).status, Status::WrongRole);
     let lease = worker.declare_request(1, 0, namespace, &keys);
@@ -130,15 +114,12 @@ fn unknown_namespaces_and_other_roles_are_refused() {
         assert_eq!(scheduler.call(request).status, Status::WrongRole, "{request:?}");
     }
     assert_eq!(engine.stat("breaches"), 0);
-    drop((worker, scheduler));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (worker, scheduler));
 }
 
 #[test]
 fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
-    let engine = EngineProcess::start("others", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("others");
     let shard_bytes = Shape::SMALL.shard_bytes();
     let mut victim = RawClient::attach(&engine.name, Role::Worker);
     let mut thief = RawClient::attach(&engine.name, Role::Worker);
@@ -151,7 +132,7 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
     for commit in [true, false] {
         assert_eq!(thief.finish(&slots, commit), vec![SlotOutcome::NotYours; 4], "commit: {commit}");
     }
-    // Nor does anybody come back to it, or have it freed by coming back to nothing.
+    // Nor does a declaration adopt them, or the end of one free them.
     assert_eq!(thief.declare(&slots), vec![SlotOutcome::Gone; 4]);
     assert_eq!(thief.call(Request::DeclareEnd).results[0], 0);
     // The victim itself, with a record of which one part is wrong.
@@ -171,12 +152,12 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
     }
     assert_eq!(engine.stat("shards_aborted"), 0);
     assert_eq!(victim.finish(&slots, true), vec![SlotOutcome::Done; 4], "it lost nothing");
-    // Once committed nobody takes it back; committing it again is fine and changes nothing.
+    // A committed shard cannot be aborted. A second commit of it is fine and changes nothing.
     assert_eq!(thief.finish(&slots, false), vec![SlotOutcome::Gone; 4]);
     assert_eq!(victim.finish(&slots, false), vec![SlotOutcome::Gone; 4]);
     assert_eq!(victim.finish(&slots, true), vec![SlotOutcome::Done; 4]);
 
-    // Leases: sessions are the client's own numbers, so a thief can only name its own.
+    // Sessions are numbers of the client that uses them, so a thief can only name its own.
     let mut owner = RawClient::attach(&engine.name, Role::Scheduler);
     let mut prying = RawClient::attach(&engine.name, Role::Scheduler);
     let lookup = owner.lookup_request(7, 3, namespace, 1, &keys);
@@ -196,15 +177,12 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
     assert_eq!(cleared.results[0], 0, "all four are still pinned");
     assert_eq!(owner.call(Request::EndSession { session: 7 }).status, Status::Ok);
     assert_eq!(owner.call(Request::Clear { namespace }).results[0], 4);
-    drop((victim, thief, owner, prying));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (victim, thief, owner, prying));
 }
 
 #[test]
 fn nobody_invalidates_what_it_does_not_read() {
-    let engine = EngineProcess::start("invalidate", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("invalidate");
     let shard_bytes = Shape::SMALL.shard_bytes();
     let mut ranks = [(); 2].map(|()| RawClient::attach(&engine.name, Role::Worker));
     let mut namespace = 0;
@@ -216,7 +194,7 @@ fn nobody_invalidates_what_it_does_not_read() {
     for (rank, client) in (0..).zip(&mut ranks) {
         slots.push(client.reserve(namespace, rank, round(1), &keys));
     }
-    // Of a chunk that is forming there is nothing to say yet.
+    // A chunk that is still forming cannot be invalidated.
     assert_eq!(ranks[0].invalidate(slots[0][0]), SlotOutcome::Gone);
     for (client, slots) in ranks.iter_mut().zip(&slots) {
         assert_eq!(client.finish(slots, true), vec![SlotOutcome::Done; 2]);
@@ -237,7 +215,7 @@ fn nobody_invalidates_what_it_does_not_read() {
         assert_eq!(ranks[0].invalidate(bad), expected, "{bad:?}");
     }
     assert_eq!(engine.stat("chunks_invalidated"), 0);
-    // Its own, leased by a scheduler: said once, and no more than that.
+    // Its own shard, which a scheduler has leased: invalidated once.
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
     let lookup = scheduler.lookup_request(1, 0, namespace, 2, &keys);
     assert_eq!(scheduler.call(lookup).results[0], 2);
@@ -245,14 +223,12 @@ fn nobody_invalidates_what_it_does_not_read() {
     assert_eq!(ranks[0].invalidate(good), SlotOutcome::Gone);
     assert_eq!(ranks[1].invalidate(slots[1][0]), SlotOutcome::Gone);
     assert_eq!((engine.stat("chunks_invalidated"), engine.stat("chunks_hidden")), (1, 1));
-    // A lease that is asked for again lets go of it.
+    // The next lookup of the same session replaces the lease.
     let lookup = scheduler.lookup_request(1, 0, namespace, 2, &keys);
     assert_eq!(scheduler.call(lookup).results[0], 0);
     engine.stat_becomes("chunks_hidden", 0);
     assert_eq!(engine.stat("breaches"), 0);
-    drop((ranks, stranger, scheduler));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, (ranks, stranger, scheduler));
 }
 
 #[test]
@@ -276,20 +252,20 @@ fn messages_of_another_life_are_ignored() {
 /// Each of these ends the sender's attachment, and nothing else.
 #[test]
 fn nonsense_ends_the_attachment_of_its_sender_alone() {
-    let engine = EngineProcess::start("breach", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("breach");
     let end = PAYLOAD_WORDS;
     let mut breaches = 0;
-    // The namespace is there before a lookup asks for it.
-    assert_eq!(RawClient::attach(&engine.name, Role::Worker).register(1, 1, 0, 65536), 1);
-    let mut thrown_out = |what: &str, role: Role, act: &mut dyn FnMut(&mut RawClient, u32)| {
+    let namespace = RawClient::attach(&engine.name, Role::Worker).register(1, 1, 0, 65536);
+    let mut thrown_out = |what: &str, role: Role, act: &mut dyn FnMut(&mut RawClient)| {
         let mut raw = RawClient::attach(&engine.name, role);
-        let namespace = if role == Role::Worker { raw.register(1, 1, 0, 65536) } else { 1 };
-        act(&mut raw, namespace);
+        if role == Role::Worker {
+            assert_eq!(raw.register(1, 1, 0, 65536), namespace);
+        }
+        act(&mut raw);
         raw.is_thrown_out(what);
         breaches += 1;
         engine.stat_becomes("breaches", breaches);
-        // It is not heard any more.
+        // The engine does not hear it any more.
         let requests = engine.stat("requests");
         raw.send(Request::Clear { namespace: ANY_NAMESPACE });
         bystander.goes_on();
@@ -301,75 +277,51 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
     let is_unknown = |opcode: &u32| Request::decode(&Body { head: opcode << 16, words: [0; 7] }).is_err();
     let behind_the_last = (1..).find(is_unknown).unwrap();
     for opcode in [0, behind_the_last, 77, 255] {
-        thrown_out("opcode", Role::Scheduler, &mut |raw, _| {
+        thrown_out("opcode", Role::Scheduler, &mut |raw| {
             let mut body = Request::Noop.encode(1, raw.ident);
             body.head = 1 | opcode << 16;
             raw.send_body(&body);
         });
     }
+    // Records outside of the payload area.
+    let (round, session, admission, rank, parent) = (round(1), 1, 0, 0, None);
+    let mut outside = Vec::new();
     for (offset, count) in [(end, 1), (end - 1, 1), (u32::MAX, 1), (end - 5, 4), (end / 2, KEYS_MAX as u32)] {
-        let outside = records(offset, count);
+        let (keys, slots, chunks) = (records(offset, count), records(offset, count), records(offset, count));
+        outside.extend([
+            ("slots of a commit", Role::Worker, Request::Commit { slots, answer: 0 }),
+            ("slots that are declared", Role::Worker, Request::DeclareSlots { slots, answer: 0 }),
+            ("slots of an abort", Role::Worker, Request::Abort { slots, answer: 0 }),
+        ]);
         // Half of the area is enough for 8192 keys, but not for as many slots.
         if offset != end / 2 {
-            thrown_out("keys of a lookup", Role::Scheduler, &mut |raw, namespace| {
-                let inside = records(0, count);
-                raw.send(Request::Lookup {
-                    session: 1,
-                    admission: 0,
-                    namespace,
-                    keys: outside,
-                    answer: inside,
-                });
-            });
-            thrown_out("keys of a reservation", Role::Worker, &mut |raw, namespace| {
-                let keys = outside;
-                raw.send(Request::Reserve {
-                    round: round(1),
-                    namespace,
-                    rank: 0,
-                    keys,
-                    answer: 0,
-                    parent: None,
-                });
-            });
+            let answer = records(0, count);
+            let lookup = Request::Lookup { session, admission, namespace, keys, answer };
+            let reserve = Request::Reserve { round, namespace, rank, keys, answer: 0, parent };
+            let lease = Request::DeclareLease { session, admission, namespace, chunks };
+            outside.push(("keys of a lookup", Role::Scheduler, lookup));
+            outside.push(("keys of a reservation", Role::Worker, reserve));
+            outside.push(("chunks of a lease", Role::Scheduler, lease));
         }
-        thrown_out("slots of a commit", Role::Worker, &mut |raw, _| {
-            raw.send(Request::Commit { slots: outside, answer: 0 });
-        });
-        thrown_out("slots that are declared", Role::Worker, &mut |raw, _| {
-            raw.send(Request::DeclareSlots { slots: outside, answer: 0 });
-        });
-        if offset != end / 2 {
-            thrown_out("chunks of a lease", Role::Scheduler, &mut |raw, namespace| {
-                let chunks = outside;
-                raw.send(Request::DeclareLease { session: 1, admission: 0, namespace, chunks });
-            });
-        }
-        thrown_out("slots of an abort", Role::Worker, &mut |raw, _| {
-            raw.send(Request::Abort { slots: outside, answer: 0 });
-        });
     }
     for answer in [end, u32::MAX, end - 1] {
-        thrown_out("the answer of a lookup", Role::Scheduler, &mut |raw, namespace| {
-            let answer = records(answer, 2);
-            raw.send(Request::Lookup { session: 1, admission: 0, namespace, keys: records(0, 2), answer });
-        });
-        thrown_out("the answer of a reservation", Role::Worker, &mut |raw, namespace| {
-            let keys = records(0, 2);
-            raw.send(Request::Reserve { round: round(1), namespace, rank: 0, keys, answer, parent: None });
-        });
-        thrown_out("the parent of a reservation", Role::Worker, &mut |raw, namespace| {
-            let (keys, parent) = (records(0, 2), Some(answer.min(u32::MAX - 1)));
-            raw.send(Request::Reserve { round: round(1), namespace, rank: 0, keys, answer: 64, parent });
-        });
-        thrown_out("the answer of a commit", Role::Worker, &mut |raw, _| {
-            raw.send(Request::Commit { slots: records(0, 2), answer });
-        });
-        thrown_out("the answer of a declaration", Role::Worker, &mut |raw, _| {
-            raw.send(Request::DeclareSlots { slots: records(0, 2), answer });
-        });
-        thrown_out("a registration", Role::Worker, &mut |raw, _| {
-            raw.send(Request::Register { record: answer });
+        let (keys, slots, at) = (records(0, 2), records(0, 2), Some(answer.min(u32::MAX - 1)));
+        let to = records(answer, 2);
+        let lookup = Request::Lookup { session, admission, namespace, keys, answer: to };
+        let reserve = Request::Reserve { round, namespace, rank, keys, answer, parent };
+        let behind = Request::Reserve { round, namespace, rank, keys, answer: 64, parent: at };
+        outside.extend([
+            ("the answer of a lookup", Role::Scheduler, lookup),
+            ("the answer of a reservation", Role::Worker, reserve),
+            ("the parent of a reservation", Role::Worker, behind),
+            ("the answer of a commit", Role::Worker, Request::Commit { slots, answer }),
+            ("the answer of a declaration", Role::Worker, Request::DeclareSlots { slots, answer }),
+            ("a registration", Role::Worker, Request::Register { record: answer }),
+        ]);
+    }
+    for (what, role, request) in outside {
+        thrown_out(what, role, &mut |raw| {
+            raw.send(request);
         });
     }
     for (world, rank, bytes, tokens) in [
@@ -380,7 +332,7 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
         (1, 0, 0, 64),
         (1, 0, 65536, 0),
     ] {
-        thrown_out("what a registration says", Role::Worker, &mut |raw, _| {
+        thrown_out("what a registration says", Role::Worker, &mut |raw| {
             let mut record = registration(3, world, rank, bytes);
             record.chunk_tokens = tokens;
             raw.payload.write(0, bytemuck::cast_slice(&[record])).unwrap();
@@ -391,7 +343,7 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
     for (sequence, noops) in
         [(2u32, 0usize), (1 + DEPTH as u32, 0), (0, 0), (77, 0), (u32::MAX, 0), (1, 1), (9, 3)]
     {
-        thrown_out("a ring that jumps", Role::Scheduler, &mut |raw, _| {
+        thrown_out("a ring that jumps", Role::Scheduler, &mut |raw| {
             for _ in 0..noops {
                 assert_eq!(raw.call(Request::Noop).status, Status::Ok);
             }
@@ -399,19 +351,16 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
             raw.ring();
         });
     }
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
     assert_eq!(engine.stat("namespaces"), 2, "nonsense registers nothing");
 }
 
-/// Arguments that overlap their answer, rings that are never drained, floods: bad for their sender, if for anybody.
+/// Arguments that overlap their answer, rings that are never drained, floods: these harm at most their sender.
 #[test]
 fn what_only_hurts_its_sender_is_let_through() {
-    let engine = EngineProcess::start("flood", 16);
-    let bystander = Bystander::start(&engine.name);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let keys = chain(1, 16);
-    assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(16));
+    let (engine, bystander) = EngineProcess::with_bystander("flood");
+    let mut worker = engine.worker();
+    let keys = worker.stores(round(1), chain(1, 16), 0);
     let namespace = 1;
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
     let Request::Lookup { session, admission, keys: region, .. } =
@@ -436,7 +385,7 @@ fn what_only_hurts_its_sender_is_let_through() {
     raw.ring();
     bystander.goes_on();
     drop(raw);
-    // Many sessions and admissions: refused beyond a limit, and all given back by one death.
+    // Many sessions and admissions: refused beyond a limit, and all freed by one death.
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
     let mut busy = 0;
     for number in 0..300u32 {
@@ -446,13 +395,10 @@ fn what_only_hurts_its_sender_is_let_through() {
     assert!(busy > 200, "sixteen admissions a session: {busy}");
     raw.give_up();
     engine.stat_becomes("leases", 0);
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    let found = scheduler.lookup("r", 0, &keys).unwrap();
-    assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(16));
-    drop((raw, scheduler, worker));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    let mut scheduler = engine.scheduler();
+    let found = scheduler.lookup("r", 0, &keys);
+    assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(16));
+    engine.settles_beside(bystander, (raw, scheduler, worker));
 }
 
 #[test]
@@ -461,6 +407,5 @@ fn a_body_of_zeros_is_nonsense_too() {
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     raw.send_body(&Body::default());
     raw.is_thrown_out("zeros");
-    drop(raw);
-    engine.settles(0);
+    engine.settles_without(raw);
 }

@@ -1,5 +1,5 @@
-//! A client for which devices write is not over before its process is: what it was writing waits for that, and nothing
-//! else does. (The first of it, with its negative control, is in `crash_rules.rs`.)
+//! A client for which devices write ends only with its process: the slots that it was writing wait for that, and nothing
+//! else of it does. (The first test of this, with its negative control, is in `crash_rules.rs`.)
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{Role, Round};
@@ -8,17 +8,13 @@ use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::{DmaOwner, dma_lock_at};
 use kvring_shm_abi::process::{ProcessIdentity, ProcessStat};
 use kvring_shm_abi::segment::{Access, EngineName, SegmentFile};
-use kvring_tests::crash::cast::{SHARD, SOLO, scheduler_spec, worker_spec};
+use kvring_shm_abi::sync::Ordering;
 use kvring_tests::crash::rules;
-use kvring_tests::crash::{BREAK, FAIL_POINT};
-use kvring_tests::engine::{EngineProcess, overrides, stat_of, unique_name};
-use kvring_tests::held::HeldBackend;
-use kvring_tests::kv::chain;
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{ClientSpec, all_stored};
-use kvring_tests::raw::{Claimed, RawClient};
-use kvring_tests::wait::{LIMIT, becomes, eventually};
-use kvring_tests::worker::{WorkerSide, client};
+use kvring_tests::crash::scene::{SHARD, SOLO, scheduler_spec, solo_spec};
+use kvring_tests::{
+    BREAK, Claimed, ClientSpec, EngineProcess, FAIL_POINT, HeldBackend, LIMIT, Peer, RawClient, WorkerSide,
+    becomes, chain, client, eventually, overrides, round, stat_of, unique_name,
+};
 use serde_json::json;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -48,14 +44,26 @@ impl Drop for Stranger {
     }
 }
 
-/// A client that writes eight slots, has said this of its process, and whose word is marked.
-fn marked(engine: &EngineProcess, owner: DmaOwner) -> RawClient {
+/// A client that writes eight slots and names this owner of its devices.
+fn writing(engine: &EngineProcess, owner: DmaOwner) -> RawClient {
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     raw.lobby.entries[raw.entry].register_dma(&owner);
     let namespace = raw.register(SOLO, 1, 0, SHARD.shard_bytes());
     assert_eq!(raw.reserve(namespace, 0, Round { source: 9, number: 1 }, &chain(9, 8)).len(), 8);
+    raw
+}
+
+/// The same, and its word is marked.
+fn marked(engine: &EngineProcess, owner: DmaOwner) -> RawClient {
+    let mut raw = writing(engine, owner);
     raw.give_up();
     raw
+}
+
+/// A process with a copy of eight slots that stands still, for which devices write or not.
+fn holding(engine: &EngineProcess, dma: bool) -> Peer {
+    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO, 1));
+    Peer::holding(&specs.0, &specs.1, dma, Round { source: 77, number: 1 }, &chain(2, 8))
 }
 
 fn known(process: ProcessIdentity) -> DmaOwner {
@@ -70,8 +78,7 @@ fn the_next_engine_waits_for_the_process_too() {
 #[test]
 fn without_devices_the_mark_is_enough() {
     let engine = engine("no-device");
-    let specs = (worker_spec(&engine.name, SOLO, 1, 0, SHARD), scheduler_spec(&engine.name, SOLO, 1));
-    let mut peer = Peer::holding(&specs.0, &specs.1, false, &chain(2, 8));
+    let mut peer = holding(&engine, false);
     engine.stat_becomes("slots_writing", 8);
     peer.end_keepers();
     engine.settles(0);
@@ -79,13 +86,12 @@ fn without_devices_the_mark_is_enough() {
     assert_eq!(peer.ended(), None);
 }
 
-/// All at once, as the usual death is: the mark first, its end some milliseconds later.
+/// The usual death: first the mark, and the end of the process some milliseconds later.
 #[test]
 fn a_process_that_is_killed_as_a_whole_leaves_nothing() {
     let mut engine = engine("whole");
-    let specs = (worker_spec(&engine.name, SOLO, 1, 0, SHARD), scheduler_spec(&engine.name, SOLO, 1));
     for without_engine in [false, true] {
-        let mut peer = Peer::holding(&specs.0, &specs.1, true, &chain(2, 8));
+        let mut peer = holding(&engine, true);
         engine.stat_becomes("slots_writing", 8);
         if without_engine {
             engine.kill();
@@ -98,22 +104,20 @@ fn a_process_that_is_killed_as_a_whole_leaves_nothing() {
     }
 }
 
-/// It has waited for its copies: nobody waits for its process.
+/// A client that gives its entry up has waited for its copies, so the engine does not wait for its process.
 #[test]
 fn who_gives_its_entry_up_is_not_waited_for() {
     let mut engine = engine("orderly");
     let backend = HeldBackend::new();
-    let mut spec = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
-    // It waits so long for an engine to take its commits.
+    let mut spec = solo_spec(&engine.name);
+    // How long it waits for an engine that takes its commits.
     spec.client.drain_ms = 100;
     let mut worker = WorkerSide::copying_with(&spec, backend.clone()).unwrap();
     worker.client().register_dma();
-    worker.wait_ready(LIMIT).unwrap();
-    backend.hold();
-    worker.submit_store("r", Round { source: 1, number: 1 }, None, &chain(1, 4), 1).unwrap();
-    backend.holds(1);
+    worker.ready();
+    backend.hold_a_store(&mut worker, round(1), &chain(1, 4), 1);
     engine.stat_becomes("slots_writing", 4);
-    // No engine hears what becomes of them, nor a goodbye; this process, which is the worker's, lives on.
+    // No engine hears of the commits or of the end of the worker. The worker's process, which is this one, lives on.
     engine.kill();
     backend.let_go();
     drop(worker);
@@ -150,50 +154,42 @@ fn an_id_that_is_nobodys_or_anothers_by_now_is_not_waited_for() {
 #[test]
 fn who_names_a_living_stranger_has_its_own_slots_kept_and_nothing_else() {
     let mut engine = engine("stranger");
-    let mut worker = WorkerSide::start(&worker_spec(&engine.name, SOLO, 1, 0, SHARD)).unwrap();
-    worker.wait_ready(LIMIT).unwrap();
+    let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
+    worker.ready();
     let stranger = Stranger::new();
     let raw = marked(&engine, known(stranger.identity()));
     engine.stat_becomes("clients_lingering", 1);
     assert_eq!(engine.stat("slots_orphaned"), 8);
-    // As long as it lives; the others have all the rest.
+    // As long as the stranger lives, others have all the other slots.
     for number in 1..10 {
-        let keys = chain(100 + u64::from(number), 12);
-        assert_eq!(worker.store("r", Round { source: 1, number }, None, &keys, 1), all_stored(12));
+        worker.stores(round(number), chain(100 + u64::from(number), 12), 1);
     }
     assert!(engine.stat("evictions") > 0);
-    // Its word is written over: that changes nothing.
-    raw.lobby.life_words[raw.entry].futex().store(0, kvring_shm_abi::sync::Ordering::Release);
+    // That its word is overwritten changes nothing.
+    raw.lobby.life_words[raw.entry].futex().store(0, Ordering::Release);
     engine.beats(100);
     assert_eq!((engine.stat("slots_orphaned"), engine.stat("clients_lingering")), (8, 1));
-    raw.lobby.life_words[raw.entry]
-        .futex()
-        .store(libc::FUTEX_OWNER_DIED, kvring_shm_abi::sync::Ordering::Release);
-    engine.kill();
-    engine.restart();
-    worker.wait_ready(LIMIT).unwrap();
+    raw.lobby.life_words[raw.entry].futex().store(libc::FUTEX_OWNER_DIED, Ordering::Release);
+    engine.kill_and_restart();
+    worker.ready();
     engine.stat_becomes("clients_lingering", 1);
     assert_eq!(engine.stat("slots_orphaned"), 8);
     drop(stranger);
     engine.stat_becomes("slots_orphaned", 0);
-    drop((raw, worker));
-    engine.settles(0);
+    engine.settles_without((raw, worker));
 }
 
-/// 0 in a word is no death: anybody could have written it there. Nor is it one to the next engine.
+/// 0 in a life word is no death, because any client can write it there. Nor is it one to the next engine.
 #[test]
 fn who_loses_its_word_to_a_zero_is_waited_for_as_well() {
     let mut engine = engine("zero");
     for without_engine in [false, true] {
         let stranger = Stranger::new();
-        let mut raw = RawClient::attach(&engine.name, Role::Worker);
-        raw.lobby.entries[raw.entry].register_dma(&known(stranger.identity()));
-        let namespace = raw.register(SOLO, 1, 0, SHARD.shard_bytes());
-        assert_eq!(raw.reserve(namespace, 0, Round { source: 9, number: 1 }, &chain(9, 8)).len(), 8);
+        let raw = writing(&engine, known(stranger.identity()));
         if without_engine {
             engine.kill();
         }
-        raw.lobby.life_words[raw.entry].futex().store(0, kvring_shm_abi::sync::Ordering::Release);
+        raw.lobby.life_words[raw.entry].futex().store(0, Ordering::Release);
         if without_engine {
             engine.restart();
         }
@@ -201,13 +197,12 @@ fn who_loses_its_word_to_a_zero_is_waited_for_as_well() {
         assert_eq!(engine.written_slots().len(), 8, "without an engine: {without_engine}");
         drop(stranger);
         engine.stat_becomes("slots_writing", 0);
-        drop(raw);
-        engine.settles(0);
+        engine.settles_without(raw);
     }
 }
 
-/// The engine finds an entry unclaimed, and before it has looked further a client has claimed it and has said that devices write
-/// for it. With the rule that a word is marked before its entry is buried, what it said stays; without it, it is wiped out.
+/// The engine finds an entry unclaimed. Before it looks further, a client claims the entry and declares its devices. With the
+/// rule that a word is marked before its entry is buried the declaration stays; without the rule the engine erases it.
 #[test]
 fn what_a_newcomer_says_of_its_devices_is_not_taken_for_its_predecessors() {
     for is_marked_first in [true, false] {
@@ -235,7 +230,7 @@ fn what_a_newcomer_says_of_its_devices_is_not_taken_for_its_predecessors() {
     }
 }
 
-/// Where an id means nothing: a lock, and then a grace.
+/// Where a process id means nothing, the engine waits for a lock, and then for a grace.
 #[test]
 fn a_process_of_another_namespace_is_waited_for_by_its_lock() {
     let engine = engine("elsewhere");
@@ -245,7 +240,7 @@ fn a_process_of_another_namespace_is_waited_for_by_its_lock() {
     let file = SegmentFile::open(&lobby, Access::ReadWrite).unwrap();
     // Within the grace.
     assert!(file.try_lock_byte(dma_lock_at(raw.entry)).unwrap());
-    // Held by a mapping alone, as the adapter holds it.
+    // Only a mapping holds the lock, as in the adapter.
     let lock = file.map(1, Access::ReadOnly).unwrap();
     drop(file);
     std::thread::sleep(Duration::from_secs(12));
@@ -255,11 +250,10 @@ fn a_process_of_another_namespace_is_waited_for_by_its_lock() {
     let view = engine.view();
     eventually("they are free", || stat_of(&view, "slots_orphaned") == 0);
     assert!(began.elapsed() >= Duration::from_secs(9), "no grace: {:?}", began.elapsed());
-    drop(raw);
-    engine.settles(0);
+    engine.settles_without(raw);
 }
 
-/// The adapter's lock ends with its process, and belongs to no child of it.
+/// An adapter declares its devices before or after it is attached, and its claims declare them again after a restart.
 #[test]
 fn an_adapters_word_is_seen_whenever_it_is_given() {
     let mut engine = engine("told");
@@ -286,14 +280,13 @@ fn an_adapters_word_is_seen_whenever_it_is_given() {
     after.register_dma();
     after.register_dma();
     assert!(told(2));
-    // The same claims, published again.
-    engine.kill();
-    engine.restart();
+    // The same claims are published again.
+    engine.kill_and_restart();
     for client in [&before, &after, &never] {
         client.wait_ready(LIMIT).unwrap();
     }
     assert!(told(2));
-    // Other claims, in another arena.
+    // Other claims, on another arena.
     engine.kill();
     engine.reconfigure(&json!({ "cold": true }));
     engine.restart();
@@ -304,12 +297,11 @@ fn an_adapters_word_is_seen_whenever_it_is_given() {
     let seen =
         lobby.entries.iter().filter(|entry| entry.dma() == Some(DmaOwner { process: own, locked: true }));
     assert_eq!(seen.count(), 2);
-    drop((before, after, never));
-    engine.settles(0);
+    engine.settles_without((before, after, never));
     assert!(lobby.entries.iter().all(|entry| entry.dma().is_none()));
 }
 
-/// A registration in the middle of an attachment is not lost, whoever is first.
+/// `register_dma` during an attachment is not lost, whichever of the two is first.
 #[test]
 fn a_registration_that_races_with_an_attachment_is_not_lost() {
     let engine = engine("races");
@@ -320,7 +312,6 @@ fn a_registration_that_races_with_an_attachment_is_not_lost() {
         client.register_dma();
         client.wait_ready(LIMIT).unwrap();
         assert_eq!(lobby.entries.iter().filter(|entry| entry.dma().is_some()).count(), 1);
-        drop(client);
-        engine.settles(0);
+        engine.settles_without(client);
     }
 }

@@ -1,19 +1,17 @@
-//! An engine among others: it leaves memory to its neighbours, and notices what they do to its names.
+//! An engine beside other processes: it leaves memory to them, and notices when they remove its names.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{EngineView, Role};
+use kvring_adapter::Role;
 use kvring_shm_abi::failpoint::Place;
-use kvring_shm_abi::segment::EngineName;
-use kvring_tests::crash::FAIL_POINT;
-use kvring_tests::engine::{EngineProcess, Sweep, stat_of, unique_name};
-use kvring_tests::isolate::{ControlGroup, segments};
-use kvring_tests::proto::ClientSpec;
-use kvring_tests::wait::{LIMIT, becomes, eventually};
-use kvring_tests::worker::client;
+use kvring_tests::isolate::ControlGroup;
+use kvring_tests::{
+    ClientSpec, EngineProcess, FAIL_POINT, LIMIT, Sweep, becomes, client, eventually, segments, stat_of,
+    unique_name,
+};
 use serde_json::json;
 
-/// What was free when the engine started is the neighbour's when the rest of the arena is allocated: the engine waits until it is
-/// free again, and the kernel kills nobody.
+/// Memory that was free when the engine started is the neighbour's when the rest of the arena is to be allocated. The engine waits
+/// until it is free again, and the kernel kills no process.
 #[test]
 fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
     let name = "memory_that_a_neighbour_has_taken_since_the_start_is_waited_for";
@@ -26,12 +24,12 @@ fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
         let mut engine =
             EngineProcess::launched(&fields, &[(FAIL_POINT, &format!("{}:1:stop", Place::AllocatorStarts))]);
         engine.has_stopped();
-        // This process is the neighbour: it takes all but less than the engine keeps for others.
+        // This process is the neighbour. It leaves less than the engine keeps for others.
         let spare = 24 << 20;
         let taken = vec![1u8; (limit - group.used() - spare) as usize];
         engine.resume();
         engine.serves().unwrap();
-        let view = EngineView::open(&EngineName::new(&name).unwrap()).unwrap();
+        let view = engine.view();
         becomes("allocation_stalled", 1, || stat_of(&view, "allocation_stalled"));
         assert!(stat_of(&view, "arena_bytes_allocated") < arena);
         assert!(group.used() <= limit - spare / 2, "the engine went on: {} bytes are used", group.used());
@@ -43,8 +41,8 @@ fn memory_that_a_neighbour_has_taken_since_the_start_is_waited_for() {
     });
 }
 
-/// The arena of a predecessor that was swept is not free before the last of its clients has let go of it. A client that is
-/// stopped may take its time: the start waits, until there is room or it is asked to stop.
+/// The memory of a swept arena is not free before the last client has unmapped it, and a client that is stopped does not for a
+/// while. The start waits until there is room, or until it is asked to stop.
 #[test]
 fn an_old_arena_that_somebody_still_maps_is_waited_for() {
     let name = "an_old_arena_that_somebody_still_maps_is_waited_for";
@@ -64,7 +62,7 @@ fn an_old_arena_that_somebody_still_maps_is_waited_for() {
                 || old.metadata().is_ok_and(|old| std::os::unix::fs::MetadataExt::nlink(&old) == 0);
             eventually("the old arena has no name any more", is_swept);
             if !asked_to_stop {
-                // Longer than anybody needs who is awake.
+                // Longer than a client needs that is not stopped.
                 std::thread::sleep(std::time::Duration::from_secs(5));
                 assert!(engine.ended().is_none(), "it has given up, with {} bytes in use", group.used());
                 assert!(!engine.file("arena").exists(), "there was room: the test is none");
@@ -77,8 +75,8 @@ fn an_old_arena_that_somebody_still_maps_is_waited_for() {
     });
 }
 
-/// `rm` in `/dev/shm`: nobody finds the engine any more, and a second one would start beside it. So it says so and ends, and
-/// clients go over to the next one.
+/// After an `rm` in `/dev/shm` no client finds the engine, and a second one would start beside it. So the engine says so and ends,
+/// and clients attach to the next one.
 #[test]
 fn an_engine_whose_names_are_removed_ends_and_takes_away_the_rest() {
     for lost in [&["engine"][..], &["lobby"], &["arena"], &["engine", "lobby", "arena"]] {

@@ -1,33 +1,30 @@
-//! Lookups that wait for a lower tier: pending, then a hit; or a timeout; or the end of their session. The tier is the
-//! test's, the engine a thread of this process, its clients processes and threads as everywhere.
+//! Lookups that wait for a lower tier: they are pending and then hit, time out, or end with their session. The tier is the
+//! test's, and the engine is a thread of this process.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{Key, PollingSchedulerAdapter, Round, SchedulerApi, SchedulerOptions};
+use kvring_adapter::{Key, LookupStats, PollingSchedulerAdapter, SchedulerApi, SchedulerOptions};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
-use kvring_engine::stats::Snapshot;
 use kvring_engine::tier::LowerTier;
 use kvring_engine::{RunningEngine, spawn_with_tier};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Request, Status};
-use kvring_shm_abi::segment::EngineName;
-use kvring_tests::engine::{Sweep, unique_name};
-use kvring_tests::isolate::segments;
-use kvring_tests::kv::chain;
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{ClientSpec, SchedulerSpec, Tally, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::raw::RawClient;
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::wait::{LIMIT, becomes, eventually, within};
+use kvring_tests::engine::view_of;
+use kvring_tests::{
+    Peer, RawClient, SchedulerSide, SchedulerSpec, Sweep, WorkerSpec, all_loaded, all_stored, becomes, chain,
+    eventually, round, segments, stat_of, unique_name, until, within,
+};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// What the tier has been asked, and whether it has everything by now.
+/// The state of the test's tier.
 #[derive(Default)]
 struct State {
+    /// The keys that each lookup has asked it for.
     begun: Vec<Vec<Key>>,
+    /// It has brought everything up.
     done: bool,
-    /// The tier has nothing: a miss is a miss.
+    /// It has nothing, so a miss is a miss.
     empty: bool,
 }
 
@@ -69,7 +66,7 @@ struct Scene {
     _sweep: Sweep,
 }
 
-/// An engine whose tier is slow, and two of four chunks in it.
+/// An engine with a slow tier and two of four chunks.
 fn scene(tag: &str) -> Scene {
     let name = unique_name(tag);
     let sweep = Sweep(name.clone());
@@ -80,21 +77,16 @@ fn scene(tag: &str) -> Scene {
     let engine = spawn_with_tier(config, Box::new(tier.clone())).unwrap();
     becomes("arena_bytes_allocated", 8 << 20, || stat(&name, "arena_bytes_allocated"));
     let mut worker = Peer::worker(&WorkerSpec::new(&name));
-    assert_eq!(worker.store(Round { source: 1, number: 1 }, &chain(1, 2), 0), all_stored(2));
+    assert_eq!(worker.store(round(1), &chain(1, 2), 0), all_stored(2));
     Scene { tier, engine, worker, name, _sweep: sweep }
 }
 
 fn stat(engine: &str, name: &str) -> u64 {
-    let view = kvring_adapter::EngineView::open(&EngineName::new(engine).unwrap()).unwrap();
-    let snapshot = Snapshot::read(&view.segment.stats).unwrap();
-    snapshot.iter().find(|(stat, _)| stat.name() == name).unwrap().1
+    stat_of(&view_of(engine), name)
 }
 
 fn scheduler(scene: &Scene, polling: bool, lookup_ms: u64) -> SchedulerSide {
-    let spec = SchedulerSpec { polling, lookup_ms, ..SchedulerSpec::new(&scene.name) };
-    let scheduler = SchedulerSide::start(&spec);
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    scheduler
+    SchedulerSide::started(&SchedulerSpec { polling, lookup_ms, ..SchedulerSpec::new(&scene.name) })
 }
 
 fn ends_clean(scene: Scene) {
@@ -116,23 +108,18 @@ fn pending_until_the_tier_has_brought_it_up_and_then_a_hit() {
     becomes("lookups that the tier was asked for", 1, || scene.tier.begun());
     assert_eq!(scene.tier.0.lock().unwrap().begun[0], keys[2..], "it is asked for what is missing");
     for _ in 0..1000 {
-        assert_eq!(scheduler.check("r"), None, "pending, and asking does no work");
+        assert_eq!(scheduler.check("r"), None, "pending");
     }
     assert_eq!((stat(&scene.name, "lookups"), stat(&scene.name, "lookups_pending")), (0, 1));
-    // Somebody else is served meanwhile, also with lookups that find everything.
+    // Others are served meanwhile, also with lookups that find everything.
     let mut other = Peer::scheduler(&SchedulerSpec::new(&scene.name));
     assert_eq!(other.lookup("present", 0, &keys[..2]).chunks, 2);
     drop(other);
     // What was missing comes up.
-    assert_eq!(scene.worker.store(Round { source: 1, number: 2 }, &keys, 0).stored, 2);
+    assert_eq!(scene.worker.store(round(2), &keys, 0).stored, 2);
     assert_eq!(scheduler.check("r"), None);
     scene.tier.set_done(true);
-    let mut found = None;
-    eventually("the lookup is answered", || {
-        found = scheduler.check("r");
-        found.is_some()
-    });
-    let found = found.unwrap();
+    let found = until("the lookup is answered", || scheduler.check("r"));
     assert_eq!(found.chunks, 4);
     assert_eq!(scene.worker.load(&found.ranks[0], 0), all_loaded(4));
     assert_eq!(scene.tier.begun(), 1, "the same lookup is not begun twice");
@@ -146,15 +133,14 @@ fn a_tier_without_it_makes_no_lookup_pending_and_a_failed_one_gives_what_there_i
     let scene = scene("empty");
     let mut scheduler = scheduler(&scene, false, 5);
     scene.tier.0.lock().unwrap().empty = true;
-    assert_eq!(scheduler.lookup("miss", 0, &chain(1, 4)).unwrap().chunks, 2);
+    assert_eq!(scheduler.lookup("miss", 0, &chain(1, 4)).chunks, 2);
     scene.tier.0.lock().unwrap().empty = false;
     scheduler.api().submit_lookup("failed", 0, &chain(1, 4)).unwrap();
     becomes("lookups that the tier was asked for", 1, || scene.tier.begun());
-    // Done, but nothing has come up.
+    // The tier is done, but has brought nothing up.
     scene.tier.set_done(true);
-    assert_eq!(scheduler.lookup("failed", 0, &chain(1, 4)).unwrap().chunks, 2);
-    scheduler.api().end_session("miss");
-    scheduler.api().end_session("failed");
+    assert_eq!(scheduler.lookup("failed", 0, &chain(1, 4)).chunks, 2);
+    scheduler.ends(&["miss", "failed"]);
     drop(scheduler);
     ends_clean(scene);
 }
@@ -165,18 +151,18 @@ fn a_synchronous_lookup_does_not_wait_for_a_tier_longer_than_it_may() {
     let mut scheduler = scheduler(&scene, true, 50);
     let keys = chain(1, 4);
     let wait = Duration::from_millis(50);
-    let found = within(wait, "the lookup", || scheduler.lookup("r", 0, &keys)).unwrap();
+    let found = within(wait, "the lookup", || scheduler.lookup("r", 0, &keys));
     assert_eq!(found.chunks, 0);
-    assert_eq!(scheduler.tally(), Tally { timed_out: 1, ..Tally::default() });
-    // The engine is well (its beat moves): other lookups are asked.
-    assert_eq!(scheduler.lookup("present", 0, &keys[..2]).unwrap().chunks, 2);
+    assert_eq!(scheduler.tally(), LookupStats { timed_out: 1, ..LookupStats::default() });
+    // The engine's beat moves, so other lookups are asked.
+    assert_eq!(scheduler.lookup("present", 0, &keys[..2]).chunks, 2);
     scheduler.api().end_session("present");
     scene.tier.set_done(true);
-    // The late answer is consumed, its lease given back.
+    // The late answer is taken, and its lease given back.
     becomes("lookups", 2, || stat(&scene.name, "lookups"));
     becomes("leases", 0, || stat(&scene.name, "leases"));
-    assert_eq!(scheduler.lookup("r", 0, &keys).unwrap().chunks, 0, "that admission's answer");
-    assert_eq!(scheduler.lookup("r", 1, &keys).unwrap().chunks, 2);
+    assert_eq!(scheduler.lookup("r", 0, &keys).chunks, 0, "that admission's answer");
+    assert_eq!(scheduler.lookup("r", 1, &keys).chunks, 2);
     drop(scheduler);
     ends_clean(scene);
 }
@@ -202,18 +188,16 @@ fn the_end_of_a_session_its_client_or_its_admission_ends_a_pending_lookup() {
     });
     // A client that is killed while it waits, and one that leaves.
     for kill in [true, false] {
-        let mut other = SchedulerSpec { polling: true, ..SchedulerSpec::new(&scene.name) };
-        other.client = ClientSpec::new(&scene.name);
-        let mut other = Peer::scheduler(&SchedulerSpec { lookup_ms: 10, ..other });
+        let mut other = Peer::scheduler(&SchedulerSpec { lookup_ms: 10, ..SchedulerSpec::new(&scene.name) });
         assert_eq!(other.lookup("mine", 0, &keys).chunks, 0);
         if kill { other.kill() } else { other.shutdown() }
     }
-    assert_eq!(scene.worker.store(Round { source: 1, number: 2 }, &keys, 0).stored, 2);
+    assert_eq!(scene.worker.store(round(2), &keys, 0).stored, 2);
     scene.tier.set_done(true);
-    // None of them comes back as a lease, except what is asked for now.
+    // None of them comes back as a lease but the one that is asked for now.
     pending.api().end_session("replaced");
     pending.api().end_session("released");
-    let found = pending.lookup("new", 0, &keys).unwrap();
+    let found = pending.lookup("new", 0, &keys);
     assert_eq!(found.chunks, 4);
     becomes("leases", 1, || stat(&scene.name, "leases"));
     pending.api().end_session("new");
@@ -222,8 +206,8 @@ fn the_end_of_a_session_its_client_or_its_admission_ends_a_pending_lookup() {
     ends_clean(scene);
 }
 
-/// On the ring itself: a session that ends answers its pending lookup at once, and a client that comes into the entry of
-/// one that has gone hears nothing of its lookups.
+/// A session that ends has its pending lookup answered at once, and a client that gets the entry of one that has gone gets no
+/// answer to the lookups of that one. Both are looked at on the ring itself.
 #[test]
 fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all() {
     let mut scene = scene("own");
@@ -247,7 +231,7 @@ fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all(
             "nothing was found, nothing pinned"
         );
     }
-    // Another admission's end is not this one's.
+    // The end of another admission does not end this one.
     let lookup = raw.lookup_request(3, 7, 0, 1, &keys);
     raw.send(lookup);
     let other = raw.call(Request::Release { session: 3, admission: 8, keep: 0 });
@@ -260,7 +244,7 @@ fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all(
             break heir;
         }
     };
-    assert_eq!(scene.worker.store(Round { source: 1, number: 2 }, &keys, 0).stored, 2);
+    assert_eq!(scene.worker.store(round(2), &keys, 0).stored, 2);
     scene.tier.set_done(true);
     assert_eq!(heir.call(Request::Noop).status, Status::Ok);
     assert_eq!(heir.poll(), None, "an answer to somebody else");
@@ -269,7 +253,7 @@ fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all(
     ends_clean(scene);
 }
 
-/// As many as the engine keeps, and more: the others are answered with what there is.
+/// More pending lookups than the engine keeps: the rest is answered with what is there.
 #[test]
 fn more_pending_lookups_than_there_is_room_for() {
     let scene = scene("crowd");
@@ -298,7 +282,7 @@ fn more_pending_lookups_than_there_is_room_for() {
     ends_clean(scene);
 }
 
-/// More than this client may have under way: that is not what the engine says, so it is no answer.
+/// More lookups than a client may have under way stay pending: the engine has not answered them.
 #[test]
 fn a_full_table_of_our_own_is_no_answer() {
     let scene = scene("full");

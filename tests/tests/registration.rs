@@ -1,33 +1,23 @@
-//! Ranks that disagree, numbers that cannot be, block ids out of range, a full table of namespaces: typed errors with the
-//! values in them, and nothing changes for those who are right.
+//! Ranks that disagree, impossible numbers, block ids out of range, a full table of namespaces: typed errors with the values in
+//! them, and correct clients do not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{
-    BlockError, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError, WorkerAdapter,
-    WorkerOptions,
+    BlockError, Key, LoadChunk, RegisterError, Role, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
 };
 use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
 use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::message::{Disagreement, Request, Status};
-use kvring_tests::crash::{BREAK, FAIL_POINT};
-use kvring_tests::engine::EngineProcess;
-use kvring_tests::kv::{Shape, chain};
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{SchedulerSpec, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::raw::{RawClient, registration};
-use kvring_tests::scheduler::SchedulerSide;
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::{LIMIT, eventually};
-use kvring_tests::worker::{WorkerSide, client};
-
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
+use kvring_tests::proto::fingerprint;
+use kvring_tests::raw::registration;
+use kvring_tests::{
+    BREAK, Bystander, EngineProcess, FAIL_POINT, Peer, RawClient, SchedulerSide, SchedulerSpec, Shape,
+    WorkerSide, WorkerSpec, all_loaded, all_stored, chain, client, eventually, round,
+};
 
 #[test]
 fn ranks_that_disagree_are_told_about_what() {
-    let engine = EngineProcess::start("ranks", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("ranks");
     let right = WorkerSpec::rank(&engine.name, 2, 0);
     let mut first = WorkerSide::start(&right).unwrap();
     let refused = |spec: &WorkerSpec| match WorkerSide::start(spec) {
@@ -44,7 +34,7 @@ fn ranks_that_disagree_are_told_about_what() {
         refused(&WorkerSpec { chunk_tokens: 128, ..second.clone() }),
         (Disagreement::ChunkTokens, 64, 128)
     );
-    // The same rank again: with another order of pages, with other sizes.
+    // The same rank again, with another order of pages and with other sizes.
     let mut other = right.clone();
     other.shape.pages = [12288, 4096];
     assert_eq!(refused(&other).0, Disagreement::Layout);
@@ -56,23 +46,19 @@ fn ranks_that_disagree_are_told_about_what() {
     record.shard_bytes = 65536;
     assert_eq!(raw.call_register(&record).status, Status::Ok, "the same again is fine");
     drop(raw);
-    // Those who are right go on.
+    // The correct ranks go on.
     let mut second = WorkerSide::start(&second).unwrap();
     let keys = chain(1, 4);
     for worker in [&mut first, &mut second] {
-        assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(4));
+        assert_eq!(worker.store(round(1), &keys, 0), all_stored(4));
     }
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::world(&engine.name, 2));
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    let found = scheduler.lookup("r", 0, &keys).unwrap();
-    assert_eq!(second.load("r", &found.ranks[1], 0), all_loaded(4));
-    drop((first, second, scheduler));
-    bystander.was_undisturbed();
-    engine.settles(0);
+    let mut scheduler = SchedulerSide::started(&SchedulerSpec::world(&engine.name, 2));
+    let found = scheduler.lookup("r", 0, &keys);
+    assert_eq!(second.load(&found.ranks[1], 0), all_loaded(4));
+    engine.settles_beside(bystander, (first, second, scheduler));
 }
 
-/// A registration that is refused later on, when the keeper repeats it: that rank is degraded, and says why, until an engine
-/// accepts it.
+/// A registration that is refused when the keeper repeats it: that rank is degraded, and says why, until an engine accepts it.
 #[test]
 fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
     let mut engine = EngineProcess::start("later", 16);
@@ -81,9 +67,9 @@ fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
     assert_eq!(peer.health(), "healthy");
     peer.stop();
     engine.kill();
-    // Another arena: a cold start.
+    // Another arena, so a cold start.
     engine.restart_with_arena(8);
-    // Somebody else was first.
+    // Another worker of the same namespace registers first.
     let other = WorkerSide::start(&WorkerSpec { chunk_tokens: 128, ..right }).unwrap();
     peer.resume();
     eventually("it is told", || peer.health().starts_with("refused: "));
@@ -97,7 +83,7 @@ fn a_registration_that_a_new_engine_refuses_degrades_its_rank_alone() {
     assert_eq!(peer.store(round(1), &chain(1, 4), 1), all_stored(4));
 }
 
-/// Registered means fit to store: also while the keeper is not yet through with everything else.
+/// A worker that is registered can store, also while its keeper is still busy with the attachment.
 #[test]
 fn the_first_store_after_a_registration_is_not_dropped() {
     let engine = EngineProcess::start("first", 16);
@@ -128,14 +114,11 @@ fn numbers_that_cannot_be_are_errors_at_construction() {
 
 #[test]
 fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
-    let engine = EngineProcess::start("blocks", 16);
-    let bystander = Bystander::start(&engine.name);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
-    scheduler.client().wait_ready(LIMIT).unwrap();
-    let keys = chain(1, 2);
-    assert_eq!(worker.store("r", round(1), None, &keys, 0), all_stored(2));
-    let found = scheduler.lookup("r", 0, &keys).unwrap();
+    let (engine, bystander) = EngineProcess::with_bystander("blocks");
+    let mut worker = engine.worker();
+    let mut scheduler = engine.scheduler();
+    let keys = worker.stores(round(1), chain(1, 2), 0);
+    let found = scheduler.lookup("r", 0, &keys);
     let num_blocks = Shape::SMALL.blocks;
     for (blocks, expected) in [
         (vec![0, 1, 2, num_blocks], BlockError::OutOfRange { block: num_blocks, num_blocks }),
@@ -153,22 +136,21 @@ fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
         assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
         assert!(error.to_string().starts_with("chunk 1: expected"), "{error}");
     }
-    assert_eq!(worker.load("r", &found.ranks[0], 0), all_loaded(2));
+    assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(2));
     // Without a KV cache there is nothing to submit.
     let client = client(Role::Worker, &WorkerSpec::new(&engine.name).client);
-    let options = WorkerOptions::new(kvring_tests::proto::fingerprint(1), 1, 0, 64);
+    let options = WorkerOptions::new(fingerprint(1), 1, 0, 64);
     let mut bare = WorkerAdapter::new(&client, options).unwrap();
     assert_eq!(bare.submit_store("r", round(1), None, vec![], None).unwrap_err(), SubmitError::NoKvCache);
     drop((worker, scheduler, bare));
     client.shutdown();
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
 }
 
 #[test]
 fn the_table_of_namespaces_is_finite_and_unused_ones_make_room() {
     let engine = EngineProcess::start("spaces", 8);
-    // Takes one of them.
+    // The bystander takes one of them.
     let bystander = Bystander::start(&engine.name);
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     for namespace in 0..NAMESPACES_MAX as u64 - 1 {
@@ -180,17 +162,15 @@ fn the_table_of_namespaces_is_finite_and_unused_ones_make_room() {
     assert_eq!(error, RegisterError::TooManyNamespaces);
     assert!(error.to_string().contains("kvring clear"), "{error}");
     bystander.goes_on();
-    // Nobody uses them any more, and they hold nothing.
+    // No client uses them any more, and they hold nothing.
     drop(raw);
     engine.stat_becomes("clients", 2);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    assert_eq!(worker.store("r", round(1), None, &chain(1, 4), 0), all_stored(4));
-    drop(worker);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    let mut worker = engine.worker();
+    assert_eq!(worker.store(round(1), &chain(1, 4), 0), all_stored(4));
+    engine.settles_beside(bystander, worker);
 }
 
-/// The error names the table that is full, and what it advises helps.
+/// The error names the table that is full, and its advice helps.
 #[test]
 fn the_table_of_shard_sizes_is_finite_and_unused_ones_make_room() {
     let engine = EngineProcess::start("sizes", 8);
@@ -203,7 +183,7 @@ fn the_table_of_shard_sizes_is_finite_and_unused_ones_make_room() {
         let refused = raw.call_register(&of_size(256 * (life + 1)));
         assert_eq!((refused.status, refused.results[0]), (Status::TooManySizes, 256));
         assert_eq!(engine.stat("namespaces"), 4, "what was refused leaves nothing behind");
-        // Nobody has these sizes any more.
+        // No client has these sizes any more.
         drop(raw);
         engine.stat_becomes("clients", 0);
     }
@@ -217,10 +197,9 @@ fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
     let engine = EngineProcess::start("models", 64);
     let mut workers = Vec::new();
     for model in 0..2 * NAMESPACES_MAX as u64 {
-        let mut spec = WorkerSpec::new(&engine.name);
-        spec.namespace = 100 + model;
+        let spec = WorkerSpec { namespace: 100 + model, ..WorkerSpec::new(&engine.name) };
         let mut worker = WorkerSide::start(&spec).unwrap();
-        assert_eq!(worker.store("r", round(1), None, &chain(1, 2), 0), all_stored(2), "model {model}");
+        assert_eq!(worker.store(round(1), &chain(1, 2), 0), all_stored(2), "model {model}");
         // The first one is used all the time, each of the others until the next one comes.
         workers.truncate(1);
         workers.push(worker);
@@ -230,20 +209,19 @@ fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
     assert!((48..=NAMESPACES_MAX as u64 - 8).contains(&namespaces), "{namespaces} namespaces");
     assert_eq!(engine.stat("chunks_visible"), 2 * namespaces, "what is kept is whole");
     // The first one's chunks are still there: a second store finds them.
-    let again = workers[0].store("again", round(2), None, &chain(1, 2), 0);
+    let again = workers[0].store(round(2), &chain(1, 2), 0);
     assert_eq!(again.skipped, 2, "{again:?}");
-    drop(workers);
-    engine.settles(0);
+    engine.settles_without(workers);
 }
 
-/// A request that has been begun, and has leased nothing yet, holds no namespace: by the time it goes on, the id may be another's,
-/// of another number of ranks. It is not answered with that one's chunks.
+/// A request that has begun and has leased nothing yet holds no namespace. When it goes on, the namespace's id may be that of
+/// another one with another number of ranks. The answer has no chunks of that one.
 #[test]
 fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
-    let mut engine = EngineProcess::start_in(&[(BREAK, Rule::BeginAtOnce.name())], "refounded", 16);
+    let engine = EngineProcess::start_in(&[(BREAK, Rule::BeginAtOnce.name())], "refounded", 16);
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
     let mut worker = RawClient::attach(&engine.name, Role::Worker);
-    assert!(scheduler.entry < worker.entry, "it is looked at first");
+    assert!(scheduler.entry < worker.entry, "the engine looks at it first");
     // So many that a new one gets the id of one that has gone.
     let ids: Vec<u32> =
         (0..NAMESPACES_MAX as u64).map(|number| worker.register(number, 1, 0, 4096)).collect();
@@ -268,6 +246,5 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
         let founded = worker.answer();
         assert_eq!((founded.status, founded.results[0]), (Status::Ok, u64::from(namespace)));
     }
-    drop((scheduler, worker));
-    engine.settles(0);
+    engine.settles_without((scheduler, worker));
 }

@@ -1,8 +1,8 @@
-//! Without robust lists, without `futex_waitv`, or without both; on the engine's side, on the clients', or on both: what a
-//! kernel lacks costs promptness and nothing else. Switched off by `KVRING_WITHOUT`, which only tests can.
+//! A kernel that lacks robust lists or `futex_waitv`, for the engine, for its clients, or for both: that costs promptness and
+//! nothing else. The variable `KVRING_WITHOUT`, which only test builds obey, switches them off.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{EngineView, Role, Round};
+use kvring_adapter::{EngineView, Role};
 use kvring_shm_abi::engine_segment::OWNER_WORD;
 use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::life::Life;
@@ -10,16 +10,13 @@ use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::means::{DeathNotice, Means, Waiting};
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::Ordering;
-use kvring_tests::crash::{BREAK, FAIL_POINT};
-use kvring_tests::engine::{EngineProcess, overrides, stat_of, within_beats};
-use kvring_tests::isolate::{isolated, segments};
-use kvring_tests::kv::chain;
-use kvring_tests::peer::Peer;
-use kvring_tests::proto::{Ask, SchedulerSpec, Stored, WorkerSpec, all_loaded, all_stored};
-use kvring_tests::wait::{LIMIT, eventually};
-use kvring_tests::worker::client;
+use kvring_tests::engine::{merged, within_beats};
+use kvring_tests::{
+    Ask, BREAK, EngineProcess, FAIL_POINT, LIMIT, Peer, SchedulerSpec, WorkerSpec, all_dropped, all_loaded,
+    all_stored, chain, client, eventually, isolated, overrides, round, segments, stat_of,
+};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::unistd::{ForkResult, fork};
 use serde_json::json;
 use std::time::Duration;
 
@@ -27,11 +24,7 @@ const WITHOUT: &str = "KVRING_WITHOUT";
 const SECOND: Duration = Duration::from_secs(1);
 const CHUNKS: usize = 8;
 
-fn round(number: u32) -> Round {
-    Round { source: 1, number }
-}
-
-/// What a process uses that is without these.
+/// The means of a process that is without these.
 fn means_without(list: &str) -> Means {
     Means {
         death_notice: if list.contains("robust") { DeathNotice::FileLock } else { DeathNotice::RobustFutex },
@@ -58,10 +51,6 @@ fn within_seconds(view: &EngineView, what: &str, state: impl FnMut() -> bool) {
     assert!(within_beats(view, 1500, state), "the engine has beaten 1500 times, and still not: {what}");
 }
 
-fn signal(peer: &Peer, signal: Signal) {
-    kill(Pid::from_raw(peer.pid() as i32), signal).unwrap();
-}
-
 /// How the deaths of the engine and of each client are told, as everybody can see.
 fn notices(view: &EngineView, lobby: &Lobby) -> (Vec<DeathNotice>, Vec<DeathNotice>) {
     let of = |life: Life| match life {
@@ -72,7 +61,7 @@ fn notices(view: &EngineView, lobby: &Lobby) -> (Vec<DeathNotice>, Vec<DeathNoti
     (engine, lobby.life_words.iter().filter_map(|word| of(word.life())).collect())
 }
 
-/// Everything that matters, once: with these means missing on the engine's side and on the clients'.
+/// Everything that matters, once, with an engine and with clients that are without these means.
 fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     let environment: &[(&'static str, &str)] = &[(WITHOUT, clients_without)];
     let mut engine = EngineProcess::start_in(&[(WITHOUT, engine_without)], tag, 16);
@@ -80,7 +69,7 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     let mut scheduler = scheduler_in(environment, &engine);
     let (view, lobby) = (engine.view(), engine.lobby());
 
-    // Everybody says what he uses.
+    // The engine and the clients publish their means.
     let (engines, clients) = (means_without(engine_without), means_without(clients_without));
     let (told_by_engine, told_by_clients) = notices(&view, &lobby);
     assert_eq!(view.means(), engines);
@@ -91,41 +80,34 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     }
 
     // Store, look up, load.
-    let keys = chain(1, CHUNKS);
-    assert_eq!(worker.store(round(1), &keys, 7), all_stored(CHUNKS));
+    let keys = worker.stores(round(1), chain(1, CHUNKS), 7);
     let held = scheduler.lookup("held", 0, &keys);
     assert_eq!(held.chunks, CHUNKS as u32);
     assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
 
-    // A client that stands still in the middle of a store is not reaped; one that is killed there is, with all it held.
+    // A client that is stopped in the middle of a store is not reaped. One that is killed there is, with all that it held.
     let mut victims = [
         worker_in(&[environment[0], (FAIL_POINT, &format!("{}:1:stop", Place::ClientGranted))], &engine),
         scheduler_in(environment, &engine),
     ];
-    victims[0].begin(&Ask::Store {
-        request: "r".to_owned(),
-        round: (1, 2),
-        parent: None,
-        keys: chain(2, CHUNKS),
-        version: 1,
-    });
+    victims[0].begin(&Ask::store(round(2), &chain(2, CHUNKS), 1));
     assert_eq!(victims[1].lookup("doomed", 0, &keys).chunks, CHUNKS as u32);
     engine.stat_becomes("slots_writing", CHUNKS as u64);
     engine.stat_becomes("leases", 2);
-    signal(&victims[1], Signal::SIGSTOP);
+    victims[1].stop();
     // Long enough for several looks.
     std::thread::sleep(Duration::from_millis(250));
     let held_by = || ["slots_writing", "leases", "clients", "deaths"].map(|name| stat_of(&view, name));
     assert_eq!(held_by(), [CHUNKS as u64, 2, 4, 0]);
-    signal(&victims[1], Signal::SIGCONT);
+    victims[1].resume();
     assert_eq!(victims[1].lookup("more", 0, &keys).chunks, CHUNKS as u32);
-    victims.iter_mut().for_each(Peer::kill);
+    victims.iter_mut().for_each(|victim| victim.kill());
     within_seconds(&view, "what the dead held is free", || held_by() == [0, 1, 2, 2]);
     let claimed = || lobby.life_words.iter().filter(|word| word.life() != Life::Unclaimed).count();
     within_seconds(&view, "their entries are free", || claimed() == 2);
     drop(victims);
 
-    // An engine that stands still is not dead, and all is well when it moves.
+    // An engine that is stopped does not pass for dead, and its clients are well again when it goes on.
     engine.stop();
     std::thread::sleep(Duration::from_millis(250));
     assert_ne!(scheduler.health(), "dead");
@@ -136,14 +118,14 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     engine.resume();
     eventually("the scheduler is well", || scheduler.health() == "healthy");
 
-    // An engine that is killed is dead to everybody within a second, and comes back with everything.
+    // Every client notices that an engine is killed, and the next engine has everything.
     engine.kill();
     eventually("the worker knows", || worker.health() == "dead");
     eventually("the scheduler knows", || scheduler.health() == "dead");
     assert!(!view.owner_lives());
-    // Degraded, and what was looked up can be loaded all the same.
+    // The clients are degraded, and loads need no engine.
     assert_eq!(scheduler.lookup("nothing", 0, &keys).chunks, 0);
-    assert_eq!(worker.store(round(3), &chain(3, 2), 1), Stored { dropped: 2, ..Stored::default() });
+    assert_eq!(worker.store(round(3), &chain(3, 2), 1), all_dropped(2));
     assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
     engine.restart();
     worker.ready();
@@ -164,49 +146,29 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     assert!(segments(&engine.name).is_empty());
 }
 
-fn merged(mut base: serde_json::Value, fields: &serde_json::Value) -> serde_json::Value {
-    for (key, value) in fields.as_object().unwrap() {
-        base[key] = value.clone();
-    }
-    base
+/// A test for each combination of what the engine and the clients are without.
+macro_rules! essentials {
+    ($($name:ident: $tag:literal, $engine:literal, $clients:literal;)+) => {
+        $(
+            #[test]
+            fn $name() {
+                essentials($tag, $engine, $clients);
+            }
+        )+
+    };
 }
 
-#[test]
-fn with_everything_neither_stand_in_is_used() {
-    essentials("with", "", "");
+essentials! {
+    with_everything_neither_stand_in_is_used: "with", "", "";
+    an_engine_without_robust_lists: "er", "robust", "";
+    clients_without_robust_lists: "cr", "", "robust";
+    nobody_has_robust_lists: "br", "robust", "robust";
+    an_engine_without_waitv: "ew", "waitv", "";
+    clients_without_waitv: "cw", "", "waitv";
+    nobody_has_either: "b", "robust,waitv", "robust,waitv";
 }
 
-#[test]
-fn an_engine_without_robust_lists() {
-    essentials("er", "robust", "");
-}
-
-#[test]
-fn clients_without_robust_lists() {
-    essentials("cr", "", "robust");
-}
-
-#[test]
-fn nobody_has_robust_lists() {
-    essentials("br", "robust", "robust");
-}
-
-#[test]
-fn an_engine_without_waitv() {
-    essentials("ew", "waitv", "");
-}
-
-#[test]
-fn clients_without_waitv() {
-    essentials("cw", "", "waitv");
-}
-
-#[test]
-fn nobody_has_either() {
-    essentials("b", "robust,waitv", "robust,waitv");
-}
-
-/// Clients outlive engines of either kind, whatever kind they are.
+/// Clients of either kind outlive engines of either kind.
 #[test]
 fn engines_with_and_without_robust_lists_follow_one_another() {
     let mut engine = EngineProcess::start_in(&[(WITHOUT, "robust")], "turns", 16);
@@ -215,10 +177,10 @@ fn engines_with_and_without_robust_lists_follow_one_another() {
     let keys = chain(1, CHUNKS);
     assert_eq!(peers[0].store(round(1), &keys, 7), all_stored(CHUNKS));
     for (cycle, without) in (2u32..).zip(["", "robust", "robust,waitv", ""]) {
-        // A dead client of either kind that nobody could reclaim.
+        // A client of either kind dies while there is no engine.
         let mut orphans = [worker_in(&[(WITHOUT, "robust")], &engine), worker_in(&[], &engine)];
         engine.kill();
-        orphans.iter_mut().for_each(Peer::kill);
+        orphans.iter_mut().for_each(|orphan| orphan.kill());
         engine.move_to(&[(WITHOUT, without)]);
         engine.restart();
         peers.iter_mut().for_each(Peer::ready);
@@ -230,11 +192,10 @@ fn engines_with_and_without_robust_lists_follow_one_another() {
         assert_eq!(peers[1].store(round(cycle), &chain(u64::from(cycle), 2), 1), all_stored(2));
         engine.stat_becomes("clients", 3);
     }
-    drop((peers, scheduler));
-    engine.settles(0);
+    engine.settles_without((peers, scheduler));
 }
 
-/// A lock belongs to an open file, and `fork` copies descriptors: a child that lives on must not keep its parent alive.
+/// A lock belongs to an open file, and `fork` copies descriptors. A child that lives on must not keep the lock of its parent.
 #[test]
 fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
     const NAME: &str = "a_child_of_fork_does_not_keep_its_dead_parent_alive";
@@ -264,7 +225,7 @@ fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
         engine.stat_becomes("clients", 1);
         let (_, told) = notices(&engine.view(), &engine.lobby());
         assert_eq!(told, [DeathNotice::FileLock]);
-        // The grandchild is there when its parent sleeps.
+        // Waits until the grandchild is there.
         let children = format!("/proc/{parent}/task/{parent}/children");
         eventually("the child has a child", || !std::fs::read_to_string(&children).unwrap().is_empty());
         kill(parent, Signal::SIGKILL).unwrap();
@@ -277,7 +238,7 @@ fn a_child_of_fork_does_not_keep_its_dead_parent_alive() {
     });
 }
 
-/// Negative control: where nobody looks at locks, a death is never noticed.
+/// Negative control: where no process looks at locks, a death is never noticed.
 #[test]
 fn without_looks_at_locks_nobody_notices_a_death() {
     let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, Rule::LooksAtLocks.name())];
@@ -292,7 +253,7 @@ fn without_looks_at_locks_nobody_notices_a_death() {
     assert_ne!(worker.health(), "dead");
 }
 
-/// Negative control: a claim without its lock is a dead owner's, however alive that is.
+/// Negative control: a claim without its lock passes for a dead owner's.
 #[test]
 fn without_the_lock_the_living_pass_for_dead() {
     let broken: &[(&'static str, &str)] = &[(WITHOUT, "robust"), (BREAK, Rule::LifeLock.name())];
@@ -311,8 +272,7 @@ fn without_the_lock_the_living_pass_for_dead() {
     eventually("all is free", || lobby.life_words.iter().all(|word| word.life() == Life::Unclaimed));
 }
 
-/// What a start needs to know of the dead it learns from their locks, and the living it leaves alone: also under another
-/// name for the same thing, `kvring remove`.
+/// `kvring remove`, like a start, learns from locks which engine is dead, and leaves a living one alone.
 #[test]
 fn what_a_dead_engine_without_robust_lists_left_is_removed_a_living_ones_is_not() {
     let mut engine = EngineProcess::start_in(&[(WITHOUT, "robust")], "remove", 16);

@@ -8,15 +8,13 @@ use kvring_engine::{Engine, StartError, StopHandle};
 use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::Status;
-use kvring_tests::crash::BREAK;
-use kvring_tests::engine::{EngineProcess, Sweep, overrides, remove_segments, unique_name};
-use kvring_tests::isolate::{ControlGroup, segments};
-use kvring_tests::kv::chain;
-use kvring_tests::proto::{WorkerSpec, all_stored};
-use kvring_tests::raw::{RawClient, registration};
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::LIMIT;
-use kvring_tests::worker::WorkerSide;
+use kvring_tests::engine::{merged, remove_segments};
+use kvring_tests::isolate::ControlGroup;
+use kvring_tests::raw::registration;
+use kvring_tests::{
+    BREAK, Bystander, EngineProcess, RawClient, Shape, Sweep, WorkerSide, WorkerSpec, all_stored, chain,
+    overrides, round, segments, unique_name,
+};
 use serde_json::json;
 use std::os::unix::fs::MetadataExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -33,9 +31,8 @@ fn config(name: &str, arena: u64) -> EngineConfig {
 /// An engine of 8 MiB that was killed when it held 8 chunks, and the worker that has stored them.
 fn dead_with_8_chunks(tag: &str) -> (EngineProcess, WorkerSide) {
     let mut engine = EngineProcess::start(tag, 8);
-    let mut worker = WorkerSide::start(&WorkerSpec::new(&engine.name)).unwrap();
-    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 8), 0);
-    assert_eq!(stored, all_stored(8));
+    let mut worker = engine.worker();
+    worker.stores(round(1), chain(1, 8), 0);
     engine.kill();
     (engine, worker)
 }
@@ -57,11 +54,7 @@ fn a_bad_configuration_says_what_is_bad() {
     ] {
         let name = unique_name("config");
         let _sweep = Sweep(name.clone());
-        let mut overrides = json!({ "name": name });
-        for (key, value) in change.as_object().unwrap() {
-            overrides[key] = value.clone();
-        }
-        let error = EngineProcess::try_start(&overrides).err().unwrap();
+        let error = EngineProcess::try_start(&merged(json!({ "name": name }), &change)).err().unwrap();
         for part in parts {
             assert!(error.contains(part), "{change}: {part} is not in: {error}");
         }
@@ -79,7 +72,8 @@ fn an_arena_that_does_not_fit_is_refused_before_anything_is_made() {
     assert!(segments(&name).is_empty(), "{:?}", segments(&name));
 }
 
-/// A control group of version 1 or 2 whose limit is below the arena: an error at the start, not the killer later.
+/// A control group (version 1 or 2) with a limit below the arena is an error at the start. Otherwise the kernel would kill the
+/// engine later.
 #[test]
 fn an_arena_beyond_the_control_groups_limit_is_refused() {
     let name = "an_arena_beyond_the_control_groups_limit_is_refused";
@@ -97,8 +91,7 @@ fn an_arena_beyond_the_control_groups_limit_is_refused() {
     });
 }
 
-/// Whatever a start is refused for, it finds out before it destroys: what the dead engine left is still there for the next one.
-/// Each of these would be a cold start, because another arena is asked for.
+/// A start is refused before it destroys anything, for whatever reason: the next engine still finds what the dead one left.
 #[test]
 fn a_refused_start_leaves_the_warm_cache_as_it_was() {
     let (mut engine, worker) = dead_with_8_chunks("typo");
@@ -121,19 +114,21 @@ fn a_refused_start_leaves_the_warm_cache_as_it_was() {
         (json!({ "policy": "fifo" }), "fifo"),
         (json!({ "arenas": "8MiB" }), "arenas"),
     ] {
-        let mut overrides = overrides(&engine.name, 16);
-        for (key, value) in change.as_object().unwrap() {
-            overrides[key] = value.clone();
+        // With another arena it would be a cold start, with the same arena a warm one. Several refused warm starts do not
+        // count as failed recoveries.
+        for arena_mib in [16, 8] {
+            let overrides = merged(overrides(&engine.name, arena_mib), &change);
+            let error = EngineProcess::try_start(&overrides).err();
+            let error = error.unwrap_or_else(|| panic!("{change}: started"));
+            assert!(error.contains(part), "{change}: {error}");
+            assert_eq!(files(), before, "{change}");
         }
-        let error = EngineProcess::try_start(&overrides).err().unwrap_or_else(|| panic!("{change}: started"));
-        assert!(error.contains(part), "{change}: {error}");
-        assert_eq!(files(), before, "{change}");
     }
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
 }
 
-/// What is short at the moment is no reason to give up what there is: the next start has it.
+/// Where memory is short at the moment the cache is not given up: the next start has it.
 #[test]
 fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     let (mut engine, worker) = dead_with_8_chunks("short");
@@ -143,9 +138,8 @@ fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     }
     engine.restart();
     assert_eq!((engine.stat("warm_start"), engine.stat("chunks_recovered")), (1, 8));
-    worker.wait_ready(LIMIT).unwrap();
-    drop(worker);
-    engine.settles(0);
+    worker.ready();
+    engine.settles_without(worker);
 }
 
 /// A start is asked to stop when it has the name and the segments already: with the first line that it logs.
@@ -175,8 +169,7 @@ fn a_start_that_is_asked_to_stop_leaves_what_was_there() {
 
 #[test]
 fn a_second_engine_of_the_same_name_is_refused_and_the_first_goes_on() {
-    let engine = EngineProcess::start("twice", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("twice");
     let before = segments(&engine.name);
     for _ in 0..3 {
         let error = refused(config(&engine.name, 32 << 20));
@@ -186,13 +179,12 @@ fn a_second_engine_of_the_same_name_is_refused_and_the_first_goes_on() {
         bystander.goes_on();
     }
     assert_eq!(segments(&engine.name), before);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
 }
 
 #[test]
 fn a_stopped_engine_is_not_replaced_either() {
-    let mut engine = EngineProcess::start("asleep", 16);
+    let engine = EngineProcess::start("asleep", 16);
     engine.stop();
     let error = refused(config(&engine.name, 16 << 20));
     assert!(matches!(error, StartError::Setup(SetupError::AlreadyRunning { .. })), "{error:?}");
@@ -200,7 +192,7 @@ fn a_stopped_engine_is_not_replaced_either() {
     Bystander::start(&engine.name).was_undisturbed();
 }
 
-/// A start that was killed, at any point, does not keep the next one from starting.
+/// The files that a killed start leaves do not keep the next engine from starting.
 #[test]
 fn what_a_killed_start_leaves_is_swept() {
     let name = unique_name("half");
@@ -230,14 +222,12 @@ fn what_a_killed_start_leaves_is_swept() {
 fn a_shard_larger_than_the_arena_is_refused_with_both_sizes() {
     let engine = EngineProcess::start("shard", 2);
     let bystander = Bystander::start(&engine.name);
-    let mut spec = WorkerSpec::new(&engine.name);
     // 3 MiB a shard.
-    spec.shape.pages = [768 << 10, 768 << 10];
-    spec.shape.blocks_per_chunk = 2;
-    spec.shape.blocks = 4;
+    let shape = Shape { pages: [768 << 10, 768 << 10], blocks_per_chunk: 2, blocks: 4 };
+    let spec = WorkerSpec { shape, ..WorkerSpec::new(&engine.name) };
     let error = WorkerSide::start(&spec).err().unwrap().to_string();
     assert!(error.contains("3145728 bytes on each rank") && error.contains("up to 2097152"), "{error}");
-    // By hand, to the byte.
+    // The limit is exact to the byte.
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     for (bytes, status) in
         [((2 << 20) + 1, Status::ShardTooLarge), (u64::MAX, Status::ShardTooLarge), (2 << 20, Status::Ok)]
@@ -245,12 +235,9 @@ fn a_shard_larger_than_the_arena_is_refused_with_both_sizes() {
         assert_eq!(raw.call_register(&registration(bytes, 1, 0, bytes)).status, status, "{bytes}");
     }
     drop(raw);
-    // The refused worker is gone for good, the others are not.
+    // The refused worker is gone, and others are welcome.
     let fits = WorkerSpec { namespace: 5, ..WorkerSpec::new(&engine.name) };
     let mut worker = WorkerSide::start(&fits).unwrap();
-    let stored = worker.store("r", kvring_adapter::Round { source: 1, number: 1 }, None, &chain(1, 2), 0);
-    assert_eq!(stored, all_stored(2));
-    drop(worker);
-    bystander.was_undisturbed();
-    engine.settles(0);
+    assert_eq!(worker.store(round(1), &chain(1, 2), 0), all_stored(2));
+    engine.settles_beside(bystander, worker);
 }

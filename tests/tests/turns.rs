@@ -1,30 +1,27 @@
-//! No turn of the service loop does unbounded work: what one client asks for does not keep the engine from anything else.
-//! Nothing here looks at a clock: things are counted that happen while others do.
+//! No turn of the service loop does unbounded work: no request of one client keeps the engine from anything else. Nothing here
+//! looks at a clock. The tests count what happens while something else does.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::Key;
 use kvring_shm_abi::engine_segment::RANKS_MAX;
 use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{KEYS_MAX, Request, Round, SlotOutcome, Status};
-use kvring_tests::crash::FAIL_POINT;
-use kvring_tests::engine::{EngineProcess, overrides, unique_name};
-use kvring_tests::kv::chain;
-use kvring_tests::raw::{Claimed, RawClient};
-use kvring_tests::traffic::Bystander;
-use kvring_tests::wait::eventually;
+use kvring_shm_abi::message::{KEYS_MAX, Request, SlotOutcome, Status};
+use kvring_tests::{
+    Claimed, EngineProcess, FAIL_POINT, RawClient, chain, eventually, overrides, round, unique_name,
+};
 
 const WORLD: u32 = RANKS_MAX as u32;
 /// Room for the keys of the longest lookup, and for its answer.
 const PAYLOAD_WORDS: u32 = (1 << 15) + (KEYS_MAX * RANKS_MAX * 2) as u32;
 
-/// A scheduler that may ask for as much as there is, and the longest list of keys of which all are found.
+/// A scheduler with room for the longest lookup, and the longest list of keys of which all are found.
 fn longest_lookups(engine: &EngineProcess) -> (RawClient, u32, Vec<Key>) {
     let mut worker = RawClient::attach(&engine.name, Role::Worker);
     let (mut namespace, stored) = (0, chain(1, 16));
     for rank in 0..WORLD {
         namespace = worker.register(500, WORLD, rank, 4096);
-        let slots = worker.reserve(namespace, rank, Round { source: 1, number: 1 }, &stored);
+        let slots = worker.reserve(namespace, rank, round(1), &stored);
         assert_eq!(worker.finish(&slots, true), [SlotOutcome::Done; 16]);
     }
     let scheduler =
@@ -32,7 +29,7 @@ fn longest_lookups(engine: &EngineProcess) -> (RawClient, u32, Vec<Key>) {
     (scheduler, namespace, stored.iter().cycle().take(KEYS_MAX).copied().collect())
 }
 
-/// The beat moves by what is done, not by how many turns that takes: with each of these lookups several times.
+/// The beat moves with the work that is done, not with the number of turns: several times during each of these lookups.
 #[test]
 fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
     const LOOKUPS: u64 = 40;
@@ -54,15 +51,14 @@ fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
     let beats = view.segment.epoch().beat().wrapping_sub(before);
     assert!(u64::from(beats) >= LOOKUPS, "{beats} beats during {LOOKUPS} lookups");
     assert_eq!(engine.stat("pins"), LOOKUPS * KEYS_MAX as u64);
-    drop(client);
-    engine.settles(0);
+    engine.settles_without(client);
 }
 
-/// Another client's request is taken between two pieces of one that takes long.
+/// The engine takes another client's request between two pieces of one that takes long.
 #[test]
 fn a_short_request_waits_for_no_long_one_to_end() {
     let name = unique_name("turns-fair");
-    // In the middle of the lookup, when it has been put off for the third time.
+    // In the middle of the lookup, which has been put off for the third time.
     let middle = format!("{}:3:stop", Place::RequestPutOff);
     let mut engine = EngineProcess::launched(&overrides(&name, 16), &[(FAIL_POINT, &middle)]);
     engine.serves().unwrap();
@@ -78,15 +74,13 @@ fn a_short_request_waits_for_no_long_one_to_end() {
     assert!(short.poll().is_some(), "the short one waits");
     engine.resume();
     assert_eq!(long.answer().results[0], KEYS_MAX as u64);
-    drop((long, short));
-    engine.settles(0);
+    engine.settles_without((long, short));
 }
 
-/// A client dies in the middle of a request, and with more leased than one turn gives back.
+/// A client dies in the middle of a request, with more leases than one turn frees.
 #[test]
 fn a_client_that_dies_in_the_middle_of_its_request_leaves_nothing() {
-    let engine = EngineProcess::start("turns-death", 16);
-    let bystander = Bystander::start(&engine.name);
+    let (engine, bystander) = EngineProcess::with_bystander("turns-death");
     let (mut client, namespace, keys) = longest_lookups(&engine);
     for session in 0..8 {
         client.send(client.lookup_request(session, 0, namespace, WORLD, &keys));
@@ -95,6 +89,5 @@ fn a_client_that_dies_in_the_middle_of_its_request_leaves_nothing() {
     drop(client);
     engine.stat_becomes("leases", 0);
     bystander.goes_on();
-    bystander.was_undisturbed();
-    engine.settles(0);
+    engine.settles_beside(bystander, ());
 }

@@ -29,14 +29,14 @@ fn what_spins_for_ever_is_ended() {
     is_ended(&watched(&["--own", "3"], program), "does not end", program);
 }
 
-/// It neither stands still nor does it spin.
+/// A program that neither stands still nor spins.
 #[test]
 fn what_looks_again_and_again_for_ever_is_ended() {
     let program = "import time\nwhile True:\n  end = time.thread_time() + 0.01\n  while time.thread_time() < end: pass\n  time.sleep(0.01)";
     is_ended(&watched(&["--still", "3", "--own", "4"], program), "does not end", "time.sleep");
 }
 
-/// A child that has a session of its own, and one whose parent is gone: theirs is the command's time.
+/// Descendants count: a child in a session of its own, and one whose parent is gone.
 #[test]
 fn what_waits_for_a_working_descendant_is_not_ended() {
     let program = "
@@ -65,7 +65,7 @@ fn tempfile(tag: &str) -> std::path::PathBuf {
     std::env::temp_dir().join(format!("kvring-watch-{}-{}", std::process::id(), tag.len()))
 }
 
-/// Something else that has the core, while it lives.
+/// Other processes that use the core as long as this lives.
 struct Rivals(Vec<Child>);
 
 impl Rivals {
@@ -86,7 +86,7 @@ impl Drop for Rivals {
 
 const ON_ONE_CORE: &str = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])";
 
-/// It needs a second, and gets that in the course of many, which are more than either limit.
+/// A program that needs one second of CPU time, and gets it in the course of more seconds than either limit.
 #[test]
 fn what_has_no_core_is_not_ended() {
     let _rivals = Rivals::new(7);
@@ -99,7 +99,8 @@ fn what_has_no_core_is_not_ended() {
     assert!(took > 4.0, "it had the core, and this tests nothing: {took} s");
 }
 
-/// The command lives to report it. Its other children are let be: one that works, and one that waits for a lock of that one.
+/// The command goes on and reports it. Its other children are not ended: one that works, and one that waits for a lock of the
+/// first.
 #[test]
 fn of_several_tests_the_one_that_hangs_is_ended() {
     let program = "

@@ -8,7 +8,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // A test that is killed leaves nobody behind.
+    // This process ends with the test that started it, also where that is killed.
     let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
     kvring_tests::log();
     let arguments: Vec<String> = std::env::args().skip(1).collect();

@@ -1,12 +1,13 @@
-//! The clients that live through it all, and their books.
+//! The clients that live through a scenario, and the record of what was acknowledged to them.
 //!
-//! Two ranks of one namespace whose chunks need both, and two workers of another, one of which has a copy running all the
-//! time; a scheduler for each namespace, with a lease. All of it in this process, so that a copy can be held.
+//! Two ranks of one namespace, whose chunks need both; two workers of another namespace, of which one has a copy running all the
+//! time; a scheduler with a lease for each namespace. All of them are in this process, so that a copy can be held.
 
 use super::checks::Checks;
+use super::scene::{LARGE_SHARD, PAIR, SHARD, SOLO, scheduler_spec, worker_spec};
 use crate::held::HeldBackend;
-use crate::kv::{Shape, chain};
-use crate::proto::{ClientSpec, Found, SchedulerSpec, WorkerSpec, all_loaded};
+use crate::kv::chain;
+use crate::proto::{Found, all_loaded};
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Client, JobId, Key, Round};
@@ -14,21 +15,16 @@ use kvring_gpu_kernels::CpuBackend;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// 64 KiB a shard, 16 to a slab.
-pub const SHARD: Shape = Shape { pages: [4096, 12288], blocks_per_chunk: 4, blocks: 128 };
-/// 256 KiB a shard, 4 to a slab: another shard size needs slabs of its own.
-pub const LARGE_SHARD: Shape = Shape { pages: [64 << 10, 64 << 10], blocks_per_chunk: 2, blocks: 16 };
-
-/// Whose chunks.
+/// Whose chunks these are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
-    /// Both ranks of the pair.
+    /// The pair's.
     Pair,
-    /// The second worker beside the one with the running copy.
+    /// Those of the worker beside the one with the running copy.
     Other,
-    /// The one with the running copy.
+    /// Those of the worker with the running copy.
     Solo,
-    /// The pair that comes late.
+    /// Those of the pair that comes late.
     Late,
 }
 
@@ -37,13 +33,13 @@ pub struct Group {
     whose: Whose,
     keys: Vec<Key>,
     version: u64,
-    /// Stores that have not been reported: who, and which.
+    /// Stores that have not been reported: of which worker, and which job.
     open: Vec<(usize, JobId)>,
-    /// Shards that every report so far has called dropped.
+    /// How many shards the reports so far have called dropped.
     dropped: u32,
-    /// All ranks have reported all of it as stored, or there already, and nobody has cleared it since.
+    /// All ranks have reported all of it as stored or as there already, and it has not been cleared since.
     pub acknowledged: bool,
-    /// What was found of it, and is pinned for as long as everything lasts.
+    /// What was found of it and is leased for the whole scenario.
     lease: Option<Found>,
 }
 
@@ -60,42 +56,17 @@ pub struct Cast {
     late_planner: Option<SchedulerSide>,
     /// Holds the solo worker's copies.
     pub backend: Arc<HeldBackend>,
-    /// What was stored.
     pub groups: Vec<Group>,
     engine: String,
     rounds: u32,
     asked: u32,
 }
 
-/// A worker's options, as the crash suite wants them: small channels, and a registration that does not hold up the test.
-#[must_use]
-pub fn worker_spec(engine: &str, namespace: u64, world: u32, rank: u32, shape: Shape) -> WorkerSpec {
-    let client = ClientSpec { register_ms: 100, ..client_spec(engine) };
-    WorkerSpec { client, namespace, world, rank, shape, ..WorkerSpec::new(engine) }
-}
-
-fn client_spec(engine: &str) -> ClientSpec {
-    ClientSpec { payload_bytes: 128 << 10, ..ClientSpec::new(engine) }
-}
-
-/// A scheduler's.
-#[must_use]
-pub fn scheduler_spec(engine: &str, namespace: u64, world: u32) -> SchedulerSpec {
-    SchedulerSpec { client: client_spec(engine), namespace, world, ..SchedulerSpec::new(engine) }
-}
-
-/// The pair's namespace.
-pub const PAIR: u64 = 1;
-/// The solo worker's.
-pub const SOLO: u64 = 2;
+/// The namespace of the pair that comes late.
 const LATE: u64 = 5;
 
 impl Cast {
     /// Everybody is attached; a copy of the solo worker's is running; both schedulers hold a lease.
-    ///
-    /// # Panics
-    /// Where an engine to which nothing has happened yet does not do its work.
-    #[must_use]
     pub fn new(engine: &str) -> Cast {
         let backend = HeldBackend::new();
         let start = |namespace, world, rank| {
@@ -125,7 +96,7 @@ impl Cast {
             assert!(cast.groups[group].acknowledged, "{:?}", checks.finish());
             let keys = cast.groups[group].keys.clone();
             let scheduler = if whose == Whose::Pair { &mut cast.scheduler } else { &mut cast.planner };
-            let found = scheduler.lookup("held", 0, &keys).expect("a lookup");
+            let found = scheduler.lookup("held", 0, &keys);
             assert_eq!(found.chunks, chunks as u32);
             cast.groups[group].lease = Some(found);
         }
@@ -145,8 +116,15 @@ impl Cast {
         }
     }
 
+    fn scheduler_of(&mut self, whose: Whose) -> &mut SchedulerSide {
+        match whose {
+            Whose::Pair => &mut self.scheduler,
+            Whose::Other | Whose::Solo => &mut self.planner,
+            Whose::Late => self.late_planner.as_mut().expect("a scheduler that came with its pair"),
+        }
+    }
+
     /// Every client.
-    #[must_use]
     pub fn clients(&self) -> Vec<Arc<Client>> {
         let workers = self.pair.iter().chain(&self.solo).chain(&self.other).chain(&self.late);
         let schedulers = [&self.scheduler, &self.planner].into_iter().chain(&self.late_planner);
@@ -165,7 +143,6 @@ impl Cast {
     }
 
     /// The round of the latest store.
-    #[must_use]
     pub fn latest_round(&self) -> Round {
         Round { source: 1, number: self.rounds }
     }
@@ -176,10 +153,7 @@ impl Cast {
         Round { source: 1, number: self.rounds }
     }
 
-    /// Submits the store of `chunks` new chunks by everybody whose they are.
-    ///
-    /// # Panics
-    /// For a job that makes no sense.
+    /// Submits the store of `chunks` new chunks by all workers whose they are.
     pub fn store(&mut self, whose: Whose, chunks: usize) -> usize {
         self.store_by(whose, chunks, 0..2)
     }
@@ -194,38 +168,31 @@ impl Cast {
         number
     }
 
-    /// Another round of a group, by some ranks alone.
-    pub fn store_again_by(&mut self, group: usize, ranks: core::ops::Range<usize>) {
-        self.submit(group, ranks);
-    }
-
     /// The groups that have not been acknowledged.
-    #[must_use]
     pub fn unfinished(&self, whose: Whose) -> Vec<usize> {
         let groups = self.groups.iter().enumerate();
         groups.filter(|(_, g)| g.whose == whose && !g.acknowledged).map(|(number, _)| number).collect()
     }
 
     /// Does the solo worker's copy still run?
-    #[must_use]
     pub fn is_copying(&self) -> bool {
         self.groups.iter().any(|group| group.whose == Whose::Solo && !group.open.is_empty())
     }
 
     /// A group's keys, and the version of their content.
-    #[must_use]
     pub fn content(&self, group: usize) -> (Vec<Key>, u64) {
         (self.groups[group].keys.clone(), self.groups[group].version)
     }
 
-    fn submit(&mut self, number: usize, ranks: core::ops::Range<usize>) {
+    /// Another round of a group, by some ranks alone.
+    pub fn submit(&mut self, number: usize, ranks: core::ops::Range<usize>) {
         let round = self.next_round();
         let Group { whose, version, .. } = self.groups[number];
         let keys = self.groups[number].keys.clone();
         let mut open = Vec::new();
         for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
             if ranks.contains(&rank) {
-                let job = worker.submit_store("store", round, None, &keys, version).expect("a good job");
+                let job = worker.submit_store(round, &keys, version).expect("a good job");
                 open.push((rank, job));
             }
         }
@@ -281,9 +248,6 @@ impl Cast {
     }
 
     /// A pair with another shard size in a namespace of its own. Its registration may not be through yet.
-    ///
-    /// # Panics
-    /// For a registration that was refused.
     pub fn late_pair_comes(&mut self) {
         for rank in 0..2 {
             let spec = worker_spec(&self.engine, LATE, 2, rank, LARGE_SHARD);
@@ -293,16 +257,16 @@ impl Cast {
         self.late_planner = Some(SchedulerSide::start(&scheduler_spec(&self.engine, LATE, 2)));
     }
 
-    /// All that is not leased has gone, or may have, whatever was said of it before.
+    /// Clears the cache: chunks that are not leased may be gone, whatever was acknowledged before.
     pub fn clear(&mut self) {
         for group in self.groups.iter_mut().filter(|group| group.lease.is_none()) {
             group.acknowledged = false;
         }
-        // Degraded or not: the engine may die over it.
+        // The engine may die of it, so an error is fine.
         let _ = self.scheduler.client().clear();
     }
 
-    /// Nothing of an earlier arena is to be found any more.
+    /// The arena is a new one: no chunk of the earlier one is found any more.
     pub fn lost_everything(&mut self) {
         for group in &mut self.groups {
             (group.acknowledged, group.lease) = (false, None);
@@ -312,7 +276,7 @@ impl Cast {
         }
     }
 
-    /// What is leased is loaded, with or without an engine: right bytes, all of it.
+    /// Loads all that is leased, with or without an engine: all bytes are right.
     pub fn loads_what_is_leased(&mut self, checks: &mut Checks, when: &str) {
         for number in 0..self.groups.len() {
             if let Some(found) = self.groups[number].lease.clone() {
@@ -320,7 +284,7 @@ impl Cast {
                 let expected = all_loaded(found.chunks as usize);
                 for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
                     let loaded = checks.within(Duration::ZERO, format_args!("a load {when}"), || {
-                        worker.load("held", &found.ranks[rank], version)
+                        worker.load(&found.ranks[rank], version)
                     });
                     checks.same(format_args!("a leased group, {when}, rank {rank}"), expected, loaded);
                 }
@@ -328,26 +292,21 @@ impl Cast {
         }
     }
 
-    /// Looks up and loads a group: what was acknowledged is all there; what is there has the right bytes.
+    /// Looks up and loads a group: all that was acknowledged is there, and the bytes of all that is there are right.
     fn find(&mut self, checks: &mut Checks, number: usize, when: &str) {
         self.asked += 1;
         let request = format!("find-{}", self.asked);
         let Group { whose, version, acknowledged, .. } = self.groups[number];
         let keys = self.groups[number].keys.clone();
-        let scheduler = match whose {
-            Whose::Pair => &mut self.scheduler,
-            Whose::Other | Whose::Solo => &mut self.planner,
-            Whose::Late => self.late_planner.as_mut().expect("a scheduler that came with its pair"),
-        };
-        let found = scheduler.lookup(&request, 0, &keys).expect("a lookup within the limits");
+        let found = self.scheduler_of(whose).lookup(&request, 0, &keys);
         if acknowledged {
             let what = format!("chunks found of group {number} ({whose:?}), acknowledged, {when}");
             checks.same(what, keys.len() as u32, found.chunks);
         }
-        // The running copy's worker would hold its loads, too.
+        // The backend of the worker with the running copy would hold its loads, too.
         let readers = if whose == Whose::Solo { Whose::Other } else { whose };
         for (rank, worker) in self.workers(readers).iter_mut().enumerate() {
-            let loaded = worker.load(&request, &found.ranks[rank], version);
+            let loaded = worker.load(&found.ranks[rank], version);
             let expected = all_loaded(found.chunks as usize);
             checks.same(
                 format_args!("loads of group {number} ({whose:?}) rank {rank}, {when}"),
@@ -355,12 +314,7 @@ impl Cast {
                 loaded,
             );
         }
-        let scheduler = match whose {
-            Whose::Pair => &mut self.scheduler,
-            Whose::Other | Whose::Solo => &mut self.planner,
-            Whose::Late => self.late_planner.as_mut().expect("just used"),
-        };
-        scheduler.api().end_session(&request);
+        self.scheduler_of(whose).api().end_session(&request);
     }
 
     /// Everything that was acknowledged is there, and everything that is there is right.
@@ -370,7 +324,7 @@ impl Cast {
         }
     }
 
-    /// What was dropped is stored again, in another round, and now all of it is there.
+    /// Stores again, in another round, what was dropped. Now all of it is stored.
     pub fn stores_again_what_was_dropped(&mut self, checks: &mut Checks) {
         for number in 0..self.groups.len() {
             if self.groups[number].acknowledged {
@@ -390,7 +344,7 @@ impl Cast {
         }
     }
 
-    /// What was leased is given back.
+    /// Gives all leases back.
     pub fn ends_its_sessions(&mut self) {
         for scheduler in [&mut self.scheduler, &mut self.planner] {
             scheduler.api().end_session("held");
@@ -398,7 +352,6 @@ impl Cast {
     }
 
     /// How many of the schedulers' leases there are.
-    #[must_use]
     pub fn leases(&self) -> usize {
         self.groups.iter().filter(|group| group.lease.is_some()).count()
     }
@@ -406,7 +359,7 @@ impl Cast {
 
 impl Drop for Cast {
     fn drop(&mut self) {
-        // A worker ends after its copies; a test that fails is not to hang in one.
+        // A worker ends after its copies, and a test that fails must not hang in one.
         self.backend.let_go();
     }
 }

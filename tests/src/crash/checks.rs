@@ -1,14 +1,14 @@
-//! Checks that are counted instead of panicking: with a rule broken some must fail, without one none may.
+//! Checks that record violations instead of panicking: with a rule broken some must fail, without one none may.
 
 use super::BREAK;
-use crate::wait::{Looks, SLACK, took};
+use crate::wait::{SLACK, becomes_in, took};
 use core::fmt::{Debug, Display};
 use std::time::Duration;
 
-/// What has gone wrong so far.
+/// The violations so far.
 pub struct Checks {
     violations: Vec<String>,
-    /// How often a state is looked at before it counts as one that does not come.
+    /// How often a state is looked at before it counts as one that never comes.
     looks: u32,
 }
 
@@ -20,14 +20,13 @@ impl Default for Checks {
 
 impl Checks {
     /// Nothing has gone wrong yet.
-    #[must_use]
     pub fn new() -> Checks {
-        // Where a rule is broken a hang is what we wait for. Else `tests/watch` ends it.
+        // Where a rule is broken a hang may be the violation. Elsewhere `tests/watch` ends what hangs.
         let looks = if std::env::var_os(BREAK).is_some() { 500 } else { u32::MAX };
         Checks { violations: Vec::new(), looks }
     }
 
-    /// Something that must be so.
+    /// A condition that must hold.
     pub fn holds(&mut self, holds: bool, otherwise: impl Display) {
         if !holds {
             self.violations.push(otherwise.to_string());
@@ -41,29 +40,20 @@ impl Checks {
         }
     }
 
-    /// Something that must come to be so. True where it did.
+    /// A value that must become the expected one. True where it did.
     pub fn becomes<T: PartialEq + Debug>(
         &mut self,
         what: impl Display,
         expected: T,
-        mut value: impl FnMut() -> T,
+        value: impl FnMut() -> T,
     ) -> bool {
-        let mut looks = Looks::default();
-        loop {
-            let now = value();
-            if now == expected {
-                return true;
-            }
-            let in_vain = format!("{what}: expected {expected:?}, it is {now:?}");
-            if looks.count() == self.looks {
-                self.violations.push(in_vain);
-                return false;
-            }
-            looks.pause(&in_vain);
-        }
+        let came = becomes_in(self.looks, what, expected, value);
+        let is_so = came.is_ok();
+        self.violations.extend(came.err());
+        is_so
     }
 
-    /// A call that must come back at once, or by its own deadline.
+    /// A call that must return by its own deadline.
     pub fn within<T>(&mut self, deadline: Duration, what: impl Display, call: impl FnOnce() -> T) -> T {
         let (result, took) = took(call);
         self.holds(
@@ -74,13 +64,11 @@ impl Checks {
     }
 
     /// Has anything gone wrong?
-    #[must_use]
     pub fn is_clean(&self) -> bool {
         self.violations.is_empty()
     }
 
     /// All that has gone wrong.
-    #[must_use]
     pub fn finish(self) -> Vec<String> {
         self.violations
     }

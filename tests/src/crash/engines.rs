@@ -1,39 +1,27 @@
 //! An engine dies at a place; the next one goes on.
 
-use super::cast::{Cast, SHARD, SOLO, Whose, worker_spec};
+use super::cast::{Cast, Whose};
 use super::checks::Checks;
-use super::settled::{is_gone, is_settled};
+use super::scene::{SOLO, Scene, scheduler_spec, solo_spec};
 use super::table::Way;
 use super::{FAIL_POINT, was_killed};
-use crate::engine::{EngineProcess, has_stopped, thread_state, view_of, within_beats};
+use crate::engine::{EngineProcess, view_of, within_beats};
 use crate::kv::chain;
-use crate::peer::Peer;
-use crate::proto::Ask;
+use crate::peer::{Ask, Peer};
+use crate::process::thread_state;
 use crate::wait::{LIMIT, eventually};
-use kvring_adapter::Key;
+use kvring_adapter::Round;
 use kvring_shm_abi::failpoint::Place;
 use kvring_shm_abi::sync::{AtomicBool, Ordering};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 use std::process::ExitStatus;
 use std::time::Duration;
 
-/// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with who comes back.
-#[must_use]
-pub fn engine(tag: &str, slabs: u64) -> EngineProcess {
-    let fields = json!({ "beat_interval_ms": 1, "reattach_grace_ms": 60_000, "client_share": 1.0 });
-    EngineProcess::configured(tag, slabs, &fields)
-}
-
 /// An engine dies at the `time`th time that it comes to `place`, and with `twice` its successor does so, too.
-///
-/// # Panics
-/// Where something else goes wrong than what is being tested.
-#[must_use]
 pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
-    let mut checks = Checks::new();
-    let mut engine = engine("point", 8);
+    let Scene { mut checks, mut engine } = Scene::new("point", 8);
     let mut cast = Cast::new(&engine.name);
     engine.kill();
     let is_cold = matches!(way, Way::ColdStart { .. });
@@ -60,7 +48,7 @@ pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
     }
     for scheduler in [&mut cast.scheduler, &mut cast.planner] {
         let found = checks.within(Duration::ZERO, "a lookup without an engine", || {
-            scheduler.lookup("dead", 0, &chain(1, 2)).expect("a lookup within the limits")
+            scheduler.lookup("dead", 0, &chain(1, 2))
         });
         checks.same("a lookup without an engine", 0, found.chunks);
         scheduler.api().end_session("dead");
@@ -82,36 +70,33 @@ pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
     checks.finish()
 }
 
-/// An engine that takes over stops at the `time`th time that it comes to `place`; a client of its predecessor's, with a copy
+/// An engine that takes over stops at the `time`th time that it comes to `place`. A client of its predecessor's, with a copy
 /// that runs and a lease, is killed meanwhile. The engine goes on, and nothing of that client is left.
-///
-/// # Panics
-/// Where something else goes wrong than what is being tested.
-#[must_use]
 pub fn stops_at(place: Place, way: Way, time: u32) -> Vec<String> {
-    let mut checks = Checks::new();
-    let mut engine = engine("stop", 8);
+    let Scene { mut checks, mut engine } = Scene::new("stop", 8);
     let mut cast = Cast::new(&engine.name);
-    let (keys, _) = cast.content(1);
-    let victim = busy_peer(&engine.name, &keys);
+    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO, 1));
+    let mut victim = Peer::holding(&specs.0, &specs.1, false, Round { source: 2, number: 1 }, &chain(66, 4));
+    victim.lookup("theirs", 0, &cast.content(1).0);
     engine.kill();
     engine.launch(&[(FAIL_POINT, &format!("{place}:{time}:stop"))]);
-    let (name, pid, theirs, over) = (engine.name.clone(), engine.pid(), victim.pid(), AtomicBool::new(false));
+    let (name, pids, over) = (engine.name.clone(), [engine.pid(), victim.pid()], AtomicBool::new(false));
+    let [task, theirs] = [engine.task(), victim.task()];
     let was_reached = std::thread::scope(|scope| {
         let killer = scope.spawn(|| {
+            let has_stopped = || thread_state(&task) == Some('T');
             eventually("the engine stops, or has done every step", || {
-                has_stopped(pid) || over.load(Ordering::Acquire)
+                has_stopped() || over.load(Ordering::Acquire)
             });
-            // Also a moment after the last step: what that leads to may be still to come.
-            if !has_stopped(pid) && !within_beats(&view_of(&name), LATE, || has_stopped(pid)) {
+            // It may also stop a moment after the last step.
+            if !has_stopped() && !within_beats(&view_of(&name), LATE, has_stopped) {
                 return false;
             }
-            let kill = |pid, signal| nix::sys::signal::kill(Pid::from_raw(pid as i32), signal);
-            kill(theirs, Signal::SIGKILL).expect("a signal to our own child");
-            eventually("the client has died", || {
-                thread_state(&task_of(theirs)).is_none_or(|state| state == 'Z')
-            });
-            kill(pid, Signal::SIGCONT).expect("a signal to our own child");
+            let send =
+                |pid, signal| kill(Pid::from_raw(pid as i32), signal).expect("a signal to our own child");
+            send(pids[1], Signal::SIGKILL);
+            eventually("the client has died", || thread_state(&theirs).is_none_or(|state| state == 'Z'));
+            send(pids[0], Signal::SIGCONT);
             true
         });
         let started = engine.serves();
@@ -120,6 +105,7 @@ pub fn stops_at(place: Place, way: Way, time: u32) -> Vec<String> {
         for step in STEPS.iter().take(if way == Way::Stop { 1 } else { STEPS.len() }) {
             step(&mut checks, &mut engine, &mut cast);
         }
+        // Release; pairs with the killer's Acquire.
         over.store(true, Ordering::Release);
         killer.join().expect("a thread that watches")
     });
@@ -137,25 +123,6 @@ pub fn stops_at(place: Place, way: Way, time: u32) -> Vec<String> {
 /// How much later than the last step an engine may come to a place, in beats: some three seconds.
 const LATE: u32 = 3000;
 
-fn task_of(pid: u32) -> std::path::PathBuf {
-    format!("/proc/{pid}/task/{pid}").into()
-}
-
-/// A worker whose copy stands still, and a scheduler with a lease, in another process.
-fn busy_peer(engine: &str, keys: &[Key]) -> Peer {
-    let mut peer = Peer::spawn();
-    for ask in [
-        Ask::HeldWorker(Box::new(worker_spec(engine, SOLO, 1, 0, SHARD))),
-        Ask::Scheduler(Box::new(super::cast::scheduler_spec(engine, SOLO, 1))),
-        Ask::WaitReady,
-        Ask::HoldAStore { round: (2, 1), keys: chain(66, 4), version: 2 },
-        Ask::Lookup { request: "theirs".to_owned(), admission: 0, keys: keys.to_vec() },
-    ] {
-        peer.ask(&ask);
-    }
-    peer
-}
-
 /// After the last start: everybody is there again, with everything, and in the end nothing is left.
 fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
     engine.is_allocated();
@@ -169,11 +136,11 @@ fn goes_on(checks: &mut Checks, engine: &mut EngineProcess, mut cast: Cast) {
     cast.stores_again_what_was_dropped(checks);
     cast.finds_everything(checks, "in the end");
     let (clients, leases) = (cast.clients().len() as u64, cast.leases() as u64);
-    is_settled(checks, engine, clients, leases, 0, false);
+    checks.is_settled(engine, clients, leases, 0, false);
     checks.holds(engine.stat("refusals") <= clients, "clients were refused again and again");
     cast.ends_its_sessions();
     drop(cast);
-    is_gone(checks, engine);
+    checks.is_gone(engine);
 }
 
 /// What leads an engine to each of its places, in the order in which it is done.
@@ -220,7 +187,7 @@ fn run_until_dead(
         }
     }
     if way == Way::Stop {
-        engine.send(nix::sys::signal::Signal::SIGTERM);
+        engine.send(Signal::SIGTERM);
     }
     let mut status = None;
     within_beats(&view, LATE, || {
@@ -230,26 +197,18 @@ fn run_until_dead(
     status
 }
 
-/// A client with a lease, a reservation, and another client's role beside it is killed: what it has is reclaimed.
+/// A client with a reservation and a second one, a scheduler, in its process are killed: what they have is reclaimed.
 fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast) {
     let mut victim = Peer::spawn_with(&[(FAIL_POINT, Place::ClientGranted.name())]);
-    let worker = worker_spec(&engine.name, SOLO, 1, 0, SHARD);
-    let scheduler = super::cast::scheduler_spec(&engine.name, SOLO, 1);
-    let round = cast.next_round();
-    let ready = Ask::WaitReady;
-    let store = Ask::Store {
-        request: "victim".to_owned(),
-        round: (round.source, round.number),
-        parent: None,
-        keys: chain(77, 3),
-        version: 1,
-    };
-    for ask in [Ask::Scheduler(Box::new(scheduler)), Ask::Worker(Box::new(worker)), ready, store] {
+    let worker = Ask::Worker(Box::new(solo_spec(&engine.name)));
+    let scheduler = Ask::Scheduler(Box::new(scheduler_spec(&engine.name, SOLO, 1)));
+    let store = Ask::store(cast.next_round(), &chain(77, 3), 1);
+    for ask in [scheduler, worker, Ask::WaitReady, store] {
         if victim.try_ask(&ask).is_none() || engine.ended().is_some() {
             break;
         }
     }
-    // An engine that has died over it may not have been seen to, by the kernel.
+    // An engine that has died of it may not have ended yet.
     let view = engine.view();
     let has_died =
         within_beats(&view, LATE, || victim.has_ended().is_some_and(was_killed) || engine.ended().is_some());

@@ -1,28 +1,28 @@
-//! Every place at which a test may end a process, and what leads there.
+//! Every place at which a test may end a process, and what leads a process there.
 
 use kvring_shm_abi::failpoint::{Place, Rule};
 
 /// What leads to a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// An engine that takes a dead one's segments over, and dies before it serves. Its attempt counts, or does not yet:
-    /// after two that did the next start is a cold one.
+    /// An engine that takes a dead one's segments over, and dies before it serves. After two attempts that were counted the
+    /// next start is a cold one.
     Recovery {
-        /// Has the failed attempt been counted by then?
+        /// Has the attempt been counted by then?
         counted: bool,
     },
     /// An engine that has taken a dead one's segments over, and serves.
     Serving,
     /// An engine that sweeps a dead one's segments and makes new ones.
     ColdStart {
-        /// Nothing has been changed by then: the next engine finds everything.
+        /// Nothing has been changed by then, so that the next engine finds everything.
         untouched: bool,
     },
     /// An engine that is asked to stop, and gives everything up.
     Stop,
     /// A client, on its way up, at work, and through a restart of the engine.
     Client,
-    /// An engine comes there only where this rule is broken.
+    /// Only an engine for which this rule is broken comes there.
     Broken(Rule),
 }
 
@@ -33,7 +33,7 @@ pub struct Visit {
     pub place: Place,
     /// What leads there.
     pub way: Way,
-    /// At which times that the process comes there something is to happen to it: each is tried.
+    /// At which times that the process comes there the tests act on it. Each is tried.
     pub times: &'static [u32],
 }
 
@@ -45,7 +45,7 @@ const UNCOUNTED: Way = Way::Recovery { counted: false };
 const COUNTED: Way = Way::Recovery { counted: true };
 const COLD: Way = Way::ColdStart { untouched: false };
 
-/// All visits. A process passes some places once only.
+/// All visits. A process comes to some places only once.
 pub const VISITS: &[Visit] = &[
     visit(Place::RecoveryOwner, UNCOUNTED, &[1]),
     visit(Place::RecoveryOdd, UNCOUNTED, &[1]),

@@ -1,15 +1,15 @@
-//! A small explicit-state model checker, and the models of the protocols that no single test can race.
+//! A small explicit-state model checker, and models of the protocols whose races no single test can bring about.
 //!
 //! [`check`] visits every state that a [`Model`] can reach, breadth first, so that the counterexample it returns is a
 //! shortest one. Three kinds of claims are checked:
 //!
 //! * **always**: [`Model::violation`] of no state;
-//! * **at rest**: where no [`Kind::Progress`] step is left, [`Model::at_rest`] finds nothing missing: this is where
-//!   leaks and deadlocks show;
-//! * **it always gets there**: from every state a state at rest can be reached by progress alone, without the help of
-//!   deaths, timeouts or new work (AG EF rest).
+//! * **at rest**: where no [`Kind::Progress`] step is left, [`Model::at_rest`] finds nothing wrong. Leaks and deadlocks
+//!   show here;
+//! * **rest is reachable**: from every state a state at rest can be reached by progress alone, without deaths, timeouts or
+//!   new work (AG EF rest).
 //!
-//! States are small `Copy` values, held once; steps are not stored but found again when a trace is told.
+//! States are small `Copy` values, each stored once. Steps are not stored, but found again when a trace is printed.
 
 pub mod restart;
 pub mod rounds;
@@ -18,12 +18,12 @@ pub mod wakeups;
 use std::fmt::{self, Display, Write};
 use std::hash::{Hash, Hasher};
 
-/// Whether a step belongs to those that happen if only everybody goes on running.
+/// Whether a step is certain to be taken while all processes run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Somebody does what it has to do.
+    /// A process does what it has to do.
     Progress,
-    /// A death, a timeout, an eviction, new work: it may never come, so nothing may depend on it.
+    /// A death, a timeout, an eviction, new work: it may never happen, so nothing may depend on it.
     Environment,
 }
 
@@ -42,7 +42,7 @@ pub struct Step<S> {
 
 /// A protocol: its states, what can happen in each, and what must hold.
 pub trait Model {
-    /// Everything that its future depends on, and no more.
+    /// Everything that the future depends on, and no more.
     type State: Copy + Eq + Hash;
 
     /// Where it begins.
@@ -51,24 +51,24 @@ pub trait Model {
     /// Adds every step that is possible in `state`.
     fn steps(&self, state: &Self::State, out: &mut Vec<Step<Self::State>>);
 
-    /// What is wrong with this state, whatever happens next.
+    /// What is wrong with this state.
     fn violation(&self, state: &Self::State) -> Option<&'static str>;
 
-    /// What is wrong with this state if nobody will do anything any more.
+    /// What is wrong with this state if no progress is possible.
     fn at_rest(&self, state: &Self::State) -> Option<&'static str>;
 
     /// One line for people.
     fn describe(&self, state: &Self::State) -> String;
 }
 
-/// What was visited, when nothing was wrong.
+/// What was visited, where nothing was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Explored {
     /// Distinct states.
     pub states: usize,
     /// Steps between them.
     pub steps: usize,
-    /// Of the states, those where nothing is left to do.
+    /// How many of the states are at rest.
     pub at_rest: usize,
     /// Steps to the farthest state.
     pub depth: usize,
@@ -183,14 +183,8 @@ fn hash_of<S: Hash>(state: &S) -> u64 {
     hasher.finish()
 }
 
-/// Visits every reachable state.
-///
-/// # Errors
-/// The shortest way to a state that is wrong, or that is at rest and wrong; else the shortest to one from which rest
-/// cannot be reached.
-///
-/// # Panics
-/// Where the model has more than `states_max` states: it must be bounded more tightly.
+/// Visits every reachable state. The error is the shortest way to a state that is wrong, or that is at rest and wrong, or
+/// else to one from which rest cannot be reached.
 pub fn check<M: Model>(model: &M, states_max: usize) -> Result<Explored, Counterexample> {
     let mut seen = Seen::new();
     let first = model.initial();
@@ -198,7 +192,7 @@ pub fn check<M: Model>(model: &M, states_max: usize) -> Result<Explored, Counter
     if let Some(what) = model.violation(&first) {
         return Err(tell(model, &seen, 0, what));
     }
-    // From whom, to whom: the steps of progress alone.
+    // The steps of progress, each as (to, from).
     let mut progress: Vec<(u32, u32)> = Vec::new();
     let mut resting: Vec<u32> = Vec::new();
     let (mut steps, mut depth, mut level_end) = (0, 0, 1);

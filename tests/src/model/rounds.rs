@@ -1,8 +1,8 @@
-//! Rounds: one chunk of two ranks, stored twice, where a rank may fail the load that a round began with.
+//! Rounds: two ranks store one chunk in two rounds, and a rank may fail the load with which a round began.
 //!
-//! What the other rank computes in such a round is garbage, and it cannot know. The failing rank aborts; the recompute
-//! is the next round. Shards combine only within a round, so garbage is never visible, however commits, aborts, deaths
-//! and restarts interleave. Attaching and declaring are one step here: [`super::restart`] takes them apart.
+//! The other rank then computes garbage in this round, and does not know it. The failing rank aborts, and the chunk is computed
+//! again in the next round. Shards combine only within a round, so garbage is never visible, however commits, aborts, deaths
+//! and restarts interleave. Attaching and declaring are one step here; [`super::restart`] has their parts.
 
 use super::{Kind, Model, Step};
 
@@ -12,13 +12,13 @@ const BOTH: usize = 2;
 /// The slot of one rank in one round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cell {
-    /// It has none.
+    /// No slot.
     Free,
-    /// Its round's, as long as that is wanted.
+    /// The rank writes it, and its round can still become visible.
     Writing,
-    /// Of no round any more: its writer's commit comes too late.
+    /// The rank writes it, and its round has failed: the commit comes too late.
     Orphan,
-    /// Committed; true: computed from what was really loaded.
+    /// Committed. False: it is garbage.
     Committed(bool),
 }
 
@@ -27,21 +27,20 @@ pub enum Cell {
 pub enum Store {
     /// The scheduler has not issued the round.
     Later,
-    /// Wants a slot.
+    /// It wants a slot.
     Issued,
-    /// Has been given one; the answer lies in the ring.
+    /// It has been given one, and the answer lies in the ring.
     Answered,
-    /// Writes.
+    /// It writes.
     Copying,
-    /// Owes a commit, or (false) an abort.
+    /// It owes a commit, or (false) an abort.
     Owing(bool),
-    /// The engine has done it, and not said so yet. True: it was committed.
+    /// The engine has done that, and has not answered yet. True: it was committed.
     Done(bool),
     /// Over. True: its commit was acknowledged.
     Over(bool),
 }
 
-/// Everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     cells: [[Cell; BOTH]; BOTH],
@@ -69,23 +68,20 @@ pub enum Break {
 /// Which incomplete chunks a recovery keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keeps {
-    /// All: they are evicted like any, or replaced by a newer round.
+    /// All. They are evicted like any chunk, or replaced by a newer round.
     All,
-    /// Those of which a living rank writes a shard at that moment. A rank that has yet to ask for its slot then completes
+    /// Those of which a living rank writes a shard at that moment. A rank that has not asked for its slot yet then completes
     /// a round whose other half is gone.
     BeingWritten,
-    /// None.
     None,
 }
 
 /// The protocol, within bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct Rounds {
-    /// What becomes of incomplete chunks.
+    /// Which incomplete chunks a recovery keeps.
     pub keeps: Keeps,
-    /// Deaths of engines.
     pub engine_deaths: u8,
-    /// Deaths of ranks.
     pub client_deaths: u8,
     /// The rule that is broken, if any.
     pub broken: Option<Break>,
@@ -105,7 +101,7 @@ fn is_committed(cell: Cell) -> bool {
     matches!(cell, Cell::Committed(_))
 }
 
-/// The round is of no use any more: its shards go, its writers are orphans.
+/// The round cannot become visible any more: its shards are freed, and slots that are being written become orphans.
 fn drop_round(state: &mut State, round: usize) {
     for cell in &mut state.cells[round] {
         *cell = match *cell {
@@ -115,7 +111,7 @@ fn drop_round(state: &mut State, round: usize) {
     }
 }
 
-/// Nobody writes there any more: free, and its round fails with it.
+/// The rank does not write there any more: the slot is free, and its round has failed.
 fn free_of(state: &mut State, round: usize, rank: usize) {
     if state.cells[round][rank] == Cell::Writing {
         drop_round(state, round);
@@ -159,14 +155,14 @@ impl Rounds {
         state.stores[round][rank] = Store::Answered;
     }
 
-    /// A rank names what it writes; the rest of what is WRITING for it is freed.
+    /// A rank declares the slots that it writes, and the engine frees the others that are WRITING for it.
     fn declare(state: &mut State, rank: usize) {
         state.attached[rank] = true;
         for round in 0..BOTH {
             let store = &mut state.stores[round][rank];
             let holds = matches!(store, Store::Copying | Store::Owing(_));
             if *store == Store::Answered {
-                // From a dead engine, and not taken by now: refused.
+                // The grant of a dead engine that was not taken is refused.
                 *store = Store::Over(false);
             }
             if !holds {
@@ -192,14 +188,14 @@ impl Rounds {
         }
     }
 
-    /// A new engine reads the table: who is whose is all it knows.
+    /// A new engine reads the slot table, and knows nothing else.
     fn recover(&self, state: &mut State) {
         state.serving = true;
         for round in 0..BOTH {
             for rank in 0..BOTH {
                 let cell = &mut state.cells[round][rank];
                 if matches!(cell, Cell::Writing | Cell::Orphan) {
-                    // That it was an orphan was known to the last engine alone.
+                    // Only the last engine knew that it was an orphan.
                     *cell = if state.alive[rank] { Cell::Writing } else { Cell::Free };
                 }
             }
@@ -337,7 +333,7 @@ impl Model for Rounds {
                 (state.serving, state.attached, state.visible) = (false, [false; BOTH], None);
                 for round in 0..BOTH {
                     for rank in 0..BOTH {
-                        // What it had done, it never said: sent again.
+                        // The engine did it without an answer, so the rank sends it again.
                         if matches!(state.stores[round][rank], Store::Done(_)) {
                             state.stores[round][rank] = Store::Owing(state.fails[round] != Some(rank as u8));
                         }

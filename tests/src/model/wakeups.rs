@@ -1,9 +1,9 @@
-//! Who wakes whom at an engine's death and restart, if nobody ever looks again by itself.
+//! Which process wakes which at an engine's death and restart, if no sleeper ever looks again by itself.
 //!
 //! The kernel wakes one sleeper of a marked word. Callers sleep on a ticket of their own and on the engine's life word;
 //! the keeper on the life word and on the incarnation. A new engine takes over the very word that they sleep on, perhaps
-//! with the same TID, perhaps before anybody has looked at it: then it is as it was, and what tells of the death is the
-//! incarnation alone. In the code every sleep is bounded, by 50 ms and 10 s: a safety net that this model leaves out.
+//! with the same TID, and perhaps before any of them has looked at it: then the word is as it was, and only the incarnation
+//! tells of the death. In the code every sleep is bounded, by 50 ms and 10 s: this model leaves that safety net out.
 
 use super::{Kind, Model, Step};
 
@@ -14,7 +14,7 @@ const KEEPER: usize = 0;
 /// The engine's life word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Life {
-    /// The engine that the sleepers mean lives.
+    /// The engine that the sleepers know lives.
     Old,
     /// Marked.
     Dead,
@@ -25,38 +25,37 @@ enum Life {
 /// How far a sleeper is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Sleeper {
-    /// A caller announces itself next, the keeper reads the life word that it will sleep on.
+    /// A caller announces itself next; the keeper reads the life word that it will sleep on.
     Begins,
-    /// A caller looks whether there is hope next; the keeper too, with the value that it has read.
+    /// A caller looks next whether its engine lives; so does the keeper, which keeps the value that it has read.
     Looks(u8),
-    /// A caller reads the value that it will sleep on next.
+    /// A caller next reads the value that it will sleep on.
     Reads,
-    /// Calls the kernel next, with that value.
+    /// It calls the kernel next, with that value.
     Calls(u8),
-    /// Sleeps.
+    /// It sleeps.
     Sleeps,
-    /// Was woken, or never slept: passes it on, if it finds a mark.
+    /// It was woken, or never slept. If it finds a mark it wakes the others.
     Woken,
-    /// The keeper knows, and tells the callers next.
+    /// The keeper knows that its engine is gone, and wakes the callers next.
     Tells,
-    /// Knows that its engine is gone.
+    /// It knows that its engine is gone.
     Knows,
 }
 
 /// How far a new engine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Engine {
-    /// There is none, or still the old one.
+    /// There is no new engine.
     None,
-    /// Has stored an odd incarnation.
+    /// It has stored an odd incarnation.
     Odd,
-    /// Has woken who sleeps on it.
+    /// It has woken the sleepers on the incarnation.
     Woke,
-    /// Has taken over the life word.
+    /// It has taken over the life word.
     Lives,
 }
 
-/// Everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     life: Life,
@@ -71,11 +70,11 @@ pub struct State {
 /// A rule that is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Break {
-    /// Who is woken by a mark keeps it to itself.
+    /// A sleeper that a mark wakes does not wake the others.
     PassesNothingOn,
-    /// A new engine wakes nobody.
+    /// A new engine wakes no sleeper.
     EngineWakesNobody,
-    /// The keeper tells no caller.
+    /// The keeper wakes no caller.
     KeeperTellsNobody,
 }
 
@@ -93,13 +92,8 @@ impl Wakeups {
         match life {
             Life::Old => 1,
             Life::Dead => 2,
-            Life::New => {
-                if self.equal_tids {
-                    1
-                } else {
-                    3
-                }
-            }
+            Life::New if self.equal_tids => 1,
+            Life::New => 3,
         }
     }
 
@@ -197,7 +191,7 @@ impl Model for Wakeups {
             Wakeups::mark(state, out);
         }
         let mut next = *state;
-        // That a new engine comes is not certain; that it goes on is.
+        // It is not certain that a new engine comes, but one that has come goes on.
         let (what, kind) = match state.engine {
             Engine::None if state.life == Life::Dead => {
                 (next.engine, next.restarted) = (Engine::Odd, true);

@@ -1,4 +1,4 @@
-//! How much of everything there is in one check, and which rule is broken in it.
+//! How large the world of one check is, and which rule is broken in it.
 
 use super::state::Left;
 
@@ -9,45 +9,41 @@ pub const ENTRIES: usize = 2;
 /// Slots of the arena, at most.
 pub const SLOTS: usize = 2;
 
-/// How far a check goes.
+/// How much of everything there is in a check.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// Clients.
     pub clients: usize,
-    /// Entries of the lobby.
     pub entries: usize,
-    /// Slots of the arena.
     pub slots: usize,
-    /// Keys.
     pub keys: u8,
     /// Stores that each client may begin.
     pub stores: [u8; CLIENTS],
     /// Loads that each client may begin.
     pub loads: [u8; CLIENTS],
-    /// Deaths and the like.
+    /// How often each event of the environment may happen.
     pub left: Left,
-    /// The second client names every slot of the table as its own.
+    /// The second client declares every slot of the table as its own.
     pub liar: bool,
     /// The clients are attached in the beginning.
     pub attached: bool,
-    /// Some steps are one with the next, so that more clients fit in: of the start of an engine, a publication, a
-    /// declaration, a commit. Smaller checks see every part of them.
+    /// Some steps are taken together with the next one, so that checks with more clients are small enough: in the start of an
+    /// engine, a publication, a declaration, a commit. Smaller checks take each of them alone.
     pub coarse: bool,
     /// Clients look at the engine's health.
     pub health: bool,
     /// A client's threads do not end at once: a copy may still run when the kernel has marked its keeper's word.
     pub threads_linger: bool,
-    /// What would help against that: an engine that reclaims when the process is gone, not when the word is marked.
+    /// The remedy: the engine reclaims when the process is gone, not when the word is marked.
     pub waits_for_process: bool,
     /// Processes of different PID namespaces have the same TIDs.
     pub equal_tids: bool,
-    /// What would help against that: whoever is about to claim an entry holds a file lock on it, which the kernel
-    /// releases after it has walked the robust list.
+    /// A remedy: a client that is about to claim an entry holds a file lock on it, which the kernel releases after it has
+    /// walked the robust list.
     pub claim_lock: bool,
 }
 
 impl Bounds {
-    /// One client in one entry, one slot, one key, and nothing that happens.
+    /// One client in one entry, one slot, one key, and no event of the environment.
     pub const LEAST: Bounds = Bounds {
         clients: 1,
         entries: 1,
@@ -74,7 +70,7 @@ impl Bounds {
     };
 }
 
-/// A rule of the protocol, left out or turned round.
+/// A rule of the protocol that is left out or reversed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Break {
     /// Grants are taken from an old channel after the ledger has been read.
@@ -83,7 +79,7 @@ pub enum Break {
     OmitsRunningCopy,
     /// `declare_end` frees all WRITING slots of the entry.
     DeclareEndFreesAdopted,
-    /// Everybody may use a new channel before the ledger has been read and declared.
+    /// All threads may use a new channel before the ledger has been read and declared.
     EarlyChannel,
     /// Commits that were sent to a dead engine are not sent again.
     ForgetsOwedCommits,
@@ -93,7 +89,7 @@ pub enum Break {
     WordsBeforeOdd,
     /// A recovery frees every WRITING slot.
     RecoveryFreesLiving,
-    /// Whoever names a WRITING slot gets it.
+    /// A client that declares a WRITING slot gets it, whoever writes it.
     AdoptsOthers,
     /// A cold start zeroes the slot table in place.
     ZeroesInPlace,
@@ -101,9 +97,9 @@ pub enum Break {
     NoGenerationCheck,
     /// A claim is not announced by `list_op_pending`.
     NoPending,
-    /// An entry is judged once, not once for each nonce: what the last engine left in it counts.
+    /// An entry is judged once, not once for each nonce, so that an entry that was left for an earlier engine counts.
     JudgesOnce,
-    /// An entry is judged whatever incarnation it means.
+    /// An entry is judged whatever incarnation it names.
     JudgesAnyIncarnation,
     /// A new engine adds 1 to the incarnation that it finds.
     PlusOne,
@@ -111,15 +107,15 @@ pub enum Break {
     IncarnationFirst,
     /// An entry is given up while copies run.
     LeavesWhileCopying,
-    /// `declare_end` clears nothing of what the last engine granted and nobody took.
+    /// `declare_end` frees no slot that the last engine granted and no client took.
     NeverFreesUndeclared,
     /// Leases are taken from an old channel after the ledger has been read.
     NoLeaseFence,
     /// Leases are not declared.
     OmitsLeases,
-    /// The engine evicts before everybody had the time to declare.
+    /// The engine evicts before all clients had the time to declare.
     EvictsInGrace,
-    /// As [`Break::ZeroesInPlace`], but only when nobody writes.
+    /// As [`Break::ZeroesInPlace`], but only while no client writes.
     ZeroesWhenNobodyWrites,
     /// The kernel marks the engine's owner word before its other words.
     OwnerMarkedFirst,

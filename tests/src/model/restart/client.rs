@@ -1,10 +1,10 @@
-//! The keeper: claims, attaches, notices, declares, gives up.
+//! A client's keeper: it claims, attaches, notices deaths, declares, and gives up.
 
 use super::bounds::Break;
 use super::state::{Client, Entry, Keeper, Loader, Mover, NONE, Process, State, Word};
 use super::{Restart, Steps, name_of};
 
-/// Does this client see the life and the incarnation that it means?
+/// Does this client see its engine, alive and of the incarnation that it knows?
 pub(super) fn sees_its_engine(state: &State, client: usize) -> bool {
     state.is_current(client) && state.words_alive && state.incarnation == state.clients[client].incarnation
 }
@@ -88,7 +88,7 @@ impl Restart {
                         }
                         state.clients[client].forget();
                         if copies {
-                            // Nobody stopped it.
+                            // Its copy goes on.
                             state.clients[client].entry = who.entry;
                             state.clients[client].mover = who.mover;
                         }
@@ -103,7 +103,7 @@ impl Restart {
         if !serves(state) {
             return;
         }
-        // The first: which of them is all the same.
+        // The first one. It does not matter which.
         let unclaimed = state.words[..self.bounds.entries].iter().position(|word| *word == Word::Unclaimed);
         let locked = |entry: usize| {
             self.bounds.claim_lock
@@ -181,7 +181,7 @@ impl Restart {
         };
         if who.look == 0 && first {
             steps.may(name, "looks: first load is as it should be", |state| {
-                // Whose life was it? In the wrong order that is seen only by the second load.
+                // Remembers whose life it was. In the wrong order only the second load sees that.
                 state.clients[client].look = state.words_by + 1;
             });
         }
@@ -225,7 +225,7 @@ fn published(state: &mut State, client: usize) {
     state.clients[client].keeper = Keeper::Waiting;
 }
 
-/// A nonce that nothing refers to: as good as one that never was.
+/// A nonce that nothing refers to, which is as good as one that was never used.
 fn fresh_nonce(state: &State) -> u8 {
     let mut used = 0u32;
     for client in &state.clients {

@@ -1,4 +1,4 @@
-//! The engine: its start, its recovery, its one thread's work.
+//! The engine: its start, its recovery, and the work of its only thread.
 
 use super::bounds::{Break, ENTRIES, SLOTS};
 use super::state::{
@@ -180,7 +180,7 @@ impl Restart {
         }
     }
 
-    /// Does a thread of that entry's dead owner still run?
+    /// Does a thread of the entry's dead owner still run?
     fn lingers(&self, state: &State, entry: usize) -> bool {
         state.clients.iter().any(|client| {
             client.process != Process::Alive
@@ -189,7 +189,7 @@ impl Restart {
         })
     }
 
-    /// An entry that somebody has published: attached, or stale.
+    /// Judges an entry that was published: attached, or stale.
     fn judge(&self, steps: &mut Steps, entry: usize) {
         let state = steps.from;
         let Entry { ready, nonce, incarnation } = state.entries[entry];
@@ -204,7 +204,7 @@ impl Restart {
         steps.progress(ENGINE, what, |state| {
             state.engine.judged[entry] = nonce;
             state.engine.connected[entry] = if attached { nonce } else { NONE };
-            // Nothing has been named in this attachment.
+            // Nothing has been declared through this attachment yet.
             for slot in 0..SLOTS {
                 if state.slots[slot].used == Use::Writing(entry as u8) {
                     state.engine.adopted &= !(1 << slot);
@@ -214,7 +214,7 @@ impl Restart {
         });
     }
 
-    /// What a connected client's keeper and loader have sent.
+    /// Takes the messages of a connected client's keeper and loader.
     fn hear(&self, steps: &mut Steps, client: usize, entry: usize) {
         let who = steps.from.clients[client];
         match who.keeper {
@@ -252,7 +252,7 @@ impl Restart {
         }
     }
 
-    /// Frees the next slot of the entry that was not named; after the last, everybody may go on.
+    /// Frees the next slot of the entry that was not declared. After the last one the client goes on.
     fn declare_end(&self, state: &mut State, entry: u8, from: u8) {
         for slot in from as usize..self.bounds.slots {
             let named =
@@ -279,7 +279,7 @@ impl Restart {
         }
     }
 
-    /// A slot for that key, unless it is visible already or there is no room.
+    /// Grants a slot for a key, unless the key is visible already or there is no room.
     fn reserve(&self, state: &mut State, client: usize, key: u8, channel: u8) {
         let entry = state.clients[client].entry;
         let visible = state.slots.iter().any(|slot| slot.used == Use::Committed && slot.key == key);
@@ -388,7 +388,7 @@ fn acknowledge(state: &mut State, client: usize) {
     }
 }
 
-/// The client says what it has pinned: what is still there is pinned again.
+/// The client declares its lease, and the engine pins the chunk again if it is still there.
 fn pin(state: &mut State, client: usize, entry: usize) {
     let who = &mut state.clients[client];
     who.keeper = Keeper::DeclareEnd;
@@ -400,7 +400,7 @@ fn pin(state: &mut State, client: usize, entry: usize) {
     }
 }
 
-/// The client of that entry says that it writes this slot.
+/// The client of the entry declares that it writes this slot.
 fn adopt(state: &mut State, entry: usize, grant: Grant, others_too: bool) {
     let slot = state.slots[grant.slot as usize];
     let writes = slot.used == Use::Writing(entry as u8);
@@ -413,7 +413,7 @@ fn adopt(state: &mut State, entry: usize, grant: Grant, others_too: bool) {
 }
 
 impl Engine {
-    /// A process that has ended: nothing is left of it but what it wrote.
+    /// A process that has ended. Only what it wrote into shared memory is left.
     pub(super) fn ended() -> Engine {
         Engine { phase: Phase::Ended, ..Engine::FRESH }
     }

@@ -1,4 +1,4 @@
-//! What happens to the processes: deaths, the kernel's marks, cold starts, new work.
+//! Events that happen to the processes: deaths, the kernel's marks, cold starts, new work.
 
 use super::bounds::{Break, ENTRIES, SLOTS};
 use super::state::{
@@ -71,7 +71,7 @@ impl Restart {
         state.engine.phase = Phase::Scan(0);
     }
 
-    /// All threads end; what they had sent stays in its ring.
+    /// All threads end. Messages that they have sent stay in the ring.
     fn die(&self, state: &mut State, client: usize) {
         let who = &mut state.clients[client];
         who.process = Process::Ended;

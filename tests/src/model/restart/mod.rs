@@ -1,14 +1,14 @@
 //! Attach, claim, death, restart, declare, reclaim: the protocol by which clients and engines outlive each other.
 //!
-//! It models the protocol, not the code: each step is one access to shared memory that others can see, or something
-//! that happens to a process. What one thread does between two such accesses is one step with the first of them.
+//! It models the protocol, not the code: each step is one access to shared memory that others can see, or an event that
+//! happens to a process. Whatever one thread does between two such accesses is one step with the first of them.
 //!
-//! * `S1` nobody writes into a slot that is not his, and no two write into one;
-//! * `S2` what is committed is its key's bytes, and so is what a load brings;
-//! * `S3` an acknowledged commit is there until it is evicted;
-//! * `S4` an entry has one living owner; at rest nothing is left of the dead, and nothing that nobody holds;
-//! * `S5` everybody who lives can always come to be attached, once;
-//! * `S6` nobody believes in an engine of another incarnation.
+//! * `S1` a client writes only into its own slots, and no two clients write into one;
+//! * `S2` a committed slot has its key's bytes, and a load gives its key's bytes;
+//! * `S3` an acknowledged shard is there until it is evicted;
+//! * `S4` an entry has one living owner. At rest nothing of dead clients is left, and no slot or lease without a holder;
+//! * `S5` every living client can always become attached, once;
+//! * `S6` no client takes an engine of another incarnation for its own.
 //!
 //! What is not modelled: rings (a message is a state of its sender; `shm-abi` has loom models of them), memory orders
 //! (ditto), several ranks (see [`super::rounds`]), devices that write after their process's death.
@@ -35,7 +35,7 @@ fn name_of(client: usize) -> &'static str {
 /// The protocol, within bounds.
 #[derive(Clone, Copy, Debug)]
 pub struct Restart {
-    /// How much of everything.
+    /// How much of everything there is.
     pub bounds: Bounds,
     /// The rule that is broken, if any.
     pub broken: Option<Break>,
@@ -54,18 +54,18 @@ impl Steps<'_> {
         self.out.push(Step { who, what, kind, next });
     }
 
-    /// What somebody does because it has to.
+    /// A step that somebody takes for certain.
     fn progress(&mut self, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
         self.add(Kind::Progress, who, what, change);
     }
 
-    /// What may happen.
+    /// A step that may be taken.
     fn may(&mut self, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
         self.add(Kind::Environment, who, what, change);
     }
 }
 
-/// As after a first start, with every client attached in the entry of its own number.
+/// The state after a first start, with every client attached in the entry of its own number.
 fn begin_attached(state: &mut State, clients: usize) {
     (state.incarnation, state.owner_alive, state.words_alive, state.words_by) = (2, true, true, 1);
     state.engine.phase = state::Phase::Serving;

@@ -1,9 +1,9 @@
-//! What must hold: see the module above.
+//! The properties that must hold: see the module above.
 
 use super::bounds::Bounds;
 use super::state::{Busy, Bytes, Keeper, Loader, Mover, NONE, Phase, Process, State, Use, Word};
 
-/// In every state.
+/// What is wrong with a state.
 pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> {
     if state.failed.is_some() {
         return state.failed;
@@ -56,7 +56,7 @@ fn is_unknown_lease(state: &State, client: usize) -> bool {
     good && state.engine.leases[entry] & (1 << handle.slot) == 0
 }
 
-/// Where nobody will do anything any more.
+/// What is wrong with a state at rest.
 pub(super) fn at_rest(bounds: &Bounds, state: &State) -> Option<&'static str> {
     let engine = &state.engine;
     if engine.phase != Phase::Serving || engine.busy != Busy::Idle {

@@ -1,4 +1,4 @@
-//! What the restart protocol is about: shared memory, the engine's private memory, clients.
+//! The state of the restart protocol: shared memory, the engine's private memory, clients.
 //!
 //! Nonces are small numbers of which only equality counts: a fresh one is any that nothing refers to any more.
 
@@ -10,53 +10,48 @@ pub(super) const NONE: u8 = 0;
 /// A client's life word in the lobby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Word {
-    /// 0.
     Unclaimed,
-    /// That client's TID.
+    /// It holds the TID of the client of this number.
     Alive(u8),
-    /// OWNER_DIED.
     Dead,
 }
 
 /// An entry of the lobby, behind its sequence: it is read whole, or not at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Entry {
-    /// Complete.
     pub ready: bool,
     /// Names the attachment and its channel.
     pub nonce: u8,
-    /// The incarnation that the client means.
+    /// The incarnation of the engine that the client wants to attach to.
     pub incarnation: u8,
 }
 
-/// What the engine has answered in an entry. It outlives the engine.
+/// The engine's answer in an entry. It outlives the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Answer {
-    /// Whom.
+    /// The attachment that it answers.
     pub nonce: u8,
-    /// Attached, else stale.
+    /// True: attached. False: stale.
     pub attached: bool,
-    /// Ghost: the incarnation of who answered.
+    /// Ghost: the incarnation of the engine that answered.
     pub by: u8,
 }
 
 /// What a slot is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Use {
-    /// Nobody's.
     Free,
-    /// That entry's.
+    /// The client in the entry of this number writes it.
     Writing(u8),
-    /// A shard.
     Committed,
 }
 
-/// What is in the arena at a slot's place.
+/// The bytes of a slot in the arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Bytes {
-    /// Nothing, or half of something.
+    /// Nothing, or a part of a shard.
     Torn,
-    /// A key's, whole.
+    /// A whole shard of this key.
     Of(u8),
 }
 
@@ -69,7 +64,7 @@ pub struct Slot {
     pub generation: u8,
     /// The key it was given for.
     pub key: u8,
-    /// The arena.
+    /// Its bytes in the arena.
     pub bytes: Bytes,
     /// Ghost: a commit of this generation has been acknowledged.
     pub acknowledged: bool,
@@ -78,39 +73,35 @@ pub struct Slot {
 /// How far the engine is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// There is none; its words are marked.
+    /// There is no engine, and its words are marked.
     Down,
     /// Its process has ended, but the kernel has not marked its words yet.
     Ended,
-    /// Has the owner word.
+    /// It has the owner word.
     Owner,
-    /// Has stored its first incarnation, or (in the order that is wrong) has taken over the life words.
+    /// It has stored its first incarnation, or (in the wrong order) has taken over the life words.
     Half,
-    /// Has done both; looks at that slot next.
+    /// It has done both, and looks at the slot of this number next.
     Scan(u8),
-    /// Serves.
     Serving,
 }
 
-/// What the engine's one thread is in the middle of.
+/// What the engine's only thread is in the middle of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Busy {
-    /// Nothing.
     Idle,
-    /// Reclaims an entry, at that step.
+    /// It reclaims an entry, and is at this step.
     Reclaim(u8, u8),
-    /// Frees what was not declared in an entry, at that slot.
+    /// It frees the slots of an entry that were not declared, and is at this slot.
     DeclareEnd(u8, u8),
-    /// Has done what that client's mover asked for, and not said so yet.
+    /// It has done what the mover of this client asked for, and has not answered yet.
     Acknowledge(u8),
 }
 
-/// The engine's private memory: gone with it.
+/// The engine's private memory, which is lost with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Engine {
-    /// How far.
     pub phase: Phase,
-    /// In the middle of what.
     pub busy: Busy,
     /// The attachment in each entry: the nonce of the channel that is read.
     pub connected: [u8; ENTRIES],
@@ -124,109 +115,97 @@ pub struct Engine {
     pub leases: [u8; ENTRIES],
 }
 
-/// A slot as its holder knows it.
+/// A slot as the client knows it that writes or loads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Grant {
-    /// Which.
     pub slot: u8,
-    /// Of which generation.
     pub generation: u8,
-    /// For which key.
     pub key: u8,
 }
 
-/// The thread that stores. From `Granted` to `Acknowledged` the grant is in the ledger.
+/// The thread of a client that stores. From `Granted` to `Acknowledged` the grant is in the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mover {
-    /// Has nothing to do.
     Idle,
-    /// Asked for a slot for a key, through a channel.
+    /// It has asked for a slot for a key, through a channel.
     Reserving(u8, u8),
     /// The answer lies in that channel.
     Answered(Grant, u8),
-    /// May write.
+    /// It may write.
     Granted(Grant),
-    /// Writes.
+    /// It writes.
     Copying(Grant),
-    /// Has ended; owes the engine a commit, or (false) an abort.
+    /// Its copy has ended, and it owes the engine a commit or (false) an abort.
     Owing(Grant, bool),
-    /// Has sent it, through a channel.
+    /// It has sent that, through a channel.
     Sent(Grant, bool, u8),
-    /// The answer to it lies in that channel.
+    /// The answer lies in that channel.
     Acknowledged(Grant, bool, u8),
 }
 
-/// The thread that loads.
+/// The thread of a client that loads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Loader {
-    /// Has nothing to do.
     Idle,
-    /// A lookup's answer lies in that channel.
+    /// The answer of a lookup lies in that channel.
     Answered(Grant, u8),
-    /// Has a handle, and a lease as far as it knows.
+    /// It has a handle and, as far as it knows, a lease.
     Holding(Grant),
-    /// Has found the slot as the handle says.
+    /// It has found the slot as the handle says.
     Validated(Grant),
-    /// Has copied these bytes.
+    /// It has copied these bytes.
     Copied(Grant, Bytes),
-    /// Owes the engine the lease's release.
+    /// It owes the engine the release of its lease.
     Releasing(u8),
 }
 
 /// How far the keeper is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Keeper {
-    /// Has no entry.
     Away,
     /// Its `list_op_pending` names the entry.
     Pending,
-    /// The word is its own, but not linked yet.
+    /// The life word is its own, but not in its robust list yet.
     Claimed,
-    /// Has its entry, and waits for an engine that serves.
+    /// It has its entry, and waits for an engine that serves.
     Owner,
-    /// Writes the entry.
+    /// It writes the entry.
     Publishing,
-    /// Waits for the answer.
+    /// It waits for the answer.
     Waiting,
-    /// Attached; has not said yet what it holds.
+    /// It is attached, and has not declared anything yet.
     Attached,
-    /// Names its slots.
+    /// It declares its slots.
     DeclareSlots,
-    /// Names its leases.
+    /// It declares its leases.
     DeclareLeases,
-    /// Says that it is complete.
+    /// It says that the declaration is complete.
     DeclareEnd,
-    /// Everybody may use the new channel.
+    /// The other threads may use the new channel.
     Ready,
-    /// Lets nobody write any more, and waits for those who do; then gives the entry up.
+    /// It lets no copy begin, waits for the copies that run, and then gives the entry up.
     Leaving,
 }
 
-/// The process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Process {
-    /// Lives.
     Alive,
-    /// Has ended, but the kernel has not marked its word yet.
+    /// It has ended, and the kernel has not marked its word yet.
     Ended,
-    /// Gone.
     Gone,
 }
 
-/// A client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Client {
-    /// Its process.
     pub process: Process,
-    /// Its keeper.
     pub keeper: Keeper,
     /// The arena that it maps.
     pub arena: u8,
     /// Its entry there.
     pub entry: u8,
-    /// Its attachment, or the one that it asks for.
+    /// Its attachment, or the one that it has asked for.
     pub nonce: u8,
-    /// The incarnation that it means.
+    /// The incarnation of the engine that it is, or wants to be, attached to.
     pub incarnation: u8,
     /// The channel from which grants and leases are accepted: set when the ledger is read.
     pub accepts: u8,
@@ -234,11 +213,9 @@ pub struct Client {
     pub wrote: Option<Grant>,
     /// The ledger as it was read: the lease.
     pub pinned: Option<Grant>,
-    /// In the middle of a look at the engine's health: what its first load saw, + 1.
+    /// In the middle of a look at the engine's health: what its first load saw, plus 1. Else 0.
     pub look: u8,
-    /// Stores.
     pub mover: Mover,
-    /// Loads.
     pub loader: Loader,
     /// Stores that it may still begin.
     pub stores: u8,
@@ -246,55 +223,44 @@ pub struct Client {
     pub loads: u8,
 }
 
-/// What may still happen to them.
+/// How often each event of the environment may still happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Left {
-    /// Deaths of engines.
     pub engine_deaths: u8,
-    /// Deaths of clients.
     pub client_deaths: u8,
-    /// Cold starts.
     pub cold_starts: u8,
-    /// Evictions.
     pub evictions: u8,
-    /// Attachments that give up waiting for an answer.
+    /// Attachments that stop waiting for an answer.
     pub timeouts: u8,
-    /// Clients that leave by themselves.
+    /// Clients that leave.
     pub leaves: u8,
 }
 
-/// Everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     /// Which segments have the name now.
     pub arena: u8,
-    /// Odd while recovering.
+    /// Odd while an engine recovers.
     pub incarnation: u8,
     /// The engine's owner word says that it lives.
     pub owner_alive: bool,
     /// The engine's life words say that it lives.
     pub words_alive: bool,
-    /// Ghost: the odd incarnation of the life that took them over.
+    /// Ghost: the odd incarnation of the engine that took them over.
     pub words_by: u8,
-    /// The words of the life with that number are still to be marked, though another may have begun.
+    /// The kernel has still to mark the words of the engine with this odd incarnation, although its successor may run.
     pub marking: u8,
-    /// The clients' life words.
     pub words: [Word; ENTRIES],
-    /// The lobby's entries.
     pub entries: [Entry; ENTRIES],
-    /// The engine's answers.
     pub answers: [Answer; ENTRIES],
     /// The channel file of each entry, by its nonce.
     pub files: [u8; ENTRIES],
     /// The slot table and the arena.
     pub slots: [Slot; SLOTS],
-    /// The engine.
     pub engine: Engine,
-    /// The clients.
     pub clients: [Client; CLIENTS],
-    /// Bounds.
     pub left: Left,
-    /// What a step found wrong.
+    /// What a step has found wrong.
     pub failed: Option<&'static str>,
 }
 
@@ -305,7 +271,6 @@ impl Slot {
 }
 
 impl Entry {
-    /// Cleared.
     pub(super) const EMPTY: Entry = Entry { ready: false, nonce: NONE, incarnation: 0 };
 }
 
@@ -315,7 +280,6 @@ impl Answer {
 }
 
 impl Engine {
-    /// Nothing in memory.
     pub(super) const FRESH: Engine = Engine {
         phase: Phase::Down,
         busy: Busy::Idle,
@@ -348,7 +312,7 @@ impl Client {
         }
     }
 
-    /// Without an entry: everything that belonged to it is forgotten.
+    /// It has no entry any more, and forgets everything that belonged to it.
     pub(super) fn forget(&mut self) {
         *self = Client { process: self.process, ..Client::new(self.stores, self.loads) };
     }
@@ -358,7 +322,7 @@ impl Client {
         !matches!(self.keeper, Keeper::Away | Keeper::Pending)
     }
 
-    /// What its ledger says that it was given and has not given back.
+    /// The slot that is in its ledger.
     pub(super) fn ledger(&self) -> Option<Grant> {
         match self.mover {
             Mover::Granted(grant) | Mover::Copying(grant) | Mover::Owing(grant, _) => Some(grant),
@@ -367,7 +331,7 @@ impl Client {
         }
     }
 
-    /// What its ledger says that it has pinned.
+    /// The lease that it holds, as far as it knows.
     pub(super) fn lease(&self) -> Option<Grant> {
         match self.loader {
             Loader::Holding(handle) | Loader::Validated(handle) | Loader::Copied(handle, _) => Some(handle),
@@ -388,7 +352,7 @@ impl State {
         self.clients[client].arena == self.arena
     }
 
-    /// The slot is nobody's, and of the next generation.
+    /// The slot becomes free, with the next generation.
     pub(super) fn free(&mut self, slot: usize) {
         let old = &mut self.slots[slot];
         if old.acknowledged {

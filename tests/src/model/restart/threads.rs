@@ -1,4 +1,4 @@
-//! A client's other threads: the mover that stores, the one that loads.
+//! A client's other threads: the mover, which stores, and the one that loads.
 
 use super::bounds::Break;
 use super::client::sees_its_engine;
@@ -113,7 +113,7 @@ impl Restart {
             Loader::Copied(handle, bytes) => {
                 steps.progress(name, "looks again: loaded or refused", |state| {
                     let slot = state.slots[handle.slot as usize];
-                    // The word alone: state and generation.
+                    // The slot's word alone: state and generation.
                     let fits = !checks || slot.generation == handle.generation;
                     let loaded = state.is_current(client) && slot.used == Use::Committed && fits;
                     if loaded && bytes != Bytes::Of(handle.key) {
@@ -152,7 +152,7 @@ impl Restart {
     }
 }
 
-/// Bytes into a slot of the arena that the client maps; what lies in an older one nobody looks at any more.
+/// Writes bytes into a slot of the arena that the client maps. No process looks at an older arena any more.
 fn write(state: &mut State, client: usize, slot: u8, bytes: Bytes) {
     if state.is_current(client) {
         state.slots[slot as usize].bytes = bytes;
