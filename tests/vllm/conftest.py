@@ -1,8 +1,13 @@
-"""Fixtures of the tests that drive the real vLLM. Those of the harness with fake workers are in `harness/`."""
+"""Fixtures: a kvring engine for the harness's tests, and a scene for those that drive the real vLLM."""
 
+import itertools
+import os
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +18,12 @@ from real.engine import binary
 from real.models import model
 from real.scene import Scene
 from real.vllm import Zygote
+from waiting import FOREVER_MS
+
+if TYPE_CHECKING:
+    import kvring
+
+_numbers = itertools.count()
 
 
 def pytest_addoption(parser):
@@ -30,6 +41,18 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "scene" in item.fixturenames and "no_engine" not in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def engine() -> "Iterator[kvring.Engine]":
+    """An engine for this test: nothing that another test has stored is found in it."""
+    import kvring
+
+    name = f"harness-{os.getpid()}-{next(_numbers)}"
+    with kvring.Engine(name, "64MiB", start_timeout_s=FOREVER_MS / 1000) as started:
+        yield started
+    # An engine that has died has left its memory to a successor.
+    subprocess.run([binary(), "remove", "--name", name], capture_output=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Engines that start by themselves: races, what the dead leave behind, and what the loser of a race may touch."""
+"""Engines that vLLM starts (`kvring.autostart`): races, dead engines, and engines that a user has stopped."""
 
 import glob
 import json
@@ -58,14 +58,14 @@ def test_of_several_that_start_at_once_all_find_an_engine(name: str) -> None:
     assert len(_pids(name)) == 1
 
 
-def test_who_finds_an_engine_does_not_empty_its_log(name: str) -> None:
+def test_a_second_engine_of_a_name_does_not_empty_the_log_of_the_first(name: str) -> None:
     first = kvring.Engine(name, "64MiB", detach=True).start()
     path = first.log_path
     # A thread of the engine's own writes its log: it may serve before the first line is there.
     wait_for(lambda: os.path.getsize(path) > 0, "the log has a line")
     size = os.path.getsize(path)
     with pytest.raises(kvring.EngineError):
-        # As a Keeper that lost the race.
+        # A Keeper that has lost a race does this.
         kvring.Engine(name, "64MiB", detach=True).start()
     text = open(path, "rb").read()
     os.kill(first.pid, signal.SIGTERM)
@@ -80,7 +80,7 @@ def test_an_engine_that_dies_is_started_again_and_leaves_no_zombie(name: str) ->
         pid = keeper._engine.pid
         keeper.watch()
         os.kill(pid, signal.SIGKILL)
-        # It is nobody's child, so whoever takes orphans in reaps it.
+        # It is not our child, so the process that takes orphans in reaps it.
         wait_for(lambda: not os.path.exists(f"/proc/{pid}"), "it is no zombie any more")
         wait_for(lambda: kvring.engine_state(name) == "serving", "another one serves")
     finally:
@@ -93,12 +93,12 @@ def _arena_bytes(name: str) -> int:
 
 
 def _is_left_alone(keeper: Keeper, name: str) -> None:
-    """It has looked, several times, and started none."""
+    """The keeper has looked, several times, and started none."""
     wait_for(lambda: keeper._gone >= 3, "it looks, and looks again")
     assert kvring.engine_state(name) in ("absent", "stopped") and _pids(name) == []
 
 
-def test_who_stops_the_engine_is_obeyed_and_who_starts_another_one_is_followed(name: str, caplog) -> None:
+def test_an_engine_that_a_user_stops_stays_so_until_the_user_or_a_new_vllm_starts_one(name: str, caplog) -> None:
     keeper = Keeper(name, "64MiB")
     try:
         keeper.ensure()
@@ -108,7 +108,7 @@ def test_who_stops_the_engine_is_obeyed_and_who_starts_another_one_is_followed(n
             _is_left_alone(keeper, name)
         said = [record.getMessage() for record in caplog.records if "stopped or removed" in record.getMessage()]
         assert len(said) == 1 and name in said[0], said
-        # Resized by hand.
+        # A user starts one of another size.
         by_hand = kvring.Engine(name, "32MiB", detach=True).start()
         wait_for(lambda: keeper._gone == 0, "it is seen")
         os.kill(by_hand.pid, signal.SIGKILL)
@@ -161,10 +161,10 @@ def test_closing_does_not_wait_for_an_engine_that_is_starting(name: str, monkeyp
     keeper.watch()
     starting.wait()
     assert keeper._thread is not None
-    # This would never come back if it waited.
+    # If this waited, it would never return.
     keeper.close()
     assert keeper._thread.is_alive()
-    # What had begun ends, and nothing begins after it: an engine that outlives this vLLM is what was asked for.
+    # The start that had begun ends, and no other begins: the engine outlives this vLLM, as it should.
     may_start.set()
     keeper._thread.join()
     assert kvring.engine_state(name) == "serving"

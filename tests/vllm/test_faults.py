@@ -12,6 +12,7 @@ from harness.jobs import RecordingWorkerAdapter
 from harness.scenario import run_scenario
 from harness.sessions import RecordingSchedulerAdapter
 from harness.support import target
+from waiting import FOREVER_MS
 
 import kvring
 import kvring.vllm.guard as guard
@@ -23,82 +24,37 @@ from kvring.vllm.worker import WorkerSide
 SEEDS = [int(seed) for seed in os.environ.get("KVRING_FAULT_SEEDS", "0,1,2,3").split(",")]
 NTHS = [int(nth) for nth in os.environ.get("KVRING_FAULT_NTHS", "2").split(",")]
 
-PLACES: list[tuple[type, str]] = [
-    (SchedulerSide, "get_num_new_matched_tokens"),
-    (SchedulerSide, "_track"),
-    (SchedulerSide, "_lookup"),
-    (SchedulerSide, "_ask"),
-    (SchedulerSide, "update_state_after_alloc"),
-    (SchedulerSide, "build_connector_meta"),
-    (SchedulerSide, "_store"),
-    (SchedulerSide, "_key"),
-    (SchedulerSide, "has_given_blocks"),
-    (SchedulerSide, "_spoilt"),
-    (SchedulerSide, "request_finished"),
-    (SchedulerSide, "_forget_if_over"),
-    (SchedulerSide, "update_connector_output"),
-    (SchedulerSide, "_load_ended"),
-    (SchedulerSide, "_store_ended"),
-    (SchedulerSide, "reset_cache"),
-    (SchedulerSide, "vllm_was_reset"),
-    (SchedulerSide, "_job"),
-    (OpenStores, "add"),
-    (OpenStores, "fence"),
-    (OpenStores, "_owns_blocks"),
-    (OpenStores, "pin"),
-    (OpenStores, "let_go"),
-    (OpenStores, "let_go_in_time"),
-    (OpenStores, "close"),
-    (Geometry, "to_store"),
-    (Geometry, "to_load"),
-    (WorkerSide, "flush"),
-    (WorkerSide, "start_loads"),
-    (WorkerSide, "_start_load"),
-    (WorkerSide, "_load_failed"),
-    (WorkerSide, "start_stores"),
-    (WorkerSide, "_start_store"),
-    (WorkerSide, "collect"),
-    (WorkerSide, "_store_finished"),
-    (WorkerSide, "_load_finished"),
-    (WorkerSide, "_load_ended"),
-    (WorkerSide, "_count"),
-    (WorkerSide, "_log"),
-    (WorkerSide, "take_transfer_results"),
-    (WorkerSide, "take_invalid_blocks"),
-    (WorkerSide, "take_worker_meta"),
-    (RecordingWorkerAdapter, "submit_store"),
-    (RecordingWorkerAdapter, "submit_load"),
-    (RecordingWorkerAdapter, "get_finished"),
-    (RecordingWorkerAdapter, "get_block_ids_with_load_errors"),
-    (RecordingWorkerAdapter, "flush"),
-    (RecordingWorkerAdapter, "wait_job"),
-    (RecordingWorkerAdapter, "wait_some"),
-    (RecordingSchedulerAdapter, "end_session"),
-    (RecordingSchedulerAdapter, "free_lookup_locks"),
-    (RecordingSchedulerAdapter, "is_healthy"),
-    (RecordingSchedulerAdapter, "begin_step"),
-]
-
+PLACES: dict[type, list[str]] = {
+    SchedulerSide: [
+        "get_num_new_matched_tokens", "_track", "_lookup", "_ask", "update_state_after_alloc", "build_connector_meta", "_store",
+        "_key", "has_given_blocks", "_spoilt", "request_finished", "_forget_if_over", "update_connector_output", "_load_ended",
+        "_store_ended", "reset_cache", "vllm_was_reset", "_job",
+    ],
+    OpenStores: ["add", "fence", "_owns_blocks", "pin", "let_go", "let_go_in_time", "close"],
+    Geometry: ["to_store", "to_load"],
+    WorkerSide: [
+        "flush", "start_loads", "_start_load", "_load_failed", "start_stores", "_start_store", "collect", "_store_finished",
+        "_load_finished", "_load_ended", "_count", "_log", "take_transfer_results", "take_invalid_blocks", "take_worker_meta",
+    ],
+    RecordingWorkerAdapter: [
+        "submit_store", "submit_load", "get_finished", "get_block_ids_with_load_errors", "flush", "wait_job", "wait_some",
+    ],
+    RecordingSchedulerAdapter: ["end_session", "free_lookup_locks", "is_healthy", "begin_step"],
+}  # fmt: skip
 
 AFTER_IS_IMPOSSIBLE = {
-    "submit_store",
-    "submit_load",
-    "get_finished",
-    "build_connector_meta",
-    "_start_store",
-    "_start_load",
-    "take_transfer_results",
-    "take_worker_meta",
-    "take_invalid_blocks",
-}
-"""Calls whose last act is what they are for: nothing is left in them that could raise afterwards."""
+    "submit_store", "submit_load", "get_finished", "build_connector_meta", "_start_store", "_start_load", "take_transfer_results",
+    "take_worker_meta", "take_invalid_blocks",
+}  # fmt: skip
+"""Calls that end with their effect: nothing is left in them that could raise afterwards."""
 
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[str]:
-    name = f"faults-{os.getpid()}"
-    with kvring.Engine(name, "64MiB"):
-        yield name
+CASES = [
+    pytest.param(owner, name, when, id=f"{owner.__name__}.{name}-{when}")
+    for owner, names in PLACES.items()
+    for name in names
+    for when in ("before", "after")
+    if when == "before" or name not in AFTER_IS_IMPOSSIBLE
+]
 
 
 def _spoil(patch: pytest.MonkeyPatch, owner: type, name: str, nth: int, after: bool) -> list[int]:
@@ -118,24 +74,27 @@ def _spoil(patch: pytest.MonkeyPatch, owner: type, name: str, nth: int, after: b
     return calls
 
 
+@pytest.fixture(scope="module")
+def shared() -> Iterator[kvring.Engine]:
+    with kvring.Engine(f"faults-{os.getpid()}", "64MiB", start_timeout_s=FOREVER_MS / 1000) as started:
+        yield started
+
+
 @pytest.mark.parametrize("nth", NTHS)
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0].__name__}.{place[1]}")
+@pytest.mark.parametrize(("owner", "name", "when"), CASES)
 def test_an_error_inside_costs_nobody_anything(
-    place: tuple[type, str], when: str, nth: int, engine: str, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, when: str, nth: int, shared: kvring.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if when == "after" and place[1] in AFTER_IS_IMPOSSIBLE:
-        pytest.skip("nothing in it can raise after it has done what it is for")
     hit = 0
     bad = []
     monkeypatch.setattr(guard, "_tell", lambda where, error: None)
     for seed in SEEDS:
         with monkeypatch.context() as patch:
-            calls = _spoil(patch, *place, nth, when == "after")
-            report = run_scenario(target(engine), seed, {"theme": "plain", "aborts": 0.05, "kill_at": None})
+            calls = _spoil(patch, owner, name, nth, when == "after")
+            report = run_scenario(target(shared), seed, {"theme": "plain", "aborts": 0.05, "kill_at": None})
         hit += calls[0] >= nth
-        # What an error costs may well be a hit (P5); and who does not know whether a session was ended, or a chunk stored, does
-        # it once more.
+        # What an error costs may well be a hit (P5). And where it is not known whether a session was ended, or a chunk stored, it
+        # is done once more.
         allowed = ("was ended 2 times", " were stored in admission ")
         wrong = [one for one in report.violations if one.rule != "P5" and not any(text in str(one) for text in allowed)]
         if wrong:

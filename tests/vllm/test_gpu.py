@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from harness import memory
-from harness.scenario import run_scenario
-from test_harness_kvring import Engines, engines, quiet, target
+from harness.scenario import passes
+from harness.support import Recorder, target, worker_side
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MLAAttentionSpec, create_kv_cache_views
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -20,21 +20,19 @@ sys.path.append(str(Path(__file__).parents[2] / "adapter" / "python" / "tests"))
 
 from fake_gpu import Cuda, driver, with_driver
 
+import kvring
 from kvring import KvGroup, LayoutError
 from kvring.vllm import KvringConnector, namespace
 from kvring.vllm import connector as connector_module
-from kvring.vllm import worker as worker_module
-from kvring.vllm.config import Config
 from kvring.vllm.content import Unknown
-from kvring.vllm.geometry import Geometry, Group
 from kvring.vllm.metadata import KvringMetadata, Load, Store
 from kvring.vllm.worker import WorkerSide, cuda_device
 
-__all__ = ["driver", "engines", "quiet"]
+__all__ = ["driver"]
 
 
 class OnGpu:
-    """As a tensor of torch's on a GPU."""
+    """A tensor that says it is on a GPU."""
 
     def __init__(self, view: torch.Tensor, index: int | None = 0) -> None:
         self._view = view
@@ -49,7 +47,7 @@ def on(device: str) -> Any:
     return SimpleNamespace(device=torch.device(device))
 
 
-def test_the_device_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_is_on_one_device_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("the CPU's path must not touch CUDA"))
     assert cuda_device({}) is None and cuda_device({"a": on("cpu"), "b": on("cpu")}) is None
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
@@ -68,47 +66,12 @@ def test_the_device_of_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             cuda_device({f"KV group 0, layer {name}": on(device) for name, device in zip("ab", devices, strict=True)})
 
 
-class Recorder:
-    """In the place of the adapter."""
-
-    def __init__(self, *_: Any, **options: Any) -> None:
-        self.options = options
-        self.calls: list[tuple[str, Any]] = []
-        self.shard_bytes, self.fails = 0, False
-
-    def health(self) -> str:
-        return "healthy"
-
-    def register_kv_caches(self, groups: Any, owner: Any, device: int | None) -> None:
-        self.calls.append(("register", device))
-
-    def submit_store(self, *_: Any, stream: int | None) -> int:
-        return self._submit("store", stream)
-
-    def submit_load(self, *_: Any, stream: int | None) -> int:
-        return self._submit("load", stream)
-
-    def _submit(self, what: str, stream: int | None) -> int:
-        if self.fails:
-            raise RuntimeError("the stream is being captured into a CUDA graph")
-        self.calls.append((what, stream))
-        return len(self.calls)
-
-    def wait_job(self, job: int, timeout_ms: float) -> bool:
-        self.calls.append(("wait", job))
-        return True
-
-    def handle_preemptions(self, requests: Any) -> None:
-        self.calls.append(("flush", requests))
-
-
 def side(
     monkeypatch: pytest.MonkeyPatch, *, zeroing: bool = False, gpu: bool = True, may_sleep: bool = False
 ) -> tuple[WorkerSide, Recorder]:
-    monkeypatch.setattr(worker_module, "WorkerAdapter", Recorder)
-    geometry = Geometry((Group("full_attention", 16, 1, None),), 16, 16, 1, 1, 0)
-    made = WorkerSide(Config.parse({"kvring.copy": "staged"} if gpu else {}), geometry, bytes(32), 0, may_sleep=may_sleep)
-    recorder: Any = made.adapter
+    """A worker's side with a cache on a GPU, or in host memory."""
+    options = {"kvring.copy": "staged"} if gpu else {}
+    made, recorder = worker_side(monkeypatch, options=options, may_sleep=may_sleep)
     tensor = torch.zeros(4, 2, 16, 8)
     cache = {"a": OnGpu(tensor, 1) if gpu else tensor}
     # Listed twice by the V2 runner: layer b shares layer a's.
@@ -117,6 +80,13 @@ def side(
     config: Any = SimpleNamespace(num_blocks=4, kv_cache_groups=groups, needs_kv_cache_zeroing=zeroing)
     made.register_kv_caches(cache, config)
     return made, recorder
+
+
+def carried_out(made: WorkerSide, recorder: Recorder) -> list[tuple[str, Any]]:
+    """The calls of the adapter in a step with two loads, of which the second is synchronous, and a store."""
+    made.start_loads(META)
+    made.start_stores(META)
+    return recorder.calls[1:]
 
 
 META = KvringMetadata(
@@ -136,35 +106,38 @@ def test_each_call_names_the_stream_of_the_moment(monkeypatch: pytest.MonkeyPatc
     made, recorder = side(monkeypatch)
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     assert recorder.options["copy"] == "staged" and made.device == 1
-    made.start_loads(META)
-    made.start_stores(META)
-    assert recorder.calls == [("register", 1), ("load", 0x10), ("load", 0x20), ("wait", 3), ("store", 0x30)]
+    assert carried_out(made, recorder) == [("load", 0x10), ("load", 0x20), ("wait", 3), ("store", 0x30)]
+    assert recorder.calls[0] == ("register", 1)
     assert asked == [1, 1, 1]
 
 
 def test_host_memory_has_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: pytest.fail("the CPU's path must not touch CUDA"))
-    made, recorder = side(monkeypatch, gpu=False, zeroing=True)
-    made.start_loads(META)
-    made.start_stores(META)
-    assert recorder.calls == [("register", None), ("load", None), ("load", None), ("wait", 3), ("store", None)]
+    made, recorder = side(monkeypatch, gpu=False, zeroing=True, may_sleep=True)
+    assert carried_out(made, recorder) == [("load", None), ("load", None), ("wait", 3), ("store", None)]
+    assert recorder.calls[0] == ("register", None)
 
 
-def test_what_cannot_be_submitted_is_dropped_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, recorder = side(monkeypatch)
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch has one stream, number 1."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
-    recorder.fails = True
-    made.start_loads(META)
-    made.start_stores(META)
+
+
+def test_a_job_that_cannot_be_submitted_is_dropped_and_reported(monkeypatch: pytest.MonkeyPatch, stream: None) -> None:
+    made, recorder = side(monkeypatch)
+    recorder.raises = dict.fromkeys(("load", "store"), RuntimeError("the stream is being captured into a CUDA graph"))
+    carried_out(made, recorder)
     meta = made.take_worker_meta()
     assert meta is not None and all(outcome.ranks_failed == 1 for outcome in meta.outcomes.values())
     assert set(meta.outcomes) == {1, 2, 3}
     assert made.take_transfer_results() == ({"r"}, set()) and made.take_invalid_blocks() == {1, 2}
 
 
-def test_where_vllm_clears_blocks_before_it_says_so_stores_have_read_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_vllm_clears_blocks_before_it_says_so_stores_have_read_by_then(
+    monkeypatch: pytest.MonkeyPatch, stream: None
+) -> None:
     made, recorder = side(monkeypatch, zeroing=True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
     made.start_stores(META)
     assert recorder.calls[-2:] == [("store", 1), ("flush", None)]
     recorder.calls.clear()
@@ -172,23 +145,17 @@ def test_where_vllm_clears_blocks_before_it_says_so_stores_have_read_by_then(mon
     assert recorder.calls == []
 
 
-def test_a_vllm_that_may_sleep_has_no_copy_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vllm_that_may_sleep_has_no_copy_between_steps(monkeypatch: pytest.MonkeyPatch, stream: None) -> None:
     made, recorder = side(monkeypatch, may_sleep=True)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1))
-    made.start_loads(META)
-    made.start_stores(META)
-    assert recorder.calls[1:] == [("load", 1), ("wait", 2), ("load", 1), ("wait", 4), ("store", 1), ("flush", None)]
-    made, recorder = side(monkeypatch, may_sleep=True, gpu=False)
-    made.start_loads(META)
-    made.start_stores(META)
-    assert recorder.calls[1:] == [("load", None), ("load", None), ("wait", 3), ("store", None)], "the CPU's cache stays"
+    calls = [("load", 1), ("wait", 2), ("load", 1), ("wait", 4), ("store", 1), ("flush", None)]
+    assert carried_out(made, recorder) == calls
 
 
 @pytest.mark.parametrize(
     ("layout", "planes"), [("BLHNC", 1), ("BLNHC", 1), ("BHLNC", 1), ("LBHNC", 3), ("LBNHC", 3), ("LHBNC", 6)]
 )
 @pytest.mark.parametrize("mla", [False, True])
-def test_the_pieces_of_a_block(layout: str, planes: int, mla: bool) -> None:
+def test_a_block_has_as_many_pieces_as_its_layout_says(layout: str, planes: int, mla: bool) -> None:
     """By vLLM's own code: blocks outermost are one piece, layers outermost one for each layer, heads outermost one for each."""
     sizes: dict[str, Any] = {"block_size": 16, "head_size": 8, "dtype": torch.float16}
     spec = MLAAttentionSpec(num_kv_heads=1, **sizes) if mla else FullAttentionSpec(num_kv_heads=2, **sizes)
@@ -211,7 +178,7 @@ def test_the_pieces_of_a_block(layout: str, planes: int, mla: bool) -> None:
         assert group.planes == [(raw.data_ptr(), 3 * spec.page_size_bytes, 3 * spec.page_size_bytes)]
 
 
-def test_the_layout_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_is_asked_for_on_a_gpu_where_no_block_may_have_to_be_split(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.platforms import current_platform
 
     def wanted(**cache: Any) -> str | None:
@@ -223,7 +190,7 @@ def test_the_layout_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return KvringConnector.get_required_kvcache_layout(config)
 
-    # Another test may have imported it, which vLLM does only where it is used.
+    # Another test may have imported it; vLLM imports it only where it is used.
     monkeypatch.delitem(sys.modules, connector_module._MULTI_CONNECTOR, raising=False)
     assert wanted() is None, "on CPU"
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
@@ -234,7 +201,7 @@ def test_the_layout_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Gpus:
-    """As vLLM's platform where NVML is: physical GPUs by name."""
+    """vLLM's platform on a machine with NVML: physical GPUs by name."""
 
     device_name = "cuda"
 
@@ -279,11 +246,11 @@ def test_kinds_of_gpu_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("copy", ["batch", "staged", "zerocopy"])
 @with_driver(FAKE_CUDA_DELAY_US="100")
-def test_scenarios(request: pytest.FixtureRequest, copy: str) -> None:
-    """The harness's random scenarios, with the cache in the fake's device memory."""
+def test_the_obligations_hold_in_random_scenarios(request: pytest.FixtureRequest, copy: str) -> None:
+    """With the cache in the fake's device memory."""
     cuda = Cuda()
     patch: pytest.MonkeyPatch = request.getfixturevalue("monkeypatch")
-    made: Engines = request.getfixturevalue("engines")
+    engine: kvring.Engine = request.getfixturevalue("engine")
 
     def allocate(size: int) -> torch.Tensor:
         return torch.frombuffer((ctypes.c_int8 * size).from_address(cuda.alloc(size)), dtype=torch.int8)
@@ -292,12 +259,5 @@ def test_scenarios(request: pytest.FixtureRequest, copy: str) -> None:
     patch.setattr(memory, "given", lambda views: {name: OnGpu(view) for name, view in views.items()})
     patch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=cuda.stream))
     patch.setattr("kvring.vllm.connector.check_gpu", lambda *_: None)
-    reports = []
-    for seed in range(8):
-        made.start()
-        plan = target(made, patch)
-        extra = plan.extra
-        plan.extra = lambda choices, extra=extra: extra(choices) | {"kvring.copy": copy}
-        reports.append(run_scenario(plan, seed))
-    assert not [report for report in reports if report.violations], "\n\n".join(str(report) for report in reports[:3])
-    assert sum(report.counters.get("hits", 0) for report in reports) and cuda.library.fake_cuda_calls(b"cuEventRecord")
+    totals = passes(lambda: target(engine, options={"copy": copy}), range(8))
+    assert totals["hits"] and cuda.library.fake_cuda_calls(b"cuEventRecord")

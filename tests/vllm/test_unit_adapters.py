@@ -1,11 +1,11 @@
-"""LoRA adapters: what vLLM has loaded salts keys, and not what lies in a folder now."""
+"""LoRA adapters: the content that vLLM has loaded salts keys, and not the content of a folder now."""
 
 import os
 import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from harness.support import worker_side
 from vllm.config import LoRAConfig
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
@@ -13,20 +13,18 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManage
 from kvring.vllm import adapters
 from kvring.vllm.adapters import NOT_KNOWN, Adapters, LoadedAdapters, joined, salted
 from kvring.vllm.metadata import KvringMetadata, KvringWorkerMetadata, Outcome, Store
-from kvring.vllm.stats import KvringStats
-from kvring.vllm.worker import WorkerSide
 
 
 @pytest.fixture(autouse=True)
 def during(monkeypatch) -> list[Any]:
-    """What happens while vLLM reads an adapter's files, one after the other."""
+    """Functions that run while vLLM reads an adapter's files, one at each load."""
     happens: list[Any] = []
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda manager, request: happens and happens.pop(0)())
     return happens
 
 
 class Vllm:
-    """One, of so many ranks: its workers' managers of adapters, and what both of our sides know of them."""
+    """A vLLM of so many ranks: its workers' managers of adapters, and kvring's two sides."""
 
     def __init__(self, ranks: int = 1, **options: Any) -> None:
         self.scheduler = Adapters()
@@ -37,7 +35,7 @@ class Vllm:
         self.manager.lora_config = LoRAConfig(**{"max_loras": 1, "lora_dtype": "float16"} | options)
 
     def load(self, request: LoRARequest) -> None:
-        """Tells all workers; the test's are all in this process."""
+        """vLLM loads an adapter, and tells all workers, which are in this process."""
         self.manager._load_adapter(request)
 
     def report(self) -> None:
@@ -119,12 +117,12 @@ def test_touched_files_and_others_beside_them_change_nothing(adapter, tmp_path) 
         {"enable_moe_shared_loras": True},
     ],
 )
-def test_what_vllm_makes_of_an_adapter_is_part_of_the_key(adapter, options) -> None:
+def test_options_that_decide_what_vllm_makes_of_an_adapter_are_part_of_the_key(adapter, options) -> None:
     assert Vllm().loaded(lora(adapter)) != Vllm(**options).loaded(lora(adapter))
     assert Vllm().loaded(lora(adapter)) == Vllm(max_loras=2, max_cpu_loras=8, max_lora_rank=64).loaded(lora(adapter))
 
 
-def test_before_it_is_loaded_nothing_is_known(adapter) -> None:
+def test_an_adapter_is_not_known_before_vllm_has_loaded_and_reported_it(adapter) -> None:
     vllm = Vllm()
     assert vllm.salt(lora(adapter)) == NOT_KNOWN
     vllm.load(lora(adapter))
@@ -134,7 +132,7 @@ def test_before_it_is_loaded_nothing_is_known(adapter) -> None:
     assert vllm.salt(lora(adapter, lora_name="m")) == vllm.salt(lora("elsewhere")) == NOT_KNOWN
 
 
-def test_it_is_what_vllm_has_loaded_and_not_what_its_files_hold_when_it_is_asked_for(adapter) -> None:
+def test_the_content_at_the_load_counts_and_not_that_at_the_request(adapter) -> None:
     """`load_lora_adapter`, then other files, then the first request."""
     vllm = Vllm()
     vllm.load(lora(adapter))
@@ -147,7 +145,7 @@ def test_it_is_what_vllm_has_loaded_and_not_what_its_files_hold_when_it_is_asked
 @pytest.mark.parametrize(
     "again", [{"load_inplace": True}, {}, {"lora_int_id": 2}], ids=["in place", "after it was evicted", "under another number"]
 )
-def test_another_content_of_the_same_name_and_path_is_not_known_any_more(adapter, again, said) -> None:
+def test_an_adapter_that_was_loaded_with_two_contents_is_not_known_any_more(adapter, again, said) -> None:
     """vLLM finds the KV of the earlier one in its own prefix cache, so what it computes may rest on either."""
     vllm = Vllm(ranks=2)
     assert vllm.loaded(lora(adapter)) != NOT_KNOWN
@@ -155,7 +153,7 @@ def test_another_content_of_the_same_name_and_path_is_not_known_any_more(adapter
     assert all(worker.holds(announced) for worker in vllm.workers)
     write(adapter, b"two")
     vllm.load(lora(adapter, **again))
-    # Of the scheduler's side nothing is needed for it, which has announced this before it knew.
+    # The workers do not need the scheduler's side for that, which has announced this store before it knew.
     assert not any(worker.holds(announced) for worker in vllm.workers) and not said
     vllm.report()
     assert vllm.salt(lora(adapter)) == vllm.salt(lora(adapter, **again)) == NOT_KNOWN
@@ -167,7 +165,7 @@ def test_another_content_of_the_same_name_and_path_is_not_known_any_more(adapter
     assert len(said) == 1
 
 
-def test_loaded_again_with_the_same_content_it_stays_what_it_is(adapter, said) -> None:
+def test_an_adapter_that_is_loaded_again_with_the_same_content_stays_known(adapter, said) -> None:
     vllm = Vllm(ranks=2)
     first = vllm.loaded(lora(adapter))
     for again in (lora(adapter), lora(adapter, load_inplace=True), lora(adapter, lora_int_id=2)):
@@ -183,8 +181,8 @@ def test_files_that_change_while_vllm_loads_them_tell_nothing(adapter, during, s
 
 
 @pytest.mark.parametrize("path", ["org/lora", "/nowhere"])
-def test_what_is_in_no_folder_is_not_known(path, said) -> None:
-    """A repository: vLLM fetches whatever it holds then. And what somebody has put into memory."""
+def test_an_adapter_that_is_in_no_folder_is_not_known(path, said) -> None:
+    """A repository, of which vLLM fetches what it holds at that time; and an adapter that somebody has put into memory."""
     vllm = Vllm(ranks=2)
     assert vllm.loaded(lora(path)) == vllm.loaded(lora(path)) == NOT_KNOWN
     assert len(said) == 1 and "folder" in said[0]
@@ -206,7 +204,7 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(adapter, during) -> No
 
 
 def test_a_name_at_another_path_is_another_one(adapter, tmp_path) -> None:
-    """As vLLM advises: weights that have changed, from another folder, in place of the earlier ones (under their number)."""
+    """vLLM advises to load changed weights from another folder, in place of the earlier ones (under their number)."""
     vllm = Vllm()
     first = vllm.loaded(lora(adapter))
     old = vllm.scheduler.of(lora(adapter))
@@ -216,41 +214,38 @@ def test_a_name_at_another_path_is_another_one(adapter, tmp_path) -> None:
     assert not vllm.workers[0].holds(old) and vllm.salt(lora(adapter)) == NOT_KNOWN
 
 
-def test_a_number_that_two_adapters_have_tells_neither(adapter, tmp_path) -> None:
-    """vLLM goes by the number: what was asked of the second one may have been computed with the first one."""
+def test_two_adapters_of_one_number_are_not_known(adapter, tmp_path) -> None:
+    """vLLM goes by the number: a request for the second adapter may have been computed with the first one."""
     vllm = Vllm()
     vllm.loaded(lora(adapter))
     second = lora(write(tmp_path / "second", b"two"), lora_name="second")
     assert vllm.loaded(second) == NOT_KNOWN == vllm.salt(lora(adapter))
 
 
-def test_a_worker_stores_nothing_that_was_computed_with_another_content(adapter) -> None:
-    """Announced in the step in which vLLM loads it: the scheduler's side cannot know yet."""
+def test_a_worker_stores_nothing_that_was_computed_with_another_content(adapter, monkeypatch) -> None:
+    """The store was announced in the step in which vLLM loads the adapter: the scheduler's side cannot know yet."""
     vllm = Vllm()
     vllm.loaded(lora(adapter))
-    side = WorkerSide.__new__(WorkerSide)
-    begun: list[str] = []
-    side.geometry, side.rank, side.device, side.stats = SimpleNamespace(stores=lambda rank: True), 0, None, KvringStats()
-    side.adapter = SimpleNamespace(submit_store=lambda request, *_, **__: begun.append(request) or len(begun))
-    side.adapters, side._stores, side._reading, side._outcomes, side._reads_at_once = vllm.workers[0], {}, {}, {}, False
+    side, recorder = worker_side(monkeypatch)
+    side.adapters = vllm.workers[0]
 
     def announce(job: int, request: Any) -> Store:
         return Store(job, f"r{job}", (1, job), None, [bytes(16)], [3], vllm.scheduler.of(request))
 
     side.start_stores(KvringMetadata(stores=[announce(1, lora(adapter)), announce(2, None)]))
-    assert begun == ["r1", "r2"]
+    assert list(side._reading) == [1, 2]
     late = [announce(3, lora(adapter)), announce(4, None)]
     write(adapter, b"two")
     vllm.load(lora(adapter, load_inplace=True))
     side.start_stores(KvringMetadata(stores=late))
-    assert begun == ["r1", "r2", "r4"]
+    assert list(side._reading) == [1, 2, 4] and len(recorder.calls) == 3
     meta = side.take_worker_meta()
     assert meta.outcomes == {3: Outcome(ranks=1, chunks_failed=1, ranks_failed=1)}
     assert [one.salt for one in meta.adapters] == [NOT_KNOWN]
     assert side.take_worker_meta() is None
 
 
-def test_ranks_that_have_loaded_different_contents_know_nothing(adapter, said) -> None:
+def test_an_adapter_that_ranks_have_loaded_with_different_contents_is_not_known(adapter, said) -> None:
     vllm = Vllm(ranks=2)
     for worker, content in zip(vllm.workers, (b"one", b"two")):
         write(adapter, content)
@@ -259,7 +254,7 @@ def test_ranks_that_have_loaded_different_contents_know_nothing(adapter, said) -
     assert vllm.salt(lora(adapter)) == NOT_KNOWN and len(said) == 1
 
 
-def test_not_so_many_are_remembered_that_memory_would_end(adapter, monkeypatch, said) -> None:
+def test_only_so_many_adapters_are_remembered(adapter, monkeypatch, said) -> None:
     monkeypatch.setattr(adapters, "ADAPTERS_MAX", 3)
     vllm = Vllm()
     salts = [vllm.loaded(lora(adapter, lora_name=str(number), lora_int_id=1 + number)) for number in range(5)]
@@ -267,7 +262,7 @@ def test_not_so_many_are_remembered_that_memory_would_end(adapter, monkeypatch, 
     assert len(said) == 1 and "3 LoRA adapters" in said[0]
 
 
-def test_where_vllm_does_not_tell_what_it_loads_nothing_is_known(adapter, monkeypatch, said) -> None:
+def test_without_the_method_by_which_vllm_loads_adapters_none_is_known(adapter, monkeypatch, said) -> None:
     monkeypatch.delattr(WorkerLoRAManager, "_load_adapter")
     worker = LoadedAdapters()
     worker.watch()

@@ -1,4 +1,4 @@
-"""Beside another connector, in vLLM's `MultiConnector`: what vLLM asks the class itself, before there is a connector."""
+"""Beside another connector, in vLLM's `MultiConnector`: the questions that vLLM asks the class, before there is a connector."""
 
 import sys
 from typing import Any
@@ -28,7 +28,7 @@ def test_the_name_is_known_wherever_vllm_loads_its_plugins(monkeypatch: pytest.M
     """A process that only logs has never made a connector, and is sent its statistics by name."""
     monkeypatch.delitem(KVConnectorFactory._registry, "KvringConnector", raising=False)
     for _ in range(2):
-        # Twice: vLLM asks for that.
+        # vLLM may load plugins twice in a process.
         load_plugins_by_group("vllm.general_plugins")["kvring"]()
     assert KVConnectorFactory.get_connector_class_by_name("KvringConnector") is KvringConnector
     stats = MultiConnector.build_kv_connector_stats({"KvringConnector": {"lookups": 1}})
@@ -36,7 +36,7 @@ def test_the_name_is_known_wherever_vllm_loads_its_plugins(monkeypatch: pytest.M
 
 
 def layout(config: VllmConfig, monkeypatch: pytest.MonkeyPatch, transfer: dict[str, Any]) -> str | None:
-    """What vLLM is asked for, the way it asks."""
+    """The layout that the connector asks for."""
     monkeypatch.setattr(config, "kv_transfer_config", KVTransferConfig(**transfer))
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     # This process may have used it before, in another test.
@@ -44,7 +44,7 @@ def layout(config: VllmConfig, monkeypatch: pytest.MonkeyPatch, transfer: dict[s
     return get_kv_connector_cache_layout(config)
 
 
-def test_the_layout_is_asked_for_where_nobody_minds(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layout_is_asked_for_where_no_block_may_have_to_be_split(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain.cache_config, "block_size", 16)
     assert layout(plain, monkeypatch, KVRING) == "BLHNC"
     assert layout(plain, monkeypatch, KVRING | {"kv_connector_extra_config": {"kvring.layout": "none"}}) is None

@@ -71,13 +71,13 @@ def test_a_name_is_what_serve_takes() -> None:
         ({"kvring.layout": "BLHNC"}, 'kvring.layout: expected "auto" or "block-outermost" or "none"'),
     ],
 )
-def test_what_is_wrong_is_named(extra: dict[str, object], named: str) -> None:
+def test_a_wrong_option_is_named(extra: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError) as error:
         Config.parse(extra)
     assert named in str(error.value)
 
 
-def test_what_is_said_in_vain_is_named() -> None:
+def test_an_option_without_effect_is_named() -> None:
     extra = {
         "kvring.lookup": "async",
         "kvring.lookup_timeout_ms": 2,

@@ -1,4 +1,4 @@
-"""What files hold, by a digest: whatever differs makes another one, and nothing else does."""
+"""A digest of files: every difference in what they hold makes another one, and nothing else does."""
 
 import json
 import os
@@ -15,7 +15,7 @@ TENSOR = 8 * content.BLOCK
 
 @pytest.fixture
 def large(monkeypatch):
-    """As with checkpoints of many gigabytes: too large to be read whole."""
+    """Files of these tests are too large to be read whole, as checkpoints of many gigabytes are."""
     monkeypatch.setattr(content, "BLOCKS_MAX", 32)
 
 
@@ -31,7 +31,7 @@ def write(path: Path, tensors: dict[str, bytes]) -> Path:
 
 
 def checkpoint(folder: Path, other: int | None = None, count: int = 24) -> dict[str, Path]:
-    """Two files of tensors; `other`: this one of them is another one, of the same name, type and shape."""
+    """Two files of tensors; `other`: this tensor has another content, of the same name, type and shape."""
     folder.mkdir(exist_ok=True)
     tensors = [bytes([200 if index == other else index]) * TENSOR for index in range(count)]
     files = {}
@@ -42,14 +42,14 @@ def checkpoint(folder: Path, other: int | None = None, count: int = 24) -> dict[
 
 
 def test_checkpoints_that_differ_in_one_tensor_are_two(large, tmp_path) -> None:
-    """Also with equal names, sizes, headers and times of change: a mount that is filled anew, `rsync -t`."""
+    """Names, sizes, headers and times of change may be equal, as in a mount that is filled anew, or after `rsync -t`."""
     seen = {content.digest(checkpoint(tmp_path / "m", other)) for other in (None, *range(24))}
     assert len(seen) == 25
     before = (tmp_path / "m" / "model-0.safetensors").stat().st_size
     assert before > content.BLOCK * content.BLOCKS_MAX, "or it would be read whole"
 
 
-def test_what_is_small_is_read_whole(tmp_path) -> None:
+def test_small_files_are_read_whole(tmp_path) -> None:
     files = {"adapter_model.safetensors": write(tmp_path / "a", {"t": bytes(TENSOR)})}
     seen = set()
     for at in (0, 1, TENSOR // 3, TENSOR - 1):
@@ -79,7 +79,7 @@ def test_names_count_and_nothing_runs_together(tmp_path) -> None:
     assert len({content.digest(*pair) for pair in pairs}) == len(pairs)
 
 
-def test_of_more_tensors_than_are_read_those_are_spread_evenly(large, tmp_path) -> None:
+def test_of_too_many_tensors_some_are_read_that_are_spread_evenly(large, tmp_path) -> None:
     count = 4 * content.BLOCKS_MAX
     files = checkpoint(tmp_path / "m", count=count)
     found = content.digest(files)
@@ -127,7 +127,7 @@ def test_a_link_to_a_blob_is_known_by_the_blobs_name(tmp_path) -> None:
     found = content.digest(cached("a", "0" * 64))
     assert content.digest(cached("b", "0" * 64, b"not looked at")) == found
     assert content.digest(cached("a", "1" * 64)) != found
-    # Only what has the form of a digest is taken for one.
+    # Only a name that has the form of a digest is taken for one.
     assert content.digest(cached("a", "model", b"one")) != content.digest(cached("a", "model", b"two"))
     (tmp_path / "link").symlink_to(tmp_path / "a" / "blobs" / "model")
     assert content.digest({"n": tmp_path / "link"}) == content.digest({"n": tmp_path / "a" / "blobs" / "model"})
@@ -147,7 +147,7 @@ def test_a_link_to_a_blob_is_known_by_the_blobs_name(tmp_path) -> None:
         b"",
     ],
 )  # fmt: skip
-def test_what_is_no_safetensors_file_is_read_as_any_other(large, tmp_path, head) -> None:
+def test_a_broken_safetensors_file_is_read_as_any_other_file(large, tmp_path, head) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(head + bytes(64 * content.BLOCK))
     found = content.digest({path.name: path})
@@ -155,8 +155,8 @@ def test_what_is_no_safetensors_file_is_read_as_any_other(large, tmp_path, head)
     assert content.digest({path.name: path}) != found
 
 
-def test_headers_are_read_as_far_as_they_are_not_too_long(large, tmp_path, monkeypatch) -> None:
-    """Of a folder full of files each with a header of the format's limit, gigabytes would be parsed."""
+def test_no_more_bytes_of_headers_are_read_than_the_limit(large, tmp_path, monkeypatch) -> None:
+    """A folder may be full of files with headers of the format's limit: gigabytes would be parsed."""
     parsed: list[str] = []
     loads = json.loads
     monkeypatch.setattr(content.json, "loads", lambda data: parsed.append(data) or loads(data))
@@ -165,7 +165,7 @@ def test_headers_are_read_as_far_as_they_are_not_too_long(large, tmp_path, monke
     found = content.digest(files)
     assert 0 < sum(map(len, parsed)) <= 2000
     write(tmp_path / "59", {"t": bytes(TENSOR)})
-    assert content.digest(files) != found, "what comes later is read as any other"
+    assert content.digest(files) != found, "the files after the limit are read as any other"
 
 
 def test_the_size_of_a_checkpoint_does_not_matter(tmp_path) -> None:

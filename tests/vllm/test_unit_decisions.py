@@ -1,4 +1,4 @@
-"""What vLLM has decided, for a model or for a configuration, kvring does not overrule: it refuses, and says why."""
+"""kvring does not overrule what vLLM has decided for a model or a configuration: it refuses, and says why."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,7 @@ def judge(config: VllmConfig, *, groups: int = 1, windows: bool = False, loads: 
     check(Config(**options), config, geometry, loads=loads)  # type: ignore[arg-type]
 
 
-def test_what_a_user_has_switched_off_is_no_reason(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kvring_works_with_and_without_vllms_prefix_cache(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for enabled in (True, False):
         monkeypatch.setattr(plain.cache_config, "enable_prefix_caching", enabled)
         judge(plain)
@@ -74,7 +74,7 @@ def test_batch_invariance_without_vllms_cache_is_refused(plain: VllmConfig, monk
         judge(plain)
 
 
-def test_routed_experts_of_what_is_loaded_are_known_to_nobody(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routed_experts_cannot_be_returned_where_kv_is_loaded(plain: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain.aux_output_config, "enable_return_routed_experts", True)
     with pytest.raises(ConfigError, match="--enable-return-routed-experts"):
         judge(plain)

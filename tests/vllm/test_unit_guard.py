@@ -1,20 +1,18 @@
-"""Nothing that goes wrong inside is raised, and what vLLM would wait for is answered."""
+"""No error inside kvring is raised into vLLM, which gets an answer with which it goes on."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
+from harness.support import worker_side
 
 from kvring import DeviceError
 from kvring.vllm import guard
 from kvring.vllm.guard import fail_open
 from kvring.vllm.metadata import KvringMetadata, Load
-from kvring.vllm.stats import KvringStats
-from kvring.vllm.worker import WorkerSide
 
 
 class Connector:
-    """As the real one, in small."""
+    """A small connector with guarded methods."""
 
     errors = 0
 
@@ -34,7 +32,7 @@ class Connector:
         raise KeyboardInterrupt
 
 
-def test_answers_instead_of_raising(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_answered_and_told_once_for_each_kind(caplog: pytest.LogCaptureFixture) -> None:
     guard._told.clear()
     connector = Connector()
     assert connector.call(5) == 2 and connector.errors == 0
@@ -49,13 +47,13 @@ def test_answers_instead_of_raising(caplog: pytest.LogCaptureFixture) -> None:
     assert not any("Traceback" in line for line in told)
 
 
-def test_who_interrupts_interrupts() -> None:
+def test_an_interrupt_is_not_caught() -> None:
     with pytest.raises(KeyboardInterrupt):
         Connector().stopped()
 
 
 def test_every_method_that_vllm_calls_after_start_is_guarded() -> None:
-    """Or harmless by itself: those are listed here, with the reason in their own docstring."""
+    """The others are harmless by themselves: they are listed here, and their docstrings say why."""
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 
     from kvring.vllm import KvringConnector
@@ -71,7 +69,7 @@ def test_every_method_that_vllm_calls_after_start_is_guarded() -> None:
     assert unguarded == set()
 
 
-def test_what_must_end_vllm_ends_it() -> None:
+def test_a_lost_device_ends_vllm() -> None:
     """The one exception: a GPU that may still write into blocks which vLLM takes for its own."""
 
     class Lost(Connector):
@@ -84,23 +82,10 @@ def test_what_must_end_vllm_ends_it() -> None:
 
 
 @pytest.mark.parametrize("wait", [False, True])
-def test_a_load_that_may_still_write_is_not_reported_as_failed(wait: bool) -> None:
-    class Adapter:
-        def submit_load(self, *_: object, **__: object) -> int:
-            return 7
-
-        def wait_job(self, *_: object) -> bool:
-            raise DeviceError("lost")
-
-        get_finished = wait_job
-
-    side = WorkerSide.__new__(WorkerSide)
-    side.adapter, side.device, side.rank, side.stats = Adapter(), None, 0, KvringStats()
-    side.geometry = SimpleNamespace(shard_of=lambda rank: rank)
-    side._loads, side._stores, side._outcomes, side._writes_at_once = {}, {}, {}, False
-    side._received, side._failed, side._invalid_blocks, side._invalidates = set(), set(), set(), True
-    meta = KvringMetadata()
-    meta.loads.append(Load(job=1, request="r", tokens=16, wait=wait, shards=(b"x",), blocks=[1, 2]))
+def test_a_load_that_may_still_write_is_not_reported_as_failed(wait: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    side, recorder = worker_side(monkeypatch)
+    recorder.raises = dict.fromkeys(("wait", "finished"), DeviceError("lost"))
+    meta = KvringMetadata(loads=[Load(job=1, request="r", tokens=16, wait=wait, shards=(b"x",), blocks=[1, 2])])
     with pytest.raises(DeviceError):
         side.start_loads(meta)
         side.collect(meta)

@@ -1,4 +1,4 @@
-"""Engines and memory for the tests: an engine of its own for each test, or one for those that do it no harm."""
+"""Engines, adapters and memory for the tests, and what all of them do with these."""
 
 import ctypes
 import glob
@@ -14,7 +14,7 @@ import pytest
 import kvring
 from kvring import KvGroup
 
-# After this folder: its `conftest` is this one.
+# Behind this folder: `conftest` is this file, and not the one there.
 sys.path.append(str(pathlib.Path(__file__).parents[3] / "tests" / "vllm"))
 
 from waiting import FOREVER_MS, wait_for
@@ -80,7 +80,7 @@ def load(worker, shards, blocks, **more):
 
 
 def found(scheduler, request, wanted, chunks, every=1):
-    """The lookup that finds so many chunks: a machine that is busy may leave the first ones no time."""
+    """Looks up until so many chunks are found: on a busy machine the first answers may come too late."""
     hits = []
 
     def finds():

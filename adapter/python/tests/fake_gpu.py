@@ -31,7 +31,7 @@ def driver(tmp_path_factory):
 
 
 def with_driver(**settings):
-    """Runs the test in a process with the fake, set up so: `control.cpp` lists what there is."""
+    """Runs the test in a process with the fake, with these settings (`control.cpp` lists them)."""
 
     def decorate(test):
         @functools.wraps(test)
@@ -52,7 +52,7 @@ def with_driver(**settings):
 
 
 class Cuda:
-    """As torch would use the driver: the primary context of device 0, and a stream to compute on."""
+    """Uses the driver as torch does: the primary context of device 0, and a stream to compute on."""
 
     def __init__(self, device=0):
         self.library = ctypes.CDLL("libcuda.so.1")
@@ -78,7 +78,7 @@ class Cuda:
         return address.value
 
     def fill(self, address, size, seed, delay_us=0):
-        """As a kernel on the stream: later."""
+        """Fills this memory later, as a kernel on the stream."""
         stream, address, size = ctypes.c_void_p(self.stream), ctypes.c_uint64(address), ctypes.c_size_t(size)
         self.call("fake_cuda_fill", stream, address, size, ctypes.c_uint(seed), ctypes.c_uint(delay_us))
 

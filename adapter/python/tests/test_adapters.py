@@ -1,4 +1,4 @@
-"""Store, look up, load; groups and skipped pages; what is refused; what becomes of it all when the engine has trouble."""
+"""Stores, lookups and loads; groups and skipped pages; arguments that are refused; engines that die, hang or are missing."""
 
 import ctypes
 import gc
@@ -175,7 +175,7 @@ def test_an_engine_that_does_not_answer_costs_a_step_one_timeout(make, engine):
     after = scheduler.lookup_stats()
     assert after["timed_out"] > before["timed_out"]
     assert after["timed_out"] + after["degraded"] - before["timed_out"] - before["degraded"] == 50
-    # Nothing is asked of it while it is asleep; and it is used again when it is not.
+    # An engine that hangs is not asked, and is asked again when it goes on.
     os.kill(engine.pid, signal.SIGCONT)
     scheduler.begin_step()
     assert scheduler.lookup("r0", 0, chain).chunks == 0
@@ -198,7 +198,7 @@ def test_an_engine_that_is_killed_and_restarted_has_what_it_had(make, engine):
         scheduler.reset_cache()
     report = store(worker, keys("b", 1), [0])
     assert (report.done, report.failed) == (0, 1) and report.why
-    # What had been found is loaded while it is dead.
+    # A chunk that was found before is loaded while the engine is dead.
     assert load(worker, hit.shards(0, 0, 1), [3]).done == 1
     assert memory.read(3) == b"\7" * 4096
     engine.start()
@@ -230,7 +230,7 @@ def test_an_engine_of_another_release_is_no_error_and_the_log_says_what_came(cap
     with kvring.Engine(unique_name(), "64MiB", start_timeout_s=FOREVER_MS / 1000) as engine:
 
         def change_version(by):
-            """The ABI's version, in the superblock that is all a client has to go by."""
+            """Changes the ABI's version in the superblock, which a client reads before anything else."""
             with open(f"/dev/shm/kvring.{engine.name}.engine", "r+b") as segment:
                 segment.seek(8)
                 version = int.from_bytes(segment.read(4), "little") + by
@@ -297,7 +297,7 @@ def test_another_thread_runs_while_one_waits(make, engine):
     threads = [threading.Thread(target=lambda call=call: answers.append(call())) for call in calls]
     for thread in threads:
         thread.start()
-    # This one goes on meanwhile, and so do the calls that wait for nothing.
+    # This thread goes on meanwhile, and so do the calls that wait for nothing.
     for _ in range(1000):
         assert worker.get_finished() == [] and worker.shard_bytes == 4096
         scheduler.health(), worker.client_stats(), scheduler.is_healthy()
@@ -386,7 +386,7 @@ def test_a_forked_child_has_none_of_its_parents_adapters_and_may_have_its_own(ma
                     pass
             assert not scheduler.is_healthy() and not worker.is_healthy() and worker.get_finished() == []
             scheduler.shutdown(), worker.shutdown()
-            # Its own have a log of their own.
+            # Its own adapters have a log of their own.
             own = make.polling()
             found(own, "child", chain, 1)
             assert _logs._thread.is_alive() and _logs._pid == os.getpid()

@@ -47,12 +47,12 @@ class Cache:
         return b"".join(ctypes.string_at(address, size) for address, size in self.pieces(block))
 
     def write(self, block, seed):
-        """At once: nothing is under way."""
+        """Writes at once, while nothing is under way."""
         for address, size in self.pieces(block):
             ctypes.memmove(address, random.Random(f"{seed} {address}").randbytes(size), size)
 
     def compute(self, block, seed, delay_us):
-        """On the stream."""
+        """Writes later, on the stream."""
         for address, size in self.pieces(block):
             self.cuda.fill(address, size, seed, delay_us)
 
@@ -95,7 +95,7 @@ def test_what_is_stored_is_loaded(request, copy):
 
 
 def random_rounds(request, rounds):
-    """Stores of blocks that are still being computed, and loads into blocks that are still being written; the wrong rounds."""
+    """Stores blocks that are still being computed, and loads into blocks that are still being written; the wrong rounds."""
     cuda = Cuda()
     cache = Cache(cuda, "LBNHC")
     worker = on_gpu(request, cache, copy=MODES[1 + rounds % 3])
@@ -117,14 +117,14 @@ def random_rounds(request, rounds):
             continue
         seeds[number] = (key, seed)
         old, (key, seed) = rng.choice(sorted(seeds.items()))
-        # Its last owner writes until the load may.
+        # The block's last owner writes until the load may write.
         cache.compute(target, 98, rng.choice([0, 300, 1500]))
         request_id = f"{number} {old}"
         hit = found(scheduler, request_id, key, 1)
         report = load(worker, hit.shards(0, 0, 1), [target], stream=cuda.stream)
         scheduler.end_session(request_id)
         if report.done:
-            # The load is not what is looked at, where a write could follow it.
+            # Work that is on the stream must not follow the load and be looked at in its place.
             cuda.synchronize()
             if cache.read(target) != cache.computed(target, seed):
                 wrong.append(number)
@@ -173,13 +173,13 @@ def test_memory_that_is_not_the_devices_is_refused(request):
     group = KvGroup(16, 1, [(ctypes.addressof(host), (16, 4096), (4096, 1), 1)])
     with pytest.raises(kvring.LayoutError, match=r"of device 0's memory .* got"):
         worker.register_kv_caches([group], owner=host, device=0)
-    # Beyond the allocation.
+    # A cache that reaches beyond its allocation.
     group = KvGroup(16, 1, [(cache.address, (16, 4096), (1 << 20, 1), 1)])
     with pytest.raises(kvring.LayoutError, match="got an allocation that ends at"):
         worker.register_kv_caches([group], device=0)
     with pytest.raises((OverflowError, TypeError)):
         worker.register_kv_caches([cache.group()], device=-1)
-    # None of this is in the way of a right one, nor is host memory.
+    # After all of these a right cache is still taken.
     worker.register_kv_caches([cache.group()], device=0)
     assert worker.shard_bytes == SIZES["L"] * SIZES["H"] * SIZES["N"] * SIZES["C"]
 
@@ -216,14 +216,14 @@ def test_where_there_is_no_driver_a_gpus_memory_is_refused(make):
     worker = make.worker()
     with pytest.raises(kvring.LayoutError, match=r"no CUDA driver here: libcuda\.so\.1"):
         worker.register_kv_caches([group], owner=memory, device=0)
-    # A stream is nothing to host memory.
+    # Copies of host memory have no use for a stream.
     worker.register_kv_caches([group], owner=memory)
     assert store(worker, keys("a", 1), [0], stream=0xDEAD).done == 1
 
 
 @with_driver()
 def test_a_load_whose_end_the_driver_does_not_tell_ends_its_worker(request):
-    """For half a minute: then the GPU may still write into its blocks, and nobody may go on to compute from them."""
+    """The GPU may still write into its blocks then, so vLLM must not go on to compute from them."""
     cuda = Cuda()
     cache = Cache(cuda)
     worker = on_gpu(request, cache)

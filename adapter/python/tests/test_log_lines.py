@@ -1,4 +1,4 @@
-"""Every line that reaches vLLM's log, read in the sources: it speaks to somebody who runs vLLM and knows kvring from its README.
+"""Every line that reaches vLLM's log, read in the sources. Its readers run vLLM, and know kvring from its README.
 
 `kvring._logs` makes each line name kvring, and ruff refuses other loggers. This file is about what the lines say.
 """
@@ -47,7 +47,7 @@ def _arguments(text, start):
 
 
 def _in_rust(pattern, roots=RUST):
-    """Where, and the arguments, of every macro or attribute that begins so, tests excepted."""
+    """The place and the arguments of every macro or attribute that begins so, but for those in tests."""
     for path in sorted(path for root in roots for path in root.rglob("*.rs")):
         text = path.read_text().split("#[cfg(test)]")[0]
         for found in pattern.finditer(text):
@@ -56,7 +56,7 @@ def _in_rust(pattern, roots=RUST):
 
 
 def _in_python():
-    """Where, the level and the message of every call of a logger."""
+    """The place, the level and the message of every call of a logger."""
     for path in sorted(PYTHON.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -73,11 +73,11 @@ def _in_python():
 LINES = {where: " ".join(_literals(arguments)) for where, arguments in _in_rust(_MACRO)}
 """The adapters' lines from `info` on: others never reach vLLM's log."""
 REASONS = {where: " ".join(_literals(text)) for where, text in _in_rust(_ERROR) if "transparent" not in text}
-"""Why something failed: these are the values in those lines."""
+"""The texts of errors: values in those lines."""
 SHOWN = {
     where: text for where, text in REASONS.items() if where.startswith(("adapter/src/error.rs", "adapter/src/worker/report.rs"))
 }
-"""Those of them that lines show at any time."""
+"""Errors that lines show while vLLM serves."""
 CALLS = {where: text for where, level, text in _in_python() if level != "debug"}
 
 

@@ -17,16 +17,16 @@ class Raised(Exception):
 
 @dataclass
 class Asked:
-    """What a connector has answered so far in this admission."""
+    """The connector's answers so far in this admission."""
 
     hit: int | None = None
-    """The external hit in tokens, where an answer has told it."""
+    """The external hit in tokens, if an answer has told it."""
     at_most: int | None = None
-    """Otherwise: it is no longer than the local hits for which the answer was 0."""
+    """If not: the hit is no longer than this local hit, for which the answer was 0."""
     last: tuple[int, bool] = (0, False)
     local: int = 0
     expected: int | None = None
-    """What the first lookup of this admission had to find."""
+    """The tokens that the first lookup of this admission had to find."""
 
 
 class CallMonitor:
@@ -57,7 +57,7 @@ class CallMonitor:
         self.no_expectation: set[str] = set()
         """Requests whose load has failed: the connector may rightly answer 0 from now on."""
         self.short: set[str] = set()
-        """Requests for which a lookup has found too little: said once."""
+        """Requests for which a lookup has found too little: each is blamed once."""
         self.salt: Callable[[str], bytes | None] = lambda request: None
         self._lookup = connector.get_num_new_matched_tokens
         self._alloc = connector.update_state_after_alloc
@@ -67,7 +67,7 @@ class CallMonitor:
             setattr(connector, name, self._wrap(name, getattr(connector, name)))
 
     def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a connector's function; nothing may come out of it but its result."""
+        """Runs a connector's function, which must not raise."""
         start = time.perf_counter()
         try:
             return function(*arguments)
@@ -135,7 +135,7 @@ class CallMonitor:
             self.short.add(name)
 
     def cache_was_reset(self) -> None:
-        """Who waits may be told that there is nothing any more, or keep what it was promised."""
+        """A request that waits may be told that there is nothing any more, or keep what it was promised."""
         for asked in self.asked.values():
             asked.hit = asked.at_most = None
             asked.expected = 0
@@ -145,8 +145,8 @@ class CallMonitor:
         if not self.strict or name in self.no_expectation or ledger.requests[name].skip_reading_prefix_cache:
             return 0
         chunk = 0
-        while (key := ledger.chunk_key(name, chunk)) is not None:
-            step = ledger.stored.get(key)
+        while keys := ledger.chunk_keys(name, chunk):
+            step = ledger.stored.get(keys[-1])
             if step is None or step + self.slack > ledger.step:
                 break
             chunk += 1

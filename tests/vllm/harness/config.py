@@ -7,6 +7,7 @@ of a real engine.
 
 import copy
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -31,10 +32,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 VOCAB = 997
 
+# vLLM logs every failed load as an error: in the harness they are wanted.
+logging.getLogger("vllm").setLevel(logging.CRITICAL)
+
 
 @dataclass
 class Setup:
-    """What a scenario needs to know to build an engine."""
+    """The options of an engine."""
 
     connector: str
     connector_module: str
@@ -46,7 +50,7 @@ class Setup:
     window: int | None = None
     """Tokens of the sliding window of a KV group; None: there is full attention only."""
     full: bool = True
-    """Has it a KV group of full attention, too?"""
+    """Is there a KV group of full attention?"""
     tp: int = 1
     replicas: int = 1
     layout: str = "LBHNC"
@@ -59,7 +63,7 @@ class Setup:
     v2_runner: bool = False
     async_scheduling: bool = False
     nonce: str = ""
-    """Part of the model's configuration: no two scenarios are the same model, so none finds another one's KV."""
+    """Part of the model's configuration: each scenario has another model, so none finds another one's KV."""
 
 
 @cache
@@ -159,7 +163,7 @@ class Engine:
 
 
 def engine(setup: Setup) -> Engine:
-    """What `EngineCore._initialize_kv_caches` does, without an executor."""
+    """As `EngineCore._initialize_kv_caches` makes them, without an executor."""
     config = vllm_config(setup)
     specs = layer_specs(setup)
     kv_configs = get_kv_cache_configs(config, [dict(specs) for _ in range(setup.tp)], [1 << 28] * setup.tp)

@@ -32,7 +32,7 @@ from .worker import FakeWorker
 
 @dataclass
 class Wanted:
-    """A request, and what must come out of it."""
+    """A request, and what has come of it so far."""
 
     request_id: str
     prompt: list[int]
@@ -63,9 +63,9 @@ class Plug:
     slack: int = 0
     """Steps from the report of a store until lookups must find it."""
     idle_s: float = 0.0
-    """How long an empty step takes: jobs need time to run in."""
+    """How long a step without work sleeps, so that the threads of jobs get a core."""
     salt: Callable[[Any, str], bytes | None] = lambda connector, request: None
-    """Of a scheduler-side connector: what it adds to the keys of a request, beside vLLM's hash."""
+    """The salt with which a scheduler-side connector changes the keys of a request."""
     salted: Callable[[bytes, bytes | None], bytes] = lambda key, salt: key
     loaded: Callable[[Any, LoRARequest], None] = lambda connector, lora: None
     """Tells a worker-side connector that vLLM has loaded an adapter."""
@@ -157,9 +157,9 @@ class Harness:
         self.hasher = get_request_block_hasher(engine.hash_block_size, self.hash_fn)
         self.in_flight: deque[tuple[SchedulerOutput, Snapshot, Done | None]] = deque()
         self.garbage: dict[int, int] = {}
-        """Blocks whose content comes from a synchronous load that failed -> generation (see `_judge_reads`)."""
+        """The generation of each block whose content comes from a synchronous load that failed (see `_judge_reads`)."""
         self.spoilt: set[str] = set()
-        """Requests that have read wrong KV: what follows from it needs no further line."""
+        """Requests that have read wrong KV: each is blamed once."""
         self.excused = False
         self.arrivals = 0
         self.stuck = False
@@ -167,7 +167,7 @@ class Harness:
         self.last_was_empty = False
         self.standstill = 0
         self.half_reset = False
-        """The connector was reset and vLLM was not: what is stored from then on is forgotten when vLLM is, too."""
+        """The connector was reset and vLLM was not. When vLLM is reset, the connector forgets what it stored meanwhile."""
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Harness:
                 self.ledger.blame("P3", text)
 
     def _judge_reports(self, result: ModelRunnerOutput) -> None:
-        """P0: what is reported as received or sent, vLLM waits for; anything else it answers with an assertion."""
+        """P0: only requests that vLLM waits for may be reported as received or sent: it asserts that."""
         output = result.kv_connector_output
         if output is None:
             return
@@ -374,8 +374,8 @@ class Harness:
         return not self.in_flight and not self.scheduler.has_requests()
 
     def run(self, limit: int, each: Callable[[], None] | None = None, patience: int = 10_000) -> None:
-        """Until everything is done; P0 if that takes too many steps that do something, or too many in a row that do not:
-        each of these gives way for a moment to whoever has a job to do."""
+        """Steps until everything is done. Too many steps with work are a violation of P0, and so are too many without work in a
+        row, each of which gives way for a moment to the threads of jobs."""
         busy, empty = 0, 0
         while not self.idle():
             if each is not None:

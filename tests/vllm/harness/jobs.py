@@ -29,7 +29,7 @@ class Finished:
 
 @dataclass
 class Faults:
-    """What goes wrong, and how often; the same dice for every run of a seed."""
+    """The mishaps of a scenario, and how likely each is."""
 
     hold: float = 0.0
     """Chance that a job is held for some steps."""
@@ -40,7 +40,7 @@ class Faults:
     fail_rank: int | None = None
     """Only on this rank."""
     budget: int = 1 << 30
-    """Failures in all: a load that always fails must still not stop anything, but is another scenario."""
+    """The number of failures in a scenario, at most."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class RecordingWorkerAdapter:
         self._next = 1
         self._held: dict[int, _Held] = {}
         self._ours: dict[int, int] = {}
-        """The adapter's number of a job -> ours."""
+        """Our number of a job, by the adapter's."""
         self._theirs: dict[int, int] = {}
         self._ended: list[Finished] = []
         self._bad_blocks: list[int] = []
@@ -99,8 +99,7 @@ class RecordingWorkerAdapter:
         if self._fails(self._faults.fail_store):
             self._ledger.count("failed_stores")
             self._ended.append(Finished(job, request, True, failed=len(keys), why={"injected": len(keys)}))
-            # The others must not publish: tell the engine so, as the real adapter would. An unknown layout of keys has no
-            # better way than to store nothing on this rank; the round is never complete.
+            # This rank stores nothing, so the round is never complete.
             return job
         self._submit(job, True, request, lambda: self._inner.submit_store(request, round, keys, blocks, parent, **stream))
         return job
@@ -171,19 +170,8 @@ class RecordingWorkerAdapter:
                 self._ledger.blame("harness", f"the adapter reported an unknown job {theirs.job}")
                 continue
             self._theirs.pop(job, None)
-            ended.append(
-                Finished(
-                    job,
-                    theirs.request,
-                    theirs.is_store,
-                    theirs.done,
-                    theirs.skipped,
-                    theirs.failed,
-                    dict(theirs.why),
-                    theirs.bytes,
-                    theirs.seconds,
-                )
-            )
+            same = ("request", "is_store", "done", "skipped", "failed", "why", "bytes", "seconds")
+            ended.append(Finished(job, **{name: getattr(theirs, name) for name in same}))
         for one in ended:
             self._ledger.finished(self._rank, one.job, not one.failed and not one.skipped, one.failed > 0)
             if one.failed and "injected" not in one.why:

@@ -1,4 +1,4 @@
-"""Who owns which block when, and what the connector does with it: obligations P1, P2 and the load half of P3.
+"""Which request owns which block when, and what the connector does with it: obligations P1, P2 and the load half of P3.
 
 Nothing here needs the connector's help. Ownership comes from vLLM's block pool and block tables, jobs from the calls that
 the connector's worker side makes (`jobs.py`). A block that the pool hands out again is another block: it gets a new
@@ -44,12 +44,12 @@ class Admission:
     stored_to: dict[int, int] = field(default_factory=dict)
     """The chunk up to which stores were submitted, by rank."""
     again: int | None = None
-    """The first chunk of those whose store has failed on some rank: from there on they may be stored again."""
+    """The first chunk whose store has failed on some rank: from there on chunks may be stored again."""
 
 
 @dataclass
 class Snapshot:
-    """What held when a step was scheduled: with asynchronous scheduling the worker runs it later."""
+    """The state when a step was scheduled: with asynchronous scheduling the worker runs the step later."""
 
     step: int
     tables: dict[str, tuple[list[int], ...]]
@@ -58,7 +58,7 @@ class Snapshot:
     """Blocks handed out for this step."""
     owned: set[int]
     history: dict[str, list[dict[int, tuple[int, int]]]]
-    """Of each request and group: block index -> (block id, generation), in this admission; also of blocks freed since."""
+    """For each request and group: the (block id, generation) by block index, in this admission; also of blocks freed since."""
     admissions: dict[str, Admission]
 
 
@@ -71,15 +71,13 @@ class Job:
     request: str
     is_store: bool
     sources: list[tuple[int, int]]
-    """(block id, generation): what it reads or writes."""
+    """The (block id, generation) of each block that it reads or writes."""
     step: int
     first: int = 0
     """Of a store: its first chunk."""
     admission: Admission | None = None
     round: tuple[int, int] = (0, 0)
     keys: list[bytes] = field(default_factory=list)
-    pages: list[tuple[int, int, int]] = field(default_factory=list)
-    """Of a load: (group, block index, block id)."""
     flushed: bool = False
     blamed: bool = False
 
@@ -176,25 +174,19 @@ class Ledger:
 
     # -- what the connector's worker side does -------------------------------------------------------------------------
 
-    def chunk_key(self, request: str, chunk: int) -> bytes | None:
-        """The key of a request's chunk: the hash of its last block, changed by what the connector adds to it just now."""
-        index = (chunk + 1) * self.chunk_blocks - 1
-        hashes = self.requests[request].block_hashes
-        if index >= len(hashes):
-            return None
-        return self.salted(bytes(hashes[index]), self.salts.get(request, [None])[-1])[:KEY_BYTES]
+    def chunk_keys(self, request: str, chunk: int) -> list[bytes]:
+        """The keys of a request's chunk, those of earlier admissions first: the hash of its last block, changed by what the
+        connector adds to it. None for a chunk that is not complete."""
+        last = self.requests[request].block_hashes[(chunk + 1) * self.chunk_blocks - 1 :][:1]
+        salts = self.salts.get(request, [None])
+        return [self.salted(bytes(value), salt)[:KEY_BYTES] for value in last for salt in salts]
 
     def is_key(self, request: str, chunk: int, key: bytes) -> bool:
         """Is this the key of that chunk, now or in an earlier admission?"""
-        index = (chunk + 1) * self.chunk_blocks - 1
-        hashes = self.requests[request].block_hashes
-        if index >= len(hashes):
-            return False
-        salts = self.salts.get(request, [None])
-        return any(self.salted(bytes(hashes[index]), salt)[:KEY_BYTES] == key[:KEY_BYTES] for salt in salts)
+        return key[:KEY_BYTES] in self.chunk_keys(request, chunk)
 
     def learn_salt(self, request: str, salt: bytes | None) -> None:
-        """What the connector adds to the keys of this request."""
+        """The connector changes this request's keys by this salt from now on."""
         known = self.salts.setdefault(request, [salt])
         if known[-1] != salt:
             known.append(salt)
@@ -229,7 +221,8 @@ class Ledger:
         stop = first + len(keys)
         if stop * self.chunk_tokens > computed:
             self.blame("P1", f"{where}: up to token {stop * self.chunk_tokens}, but {computed} are computed")
-        known = (str(request), tuple(key[:KEY_BYTES] for key in keys), tuple(blocks))
+        keys = [key[:KEY_BYTES] for key in keys]
+        known = (str(request), tuple(keys), tuple(blocks))
         if self._rounds.setdefault(round_, known) != known:
             self.blame("P1", f"{where}: round {round_} is something else on another rank")
         admission = now.admissions.get(request)
@@ -240,24 +233,19 @@ class Ledger:
             admission.stored_to[rank] = stop
         sources = []
         history = now.history.get(request, [{} for _ in range(self.groups)])
-        for offset in range(len(keys)):
-            for group in range(self.groups):
-                for inner in range(self.chunk_blocks):
-                    block = blocks[(offset * self.groups + group) * self.chunk_blocks + inner]
-                    index = (first + offset) * self.chunk_blocks + inner
-                    want, gen = history[group].get(index, (None, -1))
-                    at = f"{where}: group {group}, tokens from {index * self.block_size}"
-                    if block == 0:
-                        self.blame("P1", f"{at}: the null block")
-                    elif block != want:
-                        self.blame("P1", f"{at}: block {block}, but the block manager has {want}")
-                    elif now.gens[block] != gen and block in now.owned:
-                        self.blame("P2", f"{at}: block {block} has been given away before the store began")
-                    sources.append((block, gen if block == want else now.gens[block]))
+        for group, index, block in self._places(first, blocks):
+            want, gen = history[group].get(index, (None, -1))
+            at = f"{where}: group {group}, tokens from {index * self.block_size}"
+            if block == 0:
+                self.blame("P1", f"{at}: the null block")
+            elif block != want:
+                self.blame("P1", f"{at}: block {block}, but the block manager has {want}")
+            elif now.gens[block] != gen and block in now.owned:
+                self.blame("P2", f"{at}: block {block} has been given away before the store began")
+            sources.append((block, gen if block == want else now.gens[block]))
         self.count("stores")
         self.count("stored_chunks", len(keys))
         self.note(f"rank {rank} store {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
-        keys = [key[:KEY_BYTES] for key in keys]
         self.open[rank, job] = Job(rank, job, request, True, sources, self.step, first, admission, round_, keys)
 
     def load(self, rank: int, job: int, request: str, blocks: Sequence[int]) -> None:
@@ -280,36 +268,30 @@ class Ledger:
             return self.blame("P1", f"{where}: {len(blocks)} blocks")
         if first * self.chunk_tokens > admission.local:
             self.blame("P1", f"{where}: from token {first * self.chunk_tokens}, but vLLM has only {admission.local}")
-        sources, pages = [], []
-        for offset in range(stop - first):
-            for group in range(self.groups):
-                for inner in range(self.chunk_blocks):
-                    block = blocks[(offset * self.groups + group) * self.chunk_blocks + inner]
-                    index = (first + offset) * self.chunk_blocks + inner
-                    begin = index * self.block_size
-                    want = table[group][index] if index < len(table[group]) else 0
-                    at = f"{where}: group {group}, tokens from {begin}"
-                    if begin + self.block_size <= admission.local:
-                        if block != self.skip:
-                            self.blame("P1", f"{at}: vLLM holds them already, block {block} would be overwritten")
-                    elif block == 0:
-                        self.blame("P1", f"{at}: into the null block")
-                    elif block == self.skip:
-                        if want and begin < hit:
-                            self.blame("P1", f"{at}: left out, but they belong to the hit of {hit}")
-                    elif block != want or begin >= hit:
-                        self.blame("P1", f"{at}: into block {block}, but the block manager has {want} (hit {hit})")
-                    if block not in (0, self.skip):
-                        sources.append((block, now.gens[block]))
-                        pages.append((group, index, block))
+        sources = []
+        for group, index, block in self._places(first, blocks):
+            begin = index * self.block_size
+            want = table[group][index] if index < len(table[group]) else 0
+            at = f"{where}: group {group}, tokens from {begin}"
+            if begin + self.block_size <= admission.local:
+                if block != self.skip:
+                    self.blame("P1", f"{at}: vLLM holds them already, block {block} would be overwritten")
+            elif block == 0:
+                self.blame("P1", f"{at}: into the null block")
+            elif block == self.skip:
+                if want and begin < hit:
+                    self.blame("P1", f"{at}: left out, but they belong to the hit of {hit}")
+            elif block != want or begin >= hit:
+                self.blame("P1", f"{at}: into block {block}, but the block manager has {want} (hit {hit})")
+            if block not in (0, self.skip):
+                sources.append((block, now.gens[block]))
         self.count("loads")
-        self.count("loaded_pages", len(pages))
         self.note(f"rank {rank} load {job} {request} chunks {first}..{stop} blocks {list(blocks)}")
-        self.open[rank, job] = Job(rank, job, request, False, sources, self.step, pages=pages)
+        self.open[rank, job] = Job(rank, job, request, False, sources, self.step)
 
     def finished(self, rank: int, job: int, complete: bool, failed: bool) -> None:
-        """The connector has learned that a job has ended. `complete`: a store has written all of its chunks itself; of one
-        that somebody else is storing nobody knows whether it will ever be there."""
+        """The connector has learned that a job has ended. `complete`: a store has written all of its chunks itself. (A chunk that
+        another vLLM is storing may never be there.)"""
         record = self.open.pop((rank, job), None)
         if failed and record is not None and record.admission is not None:
             again = record.admission.again
@@ -357,10 +339,17 @@ class Ledger:
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _find(self, request: str, key: bytes) -> int | None:
-        for chunk in range(len(self.requests[request].block_hashes) // self.chunk_blocks):
-            if self.is_key(request, chunk, key):
-                return chunk
-        return None
+        chunks = range(len(self.requests[request].block_hashes) // self.chunk_blocks)
+        return next((chunk for chunk in chunks if self.is_key(request, chunk, key)), None)
+
+    def _places(self, first: int, blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(group, index in its block table, block) of the blocks of chunks from `first` on."""
+        per_group, made = self.chunk_blocks, []
+        for at, block in enumerate(blocks):
+            chunk, place = divmod(at, self.groups * per_group)
+            group, inner = divmod(place, per_group)
+            made.append((group, (first + chunk) * per_group + inner, block))
+        return made
 
     def blame(self, rule: str, text: str) -> None:
         """Records a violation."""

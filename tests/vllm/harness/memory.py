@@ -9,7 +9,7 @@ from .model import POISON
 
 
 def allocate(size: int) -> torch.Tensor:
-    """Tests with a GPU's memory put something else here, and for `given`."""
+    """The memory of a cache. Tests with a GPU's memory replace this function, and `given`."""
     return torch.empty(size, dtype=torch.int8)
 
 

@@ -13,7 +13,7 @@ MASK = (1 << 64) - 1
 TAINT = np.uint64(0x5555_0000_5555_0000)
 """Flips bytes that were computed from wrong KV: wrong KV must spread as it does in a real model."""
 POISON = 0xEE
-"""Fills a block that has got a new owner: whoever still reads the old content, reads this."""
+"""Fills a block that has got a new owner. A reader that still expects the old content gets this."""
 POISON_WORD = np.uint64(0xEEEE_EEEE_EEEE_EEEE)
 
 
@@ -50,12 +50,12 @@ def kv(hashes: "np.ndarray | list[int]", layer: int, rank: int) -> np.ndarray:
 
 
 def next_token(last: int) -> int:
-    """What follows: greedy, so to speak. Never a token that ends anything."""
+    """The next token. None of them ends an answer."""
     return 3 + (last >> 24) % (VOCAB - 3)
 
 
 def expected_output(prompt: list[int], count: int, seed: int) -> list[int]:
-    """What a request must answer."""
+    """The right answer to a request."""
     hashes: list[int] = []
     extend(hashes, seed, prompt)
     output = []

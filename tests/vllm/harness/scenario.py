@@ -4,8 +4,10 @@ import itertools
 import os
 import random
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from . import config as configs
@@ -34,7 +36,7 @@ class Target:
 
 @dataclass
 class Report:
-    """What came of a scenario."""
+    """The result of a scenario."""
 
     seed: int
     choices: dict[str, Any]
@@ -158,30 +160,14 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         connector_module=target.module,
         extra=target.extra(choices),
         num_blocks=least + choices["slack_blocks"],
-        max_model_len=choices["max_model_len"],
-        window=choices["window"],
         full=choices["window"] is None or not choices["only_windows"],
         tp=tp,
         replicas=replicas,
-        layout=choices["layout"],
-        prefix_caching=choices["prefix_caching"],
-        policy=choices["policy"],
-        max_batched=choices["max_batched"],
-        max_seqs=choices["max_seqs"],
-        long_prefill=choices["long_prefill"],
-        failure_policy=choices["failure_policy"],
-        v2_runner=choices["v2_runner"],
-        async_scheduling=choices["async_scheduling"],
         nonce=f"{os.getpid()}-{next(_runs)}",
+        **{one.name: choices[one.name] for one in fields(configs.Setup) if one.name in choices},
     )
     engine_faults = choices["kill_at"] is not None and target.kill is not None
-    faults = Faults(
-        hold=choices["hold"],
-        fail_load=choices["fail_load"],
-        fail_store=choices["fail_store"],
-        fail_rank=choices["fail_rank"],
-        budget=6,
-    )
+    faults = Faults(**{name: choices[name] for name in ("hold", "fail_load", "fail_store", "fail_rank")}, budget=6)
     harness = Harness(
         setup,
         target.plug,
@@ -200,11 +186,7 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
     except Raised:
         pass
     except Exception as error:
-        where = error.__traceback__
-        while where is not None and where.tb_next is not None:
-            where = where.tb_next
-        line = f"{where.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{where.tb_lineno}" if where else ""
-        harness.ledger.blame("died", f"{type(error).__name__}: {error} ({line})")
+        harness.ledger.blame("died", told(error))
     finally:
         try:
             harness.shutdown()
@@ -220,6 +202,56 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
     report.log = harness.ledger.log
     report.seconds = time.perf_counter() - start
     return report
+
+
+PLAIN: dict[str, Any] = {"theme": "plain", "aborts": 0.0, "resets": False, "fail_load": 0.0}
+"""Overrides: no mishaps."""
+LOADS_FAIL: dict[str, Any] = PLAIN | {"theme": "fail", "fail_load": 0.5, "failure_policy": "recompute"}
+ONE_WINDOW_FAILS: dict[str, Any] = LOADS_FAIL | {
+    "window": 9, "only_windows": True, "chunk_blocks": 1, "fail_rank": None, "hold": 0.7,
+}  # fmt: skip
+"""Loads fail, of a model whose only KV group is a window."""
+ONE_RANK_FAILS: dict[str, Any] = LOADS_FAIL | {
+    "window": None, "load": "sync", "fail_rank": 1, "parallel": (2, 1), "prefix_caching": False, "async_scheduling": False,
+    "max_batched": 48, "policy": "fcfs", "hold": 0.0,
+}  # fmt: skip
+"""Synchronous loads fail, on one of two ranks."""
+
+
+def passes(
+    target: Callable[[], Target], seeds: range, overrides: Mapping[str, Any] | None = None, *, show: bool = False
+) -> Counter[str]:
+    """In no seed's scenario an obligation is broken; the counters of all of them. `show`: prints the step logs."""
+    totals: Counter[str] = Counter()
+    failed = []
+    for seed in seeds:
+        report = run_scenario(target(), seed, overrides)
+        totals.update(report.counters)
+        if show:
+            print("\n".join(report.log))
+        if report.violations:
+            failed.append(report)
+    print(f"{seeds}: {dict(totals)}")
+    assert not failed, "\n\n".join(map(str, failed[:3])) + f"\n\nseeds {[one.seed for one in failed]}"
+    return totals
+
+
+def is_caught(target: Callable[[], Target], overrides: Mapping[str, Any], rules: set[str]) -> None:
+    """In one of 40 seeds' scenarios these obligations are broken."""
+    seen: set[str] = set()
+    for seed in range(40):
+        report = run_scenario(target(), seed, overrides)
+        seen |= report.rules
+        if rules <= report.rules:
+            return
+    raise AssertionError(f"not caught as {sorted(rules)} in 40 seeds, only as {sorted(seen)}")
+
+
+def told(error: Exception) -> str:
+    """An error, and where it came from, the innermost frame first."""
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    where = " < ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def _drive(harness: Harness, target: Target, dice: random.Random, choices: Mapping[str, Any], engine_faults: bool) -> None:

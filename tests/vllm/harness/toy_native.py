@@ -14,8 +14,10 @@ class ToyEngine:
     """Chunks by key, for all ranks; visible when every writer has written and the scheduler side has agreed."""
 
     writers: int
-    visible: dict[bytes, dict[int, bytes]] = field(default_factory=dict)
-    rounds: dict[tuple[int, int], dict[int, dict[bytes, bytes]]] = field(default_factory=dict)
+    visible: dict[bytes, dict[int, list[Any]]] = field(default_factory=dict)
+    """By key and shard: the pages of a chunk."""
+    rounds: dict[tuple[int, int], dict[int, dict[bytes, list[Any]]]] = field(default_factory=dict)
+    """By round, shard and key: the pages of chunks that no lookup finds yet."""
 
     def commit(self, round_: tuple[int, int]) -> None:
         """Publishes a round that is complete."""
@@ -24,28 +26,23 @@ class ToyEngine:
             for key in next(iter(ranks.values())):
                 self.visible.setdefault(key, {rank: chunks[key] for rank, chunks in ranks.items()})
 
-    def drop(self, round_: tuple[int, int]) -> None:
-        """Forgets a round."""
-        self.rounds.pop(round_, None)
-
 
 ENGINES: dict[str, ToyEngine] = {}
 
 
 @dataclass
 class ToyHit:
-    """As `kvring.Hit`."""
+    """As `kvring.Hit`: the longest visible prefix."""
 
     keys: list[bytes]
 
     @property
     def chunks(self) -> int:
-        """The longest visible prefix."""
         return len(self.keys)
 
     def shards(self, rank: int, start: int, stop: int) -> bytes:
         """Opaque: the keys."""
-        return b"".join(key[:16] for key in self.keys[start:stop])
+        return b"".join(self.keys[start:stop])
 
 
 class ToyLookups:
@@ -65,76 +62,53 @@ class ToyLookups:
         return known[1]
 
     def end_session(self, request: str) -> None:
-        """Forgets it."""
         self.sessions.pop(request, None)
 
     def open_sessions(self) -> int:
-        """How many there are."""
         return len(self.sessions)
-
-    def reset_cache(self) -> int:
-        """Everything is gone."""
-        count = len(self.engine.visible)
-        self.engine.visible.clear()
-        return count
 
 
 class ToyWorkerAdapter:
     """As `kvring.WorkerAdapter`: copies at once, reports later."""
 
-    def __init__(self, engine: ToyEngine, shard: int, writer: bool) -> None:
+    def __init__(self, engine: ToyEngine, shard: int) -> None:
         self.engine = engine
         self.shard = shard
-        self.writer = writer
-        self.views: list[list[Any]] = []
-        """Of each group: the tensors of its layers."""
-        self.chunk_blocks = 1
+        self._layers: list[list[Any]] = []
+        """For each block of a chunk: the tensors of its group's layers."""
         self._next = 1
         self._ended: list[Finished] = []
         self._bad: list[int] = []
+
+    def register(self, layers: list[list[Any]]) -> None:
+        self._layers = layers
 
     def submit_store(
         self, request: str, round: tuple[int, int], keys: list[bytes], blocks: list[int], parent: bytes | None = None
     ) -> int:
         """Copies the blocks."""
-        per_chunk = self.chunk_blocks * len(self.views)
-        chunks = {}
-        for index, key in enumerate(keys):
-            data = b""
-            for group, layers in enumerate(self.views):
-                for inner in range(self.chunk_blocks):
-                    block = blocks[index * per_chunk + group * self.chunk_blocks + inner]
-                    data += b"".join(layer[block].contiguous().numpy().tobytes() for layer in layers)
-            chunks[key[:16]] = data
-        self.engine.rounds.setdefault(round, {})[self.shard] = chunks
+        self.engine.rounds.setdefault(round, {})[self.shard] = {
+            key[:16]: [layer[block].clone() for block, layer in self._pages(blocks, index)] for index, key in enumerate(keys)
+        }
         return self._end(request, True, done=len(keys))
 
     def submit_load(self, request: str, shards: bytes, blocks: list[int]) -> int:
         """Copies back."""
-        import numpy as np
-        import torch
-
-        keys = [shards[at : at + 16] for at in range(0, len(shards), 16)]
-        per_chunk = self.chunk_blocks * len(self.views)
         failed = 0
-        for index, key in enumerate(keys):
-            mine = blocks[index * per_chunk : (index + 1) * per_chunk]
-            data = self.engine.visible.get(key, {}).get(self.shard)
-            if data is None:
-                failed += 1
-                self._bad += [block for block in mine if block != SKIP]
-                continue
-            at = 0
-            for group, layers in enumerate(self.views):
-                for inner in range(self.chunk_blocks):
-                    block = mine[group * self.chunk_blocks + inner]
-                    for layer in layers:
-                        size = layer[0].numel() * layer.element_size()
-                        if block != SKIP:
-                            page = np.frombuffer(data[at : at + size], dtype=np.float32)
-                            layer[block] = torch.from_numpy(page.copy()).view(layer[block].shape)
-                        at += size
-        return self._end(request, False, done=len(keys) - failed, failed=failed)
+        for index, at in enumerate(range(0, len(shards), 16)):
+            stored = self.engine.visible.get(shards[at : at + 16], {}).get(self.shard)
+            failed += stored is None
+            for number, (block, layer) in enumerate(self._pages(blocks, index)):
+                if block != SKIP and stored is None:
+                    self._bad.append(block)
+                elif block != SKIP and stored is not None:
+                    layer[block].copy_(stored[number])
+        return self._end(request, False, done=len(shards) // 16 - failed, failed=failed)
+
+    def _pages(self, blocks: list[int], chunk: int) -> list[tuple[int, Any]]:
+        """The pages of a chunk: the block, and the layer's tensor."""
+        of_chunk = blocks[chunk * len(self._layers) :]
+        return [(block, layer) for block, layers in zip(of_chunk, self._layers) for layer in layers]
 
     def _end(self, request: str, is_store: bool, done: int, failed: int = 0) -> int:
         job = self._next
@@ -152,19 +126,7 @@ class ToyWorkerAdapter:
         bad, self._bad = self._bad, []
         return bad
 
-    def flush(self, jobs: list[int]) -> None:
-        """Nothing runs."""
-
-    def handle_preemptions(self, requests: list[str] | None = None) -> None:
-        """Nothing runs."""
-
-    def wait_job(self, job: int, timeout_ms: float) -> bool:
-        """Nothing runs."""
+    def _nothing_runs(self, *_: Any) -> bool:
         return True
 
-    def wait_idle(self, timeout_ms: float) -> bool:
-        """Nothing runs."""
-        return True
-
-    def shutdown(self) -> None:
-        """Nothing to do."""
+    flush = handle_preemptions = wait_job = wait_idle = shutdown = _nothing_runs

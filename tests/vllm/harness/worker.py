@@ -29,7 +29,7 @@ from .model import POISON_WORD, TAINT, VOCAB, extend, kv, next_token
 
 @contextmanager
 def as_rank(rank: int, world: int) -> Iterator[None]:
-    """What a connector sees when it asks vLLM for its tensor-parallel rank in a worker process."""
+    """vLLM tells a connector this tensor-parallel rank, as in a worker's process."""
     group = SimpleNamespace(rank_in_group=rank, rank=rank, local_rank=rank, world_size=world, ranks=list(range(world)))
     saved = parallel_state._TP
     parallel_state._TP = group  # type: ignore[assignment]
@@ -41,7 +41,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 
 @dataclass
 class Wrong:
-    """KV that a request read and that is not what it should have been."""
+    """Wrong KV that a request has read."""
 
     request: str
     group: int
@@ -53,7 +53,7 @@ class Wrong:
 
 @dataclass
 class State:
-    """What a model runner keeps of a request."""
+    """A request, as a model runner keeps it."""
 
     seed: int
     prompt_len: int
@@ -111,7 +111,7 @@ class FakeWorker:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def execute(self, output: SchedulerOutput, now: Snapshot, call: Callable[..., Any]) -> ModelRunnerOutput:
-        """`execute_model`: `call(name, function, *arguments)` runs what belongs to the connector."""
+        """`execute_model`: every call of the connector is made by `call(name, function, *arguments)`."""
         connector = self.connector
         # Between processes the metadata is pickled.
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
@@ -198,7 +198,7 @@ class FakeWorker:
             state.cut(state.prompt_len + cached.num_output_tokens[index])
 
     def _forward(self, output: SchedulerOutput, call: Callable[..., Any]) -> dict[str, list[int]]:
-        """Layer by layer: everybody writes, then everybody reads; what was computed from wrong KV is wrong itself."""
+        """Layer by layer: all requests write, then all read. A request that has read wrong KV writes wrong KV from then on."""
         work: list[tuple[str, State, int, int]] = []
         for request, count in output.num_scheduled_tokens.items():
             state = self.states[request]
