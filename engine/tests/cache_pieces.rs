@@ -5,8 +5,8 @@
 mod cache_support;
 
 use cache_support::small::{
-    NONCE, SLAB_BYTES, cache, cache_of, config, message, register, reserve, reserve_in, reserve_quietly,
-    round, slot_of, store, store_ranks,
+    NONCE, SLAB_BYTES, cache, cache_of, config, message, part, register, reserve, reserve_in,
+    reserve_quietly, round, slot_of, store, store_ranks,
 };
 use cache_support::{VecTable, chain, key};
 use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservation, Reserve};
@@ -119,6 +119,108 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     assert!(calls > 16, "{calls} calls");
     assert_eq!(cache.stats().slabs_free, 32);
     cache.check_all().unwrap();
+}
+
+/// What [`Cache::allow`] bounds is what calls say that they have touched: here are the numbers that they must say.
+#[test]
+fn each_call_counts_what_it_touches() {
+    fn spent<R>(cache: &mut Cache<VecTable>, call: impl FnOnce(&mut Cache<VecTable>) -> R) -> u64 {
+        let before = cache.work();
+        call(cache);
+        cache.work() - before
+    }
+    let (n, ranks) = (50, 4);
+    let keys = chain(1, n);
+    let mut cache = cache(4, &[4096; 4]);
+    for rank in 0..4 {
+        let mut slots = Vec::new();
+        let reserved = spent(&mut cache, |cache| slots = reserve(cache, rank, round(1), &keys));
+        // Each key is looked for twice, and a chunk and a slot change. The first slot's slab is cut before that.
+        assert_eq!(reserved > 4 * n, rank == 0, "{reserved}");
+        assert!(reserved >= 4 * n, "{reserved}");
+        let (slot, generation) = slot_of(slots[0]);
+        let commit =
+            |cache: &mut Cache<VecTable>| cache.commit(rank as u8, slot, generation, keys[0], 0).unwrap();
+        // The last one makes the chunk visible.
+        assert_eq!(spent(&mut cache, commit), if rank == 3 { 1 + ranks } else { 1 });
+        for (answer, key) in slots.into_iter().zip(&keys).skip(1) {
+            cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
+        }
+    }
+    let find = |cache: &mut Cache<VecTable>, owner, keys: &[Key]| {
+        let mut lookup = cache.lookup(owner, 1, 0, 0, keys.len());
+        let mut each = Vec::new();
+        for piece in keys.chunks(25) {
+            each.push(spent(cache, |cache| {
+                lookup.found += cache.find_piece(&lookup, piece, &mut |_| {}).unwrap()
+            }));
+            each.push(spent(cache, |cache| assert!(cache.pin_found())));
+        }
+        each
+    };
+    // Chunks and shards are found; then each chunk gets its place in a lease, a pin and a new age. The first pin of a chunk
+    // looks at its slots, and so does an access.
+    let (found, first, again) = (25 * ranks + 1, 25 * (2 + 2 * ranks), 25 * (2 + ranks));
+    assert_eq!(find(&mut cache, 0, &keys), [found, first, found, first]);
+    assert_eq!(find(&mut cache, 1, &keys), [found, again, found, again]);
+    // A repetition walks to its place: one block.
+    assert_eq!(find(&mut cache, 1, &keys), [found, 25, found, 25 + 1]);
+    assert_eq!(spent(&mut cache, |cache| cache.release(1, 1, 0, 20)), n - 20);
+    assert_eq!(spent(&mut cache, |cache| cache.end_session(1, 1)), 20);
+    assert_eq!(spent(&mut cache, |cache| cache.end_session(0, 1)), n * (1 + ranks));
+    // Each slot goes back, and the slab with the last one.
+    let cleared = spent(&mut cache, |cache| cache.clear(None));
+    assert!(cleared > n * (2 + 2 * ranks), "{cleared}");
+}
+
+/// The same for a chunk that is evicted, and for a client that may have nothing.
+#[test]
+fn a_search_and_a_refusal_count_what_they_look_at() {
+    let mut cache = cache(1, &[SLAB_BYTES / 8]);
+    store(&mut cache, 1, &chain(1, 8));
+    let before = cache.work();
+    reserve(&mut cache, 0, round(2), &chain(2, 1));
+    // The key twice, the search and its look at a chunk, that chunk and its slot, which goes back, the new ones.
+    assert!(cache.work() - before >= 9, "{}", cache.work() - before);
+    let mut cache = cache_of(config(2), &[4096]);
+    for nonce in 0..256 {
+        let keys = [key(nonce, 0)];
+        cache.reserve(Reserve { owner: 3, nonce, ..message(0, round(1), &keys) }, &mut |_, _| {}).unwrap();
+    }
+    let before = cache.work();
+    let keys = chain(1, 50);
+    let message = Reserve { owner: 3, nonce: 256, ..message(0, round(1), &keys) };
+    cache.reserve(message, &mut |_, answer| assert_eq!(answer, Reservation::Busy)).unwrap();
+    assert_eq!(cache.work() - before, 50);
+}
+
+/// A client that was thrown out dies: its slots are orphans already, and looking at them is work all the same.
+#[test]
+fn slots_that_are_orphans_already_count_as_work() {
+    let mut cache = cache(1, &[4096]);
+    reserve(&mut cache, 0, round(1), &chain(1, 200));
+    part(&mut cache, 0, Leaving::Detached { nonce: NONCE });
+    let mut parting = Parting::new(0, Leaving::Lingers);
+    let calls = in_pieces(&mut cache, 10, "a death", |cache| cache.part(&mut parting));
+    assert!(calls >= 20, "{calls} calls");
+    assert_eq!(cache.stats().orphans, 200);
+}
+
+/// A client was thrown out many times, and has declared nothing: its attachments are looked for one by one.
+#[test]
+fn looking_for_a_clients_attachments_counts_as_work() {
+    let mut cache = cache(2, &[4096]);
+    for nonce in 0..200 {
+        let keys = [key(nonce, 0)];
+        let message = Reserve { owner: 3, nonce, ..message(0, round(1), &keys) };
+        let is_slot = |answer| matches!(answer, Reservation::Write { .. });
+        cache.reserve(message, &mut |_, answer| assert!(is_slot(answer))).unwrap();
+        part(&mut cache, 3, Leaving::Detached { nonce });
+    }
+    let mut freed = 0;
+    let calls = in_pieces(&mut cache, 100, "a declaration's end", |cache| cache.declare_end(3, &mut freed));
+    assert!(calls >= 20, "{calls} calls");
+    assert_eq!(freed, 200);
 }
 
 /// Leaves are evicted first, however many pieces an access had.

@@ -1,5 +1,4 @@
 //! The model's ends: of clients, and of the engine.
-#![allow(clippy::unwrap_used, reason = "a test")]
 
 use kvring_engine::cache::{Leaving, Parting, SlotId};
 
