@@ -1,7 +1,7 @@
 //! Operations over one channel: submit, wait, abandon, undo.
 //!
 //! Invariants:
-//! * An operation's place in the table and its payload region are reused only after its completion has been drained,
+//! * An operation's id and its payload region are reused only after its completion has been drained,
 //!   even if its caller has given up: a stalled engine may still write its answer there.
 //! * At most [`DEPTH`] operations are in flight, so neither ring can be overrun and the engine never waits for this
 //!   client.
@@ -237,8 +237,8 @@ impl Link {
         fill: impl FnOnce(&Payload, Region) -> Request,
     ) -> Result<Pending, CallError> {
         let beat = self.engine.epoch().beat();
-        let slot = self.send(words, undo, fill)?;
-        Ok(Pending::new(self.clone(), slot, beat))
+        let operation = self.send(words, undo, fill)?;
+        Ok(Pending::new(self.clone(), operation, beat))
     }
 
     /// Drains what has arrived, sends what waits in the outbox, then puts this request into the ring. Returns the
@@ -253,22 +253,22 @@ impl Link {
         let mut inner = self.lock();
         let others = !inner.operations.is_idle() && self.drain(&mut inner);
         self.flush(&mut inner);
-        let slot = self.start(&mut inner, words, undo, fill);
+        let started = self.start(&mut inner, words, undo, fill);
         self.unlock(inner, others, true);
-        slot
+        started
     }
 
     /// Sends one request without payload, waits for its answer, and returns its results.
     pub(crate) fn call(&self, request: Request, timeout: Duration) -> Result<[u64; 4], CallError> {
         let beat = self.engine.epoch().beat();
-        let slot = self.send(0, |_| Undo::Nothing, |_, _| request)?;
-        match self.wait(slot, beat, timeout) {
+        let operation = self.send(0, |_| Undo::Nothing, |_, _| request)?;
+        match self.wait(operation, beat, timeout) {
             Ok(done) => {
                 crate::status::check(&done.completion)?;
                 Ok(done.completion.results)
             }
             Err(error) => {
-                self.abandon(slot);
+                self.abandon(operation);
                 Err(error)
             }
         }
@@ -307,10 +307,10 @@ impl Link {
         undo: impl FnOnce(Region) -> Undo,
         fill: impl FnOnce(&Payload, Region) -> Request,
     ) -> Result<u16, CallError> {
-        let (slot, region) = inner.operations.start(words, undo).ok_or(CallError::Busy)?;
+        let (operation, region) = inner.operations.start(words, undo).ok_or(CallError::Busy)?;
         let request = fill(&self.channel.payload, region);
-        inner.submissions.push(&request.encode(slot, self.ident()));
-        Ok(slot)
+        inner.submissions.push(&request.encode(operation, self.ident()));
+        Ok(operation)
     }
 
     /// Delivers a message that gives something back, now or later, and does not wait for its completion.
@@ -392,9 +392,9 @@ impl Link {
                 ),
             };
             match started {
-                Ok(slot) => {
+                Ok(operation) => {
                     // Nobody can have drained its answer yet, because this thread holds the lock.
-                    let arrived = inner.operations.abandon(slot);
+                    let arrived = inner.operations.abandon(operation);
                     debug_assert!(arrived.is_none());
                     sent = true;
                 }

@@ -1,5 +1,5 @@
-//! The operations of one link: which places in the table and which payload regions are in use, for whom, and which
-//! operations have been answered.
+//! The operations of one link: which operation ids and which payload regions are in use, for whom, and which operations
+//! have been answered.
 //!
 //! ```text
 //! Free → InFlight → Arrived → Taken → Free        its waiter takes the answer, then gives the region back
@@ -40,7 +40,7 @@ pub(super) enum Delivered {
     Doubled,
 }
 
-/// The table of operations. It knows nothing of rings: the caller that starts an operation here also sends its request.
+/// The table of operations, by their ids. It knows nothing of rings: the caller that starts an operation here also sends its request.
 pub(super) struct Operations {
     table: Box<[Operation]>,
     free: Vec<u16>,
@@ -57,17 +57,17 @@ impl Operations {
         }
     }
 
-    /// Takes a place in the table, and a region of `words` words unless that is 0; `None` while there is no room.
+    /// Takes an operation id, and a region of `words` words unless that is 0; `None` while there is no room.
     #[inline]
     pub(super) fn start(&mut self, words: usize, undo: impl FnOnce(Region) -> Undo) -> Option<(u16, Region)> {
-        let slot = *self.free.last()?;
+        let operation = *self.free.last()?;
         let region = match words {
             0 => Region::default(),
             words => self.regions.take(u32::try_from(words).ok()?)?,
         };
         self.free.pop();
-        self.table[usize::from(slot)] = Operation::InFlight { region, undo: undo(region) };
-        Some((slot, region))
+        self.table[usize::from(operation)] = Operation::InFlight { region, undo: undo(region) };
+        Some((operation, region))
     }
 
     /// Takes in a completion that its waiter has found itself; `None` if the operation was not in flight.
@@ -81,14 +81,15 @@ impl Operations {
 
     /// Takes in a completion of this attachment that another thread than its waiter has found.
     pub(super) fn deliver(&mut self, completion: &Completion) -> Delivered {
-        let slot = completion.operation;
-        match self.table.get(usize::from(slot)).copied() {
+        let operation = completion.operation;
+        match self.table.get(usize::from(operation)).copied() {
             Some(Operation::InFlight { region, undo }) => {
-                self.table[usize::from(slot)] = Operation::Arrived { region, undo, completion: *completion };
+                self.table[usize::from(operation)] =
+                    Operation::Arrived { region, undo, completion: *completion };
                 Delivered::Kept
             }
             Some(Operation::Abandoned { region, undo }) => {
-                self.release(slot);
+                self.release(operation);
                 Delivered::Undo { undo, region }
             }
             Some(Operation::Free | Operation::Arrived { .. } | Operation::Taken { .. }) | None => {
@@ -97,10 +98,10 @@ impl Operations {
         }
     }
 
-    /// The answer of `slot`, if it has arrived.
+    /// The answer of `operation`, if it has arrived.
     #[inline]
-    pub(super) fn take(&mut self, slot: u16) -> Option<Done> {
-        match self.table[usize::from(slot)] {
+    pub(super) fn take(&mut self, operation: u16) -> Option<Done> {
+        match self.table[usize::from(operation)] {
             Operation::Arrived { region, completion, .. } => Some(self.hand_over(region, completion)),
             _ => None,
         }
@@ -108,43 +109,43 @@ impl Operations {
 
     #[inline(always)]
     fn hand_over(&mut self, region: Region, completion: Completion) -> Done {
-        let slot = completion.operation;
+        let operation = completion.operation;
         let owns_region = region.words != 0;
         if owns_region {
-            self.table[usize::from(slot)] = Operation::Taken { region };
+            self.table[usize::from(operation)] = Operation::Taken { region };
         } else {
-            self.release(slot);
+            self.release(operation);
         }
         Done { completion, owns_region }
     }
 
-    /// Has the answer of `slot` arrived?
-    pub(super) fn has_arrived(&self, slot: u16) -> bool {
-        matches!(self.table[usize::from(slot)], Operation::Arrived { .. })
+    /// Has the answer of `operation` arrived?
+    pub(super) fn has_arrived(&self, operation: u16) -> bool {
+        matches!(self.table[usize::from(operation)], Operation::Arrived { .. })
     }
 
-    /// The waiter of `slot` is done with its region.
+    /// The waiter of `operation` is done with its region.
     #[inline]
-    pub(super) fn give_back(&mut self, slot: u16) {
-        if let Operation::Taken { region } = self.table[usize::from(slot)] {
+    pub(super) fn give_back(&mut self, operation: u16) {
+        if let Operation::Taken { region } = self.table[usize::from(operation)] {
             self.free_region(region);
-            self.release(slot);
+            self.release(operation);
         }
     }
 
-    /// The waiter of `slot` leaves without its answer. If the answer has arrived already, returns what the caller must
+    /// The waiter of `operation` leaves without its answer. If the answer has arrived already, returns what the caller must
     /// undo now, and the region that it must free after that.
-    pub(super) fn abandon(&mut self, slot: u16) -> Option<(Undo, Region, Completion)> {
-        match self.table[usize::from(slot)] {
+    pub(super) fn abandon(&mut self, operation: u16) -> Option<(Undo, Region, Completion)> {
+        match self.table[usize::from(operation)] {
             Operation::InFlight { mut region, undo } => {
                 if failpoint::broken(Rule::RegionsUntilDrained) {
                     self.free_region(core::mem::take(&mut region));
                 }
-                self.table[usize::from(slot)] = Operation::Abandoned { region, undo };
+                self.table[usize::from(operation)] = Operation::Abandoned { region, undo };
                 None
             }
             Operation::Arrived { region, undo, completion } => {
-                self.release(slot);
+                self.release(operation);
                 Some((undo, region, completion))
             }
             Operation::Free | Operation::Abandoned { .. } | Operation::Taken { .. } => None,
@@ -152,9 +153,9 @@ impl Operations {
     }
 
     #[inline]
-    fn release(&mut self, slot: u16) {
-        self.table[usize::from(slot)] = Operation::Free;
-        self.free.push(slot);
+    fn release(&mut self, operation: u16) {
+        self.table[usize::from(operation)] = Operation::Free;
+        self.free.push(operation);
     }
 
     /// Frees a region that nobody reads or writes any more.
@@ -165,7 +166,7 @@ impl Operations {
         }
     }
 
-    /// Is no place in the table in use?
+    /// Is no operation id in use?
     #[inline(always)]
     pub(super) fn is_idle(&self) -> bool {
         self.free.len() == DEPTH

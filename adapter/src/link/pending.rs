@@ -25,11 +25,11 @@ pub(crate) struct Answer {
     pub(crate) completion: Completion,
 }
 
-/// An operation's place in the link's table, and what dropping this must do about it.
+/// An operation's id, and what dropping this must do about the operation.
 #[derive(Debug)]
 struct Held {
     link: Arc<Link>,
-    slot: u16,
+    operation: u16,
     owes: Owes,
 }
 
@@ -44,8 +44,8 @@ enum Owes {
 }
 
 impl Pending {
-    pub(super) fn new(link: Arc<Link>, slot: u16, beat: u32) -> Pending {
-        Pending { held: Held { link, slot, owes: Owes::Abandon }, beat }
+    pub(super) fn new(link: Arc<Link>, operation: u16, beat: u32) -> Pending {
+        Pending { held: Held { link, operation, owes: Owes::Abandon }, beat }
     }
 
     /// The answer, if it has arrived.
@@ -53,7 +53,7 @@ impl Pending {
         if !self.held.link.fork.is_ours() {
             return Err(self);
         }
-        match self.held.link.poll(self.held.slot, 1) {
+        match self.held.link.poll(self.held.operation, 1) {
             Some(done) => Ok(self.answer(done)),
             None => Err(self),
         }
@@ -64,7 +64,7 @@ impl Pending {
         if !self.held.link.fork.is_ours() {
             return Err(self);
         }
-        match self.held.link.spin(self.held.slot, patience) {
+        match self.held.link.spin(self.held.operation, patience) {
             Some(done) => Ok(self.answer(done)),
             None => Err(self),
         }
@@ -101,7 +101,7 @@ impl Pending {
         if !self.held.link.fork.is_ours() {
             return Err(CallError::Forked);
         }
-        let done = self.held.link.wait(self.held.slot, self.beat, timeout)?;
+        let done = self.held.link.wait(self.held.operation, self.beat, timeout)?;
         Ok(self.answer(done))
     }
 
@@ -127,8 +127,8 @@ impl Drop for Held {
         }
         match self.owes {
             Owes::Nothing => {}
-            Owes::Region => self.link.give_back(self.slot),
-            Owes::Abandon => self.link.abandon(self.slot),
+            Owes::Region => self.link.give_back(self.operation),
+            Owes::Abandon => self.link.abandon(self.operation),
         }
     }
 }

@@ -112,7 +112,7 @@ fn a_timed_out_lookup_keeps_its_region_and_its_late_lease_is_released() {
     let (late, request) = engine.next().unwrap();
     assert!(matches!(request, Request::Lookup { session: 5, .. }));
     assert!(!free(&link), "the engine may still write its answer there");
-    // Another operation must not get the same slot or region.
+    // Another operation must not get the same id or region.
     let other = lookup(&link, 6);
     let (operation, request) = engine.next().unwrap();
     assert_ne!(operation, late);

@@ -162,15 +162,15 @@ impl Link {
         }
     }
 
-    /// Looks up to `looks` times for the completion of `slot`, under one hold of the lock.
+    /// Looks up to `looks` times for the completion of `operation`, under one hold of the lock.
     #[inline(always)]
-    pub(super) fn poll(&self, slot: u16, looks: u32) -> Option<Done> {
+    pub(super) fn poll(&self, operation: u16, looks: u32) -> Option<Done> {
         let mut inner = self.lock();
         let mut others = false;
-        let mut found = inner.operations.take(slot);
+        let mut found = inner.operations.take(operation);
         let mut left = looks;
         while found.is_none() && left > 0 {
-            match self.look(&mut inner, Some(slot)) {
+            match self.look(&mut inner, Some(operation)) {
                 Look::Answer(done) => found = Some(done),
                 Look::Other(anothers) => others |= anothers,
                 Look::Nothing => {
@@ -185,12 +185,12 @@ impl Link {
         found
     }
 
-    /// Looks for the completion of `slot` for as long as `patience`, without sleeping.
-    pub(super) fn spin(&self, slot: u16, patience: Duration) -> Option<Done> {
+    /// Looks for the completion of `operation` for as long as `patience`, without sleeping.
+    pub(super) fn spin(&self, operation: u16, patience: Duration) -> Option<Done> {
         let mut until = None;
         loop {
             let looks = if patience.is_zero() { 1 } else { BURST };
-            let found = self.poll(slot, looks);
+            let found = self.poll(operation, looks);
             if found.is_some() || patience.is_zero() {
                 return found;
             }
@@ -201,8 +201,8 @@ impl Link {
         }
     }
 
-    /// Waits at most `timeout` for the completion of `slot`, which was submitted under the engine's beat `beat`.
-    pub(super) fn wait(&self, slot: u16, beat: u32, timeout: Duration) -> Result<Done, CallError> {
+    /// Waits at most `timeout` for the completion of `operation`, which was submitted under the engine's beat `beat`.
+    pub(super) fn wait(&self, operation: u16, beat: u32, timeout: Duration) -> Result<Done, CallError> {
         // If the engine and this thread share one CPU, spinning is pointless: every look beyond the first keeps the
         // engine from running.
         let looks = if self.spin.is_zero() { 1 } else { BURST };
@@ -210,7 +210,7 @@ impl Link {
         // takes.
         let mut started = None;
         loop {
-            if let Some(done) = self.poll(slot, looks) {
+            if let Some(done) = self.poll(operation, looks) {
                 return Ok(done);
             }
             self.hopeless()?;
@@ -228,7 +228,7 @@ impl Link {
             self.stall.look_at(self.engine.epoch().beat(), now);
             self.look_at_lock(now);
             let soon = Deadline(deadline.0.min(Deadline::after_ns(now, SLEEP_MAX).0));
-            self.sleep(slot, soon);
+            self.sleep(operation, soon);
         }
     }
 
@@ -248,11 +248,11 @@ impl Link {
     /// Sleeps until a completion arrives, the engine dies, or `soon` has passed. Whenever it returns, the caller must
     /// look again. A restart reaches the sleeper through the keeper, which watches the incarnation for all threads and
     /// then calls [`Link::rouse`]: each word costs every sleep a quarter of a microsecond.
-    fn sleep(&self, slot: u16, soon: Deadline) {
+    fn sleep(&self, operation: u16, soon: Deadline) {
         let parked = self.channel.client_parked();
         let ticket = park::announce(parked);
         // Look again after the announcement: a `rouse` between the last look and the announcement wakes nobody.
-        if self.has_news_for(slot) || self.hopeless().is_err() {
+        if self.has_news_for(operation) || self.hopeless().is_err() {
             return;
         }
         let (life, raw) = (&*self.life, self.life.raw());
@@ -273,21 +273,21 @@ impl Link {
         park::notify(self.channel.client_parked());
     }
 
-    /// Has the completion of `slot` been drained, or is there anything to drain?
-    fn has_news_for(&self, slot: u16) -> bool {
+    /// Has the completion of `operation` been drained, or is there anything to drain?
+    fn has_news_for(&self, operation: u16) -> bool {
         let inner = self.lock();
-        inner.completions.has_news() || inner.operations.has_arrived(slot)
+        inner.completions.has_news() || inner.operations.has_arrived(operation)
     }
 
-    /// The waiter of `slot` does not need its region any more.
-    pub(super) fn give_back(&self, slot: u16) {
-        self.lock().operations.give_back(slot);
+    /// The waiter of `operation` does not need its region any more.
+    pub(super) fn give_back(&self, operation: u16) {
+        self.lock().operations.give_back(operation);
     }
 
-    /// The waiter of `slot` gives up: what its operation gains is given back, now if it has completed, or when it does.
-    pub(super) fn abandon(&self, slot: u16) {
+    /// The waiter of `operation` gives up: what the operation gains is given back, now if it has completed, or when it does.
+    pub(super) fn abandon(&self, operation: u16) {
         let mut inner = self.lock();
-        let arrived = inner.operations.abandon(slot);
+        let arrived = inner.operations.abandon(operation);
         // If it has completed since the caller's last look, undo it at once.
         let sent = arrived.is_some_and(|(undo, region, completion)| {
             self.undo(&mut inner, undo, &completion);
