@@ -96,12 +96,13 @@ impl Client {
     /// Waits at most `timeout` until the client is attached and the engine has answered its registrations. Only
     /// start-up code and tools need it.
     pub fn wait_ready(&self, timeout: Duration) -> Result<(), Health> {
+        if !self.shared.fork.is_ours() {
+            // A thread of the parent may have held the lock at the fork.
+            return Err(Health::ShutDown);
+        }
         let until = crate::options::until(timeout);
         let mut current = self.shared.current();
         loop {
-            if !self.shared.fork.is_ours() {
-                return Err(Health::ShutDown);
-            }
             let health = match current.attached() {
                 // The keeper may not have noticed yet that this engine has died.
                 Ok(attachment) if attachment.link.alive().is_err() => attachment.link.health(),

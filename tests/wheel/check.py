@@ -1,7 +1,7 @@
 """Checks a wheel of kvring as somebody gets it who has no Rust: `tests/wheel/check.py WHEEL`.
 
 Its name says that it is for glibc 2.28 and later, and what is inside needs nothing newer. It is small. Installed in an empty
-environment, without anything else in PATH, it has the command `kvring`, and stores and loads (`first_use.py`).
+environment, without anything else in PATH, it has the command `kvring`, and runs the example `examples/client.py`.
 """
 
 import os
@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TAG = f"cp310-abi3-manylinux_2_28_{platform.machine()}"
 GLIBC = (2, 28)
 BYTES_MAX = 10_000_000
@@ -59,9 +59,10 @@ def use(wheel: Path, environment: Path) -> None:
     venv.create(environment, with_pip=True)
     alone = {"PATH": str(environment / "bin"), "PYTHONDONTWRITEBYTECODE": "1"}
     pip = ["install", "--quiet", "--disable-pip-version-check", "--no-index", str(wheel)]
-    for command in [["pip", *pip], ["kvring", "--version"], ["python", str(HERE / "first_use.py")]]:
-        program = environment / "bin" / command[0]
-        subprocess.run([program, *command[1:]], cwd=environment, env=alone, check=True)
+    python, kvring = environment / "bin" / "python", environment / "bin" / "kvring"
+    example = [ROOT / "tests" / "examples.py", kvring, python, ROOT / "examples" / "client.py"]
+    for command in [[environment / "bin" / "pip", *pip], [kvring, "--version"], [python, *example]]:
+        subprocess.run(command, cwd=environment, env=alone, check=True)
 
 
 def main(file: str) -> str | None:

@@ -13,6 +13,7 @@ mod options;
 mod planes;
 mod records;
 mod scheduler;
+mod waiting;
 mod worker;
 
 use kvring_adapter::{AttachError, EngineView, Health};

@@ -4,6 +4,7 @@ use crate::errors::{self, guarded};
 use crate::handles::{pack, packed_bytes};
 use crate::held::Held;
 use crate::options::{self, Shared, microseconds, milliseconds};
+use crate::waiting::wait_ready;
 use crate::{keys, logs};
 use kvring_adapter::{
     CallError, Client, KEYS_MAX, Key, Lookup, LookupStats, Role, SchedulerApi, SchedulerOptions,
@@ -151,6 +152,10 @@ macro_rules! scheduler_class {
 
             fn reset_cache(&self, py: Python<'_>) -> PyResult<u64> {
                 guarded(py, || self.0.reset_cache(py))
+            }
+
+            fn wait_ready(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
+                guarded(py, || wait_ready(py, &self.0.client, timeout_ms))
             }
 
             fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {

@@ -4,9 +4,11 @@ use crate::errors::{self, guarded};
 use crate::group::KvGroup;
 use crate::handles::unpack;
 use crate::held::Held;
-use crate::options::{self, Shared, milliseconds};
+use crate::options::{self, Shared};
 use crate::scheduler::dict;
+use crate::waiting::{in_slices, wait_ready};
 use crate::{keys, logs};
+use core::ops::ControlFlow;
 use kvring_adapter::{
     Checksum, Client, ComputeStream, CopyMode, Drops, JobId, Jobs, LOST, LoadChunk, LoadFailures, Memory,
     PagedKv, RegisterError, Role, Round, StoreChunk, SubmitError, WorkerOptions,
@@ -15,10 +17,7 @@ use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// The longest wait after which Python may look for a signal.
-const SLICE: Duration = Duration::from_millis(100);
+use std::time::Duration;
 
 /// A job that has ended.
 #[pyclass(frozen, get_all, module = "kvring._native")]
@@ -168,27 +167,18 @@ impl WorkerAdapter {
         self.jobs.lost().map_or(Ok(()), lost)
     }
 
-    /// Waits in slices, so that Ctrl-C ends the wait. Once a load is lost it fails at once, because that load will
-    /// never end.
+    /// Waits at most `timeout_ms`. Once a load is lost it fails at once, because that load will never end.
     fn wait_for(
         &self,
         py: Python<'_>,
         timeout_ms: f64,
         wait: impl Fn(&Jobs, Duration) -> bool + Sync,
     ) -> PyResult<bool> {
-        let until = Instant::now() + milliseconds(py, "timeout_ms", timeout_ms)?;
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let enough = py.detach(|| wait(&self.jobs, left.min(SLICE)));
+        in_slices(py, timeout_ms, |slice| {
+            let enough = py.detach(|| wait(&self.jobs, slice));
             self.nothing_is_lost(py)?;
-            if enough {
-                return Ok(true);
-            }
-            if left <= SLICE {
-                return Ok(false);
-            }
-            py.check_signals()?;
-        }
+            Ok(if enough { ControlFlow::Break(true) } else { ControlFlow::Continue(()) })
+        })
     }
 }
 
@@ -411,6 +401,10 @@ impl WorkerAdapter {
 
     fn wait_idle(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
         guarded(py, || self.wait_for(py, timeout_ms, Jobs::wait_idle))
+    }
+
+    fn wait_ready(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
+        guarded(py, || wait_ready(py, &self.client, timeout_ms))
     }
 
     fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {

@@ -215,6 +215,7 @@ def test_without_an_engine_nothing_is_found_and_nothing_raises():
     scheduler = kvring.PollingSchedulerAdapter(FINGERPRINT, name=name)
     worker = kvring.WorkerAdapter(FINGERPRINT, world=1, rank=0, chunk_tokens=1, name=name, register_timeout_ms=1)
     worker.register_kv_caches([KvGroup(4, 1, [(memory := Memory(4, 4096)).tensor()])], owner=memory)
+    assert not scheduler.wait_ready(1) and not worker.wait_ready(1)
     assert scheduler.lookup("r", 0, keys("a", 1)).chunks == 0
     assert store(worker, keys("a", 1), [0]).failed == 1
     wait_for(lambda: scheduler.health() == "absent" and worker.health() == "absent", "both have looked")
@@ -222,6 +223,7 @@ def test_without_an_engine_nothing_is_found_and_nothing_raises():
         worker.shutdown()
         scheduler.shutdown()
     assert scheduler.health() == "shut down"
+    assert not scheduler.wait_ready(FOREVER_MS) and not worker.wait_ready(FOREVER_MS)
     with pytest.raises(kvring.KvringError):
         store(worker, keys("a", 1), [0])
 
@@ -385,6 +387,7 @@ def test_a_forked_child_has_none_of_its_parents_adapters_and_may_have_its_own(ma
                 except kvring.KvringError:
                     pass
             assert not scheduler.is_healthy() and not worker.is_healthy() and worker.get_finished() == []
+            assert not scheduler.wait_ready(FOREVER_MS) and not worker.wait_ready(FOREVER_MS)
             scheduler.shutdown(), worker.shutdown()
             # Its own adapters have a log of their own.
             own = make.polling()
