@@ -24,6 +24,22 @@ use std::time::{Duration, Instant};
 ///
 /// Making a client never waits for an engine: an absent one is a state ([`Health::Absent`]), not an error. Its users
 /// share it through an `Arc`; the last one to drop it shuts it down.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, ClientOptions, Role};
+/// use std::time::Duration;
+///
+/// let options = ClientOptions { engine: "nobody".to_owned(), ..ClientOptions::default() };
+/// let client = Client::new(Role::Scheduler, options)?;
+/// assert!(!client.is_healthy() && client.wait_ready(Duration::ZERO).is_err());
+/// let why = client.diagnose().map(|why| why.to_string());
+/// assert_eq!(
+///     why.as_deref(),
+///     Some("no kvring engine named nobody runs here; start one with `kvring serve --name nobody`")
+/// );
+/// # Ok::<(), kvring_adapter::ConfigError>(())
+/// ```
 pub struct Client {
     pub(crate) shared: Arc<Shared>,
     keeper: Mutex<Option<JoinHandle<()>>>,
@@ -229,6 +245,9 @@ impl Client {
 
     /// Drops every chunk that is not leased, in all namespaces. Meant for operators: it waits up to
     /// `operation_timeout`.
+    ///
+    /// # Errors
+    /// The engine cannot be asked now, or does not answer in time.
     pub fn clear(&self) -> Result<u64, CallError> {
         self.clear_namespace(kvring_shm_abi::message::ANY_NAMESPACE)
     }
@@ -284,6 +303,19 @@ impl Drop for Client {
 
 /// Health checks for a hot path. It keeps the current attachment's link, so that a check is a few loads and takes no
 /// lock.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, Role};
+/// # use std::time::Duration;
+///
+/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
+/// let client = Client::new(Role::Scheduler, options)?;
+/// # client.wait_ready(Duration::from_secs(3600)).map_err(|health| health.to_string())?;
+/// let mut probe = client.probe();
+/// assert!(probe.is_healthy());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Probe {
     client: Arc<Client>,
     // Copies of fields of `client`: each saves a pointer to follow.

@@ -16,6 +16,19 @@ use kvring_shm_abi::sync::Ordering;
 use std::sync::Arc;
 
 /// The engine's own segment, opened read-only and checked. `kvring status` reads it, and attaching begins with it.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{AttachError, EngineView};
+/// use kvring_shm_abi::segment::EngineName;
+///
+/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
+/// let name = EngineName::new(&options.engine)?;
+/// assert!(EngineView::open(&name)?.serving(&name).is_ok());
+/// let nobody = EngineView::open(&EngineName::new("nobody")?).err();
+/// assert!(matches!(nobody, Some(AttachError::NoEngine(_))));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct EngineView {
     /// The segment.
     pub segment: EngineSegment,

@@ -6,6 +6,17 @@ use std::time::Duration;
 
 /// The engine's health as this client sees it. Everything but `Healthy` is *degraded*: a store may be dropped, a lookup
 /// may answer 0, a load may fail; but there are never wrong bytes, a hang or a leak.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::Health;
+///
+/// assert!(Health::Healthy.is_healthy() && !Health::Stalled.is_healthy());
+/// assert_eq!(
+///     Health::Absent.explain("mine"),
+///     "no kvring engine named mine runs here: start it with `kvring serve --name mine`"
+/// );
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Health {
     /// The client is attached, the incarnation is still the same, and the beat moves.

@@ -1,7 +1,22 @@
 //! The adapters by which vLLM's scheduler and workers use a kvring engine.
 //!
 //! Adapters share a [`Client`], which attaches by itself, notices the engine's death and restart, and attaches again.
-//! Every call returns by its deadline, whatever the engine does.
+//! Every call returns by its deadline, whatever the engine does. No engine is no error: stores are dropped, lookups find
+//! nothing, and loads fail, each with its reason.
+//!
+//! | type | what it is for |
+//! | --- | --- |
+//! | [`Client`] | one attachment to an engine, in one [`Role`] |
+//! | [`WorkerAdapter`] | stores and loads of one rank's paged KV cache, in the background |
+//! | [`PollingSchedulerAdapter`] | lookups with a definite answer at once |
+//! | [`SchedulerAdapter`] | lookups that are asked now and answered later |
+//! | [`Hit`] | what a lookup has found, and where each rank loads it from |
+//!
+//! # Example
+//! This is `examples/client.rs`, which stores, looks up, loads and verifies:
+//! ```no_run
+#![doc = include_str!("../../examples/client.rs")]
+//! ```
 
 mod arena;
 mod at;

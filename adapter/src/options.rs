@@ -8,6 +8,21 @@ use std::time::{Duration, Instant};
 pub const DEFAULT_ENGINE: &str = "default";
 
 /// How a client attaches, and how long it waits for what. All timeouts of a client are here.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, ClientOptions, ConfigError, Role};
+/// use std::time::Duration;
+///
+/// let patient = ClientOptions {
+///     engine: "of-mine".to_owned(),
+///     operation_timeout: Duration::from_secs(10),
+///     ..ClientOptions::default()
+/// };
+/// assert!(Client::new(Role::Worker, patient).is_ok());
+/// let wrong = ClientOptions { stall_after: Duration::ZERO, ..ClientOptions::default() };
+/// assert_eq!(Client::new(Role::Worker, wrong).err(), Some(ConfigError::ZeroDuration("stall_after")));
+/// ```
 #[derive(Clone, Debug)]
 pub struct ClientOptions {
     /// The engine's name, as in `kvring serve --name`. Default `default`.

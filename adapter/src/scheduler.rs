@@ -10,7 +10,7 @@ use kvring_shm_abi::message::Key;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The options of a scheduler's lookups.
+/// The options of a scheduler's lookups. See [`PollingSchedulerAdapter`] for an example.
 #[derive(Clone, Debug)]
 pub struct SchedulerOptions {
     /// Names the namespace: the same digest as the workers register.
@@ -122,6 +122,26 @@ const ROOM_EVERY: Duration = Duration::from_micros(50);
 
 /// Lookups that return at once, and whose answers the caller asks for later. For an engine with slower tiers, and for
 /// schedulers that would rather wait for the next step than for a microsecond.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions};
+///
+/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
+/// let client = Client::new(Role::Scheduler, options)?;
+/// let mut scheduler = SchedulerAdapter::new(&client, SchedulerOptions::new([1, 2, 3, 4]));
+/// scheduler.submit_lookup("request", 0, &[[10, 0], [20, 0]])?;
+/// let chunks = loop {
+///     match scheduler.check_lookup("request") {
+///         Lookup::Hit(hit) => break hit.chunks,
+///         // A scheduler goes on with its other requests here.
+///         Lookup::Pending => std::thread::yield_now(),
+///     }
+/// };
+/// assert_eq!(chunks, 0, "nobody has stored them");
+/// scheduler.end_session("request");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub type SchedulerAdapter = Adapter<false>;
 
 /// Synchronous lookups: one call gives a definite answer within `lookup_timeout`. The calling thread polls the
@@ -129,6 +149,24 @@ pub type SchedulerAdapter = Adapter<false>;
 ///
 /// If a lookup times out, 0 is that admission's answer, and asking again does not wait again. When the late completion
 /// arrives, it is drained and its lease released.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, ClientOptions, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions};
+/// use std::time::Duration;
+///
+/// let options = ClientOptions { engine: "nobody".to_owned(), ..ClientOptions::default() };
+/// let client = Client::new(Role::Scheduler, options)?;
+/// let options = SchedulerOptions { lookup_timeout: Duration::from_millis(2), ..SchedulerOptions::new([1, 2, 3, 4]) };
+/// let mut scheduler = PollingSchedulerAdapter::new(&client, options);
+/// scheduler.begin_step();
+/// // Without an engine a lookup finds nothing, and says so at once.
+/// assert_eq!(scheduler.lookup("request", 0, &[[10, 0]])?.chunks, 0);
+/// assert_eq!(scheduler.lookup_stats().degraded, 1);
+/// scheduler.end_session("request");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+/// See [`Hit`] for a lookup that finds something.
 pub type PollingSchedulerAdapter = Adapter<true>;
 
 impl<const POLLING: bool> Adapter<POLLING> {

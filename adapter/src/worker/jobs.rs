@@ -9,6 +9,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The jobs of a [`crate::WorkerAdapter`], for threads that wait for some of them while another one submits more.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, ClientOptions, Role, WorkerAdapter, WorkerOptions};
+/// use std::time::Duration;
+///
+/// let client = Client::new(Role::Worker, ClientOptions::default())?;
+/// let worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// let jobs = worker.jobs();
+/// let waiting = std::thread::spawn(move || jobs.wait_idle(Duration::from_secs(5)));
+/// assert!(waiting.join().is_ok_and(|is_idle| is_idle), "no job has been submitted");
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Jobs {
     client: Arc<Client>,

@@ -43,6 +43,14 @@ pub enum Checksum {
 }
 
 /// The options of a worker.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Checksum, WorkerOptions};
+///
+/// // Rank 1 of 2, chunks of 16 tokens.
+/// let options = WorkerOptions { checksum: Checksum::Verify, ..WorkerOptions::new([1, 2, 3, 4], 2, 1, 16) };
+/// ```
 #[derive(Clone, Debug)]
 pub struct WorkerOptions {
     /// Names the namespace: a digest of everything that chunk keys do not cover.
@@ -85,6 +93,16 @@ impl WorkerOptions {
 }
 
 /// Why a job was not taken.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, ClientOptions, Role, SubmitError, WorkerAdapter, WorkerOptions};
+///
+/// let client = Client::new(Role::Worker, ClientOptions::default())?;
+/// let mut worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// assert_eq!(worker.submit_load("request", Vec::new(), None), Err(SubmitError::NoKvCache));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SubmitError {
     /// `register_kv_caches` has not been called.
@@ -127,6 +145,31 @@ struct Running {
 
 /// Stores and loads of one rank. Every call returns at once, except `handle_preemptions` and `flush`, which wait for copies
 /// that read the blocks concerned, and `shutdown`.
+///
+/// # Example
+/// ```
+/// use kvring_adapter::{Client, PagedKv, Plane, Role, Round, StoreChunk, WorkerAdapter, WorkerOptions};
+/// # use std::time::Duration;
+///
+/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
+/// // Eight blocks of 4 KiB in one tensor; two of them make a chunk of 16 tokens.
+/// let mut cache = vec![7u8; 8 * 4096];
+/// let plane = Plane { base: cache.as_mut_ptr(), block_stride: 4096, page_bytes: 4096 };
+/// // SAFETY: `cache` outlives the worker, and nobody else touches it.
+/// let paged = unsafe { PagedKv::new(vec![plane], 8, 2) }?;
+///
+/// let client = Client::new(Role::Worker, options)?;
+/// let mut worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// worker.register_kv_caches(paged)?;
+/// let chunk = StoreChunk { key: [10, 0], blocks: vec![4, 1] };
+/// let job = worker.submit_store("request", Round { source: 1, number: 1 }, None, vec![chunk], None)?;
+/// worker.wait_job(job, Duration::from_secs(3600));
+/// let (_, request, report) = &worker.get_finished().stores[0];
+/// assert_eq!((request.as_str(), report.stored, report.dropped), ("request", 1, 0));
+/// worker.shutdown();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+/// See [`Hit`] for a load.
 pub struct WorkerAdapter {
     client: Arc<Client>,
     probe: Probe,

@@ -94,6 +94,29 @@ impl StoreReport {
 }
 
 /// The outcome of a load.
+///
+/// # Example
+/// ```
+/// # use kvring_adapter::{Client, PagedKv, Plane, Role, WorkerAdapter, WorkerOptions};
+/// # use std::time::Duration;
+/// use kvring_adapter::{LoadChunk, ShardHandle};
+///
+/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
+/// # let mut cache = vec![7u8; 4096];
+/// # let plane = Plane { base: cache.as_mut_ptr(), block_stride: 4096, page_bytes: 4096 };
+/// # let client = Client::new(Role::Worker, options)?;
+/// # let mut worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// # worker.register_kv_caches(unsafe { PagedKv::new(vec![plane], 1, 1) }?)?;
+/// // A handle from an engine that has been started anew since then.
+/// let stale = ShardHandle { arena_id: [1, 2], slot: 0, generation: 1, offset: 0, key: [10, 0] };
+/// let job = worker.submit_load("request", vec![LoadChunk { shard: stale, blocks: vec![0] }], None)?;
+/// # worker.wait_job(job, Duration::from_secs(3600));
+/// let (_, _, report) = &worker.get_finished().loads[0];
+/// assert_eq!((report.loaded, report.failed, report.why.other_arena), (0, 1, 1));
+/// assert_eq!(worker.get_block_ids_with_load_errors(), [0]);
+/// # worker.shutdown();
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
     /// Chunks loaded and validated.
