@@ -7,6 +7,7 @@ mod mover;
 mod queue;
 mod report;
 mod storing;
+mod unsettled;
 
 pub use job::{Finished, JobId, LoadChunk, StoreChunk};
 pub use jobs::Jobs;

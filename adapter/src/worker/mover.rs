@@ -8,7 +8,7 @@ use super::WorkerOptions;
 use super::job::{Job, Work};
 use super::queue::{Next, Queue};
 use super::report::{Dropped, LoadError, LoadReport, StoreReport};
-use super::storing::Unsettled;
+use super::unsettled::Unsettled;
 use crate::arena::Arena;
 use crate::attachment::Attachment;
 use crate::client::Client;
