@@ -112,22 +112,33 @@ pub(crate) struct Checked {
     pub(crate) spin: Duration,
 }
 
+/// The timeouts that may be zero: then a caller that shuts down, or flushes, waits for nothing but copies that run.
+const MAY_BE_ZERO: [&str; 2] = ["drain_timeout", "flush_timeout"];
+
 impl ClientOptions {
-    pub(crate) fn check(self) -> Result<Checked, ConfigError> {
+    /// Every timeout with its name, for programs that read options by name: the Python package takes each in
+    /// milliseconds, under its name with `_ms` behind it.
+    pub fn timeouts(&mut self) -> [(&'static str, &mut Duration); 6] {
+        [
+            ("attach_timeout", &mut self.attach_timeout),
+            ("register_timeout", &mut self.register_timeout),
+            ("operation_timeout", &mut self.operation_timeout),
+            ("drain_timeout", &mut self.drain_timeout),
+            ("flush_timeout", &mut self.flush_timeout),
+            ("stall_after", &mut self.stall_after),
+        ]
+    }
+
+    pub(crate) fn check(mut self) -> Result<Checked, ConfigError> {
         let name = EngineName::new(&self.engine)?;
         let (min, max) = (PAYLOAD_WORDS_MIN as usize * 8, PAYLOAD_WORDS_MAX as usize * 8);
         if !(min..=max).contains(&self.payload_bytes) {
             return Err(ConfigError::PayloadBytes { min, max, got: self.payload_bytes });
         }
-        for (what, value) in [
-            ("attach_timeout", self.attach_timeout),
-            ("register_timeout", self.register_timeout),
-            ("operation_timeout", self.operation_timeout),
-            ("stall_after", self.stall_after),
-            ("backoff_min", self.backoff_min),
-            ("backoff_max", self.backoff_max),
-        ] {
-            if value.is_zero() {
+        let backoffs = [("backoff_min", self.backoff_min), ("backoff_max", self.backoff_max)];
+        let timeouts = self.timeouts().map(|(what, value)| (what, *value));
+        for (what, value) in timeouts.into_iter().chain(backoffs) {
+            if value.is_zero() && !MAY_BE_ZERO.contains(&what) {
                 return Err(ConfigError::ZeroDuration(what));
             }
         }

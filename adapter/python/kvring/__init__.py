@@ -6,6 +6,7 @@ bytes) names a namespace: a digest of everything that keys do not cover.
 
 * `SchedulerAdapter`, `PollingSchedulerAdapter`: which chunks of a prompt are there?
 * `WorkerAdapter`: stores and loads one rank's paged KV cache, described by `KvGroup`.
+* `ClientOptions`: the options that all of these take.
 * `Engine`: starts and stops an engine; `engine_state`: an engine's state; `engine_name` checks a name, and `byte_size` reads a
   size, as `kvring serve` does.
 
@@ -38,6 +39,7 @@ from ._native import (
     set_log_level,
 )
 from .engine import Engine, binary_path
+from .options import ClientOptions
 
 try:
     __version__ = _version("kvring")
@@ -48,6 +50,7 @@ __all__ = [
     "KEY_BYTES",
     "KEYS_MAX",
     "SKIP",
+    "ClientOptions",
     "ConfigError",
     "DeviceError",
     "Engine",

@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from typing import final
 
+from typing_extensions import Unpack
+
+from .options import ClientOptions
+
 SKIP: int
 """As a block id of a load: this page is not written (vLLM holds it already, or has no block for it)."""
 
@@ -40,6 +44,7 @@ def engine_state(name: str = "default") -> str:
     """How the engine of this name looks from outside: "serving", "recovering", "dead", "stopped" (asked to, with `--keep`),
     "absent" or "incompatible: why"."""
 
+def client_defaults() -> ClientOptions: ...
 def next_logs(timeout_ms: float) -> list[tuple[int, str, str]]:
     """Log records (`logging` level, target, text) of this process's adapters; waits for the first one, without the GIL.
 
@@ -71,15 +76,7 @@ class SchedulerAdapter:
         fingerprint: bytes,
         *,
         pending_timeout_ms: float = 30_000,
-        name: str = "default",
-        client: str | None = None,
-        attach_timeout_ms: float = 5_000,
-        register_timeout_ms: float = 5_000,
-        operation_timeout_ms: float = 2_000,
-        drain_timeout_ms: float = 5_000,
-        flush_timeout_ms: float = 200,
-        stall_after_ms: float = 2_000,
-        spin_us: float | None = None,
+        **options: Unpack[ClientOptions],
     ) -> None: ...
     def submit_lookup(
         self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
@@ -137,15 +134,7 @@ class PollingSchedulerAdapter:
         *,
         lookup_timeout_ms: float = 5.0,
         poll_interval_us: float | None = None,
-        name: str = "default",
-        client: str | None = None,
-        attach_timeout_ms: float = 5_000,
-        register_timeout_ms: float = 5_000,
-        operation_timeout_ms: float = 2_000,
-        drain_timeout_ms: float = 5_000,
-        flush_timeout_ms: float = 200,
-        stall_after_ms: float = 2_000,
-        spin_us: float | None = None,
+        **options: Unpack[ClientOptions],
     ) -> None: ...
     def begin_step(self) -> None:
         """From here on all lookups together may wait for `lookup_timeout_ms`: a sick engine slows a scheduling step down
@@ -236,15 +225,7 @@ class WorkerAdapter:
         checksum: str = "off",
         copy_threads: int | None = None,
         copy: str = "auto",
-        name: str = "default",
-        client: str | None = None,
-        attach_timeout_ms: float = 5_000,
-        register_timeout_ms: float = 5_000,
-        operation_timeout_ms: float = 2_000,
-        drain_timeout_ms: float = 5_000,
-        flush_timeout_ms: float = 200,
-        stall_after_ms: float = 2_000,
-        spin_us: float | None = None,
+        **options: Unpack[ClientOptions],
     ) -> None:
         """`copy_threads`: for a cache in host memory. `copy`: for one on a GPU, how its bytes are moved. "batch": DMA, one copy
         for each contiguous run; "staged": a kernel gathers or scatters in a buffer on the GPU, DMA moves that; "zerocopy": a

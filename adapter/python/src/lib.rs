@@ -74,6 +74,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<scheduler::PollingSchedulerAdapter>()?;
     module.add_class::<group::KvGroup>()?;
     module.add_class::<worker::Finished>()?;
+    module.add_function(wrap_pyfunction!(options::client_defaults, module)?)?;
     module.add_class::<worker::WorkerAdapter>()?;
     Ok(())
 }

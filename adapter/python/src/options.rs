@@ -1,8 +1,11 @@
 //! Options as Python gives them.
 
-use crate::errors;
+use crate::errors::{self, guarded};
 use kvring_adapter::ClientOptions;
+use pyo3::conversion::FromPyObjectOwned;
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use std::time::Duration;
 
 /// The longest duration, more than anybody waits: added to the present time it must not overflow.
@@ -24,36 +27,53 @@ pub(crate) fn microseconds(py: Python<'_>, name: &str, value: f64) -> PyResult<D
     duration(py, name, value, 1e-6)
 }
 
-/// The options that all adapters share.
-pub(crate) struct Shared {
-    pub(crate) name: String,
-    pub(crate) client: Option<String>,
-    pub(crate) attach_timeout_ms: f64,
-    pub(crate) register_timeout_ms: f64,
-    pub(crate) operation_timeout_ms: f64,
-    pub(crate) drain_timeout_ms: f64,
-    pub(crate) flush_timeout_ms: f64,
-    pub(crate) stall_after_ms: f64,
-    pub(crate) spin_us: Option<f64>,
+/// The keyword argument `key`, as `value` gives it.
+fn argument<'py, T: FromPyObjectOwned<'py>>(key: &str, value: &Bound<'py, PyAny>) -> PyResult<T> {
+    value.extract::<T>().map_err(|error| {
+        let error: PyErr = error.into();
+        PyTypeError::new_err(format!("argument '{key}': {}", error.value(value.py())))
+    })
 }
 
-impl Shared {
-    pub(crate) fn options(self, py: Python<'_>) -> PyResult<ClientOptions> {
-        let ms = |name, value| milliseconds(py, name, value);
-        let defaults = ClientOptions::default();
-        Ok(ClientOptions {
-            engine: self.name,
-            client: self.client.unwrap_or(defaults.client),
-            attach_timeout: ms("attach_timeout_ms", self.attach_timeout_ms)?,
-            register_timeout: ms("register_timeout_ms", self.register_timeout_ms)?,
-            operation_timeout: ms("operation_timeout_ms", self.operation_timeout_ms)?,
-            drain_timeout: ms("drain_timeout_ms", self.drain_timeout_ms)?,
-            flush_timeout: ms("flush_timeout_ms", self.flush_timeout_ms)?,
-            stall_after: ms("stall_after_ms", self.stall_after_ms)?,
-            spin: self.spin_us.map(|spin| microseconds(py, "spin_us", spin)).transpose()?,
-            ..defaults
-        })
+/// A client's options, from the keyword arguments that all adapters take: `kvring.ClientOptions` says what they mean.
+pub(crate) fn client(py: Python<'_>, given: Option<&Bound<'_, PyDict>>) -> PyResult<ClientOptions> {
+    let mut options = ClientOptions::default();
+    for (key, value) in given.into_iter().flatten() {
+        let key: String = key.extract()?;
+        match key.as_str() {
+            "name" => options.engine = argument(&key, &value)?,
+            "client" => options.client = argument::<Option<String>>(&key, &value)?.unwrap_or(options.client),
+            "spin_us" => {
+                let spin = argument::<Option<f64>>(&key, &value)?;
+                options.spin = spin.map(|spin| microseconds(py, &key, spin)).transpose()?;
+            }
+            _ => {
+                let is_asked = |name: &str| key.strip_suffix("_ms") == Some(name);
+                let timeout = options.timeouts().into_iter().find(|(name, _)| is_asked(name));
+                let (_, timeout) = timeout.ok_or_else(|| {
+                    PyTypeError::new_err(format!("expected the options of kvring.ClientOptions, got '{key}'"))
+                })?;
+                *timeout = milliseconds(py, &key, argument(&key, &value)?)?;
+            }
+        }
     }
+    Ok(options)
+}
+
+/// The options that every adapter takes, with their defaults: those of `kvring.ClientOptions`.
+#[pyfunction]
+pub(crate) fn client_defaults(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    guarded(py, || {
+        let mut options = ClientOptions::default();
+        let defaults = PyDict::new(py);
+        defaults.set_item("name", &options.engine)?;
+        defaults.set_item("client", py.None())?;
+        for (name, timeout) in options.timeouts() {
+            defaults.set_item(format!("{name}_ms"), timeout.as_secs_f64() * 1e3)?;
+        }
+        defaults.set_item("spin_us", py.None())?;
+        Ok(defaults)
+    })
 }
 
 /// The digest that names a namespace.

@@ -3,11 +3,12 @@
 use crate::errors::{self, guarded};
 use crate::handles::{pack, packed_bytes};
 use crate::held::Held;
-use crate::options::{self, Shared, microseconds, milliseconds};
+use crate::options::{self, microseconds, milliseconds};
 use crate::waiting::wait_ready;
 use crate::{keys, logs};
 use kvring_adapter::{
-    CallError, Client, KEYS_MAX, Key, Lookup, LookupStats, Role, SchedulerApi, SchedulerOptions,
+    CallError, Client, ClientOptions, KEYS_MAX, Key, Lookup, LookupStats, Role, SchedulerApi,
+    SchedulerOptions,
 };
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use pyo3::prelude::*;
@@ -77,12 +78,16 @@ struct Adapter<const POLLING: bool> {
 const SPIN_EVERY: u32 = 16;
 
 impl<const POLLING: bool> Adapter<POLLING> {
-    fn new(py: Python<'_>, options: SchedulerOptions, shared: Shared, spin: Duration) -> PyResult<Self> {
-        let shared = shared.options(py)?;
+    fn new(
+        py: Python<'_>,
+        lookups: SchedulerOptions,
+        options: ClientOptions,
+        spin: Duration,
+    ) -> PyResult<Self> {
         logs::begin(py)?;
-        let client = py.detach(|| Client::new(Role::Scheduler, shared));
+        let client = py.detach(|| Client::new(Role::Scheduler, options));
         let client = client.map_err(|error| errors::config(py, error))?;
-        let held = Held::new(kvring_adapter::Adapter::new(&client, options));
+        let held = Held::new(kvring_adapter::Adapter::new(&client, lookups));
         Ok(Adapter { held, client, spin, in_vain: AtomicU32::new(0) })
     }
 
@@ -122,8 +127,8 @@ pub(crate) fn dict<'py>(
 /// Makes a class with its own methods and those that both classes have: PyO3 takes only one block of methods for each
 /// class.
 macro_rules! scheduler_class {
-    ($name:ident, $polling:literal, $doc:literal, { $($own:tt)* }) => {
-        #[doc = $doc]
+    ($(#[$doc:meta])* $name:ident, $polling:literal, { $($own:tt)* }) => {
+        $(#[$doc])*
         #[pyclass(frozen, module = "kvring._native")]
         pub(crate) struct $name(Adapter<$polling>);
 
@@ -188,45 +193,28 @@ macro_rules! scheduler_class {
     };
 }
 
-scheduler_class!(SchedulerAdapter, false, "Lookups that are asked now and answered later.", {
+scheduler_class!(
+    /// A scheduler's adapter for lookups that are asked now and answered later.
+    ///
+    /// `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `pending_timeout_ms`: how long a lookup may
+    /// stay pending; after that its answer is 0 chunks. `options`: see `ClientOptions`.
+    ///
+    /// Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error.
+    SchedulerAdapter, false, {
     #[new]
-    #[pyo3(signature = (
-        fingerprint, *, pending_timeout_ms = 30_000.0, name = "default".to_owned(), client = None,
-        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
-    ))]
-    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
+    #[pyo3(signature = (fingerprint, *, pending_timeout_ms = 30_000.0, **options))]
     fn new(
         py: Python<'_>,
         fingerprint: &[u8],
         pending_timeout_ms: f64,
-        name: String,
-        client: Option<String>,
-        attach_timeout_ms: f64,
-        register_timeout_ms: f64,
-        operation_timeout_ms: f64,
-        drain_timeout_ms: f64,
-        flush_timeout_ms: f64,
-        stall_after_ms: f64,
-        spin_us: Option<f64>,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         guarded(py, || {
-            let options = SchedulerOptions {
+            let lookups = SchedulerOptions {
                 pending_timeout: milliseconds(py, "pending_timeout_ms", pending_timeout_ms)?,
                 ..SchedulerOptions::new(options::fingerprint(py, fingerprint)?)
             };
-            let shared = Shared {
-                name,
-                client,
-                attach_timeout_ms,
-                register_timeout_ms,
-                operation_timeout_ms,
-                drain_timeout_ms,
-                flush_timeout_ms,
-                stall_after_ms,
-                spin_us,
-            };
-            Adapter::new(py, options, shared, Duration::ZERO).map(Self)
+            Adapter::new(py, lookups, options::client(py, options)?, Duration::ZERO).map(Self)
         })
     }
 
@@ -288,51 +276,39 @@ impl Adapter<true> {
     }
 }
 
-scheduler_class!(PollingSchedulerAdapter, true, "Lookups with a definite answer at once.", {
+scheduler_class!(
+    /// A scheduler's adapter for lookups that have a definite answer at once.
+    ///
+    /// `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `lookup_timeout_ms`: how long a lookup may
+    /// take, or all lookups of a step together (see `begin_step`); after that the answer is 0 chunks. `poll_interval_us`: how
+    /// long a lookup spins, with the GIL, before it waits without it. By default 200, or 0 on a single CPU: an engine that is
+    /// awake answers in a few microseconds, one that sleeps in some 80. While spinning brings no answer, most lookups wait at
+    /// once. `options`: see `ClientOptions`.
+    ///
+    /// Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error.
+    PollingSchedulerAdapter, true, {
     #[new]
-    #[pyo3(signature = (
-        fingerprint, *, lookup_timeout_ms = 5.0, poll_interval_us = None, name = "default".to_owned(), client = None,
-        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
-    ))]
-    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
+    #[pyo3(signature = (fingerprint, *, lookup_timeout_ms = 5.0, poll_interval_us = None, **options))]
     fn new(
         py: Python<'_>,
         fingerprint: &[u8],
         lookup_timeout_ms: f64,
         poll_interval_us: Option<f64>,
-        name: String,
-        client: Option<String>,
-        attach_timeout_ms: f64,
-        register_timeout_ms: f64,
-        operation_timeout_ms: f64,
-        drain_timeout_ms: f64,
-        flush_timeout_ms: f64,
-        stall_after_ms: f64,
-        spin_us: Option<f64>,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         guarded(py, || {
-            let options = SchedulerOptions {
+            let lookups = SchedulerOptions {
                 lookup_timeout: milliseconds(py, "lookup_timeout_ms", lookup_timeout_ms)?,
                 ..SchedulerOptions::new(options::fingerprint(py, fingerprint)?)
             };
-            let shared = Shared {
-                name,
-                client,
-                attach_timeout_ms,
-                register_timeout_ms,
-                operation_timeout_ms,
-                drain_timeout_ms,
-                flush_timeout_ms,
-                stall_after_ms,
-                // `lookup` has spun already when it begins to wait.
-                spin_us: spin_us.or(Some(0.0)),
-            };
+            let mut options = options::client(py, options)?;
+            // `lookup` has spun already when it begins to wait.
+            options.spin.get_or_insert(Duration::ZERO);
             let spin = match poll_interval_us {
                 Some(interval) => microseconds(py, "poll_interval_us", interval)?,
                 None => poll_interval(),
             };
-            Adapter::new(py, options, shared, spin).map(Self)
+            Adapter::new(py, lookups, options, spin).map(Self)
         })
     }
 

@@ -4,7 +4,7 @@ use crate::errors::{self, guarded};
 use crate::group::KvGroup;
 use crate::handles::unpack;
 use crate::held::Held;
-use crate::options::{self, Shared};
+use crate::options;
 use crate::scheduler::dict;
 use crate::waiting::{in_slices, wait_ready};
 use crate::{keys, logs};
@@ -187,9 +187,7 @@ impl WorkerAdapter {
     #[new]
     #[pyo3(signature = (
         fingerprint, *, world, rank, chunk_tokens, model = String::new(), dtype = String::new(),
-        checksum = "off", copy_threads = None, copy = "auto", name = "default".to_owned(), client = None,
-        attach_timeout_ms = 5_000.0, register_timeout_ms = 5_000.0, operation_timeout_ms = 2_000.0,
-        drain_timeout_ms = 5_000.0, flush_timeout_ms = 200.0, stall_after_ms = 2_000.0, spin_us = None
+        checksum = "off", copy_threads = None, copy = "auto", **options
     ))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn new(
@@ -203,15 +201,7 @@ impl WorkerAdapter {
         checksum: &str,
         copy_threads: Option<usize>,
         copy: &str,
-        name: String,
-        client: Option<String>,
-        attach_timeout_ms: f64,
-        register_timeout_ms: f64,
-        operation_timeout_ms: f64,
-        drain_timeout_ms: f64,
-        flush_timeout_ms: f64,
-        stall_after_ms: f64,
-        spin_us: Option<f64>,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Self> {
         guarded(py, || {
             let checksum = match checksum {
@@ -228,7 +218,7 @@ impl WorkerAdapter {
                 return Err(errors::config(py, format!("copy: expected one of {all}, got {copy:?}")));
             };
             let fingerprint = options::fingerprint(py, fingerprint)?;
-            let options = WorkerOptions {
+            let worker = WorkerOptions {
                 model,
                 dtype,
                 checksum,
@@ -236,22 +226,11 @@ impl WorkerAdapter {
                 copy,
                 ..WorkerOptions::new(fingerprint, world, rank, chunk_tokens)
             };
-            let shared = Shared {
-                name,
-                client,
-                attach_timeout_ms,
-                register_timeout_ms,
-                operation_timeout_ms,
-                drain_timeout_ms,
-                flush_timeout_ms,
-                stall_after_ms,
-                spin_us,
-            };
-            let shared = shared.options(py)?;
+            let client = options::client(py, options)?;
             logs::begin(py)?;
             let made = py.detach(|| {
-                let client = Client::new(Role::Worker, shared).map_err(|error| error.to_string())?;
-                let adapter = kvring_adapter::WorkerAdapter::new(&client, options);
+                let client = Client::new(Role::Worker, client).map_err(|error| error.to_string())?;
+                let adapter = kvring_adapter::WorkerAdapter::new(&client, worker);
                 adapter.map(|adapter| (client, adapter)).map_err(|error| error.to_string())
             });
             let (client, adapter) = made.map_err(|text| errors::config(py, text))?;

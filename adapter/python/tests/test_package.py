@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -18,11 +19,12 @@ from waiting import wait_for
 import kvring
 from kvring import _native
 
+PACKAGE = pathlib.Path(kvring.__file__).parent
+
 
 def test_the_stub_says_what_there_is():
-    stub = pathlib.Path(kvring.__file__).with_name("_native.pyi")
-    assert stub.with_name("py.typed").exists()
-    nodes = ast.parse(stub.read_text()).body
+    assert (PACKAGE / "py.typed").exists()
+    nodes = ast.parse((PACKAGE / "_native.pyi").read_text()).body
     functions = {node.name: node for node in nodes if isinstance(node, ast.FunctionDef)}
     classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
     constants = {node.target.id for node in nodes if isinstance(node, ast.AnnAssign)}
@@ -50,16 +52,39 @@ def test_the_stub_says_what_there_is():
                 type("Sub", (found,), {})
 
 
+def test_the_options_of_a_client_are_the_same_everywhere():
+    """The keyword arguments that the adapters take, their types, and their documentation."""
+    defaults = _native.client_defaults()
+    assert set(kvring.ClientOptions.__annotations__) == set(defaults)
+    doc = kvring.ClientOptions.__doc__
+    assert re.findall(r"\* `(\w+)`: ", doc) == [*defaults]
+    timeouts = {name: float(default) for name, default in re.findall(r"\* `(\w+_ms)`: [^*]*;\s+(\d+)\.", doc)}
+    assert timeouts == {name: default for name, default in defaults.items() if name.endswith("_ms")}
+    kvring.WorkerAdapter(FINGERPRINT, world=1, rank=0, chunk_tokens=16, **defaults).shutdown()
+    for adapter in (kvring.SchedulerAdapter, kvring.PollingSchedulerAdapter):
+        adapter(FINGERPRINT, **defaults).shutdown()
+        with pytest.raises(TypeError, match=r"expected the options of kvring\.ClientOptions, got 'stall_after_s'"):
+            adapter(FINGERPRINT, stall_after_s=1)
+        with pytest.raises(TypeError, match="argument 'stall_after_ms': "):
+            adapter(FINGERPRINT, stall_after_ms="1")
+        with pytest.raises(kvring.ConfigError, match="flush_timeout_ms: expected a number from 0 on, got -1"):
+            adapter(FINGERPRINT, flush_timeout_ms=-1)
+
+
 def same(node, found, skipped):
     """Names, kinds and defaults of the parameters."""
     arguments = node.args
     plain = arguments.args[skipped:]
     defaults = [None] * (len(plain) - len(arguments.defaults)) + arguments.defaults
-    said = [(argument.arg, False, default) for argument, default in zip(plain, defaults)]
-    said += [(argument.arg, True, default) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    said = [(argument.arg, "POSITIONAL_OR_KEYWORD", default) for argument, default in zip(plain, defaults)]
+    said += [(argument.arg, "KEYWORD_ONLY", default) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    said += [(argument.arg, "VAR_KEYWORD", None) for argument in [arguments.kwarg] if argument]
     there = inspect.signature(found).parameters.values()
-    names = [(name, keyword) for name, keyword, _ in said]
-    if names != [(parameter.name, parameter.kind is parameter.KEYWORD_ONLY) for parameter in there]:
+    names = [(name, kind) for name, kind, _ in said]
+    # `self` of a built-in method is positional only, which no stub says.
+    if names != [
+        (parameter.name, parameter.kind.name.replace("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")) for parameter in there
+    ]:
         return False
     for (_, _, default), parameter in zip(said, there):
         required = parameter.default is parameter.empty

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from kvring import ConfigError, byte_size, engine_name
+from kvring._native import client_defaults
 
 PREFIX = "kvring."
+_CLIENT = client_defaults()
+"""The options that the connector hands on to every native adapter, with their defaults."""
 
 
 def _wrong(key: str, expected: str, got: object) -> ConfigError:
@@ -90,7 +93,7 @@ def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str, only: 
 class Config:
     """The connector's options. Times that end in `_ms` are milliseconds, `_us` microseconds."""
 
-    name: str = _option("default", _name, "the engine's name, as in `kvring serve --name`")
+    name: str = _option(_CLIENT["name"], _name, "the engine's name, as in `kvring serve --name`")
     chunk_blocks: int = _option(1, _count(1, 1024), "vLLM blocks that make a chunk, the unit of looking up and storing")
     lookup: str = _option(
         "poll", _choice("poll", "async"), "`poll`: an answer in the same scheduling step; `async`: in a later one"
@@ -116,21 +119,23 @@ class Config:
     pending_timeout_ms: float = _option(
         30_000.0, _above_zero, "how long a lookup may stay pending (`async`)", ("lookup", "async")
     )
-    attach_timeout_ms: float = _option(5_000.0, _above_zero, "one attempt to attach to an engine")
+    attach_timeout_ms: float = _option(_CLIENT["attach_timeout_ms"], _above_zero, "one attempt to attach to an engine")
     register_timeout_ms: float = _option(
-        5_000.0, _above_zero, "how long vLLM's start waits for the engine; later it attaches by itself"
+        _CLIENT["register_timeout_ms"], _above_zero, "how long vLLM's start waits for the engine; later it attaches by itself"
     )
     operation_timeout_ms: float = _option(
-        2_000.0, _above_zero, "how long a store waits for the engine's answer, in the background"
+        _CLIENT["operation_timeout_ms"], _above_zero, "how long a store waits for the engine's answer, in the background"
     )
-    drain_timeout_ms: float = _option(5_000.0, _zero_or_more, "how long shutting down waits for stores")
+    drain_timeout_ms: float = _option(_CLIENT["drain_timeout_ms"], _zero_or_more, "how long shutting down waits for stores")
     flush_timeout_ms: float = _option(
-        200.0,
+        _CLIENT["flush_timeout_ms"],
         _zero_or_more,
         "how long a store may take until it is copied, where vLLM needs its blocks again; and how long it keeps those of a "
         "request that has ended",
     )
-    stall_after_ms: float = _option(2_000.0, _above_zero, "an engine that does not move for this long counts as stalled")
+    stall_after_ms: float = _option(
+        _CLIENT["stall_after_ms"], _above_zero, "an engine that does not move for this long counts as stalled"
+    )
     checksum: str = _option(
         "off",
         _choice("off", "store", "verify"),
@@ -194,15 +199,7 @@ class Config:
     @property
     def client(self) -> dict[str, Any]:
         """The arguments that every native adapter gets."""
-        return {
-            "name": self.name,
-            "attach_timeout_ms": self.attach_timeout_ms,
-            "register_timeout_ms": self.register_timeout_ms,
-            "operation_timeout_ms": self.operation_timeout_ms,
-            "drain_timeout_ms": self.drain_timeout_ms,
-            "flush_timeout_ms": self.flush_timeout_ms,
-            "stall_after_ms": self.stall_after_ms,
-        }
+        return {option.name: getattr(self, option.name) for option in fields(self) if option.name in _CLIENT}
 
 
 def _shown(default: Any) -> str:
