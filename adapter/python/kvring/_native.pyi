@@ -1,4 +1,6 @@
-"""What the Rust side of the package offers. See `kvring/__init__.py` for the words used here."""
+"""What the Rust side of the package offers: its names and types, and copies of its docstrings (`adapter/python/tests/stub.py`).
+
+`kvring/__init__.py` explains the words used here."""
 
 from collections.abc import Sequence
 from typing import final
@@ -8,13 +10,11 @@ from typing_extensions import Unpack
 from .options import ClientOptions
 
 SKIP: int
-"""As a block id of a load: this page is not written (vLLM holds it already, or has no block for it)."""
-
+"As a block id of a load: this page is not written (vLLM holds it already, or has no block for it)."
 KEY_BYTES: int
-"""Bytes of a chunk's key: 16. Longer hashes count by their first 16 bytes."""
-
+"Bytes of a chunk's key: 16. Longer hashes count by their first 16 bytes."
 KEYS_MAX: int
-"""The most keys of one lookup; of a longer list the first ones are looked up, which is a right answer too."""
+"The most keys of one lookup; of a longer list the first ones are looked up, which is a right answer too."
 
 class KvringError(Exception):
     """The base of all errors of this package."""
@@ -35,98 +35,135 @@ class DeviceError(KvringError, RuntimeError):
     """A GPU may still write into the KV cache, and its driver does not say: nothing may be computed from it any more."""
 
 def byte_size(text: str) -> int:
-    """A size as `kvring serve --arena` takes it (`"8GiB"`, `"1.5G"`, `"4096"`), in bytes. Raises `ConfigError`."""
+    """Reads a size as `kvring serve --arena` takes it, such as `"8GiB"`, `"1.5G"` or `"4096"`, and returns it in bytes.
+
+    Raises `ConfigError` for a text that is no size."""
 
 def engine_name(name: str) -> str:
-    """A name as `kvring serve --name` takes it, unchanged. Raises `ConfigError`."""
+    """Checks an engine's name as `kvring serve --name` takes it, and returns it unchanged.
+
+    Raises `ConfigError` for a name that no engine can have."""
 
 def engine_state(name: str = "default") -> str:
-    """How the engine of this name looks from outside: "serving", "recovering", "dead", "stopped" (asked to, with `--keep`),
-    "absent" or "incompatible: why"."""
+    """Returns the state of the engine of this name as others see it, without attaching: "serving", "recovering" (it starts, and
+    may be taking over what it held before), "dead", "stopped" (it was asked to stop, and `--keep` has kept what it held),
+    "absent", "unhealthy" (it has found an error in its own tables), or "incompatible: " and the reason.
 
-def client_defaults() -> ClientOptions: ...
+    Raises `ConfigError` for a name that no engine can have."""
+
+def client_defaults() -> ClientOptions:
+    """The options that every adapter takes, with their defaults: those of `kvring.ClientOptions`."""
+
 def next_logs(timeout_ms: float) -> list[tuple[int, str, str]]:
-    """Log records (`logging` level, target, text) of this process's adapters; waits for the first one, without the GIL.
-
-    Empty after `timeout_ms`, and at once after `close_logs`."""
+    """Takes the log records of this process's adapters, each as (`logging` level, target, text). Waits at most `timeout_ms`
+    milliseconds for the first one, without the GIL, and then returns an empty list; after `close_logs` it does not wait."""
 
 def close_logs() -> None:
-    """Ends `next_logs`, for good: before the interpreter ends."""
+    """Ends `next_logs`, for good: called before the interpreter ends."""
 
 def set_log_level(level: int) -> None:
-    """Keeps records from this `logging` level on; `logging.INFO` to begin with. What is below costs nothing."""
+    """Sets the lowest `logging` level of records that the adapters log; it is `logging.INFO` to begin with. A record below it
+    costs nothing."""
 
 @final
 class Hit:
-    """What a lookup found: the longest visible prefix, pinned for its request and admission."""
+    """What a lookup found: the longest visible prefix of its keys, pinned for its request and admission."""
 
     @property
-    def chunks(self) -> int: ...
+    def chunks(self) -> int:
+        """The number of chunks found, from the first key on; 0 also if the engine could not be asked."""
+
     @property
-    def world(self) -> int: ...
+    def world(self) -> int:
+        """The number of ranks in the namespace; 0 if the engine could not be asked."""
+
     def shards(self, rank: int, start: int, stop: int) -> bytes:
-        """Where rank `rank` finds chunks `start` to `stop` (exclusive): for `WorkerAdapter.submit_load`, opaque here."""
+        """Returns where rank `rank` finds the chunks from `start` up to `stop` (exclusive), as opaque bytes that the scheduler
+        sends to that rank's process for `WorkerAdapter.submit_load`.
+
+        Raises `ConfigError` for a rank or a chunk that the hit does not have."""
 
 @final
 class SchedulerAdapter:
-    """Lookups that are asked now and answered later."""
+    """A scheduler's adapter for lookups that are asked now and answered later.
 
-    def __init__(
-        self,
-        fingerprint: bytes,
-        *,
-        pending_timeout_ms: float = 30_000,
-        **options: Unpack[ClientOptions],
-    ) -> None: ...
+    `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `pending_timeout_ms`: how long a lookup may
+    stay pending; after that its answer is 0 chunks. `options`: see `ClientOptions`.
+
+    Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error."""
+
+    def __init__(self, fingerprint: bytes, *, pending_timeout_ms: float = 30000, **options: Unpack[ClientOptions]) -> None: ...
     def submit_lookup(
         self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
     ) -> None:
-        """Asks for the longest visible prefix of `keys[every - 1::every]`, once per request and admission.
+        """Asks for the longest visible prefix of `keys[every - 1::every]`, once for each request and admission. `check_lookup`
+        gives the answer.
 
-        `salt`: 16 bytes that every key is XORed with, as what was stored under them must have been."""
+        `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
+        least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
+        `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
+        with, as what was stored under them must have been.
+
+        Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child."""
 
     def check_lookup(self, request: str) -> Hit | None:
-        """The answer; `None` while it is pending. A request that was never submitted has 0 chunks."""
+        """Returns the answer of the request's lookup; `None` while it is pending. A request that was never submitted has 0
+        chunks."""
 
     def is_current(self, request: str) -> bool:
-        """Does the answer still hold? Not when the engine that gave it is gone: then this admission may be asked for again."""
+        """Says whether the answer of this request's admission still holds. It does not once the engine that gave it is gone:
+        then the next lookup of the same admission asks again. Takes a few loads."""
 
     def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
-        """Gives up the pins beyond the first `keep` chunks. Unknown is fine."""
+        """Gives up the pins of this request's admission beyond its first `keep` chunks. To be called when all ranks have
+        reported the load (`keep` 0), or when less is loaded than was found. An unknown request is ignored."""
 
     def end_session(self, request: str) -> None:
-        """Ends a request: its answer, its pending lookup, its pins. Unknown is fine."""
+        """Ends a request: its answer, its pending lookup and its pins. An unknown request is ignored."""
 
     def reset_cache(self) -> int:
-        """Drops what this namespace holds and nobody has pinned; the number of chunks. Waits for the engine.
+        """Drops the chunks of this namespace that nobody has pinned, and returns their number. Waits for the engine, without
+        the GIL, for up to `operation_timeout_ms`.
 
-        Raises `EngineError` where the engine is not there to be asked."""
+        Raises `EngineError` where no engine can be asked, or none answers in time."""
 
     def wait_ready(self, timeout_ms: float) -> bool:
-        """Waits until the engine is there and has answered what this adapter has registered; without the GIL. False after
-        `timeout_ms`, and after `shutdown`: then `health` says why. For tools and tests; vLLM goes on without an engine."""
+        """Waits, without the GIL, until the engine is there and has accepted this client. Returns false after `timeout_ms`
+        milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on without an engine."""
 
     def is_healthy(self) -> bool:
-        """Is the engine there and well? A few loads."""
+        """Says whether the engine is there and well. Takes a few loads."""
 
     def health(self) -> str:
-        """`healthy`, or what it is instead: absent, dead, recovering, attaching, stalled, unhealthy, refused: …"""
+        """Returns "healthy", or what the engine is instead: "absent", "dead", "recovering", "attaching", "stalled", "unhealthy",
+        "refused: " or "incompatible: " and the reason, or "shut down"."""
 
     def lookup_stats(self) -> dict[str, int]:
-        """Counts of lookups: answered, degraded, timed_out, refused."""
+        """Returns how many lookups there were by their outcome: "answered" by the engine; and answered with 0 chunks, because
+        the engine was not well ("degraded"), did not answer in time ("timed_out"), or because no worker has registered the
+        namespace or too much is pinned ("refused")."""
 
     def client_stats(self) -> dict[str, int]:
-        """Counts of what this client has seen of its engine: attachments, deaths, restarts, stalls …"""
+        """Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more."""
 
-    def open_sessions(self) -> int: ...
+    def open_sessions(self) -> int:
+        """Returns the number of requests that have looked something up and have not ended."""
+
     def shutdown(self) -> None:
-        """Ends the client. Idempotent."""
+        """Detaches from the engine, and gives up all pins. Waits, without the GIL, for up to `drain_timeout_ms`. Lookups find
+        nothing from then on. A second call does nothing."""
 
 @final
 class PollingSchedulerAdapter:
-    """Lookups with a definite answer at once: spins, holding the GIL, for `poll_interval_us` (200, or 0 on one CPU; an answer
-    takes a few microseconds, that of an engine that sleeps some 80), then waits without it. Where spinning brought nothing,
-    most lookups wait at once."""
+    """A scheduler's adapter for lookups that have a definite answer at once.
+
+    `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `lookup_timeout_ms`: how long a lookup may
+    take, or all lookups of a step together (see `begin_step`); after that the answer is 0 chunks. `poll_interval_us`: how
+    long a lookup spins, with the GIL, before it waits without it. By default 200, or 0 on a single CPU: an engine that is
+    awake answers in a few microseconds, one that sleeps in some 80. While spinning brings no answer, most lookups wait at
+    once. `options`: see `ClientOptions`.
+
+    Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error."""
 
     def __init__(
         self,
@@ -137,81 +174,148 @@ class PollingSchedulerAdapter:
         **options: Unpack[ClientOptions],
     ) -> None: ...
     def begin_step(self) -> None:
-        """From here on all lookups together may wait for `lookup_timeout_ms`: a sick engine slows a scheduling step down
-        by that much at most, however many requests ask. Without it each lookup may wait that long."""
+        """Begins a scheduling step: from here on all lookups together may wait for `lookup_timeout_ms`. So an engine in trouble
+        slows a step down by that much at most, however many requests ask. If this is never called, each lookup may wait that
+        long."""
 
     def lookup(self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None) -> Hit:
-        """The longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission.
+        """Returns the longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission until
+        `free_lookup_locks` or `end_session`. Asked again for the same admission, it gives the same answer and does no work; 0
+        chunks after a timeout are an answer, too.
 
-        Asked again for the same admission it is the same answer and no work; a timed-out 0 is an answer too."""
+        `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
+        least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
+        `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
+        with, as what was stored under them must have been.
 
-    def is_current(self, request: str) -> bool: ...
-    def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None: ...
-    def end_session(self, request: str) -> None: ...
-    def reset_cache(self) -> int: ...
-    def wait_ready(self, timeout_ms: float) -> bool: ...
-    def is_healthy(self) -> bool: ...
-    def health(self) -> str: ...
-    def lookup_stats(self) -> dict[str, int]: ...
-    def client_stats(self) -> dict[str, int]: ...
-    def open_sessions(self) -> int: ...
-    def shutdown(self) -> None: ...
+        Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child."""
+
+    def is_current(self, request: str) -> bool:
+        """Says whether the answer of this request's admission still holds. It does not once the engine that gave it is gone:
+        then the next lookup of the same admission asks again. Takes a few loads."""
+
+    def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
+        """Gives up the pins of this request's admission beyond its first `keep` chunks. To be called when all ranks have
+        reported the load (`keep` 0), or when less is loaded than was found. An unknown request is ignored."""
+
+    def end_session(self, request: str) -> None:
+        """Ends a request: its answer, its pending lookup and its pins. An unknown request is ignored."""
+
+    def reset_cache(self) -> int:
+        """Drops the chunks of this namespace that nobody has pinned, and returns their number. Waits for the engine, without
+        the GIL, for up to `operation_timeout_ms`.
+
+        Raises `EngineError` where no engine can be asked, or none answers in time."""
+
+    def wait_ready(self, timeout_ms: float) -> bool:
+        """Waits, without the GIL, until the engine is there and has accepted this client. Returns false after `timeout_ms`
+        milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on without an engine."""
+
+    def is_healthy(self) -> bool:
+        """Says whether the engine is there and well. Takes a few loads."""
+
+    def health(self) -> str:
+        """Returns "healthy", or what the engine is instead: "absent", "dead", "recovering", "attaching", "stalled", "unhealthy",
+        "refused: " or "incompatible: " and the reason, or "shut down"."""
+
+    def lookup_stats(self) -> dict[str, int]:
+        """Returns how many lookups there were by their outcome: "answered" by the engine; and answered with 0 chunks, because
+        the engine was not well ("degraded"), did not answer in time ("timed_out"), or because no worker has registered the
+        namespace or too much is pinned ("refused")."""
+
+    def client_stats(self) -> dict[str, int]:
+        """Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more."""
+
+    def open_sessions(self) -> int:
+        """Returns the number of requests that have looked something up and have not ended."""
+
+    def shutdown(self) -> None:
+        """Detaches from the engine, and gives up all pins. Waits, without the GIL, for up to `drain_timeout_ms`. Lookups find
+        nothing from then on. A second call does nothing."""
 
 @final
 class KvGroup:
-    """Layers that share a block table."""
+    """Describes the layers of a KV cache that share a block table.
+
+    `num_blocks`: how many blocks there are. `blocks_per_chunk`: how many of them make a chunk. `tensors`: one tuple for each
+    layer, in an order that is the same in every process: the address of the first element, the shape, the strides in
+    elements, and the bytes of an element. The first dimension counts the blocks, or the same number of kernel blocks for each
+    block. A page is opaque bytes, and may lie in several pieces.
+
+    Raises `LayoutError` where the pages of two blocks overlap, where the first dimension is no multiple of `num_blocks`, and
+    for a description without tensors or with chunks of no block."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        blocks_per_chunk: int,
-        tensors: Sequence[tuple[int, Sequence[int], Sequence[int], int]],
-    ) -> None:
-        """`tensors`: one for each layer, in an order that is the same in every process: address of the first element, shape,
-        strides (in elements) and bytes of an element. The first dimension counts blocks, or the same number of kernel
-        blocks for each block. Pages are opaque bytes: a block's page may lie in several pieces.
-
-        Raises `LayoutError` where the pages of two blocks overlap, or the first dimension is no multiple of `num_blocks`."""
-
+        self, num_blocks: int, blocks_per_chunk: int, tensors: Sequence[tuple[int, Sequence[int], Sequence[int], int]]
+    ) -> None: ...
     @property
     def planes(self) -> list[tuple[int, int, int]]:
-        """The contiguous pieces that a block is made of: address for block 0, bytes from block to block, bytes."""
+        """The contiguous pieces that a block is made of, each as (address of block 0's piece, bytes from one block's piece to the
+        next one's, bytes of the piece)."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block over all layers."""
+        """The bytes of a block in all layers together."""
 
 @final
 class Finished:
-    """A job that has ended."""
+    """A job that has ended. `WorkerAdapter.get_finished` makes it."""
 
     @property
-    def job(self) -> int: ...
+    def job(self) -> int:
+        """The job's id, as `submit_store` or `submit_load` returned it."""
+
     @property
-    def request(self) -> str: ...
+    def request(self) -> str:
+        """The name of the request that the job was submitted for."""
+
     @property
-    def is_store(self) -> bool: ...
+    def is_store(self) -> bool:
+        """True for a store, false for a load."""
+
     @property
     def done(self) -> int:
-        """Chunks stored, or loaded and validated."""
+        """The number of chunks stored, or loaded and validated."""
+
     @property
     def skipped(self) -> int:
-        """Of a store: chunks that were there already, or are being stored by somebody else."""
+        """Of a store: the number of chunks that were there already, or are being stored by another job."""
+
     @property
     def failed(self) -> int:
-        """Chunks that a store dropped, or a load could not bring: see `why`."""
+        """The number of chunks that a store dropped, or that could not be loaded; `why` has the reasons."""
+
     @property
     def why(self) -> dict[str, int]:
-        """Reasons, those that occurred, in chunks; they add up to `failed`."""
+        """The number of failed chunks by reason; only reasons that occurred. They add up to `failed`."""
+
     @property
-    def bytes(self) -> int: ...
+    def bytes(self) -> int:
+        """The bytes copied."""
+
     @property
     def seconds(self) -> float:
-        """Time spent copying."""
+        """The time spent copying, in seconds."""
 
 @final
 class WorkerAdapter:
-    """Stores and loads of one rank's paged KV cache, in the background. Calls return at once unless they say otherwise."""
+    """A worker's adapter: stores and loads one rank's paged KV cache, in the background. Calls return at once unless they say
+    otherwise.
+
+    `fingerprint`: 32 bytes that name the namespace. `world`: the number of ranks. `rank`: this worker's, from 0 on.
+    `chunk_tokens`: the tokens of a chunk. `model` and `dtype`: for people, in `kvring status`.
+
+    `checksum`: "off", "store" (a store computes checksums) or "verify" (a load also compares them; a mismatch is a failed load).
+
+    `copy_threads`: for a cache in host memory, how many threads copy; by default 2, or 1 on a single CPU.
+
+    `copy`: for a cache on a GPU, how its bytes are moved. "batch": DMA, one copy for each contiguous run. "staged": a kernel
+    gathers or scatters in a buffer on the GPU, and DMA moves that. "zerocopy": a kernel reads or writes the host's memory itself.
+    "auto": whatever is measured to be fastest when the cache is registered, which takes up to 100 ms.
+
+    `options`: see `ClientOptions`.
+
+    Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error."""
 
     def __init__(
         self,
@@ -226,31 +330,26 @@ class WorkerAdapter:
         copy_threads: int | None = None,
         copy: str = "auto",
         **options: Unpack[ClientOptions],
-    ) -> None:
-        """`copy_threads`: for a cache in host memory. `copy`: for one on a GPU, how its bytes are moved. "batch": DMA, one copy
-        for each contiguous run; "staged": a kernel gathers or scatters in a buffer on the GPU, DMA moves that; "zerocopy": a
-        kernel reads or writes the host's memory itself; "auto": what is measured to be fastest when the cache is registered
-        (up to 100 ms). Ignored for host memory.
-
-        Raises `ConfigError`, naming the option."""
-
+    ) -> None: ...
     def register_kv_caches(self, groups: Sequence[KvGroup], owner: object = None, device: int | None = None) -> None:
-        """Registers this rank's KV cache, now and after every restart of the engine; waits for the engine up to
-        `register_timeout_ms`, and goes on without it. `owner` is kept alive as long as the memory may be touched.
+        """Registers this rank's KV cache, now and after every restart of the engine. Waits for the engine, without the GIL, for
+        up to `register_timeout_ms`, and goes on without it: until it is there, stores are dropped and loads fail.
 
-        `device`: the CUDA device whose memory the groups' addresses are, as this process counts devices (torch's index);
-        `None`: host memory.
+        `groups`: one for each block table; the block ids of a chunk are those of the first group, then those of the second,
+        and so on. `owner`: an object that is kept alive for as long as the memory may be touched. `device`: the CUDA device in
+        whose memory the groups' addresses are, as this process counts devices (torch's index); `None` for host memory.
 
-        Raises `RegisterError` where ranks disagree or a chunk can never fit. Raises `LayoutError`, saying why, for memory that
-        cannot be copied from and to: no CUDA driver or device, addresses that are not that device's, a `copy` that the driver
-        or the layout does not allow."""
+        Raises `RegisterError` where ranks disagree, or a chunk can never fit into the arena. Raises `LayoutError`, with the
+        reason, for memory that cannot be copied from and to: there is no CUDA driver or no such device, the addresses are not
+        that device's, or the driver or the layout does not allow the `copy` that was asked for."""
 
     @property
     def shard_bytes(self) -> int:
-        """Bytes of this rank's part of a chunk; 0 before `register_kv_caches`."""
+        """The bytes of this rank's part of a chunk; 0 before `register_kv_caches`."""
+
     @property
     def blocks_per_chunk(self) -> int:
-        """Block ids that name a chunk: those of all groups, one group after the other."""
+        """The number of block ids that name a chunk, those of all groups together; 0 before `register_kv_caches`."""
 
     def submit_store(
         self,
@@ -261,49 +360,82 @@ class WorkerAdapter:
         parent: bytes | None = None,
         stream: int | None = None,
     ) -> int:
-        """Stores chunks in chain order; `blocks` are the block ids of one chunk after the other. `round`: (source,
-        number), the same on all ranks. The blocks must keep their content until the job is reported, or flushed.
+        """Stores chunks, and returns the job's id. The blocks must keep their content until the job is reported or flushed.
 
-        `stream`: of a cache on a GPU, the stream that computes (a `CUstream`, torch's `Stream.cuda_stream`). The copy reads
-        after everything that has been put on it so far, and nothing else has to be waited for. `None`: the default stream.
-        Ignored for host memory, where the content must be there already.
+        `request`: the name of the request. `round`: (source, number), the same on all ranks. `keys`: one for each chunk, in chain
+        order; bytes of which the first `KEY_BYTES` count. `blocks`: the block ids of the first chunk, then those of the second,
+        and so on, `blocks_per_chunk` for each. `parent`: the key before the first one, if there is one.
 
-        Raises `KvringError` while the stream is captured into a CUDA graph, and when the GPU has failed: nothing was taken."""
+        `stream`: for a cache on a GPU, the stream that computes (a `CUstream`; torch's `Stream.cuda_stream`). The copy reads
+        after everything that is on that stream at the time of this call, and needs no other waiting. `None`: the default stream.
+        For host memory it is ignored, and the content must be there already.
+
+        Raises `LayoutError` for block ids that the cache does not have, or a wrong number of them; `ConfigError` for a key that
+        is too short; and `KvringError` before `register_kv_caches`, after `shutdown`, while the stream is captured into a CUDA
+        graph, and when the GPU has failed. No job has been taken then."""
 
     def submit_load(self, request: str, shards: bytes, blocks: Sequence[int], stream: int | None = None) -> int:
-        """Loads chunks from where a lookup found them; `SKIP` for pages that must not be written.
+        """Loads chunks from where a lookup found them, and returns the job's id. The blocks belong to the job until it is
+        reported.
 
-        `stream`: as for stores; the copy writes after everything that has been put on it so far (whoever still reads the
-        blocks, or clears them). When the load is reported its bytes are there for whatever is put on any stream from then on."""
+        `request`: the name of the request. `shards`: what `Hit.shards` returned for this rank. `blocks`: the block ids for the
+        first chunk, then those for the second, and so on, `blocks_per_chunk` for each; `SKIP` for a page that must not be
+        written.
+
+        `stream`: as for `submit_store`. The copy writes after everything that is on that stream at the time of this call. When
+        the load is reported, its bytes are there for whatever is put on any stream from then on.
+
+        Raises what `submit_store` raises, and `ConfigError` for `shards` that are not from `Hit.shards` of this release."""
 
     def get_finished(self) -> list[Finished]:
-        """Jobs that have ended since the last call, each exactly once."""
+        """Returns the jobs that have ended since the last call, each exactly once.
+
+        Raises `DeviceError` when a load is lost: a GPU may still write into the KV cache, and nothing may be computed from it."""
 
     def get_block_ids_with_load_errors(self) -> list[int]:
-        """Blocks whose load has failed since the last call. A load's blocks are here no later than its report is there:
-        call `get_finished` first."""
+        """Returns the ids of the blocks whose load has failed since the last call. A load's blocks are here no later than its
+        report is in `get_finished`: call that first."""
 
     def flush(self, jobs: Sequence[int]) -> None:
-        """Before the blocks that these stores read are given to somebody else: when this returns they read them no more,
-        whatever the engine does. Waits, without the GIL, for copies that run, and until `flush_timeout_ms` after its submission
-        for each store that is still to be copied. Unknown and ended jobs are fine."""
+        """To be called before the blocks that these stores read are given to somebody else: when it returns, the stores read them
+        no more, whatever the engine does. Waits, without the GIL, for copies that run, and for each store that is still to be
+        copied until `flush_timeout_ms` after its submission. `jobs`: ids of `submit_store`. Jobs that are unknown, or have ended,
+        are ignored."""
 
     def handle_preemptions(self, requests: Sequence[str] | None = None) -> None:
-        """`flush`, by request; `None`: all of them."""
+        """As `flush`, for all stores of these requests, by name; `None`: for all stores."""
 
     def wait_some(self, timeout_ms: float) -> bool:
-        """Waits until fewer jobs are open than now; without the GIL."""
+        """Waits, without the GIL, until fewer jobs are open than now. Returns false after `timeout_ms` milliseconds.
+
+        Raises `DeviceError` as `get_finished` does."""
 
     def wait_job(self, job: int, timeout_ms: float) -> bool:
-        """Waits until this job has ended; without the GIL."""
+        """Waits, without the GIL, until this job has ended; true also for an unknown job. Returns false after `timeout_ms`
+        milliseconds.
+
+        Raises `DeviceError` as `get_finished` does."""
 
     def wait_idle(self, timeout_ms: float) -> bool:
-        """Waits until no job is open; without the GIL."""
+        """Waits, without the GIL, until no job is open. Returns false after `timeout_ms` milliseconds.
 
-    def wait_ready(self, timeout_ms: float) -> bool: ...
-    def is_healthy(self) -> bool: ...
-    def health(self) -> str: ...
-    def client_stats(self) -> dict[str, int]: ...
+        Raises `DeviceError` as `get_finished` does."""
+
+    def wait_ready(self, timeout_ms: float) -> bool:
+        """Waits, without the GIL, until the engine is there and has answered this rank's registration, if there is one. Returns
+        false after `timeout_ms` milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on
+        without an engine."""
+
+    def is_healthy(self) -> bool:
+        """Says whether the engine is there and well, and has accepted this rank's registration. Takes a few loads."""
+
+    def health(self) -> str:
+        """Returns "healthy", or what the engine is instead for this rank: "absent", "dead", "recovering", "attaching", "stalled",
+        "unhealthy", "refused: " or "incompatible: " and the reason, or "shut down"."""
+
+    def client_stats(self) -> dict[str, int]:
+        """Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more."""
+
     def shutdown(self) -> None:
-        """Finishes what is open (up to `drain_timeout_ms`; copies that run are always waited for). After it nothing touches
-        the KV cache any more. Idempotent."""
+        """Finishes the open jobs, without the GIL: waits for them for up to `drain_timeout_ms`, and for copies that run however
+        long they take. Afterwards nothing of this adapter touches the KV cache any more. A second call does nothing."""

@@ -50,9 +50,11 @@ def binary_path() -> str:
 class Engine:
     """An engine that this process starts: `with Engine("name", "8GiB"): …`.
 
-    The engine ends with this process, unless `detach` is set: then it runs in a session of its own and outlives this process, is
-    not bound to this process's CPUs and memory nodes, and writes its log to `log_path`.
-    `extra_args` go to `kvring serve`.
+    `name` and `arena`: as in `kvring serve --name` and `--arena`; a number is bytes. `extra_args`: further arguments of `kvring
+    serve`. `start_timeout_s`: how many seconds a start may take.
+
+    `detach`: the engine does not end with this process. It runs in a session of its own, is not bound to this process's CPUs and
+    memory nodes, and writes its log to `log_path`.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
+        """Says whether the engine's process runs."""
         if self._pidfd is not None:
             return not self._wait(0)
         return self._process is not None and self._process.poll() is None

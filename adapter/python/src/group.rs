@@ -5,7 +5,15 @@ use crate::planes::{Piece, Tensor, planes};
 use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 
-/// Layers that share a block table.
+/// Describes the layers of a KV cache that share a block table.
+///
+/// `num_blocks`: how many blocks there are. `blocks_per_chunk`: how many of them make a chunk. `tensors`: one tuple for each
+/// layer, in an order that is the same in every process: the address of the first element, the shape, the strides in
+/// elements, and the bytes of an element. The first dimension counts the blocks, or the same number of kernel blocks for each
+/// block. A page is opaque bytes, and may lie in several pieces.
+///
+/// Raises `LayoutError` where the pages of two blocks overlap, where the first dimension is no multiple of `num_blocks`, and
+/// for a description without tensors or with chunks of no block.
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct KvGroup {
     pieces: Vec<Piece>,
@@ -71,11 +79,14 @@ impl KvGroup {
         })
     }
 
+    /// The contiguous pieces that a block is made of, each as (address of block 0's piece, bytes from one block's piece to the
+    /// next one's, bytes of the piece).
     #[getter]
     fn planes(&self) -> Vec<(u64, u64, u64)> {
         self.pieces.iter().map(|piece| (piece.address, piece.stride, piece.bytes)).collect()
     }
 
+    /// The bytes of a block in all layers together.
     #[getter]
     fn block_bytes(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.bytes).sum()

@@ -147,7 +147,8 @@ pub(crate) fn begin(py: Python<'_>) -> PyResult<()> {
     Ok(())
 }
 
-/// The log records of this process's adapters; waits at most `timeout_ms` for the first one.
+/// Takes the log records of this process's adapters, each as (`logging` level, target, text). Waits at most `timeout_ms`
+/// milliseconds for the first one, without the GIL, and then returns an empty list; after `close_logs` it does not wait.
 #[pyfunction]
 pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>> {
     guarded(py, || {
@@ -156,7 +157,7 @@ pub(crate) fn next_logs(py: Python<'_>, timeout_ms: f64) -> PyResult<Vec<Record>
     })
 }
 
-/// Ends `next_logs`, for good.
+/// Ends `next_logs`, for good: called before the interpreter ends.
 #[pyfunction]
 pub(crate) fn close_logs(py: Python<'_>) -> PyResult<()> {
     guarded(py, || {
@@ -165,7 +166,8 @@ pub(crate) fn close_logs(py: Python<'_>) -> PyResult<()> {
     })
 }
 
-/// Sets the lowest `logging` level of records that are kept.
+/// Sets the lowest `logging` level of records that the adapters log; it is `logging.INFO` to begin with. A record below it
+/// costs nothing.
 #[pyfunction]
 pub(crate) fn set_log_level(py: Python<'_>, level: u32) -> PyResult<()> {
     guarded(py, || {

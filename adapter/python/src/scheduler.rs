@@ -16,22 +16,28 @@ use pyo3::types::{PyBytes, PyDict};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The answer of a lookup.
+/// What a lookup found: the longest visible prefix of its keys, pinned for its request and admission.
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct Hit(kvring_adapter::Hit);
 
 #[pymethods]
 impl Hit {
+    /// The number of chunks found, from the first key on; 0 also if the engine could not be asked.
     #[getter]
     fn chunks(&self) -> u32 {
         self.0.chunks
     }
 
+    /// The number of ranks in the namespace; 0 if the engine could not be asked.
     #[getter]
     fn world(&self) -> u32 {
         self.0.world
     }
 
+    /// Returns where rank `rank` finds the chunks from `start` up to `stop` (exclusive), as opaque bytes that the scheduler
+    /// sends to that rank's process for `WorkerAdapter.submit_load`.
+    ///
+    /// Raises `ConfigError` for a rank or a chunk that the hit does not have.
     fn shards<'py>(
         &self,
         py: Python<'py>,
@@ -136,10 +142,14 @@ macro_rules! scheduler_class {
         impl $name {
             $($own)*
 
+            /// Says whether the answer of this request's admission still holds. It does not once the engine that gave it is gone:
+            /// then the next lookup of the same admission asks again. Takes a few loads.
             fn is_current(&self, py: Python<'_>, request: &str) -> PyResult<bool> {
                 guarded(py, || Ok(self.0.held.now(py, |adapter| adapter.is_current(request))))
             }
 
+            /// Gives up the pins of this request's admission beyond its first `keep` chunks. To be called when all ranks have
+            /// reported the load (`keep` 0), or when less is loaded than was found. An unknown request is ignored.
             #[pyo3(signature = (request, admission, keep = 0))]
             fn free_lookup_locks(&self, py: Python<'_>, request: &str, admission: u32, keep: u32) -> PyResult<()> {
                 guarded(py, || {
@@ -148,6 +158,7 @@ macro_rules! scheduler_class {
                 })
             }
 
+            /// Ends a request: its answer, its pending lookup and its pins. An unknown request is ignored.
             fn end_session(&self, py: Python<'_>, request: &str) -> PyResult<()> {
                 guarded(py, || {
                     self.0.held.now(py, |adapter| adapter.end_session(request));
@@ -155,34 +166,50 @@ macro_rules! scheduler_class {
                 })
             }
 
+            /// Drops the chunks of this namespace that nobody has pinned, and returns their number. Waits for the engine, without
+            /// the GIL, for up to `operation_timeout_ms`.
+            ///
+            /// Raises `EngineError` where no engine can be asked, or none answers in time.
             fn reset_cache(&self, py: Python<'_>) -> PyResult<u64> {
                 guarded(py, || self.0.reset_cache(py))
             }
 
+            /// Waits, without the GIL, until the engine is there and has accepted this client. Returns false after `timeout_ms`
+            /// milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on without an engine.
             fn wait_ready(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
                 guarded(py, || wait_ready(py, &self.0.client, timeout_ms))
             }
 
+            /// Says whether the engine is there and well. Takes a few loads.
             fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {
                 guarded(py, || Ok(self.0.is_healthy(py)))
             }
 
+            /// Returns "healthy", or what the engine is instead: "absent", "dead", "recovering", "attaching", "stalled", "unhealthy",
+            /// "refused: " or "incompatible: " and the reason, or "shut down".
             fn health(&self, py: Python<'_>) -> PyResult<String> {
                 guarded(py, || Ok(py.detach(|| self.0.client.health().to_string())))
             }
 
+            /// Returns how many lookups there were by their outcome: "answered" by the engine; and answered with 0 chunks, because
+            /// the engine was not well ("degraded"), did not answer in time ("timed_out"), or because no worker has registered the
+            /// namespace or too much is pinned ("refused").
             fn lookup_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
                 guarded(py, || self.0.lookup_stats(py))
             }
 
+            /// Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more.
             fn client_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
                 guarded(py, || dict(py, self.0.client.stats().iter()))
             }
 
+            /// Returns the number of requests that have looked something up and have not ended.
             fn open_sessions(&self, py: Python<'_>) -> PyResult<usize> {
                 guarded(py, || Ok(self.0.held.now(py, |adapter| adapter.open_sessions())))
             }
 
+            /// Detaches from the engine, and gives up all pins. Waits, without the GIL, for up to `drain_timeout_ms`. Lookups find
+            /// nothing from then on. A second call does nothing.
             fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
                 guarded(py, || {
                     py.detach(|| self.0.client.shutdown());
@@ -218,6 +245,15 @@ scheduler_class!(
         })
     }
 
+    /// Asks for the longest visible prefix of `keys[every - 1::every]`, once for each request and admission. `check_lookup`
+    /// gives the answer.
+    ///
+    /// `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
+    /// least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
+    /// `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
+    /// with, as what was stored under them must have been.
+    ///
+    /// Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child.
     #[pyo3(signature = (request, admission, keys, every = 1, salt = None))]
     fn submit_lookup(
         &self,
@@ -236,6 +272,8 @@ scheduler_class!(
         })
     }
 
+    /// Returns the answer of the request's lookup; `None` while it is pending. A request that was never submitted has 0
+    /// chunks.
     fn check_lookup(&self, py: Python<'_>, request: &str) -> PyResult<Option<Hit>> {
         guarded(py, || {
             Ok(self.0.held.now(py, |adapter| match adapter.check_lookup(request) {
@@ -312,6 +350,9 @@ scheduler_class!(
         })
     }
 
+    /// Begins a scheduling step: from here on all lookups together may wait for `lookup_timeout_ms`. So an engine in trouble
+    /// slows a step down by that much at most, however many requests ask. If this is never called, each lookup may wait that
+    /// long.
     fn begin_step(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
             self.0.held.now(py, |adapter| adapter.begin_step());
@@ -319,6 +360,16 @@ scheduler_class!(
         })
     }
 
+    /// Returns the longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission until
+    /// `free_lookup_locks` or `end_session`. Asked again for the same admission, it gives the same answer and does no work; 0
+    /// chunks after a timeout are an answer, too.
+    ///
+    /// `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
+    /// least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
+    /// `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
+    /// with, as what was stored under them must have been.
+    ///
+    /// Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child.
     #[pyo3(signature = (request, admission, keys, every = 1, salt = None))]
     fn lookup(
         &self,

@@ -19,17 +19,26 @@ use pyo3::types::PyDict;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A job that has ended.
+/// A job that has ended. `WorkerAdapter.get_finished` makes it.
 #[pyclass(frozen, get_all, module = "kvring._native")]
 pub(crate) struct Finished {
+    /// The job's id, as `submit_store` or `submit_load` returned it.
     job: u64,
+    /// The name of the request that the job was submitted for.
     request: String,
+    /// True for a store, false for a load.
     is_store: bool,
+    /// The number of chunks stored, or loaded and validated.
     done: u32,
+    /// Of a store: the number of chunks that were there already, or are being stored by another job.
     skipped: u32,
+    /// The number of chunks that a store dropped, or that could not be loaded; `why` has the reasons.
     failed: u32,
+    /// The number of failed chunks by reason; only reasons that occurred. They add up to `failed`.
     why: std::collections::BTreeMap<&'static str, u32>,
+    /// The bytes copied.
     bytes: u64,
+    /// The time spent copying, in seconds.
     seconds: f64,
 }
 
@@ -151,7 +160,23 @@ fn by_chunk(
     }
 }
 
-/// Stores and loads of one rank's paged KV cache, in the background.
+/// A worker's adapter: stores and loads one rank's paged KV cache, in the background. Calls return at once unless they say
+/// otherwise.
+///
+/// `fingerprint`: 32 bytes that name the namespace. `world`: the number of ranks. `rank`: this worker's, from 0 on.
+/// `chunk_tokens`: the tokens of a chunk. `model` and `dtype`: for people, in `kvring status`.
+///
+/// `checksum`: "off", "store" (a store computes checksums) or "verify" (a load also compares them; a mismatch is a failed load).
+///
+/// `copy_threads`: for a cache in host memory, how many threads copy; by default 2, or 1 on a single CPU.
+///
+/// `copy`: for a cache on a GPU, how its bytes are moved. "batch": DMA, one copy for each contiguous run. "staged": a kernel
+/// gathers or scatters in a buffer on the GPU, and DMA moves that. "zerocopy": a kernel reads or writes the host's memory itself.
+/// "auto": whatever is measured to be fastest when the cache is registered, which takes up to 100 ms.
+///
+/// `options`: see `ClientOptions`.
+///
+/// Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error.
 #[pyclass(frozen, module = "kvring._native")]
 pub(crate) struct WorkerAdapter {
     held: Held<Worker>,
@@ -239,6 +264,16 @@ impl WorkerAdapter {
         })
     }
 
+    /// Registers this rank's KV cache, now and after every restart of the engine. Waits for the engine, without the GIL, for
+    /// up to `register_timeout_ms`, and goes on without it: until it is there, stores are dropped and loads fail.
+    ///
+    /// `groups`: one for each block table; the block ids of a chunk are those of the first group, then those of the second,
+    /// and so on. `owner`: an object that is kept alive for as long as the memory may be touched. `device`: the CUDA device in
+    /// whose memory the groups' addresses are, as this process counts devices (torch's index); `None` for host memory.
+    ///
+    /// Raises `RegisterError` where ranks disagree, or a chunk can never fit into the arena. Raises `LayoutError`, with the
+    /// reason, for memory that cannot be copied from and to: there is no CUDA driver or no such device, the addresses are not
+    /// that device's, or the driver or the layout does not allow the `copy` that was asked for.
     #[pyo3(signature = (groups, owner = None, device = None))]
     fn register_kv_caches(
         &self,
@@ -272,6 +307,7 @@ impl WorkerAdapter {
         })
     }
 
+    /// The bytes of this rank's part of a chunk; 0 before `register_kv_caches`.
     #[getter]
     fn shard_bytes(&self, py: Python<'_>) -> PyResult<u64> {
         guarded(py, || {
@@ -279,6 +315,7 @@ impl WorkerAdapter {
         })
     }
 
+    /// The number of block ids that name a chunk, those of all groups together; 0 before `register_kv_caches`.
     #[getter]
     fn blocks_per_chunk(&self, py: Python<'_>) -> PyResult<u32> {
         guarded(py, || {
@@ -286,6 +323,19 @@ impl WorkerAdapter {
         })
     }
 
+    /// Stores chunks, and returns the job's id. The blocks must keep their content until the job is reported or flushed.
+    ///
+    /// `request`: the name of the request. `round`: (source, number), the same on all ranks. `keys`: one for each chunk, in chain
+    /// order; bytes of which the first `KEY_BYTES` count. `blocks`: the block ids of the first chunk, then those of the second,
+    /// and so on, `blocks_per_chunk` for each. `parent`: the key before the first one, if there is one.
+    ///
+    /// `stream`: for a cache on a GPU, the stream that computes (a `CUstream`; torch's `Stream.cuda_stream`). The copy reads
+    /// after everything that is on that stream at the time of this call, and needs no other waiting. `None`: the default stream.
+    /// For host memory it is ignored, and the content must be there already.
+    ///
+    /// Raises `LayoutError` for block ids that the cache does not have, or a wrong number of them; `ConfigError` for a key that
+    /// is too short; and `KvringError` before `register_kv_caches`, after `shutdown`, while the stream is captured into a CUDA
+    /// graph, and when the GPU has failed. No job has been taken then.
     #[pyo3(signature = (request, round, keys, blocks, parent = None, stream = None))]
     #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python's")]
     fn submit_store(
@@ -314,6 +364,17 @@ impl WorkerAdapter {
         })
     }
 
+    /// Loads chunks from where a lookup found them, and returns the job's id. The blocks belong to the job until it is
+    /// reported.
+    ///
+    /// `request`: the name of the request. `shards`: what `Hit.shards` returned for this rank. `blocks`: the block ids for the
+    /// first chunk, then those for the second, and so on, `blocks_per_chunk` for each; `SKIP` for a page that must not be
+    /// written.
+    ///
+    /// `stream`: as for `submit_store`. The copy writes after everything that is on that stream at the time of this call. When
+    /// the load is reported, its bytes are there for whatever is put on any stream from then on.
+    ///
+    /// Raises what `submit_store` raises, and `ConfigError` for `shards` that are not from `Hit.shards` of this release.
     #[pyo3(signature = (request, shards, blocks, stream = None))]
     fn submit_load(
         &self,
@@ -342,6 +403,9 @@ impl WorkerAdapter {
         })
     }
 
+    /// Returns the jobs that have ended since the last call, each exactly once.
+    ///
+    /// Raises `DeviceError` when a load is lost: a GPU may still write into the KV cache, and nothing may be computed from it.
     fn get_finished(&self, py: Python<'_>) -> PyResult<Vec<Finished>> {
         guarded(py, || {
             self.nothing_is_lost(py)?;
@@ -349,10 +413,16 @@ impl WorkerAdapter {
         })
     }
 
+    /// Returns the ids of the blocks whose load has failed since the last call. A load's blocks are here no later than its
+    /// report is in `get_finished`: call that first.
     fn get_block_ids_with_load_errors(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
         guarded(py, || Ok(self.jobs.get_block_ids_with_load_errors()))
     }
 
+    /// To be called before the blocks that these stores read are given to somebody else: when it returns, the stores read them
+    /// no more, whatever the engine does. Waits, without the GIL, for copies that run, and for each store that is still to be
+    /// copied until `flush_timeout_ms` after its submission. `jobs`: ids of `submit_store`. Jobs that are unknown, or have ended,
+    /// are ignored.
     fn flush(&self, py: Python<'_>, jobs: Vec<u64>) -> PyResult<()> {
         guarded(py, || {
             let jobs: Vec<JobId> = jobs.into_iter().map(JobId).collect();
@@ -361,6 +431,7 @@ impl WorkerAdapter {
         })
     }
 
+    /// As `flush`, for all stores of these requests, by name; `None`: for all stores.
     #[pyo3(signature = (requests = None))]
     fn handle_preemptions(&self, py: Python<'_>, requests: Option<Vec<String>>) -> PyResult<()> {
         guarded(py, || {
@@ -370,34 +441,53 @@ impl WorkerAdapter {
         })
     }
 
+    /// Waits, without the GIL, until fewer jobs are open than now. Returns false after `timeout_ms` milliseconds.
+    ///
+    /// Raises `DeviceError` as `get_finished` does.
     fn wait_some(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
         guarded(py, || self.wait_for(py, timeout_ms, Jobs::wait_some))
     }
 
+    /// Waits, without the GIL, until this job has ended; true also for an unknown job. Returns false after `timeout_ms`
+    /// milliseconds.
+    ///
+    /// Raises `DeviceError` as `get_finished` does.
     fn wait_job(&self, py: Python<'_>, job: u64, timeout_ms: f64) -> PyResult<bool> {
         guarded(py, || self.wait_for(py, timeout_ms, |jobs, timeout| jobs.wait_job(JobId(job), timeout)))
     }
 
+    /// Waits, without the GIL, until no job is open. Returns false after `timeout_ms` milliseconds.
+    ///
+    /// Raises `DeviceError` as `get_finished` does.
     fn wait_idle(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
         guarded(py, || self.wait_for(py, timeout_ms, Jobs::wait_idle))
     }
 
+    /// Waits, without the GIL, until the engine is there and has answered this rank's registration, if there is one. Returns
+    /// false after `timeout_ms` milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on
+    /// without an engine.
     fn wait_ready(&self, py: Python<'_>, timeout_ms: f64) -> PyResult<bool> {
         guarded(py, || wait_ready(py, &self.client, timeout_ms))
     }
 
+    /// Says whether the engine is there and well, and has accepted this rank's registration. Takes a few loads.
     fn is_healthy(&self, py: Python<'_>) -> PyResult<bool> {
         guarded(py, || Ok(self.held.now(py, |worker| worker.adapter.is_healthy())))
     }
 
+    /// Returns "healthy", or what the engine is instead for this rank: "absent", "dead", "recovering", "attaching", "stalled",
+    /// "unhealthy", "refused: " or "incompatible: " and the reason, or "shut down".
     fn health(&self, py: Python<'_>) -> PyResult<String> {
         guarded(py, || Ok(self.held.now(py, |worker| worker.adapter.health().to_string())))
     }
 
+    /// Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more.
     fn client_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         guarded(py, || dict(py, self.client.stats().iter()))
     }
 
+    /// Finishes the open jobs, without the GIL: waits for them for up to `drain_timeout_ms`, and for copies that run however
+    /// long they take. Afterwards nothing of this adapter touches the KV cache any more. A second call does nothing.
     fn shutdown(&self, py: Python<'_>) -> PyResult<()> {
         guarded(py, || {
             let owner = self.held.wait(py, |worker| {

@@ -32,12 +32,15 @@ def test_the_stub_says_what_there_is():
     assert said == {name for name in dir(_native) if not name.startswith("__")}
     for name, node in functions.items():
         assert same(node, getattr(_native, name), 0), name
+        assert documented(node, getattr(_native, name)), name
     for name, node in classes.items():
         found = getattr(_native, name)
+        assert documented(node, found), name
         members = {item.name: item for item in node.body if isinstance(item, ast.FunctionDef)}
         there = {member for member in vars(found) if not member.startswith("_")}
         assert there == {member for member in members if member != "__init__"}, name
         for member, item in members.items():
+            assert member == "__init__" or documented(item, vars(found)[member]), (name, member)
             if any(isinstance(decorator, ast.Name) for decorator in item.decorator_list):
                 assert inspect.isgetsetdescriptor(vars(found)[member]), (name, member)
             elif member == "__init__":
@@ -50,6 +53,37 @@ def test_the_stub_says_what_there_is():
             # `final`.
             with pytest.raises(TypeError):
                 type("Sub", (found,), {})
+
+
+def documented(node, found):
+    """Is the docstring in the stub the module's? `adapter/python/tests/stub.py` copies those that differ."""
+    return ast.get_docstring(node) == inspect.getdoc(found)
+
+
+def test_help_says_something_of_every_public_name():
+    """Reads the sources and the stub, whose docstrings are the built module's by the test above."""
+    missing = [name for file in sorted(PACKAGE.rglob("*.py*")) for name in undocumented(file)]
+    assert not missing, missing
+
+
+def is_setter(node):
+    """Its property has the docstring."""
+    return any(getattr(decorator, "attr", "") == "setter" for decorator in node.decorator_list)
+
+
+def undocumented(file):
+    """The public classes, functions, methods and properties of a file that have no docstring, and the file if it has none."""
+    if file.suffix not in (".py", ".pyi"):
+        return
+    tree = ast.parse(file.read_text())
+    inside = [(file.name, tree)]
+    while inside:
+        name, node = inside.pop()
+        if ast.get_docstring(node) is None:
+            yield name
+        if not isinstance(node, ast.FunctionDef):
+            kept = [item for item in node.body if isinstance(item, (ast.ClassDef, ast.FunctionDef)) and not is_setter(item)]
+            inside += [(f"{name}: {item.name}", item) for item in kept if not item.name.startswith("_")]
 
 
 def test_the_options_of_a_client_are_the_same_everywhere():
