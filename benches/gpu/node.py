@@ -1,4 +1,4 @@
-"""A cache in a torch tensor, an engine, and adapters on both: what the parts of `torch_rounds.py` are made of."""
+"""A cache in a torch tensor, an engine, and adapters to both, for the parts of `torch_rounds.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PER_CHUNK = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a cache. Content is counted in bytes: kvring does not look at it."""
+    """The sizes of a cache. Content is counted in bytes, because kvring does not look at it."""
 
     layers: int = 4
     blocks: int = 96
@@ -27,7 +27,7 @@ class Sizes:
     content: int = 64
 
     def strides(self, layout: str) -> tuple[dict[str, int], int]:
-        """Bytes from one to the next of each axis, the outermost axis first in `layout`, and bytes of it all."""
+        """Each axis's bytes from one element to the next, and all bytes. `layout` names the axes, the outermost first."""
         counts = {"L": self.layers, "B": self.blocks, "H": self.heads, "N": self.tokens, "C": self.content}
         strides, extent = {}, 1
         for axis in reversed(layout):
@@ -56,7 +56,7 @@ class Cache:
         return kvring.KvGroup(self.sizes.blocks, PER_CHUNK, tensors)
 
     def pattern(self, seed: int, blocks: int) -> Any:
-        """Bytes that tell the seed and the place, for some blocks of all layers: the same on every device."""
+        """Bytes for some blocks of all layers that follow from the seed and the place. They are the same on every device."""
         shape = (self.sizes.layers, blocks, self.sizes.heads, self.sizes.tokens, self.sizes.content)
         count = shape[0] * shape[1] * shape[2] * shape[3] * shape[4]
         place = self.torch.arange(count, dtype=self.torch.int64, device=self.buffer.device)
@@ -64,15 +64,15 @@ class Cache:
         return (((mixed >> 13) ^ (mixed >> 29)) & 0xFF).to(self.torch.uint8).reshape(shape)
 
     def patterns(self, seeds: Sequence[int]) -> Any:
-        """Those of some chunks."""
+        """The patterns of some chunks, one after the other."""
         return self.torch.cat([self.pattern(seed, PER_CHUNK) for seed in seeds], dim=1)
 
     def index(self, blocks: Sequence[int]) -> Any:
-        """For `write` and `read`. Made before what is to be late: to make it is to wait for the stream."""
+        """An index for `write` and `read`. Making it waits for the stream, so it is made before work that is to be late."""
         return self.torch.tensor(list(blocks), device=self.buffer.device)
 
     def write(self, index: Any, content: Any) -> None:
-        """A kernel on the current stream for each layer."""
+        """Writes the content by one kernel for each layer, on the current stream."""
         for layer, part in zip(self.layers, content, strict=True):
             layer[index] = part
 
@@ -81,7 +81,7 @@ class Cache:
 
 
 class Node:
-    """An engine, and how to get at it."""
+    """An engine, and the settings with which adapters attach to it."""
 
     def __init__(self, torch: Any, device: str, copy: str, arena: str) -> None:
         import kvring
@@ -99,7 +99,7 @@ class Node:
         return self.torch.cuda.current_stream().cuda_stream if self.on_gpu else None
 
     def sleep(self, milliseconds: float) -> None:
-        """A kernel that does nothing for a while."""
+        """Puts a kernel on the stream that does nothing for a while."""
         if self.on_gpu:
             self.torch.cuda._sleep(int(milliseconds * 1.5e6))
 
@@ -152,7 +152,7 @@ class Pair:
         return hit
 
     def load(self, keys: Sequence[bytes], blocks: Sequence[int], before: Callable[[], None] = lambda: None) -> None:
-        """`before` is put on the stream right before the load."""
+        """Loads the chunks. `before` puts work on the stream right before the load."""
         hit = self.found(keys)
         assert hit.chunks == len(keys), f"expected {len(keys)} chunks, found {hit.chunks}"
         before()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Runs what `benches/gpu/run` has bundled, on a machine with a GPU: what matters most first, each step with a limit of its own.
+"""Runs the steps that `benches/gpu/run` has bundled, on a machine with a GPU: the most important first, each with a time limit.
 
-A step that fails does not stop the others. The exit code is 0 where every step that could run has passed; what could not be run
-is said loudly. Results go to $OUT, else to RESULTS/DEVICE-DATE.
+A step that fails does not stop the others. The exit code is 0 if every step that could run has passed; the output says
+which steps could not be run. Results go to $OUT, else to RESULTS/DEVICE-DATE.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ TAIL = 3000
 
 @dataclass
 class Step:
-    """What is run, and what became of it."""
+    """A command to run, and its outcome."""
 
     name: str
     command: list[str]
     limit_s: float
     env: dict[str, str] = field(default_factory=dict)
     output: Path | None = None
-    """Where its standard output goes: JSON. Otherwise it is a part of the log."""
+    """The file to which its standard output goes, if that is JSON. Otherwise the output is a part of the log."""
     missing: str = ""
-    """Why it cannot be run."""
+    """The reason why it cannot be run; empty if it can."""
     outcome: str = ""
     seconds: float = 0.0
     tail: str = ""
@@ -79,7 +79,7 @@ class Run:
 
 
 def execute(step: Step, limit_s: float) -> tuple[str, str]:
-    """What became of it, and what it said."""
+    """Runs a step. Returns its outcome and its output."""
     env = {**os.environ, **step.env}
     with contextlib.ExitStack() as stack:
         output: Any = subprocess.PIPE
@@ -101,7 +101,7 @@ def execute(step: Step, limit_s: float) -> tuple[str, str]:
         try:
             said, errors = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            # An engine that it has started ends with it, and takes its memory away.
+            # An engine that the step has started ends with it, and removes its segments.
             process.kill()
             try:
                 said, errors = process.communicate(timeout=10)
@@ -124,7 +124,7 @@ def first_line(command: list[str]) -> str:
 
 
 def machine(fake: bool) -> dict[str, Any]:
-    """Where this is."""
+    """Describes the machine."""
     query = [
         "name",
         "driver_version",
@@ -151,7 +151,7 @@ def machine(fake: bool) -> dict[str, Any]:
 
 
 def steps(out: Path, fake: Path | None) -> list[Step]:
-    """The most important first. Their limits are 8 minutes together."""
+    """All steps, the most important first. Their limits add up to 8 minutes."""
     kvring, test = str(HERE / "kvring"), str(HERE / "device-test")
     env = {"LD_LIBRARY_PATH": f"{fake}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":")} if fake else {}
     python = {"PYTHONPATH": str(HERE / "python"), "KVRING_BINARY": kvring, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -164,7 +164,7 @@ def steps(out: Path, fake: Path | None) -> list[Step]:
     bench += ["--seconds", "0", *small] if fake else ["--seconds", "110"]
     torch = [sys.executable, str(HERE / "torch_rounds.py"), "--json", str(out / "torch.json")]
     torch += ["--cpu", "--seconds", "5"] if fake else ["--seconds", "70"]
-    # Half of the room that there is: what a container has may be little.
+    # Half of the free space, because a container may have little.
     arena = min(4 << 30, shutil.disk_usage("/dev/shm").free // 2 >> 20 << 20)
     torch += ["--arena", str(arena)]
     without_torch = "" if importlib.util.find_spec("torch") else "this python3 has no torch"
@@ -187,7 +187,7 @@ def read_json(path: Path) -> Any:
 
 
 def summary(about: dict[str, Any], done: list[Step], bench: Any, torch: Any) -> str:
-    """For people."""
+    """The summary that people read."""
     lines = [f"{about['gpu']}, {about['cpu']}, {about['cores']} cores, commit {about['commit']}, {about['date']}"]
     if about["fake"]:
         lines.append("the FAKE driver: the numbers mean nothing")

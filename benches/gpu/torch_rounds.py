@@ -6,10 +6,10 @@
 
 Needs torch, the package `kvring`, and the command `kvring` (in PATH, or KVRING_BINARY). Parts:
 
-* rounds    random stores and loads of every layout, bit-exact. A kernel that takes its time writes the cache right before a
-            store, one that reads it right before a load, on the same stream, and nothing waits for them but kvring.
+* rounds    random stores and loads of every layout, bit-exact. Right before a store a slow kernel writes the cache on the same
+            stream, and right before a load one reads it. Only kvring waits for them.
 * graph     stores and loads while another thread captures CUDA graphs in the strictest mode.
-* kill      a process is killed (-9) while it stores: no chunk that was there has changed, and what it has committed is right.
+* kill      a process is killed (-9) while it stores: no earlier chunk has changed, and all that it has committed are right.
 * slowdown  a bf16 matrix product alone, and beside continuous stores and loads, in turn. Goal: less than 3 % slower.
 
 Each part ends at its first mistake; the exit code is 1 where one has failed.
@@ -38,17 +38,17 @@ from node import LAYOUTS, PER_CHUNK, Cache, Node, Pair, Sizes, fingerprint, key
 GOAL_PERCENT = 3.0
 KILL_SIZES = Sizes(layers=8, blocks=256, content=256)
 KILL_LAYOUT = "LBHNC"
-"""Both processes': an engine takes one layout only for a fingerprint."""
+"""The layout of both processes, because an engine takes only one for a fingerprint."""
 VICTIM_SEEDS = 1 << 24
-"""From here on: no other chunk's."""
+"""The first seed of the victim's chunks. No other chunk has seeds from here on."""
 VICTIM_CHUNKS = 8
-"""Of each of its stores."""
+"""The number of chunks in each of the victim's stores."""
 
 Found = dict[str, Any]
 
 
 def rounds(node: Node, seconds: float) -> Found:
-    """Random rounds, over all layouts."""
+    """Makes random rounds over all layouts."""
     done, turn, until = 0, 0, time.monotonic() + seconds
     while turn < len(LAYOUTS) or time.monotonic() < until:
         layout = LAYOUTS[turn % len(LAYOUTS)]
@@ -72,7 +72,7 @@ def some_rounds(pair: Pair, count: int) -> int:
         seeds = [next(node.counter) for _ in range(random.randint(1, 6))]
         blocks = random.sample(range(cache.sizes.blocks), len(seeds) * PER_CHUNK)
         content, index = cache.patterns(seeds), cache.index(blocks)
-        # Written late, and stored without anybody's waiting.
+        # The content is written late, and nobody waits before the store is submitted.
         node.sleep(random.choice([0, 0.2, 2]))
         cache.write(index, content)
         pair.store([key(seed) for seed in seeds], blocks)
@@ -96,7 +96,7 @@ def some_rounds(pair: Pair, count: int) -> int:
 
 
 def graph(node: Node, seconds: float) -> Found:
-    """Captures in one thread; in this one nothing of torch's, which may not do everything meanwhile, but stores and loads."""
+    """Captures graphs in one thread, and stores and loads in this one, which makes no calls of torch that a capture forbids."""
     torch = node.torch
     cache = Cache(torch, node.device, "LBHNC", Sizes())
     half = cache.sizes.blocks // 2
@@ -166,7 +166,7 @@ def victim(node: Node, name: str) -> None:
 
 
 def kill(node: Node, seconds: float) -> Found:
-    """A worker dies in the middle of its stores, again and again."""
+    """Kills a worker in the middle of its stores, again and again."""
     torch, cache = node.torch, Cache(node.torch, node.device, KILL_LAYOUT, KILL_SIZES)
     kills, committed, until = 0, 0, time.monotonic() + seconds
     with node.pair(cache, fingerprint("kill")) as pair:
@@ -182,7 +182,7 @@ def kill(node: Node, seconds: float) -> Found:
             pair.load(keys, blocks)
             assert torch.equal(cache.read(index), content), f"a chunk has changed after kill {kills}"
             committed += look_at_committed(pair)
-            # For the next one to store the same keys again.
+            # The next worker stores the same keys again.
             pair.scheduler.reset_cache()
             cache.write(index, content)
             pair.store(keys, blocks)
@@ -196,7 +196,7 @@ def kill_one(node: Node) -> None:
         assert child.stdout is not None
         stored = ""
         try:
-            # In the middle of some store, at a random moment.
+            # The process is killed at a random moment, in the middle of some store.
             for line in itertools.islice(child.stdout, random.randint(1, 8)):
                 stored = line
             time.sleep(random.uniform(0, 0.005))
@@ -206,7 +206,7 @@ def kill_one(node: Node) -> None:
 
 
 def look_at_committed(pair: Pair) -> int:
-    """Looks at each chunk that the killed worker has committed: how many."""
+    """Checks each chunk that the killed worker has committed. Returns their number."""
     cache, torch, count = pair.cache, pair.node.torch, 0
     for first in itertools.count(VICTIM_SEEDS, VICTIM_CHUNKS):
         seeds = range(first, first + VICTIM_CHUNKS)
@@ -225,7 +225,7 @@ def look_at_committed(pair: Pair) -> int:
 
 
 class Copies:
-    """A thread that stores and loads, both at once, while it is told to."""
+    """A thread that stores and loads at once while `wanted` is set."""
 
     def __init__(self, pair: Pair, stream: int) -> None:
         self.pair, self.stream = pair, stream
@@ -256,7 +256,7 @@ class Copies:
         while not self.ended.is_set():
             if not self.wanted.wait(0.01):
                 continue
-            # What is there already would not be stored again.
+            # The engine does not store chunks again that it has, so the keys are new ones.
             fresh = [key(next(pair.node.counter)) for _ in range(chunks)]
             hit = pair.found(keys)
             jobs = [
@@ -271,7 +271,7 @@ class Copies:
 
 
 def slowdown(node: Node, seconds: float) -> Found:
-    """The time of a matrix product on the stream that computes, alone and beside copies, in turn."""
+    """Measures the time of a matrix product, alone and beside copies in turn."""
     torch = node.torch
     cache = Cache(torch, node.device, "LBHNC", Sizes(layers=32, blocks=1024, heads=8, tokens=16, content=256))
     a, b = (torch.randn(8192, 8192, device=node.device, dtype=torch.bfloat16) for _ in range(2))
@@ -292,7 +292,7 @@ def slowdown(node: Node, seconds: float) -> Found:
 
     alone, beside, gbs = [], [], []
     with node.pair(cache, fingerprint("slowdown")) as pair, Copies(pair, side.cuda_stream) as copies:
-        # The clocks settle, and the arena is registered meanwhile.
+        # Meanwhile the clocks settle, and the arena is registered.
         copies.wanted.set()
         until = time.monotonic() + seconds
         warm = time.monotonic() + min(4.0, seconds / 3)
@@ -300,7 +300,7 @@ def slowdown(node: Node, seconds: float) -> Found:
             product()
         while not copies.errors and (len(alone) < 3 or time.monotonic() < until):
             copies.wanted.clear()
-            # Longer than what is being copied takes.
+            # The copies in flight end within this time.
             time.sleep(0.1)
             alone.append(product())
             copies.wanted.set()
@@ -328,11 +328,11 @@ PARTS: dict[str, tuple[Callable[[Node, float], Found], float, bool]] = {
     "slowdown": (slowdown, 0.2, True),
     "kill": (kill, 0.35, False),
 }
-"""What to run, which part of the time it has, and whether it needs a GPU."""
+"""For each part its function, its share of the time, and whether it needs a GPU."""
 
 
 def run_parts(node: Node, names: list[str], seconds: float, found: Found, write: Callable[[Found], None]) -> bool:
-    """Did all go well? What they have found is written after each: whatever ends us later."""
+    """Runs the parts. Returns whether all passed. Writes the results after each part, in case a later one ends the process."""
     well = True
     for name in names:
         run, share, needs_gpu = PARTS[name]
