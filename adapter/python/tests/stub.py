@@ -1,6 +1,9 @@
-"""Copies the docstrings of the built module into its stub, `kvring/_native.pyi`. Run it where the package is installed:
+"""Copies the docstrings of the built module into its stub, `kvring/_native.pyi`. Where the package is installed, run
 
-python adapter/python/tests/stub.py && ruff format adapter/python/kvring/_native.pyi
+    python adapter/python/tests/stub.py
+    ruff check --fix adapter/python/kvring/_native.pyi && ruff format adapter/python/kvring/_native.pyi
+
+A test says when that is due.
 """
 
 from __future__ import annotations
