@@ -80,7 +80,7 @@ fn messages_arrive_once_in_order_and_untorn() {
 }
 
 #[test]
-fn completions_out_of_order_never_overtake_a_slot() {
+fn completions_out_of_order_never_overtake_a_cell() {
     holds("ring, answers in reverse", Some(4), || echo(Producer::new, DEPTH, DEPTH));
 }
 
@@ -90,7 +90,7 @@ fn control_publication_without_release_is_caught() {
 }
 
 #[test]
-fn control_more_in_flight_than_slots_is_caught() {
+fn control_more_in_flight_than_cells_is_caught() {
     fails("ring, one too many in flight", "torn or out of order", Some(3), || {
         echo(Producer::new, DEPTH + 1, 1)
     });

@@ -35,7 +35,7 @@ fn word(state: SlotState, generation: u64) -> SlotWord {
     SlotWord { state, owner: 3, generation }
 }
 
-/// Engine: frees the slot, gives it to the next writer, and commits when the writer says so.
+/// The engine frees the slot, gives it to the next writer, and commits when the writer says so.
 fn engine(header: &SlotHeader, generation: u64, mut reservation: Producer, mut commit: Consumer) {
     header.free(generation);
     header.begin_writing(word(SlotState::Writing, generation), &NEW, 1, 2);
@@ -44,7 +44,7 @@ fn engine(header: &SlotHeader, generation: u64, mut reservation: Producer, mut c
     header.commit(word(SlotState::Committed, generation), NEW_CHECKSUM);
 }
 
-/// The next writer: writes when it has got the slot, and says so when it has written.
+/// The next writer waits for the slot, writes it, and says so.
 fn writer(arena: &Payload, writer_fence: bool, mut reservation: Consumer, mut commit: Producer) {
     next(&mut reservation);
     if writer_fence {
