@@ -1,4 +1,4 @@
-"""What is measured, and how: several vLLMs side by side that take turns, so that a change of the machine hits all alike."""
+"""The measurements: several vLLMs side by side take turns, so that a change of the machine hits all alike."""
 
 import itertools
 from collections.abc import Callable
@@ -149,7 +149,7 @@ def ttft(bench: Bench, count: int) -> Found:
 def decode(bench: Bench, count: int) -> Found:
     """Time of a step that decodes one request. Turns are of 32 steps, in each of which one block fills and is stored.
 
-    Short turns, many of them: a few per cent of two milliseconds are less than what the machine does by itself."""
+    The turns are short and many, because a few per cent of two milliseconds are less than the machine's own noise."""
     vllms = {"none": bench.plain(), "nothing": bench.nothing(), "kvring": bench.kvring()}
     steps, blocks = 32, 16
     made = []

@@ -34,7 +34,7 @@ SYMBOLS = {
     "libnvshmem_host": r"^(nvshmem|_Z.*nvshmem)",
     "libcuda": r"^cu[A-Z]",
 }
-"""What the symbols of a library look like: torch's libraries do not say from where they want one."""
+"""A pattern for the symbols of each library: torch's libraries do not say from which one they want a symbol."""
 
 BODIES = {
     "__cudaRegisterFatBinary": "static void *fat[8]; void **__cudaRegisterFatBinary(void *p) { return fat; }",

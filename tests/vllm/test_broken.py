@@ -1,4 +1,4 @@
-"""The suite notices what it is there to notice: connectors that are wrong in ways that were seen elsewhere do not pass it."""
+"""The suite notices mistakes that were seen elsewhere: connectors that make them do not pass it."""
 
 import pytest
 from real.scenarios import minimal_preemption, poisoning

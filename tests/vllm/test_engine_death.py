@@ -22,7 +22,7 @@ PLACES = {
 
 
 def restarted_warm(scene, vllm, ask, **params):
-    """Started again: hits of what was stored before."""
+    """The engine is started again, and has what was stored before."""
     scene.engine.reap()
     scene.engine.start()
     return scene.hits_are_back(vllm, ask, **params)
@@ -45,7 +45,7 @@ def test_killed(scene, baseline, llama, place, lookup):
     assert_same(vllm.generate(asks, max_tokens=8, together=True), right, "while it dies")
     assert vllm.calls()["hooks_left"] == 0, "the engine was not killed"
     assert scene.engine.state() == "dead"
-    # And without it, at vLLM's own speed.
+    # vLLM goes on without it, at its own speed.
     dead = vllm.generate(LONG, max_tokens=8)
     assert_same(dead, expected, "without an engine")
     assert not any(answer["cached"] for answer in dead[:1]), "a hit without an engine"
@@ -64,7 +64,7 @@ def test_killed(scene, baseline, llama, place, lookup):
 
 
 def test_killed_again_and_again(scene, baseline, llama):
-    """Ten lives of the engine under requests that go on: nobody counts on the last one."""
+    """The engine dies ten times while requests go on."""
     expected = baseline.answers(llama, PROMPTS, max_tokens=8)
     vllm = scene.vllm(hasty=True)
     vllm.generate(PROMPTS, max_tokens=8)

@@ -1,4 +1,4 @@
-"""What vLLM can do with a request beyond answering it: each compared with the same vLLM without a connector."""
+"""Features of vLLM beyond plain answers, each compared with the same vLLM without a connector."""
 
 import re
 
@@ -71,7 +71,7 @@ def test_structured_output(scene, zygote):
 def test_speculation_by_ngrams(scene, baseline, llama):
     """Drafts that are refused have been written into blocks: none of them is stored. `baseline` does not speculate."""
     config = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    # Answers of four words repeat themselves: some drafts are accepted, some are not.
+    # Answers of four words repeat themselves, so some drafts are accepted and some refused.
     asked = {"allowed_token_ids": [5, 6, 7, 8], "max_tokens": 48}
     expected = baseline.answers(llama, PROMPTS, **asked)
     vllm = scene.vllm(speculative_config=config)

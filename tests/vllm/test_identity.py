@@ -79,7 +79,7 @@ def test_a_lora_of_the_same_name_and_other_content_is_another_one(scene, zygote,
 
 
 def test_a_lora_that_is_replaced_in_a_running_vllm_is_not_stored_any_more(scene, zygote, llama, tmp_path):
-    """Its name and path are those of before, and what vLLM computes may rest on either content."""
+    """Its name and path are the same as before, and the KV that vLLM computes may rest on either content."""
     path = tmp_path / "adapter"
     request, in_place = ["an-adapter", 1, str(path)], ["an-adapter", 1, str(path), None, True]
     made = {seed: adapter(tmp_path / f"adapter-{seed}", seed) for seed in (1, 2)}

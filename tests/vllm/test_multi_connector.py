@@ -51,7 +51,7 @@ def test_aborts_leave_nothing_behind_and_nothing_wrong(scene, baseline, llama, t
     expected = baseline.answers(llama, PROMPTS, max_tokens=8)
     vllm = scene.vllm(beside=beside(example(tmp_path), first))
     for steps in (1, 2, 4):
-        # Loading, computing, storing: the second round finds what the first has stored.
+        # The aborts meet loads, computation and stores: the second round finds what the first has stored.
         names = vllm.add(PROMPTS, max_tokens=8)
         vllm.step(steps)
         vllm.abort(names[::2])
@@ -80,7 +80,7 @@ def test_statistics_of_several_connectors_are_counted(scene, baseline, llama, tm
 
 
 def test_what_another_connector_could_not_load_is_not_stored(scene, baseline, llama):
-    """It has a prompt's head, loads it synchronously, and fails: what the step computes from it is garbage."""
+    """It has a prompt's head, loads it synchronously, and fails: the step computes garbage from it."""
     whole = prompt(7700, 10 * BLOCK + 5)
     head = whole[: 4 * BLOCK + 1]
     expected = baseline.answers(llama, [head, whole], max_tokens=8)

@@ -1,4 +1,4 @@
-"""Pooling models: `LAST` needs the last token's state only; what needs every token's cannot begin in the middle of a prompt."""
+"""Pooling models: `LAST` needs the last token's state only; a pooling of all tokens cannot begin in the middle of a prompt."""
 
 import pytest
 from real.prompts import BLOCK, EDGES, least_loadable, prompt

@@ -12,7 +12,6 @@ def test_a_second_vllm_hits_what_the_first_stored(scene, baseline, llama):
     first, second = scene.vllm(), scene.vllm()
     assert_same(first.generate(PROMPTS, max_tokens=8), expected, "the first")
     scene.settle(first)
-    # What it stored outlives it.
     first.close()
     answers = second.generate(PROMPTS, max_tokens=8)
     assert_same(answers, expected, "the second")

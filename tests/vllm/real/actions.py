@@ -1,4 +1,4 @@
-"""What a step or a hook can do inside vLLM's process: things done to the engine, or to the connector under test."""
+"""Actions for a step or a hook inside vLLM's process: on the engine, or on the connector under test."""
 
 import os
 import signal

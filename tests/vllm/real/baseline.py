@@ -1,4 +1,4 @@
-"""What vLLM answers without any connector: asked once for each prompt, and kept for the session."""
+"""vLLM's answers without any connector: each prompt is asked once, and its answer kept for the session."""
 
 import hashlib
 import json

@@ -26,7 +26,7 @@ class OtherTables:
 
 
 def prompt_only_lookup() -> None:
-    """A lookup over the prompt: what a preempted request had generated is computed again."""
+    """A lookup over the prompt: the tokens that a preempted request had generated are computed again."""
     from kvring.vllm.scheduler import SchedulerSide
 
     lookup = SchedulerSide._lookup
@@ -62,7 +62,7 @@ def consumed_lookup() -> None:
 
 
 def appended_block_ids() -> None:
-    """A block table of one's own, extended by what each step brings: on a resume vLLM sends the whole table, not a delta."""
+    """A block table of one's own, extended by the blocks of each step: on a resume vLLM sends the whole table, not a delta."""
     from kvring.vllm.scheduler import SchedulerSide
 
     build = SchedulerSide.build_connector_meta
@@ -86,7 +86,7 @@ def appended_block_ids() -> None:
 
 
 def stores_after_a_failed_load() -> None:
-    """One rank's failed synchronous load is ignored: what the step computed from it is stored, and the engine is not told."""
+    """A failed synchronous load is ignored: the tokens that the step computed from it are stored, and the engine is not told."""
     from kvring.vllm.scheduler import SchedulerSide
 
     SchedulerSide._may_store = lambda self: True

@@ -68,7 +68,7 @@ class Engine:
         self.reap()
 
     def reap(self) -> None:
-        """Takes notice of a death that a hook brought about."""
+        """Waits for the process of an engine that a hook has killed."""
         if self.process is not None:
             self.process.wait()
 

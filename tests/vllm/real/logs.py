@@ -1,4 +1,4 @@
-"""What the connector says of the engine's health in vLLM's log: each transition once."""
+"""The connector's lines on the engine's health in vLLM's log: one for each transition."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ _LINE = re.compile(rf"\((?P<process>[^)]*pid=\d+)\).*?\] kvring: (?P<what>(?:{'|
 
 
 def transitions(log: str) -> dict[tuple[str, str], list[str]]:
-    """By process and role: what was said, in order, to the end of the line: `reason=…` is part of it."""
+    """By process and role: the transitions in their order, to the end of the line, with `reason=…`."""
     said: dict[tuple[str, str], list[str]] = {}
     for found in map(_LINE.search, log.splitlines()):
         if found is not None:

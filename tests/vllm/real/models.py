@@ -29,7 +29,7 @@ SHAPES = {
 
 def model(arch: str = "llama", seed: int = 0) -> str:
     """The directory of a model; `arch` is one of `SHAPES`."""
-    # Of what makes it, too: what an earlier `make_model.py` has left is another model.
+    # Its name has a digest of `make_model.py`: a model of an earlier one is another model.
     maker = hashlib.sha256((HERE / "make_model.py").read_bytes()).hexdigest()[:8]
     path = CACHE / "models" / f"{arch}-{seed}-{maker}"
     if not (path / "done").exists():
@@ -59,7 +59,7 @@ def spoken() -> str:
 
 
 def adapter(path: Path, seed: int, rank: int = 8) -> Path:
-    """Makes the folder of a LoRA adapter for the llama of `make_model.py`, which changes what its KV is made of."""
+    """Makes the folder of a LoRA adapter for the llama of `make_model.py`, which changes its KV."""
     path.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     header, data = {}, b""

@@ -1,4 +1,4 @@
-"""A connector that does nothing: what vLLM itself spends on having one at all."""
+"""A connector that does nothing: it shows what vLLM itself spends on having one."""
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorMetadata, SupportsHMA
 

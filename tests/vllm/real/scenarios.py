@@ -1,4 +1,4 @@
-"""What several tests do: the test that it is right, and the test that a broken connector does not pass it.
+"""Scenarios of several tests: kvring must pass them, and broken connectors must not.
 
 Each asserts as it goes, so a broken variant fails with an `AssertionError`.
 """

@@ -1,4 +1,4 @@
-"""What a child of the zygote does: makes one `LLM` and does steps with it until it is told to end.
+"""The program of a zygote's child: it makes one `LLM` and does steps with it until it is told to end.
 
 The first line it reads says how to make it (`vllm.Vllm` writes it); every further line is a step: `{"do": NAME, …}`. Each is
 answered by a line `{"ok": …}` or `{"error": …}`. The `LLM` is driven by `add_request` and `step`, not by `generate`: so a
@@ -61,7 +61,7 @@ class Driver:
         else:
             self.engine = LLM(**spec["llm"]).llm_engine
         core = getattr(self.engine.engine_core, "engine_core", None)
-        # In a process of its own the engine core is out of reach; its tokens are all that is seen of it then.
+        # An engine core in a process of its own is out of reach: tests see its tokens only.
         self.scheduler = core.scheduler if core is not None else None
         self.running: dict[str, Running] = {}
         self.finished: dict[str, dict[str, Any]] = {}
@@ -80,7 +80,7 @@ class Driver:
         return [self.finished.pop(name) for name in names]
 
     def settings(self, regex: str | None = None, **params) -> Any:
-        """Sampling parameters; `regex`: what the answer must look like."""
+        """Sampling parameters; `regex`: the answer must match it."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -111,8 +111,8 @@ class Driver:
         return names
 
     def session(self, pieces: list[list[int]], **params) -> dict[str, Any]:
-        """A streaming session: each piece of input continues what came of those before. vLLM discards the last token of an
-        answer when the next piece comes. Only `AsyncLLM` has this for its users; here it is done as it does it.
+        """A streaming session: each piece of input continues the conversation so far. vLLM discards the last token of an answer
+        when the next piece comes. Only `AsyncLLM` has this for its users; here it is done as it does it.
 
         The tokens of each answer, and what vLLM held in the end that was not discarded."""
         from vllm.sampling_params import RequestOutputKind
@@ -171,7 +171,7 @@ class Driver:
         return self.steps
 
     def timed_steps(self, times: int) -> dict[str, float]:
-        """Engine steps, and what they took: by the clock, and of this thread's time on a core. Milliseconds, all together."""
+        """Engine steps, and their time all together, in milliseconds: by the clock, and of this thread on a core."""
         clock, cpu = time.perf_counter(), time.thread_time()
         self.step(times)
         return {"clock": (time.perf_counter() - clock) * 1e3, "cpu": (time.thread_time() - cpu) * 1e3}
@@ -206,7 +206,7 @@ class Driver:
         del self.running[running.name]
 
     def finish(self, patience: int = 100_000) -> dict[str, dict[str, Any]]:
-        """Steps until nothing is running. A request that hangs is an error, with what the scheduler says of it: so many
+        """Steps until nothing is running. A request that hangs is an error, with their states in the scheduler: so many
         steps in a row without a token take many seconds, and longer where the machine is slow."""
         empty = 0
         while self.running:
@@ -231,7 +231,7 @@ class Driver:
         return len(self.running)
 
     def reset(self, connector: bool = False, running: bool = False, at_once: bool = False) -> bool:
-        """Forgets vLLM's own prefix cache, and on demand what the connector holds; `at_once`: as it is, without a step more."""
+        """Resets vLLM's own prefix cache, and on demand the connector; `at_once`: without a step more."""
         if not at_once:
             self.drain()
         done = self.engine.reset_prefix_cache(reset_running_requests=running, reset_connector=connector)
@@ -256,7 +256,7 @@ class Driver:
             time.sleep(0.0005)
 
     def calls(self, clear: bool = False) -> dict[str, Any]:
-        """What the tap has seen in this process."""
+        """The tap's record of this process."""
         seen = {
             "calls": dict(tap.record.calls),
             "lookup_ms": [lookup.seconds * 1e3 for lookup in tap.record.lookups],
@@ -278,7 +278,7 @@ class Driver:
         return getattr(actions, action)(**arguments)
 
     def scheduler_state(self) -> dict[str, int] | None:
-        """What is left in the scheduler: all 0 after every request has ended (obligation P0). `None`: out of reach."""
+        """Counts of the scheduler, all 0 after every request has ended (obligation P0). `None`: out of reach."""
         if self.scheduler is None:
             return None
         self.drain()
@@ -308,7 +308,7 @@ def serve(steps: TextIO, answers: TextIO) -> int:
             else:
                 say({"ok": getattr(driver, asked.pop("do"))(**asked)})
         except BaseException:
-            # Not into the log: tests look there for tracebacks of others.
+            # Not into the log: tests look for tracebacks there.
             say({"error": traceback.format_exc()})
             if driver is None:
                 return 1

@@ -35,7 +35,7 @@ class Lookup(NamedTuple):
 
 
 class Record:
-    """What this process has seen."""
+    """The calls of the connector in this process."""
 
     def __init__(self, directory: str | None = None) -> None:
         self.calls: dict[str, list[float]] = {}
@@ -61,7 +61,7 @@ class Record:
                 path.with_suffix(".new").rename(path)
 
     def saw(self, method: str, arguments: tuple, answer: object, seconds: float) -> None:
-        """Keeps of a call what tests ask for."""
+        """Keeps the arguments and answers that tests ask for."""
         if method == "get_num_new_matched_tokens":
             request, local = arguments
             found = answer[0] if answer is not None else None
@@ -100,7 +100,7 @@ class Hook:
 class Clock:
     """Seconds in which a thread ran or waited for somebody: not those in which it was ready and had no core.
 
-    The tests share two cores; what a call is to be blamed for is not that somebody else was scheduled. Where the kernel
+    The tests share two cores, and a call is not to blame for the time in which another thread was scheduled. Where the kernel
     does not tell (`schedstat`), it is plain time."""
 
     def __init__(self) -> None:

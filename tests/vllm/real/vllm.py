@@ -96,7 +96,7 @@ class Connector:
     ) -> None:
         self.name, self.module, self.extra, self.policy = name, module, extra, policy
         self.tap = tap or {}
-        """What else the tap is told: `only` these methods, a `plain_clock`."""
+        """More options of the tap: `only` these methods, a `plain_clock`."""
 
     def config(self) -> dict[str, Any]:
         return {
@@ -231,7 +231,7 @@ class Vllm:
         self.scratch.cleanup()
 
     def clean_up_after_vllm(self) -> None:
-        """With several ranks vLLM leaves what they share in /dev/shm, also when it ends gently; and a file in /tmp always."""
+        """With several ranks vLLM leaves their shared memory in /dev/shm, also when it ends gently, and always a file in /tmp."""
         for name in set(re.findall(r"vllm_dist_[0-9a-f]+", self.log())):
             for left in (*Path("/dev/shm").glob(f"{name}*"), Path(tempfile.gettempdir()) / name):
                 left.unlink(missing_ok=True)
