@@ -1,7 +1,5 @@
 """The engine dies, hangs, comes late, comes back: vLLM serves at its own speed, and uses the cache again when it is there."""
 
-import time
-
 import pytest
 from real.compare import assert_same
 from real.logs import transitions
@@ -125,7 +123,7 @@ def test_a_long_silence_changes_nothing(scene, baseline, llama):
     vllm = scene.vllm(kvring={"stall_after_ms": 300})
     vllm.generate(PROMPTS, max_tokens=8)
     before = scene.settle(vllm) or scene.engine.counters()
-    time.sleep(6)
+    scene.engine.lives_on(beats=240)
     assert scene.engine.counters()["clients"] == before["clients"]
     answers = vllm.generate(PROMPTS, max_tokens=8)
     assert_same(answers, expected, "after the silence")
@@ -145,7 +143,7 @@ def test_vllm_itself_stopped_and_continued(scene, baseline, llama):
     names = vllm.add(LONG, max_tokens=8)
     vllm.step()
     actions.stop(vllm.pid)
-    time.sleep(2)
+    scene.engine.lives_on(beats=80)
     actions.resume(vllm.pid)
     vllm.finish()
     answers = vllm.take()

@@ -78,6 +78,12 @@ class Engine:
     def resume(self) -> None:
         actions.resume(self.pid)
 
+    def lives_on(self, beats: int) -> None:
+        """Waits until the engine's beat has moved so often: at least that many beat intervals have passed in it."""
+        for _ in range(beats):
+            # `kvring status` looks until the beat moves.
+            wait_for(lambda: self.state() == "serving", "the engine's beat moves")
+
     def settle(self, quiet_reads: int = 4) -> dict[str, int]:
         """Waits until nothing is being stored and no counter of stores has moved for a while; the counters."""
         moving = ("shards_reserved", "shards_skipped", "shards_dropped", "shards_committed", "shards_aborted")
