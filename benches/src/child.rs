@@ -1,32 +1,38 @@
-//! The other processes of a measurement: this executable again, told by [`CHILD_ENV`] what to be.
+//! The other processes of a benchmark, a replay or chaos: this executable again. [`JOB_VARIABLE`] tells each of them its job.
 //!
-//! They talk in lines over their standard input and output: a command in, an answer out. A child ends when its input
-//! does, and the kernel kills it with its parent, so none is ever left spinning.
+//! They exchange messages with us over their standard input and output. A child ends when its input does, and the kernel
+//! kills it with its parent, so none is ever left spinning.
 
 use crate::health::{bare, holder};
+use crate::instances::{self, Start, Who};
 use crate::lookup::busy::{self, BusyJob};
 use crate::pingpong::{self, PeerJob};
-use crate::sweeper;
-use crate::{cores, process};
+use crate::{cores, process, sweeper};
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Stat;
+use kvring_rig::child::{Peer, Stderr, die_with_parent};
+use kvring_rig::pipe::{Abort, Pipe};
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// The environment variable that makes a process a child of a benchmark.
-pub const CHILD_ENV: &str = "KVRING_BENCH_CHILD";
+/// The environment variable that tells a process that it is a child, and which job it has.
+const JOB_VARIABLE: &str = "KVRING_JOB";
+
+/// The line that `kvring serve` prints once clients can attach.
+pub(crate) const READY_LINE: &str = "serving";
 
 /// How long an engine may take to serve before the benchmark gives up.
 const READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Longer than a child can take for anything.
+const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// A client's spin where nothing is said and there are two CPUs.
 pub(crate) const DEFAULT_SPIN: Duration = Duration::from_micros(20);
@@ -36,7 +42,7 @@ const ALLOCATION_POLL: Duration = Duration::from_millis(20);
 /// How many times: at 100 MiB/s that would do for 6 GiB.
 const ALLOCATION_POLLS: u32 = 3000;
 
-/// What a child is to be.
+/// The job of a child.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum Job {
     /// An engine.
@@ -45,16 +51,18 @@ pub(crate) enum Job {
     Peer(PeerJob),
     /// A client that stores and loads.
     Busy(BusyJob),
-    /// A process that ends at once: what starting one costs.
+    /// A process that ends at once: it shows the cost of starting one.
     Nothing,
-    /// A process that does nothing but wake up this often, in nanoseconds: what being there costs.
+    /// A process that does nothing but wake up this often, in nanoseconds: it shows the cost of being there.
     Naps(u64),
-    /// A process that has a robust futex and nothing else: what noticing a death costs.
+    /// A process that has a robust futex and nothing else: it shows the cost of noticing a death.
     Bare(bare::BareJob),
     /// A client that holds leases and half-written slots.
     Holder(holder::HolderJob),
-    /// Removes what the benchmark's engines leave in shared memory, after the benchmark's end.
-    Sweeper(sweeper::SweeperJob),
+    /// A process that removes, after our end, the segments of engines whose names begin with this.
+    Sweeper(String),
+    /// One life of a client of a replay or of chaos.
+    Client(Start),
 }
 
 /// How the engine's process is set up.
@@ -71,108 +79,114 @@ pub(crate) struct EngineJob {
     batch: bool,
 }
 
-/// Becomes the child that a benchmark asked for and never returns; does nothing in a process that is none.
+/// Becomes the child that somebody here has started, and ends; returns at once in a process that is none.
 ///
-/// To be called first thing in `main` by every binary that calls [`run`](crate::run), before arguments are parsed and
-/// threads are started.
-pub fn child_main() {
-    let Ok(job) = std::env::var(CHILD_ENV) else { return };
-    let code = match be(&job) {
+/// Every binary that uses this crate calls this first in `main`, before it parses arguments and starts threads.
+/// `start_log` begins logging at the given level, or at the one that the environment says.
+pub fn child_main(start_log: fn(&str) -> anyhow::Result<()>) {
+    let Ok(job) = std::env::var(JOB_VARIABLE) else { return };
+    let code = match be(&job, start_log) {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("benchmark child: {error:#}");
+            // In one piece: several processes share standard error.
+            eprint!("{}", format_args!("error: {error:#}\n"));
             1
         }
     };
     std::process::exit(code);
 }
 
-fn be(job: &str) -> anyhow::Result<()> {
-    let job = serde_json::from_str(job).context("the job of a benchmark's child")?;
-    // Only who cleans up after the benchmark outlives it, by as long as that takes.
+fn be(job: &str, start_log: fn(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let job = serde_json::from_str(job).with_context(|| format!("{JOB_VARIABLE}: expected a child's job"))?;
+    start_log("error")?;
+    // Only the process that cleans up after us outlives us, by as long as that takes.
     if !matches!(job, Job::Sweeper(_)) {
-        nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")?;
+        die_with_parent()?;
     }
+    if let Job::Nothing = job {
+        return Ok(());
+    }
+    let pipe = Pipe::to_parent()?;
     match job {
-        Job::Engine(job) => be_engine(job),
-        Job::Peer(job) => pingpong::be(job),
-        Job::Busy(job) => busy::be(job),
+        Job::Engine(job) => be_engine(job, pipe),
+        Job::Peer(job) => pingpong::be(&job, pipe),
+        Job::Busy(job) => busy::be(&job, pipe),
         Job::Nothing => Ok(()),
-        Job::Naps(interval_ns) => be_napping(interval_ns),
-        Job::Bare(job) => bare::be(job),
-        Job::Holder(job) => holder::be(job),
-        Job::Sweeper(job) => sweeper::be(job),
+        Job::Naps(interval_ns) => be_napping(interval_ns, pipe),
+        Job::Bare(job) => bare::be(job, pipe),
+        Job::Holder(job) => holder::be(&job, pipe),
+        Job::Sweeper(prefix) => sweeper::be(&prefix, pipe),
+        Job::Client(start) if matches!(start.who, Who::Scheduler { .. }) => {
+            instances::be_scheduler(&start, pipe)
+        }
+        Job::Client(start) => instances::be_worker(&start, pipe),
     }
 }
 
-/// For every command, a number of naps.
-fn be_napping(interval_ns: u64) -> anyhow::Result<()> {
+/// Takes so many naps for each message.
+fn be_napping(interval_ns: u64, mut pipe: Pipe) -> anyhow::Result<()> {
     let never = kvring_shm_abi::sync::AtomicU32::new(0);
     let interval = Duration::from_nanos(interval_ns);
-    for command in commands() {
-        for _ in 0..command.parse::<u32>()? {
+    while let Some(naps) = pipe.receive::<u32>(None)? {
+        for _ in 0..naps {
             futex::wait_any(&[(&never, 0)], Deadline::after(interval));
         }
-        answer("awake")?;
+        answer(&mut pipe, &())?;
     }
     Ok(())
 }
 
-/// A child's commands, one per line; ends with its parent's interest.
-pub(crate) fn commands() -> impl Iterator<Item = String> {
-    std::io::stdin().lock().lines().map_while(Result::ok)
+/// A child's answer to its parent.
+pub(crate) fn answer(pipe: &mut Pipe, message: &impl Serialize) -> anyhow::Result<()> {
+    pipe.send(message, Instant::now() + PATIENCE).context("telling the parent")
 }
 
-/// A child's answer to a command.
-#[allow(clippy::disallowed_methods, reason = "its parent reads it; a child without one fails")]
-pub(crate) fn answer(text: &str) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{text}")?;
-    Ok(out.flush()?)
+/// Waits until the parent has closed its end.
+pub(crate) fn until_closed(pipe: &mut Pipe) {
+    while let Ok(Some(())) = pipe.receive(None) {}
 }
 
-/// A running child; killed when dropped.
-pub(crate) struct Child {
-    process: std::process::Child,
-    input: Option<ChildStdin>,
-    output: BufReader<ChildStdout>,
+/// This executable, to be started with a command's arguments.
+pub(crate) fn kvring() -> anyhow::Result<Command> {
+    Ok(Command::new(std::env::current_exe().context("this executable's path")?))
 }
+
+/// This executable, to be started as this child.
+pub(crate) fn command(job: &Job) -> anyhow::Result<Command> {
+    let mut command = kvring()?;
+    command.env(JOB_VARIABLE, serde_json::to_string(job)?);
+    Ok(command)
+}
+
+/// A running child of a benchmark; killed when dropped.
+pub(crate) struct Child(Peer);
 
 impl Child {
     /// Starts one.
     pub(crate) fn spawn(job: &Job) -> anyhow::Result<Child> {
-        let program = std::env::current_exe().context("this executable's path")?;
-        let mut command = Command::new(program);
-        command.env(CHILD_ENV, serde_json::to_string(job)?).stdin(Stdio::piped()).stdout(Stdio::piped());
-        if matches!(job, Job::Sweeper(_)) {
-            // Ctrl-C is for its parent.
-            command.process_group(0);
-        }
-        let mut process = command.spawn().context("starting a child of the benchmark")?;
-        let input = process.stdin.take();
-        let output = process.stdout.take().context("the child's output")?;
-        Ok(Child { process, input, output: BufReader::new(output) })
+        let name = "a child of the benchmark".to_owned();
+        Ok(Child(Peer::start(name, command(job)?, Stderr::Inherited, Abort::default())?))
     }
 
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
-        self.process.id()
+        self.0.pid()
+    }
+
+    /// Tells it something.
+    pub(crate) fn send(&mut self, message: &impl Serialize) -> anyhow::Result<()> {
+        self.0.send(message)
     }
 
     /// Tells it something and reads its answer.
-    pub(crate) fn ask(&mut self, command: &str) -> anyhow::Result<String> {
-        let input = self.input.as_mut().context("the child has been let go")?;
-        writeln!(input, "{command}").and_then(|()| input.flush()).context("telling the child")?;
+    pub(crate) fn ask<T: DeserializeOwned>(&mut self, message: &impl Serialize) -> anyhow::Result<T> {
+        self.send(message)?;
         self.read()
     }
 
-    /// Reads a line that it prints by itself.
-    pub(crate) fn read(&mut self) -> anyhow::Result<String> {
-        let mut line = String::new();
-        if self.output.read_line(&mut line).context("reading from the child")? == 0 {
-            bail!("a child of the benchmark ended early: {}", self.process.wait()?);
-        }
-        Ok(line.trim_end().to_owned())
+    /// Reads its next message.
+    pub(crate) fn read<T: DeserializeOwned>(&mut self) -> anyhow::Result<T> {
+        self.0.receive(PATIENCE)
     }
 
     /// Its state: R running, S asleep, T stopped, Z dead and not waited for.
@@ -180,31 +194,20 @@ impl Child {
         process::state(&format!("/proc/{}/stat", self.pid()))
     }
 
-    /// Sends it a signal.
+    /// Sends it a signal, and does nothing else: the time of a death is measured from here.
     pub(crate) fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.pid())?);
         nix::sys::signal::kill(pid, signal).with_context(|| format!("sending {signal} to a child"))
     }
 
     /// Waits until nothing is left of one that has been killed.
-    pub(crate) fn reap(&mut self) -> anyhow::Result<()> {
-        self.process.wait().map(|_| ()).context("waiting for a killed child")
+    pub(crate) fn reap(self) {
+        drop(self.0);
     }
 
     /// Lets it end by itself, and waits for that.
-    pub(crate) fn finish(&mut self) -> anyhow::Result<()> {
-        self.input = None;
-        let status = self.process.wait()?;
-        anyhow::ensure!(status.success(), "a child of the benchmark failed: {status}");
-        Ok(())
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        // One that has ended already cannot be killed; that is fine.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        self.0.finish()
     }
 }
 
@@ -283,7 +286,7 @@ impl Engine {
     }
 
     /// Stops it, and waits until it has cleaned up after itself.
-    pub(crate) fn stop(mut self) -> anyhow::Result<()> {
+    pub(crate) fn stop(self) -> anyhow::Result<()> {
         self.child.finish()
     }
 }
@@ -296,10 +299,29 @@ pub(crate) fn client(engine: &str, role: Role, spin: Option<Duration>) -> anyhow
         backoff_min: Duration::from_millis(1),
         ..ClientOptions::default()
     };
+    attached(role, options)
+}
+
+/// A client in the scheduler's role, attached, that has so long for each of its operations.
+pub(crate) fn operator(engine: &EngineName, name: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
+    attached(
+        Role::Scheduler,
+        ClientOptions {
+            engine: engine.to_string(),
+            client: name.to_owned(),
+            attach_timeout: timeout,
+            operation_timeout: timeout,
+            ..ClientOptions::default()
+        },
+    )
+}
+
+/// A client with these options, attached.
+fn attached(role: Role, options: ClientOptions) -> anyhow::Result<Arc<Client>> {
     let client = Client::new(role, options)?;
     client.wait_ready(READY_TIMEOUT).map_err(|health| {
         let why = client.diagnose().map(|error| format!(": {error}")).unwrap_or_default();
-        anyhow::anyhow!("the benchmark's engine is {health}{why}")
+        anyhow::anyhow!("the engine is {health}{why}")
     })?;
     Ok(client)
 }
@@ -311,12 +333,12 @@ pub(crate) fn unique_name() -> String {
     format!("{}{}", name_prefix(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// What all names of this run begin with.
+/// The beginning of all names of this run.
 pub(crate) fn name_prefix() -> String {
     format!("bench-{}-", std::process::id())
 }
 
-fn be_engine(job: EngineJob) -> anyhow::Result<()> {
+fn be_engine(job: EngineJob, mut pipe: Pipe) -> anyhow::Result<()> {
     if !job.cpus.is_empty() {
         cores::pin(&job.cpus)?;
     }
@@ -330,7 +352,7 @@ fn be_engine(job: EngineJob) -> anyhow::Result<()> {
         never_preempt()?;
     }
     std::thread::Builder::new().name("bench-parent".into()).stack_size(64 << 10).spawn(move || {
-        commands().for_each(drop);
+        until_closed(&mut pipe);
         stop.stop();
     })?;
     engine.run(|| ());

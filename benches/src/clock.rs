@@ -40,7 +40,7 @@ impl Clock {
         clock
     }
 
-    /// The counter now. What came before it in the program has been done.
+    /// The counter now. The processor has done everything that comes before this call in the program.
     #[inline(always)]
     pub(crate) fn ticks(&self) -> u64 {
         #[cfg(target_arch = "x86_64")]
@@ -59,7 +59,7 @@ impl Clock {
         ticks as f64 * self.ns_per_tick
     }
 
-    /// The time between two readings, without what a reading takes.
+    /// The time between two readings, without the time that a reading takes.
     pub(crate) fn between_ns(&self, ticks: u64) -> f64 {
         self.ns(ticks.saturating_sub(self.overhead))
     }
@@ -72,7 +72,7 @@ impl Clock {
         }
     }
 
-    /// What reading it takes.
+    /// How long a reading takes.
     pub(crate) fn overhead_ns(&self) -> f64 {
         self.ns(self.overhead)
     }
@@ -101,7 +101,7 @@ mod tests {
         std::thread::sleep(Duration::from_millis(5));
         let ticks = clock.ticks() - ticks;
         let ns = (monotonic_ns() - ns) as f64;
-        // Not a speed: two clocks over one interval. Preemption between their readings is what the slack is for.
+        // This compares two clocks over one interval. The slack is for preemption between their readings.
         assert!((clock.ns(ticks) - ns).abs() < ns / 2.0, "{} against {ns}", clock.ns(ticks));
         assert_eq!(clock.between_ns(0), 0.0);
     }

@@ -1,4 +1,4 @@
-//! Which CPUs there are, and what shares them.
+//! The CPUs that there are, and how busy they are.
 
 use anyhow::Context;
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
@@ -57,7 +57,7 @@ impl Pair {
         self.ours != self.theirs
     }
 
-    /// What shared the cores, for people.
+    /// The CPUs of a measurement, for people.
     pub(crate) fn describe(&self) -> String {
         let load = load_average().map_or_else(|| "unknown".to_owned(), |load| format!("{load:.2}"));
         let siblings = match smt_siblings(self.ours) {

@@ -1,6 +1,6 @@
-//! `kvring bench engine`: what the engine itself costs.
+//! `kvring bench engine`: the costs of the engine itself.
 
-use crate::child::{Child, Engine, Job, Placement};
+use crate::child::{self, Child, Engine, Job, Placement};
 use crate::clock::{Clock, process_cpu_ns};
 use crate::cores::Pair;
 use crate::lookup::filled_engine;
@@ -66,9 +66,9 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
     let mut probe = clients[0].probe();
     let (mut idle, mut naps, mut check) = (Windows::default(), Windows::default(), Windows::default());
     let mut napper = Child::spawn(&Job::Naps(u64::try_from(beat.as_nanos())?))?;
-    let naps_of_a_window = (IDLE.as_nanos() / beat.as_nanos()).max(1).to_string();
+    let naps_of_a_window = u32::try_from((IDLE.as_nanos() / beat.as_nanos()).max(1))?;
     for _ in 0..how.windows {
-        naps.push(cpu_share(napper.pid(), || napper.ask(&naps_of_a_window).map(|_| ()))?);
+        naps.push(cpu_share(napper.pid(), || napper.ask(&naps_of_a_window))?);
         idle.push(cpu_share(engine.pid(), || {
             std::thread::sleep(IDLE);
             Ok(())
@@ -136,7 +136,8 @@ fn start_engine() -> anyhow::Result<f64> {
 /// How long a process that does nothing takes, from the call that starts it to its end.
 pub(crate) fn start_nothing() -> anyhow::Result<f64> {
     let before = monotonic_ns();
-    Child::spawn(&Job::Nothing)?.finish()?;
+    let status = child::command(&Job::Nothing)?.status().context("starting a process that does nothing")?;
+    anyhow::ensure!(status.success(), "a process that does nothing failed: {status}");
     Ok((monotonic_ns() - before) as f64)
 }
 

@@ -1,31 +1,47 @@
-//! The measurements behind `kvring bench`.
+//! The laboratory drives engines to prove or to measure something. The command `kvring` calls it.
 //!
-//! Every number stands beside its limit: what the machine itself can do, measured in the same run, in windows that
-//! alternate with ours (the hypervisor moves virtual CPUs within seconds, so a bare time says little). A window gives
-//! a median and a ratio; what is reported is the median over windows. Nothing here asserts a time.
+//! | command | module |
+//! | --- | --- |
+//! | `kvring bench` | `rtt`, `lookup`, `copy`, `engine_bench`, `health`, `gpu` |
+//! | `kvring replay` | `replay`: a trace through an engine, and every byte of it verified |
+//! | `kvring chaos` | `chaos`: a verified workload while everything is killed, stopped and restarted |
+//! | `kvring simulate` | `simulate`: the hit rate of the eviction policies, by capacity |
 //!
-//! The engine is always another process: this executable again, told what to be by an environment variable. So every
-//! binary that calls [`run`] calls [`child_main`] first.
+//! In a benchmark every number stands beside its limit, which the machine itself can reach. It is measured in the same run, in windows
+//! that alternate with ours (the hypervisor moves virtual CPUs within seconds, so a bare time says little). A window gives
+//! a median and a ratio, and the report shows the median over windows. Nothing here asserts a time.
+//!
+//! Engines and clients are always other processes: this executable again. An environment variable tells each its job, so
+//! every binary that uses this crate calls [`child_main`] first.
 
+mod chaos;
 mod child;
 mod clock;
+mod console;
 mod copy;
 mod cores;
 mod engine_bench;
 mod gpu;
 mod health;
+mod instances;
 mod lookup;
 mod pingpong;
 mod process;
+mod replay;
 mod report;
 mod rtt;
+mod signals;
+mod simulate;
 mod stats;
 mod sweeper;
+mod trace;
 mod turn;
 
-pub use child::{CHILD_ENV, child_main};
-
-use std::io::Write;
+pub use chaos::{Args as ChaosArgs, run as chaos};
+pub use child::child_main;
+pub use console::Console;
+pub use replay::{Args as ReplayArgs, run as replay};
+pub use simulate::{Args as SimulateArgs, run as simulate};
 
 /// Fewer windows than this say nothing on a machine whose CPUs move.
 const WINDOWS_MIN: u32 = 15;
@@ -84,15 +100,15 @@ impl BenchArgs {
     }
 }
 
-/// Runs a benchmark and prints what it found to `out`.
+/// Runs a benchmark and prints what it found.
 ///
 /// # Errors
 /// Whatever keeps it from measuring: no room for the arena, a child that does not start, an answer that is not right.
-pub fn run(args: BenchArgs, out: fn() -> Box<dyn Write>) -> anyhow::Result<()> {
-    let how = report::How { json: args.json, windows: args.windows as usize, out };
+pub fn bench(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
+    let how = report::How { json: args.json, windows: args.windows as usize, out: console.out };
     // Dropped when all engines have ended; it also survives us, however we end. One benchmark starts no engine.
     let starts_engines = !matches!(args.bench, Bench::Gpu(_));
-    let _sweeper = starts_engines.then(sweeper::Sweeper::start).transpose()?;
+    let _sweeper = starts_engines.then(|| sweeper::Sweeper::start(&child::name_prefix())).transpose()?;
     match args.bench {
         Bench::Rtt => rtt::run(how),
         Bench::Lookup(lookup) => lookup::run(how, &lookup),

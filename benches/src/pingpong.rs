@@ -4,6 +4,7 @@ use crate::child::{self, Child, Job};
 use crate::clock::Clock;
 use crate::cores;
 use crate::stats::Samples;
+use kvring_rig::pipe::Pipe;
 use kvring_shm_abi::abi::{Described, Type};
 use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::mapping::{Mapping, Pad, Shared};
@@ -69,7 +70,7 @@ impl Waiting {
         }
     }
 
-    /// Changes `word`, and wakes who sleeps on it.
+    /// Changes `word`, and wakes the thread that sleeps on it.
     #[inline(always)]
     fn hand_over(self, word: &AtomicU32, new: u32) {
         // SYNC POINT: Release; pairs with the Acquire in `until_changed`.
@@ -93,7 +94,7 @@ impl Peer {
         let shared = segment::create_shared(&segment, BYTES)?;
         let child =
             Child::spawn(&Job::Peer(PeerJob { segment: segment.clone(), cpu })).and_then(|mut child| {
-                child.read()?;
+                child.read::<()>()?;
                 Ok(child)
             });
         segment::unlink(&segment);
@@ -108,8 +109,7 @@ impl Peer {
         pause_ns: f64,
         clock: &Clock,
     ) -> anyhow::Result<Samples> {
-        let command = serde_json::to_string(&(waiting, rounds))?;
-        self.child.ask(&command)?;
+        self.child.ask::<()>(&(waiting, rounds))?;
         let table: &Table = self.shared.at(0)?;
         let mut samples = Samples::with_capacity(rounds as usize);
         let first = table.pong.load(Ordering::Relaxed);
@@ -128,15 +128,14 @@ impl Peer {
 }
 
 /// The child's side.
-pub(crate) fn be(job: PeerJob) -> anyhow::Result<()> {
+pub(crate) fn be(job: &PeerJob, mut pipe: Pipe) -> anyhow::Result<()> {
     cores::pin(&[job.cpu])?;
     let shared = segment::open_shared(&job.segment, BYTES)?;
     let table: &Table = shared.at(0)?;
-    child::answer("ready")?;
-    for command in child::commands() {
-        let (waiting, rounds): (Waiting, u32) = serde_json::from_str(&command)?;
+    child::answer(&mut pipe, &())?;
+    while let Some((waiting, rounds)) = pipe.receive::<(Waiting, u32)>(None)? {
         let first = table.ping.load(Ordering::Relaxed);
-        child::answer("go")?;
+        child::answer(&mut pipe, &())?;
         for round in 0..rounds {
             let old = first.wrapping_add(round);
             waiting.until_changed(&table.ping, old);

@@ -1,4 +1,4 @@
-//! What the kernel says of processes and threads.
+//! The states of processes and threads, as the kernel shows them.
 
 use anyhow::Context;
 

@@ -1,4 +1,4 @@
-//! What is printed: a table for people, JSON for programs; progress on a terminal only.
+//! The output: a table for people, JSON for programs; progress on a terminal only.
 
 use comfy_table::{CellAlignment, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -43,15 +43,30 @@ impl How {
     }
 }
 
+/// A table in the style of all commands.
+pub(crate) fn new_table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.style_mut().row_separator = LineStyle::none();
+    table
+}
+
+/// Aligns columns of numbers to the right. It is called after the rows are added: columns exist once a row does.
+pub(crate) fn align_right(table: &mut Table, columns: impl IntoIterator<Item = usize>) {
+    for column in columns {
+        if let Some(column) = table.column_mut(column) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+}
+
 /// A table: text in the first column, numbers in the others.
 pub(crate) struct Sheet(Table);
 
 impl Sheet {
     /// With its headings.
     pub(crate) fn new(headings: &[&str]) -> Sheet {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-        table.style_mut().row_separator = LineStyle::none();
+        let mut table = new_table();
         table.set_header(headings.to_vec());
         Sheet(table)
     }
@@ -63,9 +78,8 @@ impl Sheet {
 
     fn render(&self) -> String {
         let mut table = self.0.clone();
-        for column in table.column_iter_mut().skip(1) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
+        let columns = table.column_count();
+        align_right(&mut table, 1..columns);
         table.to_string()
     }
 }

@@ -21,10 +21,10 @@ const SPIN_ROUNDS: u32 = 20_000;
 const SLEEP_ROUNDS: u32 = 500;
 /// Before a round trip of two that sleep: longer than either stays awake.
 const PAUSE_NS: f64 = 50_000.0;
-/// Round trips before the first window: page faults and cold caches are not what is asked.
+/// Round trips before the first window, so that page faults and cold caches are not measured.
 const WARM_UP: u32 = 500;
 
-/// What `--json` prints. Null where the machine has one CPU.
+/// The output of `--json`. Null where the machine has one CPU.
 #[derive(Serialize)]
 struct Rtt {
     rtt_spin_p50_ns: Option<f64>,
@@ -66,12 +66,12 @@ struct Mode {
     other: Series,
 }
 
-/// What differs between the ways to wait.
+/// The differences between the ways to wait.
 struct Setup {
     name: &'static str,
     ours: usize,
     theirs: usize,
-    /// What the client and the engine are told about spinning.
+    /// How long the client and the engine are told to spin.
     client_spin: Option<Duration>,
     engine_spin_us: Option<u32>,
     /// The engine's process sees one CPU only, from its start.

@@ -77,7 +77,7 @@ impl Windows {
         sorted.get(rank.max(1) - 1).copied().unwrap_or(f64::NAN)
     }
 
-    /// The median of the ratios window by window: what the machine did meanwhile cancels out.
+    /// The median of the ratios window by window, in which changes of the machine's speed cancel out.
     pub(crate) fn ratio(&self, limit: &Windows) -> f64 {
         let ratios: Vec<f64> = self.0.iter().zip(&limit.0).map(|(ours, limit)| ours / limit).collect();
         median(&ratios).unwrap_or(f64::NAN)

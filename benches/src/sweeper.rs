@@ -1,71 +1,90 @@
-//! Nothing of a benchmark's engines stays in shared memory, however the benchmark ends.
+//! Nothing of our engines stays in shared memory, however we end.
 //!
 //! Engines are killed here, on purpose or with their parent, and a killed engine leaves its segments. So a small
-//! process waits for our end (the end of its standard input says so, also after a SIGKILL), removes whatever bears
-//! our engines' names, and ends as well.
+//! process waits for our end (its pipe is closed then, also after a SIGKILL), removes whatever bears our engines' names,
+//! and ends as well. All other children die with us by themselves, except an engine of chaos that stands still at that
+//! moment: the signal that ends it in order waits until it goes on. The small process kills that one.
 
-use crate::child::{self, Child, Job};
+use crate::child::{Child, Job};
 use kvring_engine::segments;
+use kvring_rig::pipe::Pipe;
 use kvring_shm_abi::segment::{self, EngineName, SHM_DIR};
-use serde::{Deserialize, Serialize};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-/// Whose engines.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct SweeperJob {
-    /// What their names begin with.
-    prefix: String,
-}
-
-/// How long the removal of one engine's segments waits for what is left of its process.
+/// How long the removal of one engine's segments waits for the end of its process.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two looks: an engine that was being started when its parent died may be at it still.
+/// The pause between two looks: an engine that was being started when its parent died may still be at it.
 const PAUSE: Duration = Duration::from_millis(50);
-/// Looks at most: one that finds nothing twice ends the work.
-const LOOKS: u32 = 100;
+/// How many looks in a row must find nothing.
+const CLEAN: u32 = 8;
+/// How many looks there are at most.
+const LOOKS: u32 = 400;
 
-/// The running process. When this is dropped the work is done.
-pub(crate) struct Sweeper(Child);
+/// The running process. It has done its work when this has been dropped.
+pub(crate) struct Sweeper(Option<Child>);
 
 impl Sweeper {
-    /// Starts it. Before the first engine is.
-    pub(crate) fn start() -> anyhow::Result<Sweeper> {
-        Ok(Sweeper(Child::spawn(&Job::Sweeper(SweeperJob { prefix: child::name_prefix() }))?))
+    /// Starts it for engines whose names begin with this, before the first of them is started.
+    pub(crate) fn start(prefix: &str) -> anyhow::Result<Sweeper> {
+        Ok(Sweeper(Some(Child::spawn(&Job::Sweeper(prefix.to_owned()))?)))
+    }
+
+    /// Tells it which process the engine is now, so that it can kill one that stands still.
+    pub(crate) fn engine_is(&mut self, pid: u32) -> anyhow::Result<()> {
+        self.0.as_mut().map_or(Ok(()), |child| child.send(&pid))
     }
 }
 
 impl Drop for Sweeper {
     fn drop(&mut self) {
-        if let Err(error) = self.0.finish() {
+        if let Some(Err(error)) = self.0.take().map(Child::finish) {
             eprintln!("cleaning up {SHM_DIR}: {error:#}");
         }
     }
 }
 
-/// The child's side.
-pub(crate) fn be(job: SweeperJob) -> anyhow::Result<()> {
-    child::commands().for_each(drop);
+/// The process itself.
+pub(crate) fn be(prefix: &str, mut pipe: Pipe) -> anyhow::Result<()> {
+    let mut engine = None;
+    // An error is an end like any other: whatever has happened, everything is removed.
+    while let Ok(Some(pid)) = pipe.receive::<u32>(None) {
+        engine = Some(pid);
+    }
+    if let Some(pid) = engine {
+        kill_if_ours(pid, prefix);
+    }
     let mut clean = 0;
     for _ in 0..LOOKS {
-        let found = find(std::fs::read_dir(SHM_DIR)?.flatten().map(|entry| entry.file_name()), &job.prefix);
+        let found = find(std::fs::read_dir(SHM_DIR)?.flatten().map(|entry| entry.file_name()), prefix);
         clean = if found.engines.is_empty() && found.others.is_empty() { clean + 1 } else { 0 };
-        if clean == 2 {
+        if clean == CLEAN {
             return Ok(());
         }
         for name in &found.others {
             segment::unlink(name);
         }
         for name in &found.engines {
-            // By force: what still lives under this name has lost its parent.
+            // By force: an engine that still lives under this name has lost its parent.
             segments::remove(&EngineName::new(name)?, true, PATIENCE)?;
         }
         std::thread::sleep(PAUSE);
     }
-    anyhow::bail!("segments of {} come back again and again", job.prefix)
+    anyhow::bail!("segments of {prefix} come back again and again")
 }
 
-/// What there is of a benchmark's.
+/// Kills the process if it still is one of these engines: by now the id may be somebody else's.
+fn kill_if_ours(pid: u32, prefix: &str) {
+    let said = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let is_ours = said.split(|byte| *byte == 0).any(|word| word == prefix.trim_end_matches('.').as_bytes());
+    if let Some(pid) = i32::try_from(pid).ok().filter(|_| is_ours) {
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+/// Our engines and segments that there are.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Found {
     /// Engines, by name.

@@ -29,7 +29,7 @@ use std::time::{Duration, Instant};
 
 /// Chunks that are there: of the smallest shards, they fill the arena.
 const CHUNKS: usize = 1024;
-/// Those of them that are looked up; the others are evicted for what is stored.
+/// Those of them that are looked up; the others are evicted to make room for stores.
 const LOOKED_UP: usize = CHUNKS / 2;
 const SHARD_BYTES: u64 = 4096;
 const ARENA: u64 = CHUNKS as u64 * RANKS_MAX as u64 * SHARD_BYTES;
@@ -47,7 +47,7 @@ const ARGUMENTS: u32 = 0;
 const ANSWERS: u32 = (KEYS_MAX * SlotRecord::WORDS) as u32;
 const PAYLOAD_WORDS: u32 = ANSWERS + (KEYS_MAX * RANKS_MAX * ShardAnswer::WORDS) as u32;
 
-/// What one window saw, in nanoseconds.
+/// The times of one window, in nanoseconds.
 pub(crate) struct Worst {
     /// The longest turn, by the engine's own account: in CPU time, and by the clock. The clock also counts the time in which the
     /// service thread, or its virtual CPU, had no core.
@@ -84,7 +84,7 @@ pub(crate) fn worst(clock: &Clock) -> anyhow::Result<Worst> {
             scheduler.send(Request::EndSession { session });
         }
         while scheduler.poll()?.is_some() {}
-        // What was granted is given back, and more is asked for.
+        // It gives the granted slots back, and asks for more.
         if worker.poll()?.is_some() {
             match worker.granted()? {
                 Some(abort) => worker.send(abort),
@@ -280,7 +280,7 @@ impl Flooder {
         Ok(Records { offset: ARGUMENTS, count: granted.len() as u32 })
     }
 
-    /// What to abort, after a reservation's answer; `None` after an abort's.
+    /// The abort that follows a reservation's answer; `None` after an abort's.
     fn granted(&mut self) -> anyhow::Result<Option<Request>> {
         if self.keys.is_empty() {
             return Ok(None);

@@ -34,7 +34,7 @@ impl Loop {
 #[derive(Clone, Copy)]
 struct Address(*mut u8);
 
-// SAFETY: only an address; who may access it is settled in `Limit::measure`.
+// SAFETY: only an address; `Limit::measure` says which thread may access it.
 unsafe impl Send for Address {}
 // SAFETY: as above.
 unsafe impl Sync for Address {}
@@ -72,7 +72,7 @@ fn best<'a>(loops: impl Iterator<Item = (&'static str, &'a Windows)>) -> (&'stat
 pub(super) struct Limit {
     shared: Mapping,
     bytes: usize,
-    /// Where the next window begins, so that no window finds what the last one left in the caches.
+    /// Where the next window begins. Windows use different bytes, so that none finds its own in the CPU's caches.
     next: Mutex<usize>,
 }
 

@@ -17,6 +17,7 @@ use kvring_adapter::{
 };
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
+use kvring_rig::random::mix;
 use limit::{Found, Limit};
 use serde::Serialize;
 use std::sync::Arc;
@@ -99,7 +100,7 @@ struct Memory {
     limit: Limit,
 }
 
-/// How a paged cache is aligned: as any allocator aligns what is this large.
+/// How a paged cache is aligned: as any allocator aligns a block of this size.
 const ALIGNED: usize = 4096;
 
 impl Memory {
@@ -113,7 +114,7 @@ impl Memory {
     }
 }
 
-/// A worker with its paged cache, and a scheduler that finds what it stored.
+/// A worker with its paged cache, and a scheduler that finds the chunks that the worker has stored.
 struct Mover<'a> {
     worker: WorkerAdapter,
     scheduler: PollingSchedulerAdapter,
@@ -206,7 +207,7 @@ impl<'a> Mover<'a> {
             worker,
             scheduler: PollingSchedulerAdapter::new(
                 scheduler,
-                // Lookups are not what is measured: on a busy machine they may take their time.
+                // Lookups are not measured here: on a busy machine they may take their time.
                 SchedulerOptions { lookup_timeout: PATIENCE, ..SchedulerOptions::new(fingerprint) },
             ),
             clock,
@@ -226,7 +227,7 @@ impl<'a> Mover<'a> {
 
     fn keys(&self) -> Vec<Key> {
         let name = u64::from(self.source) << 32 | u64::from(self.round);
-        (0..(SUBMIT / self.shard) as u64).map(|at| [name.wrapping_mul(0x9e37_79b9_7f4a_7c15), at]).collect()
+        (0..(SUBMIT / self.shard) as u64).map(|at| [mix(name), at]).collect()
     }
 
     /// One store: its keys and how long it took, in nanoseconds.
@@ -263,7 +264,7 @@ impl<'a> Mover<'a> {
         Ok(spent)
     }
 
-    /// One window: GB/s of stores and of loads. Loads take what was stored a whole cache ago.
+    /// One window: GB/s of stores and of loads. Loads take chunks that were stored a whole cache ago.
     fn window(&mut self) -> anyhow::Result<(f64, f64)> {
         let (mut store_ns, mut load_ns) = (0.0, 0.0);
         let mut stored = Vec::new();

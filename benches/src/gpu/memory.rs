@@ -1,6 +1,7 @@
 //! The memory of `kvring bench gpu`: host memory as the arena is, fresh random bytes, and a look at what has arrived.
 
 use anyhow::{Context, ensure};
+use kvring_rig::random::{GAMMA, mix};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::ffi::c_void;
 use std::num::NonZero;
@@ -77,10 +78,7 @@ fn spread(all: &mut [u8], work: impl Fn(usize, &mut [u8]) + Sync) {
 
 /// The `index`th word of a stream of random ones (splitmix64): each by itself, so that threads share the work.
 fn random(seed: u64, index: u64) -> u64 {
-    let mut x = (seed << 40).wrapping_add(index).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ (x >> 31)
+    mix((seed << 40).wrapping_add(index).wrapping_mul(GAMMA))
 }
 
 /// Random bytes that no other seed gives.

@@ -3,6 +3,7 @@
 use crate::child::{self, Child, Job};
 use crate::cores;
 use anyhow::ensure;
+use kvring_rig::pipe::Pipe;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life, LifeWord, RobustList};
 use kvring_shm_abi::mapping::View;
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What the process has.
+/// The things that the process has.
 #[derive(Serialize, Deserialize)]
 pub(crate) struct BareJob {
     /// The segment with the word.
@@ -28,7 +29,7 @@ const BYTES: usize = 4096;
 /// A sleep that nobody ends must end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The shared word, and who dies for it.
+/// The shared word, and the CPU on which its owners die.
 pub(super) struct Bare {
     segment: String,
     words: View<LifeWord>,
@@ -47,7 +48,7 @@ impl Bare {
     pub(super) fn death(&self, beside: Option<String>) -> anyhow::Result<u64> {
         let job = BareJob { segment: self.segment.clone(), beside, cpu: self.cpu };
         let mut child = Child::spawn(&Job::Bare(job))?;
-        child.read()?;
+        child.read::<()>()?;
         let word = &self.words[0];
         let noticed = super::notice::after_kill(
             || until_dead(word),
@@ -57,7 +58,7 @@ impl Bare {
                 Ok(before)
             },
         )?;
-        child.reap()?;
+        child.reap();
         ensure!(word.reset(), "expected a dead word, found {:?}", word.life());
         Ok(noticed)
     }
@@ -83,7 +84,7 @@ fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
 }
 
 /// The child's side: claims the word and waits for its death.
-pub(crate) fn be(job: BareJob) -> anyhow::Result<()> {
+pub(crate) fn be(job: BareJob, mut pipe: Pipe) -> anyhow::Result<()> {
     if let Some(cpu) = job.cpu {
         cores::pin(&[cpu])?;
     }
@@ -91,7 +92,7 @@ pub(crate) fn be(job: BareJob) -> anyhow::Result<()> {
     let mut list = RobustList::register(View::new(&mapping, 0, 1)?)?;
     list.claim(0)?;
     let _beside = job.beside.map(|name| SegmentFile::open(&name, Access::ReadWrite)).transpose()?;
-    child::answer("ready")?;
-    child::commands().for_each(drop);
+    child::answer(&mut pipe, &())?;
+    child::until_closed(&mut pipe);
     Ok(())
 }

@@ -8,6 +8,7 @@ use kvring_adapter::{
     WorkerOptions,
 };
 use kvring_gpu_kernels::{CopyBackend, CopyBatch, CopyDone, CopyError, Transfer};
+use kvring_rig::pipe::Pipe;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -24,7 +25,7 @@ pub(super) const LEASES: u64 = 16;
 pub(super) const WRITING: u64 = 1024;
 
 /// The child's side: takes everything, says so, and waits for its death.
-pub(crate) fn be(job: HolderJob) -> anyhow::Result<()> {
+pub(crate) fn be(job: &HolderJob, mut pipe: Pipe) -> anyhow::Result<()> {
     let mut page = vec![0u8; SHARD_BYTES].into_boxed_slice();
     let plane = Plane { base: page.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
     // SAFETY: one block that outlives the adapter: this function never drops either. Nobody writes it.
@@ -50,8 +51,8 @@ pub(crate) fn be(job: HolderJob) -> anyhow::Result<()> {
     let chain = u64::from(std::process::id()) << 32;
     let chunks = (0..WRITING).map(|at| StoreChunk { key: fill::key(chain, at), blocks: vec![0] }).collect();
     worker.submit_store("stuck", Round { source: 3, number: 1 }, None, chunks, None)?;
-    child::answer("holding")?;
-    child::commands().for_each(drop);
+    child::answer(&mut pipe, &())?;
+    child::until_closed(&mut pipe);
     // Not by returning: that would wait for copies that never end.
     std::process::exit(0);
 }

@@ -1,4 +1,4 @@
-//! An engine that is killed and started again under the same name, and waiting for what its clients and threads do.
+//! An engine that is killed and started again under the same name; and waits for states of its clients and threads.
 
 use crate::child::{DEFAULT_SPIN, Engine, Placement, unique_name};
 use crate::process;
@@ -76,8 +76,10 @@ impl Life {
     }
 
     /// Waits until nothing of the killed process is left.
-    pub(super) fn bury(&mut self) -> anyhow::Result<()> {
-        self.engine.take().map_or(Ok(()), |mut engine| engine.child.reap())
+    pub(super) fn bury(&mut self) {
+        if let Some(engine) = self.engine.take() {
+            engine.child.reap();
+        }
     }
 
     /// Waits until `client` is attached to the engine that runs, and that has allocated its whole arena.

@@ -1,8 +1,8 @@
-//! `kvring bench health`: what a death costs, whoever dies.
+//! `kvring bench health`: the costs of a death, of an engine's and of a client's.
 //!
 //! An engine that is killed under a caller that sleeps for its answer, and under a client that does nothing; a
-//! successor that starts on what the dead one left; a client that is killed with leases and half-written slots. Each
-//! time beside what the kernel itself takes for the same, measured in between: a robust futex and one sleeper, a
+//! successor that starts on the segments of the dead one; a client that is killed with leases and half-written slots. Each
+//! time stands beside the time that the kernel itself takes for the same, measured in between: a robust futex and one sleeper, a
 //! process that does nothing, a plain read of the slot headers.
 
 pub(crate) mod bare;
@@ -20,7 +20,7 @@ use kvring_engine::byte_size::ByteSize;
 use kvring_engine::preflight::Room;
 use std::time::Duration;
 
-/// What `kvring bench health` takes.
+/// The arguments of `kvring bench health`.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "Examples:
   kvring bench health                       everything, in less than three minutes
@@ -50,7 +50,7 @@ pub struct HealthArgs {
     only: Vec<Part>,
 }
 
-/// What can be measured by itself.
+/// The parts that can be measured alone.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     /// How soon an engine's death is noticed.
@@ -127,7 +127,7 @@ pub(crate) fn run(how: How, args: &HealthArgs) -> anyhow::Result<()> {
     print::print(how, measured, about)
 }
 
-/// The arena that is wanted, or what there is room for: some is left for everybody else.
+/// The arena that is wanted, or a smaller one that there is room for. Some room is left for everybody else.
 fn fitting(wanted: u64, least: u64, room: &Room) -> u64 {
     let left = room.tightest().usable();
     wanted.min((left / 10 * 9) & !(least - 1)).max(least)

@@ -37,7 +37,7 @@ pub(super) struct Small {
 }
 
 /// Kills engines that have allocated `arena` bytes under a caller that sleeps: `kills` of them, or as many as `budget`
-/// allows. Starting one takes seconds where its successor cannot use what it had allocated.
+/// allows. Starting one takes seconds if it cannot use the memory that the dead one had allocated.
 pub(super) fn large(
     arena: u64,
     kills: usize,
@@ -107,7 +107,7 @@ impl Scene {
     fn round(&mut self, notices: &mut Notices, beside: Option<String>) -> anyhow::Result<()> {
         self.life.settle(&self.client)?;
         notices.ours.push(self.under_a_caller()?);
-        self.life.bury()?;
+        self.life.bury();
         notices.limit.push(self.bare.death(beside)?);
         Ok(())
     }
@@ -116,7 +116,8 @@ impl Scene {
     /// call returns.
     fn under_a_caller(&mut self) -> anyhow::Result<u64> {
         let mut probe = self.client.probe();
-        // Like any but the first call it has the attachment at hand: what a call holds alone it must also unmap.
+        // This call is not the first, so it has the attachment at hand. A first call would have to unmap the attachment that it
+        // alone holds, and that takes time.
         probe.noop().context("a round trip before the death")?;
         self.life.freeze()?;
         let call = || match probe.noop() {

@@ -1,4 +1,4 @@
-//! What `kvring bench health` prints.
+//! The output of `kvring bench health`.
 
 use super::holder::{LEASES, WRITING};
 use super::notice::{Notices, Small};
@@ -7,72 +7,19 @@ use super::{FEW, MANY, Measured, SMALL_ARENA, Times};
 use crate::lookup::fill::CHAIN;
 use crate::report::{How, Sheet, number, rounded, time};
 use kvring_engine::byte_size::ByteSize;
-use serde::Serialize;
 
 const US: f64 = 1e3;
 const MS: f64 = 1e6;
 
-/// What is wanted at the median.
+/// The goals for the medians.
 const GOAL_NOTICE_US: f64 = 150.0;
 const GOAL_RESTART_MS: f64 = 50.0;
 const GOAL_RESTART_1M_MS: f64 = 300.0;
 const GOAL_RECLAIM_MS: f64 = 10.0;
 
-/// What `--json` prints. Null where nothing was measured; a `_n` says of how many times the percentiles are.
-#[derive(Serialize)]
-struct Health {
-    /// Before the run.
-    load_average: Option<f64>,
-    /// Allocated by each engine that was killed for `notice_death`, and not mapped by it.
-    arena_bytes: u64,
-    notice_death_p50_us: Option<f64>,
-    notice_death_p99_us: Option<f64>,
-    notice_death_n: usize,
-    /// A bare process that holds the same arena open, unmapped.
-    limit_robust_p50_us: Option<f64>,
-    limit_robust_p99_us: Option<f64>,
-    ratio_notice_death: Option<f64>,
-    /// The same with an arena of `small_arena_bytes`.
-    small_arena_bytes: u64,
-    notice_death_small_p50_us: Option<f64>,
-    notice_death_small_p99_us: Option<f64>,
-    notice_death_small_n: usize,
-    limit_robust_small_p50_us: Option<f64>,
-    limit_robust_small_p99_us: Option<f64>,
-    ratio_notice_death_small: Option<f64>,
-    /// The same with all threads on whichever CPU the kernel likes: also on the one on which the engine dies.
-    notice_death_anywhere_p50_us: Option<f64>,
-    notice_death_anywhere_p99_us: Option<f64>,
-    notice_death_anywhere_n: usize,
-    limit_robust_anywhere_p50_us: Option<f64>,
-    limit_robust_anywhere_p99_us: Option<f64>,
-    restart_to_first_hit_p50_ms: Option<f64>,
-    restart_to_first_hit_p99_ms: Option<f64>,
-    restart_to_first_hit_n: usize,
-    /// An empty process and a plain read of the slot headers, one after the other; each alone below.
-    limit_restart_p50_ms: Option<f64>,
-    limit_restart_process_p50_ms: Option<f64>,
-    limit_restart_read_p50_ms: Option<f64>,
-    ratio_restart: Option<f64>,
-    restart_to_first_hit_1m_p50_ms: Option<f64>,
-    restart_to_first_hit_1m_p99_ms: Option<f64>,
-    restart_to_first_hit_1m_n: usize,
-    limit_restart_1m_p50_ms: Option<f64>,
-    limit_restart_1m_process_p50_ms: Option<f64>,
-    limit_restart_1m_read_p50_ms: Option<f64>,
-    ratio_restart_1m: Option<f64>,
-    /// Chunks found after a restart, of those before: the least of all restarts.
-    warm_fraction: Option<f64>,
-    client_death_to_reclaim_p50_ms: Option<f64>,
-    client_death_to_reclaim_p99_ms: Option<f64>,
-    client_death_to_reclaim_n: usize,
-    limit_reclaim_p50_ms: Option<f64>,
-    ratio_reclaim: Option<f64>,
-    /// What each killed client held.
-    reclaim_leases: u64,
-    reclaim_pins: u64,
-    reclaim_writing_slots: u64,
-}
+/// The output of `--json`: each name ends with its unit. Null stands for what was not measured; `_n` is the number of times that the
+/// percentiles are taken from.
+type Json = serde_json::Map<String, serde_json::Value>;
 
 /// One kind of death, ready to be told.
 struct Told {
@@ -124,6 +71,21 @@ impl Told {
 
     fn ratio(&self) -> Option<f64> {
         rounded(self.p50 / self.limit, 2)
+    }
+
+    /// Adds its numbers under these names, with times in `us` or `ms`. A limit in `us` has a 99th percentile as well.
+    fn put(&self, json: &mut Json, ours: &str, limit: &str, ratio: Option<&str>, unit: &str) {
+        let show = |ns: f64| if unit == "us" { rounded(ns / US, 1) } else { rounded(ns / MS, 3) };
+        json.insert(format!("{ours}_p50_{unit}"), show(self.p50).into());
+        json.insert(format!("{ours}_p99_{unit}"), show(self.high).into());
+        json.insert(format!("{ours}_n"), self.count.into());
+        json.insert(format!("{limit}_p50_{unit}"), show(self.limit).into());
+        if unit == "us" {
+            json.insert(format!("{limit}_p99_us"), show(self.limit_high).into());
+        }
+        if let Some(ratio) = ratio {
+            json.insert(ratio.to_owned(), self.ratio().into());
+        }
     }
 
     fn row(&self) -> Vec<String> {
@@ -183,60 +145,38 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
         row[3] = "100 %".to_owned();
         sheet.row(row);
     }
-    let part = |restarts: Option<&mut Restarts>| {
-        restarts.map_or((None, None), |restarts| {
+    let mut json = Json::new();
+    large.put(&mut json, "notice_death", "limit_robust", Some("ratio_notice_death"), "us");
+    let ratio = Some("ratio_notice_death_small");
+    small.put(&mut json, "notice_death_small", "limit_robust_small", ratio, "us");
+    anywhere.put(&mut json, "notice_death_anywhere", "limit_robust_anywhere", None, "us");
+    few.put(&mut json, "restart_to_first_hit", "limit_restart", Some("ratio_restart"), "ms");
+    many.put(&mut json, "restart_to_first_hit_1m", "limit_restart_1m", Some("ratio_restart_1m"), "ms");
+    reclaim.put(&mut json, "client_death_to_reclaim", "limit_reclaim", Some("ratio_reclaim"), "ms");
+    for (limit, restarts) in [("limit_restart", &mut measured.few), ("limit_restart_1m", &mut measured.many)]
+    {
+        // The limit is an empty process and a plain read of the slot headers, one after the other; here is each alone.
+        let (process, read) = restarts.as_mut().map_or((None, None), |restarts| {
             (rounded(restarts.process.at(0.5, MS), 3), rounded(restarts.read.at(0.5, MS), 3))
-        })
-    };
-    let (few_process, few_read) = part(measured.few.as_mut());
-    let (many_process, many_read) = part(measured.many.as_mut());
-    let us = |ns: f64| rounded(ns / US, 1);
-    let ms = |ns: f64| rounded(ns / MS, 3);
-    let json = Health {
-        load_average: measured.load_average,
-        arena_bytes: measured.arena_bytes,
-        notice_death_p50_us: us(large.p50),
-        notice_death_p99_us: us(large.high),
-        notice_death_n: large.count,
-        limit_robust_p50_us: us(large.limit),
-        limit_robust_p99_us: us(large.limit_high),
-        ratio_notice_death: large.ratio(),
-        small_arena_bytes: SMALL_ARENA,
-        notice_death_small_p50_us: us(small.p50),
-        notice_death_small_p99_us: us(small.high),
-        notice_death_small_n: small.count,
-        limit_robust_small_p50_us: us(small.limit),
-        limit_robust_small_p99_us: us(small.limit_high),
-        ratio_notice_death_small: small.ratio(),
-        notice_death_anywhere_p50_us: us(anywhere.p50),
-        notice_death_anywhere_p99_us: us(anywhere.high),
-        notice_death_anywhere_n: anywhere.count,
-        limit_robust_anywhere_p50_us: us(anywhere.limit),
-        limit_robust_anywhere_p99_us: us(anywhere.limit_high),
-        restart_to_first_hit_p50_ms: ms(few.p50),
-        restart_to_first_hit_p99_ms: ms(few.high),
-        restart_to_first_hit_n: few.count,
-        limit_restart_p50_ms: ms(few.limit),
-        limit_restart_process_p50_ms: few_process,
-        limit_restart_read_p50_ms: few_read,
-        ratio_restart: few.ratio(),
-        restart_to_first_hit_1m_p50_ms: ms(many.p50),
-        restart_to_first_hit_1m_p99_ms: ms(many.high),
-        restart_to_first_hit_1m_n: many.count,
-        limit_restart_1m_p50_ms: ms(many.limit),
-        limit_restart_1m_process_p50_ms: many_process,
-        limit_restart_1m_read_p50_ms: many_read,
-        ratio_restart_1m: many.ratio(),
-        warm_fraction: warm,
-        client_death_to_reclaim_p50_ms: ms(reclaim.p50),
-        client_death_to_reclaim_p99_ms: ms(reclaim.high),
-        client_death_to_reclaim_n: reclaim.count,
-        limit_reclaim_p50_ms: ms(reclaim.limit),
-        ratio_reclaim: reclaim.ratio(),
-        reclaim_leases: LEASES,
-        reclaim_pins: LEASES * CHAIN as u64,
-        reclaim_writing_slots: WRITING,
-    };
+        });
+        json.insert(format!("{limit}_process_p50_ms"), process.into());
+        json.insert(format!("{limit}_read_p50_ms"), read.into());
+    }
+    for (name, value) in [
+        // Before the run.
+        ("load_average", measured.load_average.into()),
+        // The arena that each engine has allocated, and not mapped, when it is killed under a caller; and the small one.
+        ("arena_bytes", measured.arena_bytes.into()),
+        ("small_arena_bytes", SMALL_ARENA.into()),
+        // Chunks found after a restart, of those before: the least of all restarts.
+        ("warm_fraction", warm.into()),
+        // The leases, pins and slots that each killed client held.
+        ("reclaim_leases", LEASES.into()),
+        ("reclaim_pins", (LEASES * CHAIN as u64).into()),
+        ("reclaim_writing_slots", WRITING.into()),
+    ] {
+        json.insert(name.to_owned(), value);
+    }
     how.print(&json, &sheet, &notes(&measured, about))
 }
 

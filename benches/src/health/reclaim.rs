@@ -16,14 +16,14 @@ use std::time::Duration;
 
 /// Chunks that there are to lease.
 const CHUNKS: u32 = LEASES as u32 * CHAIN as u32;
-/// Room for what is leased, and as much again for what is written: a client may hold half of an arena.
+/// Room for all leased chunks, and as much again for the slots that are written: a client may hold half of an arena.
 const ARENA: u64 = 4 * (LEASES * CHAIN as u64 + WRITING) * SHARD_BYTES as u64;
-/// What has not been reclaimed by then never will be.
+/// Leases and slots that the engine has not reclaimed by then, it never will.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// The clients of one holder: a scheduler and a worker.
 const CLIENTS: usize = 2;
 
-/// What killing clients gave.
+/// The times that were measured.
 #[derive(Default)]
 pub(super) struct Reclaims {
     /// Until the engine had given the last entry free again, with all that the client had held.
@@ -47,7 +47,7 @@ pub(super) fn measure(kills: usize, bar: &ProgressBar) -> anyhow::Result<Reclaim
     };
     for _ in 0..kills {
         let mut holder = Child::spawn(&Job::Holder(HolderJob { engine: engine.name.clone() }))?;
-        holder.read()?;
+        holder.read::<()>()?;
         life::until(1, || held(LEASES, WRITING)).context("a client that takes leases and slots")?;
         let entries: Vec<usize> = notice::entries_of(&lobby, holder.pid()).collect();
         ensure!(entries.len() == CLIENTS, "expected {CLIENTS} entries of one process, found {entries:?}");
@@ -61,7 +61,7 @@ pub(super) fn measure(kills: usize, bar: &ProgressBar) -> anyhow::Result<Reclaim
             std::thread::yield_now();
         }
         reclaims.ours.push(monotonic_ns().saturating_sub(killed));
-        holder.reap()?;
+        holder.reap();
         // The statistics follow with the next tick: a leak would stay.
         life::until(1, || held(0, 0)).context("leases and slots of a client whose entry is free")?;
         reclaims.limit.push(bare.death(None)?);

@@ -1,4 +1,4 @@
-//! How soon a successor serves what was stored before it: to a client that was there before it as well.
+//! How soon a successor serves the chunks that were stored before it, to a client that was there before it as well.
 
 use super::Times;
 use super::life::{self, Life};
@@ -23,14 +23,14 @@ use std::time::Duration;
 
 /// A lookup that counts chunks is not hurried.
 pub(super) const PATIENT: Duration = Duration::from_secs(2);
-/// A successor that has not served a full hit by then has forgotten what was stored.
+/// A successor that has not served a full hit by then has forgotten the chunks.
 const FIRST_HIT_MAX: Duration = Duration::from_secs(5);
-/// Between two polls: short beside what is measured, and the CPU is the engine's meanwhile.
+/// The pause between two polls: short beside the time that is measured. The engine has the CPU meanwhile.
 const POLL_EVERY: Duration = Duration::from_micros(100);
 /// The request that is polled for.
 const REQUEST: &str = "first-hit";
 
-/// What restarts with one number of chunks gave.
+/// The times of restarts with one number of chunks.
 #[derive(Default)]
 pub(super) struct Restarts {
     /// From the making of the successor's process to an earlier client's first full hit.
@@ -69,7 +69,7 @@ pub(super) fn measure(
     fill::fill(life.engine()?, &chains).context("storing chunks")?;
     let evicted = life.engine()?.stat(Stat::Evictions)?;
     ensure!(evicted == 0, "expected an index that keeps all of {chunks} chunks, but {evicted} were evicted");
-    // As everybody's: what an earlier client waits for is part of the answer.
+    // Default options: the pauses of an earlier client before it attaches again are part of the answer.
     let options = ClientOptions { engine: life.name().to_string(), ..ClientOptions::default() };
     let client = Client::new(Role::Scheduler, options)?;
     life::ready(&client)?;
@@ -89,7 +89,7 @@ pub(super) fn measure(
         measured.process.push(start_nothing()? as u64);
         measured.read.push(read_headers(life.name(), headers)?);
         life.kill()?;
-        life.bury()?;
+        life.bury();
         let began = life.restart()?;
         let hit = poller.until_hit(began)?;
         life.settle(&client)?;

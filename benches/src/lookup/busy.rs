@@ -3,15 +3,16 @@
 //! It works in a namespace of its own and clears that whenever it has filled its share, so that the index that is
 //! measured stays what it is.
 
-use super::fill::{self, Random};
+use super::fill;
 use crate::child;
 use anyhow::{Context, ensure};
 use kvring_adapter::{
     CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
     SchedulerOptions, StoreChunk, WorkerAdapter,
 };
+use kvring_rig::pipe::Pipe;
+use kvring_rig::random::Random;
 use serde::{Deserialize, Serialize};
-use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 /// Which engine.
@@ -36,8 +37,8 @@ struct Busy {
     stored: u64,
 }
 
-/// The child's side: `go` starts, `stop` ends and answers how many chunks were stored.
-pub(crate) fn be(job: BusyJob) -> anyhow::Result<()> {
+/// The process itself: a first message starts it, a second one ends it and is answered with the number of chunks stored.
+pub(crate) fn be(job: &BusyJob, mut pipe: Pipe) -> anyhow::Result<()> {
     let mut memory = fill::touched(SHARD_BYTES * CHUNKS)?;
     let plane = Plane { base: memory.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
     // SAFETY: the memory outlives the adapter, which is dropped before it, and only its jobs touch it.
@@ -48,26 +49,17 @@ pub(crate) fn be(job: BusyJob) -> anyhow::Result<()> {
     let client = child::client(&job.engine, Role::Scheduler, None)?;
     let options = SchedulerOptions::new(fill::OTHER_FINGERPRINT);
     let scheduler = PollingSchedulerAdapter::new(&client, options);
-    let mut busy = Busy { worker, scheduler, random: Random(99), round: 0, stored: 0 };
-    // Page faults are not what the lookups are to be disturbed by.
+    let mut busy = Busy { worker, scheduler, random: Random::new(99, 0), round: 0, stored: 0 };
+    // The lookups must not be disturbed by page faults.
     busy.cycle()?;
-    child::answer("ready")?;
-
-    let (tell, told) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for command in child::commands() {
-            if tell.send(command).is_err() {
-                return;
-            }
-        }
-    });
-    while told.recv().is_ok() {
-        child::answer("going")?;
+    child::answer(&mut pipe, &())?;
+    while pipe.receive::<()>(None)?.is_some() {
+        child::answer(&mut pipe, &())?;
         busy.stored = 0;
-        if !busy.until_told(&told)? {
+        if !busy.until_told(&mut pipe)? {
             break;
         }
-        child::answer(&busy.stored.to_string())?;
+        child::answer(&mut pipe, &busy.stored)?;
     }
     busy.worker.shutdown();
     drop(memory);
@@ -75,21 +67,20 @@ pub(crate) fn be(job: BusyJob) -> anyhow::Result<()> {
 }
 
 impl Busy {
-    /// Works until there is another command. False when there will be none.
-    fn until_told(&mut self, told: &Receiver<String>) -> anyhow::Result<bool> {
+    /// Works until there is another message. False when there will be none.
+    fn until_told(&mut self, pipe: &mut Pipe) -> anyhow::Result<bool> {
         loop {
             self.cycle()?;
-            match told.try_recv() {
-                Ok(_) => return Ok(true),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => return Ok(false),
+            match pipe.drain::<()>(Duration::ZERO)? {
+                (messages, true) if messages.is_empty() => {}
+                (messages, _) => return Ok(!messages.is_empty()),
             }
         }
     }
 
     /// Stores chunks, looks them up, loads them, and forgets them.
     fn cycle(&mut self) -> anyhow::Result<()> {
-        let chain = self.random.next();
+        let chain = self.random.bits();
         let keys: Vec<Key> = (0..CHUNKS as u64).map(|at| fill::key(chain, at)).collect();
         let chunks = keys.iter().zip(0..).map(|(key, block)| StoreChunk { key: *key, blocks: vec![block] });
         self.round += 1;
@@ -117,7 +108,7 @@ impl Busy {
         Ok(())
     }
 
-    /// Forgets what is stored. An engine that lost its CPU for a while looks stalled until it has it again.
+    /// Clears the namespace. An engine that lost its CPU for a while looks stalled until it has it again.
     fn clear(&mut self) -> anyhow::Result<()> {
         let until = Instant::now() + PATIENCE;
         loop {

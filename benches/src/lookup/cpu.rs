@@ -1,4 +1,4 @@
-//! What a lookup costs the engine, in CPU time, with several clients.
+//! The engine's CPU time for a lookup, with several clients.
 //!
 //! An engine that waits also burns CPU: it spins. So here it does not: no spin budget, one CPU for it and the clients,
 //! and a scheduling class that never preempts. Several clients put a batch of lookups into their rings each and go to
@@ -13,6 +13,7 @@ use crate::cores::{self, Pair};
 use anyhow::ensure;
 use kvring_adapter::{Client, Key, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions};
 use kvring_engine::config::EngineConfig;
+use kvring_rig::random::Random;
 use std::sync::Arc;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -87,11 +88,11 @@ fn together(
     Ok(spent as f64 / (CLIENTS * lookups) as f64)
 }
 
-fn keys_of(chains: &Chains, random: &mut fill::Random, asked: usize, present: bool) -> Vec<Key> {
+fn keys_of(chains: &Chains, random: &mut Random, asked: usize, present: bool) -> Vec<Key> {
     if present {
         chains.keys(random.below(chains.whole())).take(asked).collect()
     } else {
-        let chain = u64::from(u32::MAX) + random.next() % (1 << 40);
+        let chain = u64::from(u32::MAX) + random.bits() % (1 << 40);
         (0..asked as u64).map(|at| fill::key(chain, at)).collect()
     }
 }
@@ -101,7 +102,7 @@ fn batches(engine: &Engine, chains: &Chains, asked: usize, present: bool) -> any
     let batches = if asked > 16 { BATCHES / 4 } else { BATCHES };
     together(engine, batches * IN_FLIGHT, |index, client, barrier| {
         let mut adapter = SchedulerAdapter::new(client, SchedulerOptions::new(fill::FINGERPRINT));
-        let mut random = fill::Random(index as u64);
+        let mut random = Random::new(index as u64, 0);
         let names: Vec<String> = (0..IN_FLIGHT).map(|n| format!("cmpl-{n:016x}")).collect();
         barrier.wait();
         for _ in 0..batches {
@@ -130,7 +131,7 @@ fn batches(engine: &Engine, chains: &Chains, asked: usize, present: bool) -> any
 fn polled(engine: &Engine, chains: &Chains) -> anyhow::Result<f64> {
     together(engine, POLLED, |index, client, barrier| {
         let mut adapter = scheduler(client);
-        let mut random = fill::Random(index as u64);
+        let mut random = Random::new(index as u64, 0);
         barrier.wait();
         for _ in 0..POLLED {
             adapter.lookup("cmpl", 1, &keys_of(chains, &mut random, 1, true))?;

@@ -1,8 +1,9 @@
-//! What is in the index: chains of chunks, as prompts make them.
+//! The content of the index: chains of chunks, as prompts make them.
 
 use crate::child::Engine;
 use anyhow::{Context, ensure};
 use kvring_adapter::{Key, PagedKv, Plane, Role, Round, StoreChunk, WorkerAdapter, WorkerOptions};
+use kvring_rig::random::mix;
 use std::time::Duration;
 
 /// Chunks of a chain: 131 072 tokens at 256 a chunk.
@@ -17,27 +18,6 @@ pub(crate) const CHUNK_TOKENS: u32 = 256;
 const CHAINS_PER_JOB: u64 = 16;
 /// Longer than storing them can take.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-/// A small generator of numbers that look random (splitmix64).
-pub(super) struct Random(pub(super) u64);
-
-impl Random {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number below `limit`.
-    pub(super) fn below(&mut self, limit: u64) -> u64 {
-        self.next() % limit.max(1)
-    }
-}
-
-fn mix(mut value: u64) -> u64 {
-    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
-}
 
 /// The key at a place of a chain: distinct, and without a pattern.
 pub(crate) fn key(chain: u64, at: u64) -> Key {
@@ -107,7 +87,7 @@ pub(super) fn other_worker() -> WorkerOptions {
 /// The busy client's namespace.
 pub(super) const OTHER_FINGERPRINT: [u64; 4] = [0x6b76_7269_6e67, 0x62_656e_6368, 1, 2];
 
-/// A buffer whose pages are there.
+/// A buffer of which all pages have been touched.
 pub(super) fn touched(bytes: usize) -> anyhow::Result<Box<[u8]>> {
     let mut buffer = Vec::new();
     buffer.try_reserve_exact(bytes).with_context(|| format!("{bytes} bytes of memory"))?;

@@ -1,4 +1,4 @@
-//! `kvring bench lookup`: the synchronous lookup, on whose answer vLLM's scheduler waits.
+//! `kvring bench lookup`: the synchronous lookup, for which vLLM's scheduler waits.
 //!
 //! A new session each time, then the lookup (this is timed), then the session's end and one round trip, so that the
 //! next lookup does not queue behind it. Rates and the engine's CPU time are measured without that pause.
@@ -21,12 +21,13 @@ use kvring_adapter::{Client, Key, PollingSchedulerAdapter, Role, SchedulerApi, S
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Stat;
+use kvring_rig::random::Random;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What `kvring bench lookup` takes.
+/// The arguments of `kvring bench lookup`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct LookupArgs {
     /// Index sizes to measure, in chunks. The arena takes 4 KiB for each.
@@ -78,7 +79,7 @@ impl Case {
     }
 }
 
-/// What one index size gave.
+/// All measurements of one index size.
 struct Measured {
     index: u32,
     /// The round trip, quiet and loaded: chunks 0.
@@ -122,7 +123,7 @@ pub(crate) fn filled_engine(
     // Eviction keeps a part of the slots free: with a tenth more than the index it has nothing to do.
     let arena = index_bytes + index_bytes / 10 + BUSY_BYTES;
     let engine = Engine::spawn(EngineConfig { arena: Some(ByteSize(arena)), ..config }, placement)?;
-    // Stores that outrun the allocation would evict what came first.
+    // Stores that outrun the allocation would evict the first chunks.
     engine.wait_allocated()?;
     let chains = Chains::new(chunks);
     fill::fill(&engine, &chains).context("filling the index")?;
@@ -150,7 +151,7 @@ fn measure(
     let mut looker = Looker::new(engine, chains)?;
     looker.check_all()?;
     let mut busy = Child::spawn(&Job::Busy(BusyJob { engine: engine.name.clone() }))?;
-    busy.read()?;
+    busy.read::<()>()?;
     let mut rtt = [false, true].map(|loaded| Case::new(0, false, loaded));
     let mut cases: Vec<Case> = [false, true]
         .into_iter()
@@ -165,7 +166,7 @@ fn measure(
         bar.set_message(format!("{index} chunks: window {}", window + 1));
         for loaded in [false, true] {
             if loaded {
-                busy.ask("go")?;
+                busy.ask::<()>(&())?;
             }
             let round_trips = round_trips(&looker.client, ROUND_TRIPS, 0.0, clock)?;
             rtt[usize::from(loaded)].add(clock, round_trips, f64::NAN);
@@ -175,7 +176,7 @@ fn measure(
                 case.add(clock, samples, per_s);
             }
             if loaded {
-                let stored: u64 = busy.ask("stop")?.parse().context("the busy client's count")?;
+                let stored: u64 = busy.ask(&())?;
                 ensure!(stored > 0, "the busy client stored nothing: the loaded windows were not loaded");
             }
         }
@@ -193,7 +194,7 @@ struct Looker<'a> {
     chains: &'a Chains,
     keys: Vec<Key>,
     name: String,
-    random: fill::Random,
+    random: Random,
     sessions: u64,
 }
 
@@ -207,7 +208,7 @@ impl<'a> Looker<'a> {
             chains,
             keys: Vec::with_capacity(CHAIN),
             name: String::new(),
-            random: fill::Random(7),
+            random: Random::new(7, 0),
             sessions: 0,
         })
     }
@@ -219,7 +220,7 @@ impl<'a> Looker<'a> {
             let chain = self.random.below(self.chains.whole());
             self.keys.extend(self.chains.keys(chain).take(asked));
         } else {
-            let chain = u64::from(u32::MAX) + self.random.next() % (1 << 40);
+            let chain = u64::from(u32::MAX) + self.random.bits() % (1 << 40);
             self.keys.extend((0..asked as u64).map(|at| fill::key(chain, at)));
         }
         self.sessions += 1;

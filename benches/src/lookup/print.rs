@@ -1,4 +1,4 @@
-//! What `kvring bench lookup` prints.
+//! The output of `kvring bench lookup`.
 
 use super::cpu::{CLIENTS, IN_FLIGHT};
 use super::{ASKED, Case, Measured};
@@ -20,7 +20,7 @@ struct Row {
     engine_cpu_ns: Option<f64>,
     /// Above the round trip of the same windows, at the median.
     above_rtt_ns: Option<f64>,
-    /// What each chunk beyond the next shorter row's costs.
+    /// The cost of each chunk more than in the next shorter row.
     further_chunk_ns: Option<f64>,
 }
 

@@ -37,8 +37,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 /// A client in the scheduler's role, attached.
 ///
 /// # Errors
-/// No engine, a dead one, one that does not answer: with what to do about it.
-pub(crate) fn attach(engine: &EngineName, client: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
+/// There is no engine, it is dead, or it does not answer. The error says what to do about it.
+fn attach(engine: &EngineName, client: &str, timeout: Duration) -> anyhow::Result<Arc<Client>> {
     let options = ClientOptions {
         engine: engine.to_string(),
         client: client.to_owned(),
@@ -47,7 +47,7 @@ pub(crate) fn attach(engine: &EngineName, client: &str, timeout: Duration) -> an
         ..ClientOptions::default()
     };
     let client = Client::new(Role::Scheduler, options)?;
-    // What cannot mend itself within the timeout is told at once.
+    // A fault that cannot mend itself within the timeout is reported at once.
     if let Some(error) = client.diagnose() {
         bail!(error);
     }

@@ -1,10 +1,10 @@
-//! What people see: standard output, logs and progress bars, which share stderr without tearing each other, and the style of
-//! tables.
+//! Standard output; logs and progress bars, which share stderr without tearing each other; and the style of tables.
 
 use crate::flags::wrong;
 use anyhow::anyhow;
 use comfy_table::{CellAlignment, LineStyle, Table, presets};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+use kvring_benches::Console;
 use std::io::{ErrorKind, IsTerminal, Stdout, Write};
 use std::sync::OnceLock;
 use tracing::level_filters::LevelFilter;
@@ -14,16 +14,16 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Where a level is taken from when the command line does not say.
-pub(crate) const LOG_ENV: &str = "KVRING_LOG";
+const LOG_ENV: &str = "KVRING_LOG";
 
 /// Lines that wait for an engine's log to be read.
 const LOG_LINES: usize = 4096;
 
-/// What there is to log, by crate: a filter for something else would silence everything.
+/// The crates that log. A filter for anything else would silence everything.
 const LOG_PARTS: [&str; 6] =
     ["kvring", "kvring_adapter", "kvring_benches", "kvring_engine", "kvring_gpu_kernels", "kvring_shm_abi"];
 
-/// What is logged, from a text such as `info` or `warn,kvring_engine=debug`. Where it has no level for everything, that is
+/// A filter from a text such as `info` or `warn,kvring_engine=debug`. If the text has no level for everything, that is
 /// `otherwise`.
 fn log_filter(text: &str, otherwise: LevelFilter) -> Option<Targets> {
     let level = |text: &str| text.parse::<LevelFilter>().ok().filter(|_| !text.is_empty());
@@ -67,14 +67,15 @@ impl LogChoice {
         Ok(LogChoice(asked))
     }
 
-    /// What the user asked for.
-    pub(crate) fn asked(&self) -> Option<&str> {
+    /// The text that the user gave.
+    fn asked(&self) -> Option<&str> {
         self.0.as_deref()
     }
 
-    /// The same, and `otherwise` where nothing was asked for.
-    pub(crate) fn or(&self, otherwise: &str) -> LogChoice {
-        LogChoice(Some(self.asked().unwrap_or(otherwise).to_owned()))
+    /// This console, for the commands of the laboratory.
+    pub(crate) fn console(&self) -> Console {
+        let log = self.0.clone();
+        Console { out: || Box::new(out()), say, byte_bar, count_bar, log_variable: LOG_ENV, log }
     }
 
     /// Starts logging, at `otherwise` if nothing was asked for.
@@ -119,7 +120,7 @@ pub(crate) fn byte_bar(what: &'static str, total: u64) -> ProgressBar {
 }
 
 /// A bar over `total` things, with a message behind it.
-pub(crate) fn count_bar(what: &'static str, total: u64) -> ProgressBar {
+fn count_bar(what: &'static str, total: u64) -> ProgressBar {
     bar(total, "{prefix} {wide_bar} {pos}/{len} {msg} {eta}").with_prefix(what)
 }
 
@@ -129,8 +130,8 @@ fn bar(total: u64, template: &str) -> ProgressBar {
     bars().add(ProgressBar::new(total).with_style(style))
 }
 
-/// Standard output: everything that a command prints for its user goes here. Whoever reads it may stop in the middle (`| head`):
-/// the rest is printed to nobody, and the command does what it does otherwise.
+/// Standard output: everything that a command prints for its user goes here. Its reader may stop in the middle (`| head`):
+/// then the rest is dropped, and the command goes on as usual.
 pub(crate) fn out() -> Out {
     #[allow(clippy::disallowed_methods, reason = "the one place")]
     Out(std::io::stdout())
@@ -156,7 +157,7 @@ impl Write for Out {
     }
 }
 
-/// A line on stderr, above the bars. That nobody reads it is no reason to fail.
+/// Writes a line to stderr, above the bars. It does not fail where nobody reads stderr.
 pub(crate) fn say(line: &str) {
     bars().suspend(|| drop(std::io::stderr().write_all(format!("{line}\n").as_bytes())));
 }

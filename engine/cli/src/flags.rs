@@ -1,9 +1,9 @@
-//! What flags have in common: what is wrong with them, and which exit code that is.
+//! Wrong usage: flags and settings that cannot be, and their exit code.
 
 use core::fmt;
 
-/// What the command line, or a settings file that it names, asks for cannot be: exit code 2. What only this machine cannot do
-/// now is an error like any other, and exit code 1.
+/// The command line, or a settings file that it names, asks for something that cannot be: exit code 2. Something that only this
+/// machine cannot do now is an error like any other, and exit code 1.
 #[derive(Debug)]
 pub(crate) struct WrongUsage(String);
 
@@ -15,7 +15,7 @@ impl fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
-/// Wrong usage, for what is found after `clap` has read the command line.
+/// Wrong usage that is found after `clap` has read the command line.
 pub(crate) fn wrong(what: impl fmt::Display) -> anyhow::Error {
     WrongUsage(what.to_string()).into()
 }

@@ -1,21 +1,15 @@
-//! The command `kvring`: the engine (`serve`), what looks at it and after it (`status`, `clear`, `remove`), and what
-//! shows what it does (`replay`, `simulate`, `bench`).
+//! The command `kvring`: the engine (`serve`), the commands that look at it and after it (`status`, `clear`, `remove`), and
+//! those that show what it does (`replay`, `chaos`, `simulate`, `bench`), which are in the crate `kvring-benches`.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve. That nobody reads what is printed
-//! is no failure: see [`console::out`].
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, and from `status` 3: the engine does not serve. A command does not fail because
+//! nobody reads what it prints: see [`console::out`].
 
-mod chaos;
-mod children;
 mod clear;
 mod console;
 mod flags;
 mod remove;
-mod replay;
 mod serve;
-mod signals;
-mod simulate;
 mod status;
-mod trace;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -54,38 +48,23 @@ enum Command {
     Status(status::Args),
     Clear(clear::Args),
     Remove(remove::Args),
-    Replay(replay::Args),
-    Chaos(chaos::Args),
+    Replay(kvring_benches::ReplayArgs),
+    Chaos(kvring_benches::ChaosArgs),
     Bench(kvring_benches::BenchArgs),
-    Simulate(simulate::Args),
-    /// One simulated vLLM scheduler; started by `replay`
-    #[command(hide = true)]
-    ReplayScheduler,
-    /// One simulated vLLM worker; started by a replay's scheduler
-    #[command(hide = true)]
-    ReplayWorker,
-    /// One simulated vLLM scheduler; started by `chaos`
-    #[command(hide = true)]
-    ChaosScheduler,
-    /// One simulated vLLM worker; started by `chaos`
-    #[command(hide = true)]
-    ChaosWorker,
-    /// Takes everything away if `chaos` is killed; started by it
-    #[command(hide = true)]
-    ChaosGuard,
+    Simulate(kvring_benches::SimulateArgs),
 }
 
 /// As `clap` has it.
 const WRONG_USAGE: u8 = 2;
 
 fn main() -> ExitCode {
-    // A benchmark's processes are this executable again.
-    kvring_benches::child_main();
+    // The other processes of a replay, of chaos or of a benchmark are this executable again.
+    kvring_benches::child_main(|level| console::LogChoice::new(None)?.start(level));
     let cli = Cli::parse();
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            // In one piece: a replay's processes share stderr.
+            // In one piece: several processes share standard error.
             console::say(&format!("error: {error:#}"));
             if error.is::<flags::WrongUsage>() { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
         }
@@ -111,46 +90,31 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         }
         Command::Replay(args) => {
             log.start("warn")?;
-            return replay::run(args, &log);
+            args.check().map_err(flags::wrong)?;
+            return kvring_benches::replay(args, &log.console()).map(exit_code);
         }
         Command::Chaos(args) => {
             // Everything that it logs is in its report as well.
             log.start("off")?;
-            return chaos::run(&args, &log);
+            return kvring_benches::chaos(&args, &log.console()).map(exit_code);
         }
         Command::Bench(args) => {
-            // Its engines come and go: what their clients say of that is not news.
+            // Its engines come and go, so what their clients say about that is not news.
             log.start("error")?;
             args.check().map_err(flags::wrong)?;
-            kvring_benches::run(args, || Box::new(console::out()))?;
+            kvring_benches::bench(args, &log.console())?;
         }
         Command::Simulate(args) => {
             log.start("warn")?;
-            simulate::run(args)?;
-        }
-        Command::ReplayScheduler => {
-            log.start("warn")?;
-            replay::be_scheduler()?;
-        }
-        Command::ReplayWorker => {
-            log.start("warn")?;
-            replay::be_worker()?;
-        }
-        // That the engine dies, and loads fail, is what they are there for: only errors are news.
-        Command::ChaosScheduler => {
-            log.start("error")?;
-            chaos::be_scheduler()?;
-        }
-        Command::ChaosWorker => {
-            log.start("error")?;
-            chaos::be_worker()?;
-        }
-        Command::ChaosGuard => {
-            log.start("error")?;
-            chaos::be_guard()?;
+            kvring_benches::simulate(args, &log.console())?;
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether nothing was wrong, as an exit code.
+fn exit_code(all_is_well: bool) -> ExitCode {
+    if all_is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 #[cfg(test)]

@@ -18,8 +18,8 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-/// What stdout says once clients can attach. A script that starts an engine waits for this line.
-pub(crate) const READY_LINE: &str = "serving";
+/// The line on stdout that says that clients can attach. A script that starts an engine waits for it.
+const READY_LINE: &str = "serving";
 
 /// How often the progress bar looks.
 const BAR_INTERVAL: Duration = Duration::from_millis(50);
@@ -64,12 +64,12 @@ pub(crate) struct Args {
     unbound: bool,
 }
 
-/// A setting's help: what it is, and its default, taken from where all defaults are.
+/// The help of a setting: a text, and the default from [`EngineConfig`].
 fn with_default<T: ToString>(text: &str, of: impl FnOnce(EngineConfig) -> T) -> String {
     format!("{text} [default: {}]", of(EngineConfig::default()).to_string())
 }
 
-/// The flags of [`Overrides`]: each replaces what the file says. None has a default here.
+/// The flags of [`Overrides`]: each replaces a value from the file. None has a default here.
 #[derive(clap::Args, Debug)]
 struct Settings {
     #[arg(long, help = with_default("The engine's name: one engine per name and node", |c| c.name))]
@@ -189,7 +189,7 @@ pub(crate) fn run(args: Args, log: &LogChoice) -> anyhow::Result<()> {
     };
     let config = base.with(args.settings.overrides()).map_err(config_error)?;
     console::check_log("log_level", &config.log_level)?;
-    // Before the first thread: others would keep what they have inherited from this one.
+    // This comes before the first thread is started, because threads inherit these bindings.
     let bound = if args.unbound { process::belong_to_the_node() } else { Vec::new() };
     // Written to its end when we return.
     let _log = log.start_unwaited(&config.log_level)?;

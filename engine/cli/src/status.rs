@@ -83,7 +83,7 @@ enum State {
 struct Status {
     name: String,
     state: State,
-    /// What that means, and what to do.
+    /// The meaning of that, and the remedy.
     detail: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     engine: Option<EngineStatus>,
@@ -108,7 +108,7 @@ struct EngineStatus {
     arena_bytes_used: u64,
     slab_bytes: u64,
     beat_interval_us: u32,
-    /// What tells its clients of its death.
+    /// The means by which its clients notice its death.
     death_notice: &'static str,
     /// How it waits for several things at once.
     waiting: &'static str,
@@ -124,7 +124,7 @@ struct ClientStatus {
     alive: bool,
     /// Dead, but a device may still write for it: its entry and its slots wait until its process is gone.
     lingering: bool,
-    /// What tells the engine of its death.
+    /// The means by which the engine notices its death.
     death_notice: &'static str,
     /// How it waits for several things at once.
     waiting: &'static str,
@@ -165,7 +165,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     Ok(if status.state == State::Serving { ExitCode::SUCCESS } else { ExitCode::from(NOT_SERVING) })
 }
 
-/// No engine of that name, or one whose segment says nothing to us: the error has the reason and the remedy.
+/// There is no engine of that name, or its segment cannot be read: the error has the reason and the remedy.
 fn unreadable(name: &EngineName, error: &AttachError) -> Status {
     let state = match error {
         AttachError::NoEngine(_) => State::Absent,
@@ -201,7 +201,7 @@ fn read(name: &EngineName, view: &EngineView) -> Status {
     }
 }
 
-/// What two words say, watched for a moment.
+/// The state that two words show, watched for a moment.
 fn judge(name: &EngineName, view: &EngineView) -> (State, String) {
     let segment = &view.segment;
     let pid = segment.info().pid.load(Ordering::Relaxed);
@@ -288,7 +288,7 @@ fn engine(view: &EngineView, counters: Option<&Snapshot>) -> EngineStatus {
     }
 }
 
-/// Who claims an entry, as the lobby says; nothing there is believed further than for display.
+/// The client that claims an entry, as the lobby says; that is only displayed, and nothing else relies on it.
 fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
     // The file for its locks: some clients' words may not be marked when they die.
     let opened = view.open_lobby(name).and_then(|lobby| Ok((lobby, view.open_lobby_file(name)?)));

@@ -92,7 +92,7 @@ fn negative_control_a_worker_that_stops_for_ever_hangs() {
     let json = said.json();
     assert_eq!(said.code, Some(1));
     assert!(number(&json, "hangs") > 0, "{json}");
-    assert!(said.stderr.contains("worker 0.0 hangs: it has said nothing for"), "{}", said.stderr);
+    assert!(said.stderr.contains("instance 0 rank 0 hangs: it has said nothing for"), "{}", said.stderr);
 }
 
 #[test]

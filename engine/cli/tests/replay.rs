@@ -116,7 +116,7 @@ fn negative_control_a_lease_that_is_kept_is_a_leak() {
 fn a_dead_process_is_an_error_with_its_name_and_leaves_nothing() {
     for (sabotage, part) in [
         ("kill-engine", "the engine has ended (signal: 9"),
-        ("kill-scheduler", "instance 0 has ended (signal: 9"),
+        ("kill-scheduler", "instance 0 scheduler has ended (signal: 9"),
     ] {
         let mut replay = Running::start("none", &[&SMALL[..], &["--json", "--sabotage", sabotage]].concat());
         let prefix = format!("kvring.replay-{}.", replay.pid());

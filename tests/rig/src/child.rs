@@ -6,11 +6,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::collections::VecDeque;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -18,10 +16,8 @@ use std::time::{Duration, Instant};
 const SEND_MAX: Duration = Duration::from_secs(120);
 /// How long a process may take to end after it was told to.
 const END_MAX: Duration = Duration::from_secs(30);
-/// How long we wait for the last lines of a process that has failed.
-const LAST_WORDS: Duration = Duration::from_millis(500);
-/// How many lines of its standard error are kept.
-const TAIL_LINES: usize = 12;
+/// How long we wait for the end of a process that has just closed its pipe.
+const LAST_MOMENT: Duration = Duration::from_millis(500);
 
 /// Makes this process end with its parent, however that ends: the kernel sends it SIGKILL then.
 ///
@@ -37,8 +33,6 @@ pub fn die_with_parent() -> anyhow::Result<()> {
 pub enum Stderr {
     /// They go where ours go.
     Inherited,
-    /// The last ones are kept, and are a part of the error if the process fails.
-    Kept,
     /// Each is handed to this function, with the name of the process before it.
     Shown(fn(&str)),
 }
@@ -48,7 +42,8 @@ pub enum Stderr {
 pub struct Process {
     name: String,
     child: Child,
-    tail: Option<Tail>,
+    /// Hands on what it writes to its standard error.
+    shows: Option<JoinHandle<()>>,
 }
 
 impl Process {
@@ -58,13 +53,21 @@ impl Process {
     /// It cannot be started.
     pub fn start(name: String, mut command: Command, stderr: Stderr) -> anyhow::Result<Process> {
         command.process_group(0);
-        if !matches!(stderr, Stderr::Inherited) {
+        if let Stderr::Shown(_) = stderr {
             command.stderr(Stdio::piped());
         }
-        let mut child = command.spawn().with_context(|| format!("cannot start {name}"))?;
-        let show = if let Stderr::Shown(show) = stderr { Some(show) } else { None };
-        let tail = child.stderr.take().map(|stderr| Tail::read(&name, stderr, show));
-        Ok(Process { name, child, tail })
+        let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
+        let mut process = Process { name, child, shows: None };
+        if let (Stderr::Shown(show), Some(lines)) = (stderr, process.child.stderr.take()) {
+            let name = process.name.clone();
+            let read = move || {
+                let lines = BufReader::new(lines).lines().map_while(Result::ok);
+                lines.for_each(|line| show(&format!("{name}: {line}")));
+            };
+            let thread = thread::Builder::new().name("kvring-stderr".to_owned()).spawn(read);
+            process.shows = Some(thread.context("cannot start a thread")?);
+        }
+        Ok(process)
     }
 
     /// Its name, for messages.
@@ -72,7 +75,12 @@ impl Process {
         &self.name
     }
 
-    /// The process, for its pipes and its id.
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The process, for its pipes.
     pub fn child(&mut self) -> &mut Child {
         &mut self.child
     }
@@ -115,23 +123,18 @@ impl Process {
         }
     }
 
-    /// The last lines that it wrote to its standard error, where they are kept.
-    pub fn last_words(&self) -> Vec<String> {
-        self.tail.as_ref().map(Tail::last_words).unwrap_or_default()
-    }
-
-    /// Adds to an error the name of the process, how it has ended, and its last lines.
+    /// Adds to an error the name of the process, and how it has ended. All that it has written has been shown then.
     #[must_use]
     pub fn explain(&mut self, error: anyhow::Error) -> anyhow::Error {
-        let fate = match self.wait(LAST_WORDS) {
-            Some(status) => format!("{} has ended ({status})", self.name),
-            None => format!("{} still runs", self.name),
-        };
-        let said = self.last_words();
-        if said.is_empty() {
-            error.context(fate)
-        } else {
-            error.context(format!("{fate}; it said last:\n  {}\n", said.join("\n  ")))
+        let ended = self.wait(LAST_MOMENT);
+        // Its last lines come before the error.
+        let until = Instant::now() + LAST_MOMENT;
+        while self.shows.as_ref().is_some_and(|shows| !shows.is_finished()) && Instant::now() < until {
+            thread::sleep(Duration::from_millis(2));
+        }
+        match ended {
+            Some(status) => error.context(format!("{} has ended ({status})", self.name)),
+            None => error.context(format!("{} still runs", self.name)),
         }
     }
 }
@@ -141,44 +144,6 @@ impl Drop for Process {
         // One that has ended already cannot be killed; that is fine.
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// The last lines of a process's standard error.
-#[derive(Debug)]
-struct Tail {
-    lines: Arc<Mutex<VecDeque<String>>>,
-    reader: Option<JoinHandle<()>>,
-}
-
-impl Tail {
-    fn read(name: &str, stderr: ChildStderr, show: Option<fn(&str)>) -> Tail {
-        let lines = Arc::new(Mutex::new(VecDeque::with_capacity(TAIL_LINES)));
-        let (kept, name) = (lines.clone(), name.to_owned());
-        let read = move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                if let Some(show) = show {
-                    show(&format!("{name}: {line}"));
-                    continue;
-                }
-                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                if kept.len() == TAIL_LINES {
-                    kept.pop_front();
-                }
-                kept.push_back(line);
-            }
-        };
-        let reader = thread::Builder::new().name("kvring-stderr".to_owned()).spawn(read).ok();
-        Tail { lines, reader }
-    }
-
-    /// The lines that are kept, once the process and its children have closed their end, or after a moment.
-    fn last_words(&self) -> Vec<String> {
-        let until = Instant::now() + LAST_WORDS;
-        while self.reader.as_ref().is_some_and(|reader| !reader.is_finished()) && Instant::now() < until {
-            thread::sleep(Duration::from_millis(2));
-        }
-        self.lines.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
 }
 
@@ -210,9 +175,9 @@ impl Peer {
         self.process.name()
     }
 
-    /// Its process's id.
-    pub fn pid(&mut self) -> u32 {
-        self.process.child().id()
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
     }
 
     /// Sends it a message.
@@ -248,36 +213,12 @@ impl Peer {
         self.pipe.as_mut()
     }
 
-    /// Tells it to end, by closing the pipes to it.
-    pub fn close(&mut self) {
-        self.pipe = None;
-    }
-
-    /// Tells it to end, and waits until it has ended. Returns its last lines, where they are kept.
+    /// Tells it to end, and waits until it has ended.
     ///
     /// # Errors
     /// It fails, or does not end in time.
-    pub fn finish(mut self) -> anyhow::Result<Vec<String>> {
-        self.close();
-        self.process.succeed()?;
-        Ok(self.process.last_words())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_lines_are_kept() {
-        let mut child = Command::new("sh")
-            .args(["-c", "for i in $(seq 30); do echo line $i >&2; done"])
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let tail = Tail::read("sh", child.stderr.take().unwrap(), None);
-        assert!(child.wait().unwrap().success());
-        let words = tail.last_words();
-        assert_eq!((words.len(), words[0].as_str(), words[11].as_str()), (12, "line 19", "line 30"));
+    pub fn finish(mut self) -> anyhow::Result<()> {
+        self.pipe = None;
+        self.process.succeed()
     }
 }

@@ -112,7 +112,7 @@ fn namespaces_table(namespaces: &[NamespaceStatus]) -> Table {
 
 fn stats_table(counters: &Snapshot, kind: Kind) -> Table {
     let mut table = new_table();
-    // There are many counters, and most of the time most of them count what should not happen.
+    // There are many counters, and most of them count things that should not happen.
     let shown =
         counters.iter().filter(|(stat, value)| stat.kind() == kind && (kind == Kind::Gauge || *value > 0));
     for (stat, value) in shown {
