@@ -64,7 +64,7 @@ class Bench:
         return prompt(next(self.fresh), length)
 
     def stored(self, vllm: Vllm) -> None:
-        vllm.act(action="worker_idle")
+        vllm.worker_idle()
         self.engine.settle()
 
 

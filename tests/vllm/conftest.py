@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from real.baseline import Baseline
 from real.engine import binary
-from real.models import model
 from real.scene import Scene
 from real.vllm import Zygote
 from waiting import FOREVER_MS
@@ -24,23 +23,6 @@ if TYPE_CHECKING:
     import kvring
 
 _numbers = itertools.count()
-
-
-def pytest_addoption(parser):
-    about = "try the tests themselves: without kvring, on a connector that is right"
-    parser.addoption("--standin", action="store_true", help=about)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "no_engine: needs nothing of kvring but a connector, so it runs with --standin too")
-
-
-def pytest_collection_modifyitems(config, items):
-    if config.getoption("--standin"):
-        skip = pytest.mark.skip(reason="needs kvring")
-        for item in items:
-            if "scene" in item.fixturenames and "no_engine" not in item.keywords:
-                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -69,28 +51,12 @@ def baseline(zygote, tmp_path_factory):
     made.close()
 
 
-@pytest.fixture(scope="session")
-def llama():
-    return model("llama")
-
-
-@pytest.fixture(scope="session")
-def gemma():
-    return model("swa")
-
-
-@pytest.fixture(scope="session")
-def mistral():
-    return model("mistral")
-
-
 @pytest.fixture
-def cold_scene(request, zygote, baseline, tmp_path):
+def cold_scene(zygote, baseline, tmp_path):
     """A scene without a running engine."""
-    standin = request.config.getoption("--standin")
-    if not standin and shutil.which(binary()) is None:
+    if shutil.which(binary()) is None:
         pytest.fail(f"there is no {binary()}: set KVRING_BINARY, or install the wheel")
-    made = Scene(zygote, baseline, tmp_path, standin)
+    made = Scene(zygote, baseline, tmp_path)
     yield made
     try:
         made.check()
@@ -101,6 +67,5 @@ def cold_scene(request, zygote, baseline, tmp_path):
 @pytest.fixture
 def scene(cold_scene):
     """A scene with a running engine."""
-    if not cold_scene.standin:
-        cold_scene.engine.start()
+    cold_scene.engine.start()
     return cold_scene

@@ -1,137 +1,121 @@
 """The cache changes nothing: tokens and log-probabilities with it are those without it."""
 
 import pytest
-from real.compare import assert_same, differences
-from real.prompts import BLOCK, EDGES, least_loadable, most_loadable, prompt, whole_blocks
+from real.compare import assert_found, assert_loaded, differences
+from real.prompts import BLOCK, EDGES, prompt
+from real.scenarios import TWO_RANKS, next_turn
 
+PROMPTS = [prompt(length, length) for length in EDGES]
 OUTPUT = 16
+LOADS = pytest.mark.parametrize("load", ["async", "sync"])
 
 
-def check_hits(prompts, answers):
-    for ask, answer in zip(prompts, answers, strict=True):
-        loaded, length = sum(answer["external"]), len(ask)
-        assert least_loadable(length) <= loaded <= most_loadable(length), f"{length} tokens: {loaded} loaded"
-
-
-@pytest.mark.no_engine
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["alone", "prefix-caching"])
-@pytest.mark.parametrize("load", ["async", "sync"])
+@LOADS
 @pytest.mark.parametrize("lookup", ["poll", "async"])
-def test_cold_warm_and_the_next_turn(scene, baseline, llama, lookup, load, prefix_caching):
-    prompts = [prompt(length, length) for length in EDGES]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
+def test_cold_warm_and_the_next_turn_are_answered_alike(scene, lookup, load, prefix_caching):
     vllm = scene.vllm(kvring={"lookup": lookup, "load": load}, enable_prefix_caching=prefix_caching)
-
-    cold = vllm.generate(prompts, max_tokens=OUTPUT)
-    assert_same(cold, expected, "cold")
-    assert not any(answer["cached"] for answer in cold)
-    scene.settle(vllm)
-    vllm.reset()
-
-    warm = vllm.generate(prompts, max_tokens=OUTPUT)
-    assert_same(warm, expected, "warm")
-    check_hits(prompts, warm)
+    scene.cold_and_warm(vllm, PROMPTS)
     assert not vllm.calls()["failed_blocks"]
 
     # Blocks that were filled by generated tokens are stored too. The last token was never computed.
-    turn = [ask + answer["tokens"] for ask, answer in zip(prompts, expected, strict=True)]
+    turn = next_turn(scene, vllm, PROMPTS, OUTPUT, left=0)
     vllm.reset()
     scene.settle(vllm)
-    expected = baseline.answers(llama, turn, max_tokens=4)
-    answers = vllm.generate(turn, max_tokens=4)
-    assert_same(answers, expected, "next turn")
-    for ask, answer in zip(turn, answers, strict=True):
-        assert sum(answer["external"]) >= whole_blocks(len(ask) - 1), f"{len(ask)} tokens: {answer['external']}"
+    assert_loaded(turn, scene.ask(vllm, turn, "next turn", max_tokens=4))
 
     if prefix_caching:
-        # What vLLM has itself is not loaded again; what it has only in part is completed.
-        again = vllm.generate(turn, max_tokens=4)
-        assert_same(again, expected, "from vLLM's own cache")
-        assert not any(sum(answer["external"]) for answer in again)
+        again = scene.ask(vllm, turn, "from vLLM's own cache", max_tokens=4)
+        assert not any(sum(answer["external"]) for answer in again), "what vLLM has itself was loaded again"
 
 
-@pytest.mark.no_engine
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_part_of_a_prefix_is_vllms_own(scene, baseline, llama, load):
+@LOADS
+def test_what_vllm_has_of_a_prefix_is_completed(scene, load):
     whole = prompt(77, 9 * BLOCK + 3)
     vllm = scene.vllm(kvring={"load": load}, enable_prefix_caching=True)
-    expected = baseline.answers(llama, [whole[: 3 * BLOCK + 1], whole], max_tokens=8)
     vllm.generate([whole], max_tokens=8)
     scene.settle(vllm)
     vllm.reset()
-    assert_same(vllm.generate([whole[: 3 * BLOCK + 1]], max_tokens=8), expected[:1], "the head")
-    answer = vllm.generate([whole], max_tokens=8)
-    assert_same(answer, expected[1:], "the whole")
-    assert sum(answer[0]["external"]) == 6 * BLOCK, "three blocks were vLLM's own"
-    assert answer[0]["cached"] == 9 * BLOCK
+    scene.ask(vllm, [whole[: 3 * BLOCK + 1]], "the head")
+    (answer,) = scene.ask(vllm, [whole], "the whole")
+    assert sum(answer["external"]) == 6 * BLOCK, "three blocks were vLLM's own"
+    assert answer["cached"] == 9 * BLOCK
 
 
-@pytest.mark.no_engine
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_several_requests_at_once(scene, baseline, llama, load):
+@LOADS
+def test_several_requests_at_once_are_answered_alike(scene, load):
     prompts = [prompt(500 + i, 40 + 37 * i) for i in range(8)]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
-    vllm = scene.vllm(kvring={"load": load})
-    assert_same(vllm.generate(prompts, together=True, max_tokens=OUTPUT), expected, "cold")
-    scene.settle(vllm)
-    vllm.reset()
-    warm = vllm.generate(prompts, together=True, max_tokens=OUTPUT)
-    assert_same(warm, expected, "warm")
-    check_hits(prompts, warm)
+    scene.cold_and_warm(scene.vllm(kvring={"load": load}), prompts, together=True)
 
 
 @pytest.mark.parametrize("chunk_blocks", [2, 4])
-def test_chunks_of_several_blocks(scene, baseline, llama, chunk_blocks):
-    prompts = [prompt(length, length) for length in EDGES]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
+def test_chunks_of_several_blocks_are_found_whole(scene, chunk_blocks):
     vllm = scene.vllm(kvring={"chunk_blocks": chunk_blocks})
-    assert_same(vllm.generate(prompts, max_tokens=OUTPUT), expected, "cold")
+    scene.ask(vllm, PROMPTS, "cold", max_tokens=OUTPUT)
     scene.settle(vllm)
-    warm = vllm.generate(prompts, max_tokens=OUTPUT)
-    assert_same(warm, expected, "warm")
     chunk = chunk_blocks * BLOCK
-    for ask, answer in zip(prompts, warm, strict=True):
+    for ask, answer in zip(PROMPTS, scene.ask(vllm, PROMPTS, "warm", max_tokens=OUTPUT), strict=True):
         assert (len(ask) - 1) // chunk * chunk <= sum(answer["external"]) <= len(ask) // chunk * chunk
 
 
-def test_an_engine_core_of_its_own_process(scene, baseline, llama):
-    prompts = [prompt(length, length) for length in EDGES]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
+@LOADS
+def test_two_ranks_of_which_each_has_its_half_answer_alike(scene, load):
+    """A chunk is found only when both ranks have stored their halves."""
+    scene.cold_and_warm(scene.vllm(kvring={"load": load}, **TWO_RANKS), PROMPTS)
+
+
+def test_an_engine_core_in_a_process_of_its_own_answers_alike(scene):
     vllm = scene.vllm(environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
-    assert_same(vllm.generate(prompts, max_tokens=OUTPUT), expected, "cold")
+    scene.ask(vllm, PROMPTS, "cold", max_tokens=OUTPUT)
     scene.settle(vllm)
-    warm = vllm.generate(prompts, max_tokens=OUTPUT)
-    assert_same(warm, expected, "warm")
-    for ask, answer in zip(prompts, warm, strict=True):
-        assert least_loadable(len(ask)) <= answer["cached"] <= most_loadable(len(ask))
+    assert_found(PROMPTS, scene.ask(vllm, PROMPTS, "warm", max_tokens=OUTPUT))
 
 
-@pytest.mark.no_engine
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_a_corrupted_load_is_noticed(scene, baseline, llama, load):
+@LOADS
+def test_a_corrupted_load_is_noticed(scene, load):
     """The test of these tests: bytes that change between two passes must not go unnoticed by the comparison."""
-    prompts = [prompt(length, length) for length in EDGES if length > BLOCK]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
+    prompts = [ask for ask in PROMPTS if len(ask) > BLOCK]
     vllm = scene.vllm(kvring={"load": load, "checksum": "off"})
     vllm.generate(prompts, max_tokens=OUTPUT)
     scene.settle(vllm)
     vllm.reset()
-    assert (vllm.act(action="spoil_standin") if scene.standin else scene.engine.spoil()) > 0
+    assert scene.engine.spoil() > 0
     spoilt = vllm.generate(prompts, max_tokens=OUTPUT)
-    check_hits(prompts, spoilt)
-    assert len(differences(spoilt, expected)) == len(prompts), "a corrupted load went unnoticed"
+    assert_loaded(prompts, spoilt)
+    assert len(differences(spoilt, scene.right(vllm.model, prompts, OUTPUT))) == len(prompts), "a corrupted load went unnoticed"
 
 
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_checksums_refuse_a_corrupted_load(scene, baseline, llama, load):
-    prompts = [prompt(length, length) for length in EDGES]
-    expected = baseline.answers(llama, prompts, max_tokens=OUTPUT)
+@LOADS
+def test_checksums_refuse_a_corrupted_load(scene, load):
     vllm = scene.vllm(kvring={"load": load, "checksum": "verify"})
-    vllm.generate(prompts, max_tokens=OUTPUT)
+    vllm.generate(PROMPTS, max_tokens=OUTPUT)
     scene.settle(vllm)
     vllm.reset()
-    assert_same(vllm.generate(prompts, max_tokens=OUTPUT), expected, "warm")
+    scene.ask(vllm, PROMPTS, "warm", max_tokens=OUTPUT)
     assert not vllm.calls(clear=True)["failed_blocks"]
     assert scene.engine.spoil() > 0
-    assert_same(vllm.generate(prompts, max_tokens=OUTPUT), expected, "spoilt and verified")
+    scene.ask(vllm, PROMPTS, "spoilt and verified", max_tokens=OUTPUT)
     assert vllm.calls()["failed_blocks"] > 0, "nothing failed"
+
+
+@pytest.mark.parametrize("policy", ["recompute", "fail"])
+@LOADS
+def test_damaged_chunks_fail_once_and_are_stored_again(scene, load, policy):
+    """The first request that loads them finds out, and no other one after that."""
+    ask = prompt(43, 5 * BLOCK)
+    vllm = scene.vllm(kvring={"load": load, "checksum": "verify"}, policy=policy)
+    scene.ask(vllm, [ask], "cold")
+    scene.settle(vllm)
+    assert scene.engine.spoil() > 0
+    if policy == "fail":
+        # vLLM's own default: the request that finds it out pays for it.
+        (first,) = vllm.generate([ask], max_tokens=8)
+        assert (first["finish_reason"], first["tokens"]) == ("error", [])
+    else:
+        scene.ask(vllm, [ask], "the first one that loads it")
+    assert vllm.calls(clear=True)["failed_blocks"] > 0
+    assert scene.settle(vllm)["chunks_invalidated"] > 0
+    scene.ask(vllm, [ask], "the second one")
+    scene.settle(vllm)
+    assert_loaded([ask], scene.ask(vllm, [ask], "the third one"))
+    assert not vllm.calls()["failed_blocks"], "damaged bytes were loaded again"

@@ -1,24 +1,25 @@
 """P0 to P5 when vLLM preempts: fewer blocks than the requests need."""
 
 import pytest
-from real.scenarios import minimal_preemption, random_preemption
+from real.scenarios import TWO_RANKS, minimal_preemption, random_preemption
 
-pytestmark = pytest.mark.no_engine
+LOADS = pytest.mark.parametrize("load", ["async", "sync"])
 
 
-@pytest.mark.parametrize("load", ["async", "sync"])
+@LOADS
 @pytest.mark.parametrize("lookup", ["poll", "async"])
-def test_the_minimal_case(scene, lookup, load):
+def test_the_minimal_case_is_right(scene, lookup, load):
     minimal_preemption(scene, kvring={"lookup": lookup, "load": load})
 
 
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_with_vllms_own_prefix_cache(scene, load):
-    minimal_preemption(scene, kvring={"load": load}, enable_prefix_caching=True)
+@LOADS
+@pytest.mark.parametrize("more", [{"enable_prefix_caching": True}, TWO_RANKS], ids=["prefix-caching", "two-ranks"])
+def test_it_is_right_with_vllms_own_prefix_cache_and_with_two_ranks(scene, load, more):
+    minimal_preemption(scene, seed=2000, kvring={"load": load}, **more)
 
 
-@pytest.mark.parametrize("load", ["async", "sync"])
-def test_random_ones(scene, load):
+@LOADS
+def test_random_cases_are_right(scene, load):
     vllm = scene.vllm(kvring={"load": load}, num_gpu_blocks_override=17, max_model_len=512)
     for seed in range(4):
         random_preemption(scene, vllm, seed, blocks=17, at_once=load == "async")

@@ -1,60 +1,49 @@
 """Several vLLMs on one engine."""
 
-from real.compare import assert_same
+from real.compare import assert_loaded, assert_same
 from real.models import model
-from real.prompts import EDGES, least_loadable, prompt
+from real.prompts import EDGES, prompt
 
 PROMPTS = [prompt(length, length) for length in EDGES]
 
 
-def test_a_second_vllm_hits_what_the_first_stored(scene, baseline, llama):
-    expected = baseline.answers(llama, PROMPTS, max_tokens=8)
+def test_a_second_vllm_hits_what_the_first_stored(scene):
     first, second = scene.vllm(), scene.vllm()
-    assert_same(first.generate(PROMPTS, max_tokens=8), expected, "the first")
+    scene.ask(first, PROMPTS, "the first")
     scene.settle(first)
     first.close()
-    answers = second.generate(PROMPTS, max_tokens=8)
-    assert_same(answers, expected, "the second")
-    for ask, answer in zip(PROMPTS, answers, strict=True):
-        assert sum(answer["external"]) >= least_loadable(len(ask)), f"{len(ask)} tokens: {answer['external']}"
+    assert_loaded(PROMPTS, scene.ask(second, PROMPTS, "the second"))
 
 
-def test_a_vllm_that_is_killed_leaves_no_lease_and_no_wrong_bytes(scene, baseline, llama):
-    expected = baseline.answers(llama, PROMPTS, max_tokens=8)
+def test_a_vllm_that_is_killed_leaves_no_lease_and_no_wrong_bytes(scene):
     first, second = scene.vllm(), scene.vllm()
     first.generate(PROMPTS[:5], max_tokens=8)
     first.add(PROMPTS, max_tokens=8)
     first.step(times=2)
     first.kill()
-    for pass_ in ("cold", "warm"):
-        assert_same(second.generate(PROMPTS, max_tokens=8), expected, pass_)
+    for about in ("cold", "warm"):
+        scene.ask(second, PROMPTS, about)
         scene.settle(second)
 
 
-def test_two_models_side_by_side(scene, baseline, llama):
-    """The same architecture, prompts and hashes, other weights: never each other's KV."""
-    other = model("llama", seed=1)
-    expected = {name: baseline.answers(name, PROMPTS, max_tokens=8) for name in (llama, other)}
-    vllms = {name: scene.vllm(name) for name in (llama, other)}
-    for name, vllm in vllms.items():
-        cold = vllm.generate(PROMPTS, max_tokens=8)
-        assert_same(cold, expected[name], "cold")
+def test_two_models_side_by_side_never_get_each_others_kv(scene):
+    """The same architecture, prompts and hashes, other weights."""
+    vllms = [scene.vllm(), scene.vllm(model("llama", seed=1))]
+    for vllm in vllms:
+        cold = scene.ask(vllm, PROMPTS, "cold")
         assert not any(answer["cached"] for answer in cold), "a model hit what another one stored"
         scene.settle(vllm)
-    for name, vllm in vllms.items():
-        warm = vllm.generate(PROMPTS, max_tokens=8)
-        assert_same(warm, expected[name], "warm")
-        assert any(answer["cached"] for answer in warm)
+    for vllm in vllms:
+        assert any(answer["cached"] for answer in scene.ask(vllm, PROMPTS, "warm"))
 
 
-def test_two_vllms_at_once(scene, baseline, llama):
-    """Both store and load the same prefixes at the same time."""
+def test_two_vllms_may_store_and_load_the_same_prefixes_at_once(scene):
     prompts = [prompt(600 + i % 4, 64 + 32 * i) for i in range(12)]
-    expected = baseline.answers(llama, prompts, max_tokens=8)
     vllms = [scene.vllm(), scene.vllm()]
-    for pass_ in range(3):
+    expected = scene.right(vllms[0].model, prompts)
+    for number in range(3):
         for vllm in vllms:
             vllm.ready()
             vllm.send({"do": "generate", "prompts": prompts, "max_tokens": 8})
         for vllm in vllms:
-            assert_same(vllm.receive(), expected, f"pass {pass_}")
+            assert_same(vllm.receive(), expected, f"pass {number}")

@@ -12,6 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 import torch
+from make_model import CONFIGURATIONS
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.kv_cache_utils import (
@@ -69,31 +71,11 @@ class Setup:
 @cache
 def _model_dir() -> str:
     """A model directory with a configuration, and weights that nobody loads: they say which model it is."""
-    path = tempfile.mkdtemp(prefix="kvring-harness-model-")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": "float32",
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 1 << 20,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    with open(os.path.join(path, "config.json"), "w") as file:
-        json.dump(config, file)
-    with open(os.path.join(path, "model.safetensors"), "wb") as weights:
-        weights.write(b"none")
-    return path
+    path = Path(tempfile.mkdtemp(prefix="kvring-harness-model-"))
+    config = CONFIGURATIONS["llama"] | {"max_position_embeddings": 1 << 20}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "model.safetensors").write_bytes(b"none")
+    return str(path)
 
 
 def vllm_config(setup: Setup) -> VllmConfig:

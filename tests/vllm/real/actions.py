@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 from waiting import FOREVER_MS, wait_for
 
@@ -33,54 +34,33 @@ def resume(pid: int) -> None:
     os.kill(pid, signal.SIGCONT)
 
 
-def flip(path: str, offset: int = 0, length: int | None = None) -> int:
-    """Inverts every byte of a file that is not 0, from `offset` on; how many. Headers must not be among them."""
+def flip(path: str, length: int) -> int:
+    """Changes every byte of a file that is not 0, up to `length`; how many. Headers must not be among them."""
     import mmap
 
-    changed = 0
+    changed, piece_bytes = 0, 1 << 20
+    other = bytes(value and (value ^ 0x40) for value in range(256))
     with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-        end = len(content) if length is None else min(len(content), offset + length)
-        step = 1 << 20
-        inverted = bytes(value and (value ^ 0x40) for value in range(256))
-        # An arena is sparse: what was never written is 0 and stays so.
-        for start in range(offset, end, step):
-            piece = content[start : min(end, start + step)]
-            if piece.count(0) != len(piece):
-                changed += len(piece) - piece.count(0)
-                content[start : start + len(piece)] = piece.translate(inverted)
+        for start in range(0, length, piece_bytes):
+            piece = content[start : min(length, start + piece_bytes)]
+            # An arena is sparse: bytes that were never written are 0 and stay so.
+            if here := len(piece) - piece.count(0):
+                changed += here
+                content[start : start + len(piece)] = piece.translate(other)
     return changed
 
 
-def instances() -> list[str]:
-    """The roles of the connectors in this process."""
-    return [connector.role.name for connector in tap.record.instances]
+def _sides() -> list[Any]:
+    """kvring's scheduler and workers in this process, also of a kvring in a `MultiConnector`."""
+    connectors = [inner for outer in tap.record.instances for inner in getattr(outer, "sub_connectors", [outer])]
+    return [side for connector in connectors for side in vars(connector).values() if hasattr(side, "adapter")]
 
 
-def worker_idle() -> int:
-    """Waits until kvring's workers in this process have no open job; the number of workers."""
-    adapters = [
-        side.adapter
-        for outer in tap.record.instances
-        for connector in getattr(outer, "sub_connectors", [outer])
-        for side in vars(connector).values()
-        if hasattr(getattr(side, "adapter", None), "wait_idle")
-    ]
-    for adapter in adapters:
-        adapter.wait_idle(FOREVER_MS)
-    return len(adapters)
-
-
-def metric(name: str) -> float:
-    """A counter as `/metrics` would show it, summed over its labels."""
-    from vllm.v1.metrics.reader import get_metrics_snapshot
-
-    return sum(one.value for one in get_metrics_snapshot() if one.name == name)
-
-
-def _sides() -> list[object]:
-    """kvring's scheduler and workers in this process."""
-    sides = [side for connector in tap.record.instances for side in vars(connector).values()]
-    return [side for side in sides if hasattr(side, "adapter")]
+def worker_idle(_: Any) -> None:
+    """Waits until kvring's workers in this process have no open job."""
+    for side in _sides():
+        if hasattr(side.adapter, "wait_idle"):
+            side.adapter.wait_idle(FOREVER_MS)
 
 
 def attached() -> int:
@@ -93,12 +73,12 @@ def attached() -> int:
 def has_found(request: str) -> bool:
     """Has this request's lookup been answered, with a hit that vLLM has not allocated blocks for?"""
     trackers = next(side.trackers for side in _sides() if hasattr(side, "trackers"))
-    (tracker,) = [one for name, one in trackers.items() if name.startswith(request)] or [None]
+    tracker = next((one for name, one in trackers.items() if name.startswith(request)), None)
     return tracker is not None and not tracker.settled and tracker.hit is not None and tracker.hit.chunks > 0
 
 
-def spoil_standin() -> int:
-    """Spoils what the stand-in connector holds."""
-    from real import standin
+def metric(name: str) -> float:
+    """A counter as `/metrics` would show it, summed over its labels."""
+    from vllm.v1.metrics.reader import get_metrics_snapshot
 
-    return standin.spoil()
+    return sum(one.value for one in get_metrics_snapshot() if one.name == name)

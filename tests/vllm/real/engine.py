@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,6 @@ _numbers = itertools.count()
 def binary() -> str:
     """The `kvring` to test: `KVRING_BINARY`, else the installed one."""
     return os.environ.get("KVRING_BINARY", "kvring")
-
-
-def bytes_of(size: str) -> int:
-    """`256MiB` in bytes."""
-    return int(size[:-3]) << {"MiB": 20, "GiB": 30}[size[-3:]]
 
 
 class Engine:
@@ -84,26 +78,20 @@ class Engine:
             # `kvring status` looks until the beat moves.
             wait_for(lambda: self.state() == "serving", "the engine's beat moves")
 
-    def settle(self, quiet_reads: int = 4) -> dict[str, int]:
-        """Waits until nothing is being stored and no counter of stores has moved for a while; the counters."""
-        moving = ("shards_reserved", "shards_skipped", "shards_dropped", "shards_committed", "shards_aborted")
-        seen, last, still = {}, None, 0
+    def settle(self) -> dict[str, int]:
+        """Waits until no slot is being written and no chunk lacks a shard; the counters."""
+        seen: dict[str, int] = {}
 
-        def quiet() -> bool:
-            nonlocal seen, last, still
-            seen = self.counters()
-            now = [seen[name] for name in moving]
-            still = still + 1 if now == last and not seen["slots_writing"] and not seen["chunks_forming"] else 0
-            last = now
-            time.sleep(0.005)
-            return still >= quiet_reads
+        def is_quiet() -> bool:
+            seen.update(self.counters())
+            return not (seen["slots_writing"] or seen["chunks_forming"])
 
-        wait_for(quiet, "the engine's stores come to rest")
+        wait_for(is_quiet, "the engine's stores come to rest")
         return seen
 
     def spoil(self) -> int:
         """Changes every byte that is stored; how many. The arena's superblock lies behind its slots."""
-        return actions.flip(f"/dev/shm/kvring.{self.name}.arena", length=bytes_of(self.arena))
+        return actions.flip(f"/dev/shm/kvring.{self.name}.arena", self.status()["engine"]["arena_bytes"])
 
     def close(self) -> None:
         """Ends it, and leaves nothing in /dev/shm."""

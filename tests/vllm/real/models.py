@@ -16,25 +16,15 @@ from real.prompts import VOCABULARY
 HERE = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("KVRING_TEST_CACHE", HERE.parent.parent / ".cache" / "vllm"))
 
-WINDOW = 64
-"""Tokens of the sliding windows: two blocks, so that short prompts leave them."""
-
-SHAPES = {
-    "llama": [],
-    "swa": ["--window", str(WINDOW), "--layers", "4"],
-    "mistral": ["--window", str(WINDOW)],
-}
-"""By architecture. `swa` is a Gemma-3: sliding and full attention in turn; the Mistral has sliding attention only."""
-
 
 def model(arch: str = "llama", seed: int = 0) -> str:
-    """The directory of a model; `arch` is one of `SHAPES`."""
+    """The directory of a model; `arch` is one of `make_model.CONFIGURATIONS`."""
     # Its name has a digest of `make_model.py`: a model of an earlier one is another model.
     maker = hashlib.sha256((HERE / "make_model.py").read_bytes()).hexdigest()[:8]
     path = CACHE / "models" / f"{arch}-{seed}-{maker}"
     if not (path / "done").exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, HERE / "make_model.py", path, "--arch", arch, "--seed", str(seed), *SHAPES[arch]]
+        command = [sys.executable, HERE / "make_model.py", path, arch, str(seed)]
         subprocess.run(command, check=True, capture_output=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
         (path / "done").touch()
     return str(path)

@@ -18,15 +18,10 @@ def prompt(seed: int, length: int) -> list[int]:
 
 
 def whole_blocks(tokens: int) -> int:
-    """The tokens of `tokens` that fill blocks."""
-    return tokens // BLOCK * BLOCK
-
-
-def most_loadable(prompt_tokens: int) -> int:
-    """What a cache that holds all of a prompt's whole blocks can bring at most.
+    """The tokens of `tokens` that fill blocks: what a cache that has all of a prompt can bring at most.
 
     An asynchronous load may bring the last token as well (vLLM computes it again), a synchronous one must leave it out."""
-    return whole_blocks(prompt_tokens)
+    return tokens // BLOCK * BLOCK
 
 
 def least_loadable(prompt_tokens: int) -> int:

@@ -6,8 +6,7 @@ Each asserts as it goes, so a broken variant fails with an `AssertionError`.
 import random
 from typing import Any
 
-from real.compare import assert_same
-from real.models import model as make_model
+from real.compare import assert_found, assert_same
 from real.prompts import BLOCK, least_loadable, prompt, whole_blocks
 from real.scene import Scene
 from real.vllm import Vllm
@@ -15,11 +14,7 @@ from real.vllm import Vllm
 TIGHT = {"num_gpu_blocks_override": 11, "max_model_len": 320}
 """Room for ten blocks (one is vLLM's null block): two requests of 207 tokens need fourteen, so one preempts the other."""
 
-TIGHT_OUTPUT = 197
-
-
-def preempted(answers: list[dict[str, Any]]) -> int:
-    return sum(answer["preemptions"] for answer in answers)
+TWO_RANKS = {"tensor_parallel_size": 2, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
 
 
 def check_lookups(answer: dict[str, Any]) -> None:
@@ -35,8 +30,9 @@ def check_lookups(answer: dict[str, Any]) -> None:
 def check_resumed(answer: dict[str, Any], at_once: bool) -> None:
     """P5: a preempted request loads the whole blocks that it had computed, generated tokens included.
 
-    But perhaps the last of them: its store may have been given up by the preemption, or be under way. Not `at_once`: while
-    another one's synchronous load is not known to be good nothing is stored, and who is preempted then has stored nothing."""
+    The last of them may be missing: its store may have been given up by the preemption, or be under way. Not `at_once`: while
+    another one's synchronous load is not known to be good nothing is stored, and a request that is preempted then has stored
+    nothing."""
     check_lookups(answer)
     for lookup in answer["lookups"]:
         if at_once and lookup["admission"] > 0 and lookup["found"] is not None:
@@ -46,39 +42,32 @@ def check_resumed(answer: dict[str, Any], at_once: bool) -> None:
             assert have >= least, f"resumed with {have} of {lookup['tokens']} tokens, at least {least} were stored: {lookup}"
 
 
-def continued(prompts: list[list[int]], answers: list[dict[str, Any]], left: int) -> list[list[int]]:
-    """Each prompt with what was generated, but for the last `left` tokens: a later turn of the conversation."""
-    return [ask + answer["tokens"][: len(answer["tokens"]) - left] for ask, answer in zip(prompts, answers, strict=True)]
+def next_turn(scene: Scene, vllm: Vllm, prompts: list[list[int]], output: int, left: int, **params: Any) -> list[list[int]]:
+    """A later turn of each conversation: its prompt with what was generated, but for the last `left` tokens."""
+    answers = scene.right(vllm.model, prompts, output, **params)
+    return [ask + answer["tokens"][: output - left] for ask, answer in zip(prompts, answers, strict=True)]
 
 
-def preemption(
-    scene: Scene, vllm: Vllm, prompts: list[list[int]], output: int, model: str | None = None, at_once: bool = True
-) -> None:
+def preemption(scene: Scene, vllm: Vllm, prompts: list[list[int]], output: int, at_once: bool = True) -> None:
     """All prompts at once, more than fit: P4 now, P5 when they resume, and P4 again in a second pass from the cache."""
-    model = model or make_model()
-    expected = scene.baseline.answers(model, prompts, max_tokens=output)
+    expected = scene.right(vllm.model, prompts, output)
     answers = vllm.generate(prompts, together=True, max_tokens=output)
-    assert preempted(answers) > 0, "nothing was preempted: this test tests nothing"
+    resumed = [answer for answer in answers if answer["preemptions"]]
+    assert resumed, "nothing was preempted: this test tests nothing"
     for answer in answers:
         check_resumed(answer, at_once)
-    resumed = [sum(a["external"]) for a in answers if a["preemptions"]]
-    assert any(resumed), f"no resumed request loaded anything: {[a['external'] for a in answers]}"
+    assert any(sum(a["external"]) for a in resumed), f"no resumed request loaded anything: {[a['external'] for a in answers]}"
     assert_same(answers, expected, "under preemption")
 
     scene.settle(vllm)
     vllm.reset()
-    second = continued(prompts, expected, left=4)
-    expected = scene.baseline.answers(model, second, max_tokens=8)
-    answers = vllm.generate(second, max_tokens=8)
-    for ask, answer in zip(second, answers, strict=True):
-        assert answer["cached"] >= least_loadable(len(ask)) - BLOCK, f"a second pass had {answer['cached']} of {len(ask)} tokens"
-    assert_same(answers, expected, "second pass")
+    second = next_turn(scene, vllm, prompts, output, left=4)
+    assert_found(second, scene.ask(vllm, second, "second pass"), "second pass", less=BLOCK)
 
 
 def minimal_preemption(scene: Scene, seed: int = 1000, **vllm: Any) -> None:
     """The minimal case: two requests of 10 tokens that each want 197, and room for one of them and a half."""
-    prompts = [prompt(seed + i, 10) for i in range(2)]
-    preemption(scene, scene.vllm(**{**TIGHT, **vllm}), prompts, TIGHT_OUTPUT)
+    preemption(scene, scene.vllm(**TIGHT, **vllm), [prompt(seed + i, 10) for i in range(2)], output=197)
 
 
 def random_preemption(scene: Scene, vllm: Vllm, seed: int, blocks: int, at_once: bool = True) -> None:
@@ -91,21 +80,18 @@ def random_preemption(scene: Scene, vllm: Vllm, seed: int, blocks: int, at_once:
 
 
 def poisoning(scene: Scene, vllm: Vllm, seed: int) -> None:
-    """A synchronous load fails (somebody has arranged for that), and what is computed in that very step is garbage.
+    """A load fails (somebody has arranged for that), and a synchronous one leaves garbage to what is computed in that very step.
 
     The request itself is computed again and right in any case. What must not happen is that the garbage is stored: only
     a later request that hits it would show that."""
     whole = prompt(seed, 10 * BLOCK + 5)
     head = whole[: 4 * BLOCK]
-    expected = scene.baseline.answers(make_model(), [head, whole], max_tokens=8)
-    assert_same(vllm.generate([head], max_tokens=8), expected[:1], "cold")
+    scene.ask(vllm, [head], "cold")
     scene.settle(vllm)
     vllm.reset()
-    first = vllm.generate([whole], max_tokens=8)
-    assert first[0]["external"][0] >= least_loadable(len(head)), f"no load that could fail: {first[0]['external']}"
-    assert_same(first, expected[1:], "with a failed load")
+    (first,) = scene.ask(vllm, [whole], "with a failed load")
+    assert first["external"][0] >= least_loadable(len(head)), f"no load that could fail: {first['external']}"
     scene.settle(vllm)
     vllm.reset()
-    again = vllm.generate([whole], max_tokens=8)
-    assert_same(again, expected[1:], "after a failed load")
-    assert again[0]["cached"] >= whole_blocks(len(head)), "nothing was stored after a failed load"
+    (again,) = scene.ask(vllm, [whole], "after a failed load")
+    assert again["cached"] >= whole_blocks(len(head)), "nothing was stored after a failed load"

@@ -6,6 +6,7 @@ from typing import Any
 from waiting import PATIENT, wait_for
 
 from real.baseline import Baseline
+from real.compare import assert_loaded, assert_same
 from real.engine import Engine
 from real.logs import repeated
 from real.models import model as make_model
@@ -30,19 +31,14 @@ UNBOUNDED = {"__init__", "register_kv_caches", "shutdown"}
 
 
 class Scene:
-    """Makes vLLMs for one engine. `standin`: the stand-in connector takes kvring's place, and there is no engine."""
+    """Makes vLLMs for one engine, and compares their answers with those of a vLLM without a connector."""
 
-    def __init__(self, zygote: Zygote, baseline: Baseline, directory: Path, standin: bool = False) -> None:
-        self.zygote, self.baseline, self.standin = zygote, baseline, standin
+    def __init__(self, zygote: Zygote, baseline: Baseline, directory: Path) -> None:
+        self.zygote, self.baseline = zygote, baseline
         self.engine = Engine(directory=directory)
         self.vllms: list[Vllm] = []
         self.hasty: list[Vllm] = []
         """Those whose calls have deadlines."""
-
-    def options(self, hasty: bool = False, **options: Any) -> dict[str, Any]:
-        """kvring's configuration: `load="sync"` is `kvring.load`, and so on."""
-        patience = {} if hasty else PATIENT
-        return {"kvring.name": self.engine.name, **patience, **{f"kvring.{key}": value for key, value in options.items()}}
 
     def vllm(
         self,
@@ -56,44 +52,63 @@ class Scene:
         beside: tuple[list[dict[str, Any]], list[dict[str, Any]]] | None = None,
         **llm: Any,
     ) -> Vllm:
-        """A vLLM with the connector; it starts in the background until it is asked something.
+        """A vLLM with kvring's options `kvring`; it starts in the background until it is asked something.
 
         `hasty`: with the deadlines that users have, and its calls must keep them. Else it waits for the engine as long as
         that takes. `beside`: in a `MultiConnector`, with these before it and those behind it."""
-        options = kvring or {}
-        if self.standin:
-            connector = Connector("StandIn", "real.standin", {"load": options.get("load", "async")}, policy)
-        elif beside is not None:
-            # By its name alone: that is what `MultiConnector` asks for it by.
-            ours = {
-                "kv_connector": "KvringConnector",
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": self.options(hasty, **options),
-            }
+        extra = {"kvring.name": self.engine.name, **({} if hasty else PATIENT)}
+        extra |= {f"kvring.{key}": value for key, value in (kvring or {}).items()}
+        connector = Connector("KvringConnector", "kvring.vllm", extra, policy)
+        if beside is not None:
+            # By its name alone: `MultiConnector` asks for it by that.
+            ours = {"kv_connector": "KvringConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
             connector = Connector("MultiConnector", MULTI, {"connectors": [*beside[0], ours, *beside[1]]}, policy)
-        else:
-            connector = Connector("KvringConnector", "kvring.vllm", self.options(hasty, **options), policy)
         made = Vllm(self.zygote, model or make_model(), connector, broken=broken, environment=environment, **llm)
         self.vllms.append(made)
         if hasty:
             self.hasty.append(made)
         return made
 
-    def settle(self, vllm: Vllm) -> None:
-        """Waits until what this vLLM stores is stored."""
-        if self.standin:
-            return
-        # Workers in processes of their own are out of reach: what they have in hand is seen when they ask the engine.
-        workers_here = vllm.act(action="worker_idle")
-        self.engine.settle(quiet_reads=4 if workers_here else 20)
+    def right(self, model: str, prompts: list[list[int]], max_tokens: int = 8, **params: Any) -> list[dict[str, Any]]:
+        """The answers of a vLLM without a connector."""
+        return self.baseline.answers(model, prompts, max_tokens=max_tokens, **params)
 
-    def hits_are_back(self, vllm: Vllm, prompt: list[int], **params: Any) -> dict[str, Any]:
+    def ask(
+        self,
+        vllm: Vllm,
+        prompts: list[list[int]],
+        about: str = "",
+        *,
+        max_tokens: int = 8,
+        together: bool = False,
+        salt: str | None = None,
+        **params: Any,
+    ) -> list[dict[str, Any]]:
+        """The answers of this vLLM, which are those of one without a connector."""
+        expected = self.right(vllm.model, prompts, max_tokens, **params)
+        answers = vllm.generate(prompts, max_tokens=max_tokens, together=together, salt=salt, **params)
+        assert_same(answers, expected, about)
+        return answers
+
+    def settle(self, vllm: Vllm) -> dict[str, int]:
+        """Waits until this vLLM has stored everything; the engine's counters."""
+        vllm.worker_idle()
+        return self.engine.settle()
+
+    def cold_and_warm(self, vllm: Vllm, prompts: list[list[int]], max_tokens: int = 16, **params: Any) -> None:
+        """Nothing is found at first; then all of it is, also where vLLM has forgotten it. The answers are right both times."""
+        assert not any(answer["cached"] for answer in self.ask(vllm, prompts, "cold", max_tokens=max_tokens, **params))
+        self.settle(vllm)
+        vllm.reset()
+        assert_loaded(prompts, self.ask(vllm, prompts, "warm", max_tokens=max_tokens, **params))
+
+    def hits_are_back(self, vllm: Vllm, prompt: list[int], about: str = "") -> None:
         """Asks again and again until the whole prompt comes from the cache."""
         for _ in range(ATTEMPTS):
             vllm.reset()
-            answer = vllm.generate([prompt], **params)[0]
+            (answer,) = self.ask(vllm, [prompt], about)
             if sum(answer["external"]) >= least_loadable(len(prompt)):
-                return answer
+                return
         raise AssertionError(f"not found in {ATTEMPTS} attempts: {answer['external']} of {len(prompt)}\n{vllm.tail()}")
 
     def check(self) -> None:
@@ -109,7 +124,7 @@ class Scene:
                 self.check_calls(vllm)
             state = vllm.scheduler_state()
             assert state is None or not any(state.values()), f"left in the scheduler: {state}"
-        if not self.standin and self.engine.state() == "serving" and self.vllms:
+        if self.engine.state() == "serving" and self.vllms:
             self.engine.settle()
             self.no_leases()
 
@@ -134,5 +149,4 @@ class Scene:
             for vllm in self.vllms:
                 vllm.close()
         finally:
-            if not self.standin:
-                self.engine.close()
+            self.engine.close()

@@ -13,6 +13,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from waiting import wait_for
+
 from real import actions, tap
 
 
@@ -247,13 +249,16 @@ class Driver:
         """As `LLM.wake_up`."""
         self.engine.wake_up()
 
-    def drain(self, patience: int = 20_000) -> None:
+    def drain(self) -> None:
         """Empty steps while something is left to do for requests that have ended, as vLLM's own loop does them."""
-        for _ in range(patience):
+
+        def is_done() -> bool:
             if self.scheduler is None or self.running or not self.scheduler.has_requests():
-                return
+                return True
             self.engine.step()
-            time.sleep(0.0005)
+            return False
+
+        wait_for(is_done, "vLLM has nothing left to do")
 
     def calls(self, clear: bool = False) -> dict[str, Any]:
         """The tap's record of this process."""
@@ -276,6 +281,10 @@ class Driver:
     def act(self, action: str, **arguments) -> Any:
         """Runs an action now."""
         return getattr(actions, action)(**arguments)
+
+    def worker_idle(self) -> None:
+        """Waits until kvring's workers have no open job, in whichever processes they are."""
+        self.engine.collective_rpc(actions.worker_idle)
 
     def scheduler_state(self) -> dict[str, int] | None:
         """Counts of the scheduler, all 0 after every request has ended (obligation P0). `None`: out of reach."""

@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCHDYNAMO_DISABLE": "1",  # saves a C++ compilation at the first call
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # so that tests may call functions in vLLM's workers
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-FIRST = {"generate": "prompts", "session": "pieces", "add": "prompts", "step": "times", "abort": "names"}
+FIRST = {"generate": "prompts", "session": "pieces", "add": "prompts", "step": "times", "abort": "names", "act": "action"}
 """The name of a step's first argument, where it may be left out."""
 
 
@@ -121,6 +122,7 @@ class Vllm:
         broken: tuple[str, ...] = (),
         **llm: Any,
     ) -> None:
+        self.model = model
         self.scratch = tempfile.TemporaryDirectory(prefix="kvring-vllm-")
         self.log_path = Path(self.scratch.name) / "log"
         settings = {**DEFAULTS, "model": model, **llm}
