@@ -2,25 +2,27 @@
 
 use crate::support::calls;
 use crate::support::fake::{Fake, pattern};
-use crate::world::*;
+use crate::support::world::*;
+use crate::{inside, without_context};
 use kvring_gpu_kernels::{
     ComputeStream, CopyBackend, CopyError, CopyMode, CudaBackend, Direction, Fence, GpuError, GpuOptions,
-    Memory, PagedKv, Plane, probe,
+    Memory, PagedKv, Plane, SKIP, probe,
 };
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 const STAGING_MIN: usize = 256 << 10;
+/// Bytes of a shard of [`World::plain`] with eight blocks in a chunk.
+const SHARD: usize = 2 * 8192 * 8;
+const BLOCKS: [u32; 8] = [1, 2, 3, 4, 5, 6, 7, 8];
 
 fn new(mode: CopyMode) -> GpuError {
-    match CudaBackend::new(options(mode)) {
-        Ok(_) => panic!("there is a backend"),
-        Err(error) => error,
-    }
+    CudaBackend::new(options(mode)).err().expect("no backend")
 }
 
 #[test]
 fn no_device() {
-    inside("failure::no_device", &[("FAKE_CUDA_DEVICES", "0")], |_| {
+    without_context(&[("FAKE_CUDA_DEVICES", "0")], |_| {
         assert_eq!(probe().unwrap_err(), GpuError::NoDevice);
         assert_eq!(new(CopyMode::Auto), GpuError::NoDevice);
     });
@@ -28,14 +30,14 @@ fn no_device() {
 
 #[test]
 fn a_stub() {
-    inside("failure::a_stub", &[("FAKE_CUDA_STUB", "1")], |_| {
+    without_context(&[("FAKE_CUDA_STUB", "1")], |_| {
         assert_eq!(probe().unwrap_err(), GpuError::StubLibrary);
     });
 }
 
 #[test]
 fn a_driver_that_is_too_old() {
-    inside("failure::a_driver_that_is_too_old", &[("FAKE_CUDA_VERSION", "11080")], |_| {
+    without_context(&[("FAKE_CUDA_VERSION", "11080")], |_| {
         let error = probe().unwrap_err();
         assert!(matches!(error, GpuError::DriverTooOld { found: 11080, .. }), "{error}");
         assert!(error.to_string().contains("12.0 or later, got 11.8"), "{error}");
@@ -44,7 +46,7 @@ fn a_driver_that_is_too_old() {
 
 #[test]
 fn devices_are_described_and_numbered() {
-    inside("failure::devices_are_described_and_numbered", &[("FAKE_CUDA_DEVICES", "2")], |fake| {
+    without_context(&[("FAKE_CUDA_DEVICES", "2")], |fake| {
         let devices = probe().unwrap();
         assert_eq!(devices.len(), 2);
         let second = &devices[1];
@@ -62,56 +64,41 @@ fn devices_are_described_and_numbered() {
 
 #[test]
 fn kernels_that_do_not_load() {
-    inside("failure::kernels_that_do_not_load", &[("FAKE_CUDA_PTX_MAX", "8.0")], |_| {
+    inside(&[("FAKE_CUDA_PTX_MAX", "8.0")], |_| {
         for mode in [CopyMode::Staged, CopyMode::ZeroCopy] {
             let error = new(mode);
             assert!(matches!(error, GpuError::Mode { asked, .. } if asked == mode.as_str()), "{error}");
             assert!(error.to_string().contains("570"), "{error}");
         }
-        let _context = calls::context();
         let lines = warnings();
-        let backend = backend(CopyMode::Auto);
+        let world = World::new(options(CopyMode::Auto), Cache::plain(2, 4096, 6, 2), PART);
         assert_eq!(lines.lock().unwrap().len(), 1, "{lines:?}");
-        let cache = Cache::plain(2, 4096, 6, 2);
-        let arena = Arena::new(PART);
-        let _mapped = backend.map_arena(arena.mapping(Arc::new(())));
-        let shards = [(arena.at(0), vec![5, 1])];
-        let error = copied(&backend, Direction::Store, &cache, true, &shards).unwrap_err();
-        assert!(
-            matches!(&error, CopyError::Gpu(GpuError::Mode { asked: "checksum", why }) if why.contains("570")),
-            "{error}"
-        );
-        assert_eq!(backend.describe(&cache.paged), "stores by batch; loads by batch");
-        let image = cache.all.renew(&mut Rng(1));
-        copied(&backend, Direction::Store, &cache, false, &shards).unwrap();
-        assert!(arena.all.read()[..cache.shard_bytes()] == cache.gather(&image, &[5, 1]));
+        let shards = world.shard(0, &[5, 1]);
+        let error = world.store(true, &shards).unwrap_err();
+        let CopyError::Gpu(GpuError::Mode { asked: "checksum", why }) = &error else { panic!("{error}") };
+        assert!(why.contains("570"), "{why}");
+        assert_eq!(world.backend.describe(&world.cache.paged), "stores by batch; loads by batch");
+        let image = world.cache.renew(&mut Rng(1));
+        world.store(false, &shards).unwrap();
+        assert!(world.bytes_at(0) == world.cache.gather(&image, &[5, 1]));
     });
 }
 
-fn refused(backend: &CudaBackend, paged: PagedKv) -> GpuError {
-    match backend.prepare(&Arc::new(paged)) {
-        Err(CopyError::Gpu(error)) => error,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn paged(base: u64, stride: usize, page: usize, blocks: u32) -> PagedKv {
+fn paged(base: u64, stride: usize, page: usize, blocks: u32, memory: Memory) -> Arc<PagedKv> {
     let plane = Plane { base: base as *mut u8, block_stride: stride, page_bytes: page };
-    // SAFETY: it is refused.
-    unsafe { PagedKv::new(vec![plane], blocks, 1) }.unwrap()
+    // SAFETY: nothing is copied.
+    Arc::new(unsafe { PagedKv::new(vec![plane], blocks, 1) }.unwrap().on(memory))
 }
 
 #[test]
 fn memory_that_is_not_the_device_s() {
-    inside("failure::memory_that_is_not_the_device_s", &[("FAKE_CUDA_DEVICES", "2")], |fake| {
-        let _context = calls::context();
+    inside(&[("FAKE_CUDA_DEVICES", "2")], |fake| {
         let backend = backend(CopyMode::Auto);
         let here = calls::device(4096 * 4);
         let other = cudarc::driver::CudaContext::new(1).unwrap();
         let there = calls::device(4096 * 4);
         drop(other);
-        let context = calls::context();
-        context.bind_to_thread().unwrap();
+        let _context = calls::context();
         let host = calls::shared(4096 * 4) as u64;
         let registered = calls::shared(4096 * 4);
         assert_eq!(calls::register(registered, 4096 * 4), None);
@@ -128,20 +115,20 @@ fn memory_that_is_not_the_device_s() {
             (u64::MAX - 10, 16, 1, "64 bits"),
         ];
         for (base, stride, blocks, why) in cases {
-            let error =
-                refused(&backend, paged(base, stride, 16.max(stride.min(4096)), blocks).on(Memory::Cuda(0)));
+            let cache = paged(base, stride, 16.max(stride.min(4096)), blocks, Memory::Cuda(0));
+            let error = backend.prepare(&cache).unwrap_err();
             assert!(
-                matches!(&error, GpuError::Memory { group: 0, plane: 0, address, device: 0, got, .. }
+                matches!(&error, CopyError::Gpu(GpuError::Memory { group: 0, plane: 0, address, device: 0, got, .. })
                     if got.contains(why) && *address == base),
                 "{base:#x}, {stride} × {blocks}: {error}"
             );
         }
         // A cache that says that it is in host memory, or in that of another device.
         for memory in [Memory::Host, Memory::Cuda(1)] {
-            let error = backend.prepare(&Arc::new(paged(here, 4096, 4096, 4).on(memory))).unwrap_err();
+            let error = backend.prepare(&paged(here, 4096, 4096, 4, memory)).unwrap_err();
             assert!(matches!(error, CopyError::OtherMemory { .. }), "{error}");
         }
-        backend.prepare(&Arc::new(paged(here, 4096, 4096, 4).on(Memory::Cuda(0)))).unwrap();
+        backend.prepare(&paged(here, 4096, 4096, 4, Memory::Cuda(0))).unwrap();
         assert_eq!(fake.counts().registrations, before.registrations);
     });
 }
@@ -152,67 +139,38 @@ fn leave(bytes: usize) -> u64 {
     calls::device(free - bytes)
 }
 
-fn free(address: u64) {
-    // SAFETY: not used any more.
-    unsafe { cudarc::driver::result::free_sync(address) }.unwrap();
-}
-
-/// Copies in both directions, and checks the bytes.
-fn check(backend: &CudaBackend, cache: &Cache, arena: &Arena, checksum: bool) {
-    let mut rng = Rng(77);
-    for direction in [Direction::Store, Direction::Load] {
-        let (mut image, mut shared) = (cache.all.renew(&mut rng), arena.all.renew(&mut rng));
-        let blocks = cache.blocks(&mut rng, direction, 1).remove(0);
-        let shards = [(arena.at(0), blocks.clone())];
-        let done = copied(backend, direction, cache, checksum, &shards).unwrap();
-        let bytes = cache.shard_bytes();
-        match direction {
-            Direction::Store => shared[..bytes].copy_from_slice(&cache.gather(&image, &blocks)),
-            Direction::Load => cache.scatter(&mut image, &shared[..bytes], &blocks),
-        }
-        assert!(cache.all.read() == image && arena.all.read() == shared, "{direction:?}");
-        if checksum {
-            assert_eq!(done.checksums, cache.sums(direction, &shards), "{direction:?}");
-        }
-    }
-}
-
 #[test]
 fn no_memory_for_staging_buffers() {
-    inside("failure::no_memory_for_staging_buffers", &[("FAKE_CUDA_DELAY_US", "0")], |fake| {
-        let _context = calls::context();
+    inside(&[("FAKE_CUDA_DELAY_US", "0")], |fake| {
         let lines = warnings();
         let cache = Cache::plain(3, 8192, 40, 30);
-        let arena = Arena::new(cache.shard_bytes());
+        let shard = cache.shard_bytes();
         let ballast = leave(100 << 10);
         let error = backend(CopyMode::Staged).prepare(&cache.paged).unwrap_err();
         assert!(matches!(error, CopyError::Gpu(GpuError::Mode { asked: "staged", .. })), "{error}");
         lines.lock().unwrap().clear();
-        let backend = backend(CopyMode::Auto);
-        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
-        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
-        backend.prepare(&cache.paged).unwrap();
+        let world = World::new(options(CopyMode::Auto), cache, shard);
+        let World { backend, cache, .. } = &world;
         assert_eq!(backend.describe(&cache.paged), "stores by batch; loads by batch");
-        let others: Vec<_> = (0..3).map(|_| Arc::new((*cache.paged).clone())).collect();
+        let others: Vec<_> = (0..3).map(|_| cache.again()).collect();
         others.iter().for_each(|other| backend.prepare(other).unwrap());
         let said = lines.lock().unwrap().clone();
         assert_eq!(said.len(), 1, "{said:#?}");
         // Without staging buffers kernels sum skipped blocks in the arena. They cannot do so here, because the shard lies in
         // several registrations.
-        check(&backend, &cache, &arena, false);
+        world.check(false);
         let launches = fake.calls("cuLaunchKernel");
-        let shards = [(arena.at(0), cache.blocks(&mut Rng(5), Direction::Store, 1).remove(0))];
-        let done = copied(&backend, Direction::Store, &cache, true, &shards).unwrap();
-        assert_eq!(done.checksums, cache.sums(Direction::Store, &shards));
+        let round = Round::new(&mut Rng(5), cache, world.arena.all, Direction::Store, true, vec![0]);
+        let done = backend.submit(round.batch(Fence::none())).unwrap().wait().unwrap();
+        round.check("without staging buffers", Some(done));
         assert!(fake.calls("cuLaunchKernel") > launches);
-        let mut blocks = shards[0].1.clone();
-        blocks[7] = kvring_gpu_kernels::SKIP;
-        (0..30).filter(|at| *at != 7).for_each(|at| blocks[at] = at as u32);
-        let error = copied(&backend, Direction::Load, &cache, true, &[(arena.at(0), blocks)]).unwrap_err();
+        let blocks: Vec<u32> = (0..30).map(|at| if at == 7 { SKIP } else { at }).collect();
+        let load = world.submit(Direction::Load, true, Fence::none(), &world.shard(0, &blocks));
+        let error = load.and_then(|transfer| transfer.wait()).unwrap_err();
         assert_eq!(error, CopyError::Gpu(GpuError::NoPlaceForChecksum));
-        free(ballast);
+        calls::free(ballast);
         // There is device memory again.
-        let later = Arc::new((*cache.paged).clone());
+        let later = cache.again();
         backend.prepare(&later).unwrap();
         assert_ne!(backend.describe(&later), "");
     });
@@ -221,44 +179,39 @@ fn no_memory_for_staging_buffers() {
 /// Caches that were prepared before keep their windows, so staging buffers must not get shorter, or be freed.
 #[test]
 fn a_cache_that_comes_later_does_not_take_staging_buffers_away() {
-    const NAME: &str = "failure::a_cache_that_comes_later_does_not_take_staging_buffers_away";
-    inside(NAME, &[("FAKE_CUDA_DELAY_US", "20")], |fake| {
-        let _context = calls::context();
+    inside(&[("FAKE_CUDA_DELAY_US", "20")], |fake| {
         let small = Cache::plain(3, 8192, 40, 16);
         let large = Cache::plain(3, 65536, 20, 16);
         let arena = Arena::new(large.shard_bytes());
         let backend = backend(CopyMode::Staged);
-        let _mapped = backend.map_arena(arena.mapping(Arc::new(())));
+        let _mapped = backend.map_arena(arena.mapping());
         check(&backend, &small, &arena, true);
-        // Room for the table, and for buffers that are no longer than those there are.
-        for room in [STAGING_MIN / 2, 3 * STAGING_MIN, 12 * STAGING_MIN] {
-            let ballast = leave(room);
-            // Fails as if somebody took freed memory at once.
-            fake.fail("cuMemAlloc", 2, 2);
-            backend.prepare(&Arc::new((*large.paged).clone())).unwrap();
+        // There is room for the table, and for buffers that are no longer than those there are.
+        for room in [Some(STAGING_MIN / 2), Some(3 * STAGING_MIN), Some(12 * STAGING_MIN), None] {
+            let ballast = room.map(leave);
+            if room.is_some() {
+                // Fails as if somebody took freed memory at once.
+                fake.fail("cuMemAlloc", 2, 2);
+            }
+            backend.prepare(&large.again()).unwrap();
             fake.reset();
             check(&backend, &small, &arena, true);
             check(&backend, &large, &arena, true);
-            free(ballast);
+            ballast.map(calls::free);
         }
-        let again = Arc::new((*large.paged).clone());
-        backend.prepare(&again).unwrap();
-        check(&backend, &small, &arena, true);
-        check(&backend, &large, &arena, true);
     });
 }
 
 #[test]
 fn no_memory_for_the_table() {
-    inside("failure::no_memory_for_the_table", &[], |fake| {
-        let _context = calls::context();
+    inside(&[], |fake| {
         let cache = Cache::plain(3, 8192, 40, 30);
         let backend = backend(CopyMode::Batch);
         let before = fake.counts();
         let ballast = leave(100);
         let error = backend.prepare(&cache.paged).unwrap_err();
         assert!(matches!(&error, CopyError::Gpu(error) if error.is_out_of_memory()), "{error}");
-        free(ballast);
+        calls::free(ballast);
         assert_eq!(fake.counts(), before);
         backend.prepare(&cache.paged).unwrap();
     });
@@ -266,19 +219,16 @@ fn no_memory_for_the_table() {
 
 #[test]
 fn a_part_that_cannot_be_registered() {
-    inside("failure::a_part_that_cannot_be_registered", &[("FAKE_CUDA_DELAY_US", "20")], |fake| {
-        let _context = calls::context();
+    inside(&[("FAKE_CUDA_DELAY_US", "20")], |fake| {
         let lines = warnings();
-        let cache = Cache::plain(1, 8192, 40, 20);
         for part in 1..=4 {
             fake.fail("cuMemHostRegister", 2, part);
-            let arena = Arena::new(4 * PART);
-            let backend = backend(CopyMode::ZeroCopy);
-            let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+            let cache = Cache::plain(1, 8192, 40, 20);
+            let world = World::unregistered(options(CopyMode::ZeroCopy), cache, 4 * PART);
             until("it was tried", || lines.lock().unwrap().len() as i32 == part);
-            assert_eq!(mapped.registered_bytes(), (part as u64 - 1) * PART as u64);
+            assert_eq!(world.mapped.registered_bytes(), (part as u64 - 1) * PART as u64);
             assert!(lines.lock().unwrap().last().unwrap().contains("ulimit"));
-            check(&backend, &cache, &arena, true);
+            world.check(true);
             fake.reset();
         }
         assert_eq!(fake.counts().registrations, 0);
@@ -288,39 +238,31 @@ fn a_part_that_cannot_be_registered() {
 /// When `submit` returns, a batch that has failed half-way has ended: nothing writes any more.
 #[test]
 fn a_batch_that_fails_half_way_has_ended() {
-    inside("failure::a_batch_that_fails_half_way_has_ended", &[], |fake| {
-        let _context = calls::context();
-        let torch = calls::stream() as u64;
-        let cache = Cache::plain(2, 8192, 40, 8);
-        let arena = Arena::new(6 * cache.shard_bytes());
-        for (mode, call) in [
-            (CopyMode::Batch, "cuEventRecord"),
-            (CopyMode::Staged, "cuMemcpyDtoHAsync"),
-            (CopyMode::Staged, "cuLaunchKernel"),
-            (CopyMode::ZeroCopy, "cuLaunchKernel"),
+    inside(&[], |fake| {
+        for (mode, call, use_) in [
+            (CopyMode::Batch, "cuEventRecord", 1),
+            (CopyMode::Staged, "cuMemcpyDtoHAsync", 4),
+            (CopyMode::Staged, "cuLaunchKernel", 4),
+            (CopyMode::ZeroCopy, "cuLaunchKernel", 4),
         ] {
-            let backend = backend(mode);
-            let mapped = backend.map_arena(arena.mapping(Arc::new(())));
-            backend.prepare(&cache.paged).unwrap();
-            until("registered", || mapped.registered_bytes() == arena.all.len as u64);
+            let world = World::plain(mode, 8, 6 * SHARD);
+            let World { arena, cache, .. } = &world;
             let before = arena.all.renew(&mut Rng(5));
-            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 8, 100_000), 0);
-            let fence = backend.fence(ComputeStream(torch)).unwrap();
-            fake.fail_once(call, 1, if call == "cuEventRecord" { 1 } else { 4 });
+            let fence = world.written_late(fake, 8, 100_000);
+            fake.fail_once(call, 1, use_);
             let blocks = cache.blocks(&mut Rng(6), Direction::Store, 6);
             let shards: Vec<_> =
-                blocks.into_iter().enumerate().map(|(k, b)| (arena.at(k * cache.shard_bytes()), b)).collect();
-            let outcome = backend.submit(batch(Direction::Store, &cache, false, fence, &shards));
+                blocks.iter().enumerate().flat_map(|(k, blocks)| world.shard(k * SHARD, blocks)).collect();
+            let error = world.submit(Direction::Store, false, fence, &shards).err().unwrap();
             let then = arena.all.read();
-            let error = outcome.err().unwrap();
             assert!(matches!(error, CopyError::Gpu(GpuError::Call { code: 1, .. })), "{error}");
             // A part of the batch had been put on lanes, and has been copied.
             assert!(then != before, "{mode} {call}");
-            assert!(cache.all.read() == pattern(8, cache.all.len));
-            std::thread::sleep(std::time::Duration::from_millis(150));
+            assert!(cache.read() == pattern(8, cache.bytes));
+            std::thread::sleep(Duration::from_millis(150));
             assert!(arena.all.read() == then, "{mode} {call}: it went on");
             fake.reset();
-            check(&backend, &cache, &arena, true);
+            world.check(true);
         }
     });
 }
@@ -328,78 +270,63 @@ fn a_batch_that_fails_half_way_has_ended() {
 /// Looking at events fails for a while. The transfer is still in flight, and succeeds in the end.
 #[test]
 fn an_error_of_looking_is_not_the_end_of_a_copy() {
-    inside("failure::an_error_of_looking_is_not_the_end_of_a_copy", &[], |fake| {
-        let _context = calls::context();
-        let torch = calls::stream() as u64;
-        let cache = Cache::plain(2, 8192, 40, 8);
-        let arena = Arena::new(cache.shard_bytes());
-        let backend = backend(CopyMode::Staged);
-        let _mapped = backend.map_arena(arena.mapping(Arc::new(())));
-        backend.prepare(&cache.paged).unwrap();
-        let shards = [(arena.at(0), vec![1, 2, 3, 4, 5, 6, 7, 8])];
-        for (round, code) in [1, 2, 999, 1].into_iter().enumerate() {
-            let seed = 20 + round as u32;
-            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, seed, 150_000), 0);
-            let fence = backend.fence(ComputeStream(torch)).unwrap();
-            let mut transfer = backend.submit(batch(Direction::Store, &cache, true, fence, &shards)).unwrap();
+    inside(&[], |fake| {
+        let world = World::plain(CopyMode::Staged, 8, SHARD);
+        for (seed, code) in (20..).zip([1, 2, 999, 1]) {
+            let fence = world.written_late(fake, seed, 150_000);
+            let mut transfer = world.submit(Direction::Store, true, fence, &world.shard(0, &BLOCKS)).unwrap();
             fake.fail("cuEventQuery", code, 1);
             fake.fail("cuEventSynchronize", code, 1);
-            match round {
+            match seed {
                 // Polling holds nobody up.
-                0 => assert!(!transfer.poll() && !transfer.poll()),
-                1 => drop(transfer),
-                _ => {
-                    std::thread::scope(|scope| {
-                        let waits = scope.spawn(|| transfer.wait());
-                        std::thread::sleep(std::time::Duration::from_millis(20));
-                        fake.reset();
-                        waits.join().unwrap().unwrap();
-                    });
-                    let all = pattern(seed, cache.all.len);
-                    assert!(arena.all.read() == cache.gather(&all, &shards[0].1), "{code}");
-                    continue;
+                20 => {
+                    assert!(!transfer.poll() && !transfer.poll());
+                    fake.reset();
+                    transfer.wait().unwrap();
                 }
+                21 => drop(transfer),
+                _ => std::thread::scope(|scope| {
+                    let waits = scope.spawn(|| transfer.wait());
+                    std::thread::sleep(Duration::from_millis(20));
+                    fake.reset();
+                    waits.join().unwrap().unwrap();
+                }),
             }
-            if round == 1 {
-                assert!(arena.all.read() == cache.gather(&pattern(seed, cache.all.len), &shards[0].1));
-            }
+            let image = pattern(seed, world.cache.bytes);
+            assert!(world.bytes_at(0) == world.cache.gather(&image, &BLOCKS), "{code}");
             fake.reset();
         }
     });
+}
+
+/// From now on the driver does not say whether work has ended.
+fn say_nothing(fake: &Fake) {
+    for call in ["cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize"] {
+        fake.fail(call, 999, 1);
+    }
 }
 
 /// The driver gives no answer for so long that the backend stops waiting, and then the copy runs after all. So the slots that it
 /// was to write must not be given to anybody else.
 #[test]
 fn a_copy_that_is_not_known_to_have_ended_says_so() {
-    inside("failure::a_copy_that_is_not_known_to_have_ended_says_so", &[], |fake| {
-        let _context = calls::context();
-        let torch = calls::stream() as u64;
-        let cache = Cache::plain(2, 8192, 40, 8);
-        let arena = Arena::new(cache.shard_bytes());
-        let backend = backend(CopyMode::Staged);
-        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
-        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
-        backend.prepare(&cache.paged).unwrap();
-        let shards = [(arena.at(0), vec![1, 2, 3, 4, 5, 6, 7, 8])];
+    inside(&[], |fake| {
+        let world = World::plain(CopyMode::Staged, 8, SHARD);
+        let shards = world.shard(0, &BLOCKS);
         for half_way in [false, true] {
-            let before = arena.all.renew(&mut Rng(5));
-            assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 6, 4_000_000), 0);
-            let fence = backend.fence(ComputeStream(torch)).unwrap();
+            let before = world.arena.all.renew(&mut Rng(5));
+            let fence = world.written_late(fake, 6, 4_000_000);
             if half_way {
                 fake.fail_once("cuEventRecord", 1, 1);
             }
-            for call in ["cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize"] {
-                fake.fail(call, 999, 1);
-            }
-            let store = batch(Direction::Store, &cache, true, fence, &shards);
-            let error = backend.submit(store).and_then(|transfer| transfer.wait()).unwrap_err();
+            say_nothing(fake);
+            let store = world.submit(Direction::Store, true, fence, &shards);
+            let error = store.and_then(|transfer| transfer.wait()).unwrap_err();
             assert!(matches!(error, CopyError::Unended(GpuError::Call { .. })), "{error}");
-            assert!(arena.all.read() == before, "it has yet to begin");
+            assert!(world.arena.all.read() == before, "it has yet to begin");
             fake.reset();
-            let image = pattern(6, cache.all.len);
-            let shard = cache.gather(&image, &shards[0].1);
-            until("it was written all the same", || arena.all.read() == shard);
+            let shard = world.cache.gather(&pattern(6, world.cache.bytes), &BLOCKS);
+            until("it was written all the same", || world.bytes_at(0) == shard);
         }
     });
 }
@@ -408,35 +335,27 @@ fn a_copy_that_is_not_known_to_have_ended_says_so() {
 /// asking about a load: until the load's end is known its blocks cannot be given to anybody.
 #[test]
 fn a_load_is_asked_about_for_longer_than_a_store() {
-    inside("failure::a_load_is_asked_about_for_longer_than_a_store", &[], |fake| {
-        let _context = calls::context();
-        let torch = calls::stream() as u64;
-        let cache = Cache::plain(2, 8192, 40, 8);
-        let arena = Arena::new(2 * cache.shard_bytes());
-        let load_patience = std::time::Duration::from_secs(200);
-        let backend = CudaBackend::new(GpuOptions { load_patience, ..options(CopyMode::Staged) }).unwrap();
-        let mapped = backend.map_arena(arena.mapping(Arc::new(())));
-        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
-        backend.prepare(&cache.paged).unwrap();
-        let shards = |at| [(arena.at(at * cache.shard_bytes()), vec![1, 2, 3, 4, 5, 6, 7, 8])];
+    inside(&[], |fake| {
+        let options = GpuOptions { load_patience: Duration::from_secs(200), ..options(CopyMode::Staged) };
+        let world = &World::new(options, Cache::plain(2, 8192, 40, 8), 2 * SHARD);
+        let copied = |direction, fence, at| {
+            let transfer = world.submit(direction, true, fence, &world.shard(at, &BLOCKS));
+            transfer.and_then(|transfer| transfer.wait())
+        };
         for half_way in [false, true] {
             std::thread::scope(|scope| {
-                let fence = backend.fence(ComputeStream(torch)).unwrap();
+                let fence = world.fence();
                 if half_way {
                     fake.fail_once("cuEventRecord", 1, 1);
                 }
-                for call in ["cuEventQuery", "cuEventSynchronize", "cuStreamSynchronize"] {
-                    fake.fail(call, 999, 1);
-                }
-                let (backend, asked) = (&backend, fake.calls("cuStreamSynchronize"));
-                let load = batch(Direction::Load, &cache, true, fence, &shards(0));
-                let load = scope.spawn(move || backend.submit(load).and_then(|transfer| transfer.wait()));
+                say_nothing(fake);
+                let asked = fake.calls("cuStreamSynchronize");
+                let load = scope.spawn(move || copied(Direction::Load, fence, 0));
                 // A load that could be submitted only in part is waited for at once. The store is submitted after that has begun.
                 while half_way && fake.calls("cuStreamSynchronize") == asked {
                     std::thread::yield_now();
                 }
-                let store = batch(Direction::Store, &cache, true, Fence::none(), &shards(1));
-                let store = backend.submit(store).and_then(|transfer| transfer.wait());
+                let store = copied(Direction::Store, Fence::none(), SHARD);
                 assert!(matches!(store, Err(CopyError::Unended(_))), "{store:?}");
                 assert!(!load.is_finished(), "the load was given up as well");
                 fake.reset();
@@ -449,21 +368,12 @@ fn a_load_is_asked_about_for_longer_than_a_store() {
 }
 
 fn lose(fake: &Fake, code: i32) {
-    let _context = calls::context();
-    let torch = calls::stream() as u64;
-    let cache = Cache::plain(2, 8192, 40, 8);
-    let arena = Arena::new(8 * cache.shard_bytes());
-    let kept = Arc::new(());
-    let backend = backend(CopyMode::Staged);
-    let mapped = backend.map_arena(arena.mapping(kept.clone()));
-    backend.prepare(&cache.paged).unwrap();
-    assert_eq!(fake.fill(torch, cache.all.at as u64, cache.all.len, 4, 5_000_000), 0);
+    let world = World::plain(CopyMode::Staged, 8, 8 * SHARD);
+    // Torch's stream is busy for long, so nothing that waits for a fence begins.
+    drop(world.written_late(fake, 4, 5_000_000));
     let submit = |at: usize, direction| {
-        let fence = backend.fence(ComputeStream(torch)).unwrap();
-        let blocks = cache.blocks(&mut Rng(at as u64), direction, 1).remove(0);
-        let shards = [(arena.at(at * cache.shard_bytes()), blocks)];
-        until("registered", || mapped.registered_bytes() == arena.all.len as u64);
-        backend.submit(batch(direction, &cache, true, fence, &shards)).unwrap()
+        let blocks = world.cache.blocks(&mut Rng(at as u64), direction, 1).remove(0);
+        world.submit(direction, true, world.fence(), &world.shard(at * SHARD, &blocks)).unwrap()
     };
     let waiting = [submit(0, Direction::Store), submit(1, Direction::Load)];
     let (dropped, mut polled) = (submit(2, Direction::Store), submit(3, Direction::Load));
@@ -486,43 +396,73 @@ fn lose(fake: &Fake, code: i32) {
     }
     polled.wait().unwrap_err();
     drop(dropped);
-    let shards = [(arena.at(0), vec![0, 1, 2, 3, 4, 5, 6, 7])];
-    copied(&backend, Direction::Store, &cache, true, &shards).unwrap_err();
+    world.store(true, &world.shard(0, &BLOCKS)).unwrap_err();
+    let World { backend, mapped, arena, cache, torch } = world;
     backend.fence(ComputeStream(torch)).unwrap_err();
-    backend.prepare(&Arc::new((*cache.paged).clone())).unwrap_err();
-    drop(backend.map_arena(Arena::new(PART).mapping(Arc::new(()))));
+    backend.prepare(&cache.again()).unwrap_err();
+    drop(backend.map_arena(Arena::new(PART).mapping()));
     drop((mapped, backend));
-    assert_eq!(Arc::strong_count(&kept), 1, "the arena is let go");
+    assert!(arena.is_let_go());
 }
 
 #[test]
 fn a_lost_device() {
-    inside("failure::a_lost_device", &[], |fake| lose(fake, 0));
+    inside(&[], |fake| lose(fake, 46));
 }
 
 #[test]
 fn a_device_at_fault() {
-    inside("failure::a_device_at_fault", &[], |fake| lose(fake, 700));
+    inside(&[], |fake| lose(fake, 700));
 }
 
 #[test]
 fn a_device_of_which_nothing_is_known() {
-    inside("failure::a_device_of_which_nothing_is_known", &[], |fake| lose(fake, 999));
+    inside(&[], |fake| lose(fake, 999));
 }
 
 #[test]
 fn a_batch_of_nothing() {
-    inside("failure::a_batch_of_nothing", &[], |_| {
-        let _context = calls::context();
+    inside(&[], |_| {
         let cache = Cache::plain(1, 64, 1, 1);
-        for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy] {
+        for mode in FORCED {
             let backend = backend(mode);
-            for direction in [Direction::Store, Direction::Load] {
-                let empty = batch(direction, &cache, true, Fence::none(), &[]);
-                let mut transfer = backend.submit(empty).unwrap();
+            for direction in DIRECTIONS {
+                let mut transfer =
+                    backend.submit(batch(direction, &cache, true, Fence::none(), &[])).unwrap();
                 assert!(transfer.poll());
                 assert_eq!(transfer.wait().unwrap().checksums, []);
             }
         }
     });
+}
+
+/// Collects the warnings of this process from now on.
+fn warnings() -> Arc<Mutex<Vec<String>>> {
+    let lines = Arc::new(Mutex::new(Vec::new()));
+    tracing::subscriber::set_global_default(Warnings(lines.clone())).unwrap();
+    lines
+}
+
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() <= tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        self.0.lock().unwrap().push(format!("{event:?}"));
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
 }

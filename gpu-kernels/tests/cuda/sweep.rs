@@ -2,51 +2,10 @@
 //! bytes that are called good, and afterwards everything works as if nothing had happened.
 
 use crate::support::calls;
-use crate::support::fake::{Counts, Fake};
-use crate::world::*;
-use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyError, CopyMode, CudaBackend, Direction, GpuError};
-use std::sync::Arc;
-
-const CALLS: [&str; 38] = [
-    "cuDeviceGetCount",
-    "cuDeviceGet",
-    "cuDeviceGetName",
-    "cuDeviceGetAttribute",
-    "cuDeviceTotalMem",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease",
-    "cuCtxGetCurrent",
-    "cuCtxPushCurrent",
-    "cuCtxPopCurrent",
-    "cuCtxGetStreamPriorityRange",
-    "cuThreadExchangeStreamCaptureMode",
-    "cuStreamCreateWithPriority",
-    "cuStreamDestroy",
-    "cuStreamSynchronize",
-    "cuStreamWaitEvent",
-    "cuStreamIsCapturing",
-    "cuEventCreate",
-    "cuEventDestroy",
-    "cuEventRecord",
-    "cuEventQuery",
-    "cuEventSynchronize",
-    "cuMemAlloc",
-    "cuMemFree",
-    "cuMemHostAlloc",
-    "cuMemFreeHost",
-    "cuMemHostRegister",
-    "cuMemHostUnregister",
-    "cuMemHostGetDevicePointer",
-    "cuMemGetAddressRange",
-    "cuPointerGetAttribute",
-    "cuMemcpyDtoHAsync",
-    "cuMemcpyHtoDAsync",
-    "cuMemcpyBatchAsync",
-    "cuModuleLoadDataEx",
-    "cuModuleUnload",
-    "cuModuleGetFunction",
-    "cuLaunchKernel",
-];
+use crate::support::fake::Fake;
+use crate::support::world::*;
+use crate::{calls_of_the_driver, inside};
+use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyError, CopyMode, CudaBackend, GpuError};
 
 /// Does a failure of this call leave something behind, because giving back fails, or a call that giving back needs?
 fn gives_back(call: &str) -> bool {
@@ -64,54 +23,38 @@ struct Ground {
 impl Ground {
     /// Makes a store and a load, and checks that each has copied the right bytes or failed. Returns the errors.
     fn copies(&mut self, backend: &CudaBackend) -> Vec<CopyError> {
-        let mut errors = Vec::new();
-        for direction in [Direction::Store, Direction::Load] {
-            let Ground { cache, arena, torch, rng } = self;
-            let (mut image, mut shared) = (cache.all.renew(rng), arena.all.renew(rng));
-            let bytes = cache.shard_bytes();
+        let Ground { cache, arena, torch, rng } = self;
+        let outcomes = DIRECTIONS.map(|direction| {
             // The second shard lies across two registrations.
-            let places = [0, PART - bytes / 2];
-            let blocks = cache.blocks(rng, direction, 2);
-            for (at, blocks) in places.iter().zip(&blocks) {
-                match direction {
-                    Direction::Store => {
-                        shared[*at..][..bytes].copy_from_slice(&cache.gather(&image, blocks));
-                    }
-                    Direction::Load => cache.scatter(&mut image, &shared[*at..][..bytes], blocks),
-                }
-            }
-            let shards: Vec<_> = places.iter().map(|at| arena.at(*at)).zip(blocks).collect();
+            let places = vec![0, PART - cache.shard_bytes() / 2];
+            let round = Round::new(rng, cache, arena.all, direction, true, places);
             let outcome = backend
                 .fence(ComputeStream(*torch))
-                .and_then(|fence| backend.submit(batch(direction, cache, true, fence, &shards))?.wait());
+                .and_then(|fence| backend.submit(round.batch(fence))?.wait());
             match outcome {
                 Ok(done) => {
-                    assert!(arena.all.read() == shared && cache.all.read() == image, "{direction:?}");
-                    assert_eq!(done.checksums, cache.sums(direction, &shards), "{direction:?}");
+                    round.check("a call has failed", Some(done));
+                    None
                 }
                 Err(error) => {
-                    let then = (arena.all.read(), cache.all.read());
+                    let then = (arena.all.read(), cache.read());
                     std::thread::sleep(std::time::Duration::from_millis(2));
-                    assert!((arena.all.read(), cache.all.read()) == then, "{direction:?} went on: {error}");
-                    errors.push(error);
+                    assert!((arena.all.read(), cache.read()) == then, "{direction:?} went on: {error}");
+                    Some(error)
                 }
             }
-        }
-        errors
+        });
+        outcomes.into_iter().flatten().collect()
     }
 
     /// Everything that a process does with a backend.
     fn life(&mut self, fake: &Fake, mode: CopyMode, call: &str) {
-        let backend = match CudaBackend::new(options(mode)) {
-            Ok(backend) => backend,
-            Err(error) => {
-                assert!(fake.calls(call) > 0, "{error}");
-                fake.reset();
-                backend(mode)
-            }
-        };
-        let kept = Arc::new(());
-        let mapped = backend.map_arena(self.arena.mapping(kept.clone()));
+        let backend = CudaBackend::new(options(mode)).unwrap_or_else(|error| {
+            assert!(fake.calls(call) > 0, "{error}");
+            fake.reset();
+            backend(mode)
+        });
+        let mapped = backend.map_arena(self.arena.mapping());
         let first = self.copies(&backend);
         fake.reset();
         let mut then = self.copies(&backend);
@@ -122,51 +65,43 @@ impl Ground {
             _ => true,
         });
         assert!(then.is_empty(), "{mode} {call}: {then:?} after {first:?}");
-        drop(mapped);
-        drop(backend);
-        assert_eq!(Arc::strong_count(&kept), 1);
+        drop((mapped, backend));
+        assert!(self.arena.is_let_go());
     }
 }
 
-fn sweep(name: &str, mode: CopyMode, codes: &[i32]) {
-    inside(name, &[("FAKE_CUDA_DELAY_US", "30")], |fake| {
-        let _context = calls::context();
-        let cache = Cache::plain(2, 4096, 12, 3);
-        let arena = Arena::new(2 * PART);
-        let mut ground = Ground { cache, arena, torch: calls::stream() as u64, rng: Rng(1) };
-        ground.life(fake, mode, "");
-        let mut failed = 0;
-        for call in CALLS {
-            for code in codes {
-                for use_ in 1..=3 {
-                    let before = fake.counts();
-                    fake.fail_once(call, *code, use_);
-                    let uses = fake.calls(call);
-                    ground.life(fake, mode, call);
-                    failed += i32::from(fake.calls(call) > uses);
-                    fake.reset();
-                    if !gives_back(call) {
-                        let left: Counts = fake.counts();
-                        assert_eq!(left, before, "{mode}: {call} gave {code} at its use {use_}");
-                    }
-                }
+fn sweep(fake: &Fake, mode: CopyMode) {
+    let (cache, arena) = (Cache::plain(2, 4096, 12, 3), Arena::new(2 * PART));
+    let mut ground = Ground { cache, arena, torch: calls::stream() as u64, rng: Rng(1) };
+    ground.life(fake, mode, "");
+    let mut failed = 0;
+    for call in calls_of_the_driver() {
+        for (code, use_) in [1, 2, 999].into_iter().flat_map(|code| (1..=3).map(move |use_| (code, use_))) {
+            let before = fake.counts();
+            fake.fail_once(call, code, use_);
+            let uses = fake.calls(call);
+            ground.life(fake, mode, call);
+            failed += i32::from(fake.calls(call) > uses);
+            fake.reset();
+            if !gives_back(call) {
+                assert_eq!(fake.counts(), before, "{mode}: {call} gave {code} at its use {use_}");
             }
         }
-        assert!(failed > 250, "{failed}");
-    });
+    }
+    assert!(failed > 250, "{failed}");
 }
 
 #[test]
 fn staged() {
-    sweep("sweep::staged", CopyMode::Staged, &[1, 2, 999]);
+    inside(&[("FAKE_CUDA_DELAY_US", "30")], |fake| sweep(fake, CopyMode::Staged));
 }
 
 #[test]
 fn by_batch() {
-    sweep("sweep::by_batch", CopyMode::Batch, &[1, 2, 999]);
+    inside(&[("FAKE_CUDA_DELAY_US", "30")], |fake| sweep(fake, CopyMode::Batch));
 }
 
 #[test]
 fn zero_copy() {
-    sweep("sweep::zero_copy", CopyMode::ZeroCopy, &[1, 2, 999]);
+    inside(&[("FAKE_CUDA_DELAY_US", "30")], |fake| sweep(fake, CopyMode::ZeroCopy));
 }

@@ -1,113 +1,85 @@
 //! Both directions at once, from several threads.
 
+use crate::inside;
 use crate::support::calls;
-use crate::world::*;
-use kvring_gpu_kernels::{ComputeStream, CopyBackend, CopyMode, Direction, Fence, Transfer};
+use crate::support::pages::Shape;
+use crate::support::world::*;
+use kvring_gpu_kernels::{ComputeStream, CopyBackend, Fence, Transfer};
 use std::collections::VecDeque;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 
-/// A batch in flight, and the bytes that must be there when it has ended.
-struct Flying<'a> {
+const SLOT: usize = 128 << 10;
+const SLOTS: usize = 40;
+
+/// A batch in flight, with a cache of its own and a slot of the arena.
+struct Flying {
     transfer: Box<dyn Transfer>,
-    direction: Direction,
-    slot: Bytes,
-    cache: &'a Cache,
-    expected: Vec<u8>,
-    sums: Option<Vec<u64>>,
+    round: Round<'static>,
 }
 
-impl Flying<'_> {
-    fn end(self, how: u64) {
-        let sums = match how % 3 {
+impl Flying {
+    fn end(mut self, how: u64) {
+        let done = match how % 3 {
             0 => {
                 drop(self.transfer);
                 None
             }
             1 => {
-                let mut transfer = self.transfer;
-                while !transfer.poll() {
+                while !self.transfer.poll() {
                     std::thread::yield_now();
                 }
-                Some(transfer.wait().unwrap().checksums)
+                Some(self.transfer.wait().unwrap())
             }
-            _ => Some(self.transfer.wait().unwrap().checksums),
+            _ => Some(self.transfer.wait().unwrap()),
         };
-        let there = match self.direction {
-            Direction::Store => self.slot.read(),
-            Direction::Load => self.cache.all.read(),
+        self.round.check("from several threads", done);
+    }
+}
+
+/// Copies from this thread. Another one ends some of the transfers.
+fn copies(backend: &impl CopyBackend, arena: Bytes, thread: usize, send: &mpsc::Sender<Flying>) {
+    let _context = calls::context();
+    let mut rng = Rng(100 + thread as u64);
+    let stream = ComputeStream(calls::stream() as u64);
+    let mut flying = VecDeque::new();
+    for step in 0..SLOTS {
+        // A cache must live as long as its transfers, so the test leaks it.
+        let cache: &'static Cache = Box::leak(Box::new(Cache::random(&mut rng, Shape::SMALL)));
+        let bytes = cache.shard_bytes();
+        if bytes > SLOT {
+            continue;
+        }
+        let slot = arena.part((thread * SLOTS + step) * SLOT, bytes);
+        let round = Round::new(&mut rng, cache, slot, DIRECTIONS[step % 2], true, vec![0]);
+        let fence = match rng.one_in(2) {
+            true => backend.fence(stream).unwrap(),
+            false => Fence::none(),
         };
-        assert!(there == self.expected, "{:?}", self.direction);
-        if let (Some(sums), Some(expected)) = (sums, self.sums) {
-            assert_eq!(sums, expected);
+        let one = Flying { transfer: backend.submit(round.batch(fence)).unwrap(), round };
+        if rng.one_in(3) {
+            send.send(one).unwrap();
+        } else {
+            flying.push_back(one);
+        }
+        if flying.len() > 6 {
+            flying.pop_front().unwrap().end(rng.next());
         }
     }
+    flying.into_iter().for_each(|flying| flying.end(rng.next()));
 }
 
 #[test]
 fn many_batches_from_many_threads() {
-    inside("threads::many_batches_from_many_threads", &[], |fake| {
-        let context = calls::context();
-        for mode in [CopyMode::Batch, CopyMode::Staged, CopyMode::ZeroCopy] {
-            let backend = &backend(mode);
-            let arena = &Arena::new(16 << 20);
-            let mapped = backend.map_arena(arena.mapping(Arc::new(())));
+    inside(&[], |fake| {
+        for mode in FORCED {
+            let (backend, arena) = (&backend(mode), Arena::new(3 * SLOTS * SLOT));
+            let mapped = backend.map_arena(arena.mapping());
             std::thread::scope(|scope| {
-                // Another thread waits for some of the transfers.
-                let (send, receive) = mpsc::channel::<Flying<'_>>();
+                let (send, receive) = mpsc::channel::<Flying>();
                 scope.spawn(move || receive.into_iter().for_each(|flying| flying.end(2)));
                 for thread in 0..3 {
-                    let (send, context) = (send.clone(), context.clone());
-                    scope.spawn(move || {
-                        context.bind_to_thread().unwrap();
-                        let mut rng = Rng(100 + thread);
-                        let stream = calls::stream() as u64;
-                        let mut flying = VecDeque::new();
-                        for step in 0..40 {
-                            // A cache must live as long as its transfers, so the test leaks it.
-                            let cache: &'static Cache =
-                                Box::leak(Box::new(Cache::random(&mut rng, Shape::SMALL)));
-                            let slots = 40;
-                            let at = (thread as usize * slots + step) * (128 << 10);
-                            let bytes = cache.shard_bytes();
-                            if bytes > 128 << 10 {
-                                continue;
-                            }
-                            let direction = [Direction::Store, Direction::Load][rng.within(0, 1)];
-                            let slot = Bytes { at: arena.at(at), len: bytes };
-                            let shard = slot.renew(&mut rng);
-                            let mut image = cache.all.renew(&mut rng);
-                            let blocks = cache.blocks(&mut rng, direction, 1);
-                            let expected = match direction {
-                                Direction::Store => cache.gather(&image, &blocks[0]),
-                                Direction::Load => {
-                                    cache.scatter(&mut image, &shard, &blocks[0]);
-                                    image
-                                }
-                            };
-                            let shards = vec![(slot.at, blocks[0].clone())];
-                            let fence = match rng.one_in(2) {
-                                true => backend.fence(ComputeStream(stream)).unwrap(),
-                                false => Fence::none(),
-                            };
-                            // The checksums of a store's pages, computed before anybody copies.
-                            let sums = (direction == Direction::Store).then(|| {
-                                let copy = Arena::new(bytes);
-                                cache.sums(direction, &[(copy.at(0), blocks[0].clone())])
-                            });
-                            let transfer =
-                                backend.submit(batch(direction, cache, true, fence, &shards)).unwrap();
-                            let one = Flying { transfer, direction, slot, cache, expected, sums };
-                            if rng.one_in(3) {
-                                send.send(one).unwrap();
-                            } else {
-                                flying.push_back(one);
-                            }
-                            if flying.len() > 6 {
-                                flying.pop_front().unwrap().end(rng.next());
-                            }
-                        }
-                        flying.into_iter().for_each(|flying| flying.end(rng.next()));
-                    });
+                    let send = send.clone();
+                    scope.spawn(move || copies(backend, arena.all, thread, &send));
                 }
                 drop(send);
             });

@@ -1,20 +1,16 @@
-// The settings and functions by which tests control the fake, and what every call does first.
+// The settings and functions by which tests control the fake, and the first steps of every call.
 //
 // Environment, read at the first call:
-//   FAKE_CUDA_DEVICES=1        0: cuInit gives NO_DEVICE
+//   FAKE_CUDA_DEVICES=1        number of devices; with 0 cuInit gives NO_DEVICE
 //   FAKE_CUDA_VERSION=12080    of the driver; cuMemcpyBatchAsync exists from 12080 on
 //   FAKE_CUDA_STUB=1           cuInit gives STUB_LIBRARY
 //   FAKE_CUDA_HOST_POINTER=0   CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM; a kernel that uses the host's address then fails
 //   FAKE_CUDA_MEMORY=bytes     of each device (1 GiB)
-//   FAKE_CUDA_LOCKED=bytes[:e] pinned memory at most, and the error beyond it (OUT_OF_MEMORY)
-//   FAKE_CUDA_DELAY_US=200     each operation starts up to that much later
-//   FAKE_CUDA_SEED=1           of the delays
+//   FAKE_CUDA_LOCKED=bytes[:e] most pinned memory, and the error beyond it (OUT_OF_MEMORY)
+//   FAKE_CUDA_DELAY_US=200     each operation starts later by a random time up to this
 //   FAKE_CUDA_PTX_MAX=8.7      newest PTX that loads
-//   FAKE_CUDA_CAPTURE=join     waiting for a captured event captures the stream, as the driver does; otherwise it is an
-//                              error (ISOLATION), which shows a missing check at once
-//   FAKE_CUDA_IGNORE=a,b       these calls do nothing and succeed (those without results only)
-//   FAKE_CUDA_FAIL=call=e@n,…  the call gives the error e from its n-th use on
-//   FAKE_CUDA_REPORT=1         says at exit what was left
+//   FAKE_CUDA_IGNORE=a,b       these calls do nothing and succeed (only for calls without results)
+//   FAKE_CUDA_REPORT=1         at exit the fake writes to standard error which objects were left
 // Names of calls may have their suffix _v2 or not.
 #include "fake.h"
 
@@ -43,7 +39,7 @@ std::string plain(const char *call) {
 }
 
 struct Counts {
-    uint64_t contexts, streams, events, allocations, pinned, registrations, modules, graphs;
+    uint64_t contexts, streams, events, allocations, pinned, registrations, modules;
 };
 
 Counts count(State &fake) {
@@ -54,7 +50,6 @@ Counts count(State &fake) {
     c.allocations = fake.allocations.size();
     for (auto &entry : fake.pinned) ++(entry.second.ours ? c.pinned : c.registrations);
     c.modules = fake.modules.size();
-    c.graphs = fake.graphs.size();
     return c;
 }
 
@@ -72,7 +67,6 @@ void report() {
     say("pinned allocations", c.pinned);
     say("registrations", c.registrations);
     say("modules", c.modules);
-    say("graphs", c.graphs);
 }
 
 }  // namespace
@@ -84,7 +78,6 @@ State::State() {
     number("FAKE_CUDA_HOST_POINTER", [&](auto n) { config.host_pointers = n != 0; });
     number("FAKE_CUDA_MEMORY", [&](auto n) { config.memory = n; });
     number("FAKE_CUDA_DELAY_US", [&](auto n) { config.delay_us = unsigned(n); });
-    number("FAKE_CUDA_SEED", [&](auto n) { config.seed = unsigned(n); });
     number("FAKE_CUDA_REPORT", [&](auto n) { config.report = n != 0; });
     number("FAKE_CUDA_LOCKED", [&](auto n) { config.locked = n; });
     if (const char *value = setting("FAKE_CUDA_LOCKED")) {
@@ -93,20 +86,9 @@ State::State() {
     if (const char *value = setting("FAKE_CUDA_PTX_MAX")) {
         std::sscanf(value, "%d.%d", &config.ptx_major, &config.ptx_minor);
     }
-    if (const char *value = setting("FAKE_CUDA_CAPTURE")) config.join = !std::strcmp(value, "join");
-    std::string entry;
     if (const char *value = setting("FAKE_CUDA_IGNORE")) {
+        std::string entry;
         for (std::istringstream all(value); std::getline(all, entry, ',');) ignored.insert(plain(entry.c_str()));
-    }
-    if (const char *value = setting("FAKE_CUDA_FAIL")) {
-        for (std::istringstream all(value); std::getline(all, entry, ',');) {
-            size_t equals = entry.find('='), at = entry.find('@');
-            if (equals == std::string::npos) continue;
-            Failure failure;
-            failure.error = CUresult(std::atoi(entry.c_str() + equals + 1));
-            failure.from = at == std::string::npos ? 1 : std::strtoull(entry.c_str() + at + 1, nullptr, 10);
-            failures[plain(entry.substr(0, equals).c_str())] = failure;
-        }
     }
     contexts.resize(size_t(config.devices));
     for (int device = 0; device < config.devices; ++device) contexts[size_t(device)].device = device;
@@ -120,7 +102,7 @@ State &state() {
 
 Call::Call(const char *name, int need) : fake(state()), lock(fake.mutex) { over = begin(name, need); }
 
-// Is the call over before it has done anything? Then it returns `result`.
+// Is the call over before it has done anything? Then it is to return `result`.
 bool Call::begin(const char *name, int need) {
     auto finish = [this](CUresult with) {
         result = with;
@@ -165,26 +147,19 @@ EXPORT void fake_cuda_ignore(const char *call) {
     state().ignored.insert(plain(call));
 }
 
-// From its `after`-th use from now on (1: the next) the call gives this error. With error 0 it works again.
-EXPORT void fake_cuda_fail(const char *call, int error, int after) {
+static void fail(const char *call, int error, int after, bool once) {
     State &fake = state();
     std::lock_guard<std::mutex> lock(fake.mutex);
     std::string name = plain(call);
-    if (!error) {
-        fake.failures.erase(name);
-        return;
-    }
-    fake.failures[name] = Failure{CUresult(error), fake.calls[name] + uint64_t(after)};
+    uint64_t from = fake.calls[name] + uint64_t(after);
+    fake.failures[name] = Failure{CUresult(error), from, once ? from : UINT64_MAX};
 }
 
+// From its `after`-th use from now on (1: the next) the call gives this error.
+EXPORT void fake_cuda_fail(const char *call, int error, int after) { fail(call, error, after, false); }
+
 // The call gives this error once, at its `after`-th use from now on (1: the next).
-EXPORT void fake_cuda_fail_once(const char *call, int error, int after) {
-    State &fake = state();
-    std::lock_guard<std::mutex> lock(fake.mutex);
-    std::string name = plain(call);
-    uint64_t at = fake.calls[name] + uint64_t(after);
-    fake.failures[name] = Failure{CUresult(error), at, at};
-}
+EXPORT void fake_cuda_fail_once(const char *call, int error, int after) { fail(call, error, after, true); }
 
 // From now on no call is ignored or made to fail.
 EXPORT void fake_cuda_reset() {
@@ -193,24 +168,22 @@ EXPORT void fake_cuda_reset() {
     state().failures.clear();
 }
 
-// How often the call was made, ignored and failed ones included.
+// How often the call was made. Calls that were ignored or failed count as well.
 EXPORT uint64_t fake_cuda_calls(const char *call) {
     std::lock_guard<std::mutex> lock(state().mutex);
     auto entry = state().calls.find(plain(call));
     return entry == state().calls.end() ? 0 : entry->second;
 }
 
-// How many there are: contexts (retains), streams, events, allocations, pinned allocations, registrations, modules, graphs.
-EXPORT void fake_cuda_counts(uint64_t *eight) {
+// How many objects there are.
+EXPORT void fake_cuda_counts(Counts *counts) {
     std::lock_guard<std::mutex> lock(state().mutex);
-    Counts counts = count(state());
-    std::memcpy(eight, &counts, sizeof counts);
+    *counts = count(state());
 }
 
-// The device is gone: queued work never runs, and every call gives this error (0: DEVICE_UNAVAILABLE).
+// The device is gone: queued work never runs, and every call gives this error.
 EXPORT void fake_cuda_lose(int error) {
-    State &fake = state();
-    std::lock_guard<std::mutex> lock(fake.mutex);
-    fake.lost = error ? CUresult(error) : CUDA_ERROR_DEVICE_UNAVAILABLE;
-    fake.changed.notify_all();
+    std::lock_guard<std::mutex> lock(state().mutex);
+    state().lost = CUresult(error);
+    state().changed.notify_all();
 }

@@ -13,7 +13,7 @@ struct Piece {
     size_t bytes = 0;
     Kind to_kind = Kind::PAGEABLE;
     Kind from_kind = Kind::PAGEABLE;
-    // The content that pageable memory had at the call.
+    // The bytes of pageable memory at the time of the call.
     std::shared_ptr<std::vector<char>> staged;
 };
 
@@ -53,18 +53,19 @@ bool still(const Piece &piece) {
 
 void move(const Piece &piece) {
     const char *from = piece.staged ? piece.staged->data() : at(piece.from);
-    // In two steps, so that a thread that looks too early may find a half.
+    // The copy has two steps, so that a thread that looks too early may find only half of it.
     size_t half = piece.bytes / 2;
     std::memmove(at(piece.to), from, half);
     if (state().config.delay_us && half >= 4096) sleep_us(1);
     std::memmove(at(piece.to) + half, from + half, piece.bytes - half);
 }
 
-CUresult put(Call &call, CUstream handle, std::vector<Piece> pieces, bool wait) {
+CUresult put(Call &call, CUstream handle, std::vector<Piece> pieces) {
     std::shared_ptr<Stream> stream;
     if (CUresult result = find_stream(call, handle, stream)) return result;
     // A call that copies into pageable memory returns when the copy has ended.
-    for (auto &piece : pieces) wait |= piece.to_kind == Kind::PAGEABLE;
+    auto waits = [](const Piece &piece) { return piece.to_kind == Kind::PAGEABLE; };
+    bool wait = std::any_of(pieces.begin(), pieces.end(), waits);
     Op op;
     auto shared = std::make_shared<std::vector<Piece>>(std::move(pieces));
     op.valid = [shared] { return std::all_of(shared->begin(), shared->end(), still); };
@@ -75,83 +76,60 @@ CUresult put(Call &call, CUstream handle, std::vector<Piece> pieces, bool wait) 
     return submit(call, stream, std::move(op), wait);
 }
 
-CUresult copy(Call &call, CUdeviceptr to, Side to_side, CUdeviceptr from, Side from_side, size_t bytes, CUstream stream,
-              bool wait) {
+CUresult copy(Call &call, CUdeviceptr to, Side to_side, CUdeviceptr from, Side from_side, size_t bytes, CUstream stream) {
     if (!bytes) return CUDA_SUCCESS;
     Piece piece;
     piece.to = to;
     piece.from = from;
     piece.bytes = bytes;
     if (!prepare(piece, to_side, from_side)) return CUDA_ERROR_INVALID_VALUE;
-    return put(call, stream, {piece}, wait);
+    return put(call, stream, {piece});
 }
 
-CUresult set(Call &call, CUdeviceptr to, unsigned char value, size_t bytes, CUstream handle, bool wait) {
-    if (!bytes) return CUDA_SUCCESS;
-    Kind kind = classify(to, bytes);
+// Puts work on a stream that reads or writes device memory, as a kernel of torch does.
+CUresult compute(Call &call, CUstream handle, CUdeviceptr address, size_t bytes, unsigned delay_us,
+                 std::function<void()> work) {
+    Kind kind = classify(address, bytes);
     if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
     std::shared_ptr<Stream> stream;
     if (CUresult result = find_stream(call, handle, stream)) return result;
     Op op;
-    op.valid = [=] { return classify(to, bytes) == kind; };
+    op.delay_us = delay_us;
+    op.valid = [=] { return classify(address, bytes) == kind; };
     op.run = [=] {
-        std::memset(at(to), value, bytes);
+        work();
         return CUDA_SUCCESS;
     };
-    return submit(call, stream, std::move(op), wait);
+    return submit(call, stream, std::move(op), false);
 }
 
 CUdeviceptr number(const void *pointer) { return reinterpret_cast<CUdeviceptr>(pointer); }
 
-struct Location {
-    int type;
-    int id;
-};
-struct BatchAttributes {
-    int order;
-    Location from, to;
-    unsigned flags;
-};
-
 }  // namespace
 
-// The batch copy of CUDA 12.8, which also gives the index of the copy that failed.
+// The batch copy of CUDA 12.8. It takes the attributes that kvring gives: one for all copies, which begins with the order in which
+// sources are read, here that of the stream. It does not give the index of the copy that failed.
 CUresult batch_copy(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count, void *attributes,
-                    size_t *attribute_indices, size_t attribute_count, size_t *failed, CUstream stream) {
+                    size_t *attribute_indices, size_t attribute_count, size_t *, CUstream stream) {
     ENTER(cuMemcpyBatchAsync, CONTEXT);
-    if (failed) *failed = SIZE_MAX;
-    auto *kinds = static_cast<BatchAttributes *>(attributes);
-    if (!dsts || !srcs || !sizes || !count || !kinds || !attribute_indices) return CUDA_ERROR_INVALID_VALUE;
-    if (!attribute_count || attribute_count > count || attribute_indices[0]) return CUDA_ERROR_INVALID_VALUE;
+    const int stream_order = 1;
+    if (!dsts || !srcs || !sizes || !count || !attributes || !attribute_indices) return CUDA_ERROR_INVALID_VALUE;
+    if (attribute_count != 1 || attribute_indices[0]) return CUDA_ERROR_INVALID_VALUE;
+    if (*static_cast<int *>(attributes) != stream_order) return CUDA_ERROR_NOT_SUPPORTED;
     // The driver does not allow it on the default streams.
     if (reinterpret_cast<uintptr_t>(stream) <= 2) return CUDA_ERROR_INVALID_VALUE;
-    for (size_t k = 0; k < attribute_count; ++k) {
-        bool rising = !k || attribute_indices[k] > attribute_indices[k - 1];
-        if (!rising || attribute_indices[k] >= count || kinds[k].order < 1 || kinds[k].order > 3) {
-            return CUDA_ERROR_INVALID_VALUE;
-        }
-    }
-    const int during_call = 2;
     std::vector<Piece> pieces(count);
-    for (size_t i = 0, k = 0; i < count; ++i) {
-        if (k + 1 < attribute_count && attribute_indices[k + 1] <= i) ++k;
+    for (size_t i = 0; i < count; ++i) {
         Piece &piece = pieces[i];
         piece.to = dsts[i];
         piece.from = srcs[i];
         piece.bytes = sizes[i];
-        if (!sizes[i] || !prepare(piece, Side::ANY, Side::ANY)) {
-            if (failed) *failed = i;
-            return CUDA_ERROR_INVALID_VALUE;
-        }
-        bool of_host = piece.from_kind == Kind::PINNED || piece.from_kind == Kind::PAGEABLE;
-        if (kinds[k].order == during_call && of_host && !piece.staged) {
-            piece.staged = std::make_shared<std::vector<char>>(at(piece.from), at(piece.from) + piece.bytes);
-        }
+        if (!sizes[i] || !prepare(piece, Side::ANY, Side::ANY)) return CUDA_ERROR_INVALID_VALUE;
     }
     // Within a batch there is no order.
-    std::mt19937 random(fake.config.seed + unsigned(fake.calls["cuMemcpyBatchAsync"]));
+    std::mt19937 random(unsigned(fake.calls["cuMemcpyBatchAsync"]));
     std::shuffle(pieces.begin(), pieces.end(), random);
-    return put(call, stream, std::move(pieces), false);
+    return put(call, stream, std::move(pieces));
 }
 
 }  // namespace fake
@@ -160,50 +138,16 @@ using namespace fake;
 
 EXPORT CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void *from, size_t bytes, CUstream stream) {
     ENTER(cuMemcpyHtoDAsync, CONTEXT);
-    return copy(call, to, Side::DEVICE, number(from), Side::HOST, bytes, stream, false);
+    return copy(call, to, Side::DEVICE, number(from), Side::HOST, bytes, stream);
 }
 
 EXPORT CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
     ENTER(cuMemcpyDtoHAsync, CONTEXT);
-    return copy(call, number(to), Side::HOST, from, Side::DEVICE, bytes, stream, false);
+    return copy(call, number(to), Side::HOST, from, Side::DEVICE, bytes, stream);
 }
 
-EXPORT CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
-    ENTER(cuMemcpyDtoDAsync, CONTEXT);
-    return copy(call, to, Side::DEVICE, from, Side::DEVICE, bytes, stream, false);
-}
-
-EXPORT CUresult cuMemcpyAsync(CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream) {
-    ENTER(cuMemcpyAsync, CONTEXT);
-    return copy(call, to, Side::ANY, from, Side::ANY, bytes, stream, false);
-}
-
-EXPORT CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) {
-    ENTER(cuMemcpyHtoD, CONTEXT | UNSAFE);
-    return copy(call, to, Side::DEVICE, number(from), Side::HOST, bytes, nullptr, true);
-}
-
-EXPORT CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) {
-    ENTER(cuMemcpyDtoH, CONTEXT | UNSAFE);
-    return copy(call, number(to), Side::HOST, from, Side::DEVICE, bytes, nullptr, true);
-}
-
-EXPORT CUresult cuMemcpyDtoD_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes) {
-    ENTER(cuMemcpyDtoD, CONTEXT | UNSAFE);
-    return copy(call, to, Side::DEVICE, from, Side::DEVICE, bytes, nullptr, true);
-}
-
-EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
-    ENTER(cuMemsetD8Async, CONTEXT);
-    return set(call, to, value, bytes, stream, false);
-}
-
-EXPORT CUresult cuMemsetD8_v2(CUdeviceptr to, unsigned char value, size_t bytes) {
-    ENTER(cuMemsetD8, CONTEXT | UNSAFE);
-    return set(call, to, value, bytes, nullptr, true);
-}
-
-// Byte `i` of what `fake_cuda_fill` writes: it depends on the seed and the place, so that blocks of any size can be told apart.
+// Byte `i` of the pattern that `fake_cuda_fill` writes: it depends on the seed and the place, so that blocks of any size can be
+// told apart.
 static unsigned char pattern(unsigned seed, size_t i) {
     uint32_t x = seed * 0x9e3779b9u ^ uint32_t(i);
     x ^= x >> 16;
@@ -213,36 +157,16 @@ static unsigned char pattern(unsigned seed, size_t i) {
 }
 
 // Acts as a kernel of torch: `delay_us` after its turn comes, the stream writes the pattern of this seed.
-EXPORT CUresult fake_cuda_fill(CUstream handle, CUdeviceptr to, size_t bytes, unsigned seed, unsigned delay_us) {
+EXPORT CUresult fake_cuda_fill(CUstream stream, CUdeviceptr to, size_t bytes, unsigned seed, unsigned delay_us) {
     ENTER(fake_cuda_fill, CONTEXT);
-    Kind kind = classify(to, bytes);
-    if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    Op op;
-    op.delay_us = delay_us;
-    op.valid = [=] { return classify(to, bytes) == kind; };
-    op.run = [=] {
+    return compute(call, stream, to, bytes, delay_us, [=] {
         for (size_t i = 0; i < bytes; ++i) at(to)[i] = char(pattern(seed, i));
-        return CUDA_SUCCESS;
-    };
-    return submit(call, stream, std::move(op), false);
+    });
 }
 
-// Acts as a kernel of torch that reads: after the delay the stream copies what it finds there into memory of the test, which
+// Acts as a kernel of torch that reads: after the delay the stream copies the bytes that it finds into memory of the test, which
 // must stay until then.
-EXPORT CUresult fake_cuda_read(CUstream handle, CUdeviceptr from, size_t bytes, void *into, unsigned delay_us) {
+EXPORT CUresult fake_cuda_read(CUstream stream, CUdeviceptr from, size_t bytes, void *into, unsigned delay_us) {
     ENTER(fake_cuda_read, CONTEXT);
-    Kind kind = classify(from, bytes);
-    if (!fits(kind, Side::DEVICE)) return CUDA_ERROR_INVALID_VALUE;
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    Op op;
-    op.delay_us = delay_us;
-    op.valid = [=] { return classify(from, bytes) == kind; };
-    op.run = [=] {
-        std::memcpy(into, at(from), bytes);
-        return CUDA_SUCCESS;
-    };
-    return submit(call, stream, std::move(op), false);
+    return compute(call, stream, from, bytes, delay_us, [=] { std::memcpy(into, at(from), bytes); });
 }

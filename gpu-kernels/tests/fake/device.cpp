@@ -3,7 +3,6 @@
 
 #include <cstdio>
 #include <cstring>
-#include <dlfcn.h>
 
 using namespace fake;
 
@@ -20,41 +19,6 @@ Context *known(State &fake, CUcontext handle) {
     }
     return nullptr;
 }
-
-struct Attribute {
-    int number;
-    int value;
-};
-// The attributes of an H100, as far as kvring or cudarc ask for them.
-const Attribute ATTRIBUTES[] = {
-    {1, 1024},     // threads per block
-    {2, 1024},     // block x
-    {5, 2147483647},  // grid x
-    {8, 48 * 1024},   // shared memory per block
-    {10, 32},      // warp
-    {14, 512},     // texture alignment
-    {16, 132},     // multiprocessors
-    {18, 0},       // integrated
-    {19, 1},       // can map host memory
-    {20, 0},       // compute mode
-    {31, 1},       // concurrent kernels
-    {33, 1},       // PCI bus
-    {34, 0},       // PCI device
-    {39, 2048},    // threads per multiprocessor
-    {40, 3},       // copy engines
-    {41, 1},       // unified addressing
-    {50, 0},       // PCI domain
-    {75, 9},       // compute capability
-    {76, 0},
-    {78, 1},       // stream priorities
-    {81, 228 * 1024},  // shared memory per multiprocessor
-    {88, 0},       // pageable memory access
-    {92, 0},       // stream memory operations
-    {97, 227 * 1024},  // shared memory per block, opted in
-    {99, 1},       // host registration
-    {113, 1},      // read-only host registration
-    {115, 0},      // memory pools: there are none here
-};
 
 }  // namespace
 
@@ -105,42 +69,27 @@ EXPORT CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device) {
     return CUDA_SUCCESS;
 }
 
+// The attributes that kvring and cudarc ask for, as an H100 has them. All others are 0: there are no memory pools (115), for instance.
 EXPORT CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device) {
     ENTER(cuDeviceGetAttribute, INIT);
     if (!has(fake, device)) return CUDA_ERROR_INVALID_DEVICE;
-    *value = 0;
-    if (attribute == 91) *value = fake.config.host_pointers;
-    if (attribute == 33) {
+    const int multiprocessors = 16, pci_bus = 33, capability_major = 75, host_pointers = 91;
+    switch (attribute) {
+    case multiprocessors:
+        *value = 132;
+        break;
+    case pci_bus:
         *value = device + 1;
-        return CUDA_SUCCESS;
+        break;
+    case capability_major:
+        *value = 9;
+        break;
+    case host_pointers:
+        *value = fake.config.host_pointers;
+        break;
+    default:
+        *value = 0;
     }
-    for (auto &known : ATTRIBUTES) {
-        if (known.number == attribute) *value = known.value;
-    }
-    return CUDA_SUCCESS;
-}
-
-static CUresult uuid_of(State &fake, unsigned char *uuid, CUdevice device) {
-    if (!has(fake, device)) return CUDA_ERROR_INVALID_DEVICE;
-    std::memset(uuid, 0xfa, 16);
-    uuid[15] = static_cast<unsigned char>(device);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuDeviceGetUuid(unsigned char *uuid, CUdevice device) {
-    ENTER(cuDeviceGetUuid, INIT);
-    return uuid_of(fake, uuid, device);
-}
-
-EXPORT CUresult cuDeviceGetUuid_v2(unsigned char *uuid, CUdevice device) {
-    ENTER(cuDeviceGetUuid_v2, INIT);
-    return uuid_of(fake, uuid, device);
-}
-
-EXPORT CUresult cuDeviceGetPCIBusId(char *text, int bytes, CUdevice device) {
-    ENTER(cuDeviceGetPCIBusId, INIT);
-    if (!has(fake, device)) return CUDA_ERROR_INVALID_DEVICE;
-    std::snprintf(text, size_t(bytes), "0000:%02X:00.0", device + 1);
     return CUDA_SUCCESS;
 }
 
@@ -161,14 +110,6 @@ EXPORT CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
     // The driver destroys everything in the context with the last reference. Here it stays, and counts as left behind.
     --primary.refs;
     return call.dead();
-}
-
-EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
-    ENTER(cuDevicePrimaryCtxGetState, INIT);
-    if (!has(fake, device)) return CUDA_ERROR_INVALID_DEVICE;
-    *flags = 0;
-    *active = fake.contexts[size_t(device)].refs > 0;
-    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuCtxGetCurrent(CUcontext *context) {
@@ -202,94 +143,38 @@ EXPORT CUresult cuCtxPopCurrent_v2(CUcontext *context) {
     return call.dead();
 }
 
-EXPORT CUresult cuCtxGetDevice(CUdevice *device) {
-    ENTER(cuCtxGetDevice, CONTEXT);
-    *device = call.context->device;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuCtxGetFlags(unsigned *flags) {
-    ENTER(cuCtxGetFlags, CONTEXT);
-    *flags = 0;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuCtxSetFlags(unsigned) {
-    ENTER(cuCtxSetFlags, CONTEXT);
-    return CUDA_SUCCESS;
-}
-
 namespace fake {
 CUresult batch_copy(CUdeviceptr *dsts, CUdeviceptr *srcs, size_t *sizes, size_t count, void *attributes,
                     size_t *attribute_indices, size_t attribute_count, size_t *failed, CUstream stream);
 }
 
-enum Found { FOUND = 0, NO_SYMBOL = 1, TOO_OLD = 2 };
-
-static Found entry_point(State &fake, const std::string &symbol, void **pointer, int version) {
-    *pointer = nullptr;
-    // It is not exported, so a caller gets it only by asking for its version.
-    if (symbol == "cuMemcpyBatchAsync") {
-        if (fake.config.version < 12080) return NO_SYMBOL;
-        if (version < 12080) return TOO_OLD;
-        // From 13000 on it has another signature, which is not here.
-        if (version >= 13000) return NO_SYMBOL;
-        *pointer = reinterpret_cast<void *>(&batch_copy);
-        return FOUND;
-    }
-    Dl_info here;
-    if (symbol.rfind("cu", 0) || !dladdr(reinterpret_cast<void *>(&cuInit), &here)) return NO_SYMBOL;
-    void *library = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD);
-    if (!library) return NO_SYMBOL;
-    for (const char *suffix : {"_v2", ""}) {
-        if ((*pointer = dlsym(library, (symbol + suffix).c_str()))) break;
-    }
-    dlclose(library);
-    return *pointer ? FOUND : NO_SYMBOL;
-}
-
+// The driver gives the batch copy only to a caller that asks for a version that has it. From 13000 on it has another signature,
+// which is not here. All other functions are exported, and nobody asks for them in this way.
 EXPORT CUresult cuGetProcAddress_v2(const char *symbol, void **pointer, int version, uint64_t, int *status) {
     ENTER(cuGetProcAddress, NOTHING);
     if (!symbol || !pointer) return CUDA_ERROR_INVALID_VALUE;
-    Found found = entry_point(fake, symbol, pointer, version);
+    const int found = 0, no_symbol = 1, too_old = 2;
+    int outcome = no_symbol;
+    if (!std::strcmp(symbol, "cuMemcpyBatchAsync") && fake.config.version >= 12080 && version < 13000) {
+        outcome = version < 12080 ? too_old : found;
+    }
+    *pointer = outcome == found ? reinterpret_cast<void *>(&batch_copy) : nullptr;
     // If there is a place for the status, only the status says it: a caller that looks at the result alone gets a null pointer.
-    if (status) *status = found;
-    return status || found == FOUND ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+    if (status) *status = outcome;
+    return status || outcome == found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
-
-EXPORT CUresult cuGetProcAddress(const char *symbol, void **pointer, int version, uint64_t flags) {
-    return cuGetProcAddress_v2(symbol, pointer, version, flags, nullptr);
-}
-
-namespace {
-struct Name {
-    CUresult error;
-    const char *name;
-};
-#define NAME(e) {e, #e}
-const Name NAMES[] = {
-    NAME(CUDA_SUCCESS), NAME(CUDA_ERROR_INVALID_VALUE), NAME(CUDA_ERROR_OUT_OF_MEMORY),
-    NAME(CUDA_ERROR_NOT_INITIALIZED), NAME(CUDA_ERROR_STUB_LIBRARY), NAME(CUDA_ERROR_DEVICE_UNAVAILABLE),
-    NAME(CUDA_ERROR_NO_DEVICE), NAME(CUDA_ERROR_INVALID_DEVICE), NAME(CUDA_ERROR_INVALID_IMAGE),
-    NAME(CUDA_ERROR_INVALID_CONTEXT), NAME(CUDA_ERROR_NO_BINARY_FOR_GPU), NAME(CUDA_ERROR_INVALID_PTX),
-    NAME(CUDA_ERROR_UNSUPPORTED_PTX_VERSION), NAME(CUDA_ERROR_INVALID_HANDLE), NAME(CUDA_ERROR_ILLEGAL_STATE),
-    NAME(CUDA_ERROR_NOT_FOUND), NAME(CUDA_ERROR_NOT_READY), NAME(CUDA_ERROR_ILLEGAL_ADDRESS),
-    NAME(CUDA_ERROR_CONTEXT_IS_DESTROYED), NAME(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED),
-    NAME(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED), NAME(CUDA_ERROR_MISALIGNED_ADDRESS), NAME(CUDA_ERROR_LAUNCH_FAILED), NAME(CUDA_ERROR_NOT_PERMITTED),
-    NAME(CUDA_ERROR_NOT_SUPPORTED), NAME(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED),
-    NAME(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED), NAME(CUDA_ERROR_STREAM_CAPTURE_UNMATCHED),
-    NAME(CUDA_ERROR_STREAM_CAPTURE_UNJOINED), NAME(CUDA_ERROR_STREAM_CAPTURE_ISOLATION),
-    NAME(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT), NAME(CUDA_ERROR_CAPTURED_EVENT),
-    NAME(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD), NAME(CUDA_ERROR_UNKNOWN),
-};
-}  // namespace
 
 EXPORT CUresult cuGetErrorName(CUresult error, const char **name) {
-    *name = nullptr;
-    for (auto &known : NAMES) {
-        if (known.error == error) *name = known.name;
+    switch (error) {
+#define NAME(result, number)                                                                                           \
+    case result:                                                                                                       \
+        *name = #result;                                                                                               \
+        return CUDA_SUCCESS;
+        RESULTS(NAME)
+#undef NAME
     }
-    return *name ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+    *name = nullptr;
+    return CUDA_ERROR_INVALID_VALUE;
 }
 
 EXPORT CUresult cuGetErrorString(CUresult error, const char **text) { return cuGetErrorName(error, text); }

@@ -1,7 +1,7 @@
 // A stand-in for the CUDA driver: the part of its interface that kvring uses, on threads and plain memory.
 //
-// It proves orderings, contexts and registrations, not speed. Where the driver is lenient or its documents are
-// unclear, this is strict. control.cpp lists the environment variables and the control functions.
+// It proves orderings, contexts and registrations, not speed. Where the driver is lenient or its documents are unclear, the fake is
+// strict. control.cpp lists the environment variables and the control functions.
 #pragma once
 #include <condition_variable>
 #include <cstddef>
@@ -27,43 +27,26 @@ using CUevent = void *;
 using CUcontext = void *;
 using CUmodule = void *;
 using CUfunction = void *;
-using CUgraph = void *;
+
+// The results that the fake gives: each is defined here, and named by cuGetErrorName.
+#define RESULTS(X) \
+    X(CUDA_SUCCESS, 0) X(CUDA_ERROR_INVALID_VALUE, 1) X(CUDA_ERROR_OUT_OF_MEMORY, 2) \
+    X(CUDA_ERROR_NOT_INITIALIZED, 3) X(CUDA_ERROR_STUB_LIBRARY, 34) X(CUDA_ERROR_DEVICE_UNAVAILABLE, 46) \
+    X(CUDA_ERROR_NO_DEVICE, 100) X(CUDA_ERROR_INVALID_DEVICE, 101) X(CUDA_ERROR_INVALID_IMAGE, 200) \
+    X(CUDA_ERROR_INVALID_CONTEXT, 201) X(CUDA_ERROR_NO_BINARY_FOR_GPU, 209) X(CUDA_ERROR_INVALID_PTX, 218) \
+    X(CUDA_ERROR_UNSUPPORTED_PTX_VERSION, 222) X(CUDA_ERROR_INVALID_HANDLE, 400) X(CUDA_ERROR_ILLEGAL_STATE, 401) \
+    X(CUDA_ERROR_NOT_FOUND, 500) X(CUDA_ERROR_NOT_READY, 600) X(CUDA_ERROR_ILLEGAL_ADDRESS, 700) \
+    X(CUDA_ERROR_CONTEXT_IS_DESTROYED, 709) X(CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED, 712) \
+    X(CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED, 713) X(CUDA_ERROR_MISALIGNED_ADDRESS, 716) \
+    X(CUDA_ERROR_LAUNCH_FAILED, 719) X(CUDA_ERROR_NOT_PERMITTED, 800) X(CUDA_ERROR_NOT_SUPPORTED, 801) \
+    X(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, 900) X(CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, 901) \
+    X(CUDA_ERROR_STREAM_CAPTURE_ISOLATION, 905) X(CUDA_ERROR_STREAM_CAPTURE_IMPLICIT, 906) \
+    X(CUDA_ERROR_CAPTURED_EVENT, 907) X(CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD, 908) X(CUDA_ERROR_UNKNOWN, 999)
 
 enum CUresult : int {
-    CUDA_SUCCESS = 0,
-    CUDA_ERROR_INVALID_VALUE = 1,
-    CUDA_ERROR_OUT_OF_MEMORY = 2,
-    CUDA_ERROR_NOT_INITIALIZED = 3,
-    CUDA_ERROR_STUB_LIBRARY = 34,
-    CUDA_ERROR_DEVICE_UNAVAILABLE = 46,
-    CUDA_ERROR_NO_DEVICE = 100,
-    CUDA_ERROR_INVALID_DEVICE = 101,
-    CUDA_ERROR_INVALID_IMAGE = 200,
-    CUDA_ERROR_INVALID_CONTEXT = 201,
-    CUDA_ERROR_NO_BINARY_FOR_GPU = 209,
-    CUDA_ERROR_INVALID_PTX = 218,
-    CUDA_ERROR_UNSUPPORTED_PTX_VERSION = 222,
-    CUDA_ERROR_INVALID_HANDLE = 400,
-    CUDA_ERROR_ILLEGAL_STATE = 401,
-    CUDA_ERROR_NOT_FOUND = 500,
-    CUDA_ERROR_NOT_READY = 600,
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700,
-    CUDA_ERROR_CONTEXT_IS_DESTROYED = 709,
-    CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED = 712,
-    CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED = 713,
-    CUDA_ERROR_MISALIGNED_ADDRESS = 716,
-    CUDA_ERROR_LAUNCH_FAILED = 719,
-    CUDA_ERROR_NOT_PERMITTED = 800,
-    CUDA_ERROR_NOT_SUPPORTED = 801,
-    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900,
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901,
-    CUDA_ERROR_STREAM_CAPTURE_UNMATCHED = 903,
-    CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904,
-    CUDA_ERROR_STREAM_CAPTURE_ISOLATION = 905,
-    CUDA_ERROR_STREAM_CAPTURE_IMPLICIT = 906,
-    CUDA_ERROR_CAPTURED_EVENT = 907,
-    CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD = 908,
-    CUDA_ERROR_UNKNOWN = 999,
+#define DEFINE(name, number) name = number,
+    RESULTS(DEFINE)
+#undef DEFINE
 };
 
 // Kernels, compiled for this machine: see module.cpp.
@@ -73,7 +56,6 @@ extern "C" void kv_shim_allow(const size_t *ranges, size_t count);
 
 namespace fake {
 
-struct Capture;
 struct Stream;
 
 struct Context {
@@ -88,7 +70,7 @@ struct Context {
 struct Op {
     // May it start? Called under the lock. For work that waits for an event.
     std::function<bool()> ready;
-    // Are its addresses still what they were? Called under the lock, right before it runs.
+    // Are its addresses still of the same kind as at the call? Called under the lock, right before it runs.
     std::function<bool()> valid;
     // Does the work. Called without the lock.
     std::function<CUresult()> run;
@@ -100,44 +82,36 @@ struct Op {
     unsigned delay_us = 0;
 };
 
+// A capture of a stream into a graph. The fake keeps no graphs: captured work is dropped.
+struct Capture {
+    uint64_t id = 0;
+    int mode = 0;
+    std::thread::id thread;
+    bool invalid = false;
+};
+
 struct Stream {
-    CUstream handle = nullptr;
     Context *context = nullptr;
     unsigned flags = 0;
-    int priority = 0;
     bool legacy = false;
     bool stop = false;
     std::deque<Op> queue;
     uint64_t submitted = 0;
     uint64_t completed = 0;
     std::mt19937 random;
-    Capture *capture = nullptr;
-    // In a stream that has joined a capture: has the capture waited for the stream's last work?
-    bool merged = false;
+    std::unique_ptr<Capture> capture;
 };
 
 // One `cuEventRecord`. Streams and threads wait for this and not for the event, which may be recorded again.
 struct Record {
     bool done = false;
-    uint64_t nanoseconds = 0;
-    // The number of the capture in which it was recorded (0: none), and the stream.
+    // The number of the capture in which it was recorded (0: none).
     uint64_t capture = 0;
-    Stream *stream = nullptr;
 };
 
 struct Event {
     Context *context = nullptr;
-    unsigned flags = 0;
     std::shared_ptr<Record> latest;
-};
-
-struct Capture {
-    uint64_t id = 0;
-    int mode = 0;
-    std::thread::id thread;
-    bool invalid = false;
-    std::shared_ptr<Stream> origin;
-    std::vector<std::shared_ptr<Stream>> joined;
 };
 
 struct Allocation {
@@ -161,15 +135,11 @@ struct Pinned {
     size_t page_bytes = 0;
 };
 
-struct Function {
-    std::string name;
-    int dynamic_shared = 48 * 1024;
-};
-
 struct Module {
     Context *context = nullptr;
     std::string text;
-    std::map<std::string, std::unique_ptr<Function>> functions;
+    // The names of the kernels that were asked for. The address of a name is the kernel's handle.
+    std::set<std::string> functions;
 };
 
 struct Config {
@@ -181,20 +151,19 @@ struct Config {
     size_t locked = SIZE_MAX;
     CUresult locked_error = CUDA_ERROR_OUT_OF_MEMORY;
     unsigned delay_us = 200;
-    unsigned seed = 1;
     int ptx_major = 8;
     int ptx_minor = 7;
     bool report = false;
-    bool join = false;
 };
 
+// A call gives this error from one use to another, both included.
 struct Failure {
-    CUresult error = CUDA_SUCCESS;
-    uint64_t from = 0;
-    uint64_t to = UINT64_MAX;
+    CUresult error;
+    uint64_t from;
+    uint64_t to;
 };
 
-// Everything, behind one lock. It is never destroyed, because streams outlive main.
+// The whole state of the fake, behind one lock. It is never destroyed, because the threads of streams outlive main.
 struct State {
     std::mutex mutex;
     std::condition_variable changed;
@@ -204,11 +173,9 @@ struct State {
     std::vector<Context> contexts;
     std::map<CUstream, std::shared_ptr<Stream>> streams;
     std::map<CUevent, std::shared_ptr<Event>> events;
-    std::map<CUmodule, std::unique_ptr<Module>> modules;
-    std::set<CUgraph> graphs;
+    std::map<CUmodule, Module> modules;
     std::map<char *, Allocation> allocations;
     std::map<char *, Pinned> pinned;
-    std::map<CUstream, std::unique_ptr<Capture>> captures;
     std::map<std::string, uint64_t> calls;
     std::set<std::string> ignored;
     std::map<std::string, Failure> failures;
@@ -216,23 +183,24 @@ struct State {
     size_t locked = 0;
 
     State();
-    // A new handle. None is used twice, so a stale one is always found out.
+    // A new handle. No handle is used twice, so the fake recognises a stale one.
     void *handle() { return reinterpret_cast<void *>(0x00fa'4e00'0000ULL + ++next * 64); }
 };
 
 State &state();
 
-// What a call needs before it does anything, and what it may do.
+// The conditions that a call requires before it does anything.
 enum Need {
     NOTHING = 0,
     INIT = 1,
     CONTEXT = 3,
-    // Not allowed while somebody captures, unless the thread has changed its mode (capture.cpp).
+    // The call is not allowed while a thread captures, unless the calling thread has changed its mode (capture.cpp).
     UNSAFE = 4,
-    // Gives something back. It does so on a lost device too, and then returns the error.
+    // The call gives something back. It does so on a lost device too, and then returns the error.
     ENDS = 8,
 };
 
+// What every call does first: it counts itself, takes the lock, and finds out whether it is over already.
 struct Call {
     State &fake;
     std::unique_lock<std::mutex> lock;
@@ -259,7 +227,8 @@ struct Call {
 Context *current_context();
 CUresult find_stream(Call &call, CUstream handle, std::shared_ptr<Stream> &out);
 CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool wait);
-CUresult drain(Call &call, const std::function<bool(const Stream &)> &which);
+// Waits for all work that the context has by now.
+CUresult drain(Call &call);
 void sleep_us(uint64_t microseconds);
 
 // Memory. The kind of a range of addresses; `CROSSING` is a range that is not of one kind as a whole.
@@ -268,8 +237,6 @@ Kind classify(CUdeviceptr address, size_t bytes);
 
 // Capture.
 bool captures_forbid(Call &call);
-// Called when a stream that captures is destroyed.
-void end_capture_of(Stream &stream);
 CUresult on_capturing(const std::shared_ptr<Stream> &stream, bool &captured);
 CUresult wait_captured(const std::shared_ptr<Stream> &stream, const std::shared_ptr<Record> &record, bool &captured);
 

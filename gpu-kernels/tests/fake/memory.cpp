@@ -10,12 +10,14 @@ namespace fake {
 namespace {
 
 const size_t PAGE = 4096;
+// Flags of a registration.
+const unsigned PORTABLE = 1, DEVICE_MAP = 2;
 
 char *host(CUdeviceptr address) { return reinterpret_cast<char *>(address); }
 
 size_t whole(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
-// How `[address, address + bytes)` lies in a map of ranges: 0 outside, 1 inside one, 2 partly or across.
+// How `[address, address + bytes)` lies in a map of ranges: 0 outside, 1 inside one of them, 2 partly inside, or across two.
 template <class T> int lies(const std::map<char *, T> &ranges, char *address, size_t bytes, const T **in) {
     auto next = ranges.upper_bound(address);
     if (next != ranges.begin()) {
@@ -29,14 +31,11 @@ template <class T> int lies(const std::map<char *, T> &ranges, char *address, si
 }
 
 // The pinned memory whose other mapping has this address, if there are other mappings.
-const Pinned *alias_of(char *address, char **start) {
+const Pinned *alias_of(char *address) {
     if (state().config.host_pointers) return nullptr;
     for (auto &entry : state().pinned) {
         const Pinned &pinned = entry.second;
-        if (address >= pinned.device && address < pinned.device + pinned.bytes) {
-            *start = entry.first;
-            return &pinned;
-        }
+        if (address >= pinned.device && address < pinned.device + pinned.bytes) return &pinned;
     }
     return nullptr;
 }
@@ -44,7 +43,7 @@ const Pinned *alias_of(char *address, char **start) {
 struct Mapping {
     char *from;
     char *to;
-    bool readable, writable, shared;
+    bool writable, shared;
 };
 
 // The mappings of this process that touch the range.
@@ -59,7 +58,7 @@ std::vector<Mapping> mappings(char *from, char *to) {
         if (std::sscanf(line, "%" SCNxPTR "-%" SCNxPTR " %7s", &begin, &end, mode) != 3) continue;
         char *first = reinterpret_cast<char *>(begin), *last = reinterpret_cast<char *>(end);
         if (last <= from || first >= to) continue;
-        all.push_back({std::max(first, from), std::min(last, to), mode[0] == 'r', mode[1] == 'w', mode[3] == 's'});
+        all.push_back({std::max(first, from), std::min(last, to), mode[0] == 'r' && mode[1] == 'w', mode[3] == 's'});
     }
     std::fclose(maps);
     return all;
@@ -90,8 +89,7 @@ Kind classify(CUdeviceptr address, size_t bytes) {
         return how == 1 ? Kind::DEVICE : Kind::CROSSING;
     }
     if (int how = lies<Pinned>(fake.pinned, at, bytes, nullptr)) return how == 1 ? Kind::PINNED : Kind::CROSSING;
-    char *start;
-    if (const Pinned *pinned = alias_of(at, &start)) {
+    if (const Pinned *pinned = alias_of(at)) {
         return at + bytes <= pinned->device + pinned->bytes ? Kind::ALIAS : Kind::CROSSING;
     }
     return Kind::PAGEABLE;
@@ -117,7 +115,7 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     Allocation allocation;
     allocation.bytes = bytes;
     allocation.context = call.context;
-    // A page on either side that nobody may touch.
+    // There is a page on either side that nobody may touch.
     allocation.mapped = whole(bytes) + 2 * PAGE;
     void *place = mmap(nullptr, allocation.mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (place == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
@@ -133,8 +131,8 @@ EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
     ENTER(cuMemFree, CONTEXT | UNSAFE | ENDS);
     if (!address) return CUDA_SUCCESS;
     if (!fake.allocations.count(host(address))) return CUDA_ERROR_INVALID_VALUE;
-    // As the driver does, this waits until all work is done.
-    drain(call, [&](const Stream &stream) { return stream.context == call.context; });
+    // As in the driver, the call waits until all work is done.
+    drain(call);
     auto entry = fake.allocations.find(host(address));
     if (entry == fake.allocations.end()) return CUDA_ERROR_INVALID_VALUE;
     Allocation allocation = entry->second;
@@ -166,7 +164,7 @@ EXPORT CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
     if (bytes > fake.config.locked - fake.locked) return fake.config.locked_error;
     Pinned pinned;
     pinned.bytes = bytes;
-    pinned.flags = 2;
+    pinned.flags = DEVICE_MAP;
     pinned.context = call.context;
     pinned.ours = true;
     pinned.page_bytes = whole(bytes);
@@ -187,7 +185,7 @@ EXPORT CUresult cuMemHostAlloc(void **out, size_t bytes, unsigned flags) {
 EXPORT CUresult cuMemFreeHost(void *address) {
     ENTER(cuMemFreeHost, CONTEXT | UNSAFE | ENDS);
     if (!fake.pinned.count(static_cast<char *>(address))) return CUDA_ERROR_INVALID_VALUE;
-    drain(call, [&](const Stream &stream) { return stream.context == call.context; });
+    drain(call);
     auto entry = fake.pinned.find(static_cast<char *>(address));
     if (entry == fake.pinned.end() || !entry->second.ours) return CUDA_ERROR_INVALID_VALUE;
     Pinned pinned = entry->second;
@@ -202,8 +200,7 @@ EXPORT CUresult cuMemFreeHost(void *address) {
 
 EXPORT CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
     ENTER(cuMemHostRegister, CONTEXT | UNSAFE);
-    const unsigned portable = 1, device_map = 2, read_only = 8;
-    if (!address || !bytes || flags & ~(portable | device_map | read_only)) return CUDA_ERROR_INVALID_VALUE;
+    if (!address || !bytes || flags & ~(PORTABLE | DEVICE_MAP)) return CUDA_ERROR_INVALID_VALUE;
     char *start = static_cast<char *>(address);
     Pinned pinned;
     pinned.bytes = bytes;
@@ -222,8 +219,7 @@ EXPORT CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags
     std::vector<Mapping> all = mappings(pinned.first_page, end);
     char *so_far = pinned.first_page;
     for (auto &mapping : all) {
-        if (mapping.from != so_far || !mapping.readable) return CUDA_ERROR_INVALID_VALUE;
-        if (!mapping.writable && !(flags & read_only)) return CUDA_ERROR_INVALID_VALUE;
+        if (mapping.from != so_far || !mapping.writable) return CUDA_ERROR_INVALID_VALUE;
         so_far = mapping.to;
     }
     if (so_far != end) return CUDA_ERROR_INVALID_VALUE;
@@ -239,13 +235,13 @@ EXPORT CUresult cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags
     return CUDA_SUCCESS;
 }
 
-// Does not wait for copies that use the memory: one that runs later finds it gone (ILLEGAL_ADDRESS).
+// The call does not wait for copies that use the memory: a copy that runs later fails (ILLEGAL_ADDRESS).
 EXPORT CUresult cuMemHostUnregister(void *address) {
     ENTER(cuMemHostUnregister, CONTEXT | UNSAFE | ENDS);
     auto entry = fake.pinned.find(static_cast<char *>(address));
     if (entry == fake.pinned.end() || entry->second.ours) return CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED;
     const Pinned &pinned = entry->second;
-    // The other mapping goes: a kernel that still uses it fails.
+    // The other mapping is removed, so a kernel that still uses it fails.
     if (pinned.device != entry->first) munmap(pinned.device - (entry->first - pinned.first_page), pinned.page_bytes);
     fake.locked -= pinned.bytes;
     fake.pinned.erase(entry);
@@ -255,68 +251,32 @@ EXPORT CUresult cuMemHostUnregister(void *address) {
 EXPORT CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr *out, void *address, unsigned flags) {
     ENTER(cuMemHostGetDevicePointer, CONTEXT);
     if (!out || flags) return CUDA_ERROR_INVALID_VALUE;
-    const unsigned device_map = 2;
     auto next = fake.pinned.upper_bound(static_cast<char *>(address));
     if (next == fake.pinned.begin()) return CUDA_ERROR_INVALID_VALUE;
     auto entry = std::prev(next);
     ptrdiff_t offset = static_cast<char *>(address) - entry->first;
-    if (size_t(offset) >= entry->second.bytes || !(entry->second.flags & device_map)) return CUDA_ERROR_INVALID_VALUE;
+    if (size_t(offset) >= entry->second.bytes || !(entry->second.flags & DEVICE_MAP)) return CUDA_ERROR_INVALID_VALUE;
     *out = reinterpret_cast<CUdeviceptr>(entry->second.device + offset);
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuMemHostGetFlags(unsigned *flags, void *address) {
-    ENTER(cuMemHostGetFlags, CONTEXT);
-    auto entry = fake.pinned.find(static_cast<char *>(address));
-    if (entry == fake.pinned.end()) return CUDA_ERROR_INVALID_VALUE;
-    *flags = entry->second.flags;
-    return CUDA_SUCCESS;
-}
-
+// The two attributes that kvring asks for: the type of the memory (host 1, device 2), and the number of the device.
 EXPORT CUresult cuPointerGetAttribute(void *data, int attribute, CUdeviceptr address) {
     ENTER(cuPointerGetAttribute, INIT);
     if (!data) return CUDA_ERROR_INVALID_VALUE;
-    char *at = host(address), *start = nullptr, *on_device = nullptr;
     const Allocation *allocation = nullptr;
     const Pinned *pinned = nullptr;
-    if (lies(fake.allocations, at, 1, &allocation)) {
-        start = on_device = allocation->mapping + PAGE;
-    } else if (lies(fake.pinned, at, 1, &pinned)) {
-        start = std::prev(fake.pinned.upper_bound(at))->first;
-        on_device = pinned->device;
-    } else if ((pinned = alias_of(at, &start))) {
-        at = start + (at - pinned->device);
-        on_device = pinned->device;
-    } else {
-        return CUDA_ERROR_INVALID_VALUE;
+    if (!lies(fake.allocations, host(address), 1, &allocation) && !lies(fake.pinned, host(address), 1, &pinned)) {
+        pinned = alias_of(host(address));
+        if (!pinned) return CUDA_ERROR_INVALID_VALUE;
     }
-    Context *context = allocation ? allocation->context : pinned->context;
-    auto pointer = [&](char *value) { std::memcpy(data, &value, sizeof value); };
+    const int memory_type = 2, device_ordinal = 9;
     switch (attribute) {
-    case 1:
-        *static_cast<CUcontext *>(data) = context;
-        return CUDA_SUCCESS;
-    case 2:  // memory type: host 1, device 2
+    case memory_type:
         *static_cast<unsigned *>(data) = allocation ? 2 : 1;
         return CUDA_SUCCESS;
-    case 3:
-        pointer(on_device + (at - start));
-        return CUDA_SUCCESS;
-    case 4:
-        if (allocation) return CUDA_ERROR_INVALID_VALUE;
-        pointer(at);
-        return CUDA_SUCCESS;
-    case 8:  // managed
-        *static_cast<unsigned char *>(data) = 0;
-        return CUDA_SUCCESS;
-    case 9:
-        *static_cast<int *>(data) = context->device;
-        return CUDA_SUCCESS;
-    case 11:
-        pointer(start);
-        return CUDA_SUCCESS;
-    case 12:
-        *static_cast<size_t *>(data) = allocation ? allocation->bytes : pinned->bytes;
+    case device_ordinal:
+        *static_cast<int *>(data) = (allocation ? allocation->context : pinned->context)->device;
         return CUDA_SUCCESS;
     default:
         return CUDA_ERROR_NOT_SUPPORTED;

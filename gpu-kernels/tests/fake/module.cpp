@@ -2,7 +2,6 @@
 // compiled for this machine (kv_shim_launch).
 #include "fake.h"
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,33 +9,6 @@
 using namespace fake;
 
 namespace {
-
-const int MAX_DYNAMIC_SHARED = 8;
-
-CUresult load(Call &call, CUmodule *out, const void *image) {
-    if (!out || !image) return CUDA_ERROR_INVALID_VALUE;
-    const char *text = static_cast<const char *>(image);
-    // Only text is known here; a cubin starts with a byte that no text has.
-    if (text[0] == 0x7f || !text[0]) return CUDA_ERROR_INVALID_IMAGE;
-    const char *version = std::strstr(text, ".version"), *target = std::strstr(text, ".target sm_");
-    int major = 0, minor = 0;
-    if (!version || !target || std::sscanf(version, ".version %d.%d", &major, &minor) != 2) {
-        return CUDA_ERROR_INVALID_PTX;
-    }
-    const Config &config = call.fake.config;
-    if (std::make_pair(major, minor) > std::make_pair(config.ptx_major, config.ptx_minor)) {
-        return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
-    }
-    // PTX for a newer device than this one.
-    char *suffix = nullptr;
-    if (std::strtol(target + std::strlen(".target sm_"), &suffix, 10) > 90) return CUDA_ERROR_NO_BINARY_FOR_GPU;
-    std::unique_ptr<Module> module(new Module);
-    module->context = call.context;
-    module->text = text;
-    *out = call.fake.handle();
-    call.fake.modules[*out] = std::move(module);
-    return CUDA_SUCCESS;
-}
 
 bool has_entry(const std::string &text, const std::string &name) {
     const std::string entry = ".entry";
@@ -48,10 +20,11 @@ bool has_entry(const std::string &text, const std::string &name) {
     return false;
 }
 
-Function *function_of(Call &call, CUfunction handle) {
+// The name of the kernel that has this handle.
+const std::string *kernel_of(Call &call, CUfunction handle) {
     for (auto &module : call.fake.modules) {
-        for (auto &function : module.second->functions) {
-            if (function.second.get() == handle && module.second->context == call.context) return function.second.get();
+        for (auto &name : module.second.functions) {
+            if (&name == handle && module.second.context == call.context) return &name;
         }
     }
     return nullptr;
@@ -59,7 +32,7 @@ Function *function_of(Call &call, CUfunction handle) {
 
 using Parameters = std::vector<std::vector<char>>;
 
-// The ranges that a kernel may touch: everything that has an address on the device, and nothing else.
+// The ranges that a kernel may touch: all memory that has an address on the device, and nothing else.
 std::vector<size_t> ranges() {
     State &fake = state();
     std::lock_guard<std::mutex> lock(fake.mutex);
@@ -76,12 +49,12 @@ std::vector<size_t> ranges() {
     return all;
 }
 
-CUresult launch(const std::string &name, unsigned grid, unsigned block, unsigned shared, Parameters &parameters) {
+CUresult launch(const std::string &name, unsigned grid, unsigned block, Parameters &parameters) {
     std::vector<void *> pointers;
     for (auto &parameter : parameters) pointers.push_back(parameter.data());
     std::vector<size_t> all = ranges();
     kv_shim_allow(all.data(), all.size() / 2);
-    switch (kv_shim_launch(name.c_str(), grid, block, shared, pointers.data())) {
+    switch (kv_shim_launch(name.c_str(), grid, block, 0, pointers.data())) {
     case 0:
         return CUDA_SUCCESS;
     case 4:
@@ -95,14 +68,27 @@ CUresult launch(const std::string &name, unsigned grid, unsigned block, unsigned
 
 }  // namespace
 
-EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-    ENTER(cuModuleLoadData, CONTEXT | UNSAFE);
-    return load(call, module, image);
-}
-
-EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned, int *, void **) {
+EXPORT CUresult cuModuleLoadDataEx(CUmodule *out, const void *image, unsigned, int *, void **) {
     ENTER(cuModuleLoadDataEx, CONTEXT | UNSAFE);
-    return load(call, module, image);
+    if (!out || !image) return CUDA_ERROR_INVALID_VALUE;
+    const char *text = static_cast<const char *>(image);
+    // Only text is known here; a cubin starts with a byte that no text has.
+    if (text[0] == 0x7f || !text[0]) return CUDA_ERROR_INVALID_IMAGE;
+    const char *version = std::strstr(text, ".version"), *target = std::strstr(text, ".target sm_");
+    int major = 0, minor = 0;
+    if (!version || !target || std::sscanf(version, ".version %d.%d", &major, &minor) != 2) {
+        return CUDA_ERROR_INVALID_PTX;
+    }
+    const Config &config = fake.config;
+    if (std::make_pair(major, minor) > std::make_pair(config.ptx_major, config.ptx_minor)) {
+        return CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    }
+    // PTX for a newer device than this one.
+    char *suffix = nullptr;
+    if (std::strtol(target + std::strlen(".target sm_"), &suffix, 10) > 90) return CUDA_ERROR_NO_BINARY_FOR_GPU;
+    *out = fake.handle();
+    fake.modules[*out] = Module{call.context, text, {}};
+    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuModuleUnload(CUmodule handle) {
@@ -117,7 +103,7 @@ EXPORT CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char
     ENTER(cuModuleGetFunction, CONTEXT);
     auto entry = fake.modules.find(handle);
     if (entry == fake.modules.end()) return CUDA_ERROR_INVALID_HANDLE;
-    Module &module = *entry->second;
+    Module &module = entry->second;
     if (!has_entry(module.text, name)) return CUDA_ERROR_NOT_FOUND;
     const size_t *sizes = nullptr;
     int count = 0;
@@ -125,40 +111,7 @@ EXPORT CUresult cuModuleGetFunction(CUfunction *out, CUmodule handle, const char
         std::fprintf(stderr, "fake_cuda: the PTX has the kernel %s, and the shim has not\n", name);
         return CUDA_ERROR_NOT_FOUND;
     }
-    std::unique_ptr<Function> &function = module.functions[name];
-    if (!function) function.reset(new Function);
-    function->name = name;
-    *out = function.get();
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuFuncGetAttribute(int *value, int attribute, CUfunction handle) {
-    ENTER(cuFuncGetAttribute, CONTEXT);
-    Function *function = function_of(call, handle);
-    if (!function) return CUDA_ERROR_INVALID_HANDLE;
-    const int values[] = {1024, 0, 0, 0, 32, 80, 90, 0, function->dynamic_shared, -1};
-    if (attribute < 0 || attribute >= 10) return CUDA_ERROR_INVALID_VALUE;
-    *value = values[attribute];
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuFuncSetAttribute(CUfunction handle, int attribute, int value) {
-    ENTER(cuFuncSetAttribute, CONTEXT);
-    Function *function = function_of(call, handle);
-    if (!function) return CUDA_ERROR_INVALID_HANDLE;
-    if (attribute == MAX_DYNAMIC_SHARED) {
-        if (value < 0 || value > 227 * 1024) return CUDA_ERROR_INVALID_VALUE;
-        function->dynamic_shared = value;
-    }
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction handle, int block, size_t shared) {
-    ENTER(cuOccupancyMaxActiveBlocksPerMultiprocessor, CONTEXT);
-    if (!function_of(call, handle)) return CUDA_ERROR_INVALID_HANDLE;
-    if (block <= 0) return CUDA_ERROR_INVALID_VALUE;
-    size_t by_threads = 2048 / size_t((block + 31) / 32 * 32), by_shared = shared ? 227 * 1024 / shared : 32;
-    *blocks = int(std::min<size_t>(32, std::min(by_threads, by_shared)));
+    *out = const_cast<std::string *>(&*module.functions.insert(name).first);
     return CUDA_SUCCESS;
 }
 
@@ -166,17 +119,16 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned grid, unsigned grid_y
                                unsigned block_y, unsigned block_z, unsigned shared, CUstream on, void **parameters,
                                void **extra) {
     ENTER(cuLaunchKernel, CONTEXT);
-    Function *function = function_of(call, handle);
-    if (!function) return CUDA_ERROR_INVALID_HANDLE;
+    const std::string *kernel = kernel_of(call, handle);
+    if (!kernel) return CUDA_ERROR_INVALID_HANDLE;
     std::shared_ptr<Stream> stream;
     if (CUresult result = find_stream(call, on, stream)) return result;
-    // The shim has one dimension only.
-    if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || extra) return CUDA_ERROR_NOT_SUPPORTED;
+    // The shim has one dimension, and no dynamic shared memory.
+    if (grid_y != 1 || grid_z != 1 || block_y != 1 || block_z != 1 || shared || extra) return CUDA_ERROR_NOT_SUPPORTED;
     if (!grid || grid > 2147483647u || !block || block > 1024) return CUDA_ERROR_INVALID_VALUE;
-    if (shared > unsigned(function->dynamic_shared)) return CUDA_ERROR_INVALID_VALUE;
     const size_t *sizes = nullptr;
     int count = 0;
-    if (kv_shim_params(function->name.c_str(), &sizes, &count)) return CUDA_ERROR_NOT_FOUND;
+    if (kv_shim_params(kernel->c_str(), &sizes, &count)) return CUDA_ERROR_NOT_FOUND;
     if (count && !parameters) return CUDA_ERROR_INVALID_VALUE;
     // The caller may drop its parameters when the call returns, so they are copied.
     auto copies = std::make_shared<Parameters>();
@@ -184,8 +136,7 @@ EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned grid, unsigned grid_y
         const char *value = static_cast<const char *>(parameters[i]);
         copies->emplace_back(value, value + sizes[i]);
     }
-    std::string name = function->name;
     Op op;
-    op.run = [=] { return launch(name, grid, block, shared, *copies); };
+    op.run = [=, name = *kernel] { return launch(name, grid, block, *copies); };
     return submit(call, stream, std::move(op), false);
 }

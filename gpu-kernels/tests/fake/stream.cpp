@@ -1,7 +1,6 @@
 // Streams and events. Each stream is a thread with a queue.
 #include "fake.h"
 
-#include <algorithm>
 #include <chrono>
 #include <ctime>
 #include <filesystem>
@@ -11,14 +10,13 @@ namespace fake {
 namespace {
 
 const unsigned NON_BLOCKING = 1;
-const int LOWEST = 0, HIGHEST = -5;
 
-// May the work start? Called under the lock.
-bool may_start(const Op &op) {
-    for (auto &earlier : op.after) {
-        if (earlier.first->completed < earlier.second) return false;
+// Has each stream completed as many operations as it is paired with?
+bool have_completed(const std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> &all) {
+    for (auto &[stream, operations] : all) {
+        if (stream->completed < operations) return false;
     }
-    return !op.ready || op.ready();
+    return true;
 }
 
 void serve(std::shared_ptr<Stream> stream) {
@@ -30,7 +28,7 @@ void serve(std::shared_ptr<Stream> stream) {
         Op op = std::move(stream->queue.front());
         stream->queue.pop_front();
         auto dead = [&] { return fake.lost || stream->context->sticky; };
-        fake.changed.wait(lock, [&] { return dead() || may_start(op); });
+        fake.changed.wait(lock, [&] { return dead() || (have_completed(op.after) && (!op.ready || op.ready())); });
         unsigned limit = fake.config.delay_us;
         uint64_t delay = op.delay_us + (limit ? stream->random() % (limit + 1) : 0);
         lock.unlock();
@@ -50,24 +48,19 @@ void serve(std::shared_ptr<Stream> stream) {
     }
 }
 
-std::shared_ptr<Stream> start(State &fake, Context *context, unsigned flags, int priority) {
+std::shared_ptr<Stream> start(State &fake, Context *context, unsigned flags) {
     auto stream = std::make_shared<Stream>();
-    stream->handle = fake.handle();
     stream->context = context;
     stream->flags = flags;
-    stream->priority = priority;
-    stream->random.seed(fake.config.seed + unsigned(fake.next));
+    stream->random.seed(unsigned(++fake.next));
     std::thread(serve, stream).detach();
     return stream;
 }
 
-CUresult create(CUstream *out, unsigned flags, int priority, Call &call) {
+CUresult create(CUstream *out, unsigned flags, Call &call) {
     if (!out || flags & ~NON_BLOCKING) return CUDA_ERROR_INVALID_VALUE;
-    // A priority out of range becomes the nearest one, as in the driver.
-    priority = std::min(LOWEST, std::max(HIGHEST, priority));
-    auto stream = start(call.fake, call.context, flags, priority);
-    call.fake.streams[stream->handle] = stream;
-    *out = stream->handle;
+    *out = call.fake.handle();
+    call.fake.streams[*out] = start(call.fake, call.context, flags);
     return CUDA_SUCCESS;
 }
 
@@ -81,7 +74,7 @@ std::shared_ptr<Event> event_of(State &fake, CUevent handle) {
     return entry == fake.events.end() ? nullptr : entry->second;
 }
 
-// How long each thread of this process was ready and had no core, in microseconds.
+// For each thread of this process the time in which it was ready and had no core, in microseconds.
 std::map<std::string, uint64_t> refused() {
     std::map<std::string, uint64_t> threads;
     for (auto &task : std::filesystem::directory_iterator("/proc/self/task")) {
@@ -91,7 +84,7 @@ std::map<std::string, uint64_t> refused() {
     return threads;
 }
 
-// The most that a thread has been ready without a core since then, in microseconds.
+// The longest time for which a thread has been ready without a core since then, in microseconds.
 uint64_t refused_since(const std::map<std::string, uint64_t> &then) {
     uint64_t most = 0;
     for (auto &[thread, now] : refused()) {
@@ -104,8 +97,8 @@ uint64_t refused_since(const std::map<std::string, uint64_t> &then) {
 }  // namespace
 
 void sleep_us(uint64_t microseconds) {
-    // A long sleep lasts longer by the time for which a thread had no core. So what a test expects to happen meanwhile happens
-    // meanwhile on a busy machine, too.
+    // A long sleep lasts longer by the time for which a thread had no core. So the events that a test expects to happen during the
+    // sleep do so on a busy machine, too.
     bool is_long = microseconds >= 10000;
     auto then = is_long ? refused() : std::map<std::string, uint64_t>();
     uint64_t began = now() / 1000, left = microseconds;
@@ -122,7 +115,7 @@ CUresult find_stream(Call &call, CUstream handle, std::shared_ptr<Stream> &out) 
     // 0 and 1 are the legacy default stream; there is no per-thread one (2) here.
     if (reinterpret_cast<uintptr_t>(handle) < 2) {
         if (!call.context->legacy) {
-            call.context->legacy = start(call.fake, call.context, 0, LOWEST);
+            call.context->legacy = start(call.fake, call.context, 0);
             call.context->legacy->legacy = true;
         }
         out = call.context->legacy;
@@ -140,7 +133,7 @@ CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool w
     CUresult result = on_capturing(stream, captured);
     if (result || captured) return result;
     if (stream->legacy) {
-        // The legacy stream's work comes after all work that blocking streams have now, and before all that they get later.
+        // The legacy stream's work runs after all work that blocking streams have now, and before all that they get later.
         for (auto &entry : fake.streams) {
             Stream &other = *entry.second;
             if (other.context != stream->context || other.flags & NON_BLOCKING) continue;
@@ -155,20 +148,13 @@ CUresult submit(Call &call, const std::shared_ptr<Stream> &stream, Op op, bool w
     return wait ? call.wait([&] { return stream->completed >= mine; }) : CUDA_SUCCESS;
 }
 
-CUresult drain(Call &call, const std::function<bool(const Stream &)> &which) {
+CUresult drain(Call &call) {
     std::vector<std::pair<std::shared_ptr<Stream>, uint64_t>> all;
     for (auto &entry : call.fake.streams) {
-        if (which(*entry.second)) all.emplace_back(entry.second, entry.second->submitted);
+        if (entry.second->context == call.context) all.emplace_back(entry.second, entry.second->submitted);
     }
-    for (auto &context : call.fake.contexts) {
-        if (context.legacy && which(*context.legacy)) all.emplace_back(context.legacy, context.legacy->submitted);
-    }
-    return call.wait([&] {
-        for (auto &entry : all) {
-            if (entry.first->completed < entry.second) return false;
-        }
-        return true;
-    });
+    if (call.context->legacy) all.emplace_back(call.context->legacy, call.context->legacy->submitted);
+    return call.wait([&] { return have_completed(all); });
 }
 
 }  // namespace fake
@@ -177,95 +163,47 @@ using namespace fake;
 
 EXPORT CUresult cuStreamCreate(CUstream *stream, unsigned flags) {
     ENTER(cuStreamCreate, CONTEXT);
-    return create(stream, flags, LOWEST, call);
+    return create(stream, flags, call);
 }
 
-EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int priority) {
+EXPORT CUresult cuStreamCreateWithPriority(CUstream *stream, unsigned flags, int) {
     ENTER(cuStreamCreateWithPriority, CONTEXT);
-    return create(stream, flags, priority, call);
+    return create(stream, flags, call);
 }
 
 EXPORT CUresult cuStreamDestroy_v2(CUstream handle) {
     ENTER(cuStreamDestroy, CONTEXT | ENDS);
     auto entry = fake.streams.find(handle);
     if (entry == fake.streams.end() || entry->second->context != call.context) return CUDA_ERROR_INVALID_HANDLE;
-    end_capture_of(*entry->second);
-    // The work that it has is still done.
+    // The work that the stream has is still done. A capture of the stream ends with it.
     entry->second->stop = true;
     fake.streams.erase(entry);
     fake.changed.notify_all();
     return call.dead();
 }
 
-static CUresult quiet(Call &call, CUstream handle, std::shared_ptr<Stream> &stream) {
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    if (!stream->capture) return CUDA_SUCCESS;
-    stream->capture->invalid = true;
-    return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
-}
-
 EXPORT CUresult cuStreamSynchronize(CUstream handle) {
     ENTER(cuStreamSynchronize, CONTEXT | UNSAFE);
     std::shared_ptr<Stream> stream;
-    if (CUresult result = quiet(call, handle, stream)) return result;
+    if (CUresult result = find_stream(call, handle, stream)) return result;
+    if (stream->capture) {
+        stream->capture->invalid = true;
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
     uint64_t all = stream->submitted;
     return call.wait([&] { return stream->completed >= all; });
 }
 
-EXPORT CUresult cuStreamQuery(CUstream handle) {
-    ENTER(cuStreamQuery, CONTEXT | UNSAFE);
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = quiet(call, handle, stream)) return result;
-    return stream->completed < stream->submitted ? CUDA_ERROR_NOT_READY : CUDA_SUCCESS;
-}
-
 EXPORT CUresult cuCtxSynchronize() {
     ENTER(cuCtxSynchronize, CONTEXT | UNSAFE);
-    return drain(call, [&](const Stream &stream) { return stream.context == call.context; });
+    return drain(call);
 }
 
 EXPORT CUresult cuCtxGetStreamPriorityRange(int *least, int *greatest) {
     ENTER(cuCtxGetStreamPriorityRange, CONTEXT);
-    if (least) *least = LOWEST;
-    if (greatest) *greatest = HIGHEST;
+    if (least) *least = 0;
+    if (greatest) *greatest = -5;
     return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuStreamGetPriority(CUstream handle, int *priority) {
-    ENTER(cuStreamGetPriority, CONTEXT);
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    *priority = stream->priority;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuStreamGetFlags(CUstream handle, unsigned *flags) {
-    ENTER(cuStreamGetFlags, CONTEXT);
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    *flags = stream->flags;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuStreamGetCtx(CUstream handle, CUcontext *context) {
-    ENTER(cuStreamGetCtx, CONTEXT);
-    // The stream may be of another context: the caller asks for that.
-    auto entry = fake.streams.find(handle);
-    if (reinterpret_cast<uintptr_t>(handle) >= 2 && entry == fake.streams.end()) return CUDA_ERROR_INVALID_HANDLE;
-    *context = entry == fake.streams.end() ? call.context : entry->second->context;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuLaunchHostFunc(CUstream handle, void (*function)(void *), void *data) {
-    ENTER(cuLaunchHostFunc, CONTEXT);
-    std::shared_ptr<Stream> stream;
-    if (CUresult result = find_stream(call, handle, stream)) return result;
-    Op op;
-    op.run = [=] {
-        function(data);
-        return CUDA_SUCCESS;
-    };
-    return submit(call, stream, std::move(op), false);
 }
 
 EXPORT CUresult cuEventCreate(CUevent *out, unsigned flags) {
@@ -273,7 +211,6 @@ EXPORT CUresult cuEventCreate(CUevent *out, unsigned flags) {
     if (!out || flags & ~7u) return CUDA_ERROR_INVALID_VALUE;
     auto event = std::make_shared<Event>();
     event->context = call.context;
-    event->flags = flags;
     *out = fake.handle();
     fake.events[*out] = event;
     return CUDA_SUCCESS;
@@ -292,7 +229,6 @@ EXPORT CUresult cuEventRecord(CUevent handle, CUstream on) {
     auto event = event_of(fake, handle);
     if (!event || event->context != stream->context) return CUDA_ERROR_INVALID_HANDLE;
     auto record = std::make_shared<Record>();
-    record->stream = stream.get();
     if (stream->capture) {
         if (stream->capture->invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
         record->capture = stream->capture->id;
@@ -300,10 +236,7 @@ EXPORT CUresult cuEventRecord(CUevent handle, CUstream on) {
         return CUDA_SUCCESS;
     }
     Op op;
-    op.done = [record] {
-        record->done = true;
-        record->nanoseconds = now();
-    };
+    op.done = [record] { record->done = true; };
     CUresult result = submit(call, stream, std::move(op), false);
     if (!result) event->latest = record;
     return result;
@@ -344,24 +277,4 @@ EXPORT CUresult cuEventSynchronize(CUevent handle) {
     if (!record) return CUDA_SUCCESS;
     if (record->capture) return CUDA_ERROR_CAPTURED_EVENT;
     return call.wait([&] { return record->done; });
-}
-
-static CUresult elapsed(State &fake, float *milliseconds, CUevent from, CUevent to) {
-    auto start = event_of(fake, from), end = event_of(fake, to);
-    const unsigned no_timing = 2;
-    if (!start || !end || (start->flags | end->flags) & no_timing) return CUDA_ERROR_INVALID_HANDLE;
-    if (!start->latest || !end->latest) return CUDA_ERROR_INVALID_HANDLE;
-    if (!start->latest->done || !end->latest->done) return CUDA_ERROR_NOT_READY;
-    *milliseconds = float(double(int64_t(end->latest->nanoseconds - start->latest->nanoseconds)) / 1e6);
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuEventElapsedTime(float *milliseconds, CUevent from, CUevent to) {
-    ENTER(cuEventElapsedTime, CONTEXT);
-    return elapsed(fake, milliseconds, from, to);
-}
-
-EXPORT CUresult cuEventElapsedTime_v2(float *milliseconds, CUevent from, CUevent to) {
-    ENTER(cuEventElapsedTime, CONTEXT);
-    return elapsed(fake, milliseconds, from, to);
 }

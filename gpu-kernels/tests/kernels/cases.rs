@@ -1,10 +1,11 @@
-//! Random caches in vLLM's page orders, and a plain reference of what the kernels must do to them, which knows only axes, strides
-//! and slices.
+//! Random caches in vLLM's page orders, and a plain reference of what the kernels must do to them.
 
-use crate::shim::{Shape, Shim};
-use crate::support::random::{Laid, Rng, Sizes, lay, lay_packed};
-use kvring_gpu_kernels::{KvGroup, PagedKv, Plane, SKIP, TILE_BYTES, Tiles, Window, checksum};
+use crate::shim::{Shape as Grid, Shim};
+use crate::support::pages::{Group, ORDERS, Piece, Shape, chunks, pieces};
+use crate::support::random::Rng;
+use kvring_gpu_kernels::{PagedKv, TILE_BYTES, Tiles, Window, checksum};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// The number of cases: every order with every width, fifteen times.
 pub(crate) const CASES: u64 = 15 * (ORDERS.len() * WIDTHS.len()) as u64;
@@ -12,19 +13,6 @@ pub(crate) const CASES: u64 = 15 * (ORDERS.len() * WIDTHS.len()) as u64;
 /// Bytes of the guards around memory and in its gaps, which nobody may touch.
 const GUARD: usize = 256;
 const WIDTHS: [usize; 3] = [16, 8, 4];
-
-/// The axes from the outermost on, but for the content: Layers, Blocks, Heads, tokens (N).
-const ORDERS: [(&str, &str); 9] = [
-    ("LBHNC", "LBHN"),
-    ("LBNHC", "LBNH"),
-    ("LHBNC", "LHBN"),
-    ("BLHNC", "BLHN"),
-    ("BLNHC", "BLNH"),
-    ("BHLNC", "BHLN"),
-    ("MLA", "LBN"),
-    ("packed", ""),
-    ("padded", "LBHN"),
-];
 
 /// Memory that begins at a multiple of 16.
 #[derive(Clone)]
@@ -53,95 +41,22 @@ impl Memory {
     }
 }
 
-#[derive(Clone, Debug)]
-struct Group {
-    order: &'static str,
-    /// Their pages begin at `at + (block - lowest) × stride` of the memory.
-    planes: Vec<Laid>,
-    /// The lowest block id whose pages exist here, and how many blocks do: as in a cache of a terabyte, ids may be high.
-    lowest: u32,
-    blocks: u32,
-    per_chunk: u32,
-}
-
-impl Group {
-    /// A group that is laid out from `at` on, and where it ends.
-    fn new(rng: &mut Rng, order: usize, width: usize, many: bool, mut at: usize) -> (Group, usize) {
-        let (name, axes) = ORDERS[order];
-        let blocks = if many { rng.within(520, 700) } else { rng.within(1, 7) };
-        let large = !many && rng.one_in(5);
-        let mut size = |most: usize| if many { rng.within(1, 2) } else { rng.within(1, most) };
-        let (layers, heads) = (size(3), size(3));
-        let tokens = size(if large { 48 } else { 16 });
-        let content = width * size(if large { 64 } else { 6 });
-        let pad = |rng: &mut Rng| width * rng.within(1, 5);
-        let planes;
-        (planes, at) = if axes.is_empty() {
-            let pages: Vec<usize> = (0..layers + 1).map(|_| content * rng.within(1, tokens)).collect();
-            let spare = if rng.one_in(2) { pad(rng) } else { 0 };
-            lay_packed(&pages, blocks, spare, at)
-        } else {
-            let heads = if axes.contains('H') { heads } else { 1 };
-            // In a padded cache a block's bytes of a layer end before those of the next block begin.
-            let spare = if name == "padded" { pad(rng) } else { 0 };
-            lay(axes, Sizes { layers, blocks, heads, tokens, content, spare }, at)
-        };
-        // Sometimes so far from the first block that the distance has more than 32 bits.
-        let lowest = if rng.one_in(3) { rng.within(1 << 29, 1 << 31) as u32 } else { 0 };
-        let per_chunk = if many { rng.within(513, 1100) } else { rng.within(1, 6) };
-        let group = Group { order: name, planes, lowest, blocks: blocks as u32, per_chunk: per_chunk as u32 };
-        (group, at)
+/// Limits for a case with kernels of this width: many positions, or large pages, or neither.
+fn shape(rng: &mut Rng, width: usize) -> Shape {
+    let shape = Shape { unit: width, blocks: (1, 7), far: true, ..Shape::SMALL };
+    match rng.next() % 12 {
+        0 => Shape {
+            content: 2,
+            tokens: 2,
+            layers: 2,
+            blocks: (520, 700),
+            per_chunk: (513, 1100),
+            groups: 1,
+            ..shape
+        },
+        1 | 2 => Shape { content: 64, tokens: 48, ..shape },
+        _ => shape,
     }
-
-    fn described(&self, memory: u64) -> KvGroup {
-        let planes = self.planes.iter().map(|laid| {
-            let far = u64::from(self.lowest) * laid.stride as u64;
-            let base = memory.wrapping_add(laid.at as u64).wrapping_sub(far);
-            Plane { base: base as *mut u8, block_stride: laid.stride, page_bytes: laid.page }
-        });
-        KvGroup {
-            planes: planes.collect(),
-            num_blocks: self.lowest + self.blocks,
-            blocks_per_chunk: self.per_chunk,
-        }
-    }
-
-    /// Any blocks, some more than once.
-    fn any(&self, rng: &mut Rng, skips: bool) -> Vec<u32> {
-        let block = |rng: &mut Rng| match rng.next() % 4 {
-            0 => self.lowest,
-            1 => self.lowest + self.blocks - 1,
-            2 if skips => SKIP,
-            _ => self.lowest + rng.within(0, self.blocks as usize - 1) as u32,
-        };
-        (0..self.per_chunk).map(|_| block(rng)).collect()
-    }
-
-    /// Each block at most once, and SKIP.
-    fn distinct(&self, rng: &mut Rng) -> Vec<u32> {
-        let mut blocks: Vec<u32> = (self.lowest..self.lowest + self.blocks).collect();
-        blocks.resize(blocks.len().max(self.per_chunk as usize), SKIP);
-        for at in (1..blocks.len()).rev() {
-            blocks.swap(at, rng.within(0, at));
-        }
-        blocks.truncate(self.per_chunk as usize);
-        let some = rng.within(2, 6) as u64;
-        for block in &mut blocks {
-            if rng.one_in(some) {
-                *block = SKIP;
-            }
-        }
-        blocks
-    }
-}
-
-/// One page of a chunk: its offset in the shard, and in the memory if its block is not skipped.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    position: usize,
-    offset: usize,
-    at: Option<usize>,
-    bytes: usize,
 }
 
 struct Case {
@@ -162,12 +77,12 @@ impl Case {
         let mut rng = Rng(seed.wrapping_mul(0xd134_2543_de82_ef95));
         let kinds = seed as usize % (ORDERS.len() * WIDTHS.len());
         let (order, width) = (kinds % ORDERS.len(), WIDTHS[kinds / ORDERS.len()]);
-        let many = rng.one_in(12);
+        let shape = shape(&mut rng, width);
         let (mut groups, mut end) = (Vec::new(), GUARD);
-        for index in 0..rng.within(1, if many { 1 } else { 3 }) {
+        for index in 0..rng.within(1, shape.groups) {
             let order = if index == 0 { order } else { rng.within(0, ORDERS.len() - 1) };
             let begin = end + width * rng.within(0, 4);
-            let (group, next) = Group::new(&mut rng, order, width, many, begin);
+            let (group, next) = Group::new(&mut rng, order, shape, begin);
             groups.push(group);
             end = next + GUARD;
         }
@@ -215,26 +130,19 @@ impl Case {
         Ok(Case { rng, groups, memory, width, tiles, windows, staged, shard_bytes })
     }
 
-    fn shape(&mut self) -> Shape {
+    fn grid(&mut self) -> Grid {
         let warps = if self.rng.one_in(40) { 32 } else { self.rng.within(1, 6) };
-        Shape { grid: self.rng.within(1, 5) as u32, block: 32 * warps as u32 }
+        Grid { grid: self.rng.within(1, 5) as u32, block: 32 * warps as u32 }
     }
 
-    /// The pages of a chunk of these blocks, in the order of the shard.
-    fn pieces(&self, chunk: &[u32]) -> Vec<Piece> {
-        let (mut pieces, mut offset, mut position) = (Vec::new(), 0, 0);
-        for group in &self.groups {
-            for _ in 0..group.per_chunk {
-                for laid in &group.planes {
-                    let at = (chunk[position] != SKIP)
-                        .then(|| laid.at + (chunk[position] - group.lowest) as usize * laid.stride);
-                    pieces.push(Piece { position, offset, at, bytes: laid.page });
-                    offset += laid.page;
-                }
-                position += 1;
-            }
-        }
-        pieces
+    /// The blocks of a chunk: distinct ones, or any, with SKIP among them or without.
+    fn chunk(&mut self, distinct: bool, skips: bool) -> Vec<u32> {
+        let rng = &mut self.rng;
+        chunks(&self.groups, 1, |group, count| match distinct {
+            true => group.distinct(rng, count),
+            false => group.any(rng, count, skips),
+        })
+        .remove(0)
     }
 
     /// Memory with guards around it for the whole shard, or for one window alone.
@@ -259,15 +167,12 @@ impl Case {
     }
 
     fn gather(&mut self, shim: &Shim) -> Result<(), String> {
-        let mut chunk = Vec::new();
         let skips = self.rng.one_in(4);
-        for group in &self.groups {
-            chunk.extend(group.any(&mut self.rng, skips));
-        }
-        let (pieces, before) = (self.pieces(&chunk), self.memory.clone());
+        let chunk = self.chunk(false, skips);
+        let (pieces, before) = (pieces(&self.groups, &chunk), self.memory.clone());
         let kernel = format!("kv_gather_{}", self.width);
         for window in self.windows.clone() {
-            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let (mut shard, grid) = (self.shard(&window), self.grid());
             let mut expected = shard.clone();
             for piece in &pieces {
                 let Some(at) = piece.at else { continue };
@@ -277,23 +182,20 @@ impl Case {
             self.allow(shim, &window, &mut shard, &pieces);
             // SAFETY: memory of this case.
             unsafe {
-                shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
+                shim.copy(&kernel, grid, self.tiles.table(), &window, shard.address(), &chunk)?;
             }
             moved_once(shim, &pieces, &window)?;
-            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &expected.memory, &shard.memory)?;
+            same(&format!("{kernel} {grid:?} {window:?}: the shard"), &expected.memory, &shard.memory)?;
         }
         same(&format!("{kernel}: the pages"), &before, &self.memory)
     }
 
     fn scatter(&mut self, shim: &Shim) -> Result<(), String> {
-        let mut chunk = Vec::new();
-        for group in &self.groups {
-            chunk.extend(group.distinct(&mut self.rng));
-        }
-        let (pieces, mut expected) = (self.pieces(&chunk), self.memory.clone());
+        let chunk = self.chunk(true, true);
+        let (pieces, mut expected) = (pieces(&self.groups, &chunk), self.memory.clone());
         let kernel = format!("kv_scatter_{}", self.width);
         for window in self.windows.clone() {
-            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let (mut shard, grid) = (self.shard(&window), self.grid());
             let before = shard.clone();
             for piece in &pieces {
                 let Some(at) = piece.at else { continue };
@@ -303,37 +205,34 @@ impl Case {
             self.allow(shim, &window, &mut shard, &pieces);
             // SAFETY: memory of this case; no block comes twice.
             unsafe {
-                shim.copy(&kernel, shape, self.tiles.table(), &window, shard.address(), &chunk)?;
+                shim.copy(&kernel, grid, self.tiles.table(), &window, shard.address(), &chunk)?;
             }
             moved_once(shim, &pieces, &window)?;
-            same(&format!("{kernel} {shape:?} {window:?}: the pages"), &expected, &self.memory)?;
-            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &before.memory, &shard.memory)?;
+            same(&format!("{kernel} {grid:?} {window:?}: the pages"), &expected, &self.memory)?;
+            same(&format!("{kernel} {grid:?} {window:?}: the shard"), &before.memory, &shard.memory)?;
         }
         Ok(())
     }
 
     fn checksum(&mut self, shim: &Shim, paged: bool) -> Result<(), String> {
-        let mut chunk = Vec::new();
-        for group in &self.groups {
-            chunk.extend(group.any(&mut self.rng, true));
-        }
-        let pieces = self.pieces(&chunk);
+        let chunk = self.chunk(false, true);
+        let pieces = pieces(&self.groups, &chunk);
         let (kernel, before) = (format!("kv_checksum_{}", self.width), self.memory.clone());
         // The bytes that are summed: those of the pages if `paged`; those of the shard for skipped blocks, or if not.
         let mut contents = vec![0; self.shard_bytes];
         let mut sum = 0u64;
         for window in self.windows.clone() {
-            let (mut shard, shape) = (self.shard(&window), self.shape());
+            let (mut shard, grid) = (self.shard(&window), self.grid());
             let untouched = shard.clone();
             shard.take(0, &mut contents, &window);
             self.allow(shim, &window, &mut shard, if paged { &pieces } else { &[] });
             // SAFETY: memory of this case.
             let part = unsafe {
                 let (tiles, address) = (self.tiles.table(), shard.address());
-                shim.checksum((&kernel, shape), tiles, &window, address, &chunk, paged)?
+                shim.checksum((&kernel, grid), tiles, &window, address, &chunk, paged)?
             };
             sum = sum.wrapping_add(part);
-            same(&format!("{kernel} {shape:?} {window:?}: the shard"), &untouched.memory, &shard.memory)?;
+            same(&format!("{kernel} {grid:?} {window:?}: the shard"), &untouched.memory, &shard.memory)?;
         }
         let mut expected = 0u64;
         for piece in &pieces {
@@ -368,20 +267,23 @@ impl Shard {
 
     /// Writes the part of `bytes`, which begin at `offset` of the shard, that lies in `window`.
     fn put(&mut self, offset: usize, bytes: &[u8], window: &Window) {
-        let (from, to) = overlap(offset, bytes.len(), window);
-        if from < to {
-            let at = self.begin + from - self.offset;
-            self.memory.bytes_mut()[at..at + to - from].copy_from_slice(&bytes[from - offset..to - offset]);
+        if let Some((here, there)) = self.part(offset, bytes.len(), window) {
+            self.memory.bytes_mut()[here].copy_from_slice(&bytes[there]);
         }
     }
 
     /// Reads the part of `bytes`, which begin at `offset` of the shard, that lies in `window`.
     fn take(&self, offset: usize, bytes: &mut [u8], window: &Window) {
-        let (from, to) = overlap(offset, bytes.len(), window);
-        if from < to {
-            let at = self.begin + from - self.offset;
-            bytes[from - offset..to - offset].copy_from_slice(&self.memory.bytes()[at..at + to - from]);
+        if let Some((here, there)) = self.part(offset, bytes.len(), window) {
+            bytes[there].copy_from_slice(&self.memory.bytes()[here]);
         }
+    }
+
+    /// Where the part that lies in `window` is in this memory, and where it is among the bytes from `offset` on.
+    fn part(&self, offset: usize, bytes: usize, window: &Window) -> Option<(Range<usize>, Range<usize>)> {
+        let (from, to) = overlap(offset, bytes, window);
+        let at = |byte: usize| self.begin + byte - self.offset;
+        (from < to).then(|| (at(from)..at(to), from - offset..to - offset))
     }
 }
 

@@ -117,20 +117,11 @@ impl Shim {
         shape: Shape,
         tiles: &[Tile],
         window: &Window,
-        mut shard: u64,
+        shard: u64,
         chunk: &[u32],
     ) -> Result<(), String> {
-        let (mut table, mut first, mut count) = (tiles.as_ptr() as u64, window.first, window.count);
-        let mut blocks = Blocks::of(window, chunk);
-        let mut params = [
-            (&raw mut table).cast(),
-            (&raw mut first).cast(),
-            (&raw mut count).cast(),
-            (&raw mut shard).cast(),
-            (&raw mut blocks).cast(),
-        ];
-        // SAFETY: the parameters are those of kv.cu; the memory is the caller's.
-        succeeded(kernel, unsafe { self.raw(kernel, shape, &mut params) })
+        // SAFETY: as the caller promises; these kernels have no more parameters.
+        unsafe { self.launch(kernel, shape, tiles, window, shard, chunk, &[]) }
     }
 
     /// Launches `kv_checksum_V`, and returns the sum of what its blocks have written.
@@ -142,40 +133,55 @@ impl Shim {
         (kernel, shape): (&str, Shape),
         tiles: &[Tile],
         window: &Window,
-        mut shard: u64,
+        shard: u64,
         chunk: &[u32],
         paged: bool,
     ) -> Result<u64, String> {
         const POISON: u64 = 0xa5a5_5a5a_a5a5_5a5a;
-        let (mut table, mut first, mut count) = (tiles.as_ptr() as u64, window.first, window.count);
-        let mut blocks = Blocks::of(window, chunk);
         let mut paged = u32::from(paged);
         let mut partial = vec![POISON; shape.grid as usize + 2];
         let mut to = partial[1..].as_mut_ptr() as u64;
-        let mut params = [
-            (&raw mut table).cast(),
-            (&raw mut first).cast(),
-            (&raw mut count).cast(),
-            (&raw mut shard).cast(),
-            (&raw mut blocks).cast(),
-            (&raw mut paged).cast(),
-            (&raw mut to).cast(),
-        ];
-        // SAFETY: the parameters are those of kv.cu; the memory is the caller's, and `partial`.
-        succeeded(kernel, unsafe { self.raw(kernel, shape, &mut params) })?;
+        let more = [(&raw mut paged).cast(), (&raw mut to).cast()];
+        // SAFETY: as the caller promises; the sums go to `partial`.
+        unsafe { self.launch(kernel, shape, tiles, window, shard, chunk, &more) }?;
         match &partial[..] {
             [POISON, sums @ .., POISON] => Ok(sums.iter().fold(0, |sum, part| sum.wrapping_add(*part))),
             _ => Err(format!("{kernel} wrote beyond its partial sums")),
         }
     }
-}
 
-fn succeeded(kernel: &str, status: i32) -> Result<(), String> {
-    match status {
-        0 => Ok(()),
-        3 => Err(format!("{kernel}: a barrier or a shuffle waits for a thread that does not come")),
-        4 => Err(format!("{kernel}: an access that is not aligned")),
-        5 => Err(format!("{kernel}: an access that is not its own")),
-        other => Err(format!("{kernel}: status {other}")),
+    /// Launches a kernel with the parameters that all have, and `more`.
+    ///
+    /// # Safety
+    /// The parameters are the kernel's, and name memory that nobody else uses meanwhile.
+    #[allow(clippy::too_many_arguments, reason = "the kernels' parameters")]
+    unsafe fn launch(
+        &self,
+        kernel: &str,
+        shape: Shape,
+        tiles: &[Tile],
+        window: &Window,
+        mut shard: u64,
+        chunk: &[u32],
+        more: &[*mut c_void],
+    ) -> Result<(), String> {
+        let (mut table, mut first, mut count) = (tiles.as_ptr() as u64, window.first, window.count);
+        let mut blocks = Blocks::of(window, chunk);
+        let mut params = vec![
+            (&raw mut table).cast(),
+            (&raw mut first).cast(),
+            (&raw mut count).cast(),
+            (&raw mut shard).cast(),
+            (&raw mut blocks).cast(),
+        ];
+        params.extend_from_slice(more);
+        // SAFETY: as the caller promises.
+        match unsafe { self.raw(kernel, shape, &mut params) } {
+            0 => Ok(()),
+            3 => Err(format!("{kernel}: a barrier or a shuffle waits for a thread that does not come")),
+            4 => Err(format!("{kernel}: an access that is not aligned")),
+            5 => Err(format!("{kernel}: an access that is not its own")),
+            other => Err(format!("{kernel}: status {other}")),
+        }
     }
 }

@@ -1,6 +1,7 @@
-//! Calls of the driver for tests. Each returns its error, if there is one. They are safe because the fake checks handles and
-//! addresses itself; they are not for a real driver.
+//! Calls of the driver for tests. They are safe because the fake checks handles and addresses itself; a real driver is given none
+//! that it does not know (`tests/device.rs`).
 
+use super::fake::is_real;
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use std::ffi::c_void;
@@ -12,18 +13,57 @@ use sys::CUresult as E;
 pub(crate) const LATE_US: u32 = 20_000;
 /// A delay for a race that has to be lost at the first try: the fake adds the time in which a thread of the test has no core.
 pub(crate) const FAR_LATER_US: u32 = 200_000;
-/// Bytes of most copies here.
+/// Bytes of most copies in the fake's own tests.
 pub(crate) const BYTES: usize = 8192;
 const DEVICEMAP: u32 = 2;
+const WAIT_DEFAULT: sys::CUevent_wait_flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
 
-/// A raw call's error.
-pub(crate) fn error(result: E) -> Option<E> {
-    (result != E::CUDA_SUCCESS).then_some(result)
+/// The error of a call, if there is one.
+pub(crate) fn why<T>(result: Result<T, DriverError>) -> Option<E> {
+    result.err().map(|error| error.0)
 }
 
-/// The error of a call through cudarc's `result`.
-pub(crate) fn why<T: std::fmt::Debug>(result: Result<T, DriverError>) -> Option<E> {
-    result.err().map(|error| error.0)
+/// Defines calls that return their error, if there is one.
+macro_rules! calls {
+    ($($(#[$doc:meta])* fn $name:ident($($argument:ident: $type:ty),*) = $call:expr;)*) => {$(
+        $(#[$doc])*
+        pub(crate) fn $name($($argument: $type),*) -> Option<E> {
+            // SAFETY: the fake checks handles and addresses itself. The memory of the tests stays mapped, and they access it only
+            // when no stream does.
+            why(unsafe { $call })
+        }
+    )*};
+}
+
+calls! {
+    /// Frees device memory.
+    fn free(address: u64) = result::free_sync(address);
+    /// Registers host memory, mapped for the device.
+    fn register(address: *mut c_void, bytes: usize) = sys::cuMemHostRegister_v2(address, bytes, DEVICEMAP).result();
+    /// Undoes a registration.
+    fn unregister(address: *mut c_void) = sys::cuMemHostUnregister(address).result();
+    /// Puts a copy on a stream.
+    fn to_host(to: *mut c_void, from: u64, bytes: usize, stream: sys::CUstream) =
+        sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream).result();
+    /// Puts a copy on a stream.
+    fn to_device(to: u64, from: *const c_void, bytes: usize, stream: sys::CUstream) =
+        sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream).result();
+    /// Records an event.
+    fn record(event: sys::CUevent, stream: sys::CUstream) = result::event::record(event, stream);
+    /// Lets a stream wait for an event.
+    fn wait_for(stream: sys::CUstream, event: sys::CUevent) = result::stream::wait_event(stream, event, WAIT_DEFAULT);
+    /// Looks at an event: no error means that it has come.
+    fn query(event: sys::CUevent) = result::event::query(event);
+    /// Waits for an event.
+    fn finish_event(event: sys::CUevent) = result::event::synchronize(event);
+    /// Destroys an event.
+    fn destroy_event(event: sys::CUevent) = result::event::destroy(event);
+    /// Waits for a stream.
+    fn finish(stream: sys::CUstream) = result::stream::synchronize(stream);
+    /// Destroys a stream.
+    fn destroy(stream: sys::CUstream) = result::stream::destroy(stream);
+    /// Ends a capture. The fake's graphs hold nothing, and need not be destroyed.
+    fn end(stream: sys::CUstream) = result::stream::end_capture(stream);
 }
 
 /// Makes the context of device 0 current.
@@ -39,15 +79,25 @@ pub(crate) fn stream() -> sys::CUstream {
     result::stream::create(result::stream::StreamKind::NonBlocking).unwrap()
 }
 
+/// A stream that waits for the default one, and for which the default one waits.
+pub(crate) fn blocking_stream() -> sys::CUstream {
+    result::stream::create(result::stream::StreamKind::Default).unwrap()
+}
+
 /// An event.
 pub(crate) fn event() -> sys::CUevent {
     result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap()
 }
 
+/// Allocates device memory.
+pub(crate) fn try_device(bytes: usize) -> Result<u64, DriverError> {
+    // SAFETY: an allocation; the tests write before they read.
+    unsafe { result::malloc_sync(bytes) }
+}
+
 /// Device memory.
 pub(crate) fn device(bytes: usize) -> u64 {
-    // SAFETY: an allocation; the tests write before they read.
-    unsafe { result::malloc_sync(bytes) }.unwrap()
+    try_device(bytes).unwrap()
 }
 
 /// Shared memory of a whole number of pages, as the arena is. It stays mapped.
@@ -57,66 +107,44 @@ pub(crate) fn shared(bytes: usize) -> *mut c_void {
         .unwrap()
 }
 
-/// Registers host memory, mapped for the device.
-pub(crate) fn register(address: *mut c_void, bytes: usize) -> Option<E> {
-    // SAFETY: the fake checks the addresses itself; the memory stays mapped.
-    error(unsafe { sys::cuMemHostRegister_v2(address, bytes, DEVICEMAP) })
-}
-
-/// A copy on a stream.
-pub(crate) fn to_host(to: *mut c_void, from: u64, bytes: usize, stream: sys::CUstream) -> Option<E> {
-    // SAFETY: the fake checks registered ranges, and the tests give no others that are not writable.
-    error(unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream) })
-}
-
-/// A copy on a stream.
-pub(crate) fn to_device(to: u64, from: *const c_void, bytes: usize, stream: sys::CUstream) -> Option<E> {
-    // SAFETY: as in `to_host`.
-    error(unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes, stream) })
-}
-
-/// Records an event.
-pub(crate) fn record(event: sys::CUevent, stream: sys::CUstream) -> Option<E> {
-    // SAFETY: the fake knows its handles.
-    why(unsafe { result::event::record(event, stream) })
-}
-
-/// Lets a stream wait for an event.
-pub(crate) fn wait_for(stream: sys::CUstream, event: sys::CUevent) -> Option<E> {
-    // SAFETY: the fake knows its handles.
-    why(unsafe { result::stream::wait_event(stream, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) })
-}
-
-/// Looks at an event: no error means that it has come.
-pub(crate) fn query(event: sys::CUevent) -> Option<E> {
-    // SAFETY: the fake knows its handles.
-    why(unsafe { result::event::query(event) })
-}
-
-/// Waits for a stream.
-pub(crate) fn finish(stream: sys::CUstream) -> Option<E> {
-    // SAFETY: the fake knows its handles.
-    why(unsafe { result::stream::synchronize(stream) })
-}
-
-/// Waits for all streams.
-pub(crate) fn finish_all() {
-    // SAFETY: the call touches no memory of this process.
-    assert_eq!(error(unsafe { sys::cuCtxSynchronize() }), None);
-}
-
 /// Reads memory of the test, or of the fake's device.
 pub(crate) fn bytes_at(address: *const c_void, bytes: usize) -> Vec<u8> {
     // SAFETY: memory of the test or of the fake, which no stream writes any more.
     unsafe { std::slice::from_raw_parts(address.cast(), bytes) }.to_vec()
 }
 
+/// Reads device memory: the fake's directly, a real device's by a copy.
+pub(crate) fn read_device(address: u64, bytes: usize) -> Vec<u8> {
+    if !is_real() {
+        return bytes_at(address as *const c_void, bytes);
+    }
+    let mut found = vec![0; bytes];
+    // SAFETY: the test's own allocation, which no stream writes any more.
+    unsafe { result::memcpy_dtoh_sync(&mut found, address) }.unwrap();
+    found
+}
+
+/// Writes device memory: the fake's directly, a real device's by a copy.
+pub(crate) fn write_device(address: u64, bytes: &[u8]) {
+    if is_real() {
+        // SAFETY: the test's own allocation, which no stream uses now.
+        return unsafe { result::memcpy_htod_sync(address, bytes) }.unwrap();
+    }
+    // SAFETY: as above; the fake's device memory is memory of this process.
+    unsafe { (address as *mut u8).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+}
+
 /// Sets this thread's capture mode, and returns the one before.
 pub(crate) fn exchange(mode: sys::CUstreamCaptureMode) -> sys::CUstreamCaptureMode {
     let mut mode = mode;
     // SAFETY: the mode is read and written.
-    assert_eq!(error(unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }), None);
+    assert_eq!(why(unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }.result()), None);
     mode
+}
+
+/// Lets this thread make calls that a capture forbids, and returns the mode before.
+pub(crate) fn relax() -> sys::CUstreamCaptureMode {
+    exchange(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
 }
 
 /// Starts a capture.
@@ -124,14 +152,4 @@ pub(crate) fn begin(stream: sys::CUstream) {
     let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
     // SAFETY: the fake knows its handles.
     unsafe { result::stream::begin_capture(stream, mode) }.unwrap();
-}
-
-/// Ends a capture, and throws the graph away.
-pub(crate) fn end(stream: sys::CUstream) -> Option<E> {
-    // SAFETY: the fake knows its handles.
-    match unsafe { result::stream::end_capture(stream) } {
-        // SAFETY: as above; the graph is not used any more.
-        Ok(graph) => why(unsafe { result::graph::destroy(graph) }),
-        Err(error) => Some(error.0),
-    }
 }

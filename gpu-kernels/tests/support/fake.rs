@@ -1,5 +1,7 @@
-//! A test with the fake CUDA driver (`tests/fake`): builds it, and runs the test in a process that finds it.
+//! Runs a test with the fake CUDA driver (`tests/fake`) in a process of its own, and controls the fake there.
 
+use cudarc::driver::sys::culib;
+use std::any::type_name;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,32 +19,28 @@ pub(crate) enum Kernels {
     StandIn,
 }
 
-/// Runs `body` in a process of its own that has the fake driver with kvring's kernels: this binary again, with only the
-/// test `name` (its full path). `env` sets the fake up (`tests/fake/control.cpp` lists the settings). With `KVRING_REAL_CUDA=1`
-/// the body runs here, with the machine's own driver.
+/// Runs `body`, a part of the test of this name, in a process of its own that has the fake driver with these kernels: the binary
+/// runs again with that test alone. `env` sets the fake up (`tests/fake/control.cpp` lists the settings). With
+/// `KVRING_REAL_CUDA=1` the body runs in this process, with the machine's own driver.
 ///
 /// # Panics
 /// When the test fails there, and if there is no g++.
-pub(crate) fn inside(name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
-    inside_with(Kernels::Ours, name, env, body);
-}
-
-/// The same with a choice of kernels.
-///
-/// # Panics
-/// As [`inside`].
-pub(crate) fn inside_with(kernels: Kernels, name: &str, env: &[(&str, &str)], body: impl FnOnce()) {
+pub(crate) fn inside_as(name: &str, kernels: Kernels, env: &[(&str, &str)], body: impl FnOnce(&Fake)) {
     if is_inside() || is_real() {
-        return body();
+        return body(&Fake);
     }
-    let (text, errors) = run(kernels, name, env);
-    // A misspelt name runs nothing, and succeeds.
-    assert!(text.contains("1 passed"), "{name} ran no test:\n{text}\n{errors}");
-    // Its messages (SKIPPED, leaks) belong into this test's output.
-    eprint!("{errors}");
+    // The test's messages (SKIPPED, leaks) belong into this test's output.
+    eprint!("{}", run(kernels, name, env));
 }
 
-/// Is this the process with the fake? For tests that look at the output of that process.
+/// The name of the test in which this closure is written, as the test harness knows it.
+pub(crate) fn test_of<F>() -> &'static str {
+    let closure = type_name::<F>();
+    let (_, path) = closure.split_once("::").expect("a path");
+    path.split_once("::{{closure}}").expect("a closure of a test").0
+}
+
+/// Does this process have the fake, or another driver that [`again`] has given it?
 pub(crate) fn is_inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
@@ -52,28 +50,37 @@ pub(crate) fn is_real() -> bool {
     std::env::var_os(REAL).is_some_and(|real| real == "1")
 }
 
-/// Runs the test `name` with the fake, and returns its standard output and standard error.
+/// Runs the test `name` with the fake, and returns what it wrote to standard error.
 ///
 /// # Panics
-/// As [`inside`].
-pub(crate) fn run(kernels: Kernels, name: &str, env: &[(&str, &str)]) -> (String, String) {
-    let library = build(kernels);
-    let mut path = library.into_os_string();
-    if let Some(rest) = std::env::var_os("LD_LIBRARY_PATH").filter(|rest| !rest.is_empty()) {
-        path.push(":");
-        path.push(rest);
+/// As [`inside_as`].
+pub(crate) fn run(kernels: Kernels, name: &str, env: &[(&str, &str)]) -> String {
+    let mut path = build(kernels).into_os_string().into_string().expect("a path in UTF-8");
+    if let Some(rest) = std::env::var("LD_LIBRARY_PATH").ok().filter(|rest| !rest.is_empty()) {
+        path = format!("{path}:{rest}");
     }
+    again(name, &path, env)
+}
+
+/// Runs the test `name` of this binary in another process, which finds libraries in `library_path`, and returns what it wrote
+/// to standard error.
+///
+/// # Panics
+/// When the test fails there.
+pub(crate) fn again(name: &str, library_path: &str, env: &[(&str, &str)]) -> String {
     let output = Command::new(std::env::current_exe().expect("this test's own path"))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(INSIDE, "1")
-        .env("LD_LIBRARY_PATH", path)
+        .env("LD_LIBRARY_PATH", library_path)
         .envs(env.iter().copied())
         .output()
         .expect("a process for the test");
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{name}, with the fake driver: {}\n{text}\n{errors}", output.status);
-    (text, errors)
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{name}, with another driver: {}\n{text}\n{errors}", output.status);
+    // A process that finds no test of that name succeeds as well.
+    assert!(text.contains("1 passed"), "{name} ran no test:\n{text}\n{errors}");
+    errors.into_owned()
 }
 
 /// Builds the library unless it is there already, and returns its directory.
@@ -105,106 +112,81 @@ pub(crate) struct Counts {
     /// Registrations by `cuMemHostRegister`.
     pub(crate) registrations: u64,
     pub(crate) modules: u64,
-    pub(crate) graphs: u64,
 }
 
-/// The control functions of the fake.
+/// The control functions of the fake, for tests that run [inside of it](inside_as).
 #[derive(Debug)]
-pub(crate) struct Fake {
-    library: libloading::Library,
+pub(crate) struct Fake;
+
+/// A control function of the fake's.
+///
+/// # Safety
+/// `F` is the function's type in `control.cpp` or `copy.cpp`.
+unsafe fn control<F: Copy>(name: &str) -> F {
+    // SAFETY: this process has a driver, or the test would not run here.
+    let library = unsafe { culib() };
+    // SAFETY: as the caller says.
+    *unsafe { library.get::<F>(name.as_bytes()) }
+        .unwrap_or_else(|error| panic!("not the fake driver: {error}"))
+}
+
+/// Defines methods that call the control function of that symbol with the name of a call of the driver.
+macro_rules! of_a_call {
+    ($($(#[$doc:meta])* fn $method:ident(call $(, $argument:ident: $type:ty)*) $(-> $result:ty)? = $symbol:literal;)*) => {$(
+        $(#[$doc])*
+        pub(crate) fn $method(&self, call: &str $(, $argument: $type)*) $(-> $result)? {
+            type Control = unsafe extern "C" fn(*const c_char $(, $type)*) $(-> $result)?;
+            let call = CString::new(call).expect("a name");
+            // SAFETY: the type is that of control.cpp; the name outlives the call.
+            unsafe { control::<Control>($symbol)(call.as_ptr() $(, $argument)*) }
+        }
+    )*};
 }
 
 impl Fake {
-    /// The fake of this process, which runs in [`inside`].
-    ///
-    /// # Panics
-    /// In any other process.
-    pub(crate) fn get() -> Fake {
-        assert!(is_inside(), "the fake driver is there only within `inside`");
-        // SAFETY: its initialisers only set up its own state; cudarc loads the same library.
-        let library = unsafe { libloading::Library::new("libcuda.so.1") }.expect("the fake driver");
-        Fake { library }
-    }
-
-    /// # Safety
-    /// `F` is the function's type.
-    unsafe fn function<F: Copy>(&self, name: &str) -> F {
-        // SAFETY: as the caller says.
-        *unsafe { self.library.get::<F>(name) }.unwrap_or_else(|error| panic!("not the fake driver: {error}"))
-    }
-
-    /// From now on the call does nothing, and succeeds. Only for calls without results.
-    pub(crate) fn ignore(&self, call: &str) {
-        let call = CString::new(call).expect("a name");
-        // SAFETY: the type is that of control.cpp; the name outlives the call.
-        unsafe { self.function::<extern "C" fn(*const c_char)>("fake_cuda_ignore")(call.as_ptr()) }
-    }
-
-    /// From its `after`-th use from now on (1: the next) the call gives this error. With error 0 it works again.
-    pub(crate) fn fail(&self, call: &str, error: i32, after: i32) {
-        let call = CString::new(call).expect("a name");
-        // SAFETY: as in `ignore`.
-        unsafe {
-            self.function::<extern "C" fn(*const c_char, c_int, c_int)>("fake_cuda_fail")(
-                call.as_ptr(),
-                error,
-                after,
-            );
-        }
-    }
-
-    /// The call gives this error once, at its `after`-th use from now on (1: the next).
-    pub(crate) fn fail_once(&self, call: &str, error: i32, after: i32) {
-        let call = CString::new(call).expect("a name");
-        // SAFETY: as in `ignore`.
-        unsafe {
-            self.function::<extern "C" fn(*const c_char, c_int, c_int)>("fake_cuda_fail_once")(
-                call.as_ptr(),
-                error,
-                after,
-            );
-        }
+    of_a_call! {
+        /// From now on the call does nothing, and succeeds. Only for calls without results.
+        fn ignore(call) = "fake_cuda_ignore";
+        /// From its `after`-th use from now on (1: the next) the call gives this error.
+        fn fail(call, error: c_int, after: c_int) = "fake_cuda_fail";
+        /// The call gives this error once, at its `after`-th use from now on (1: the next).
+        fn fail_once(call, error: c_int, after: c_int) = "fake_cuda_fail_once";
+        /// How often the call was made.
+        fn calls(call) -> u64 = "fake_cuda_calls";
     }
 
     /// From now on no call is ignored or made to fail.
     pub(crate) fn reset(&self) {
         // SAFETY: the type is that of control.cpp.
-        unsafe { self.function::<extern "C" fn()>("fake_cuda_reset")() }
-    }
-
-    /// How often the call was made.
-    pub(crate) fn calls(&self, call: &str) -> u64 {
-        let call = CString::new(call).expect("a name");
-        // SAFETY: as in `ignore`.
-        unsafe { self.function::<extern "C" fn(*const c_char) -> u64>("fake_cuda_calls")(call.as_ptr()) }
+        unsafe { control::<unsafe extern "C" fn()>("fake_cuda_reset")() }
     }
 
     /// How many objects there are.
     pub(crate) fn counts(&self) -> Counts {
         let mut counts = Counts::default();
-        // SAFETY: the type is that of control.cpp, which writes these eight numbers.
-        unsafe { self.function::<extern "C" fn(*mut Counts)>("fake_cuda_counts")(&raw mut counts) }
+        // SAFETY: the type is that of control.cpp, which writes these numbers.
+        unsafe { control::<unsafe extern "C" fn(*mut Counts)>("fake_cuda_counts")(&raw mut counts) }
         counts
     }
 
-    /// The device is gone: queued work never runs, and every call gives this error (0: `DEVICE_UNAVAILABLE`).
+    /// The device is gone: queued work never runs, and every call gives this error.
     pub(crate) fn lose(&self, error: i32) {
         // SAFETY: the type is that of control.cpp.
-        unsafe { self.function::<extern "C" fn(c_int)>("fake_cuda_lose")(error) }
+        unsafe { control::<unsafe extern "C" fn(c_int)>("fake_cuda_lose")(error) }
     }
 
     /// Acts as a kernel of torch: `delay_us` after its turn comes, `stream` writes [`pattern`] of this seed. Returns the
     /// `CUresult`.
     pub(crate) fn fill(&self, stream: u64, to: u64, bytes: usize, seed: u32, delay_us: u32) -> i32 {
-        type Fill = extern "C" fn(*mut c_void, u64, usize, c_uint, c_uint) -> c_int;
+        type Fill = unsafe extern "C" fn(*mut c_void, u64, usize, c_uint, c_uint) -> c_int;
         // SAFETY: the type is that of copy.cpp, which checks the address itself.
-        unsafe { self.function::<Fill>("fake_cuda_fill")(stream as *mut c_void, to, bytes, seed, delay_us) }
+        unsafe { control::<Fill>("fake_cuda_fill")(stream as *mut c_void, to, bytes, seed, delay_us) }
     }
 
-    /// Acts as a kernel of torch that reads: after the delay `stream` copies what it finds there to `into`.
+    /// Acts as a kernel of torch that reads: after the delay `stream` copies the bytes that it finds to `into`.
     ///
     /// # Safety
-    /// Until it has done so, `into` is writable for `bytes`, and nobody else touches it.
+    /// Until the stream has done so, `into` is writable for `bytes`, and nobody else accesses it.
     pub(crate) unsafe fn read(
         &self,
         stream: u64,
@@ -213,9 +195,9 @@ impl Fake {
         into: *mut u8,
         delay_us: u32,
     ) -> i32 {
-        type Read = extern "C" fn(*mut c_void, u64, usize, *mut u8, c_uint) -> c_int;
+        type Read = unsafe extern "C" fn(*mut c_void, u64, usize, *mut u8, c_uint) -> c_int;
         // SAFETY: the type is that of copy.cpp; `into` as the caller says.
-        unsafe { self.function::<Read>("fake_cuda_read")(stream as *mut c_void, from, bytes, into, delay_us) }
+        unsafe { control::<Read>("fake_cuda_read")(stream as *mut c_void, from, bytes, into, delay_us) }
     }
 }
 

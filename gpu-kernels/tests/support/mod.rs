@@ -3,4 +3,6 @@
 
 pub(crate) mod calls;
 pub(crate) mod fake;
+pub(crate) mod pages;
 pub(crate) mod random;
+pub(crate) mod world;
