@@ -1,13 +1,16 @@
 """Single edges of the connector's contract with vLLM."""
 
 import ctypes
+import json
 import logging
+import subprocess
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness.driver import Wanted
 from harness.support import PROMPT, forget, harness, is_right, run, worker_side
+from real.engine import binary
 from waiting import FOREVER_MS, wait_for
 
 import kvring
@@ -129,9 +132,17 @@ def test_an_absurd_number_is_an_error_that_names_the_key(key: str, value: float,
         made.shutdown()
 
 
+def _is_allocated(engine: kvring.Engine) -> bool:
+    said = subprocess.run([binary(), "status", "--name", engine.name, "--json"], check=True, stdout=subprocess.PIPE).stdout
+    arena = json.loads(said)["engine"]
+    return bool(arena["arena_bytes_allocated"] == arena["arena_bytes"])
+
+
 def test_a_prompt_of_more_chunks_than_a_lookup_asks_for_is_found_up_to_there(engine: kvring.Engine) -> None:
     most = 8192
     prompt = [3 + n * n % 977 for n in range(4 * (most + 40))]
+    # In an arena that is still being allocated the last chunks would take the place of the first ones.
+    wait_for(lambda: _is_allocated(engine), "the whole arena is allocated")
     made = harness(engine, num_blocks=most + 100, max_model_len=len(prompt) + 16, max_batched=4096)
     for name in ("cold", "warm"):
         run(made, name, prompt, 4)
