@@ -236,7 +236,7 @@ impl Client {
                 }
             }
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || !self.shared.fork.is_ours() {
+            if left.is_zero() {
                 return Ok(None);
             }
             current = self.shared.wait_for_change(current, left);

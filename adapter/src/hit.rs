@@ -21,6 +21,7 @@ use std::sync::Arc;
 /// # let plane = Plane { base: cache.as_mut_ptr(), block_stride: 4096, page_bytes: 4096 };
 /// # let client = Client::new(Role::Worker, options.clone())?;
 /// # let mut worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// # // SAFETY: `cache` has all of these blocks, and outlives the worker, which is shut down below; nobody else uses it.
 /// # worker.register_kv_caches(unsafe { PagedKv::new(vec![plane], 2, 1) }?)?;
 /// # let chunk = StoreChunk { key: [10, 0], blocks: vec![0] };
 /// # let job = worker.submit_store("1", Round { source: 1, number: 1 }, None, vec![chunk], None)?;

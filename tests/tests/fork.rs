@@ -1,7 +1,9 @@
 //! A child of `fork` does not pass for its parent: every call says so, nothing hangs, and the parent does not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Health, Lookup, Role, StoreChunk, SubmitError};
+use kvring_adapter::{
+    CallError, Health, Lookup, PagedKv, Plane, RegisterError, Role, StoreChunk, SubmitError,
+};
 use kvring_tests::{
     EngineProcess, LIMIT, SchedulerSide, SchedulerSpec, all_loaded, chain, client, isolated, round, until,
 };
@@ -87,6 +89,11 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             let submitted = adapter.submit_store("r", round(2), None, store, None);
             assert_eq!(submitted, Err(SubmitError::Ended(Health::ShutDown)));
             assert_eq!(adapter.submit_load("r", vec![], None), Err(SubmitError::Ended(Health::ShutDown)));
+            let mut cache = [0u8; 16];
+            let plane = Plane { base: cache.as_mut_ptr(), block_stride: 16, page_bytes: 16 };
+            // SAFETY: the plane is `cache`. The registration is refused, so nothing keeps it.
+            let paged = unsafe { PagedKv::new(vec![plane], 1, 1) }.unwrap();
+            assert_eq!(adapter.register_kv_caches(paged), Err(RegisterError::Call(CallError::Forked)));
             assert_eq!(adapter.get_finished(), kvring_adapter::Finished::default());
             assert!(adapter.get_block_ids_with_load_errors().is_empty());
             adapter.handle_preemptions(None);

@@ -17,7 +17,7 @@ pub use kvring_gpu_kernels::{
 pub use report::{Drops, LoadFailures, LoadReport, StoreReport};
 
 use crate::client::{Client, Probe};
-use crate::error::RegisterError;
+use crate::error::{CallError, RegisterError};
 use crate::health::Health;
 use crate::options::usable_cpus;
 use crate::shared::Registered;
@@ -235,8 +235,13 @@ impl WorkerAdapter {
     ///
     /// # Errors
     /// Only problems that do not mend themselves: ranks that disagree, a shard that can never fit, a full namespace
-    /// table, or memory that cannot be copied from and to here.
+    /// table, or memory that cannot be copied from and to here. And a call in a forked child, which has none of the
+    /// parent's threads.
     pub fn register_kv_caches(&mut self, paged: PagedKv) -> Result<(), RegisterError> {
+        if !self.client.shared.fork.is_ours() {
+            // Before anything is locked: a thread of the parent may have held the lock at the fork.
+            return Err(CallError::Forked.into());
+        }
         if let Some(running) = self.running.take() {
             self.stop(running);
         }

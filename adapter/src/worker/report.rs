@@ -106,6 +106,7 @@ impl StoreReport {
 /// # let plane = Plane { base: cache.as_mut_ptr(), block_stride: 4096, page_bytes: 4096 };
 /// # let client = Client::new(Role::Worker, options)?;
 /// # let mut worker = WorkerAdapter::new(&client, WorkerOptions::new([1, 2, 3, 4], 1, 0, 16))?;
+/// # // SAFETY: `cache` has all of these blocks, and outlives the worker, which is shut down below; nobody else uses it.
 /// # worker.register_kv_caches(unsafe { PagedKv::new(vec![plane], 1, 1) }?)?;
 /// // A handle from an engine that has been started anew since then.
 /// let stale = ShardHandle { arena_id: [1, 2], slot: 0, generation: 1, offset: 0, key: [10, 0] };
