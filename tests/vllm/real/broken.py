@@ -86,9 +86,20 @@ def appended_block_ids() -> None:
 
 
 def stores_after_a_failed_load() -> None:
-    """A failed synchronous load is ignored: the tokens that the step computed from it are stored, and the engine is not told."""
-    from kvring.vllm.scheduler import SchedulerSide
+    """A failed synchronous load is ignored: the tokens that the step computed from it are stored, and the engine is not told.
 
+    Each step waits until its stores have read their blocks: in the next step vLLM writes the right KV into the same blocks, and
+    a copy that began that late would store the right KV."""
+    from kvring.vllm.scheduler import SchedulerSide
+    from kvring.vllm.worker import WorkerSide
+
+    start = WorkerSide.start_stores
+
+    def start_and_wait(self, meta):
+        start(self, meta)
+        self.adapter.handle_preemptions(None)
+
+    WorkerSide.start_stores = start_and_wait
     SchedulerSide._may_store = lambda self: True
     SchedulerSide._spoilt = lambda self, load: None
 
