@@ -58,7 +58,7 @@ impl EngineView {
             return Err(mismatch(Mismatch::Size { expected, found: length }));
         }
         let mapping = Arc::new(file.map(expected, Access::ReadOnly)?);
-        let segment = EngineSegment::new(mapping, &identity.geometry)?;
+        let segment = EngineSegment::new(mapping, &identity.geometry, identity.arena_id)?;
         Ok(EngineView { segment, identity, file: Arc::new(file) })
     }
 

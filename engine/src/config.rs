@@ -5,6 +5,7 @@ use crate::byte_size::ByteSize;
 use crate::policy::PolicyKind;
 use crate::preflight::Room;
 use crate::process;
+use kvring_shm_abi::directory::CHUNK_IDS;
 use kvring_shm_abi::segment::{BadName, EngineName};
 use kvring_shm_abi::superblock::{ARENA_BYTES_MAX, BadGeometry, Geometry, SLAB_BYTES_MIN};
 use serde::{Deserialize, Serialize};
@@ -41,7 +42,7 @@ pub struct EngineConfig {
     pub max_leases: u32,
     /// The most pins at one time; a chunk counts once for each lease on it.
     pub max_pins: u32,
-    /// The most chunks that the index can hold; `None`: as many as the arena has room for.
+    /// The most chunks at one time; `None`: one for each 64 KiB of the arena, and at least 65536.
     pub max_chunks: Option<u32>,
     /// How long a start waits for another start of the same name, or for a predecessor whose process is still
     /// exiting, in milliseconds.
@@ -232,7 +233,8 @@ impl EngineConfig {
         value("client_share", "above 0, up to 1", share, self.client_share.to_string())?;
         value("max_leases", "at least 1", self.max_leases > 0, self.max_leases.to_string())?;
         value("max_pins", "at least 1", self.max_pins > 0, self.max_pins.to_string())?;
-        value("max_chunks", "at least 1", self.max_chunks != Some(0), "0".to_owned())?;
+        let chunks = self.max_chunks.unwrap_or(1);
+        value("max_chunks", "1 to 16777216", (1..=CHUNK_IDS).contains(&chunks), chunks.to_string())?;
         value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())?;
         let grace = self.reattach_grace_ms;
         value("reattach_grace_ms", "up to 600000", grace <= 600_000, grace.to_string())
@@ -288,7 +290,10 @@ impl EngineConfig {
         }
         // A slab of 0 bytes is refused by `Geometry::new`, which comes next.
         let whole = arena.checked_div(slab).map_or(arena, |slabs| slabs * slab);
-        let geometry = Geometry::new(whole, slab)?;
+        let mut geometry = Geometry::new(whole, slab)?;
+        if let Some(chunks) = self.max_chunks {
+            geometry = geometry.with_max_chunks(chunks)?;
+        }
         if by_default && whole < SMALL_ARENA {
             let left = room.tightest();
             tracing::warn!(

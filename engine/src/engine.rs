@@ -102,7 +102,8 @@ impl Engine {
         let mut setup = Setup {
             name: &name,
             geometry,
-            any_geometry: config.any_arena || (config.arena.is_none() && config.slab.is_none()),
+            any_geometry: config.any_arena
+                || (config.arena.is_none() && config.slab.is_none() && config.max_chunks.is_none()),
             beat_interval_us: config.beat_interval_ms.saturating_mul(1000),
             policy: config.policy.name(),
             wait: config.start_wait(),
@@ -231,9 +232,7 @@ fn limits(config: &EngineConfig, seed: [u64; 2], geometry: &Geometry) -> CacheCo
     limits.pins_max = config.max_pins;
     limits.keys_max = KEYS_MAX as u32;
     limits.client_bytes_max = config.client_bytes_max(geometry);
-    if let Some(chunks) = config.max_chunks {
-        limits.chunks_max = chunks;
-    }
+    limits.chunks_max = geometry.max_chunks;
     limits
 }
 

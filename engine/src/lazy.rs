@@ -109,27 +109,6 @@ impl<T> DerefMut for Lazy<T> {
     }
 }
 
-/// Prefetches the cache line of element `i` of `of`, if there is one.
-#[inline(always)]
-pub(crate) fn prefetch<T>(of: &[T], i: usize) {
-    if let Some(element) = of.get(i) {
-        let address: *const T = element;
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: a prefetch of a valid address changes nothing but the caches.
-        unsafe {
-            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T0>(address.cast());
-        }
-        #[cfg(target_arch = "aarch64")]
-        // SAFETY: as above.
-        unsafe {
-            core::arch::asm!("prfm pldl1keep, [{0}]", in(reg) address, options(nostack, readonly, preserves_flags));
-        }
-        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-        let _ = address;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,6 +6,7 @@ use crate::byte_size::ByteSize;
 use crate::cgroup::{self, CgroupRoom};
 use crate::segments::files;
 use kvring_shm_abi::channel::CHANNEL_BYTES_USUAL;
+use kvring_shm_abi::chunk::ChunkRecord;
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::lobby::LOBBY_BYTES;
 use kvring_shm_abi::segment::{EngineName, SHM_DIR};
@@ -16,9 +17,10 @@ use std::path::PathBuf;
 /// The size of `/dev/shm` in a docker container for which nothing else was asked.
 const DOCKER_DEFAULT: u64 = 64 << 20;
 
-/// For the estimate of the slot table's size, of which a part is allocated each time that slabs get their class:
-/// shards are rarely smaller than this.
+/// For the estimate of what slot headers and chunk records take, which get their memory as they are needed: shards are
+/// rarely smaller than this.
 const USUAL_SHARD_MIN: u64 = 64 << 10;
+const SHARD_TABLE_BYTES: u64 = (SLOT_HEADER_BYTES + size_of::<ChunkRecord>()) as u64;
 
 /// An engine's room includes the channels of this many clients, because they are made in `/dev/shm` as well, after
 /// the arena: the smallest vLLM (a scheduler and a worker), one client that comes back, and `kvring clear`.
@@ -129,8 +131,8 @@ pub struct NoRoom {
 /// and channels.
 #[must_use]
 pub fn needed(geometry: &Geometry) -> u64 {
-    let slot_table = geometry.arena_bytes / USUAL_SHARD_MIN * SLOT_HEADER_BYTES as u64;
-    geometry.arena_bytes + slot_table + fixed(geometry)
+    let sparse_tables = geometry.arena_bytes / USUAL_SHARD_MIN * SHARD_TABLE_BYTES;
+    geometry.arena_bytes + sparse_tables + fixed(geometry)
 }
 
 /// The part of these bytes that hardly grows with the arena.
@@ -140,7 +142,7 @@ fn fixed(geometry: &Geometry) -> u64 {
 
 /// How many bytes a start allocates before the first slab.
 fn tables(geometry: &Geometry) -> u64 {
-    Places::of(geometry).slots_at + LOBBY_BYTES as u64 + ARENA_TRAILER
+    Places::of(geometry).records_at + LOBBY_BYTES as u64 + ARENA_TRAILER
 }
 
 /// Refuses an arena that cannot fit.

@@ -1,12 +1,13 @@
 //! Warm recovery: what a dead predecessor left in the engine's segment becomes the cache of its successor.
 //!
 //! Recovery runs on the service thread, between the odd incarnation and the even one, and only reads, except that it
-//! frees slots. Committed shards stay: complete chunks are visible, incomplete ones go on forming. Slots that the
-//! dead were writing are freed, and their rounds are dropped.
+//! frees slots, ends records of chunks that are not whole, and shows chunks whose engine died just before it would have.
+//! Committed shards stay: complete chunks are visible, incomplete ones go on forming. Slots that the dead were writing
+//! are freed, and their rounds are dropped.
 //!
 //! A slot that a *living* client was writing stays that client's, whether its chunk stays or not: only the client's
 //! commit or abort, or its death, frees it. The same holds for a slot of a dead client for which a device may still
-//! write. All of this is derived from the slab table and the slot headers. Each of their transitions was published
+//! write. All of this is derived from the chunk records, the slab table and the slot headers. Each of their transitions was published
 //! in one store, so a predecessor's death between any two of its stores leaves tables that make sense. Tables that
 //! do not make sense are an error, and lead to a cold start.
 
@@ -21,7 +22,7 @@ use kvring_shm_abi::message;
 use kvring_shm_abi::slot::{SlotContent, SlotState};
 use std::time::Instant;
 
-/// How many slots ahead the lines for a slot's chunk are prefetched.
+/// How many slots ahead a slot's chunk is prefetched.
 const AHEAD: u32 = 8;
 
 /// Why a predecessor's cache cannot be recovered.
@@ -65,6 +66,8 @@ pub(crate) fn recover(
 ) -> Result<Inherited, NotRecoverable> {
     let began = Instant::now();
     namespaces(segments, cache, registry)?;
+    cache.restore_chunks()?;
+    failpoint::here(Place::RecoveryRecords);
     let mut shards = 0u64;
     for (first, record) in (0u32..).zip(segments.engine.slabs.iter()) {
         let Some((slot_bytes, slabs)) = record.get() else { continue };
@@ -73,12 +76,7 @@ pub(crate) fn recover(
         for slot in slots.clone() {
             // This cannot happen: a span lies inside the arena, and the table has a header for each of its slots.
             let Some(header) = segments.engine.slot(slot) else { break };
-            if let Some(soon) =
-                slots.contains(&(slot + AHEAD)).then(|| segments.engine.slot(slot + AHEAD)).flatten()
-            {
-                let identity = soon.identity();
-                cache.restore_soon(identity.namespace, identity.key);
-            }
+            cache.restore_soon(slot.saturating_add(AHEAD));
             if let Some(shard) = shard(&header.read()) {
                 cache.restore(slot, &shard)?;
                 shards += 1;

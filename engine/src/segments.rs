@@ -27,10 +27,10 @@ mod error;
 pub(crate) mod files;
 mod found;
 mod remove;
-mod slot_memory;
 #[cfg(test)]
 mod strangers;
 mod sweep;
+mod table_memory;
 mod takeover;
 #[cfg(test)]
 mod tests;
@@ -38,8 +38,8 @@ mod tests;
 pub use error::SetupError;
 pub use found::ColdStart;
 pub use remove::remove;
-pub use slot_memory::SlotMemory;
 pub use sweep::Removed;
+pub use table_memory::TableMemory;
 
 use crate::preflight::{self, Room};
 use crate::stats;
@@ -251,10 +251,12 @@ impl Segments {
         let places = Places::of(&geometry);
         let file = unfinished.file();
         // The file is allocated before it gets its length, so no peer ever maps a page of it that has no memory.
-        file.allocate(0, places.slots_at)?;
+        file.allocate(0, places.records_at)?;
         failpoint::here(Place::Allocated);
         file.grow(places.bytes)?;
-        let engine = EngineSegment::new(Arc::new(file.map(places.bytes, Access::ReadWrite)?), &geometry)?;
+        let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
+        let mapping = Arc::new(file.map(places.bytes, Access::ReadWrite)?);
+        let engine = EngineSegment::new(mapping, &geometry, arena_id)?;
         engine.epoch().begin_recovery();
         let mut claims = Claims::register(engine.life_words.clone(), LIFE_WORDS_AT, || file.reopen())?;
         // The owner word is claimed first: from here on our death is noticed.
@@ -267,7 +269,6 @@ impl Segments {
         stats::initialise(&engine.stats);
         failpoint::here(Place::Described);
 
-        let arena_id = [random_u64().map_err(SetupError::Random)?, random_u64().map_err(SetupError::Random)?];
         let identity =
             |kind, segment_bytes| Identity { kind, segment_bytes, arena_id, boot_id: boot_id(), geometry };
         let lobby = Lobby::new(Arc::new(segment::create_shared(&name.lobby(), LOBBY_BYTES)?))?;
@@ -342,8 +343,8 @@ impl Segments {
 
     /// Gives slot headers their memory, for the cache's slot table.
     #[must_use]
-    pub fn slot_memory(&self) -> SlotMemory {
-        SlotMemory::new(self.engine_file.clone(), &self.geometry)
+    pub fn table_memory(&self) -> TableMemory {
+        TableMemory::new(self.engine_file.clone(), &self.geometry)
     }
 
     /// Looks at the clients whose deaths only a file lock tells, and marks the life words of those that have died,

@@ -14,6 +14,7 @@ use kvring_engine::cache::{
     SlotTable,
 };
 use kvring_engine::policy::PolicyKind;
+use kvring_shm_abi::chunk::ChunkTable;
 
 /// Counts the allocations of this thread.
 struct Counting;
@@ -154,9 +155,16 @@ fn no_operation_allocates() {
 }
 
 /// A table that keeps nothing.
-struct NoTable;
+struct NoTable(ChunkTable);
 
 impl SlotTable for NoTable {
+    fn chunks(&self) -> &ChunkTable {
+        &self.0
+    }
+    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
+        self.0.set_ready(records, lines);
+        true
+    }
     fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
     fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
     fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
@@ -184,7 +192,8 @@ fn anonymous_kib() -> u64 {
 fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
     let before = anonymous_kib();
     let (slab_bytes, slabs) = (16 << 20, 4096);
-    let mut cache = Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable).unwrap();
+    let mut cache =
+        Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable(ChunkTable::private(1 << 20))).unwrap();
     for slab in 0..slabs {
         cache.add_slab(slab).unwrap();
     }

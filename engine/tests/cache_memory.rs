@@ -12,9 +12,6 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 #[test]
 fn tables_that_find_no_address_space_are_an_error_at_the_start() {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmSize:")).unwrap();
-    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
     let (_, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
     for policy in PolicyKind::ALL {
         // The arena has room for 2¹⁸ chunks. That takes between 16 and 60 MiB of tables, which are allocated one
@@ -22,7 +19,10 @@ fn tables_that_find_no_address_space_are_an_error_at_the_start() {
         let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, 1 << 10) };
         let (mut refused, mut made) = (0, 0);
         for mib in (0..120).step_by(4) {
-            let table = VecTable::new(0);
+            let table = VecTable::new(1 << 18);
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let line = status.lines().find(|line| line.starts_with("VmSize:")).unwrap();
+            let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
             setrlimit(Resource::RLIMIT_AS, (kib << 10) + (mib << 20), hard).unwrap();
             let cache = Cache::new(config, table);
             setrlimit(Resource::RLIMIT_AS, hard, hard).unwrap();

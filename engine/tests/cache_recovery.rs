@@ -10,8 +10,10 @@ use cache_support::small::{
 };
 use cache_support::{State, VecTable, chain, key, restore};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Committed, Invalidated, NotRestorable, Reservation, Shard, ShardHeader,
+    Cache, CacheConfig, Committed, Invalidated, NotRestorable, Reservation, Shard, ShardHeader, SlotTable,
 };
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 /// A cache with everything that an engine left behind, as its successor reads it.
 fn restored(table: &VecTable, slabs: u32, namespaces: &[&[u64]]) -> Cache<VecTable> {
@@ -292,13 +294,132 @@ fn what_was_hidden_is_not_shown_by_the_next_engine() {
     assert_eq!((hidden, old.stats().slots_committed), (Invalidated::Hidden, 2));
     let mut half = before;
     half.entries[damaged.slot as usize] = old.table().entries[damaged.slot as usize];
-    for (table, kept) in [(old.table(), 0), (&half, 1)] {
+    for (table, dropped) in [(old.table(), 0), (&half, 1)] {
         let mut new = restored(table, 8, &[world]);
         let restored = new.restore_end();
-        assert_eq!((restored.visible, restored.kept), (0, kept));
+        assert_eq!((restored.visible, restored.kept, restored.dropped), (0, 0, dropped));
         new.check_all().unwrap();
-        assert_eq!((hits(&mut new, &[name]), new.stats().slots_committed), (0, u64::from(kept)));
+        assert_eq!((hits(&mut new, &[name]), new.stats().slots_committed), (0, 0));
         store_ranks(&mut new, 0, 0..2, 2, &[name]);
         assert_eq!(hits(&mut new, &[name]), 1);
+    }
+}
+
+/// A chunk keeps its id, its record and its hint: nothing of that is written again.
+#[test]
+fn what_was_visible_keeps_its_record() {
+    let worlds: &[&[u64]] = &[&[4096], &[4096; 6]];
+    let mut old = cache(8, worlds[0]);
+    register(&mut old, 1, worlds[1]);
+    store(&mut old, 1, &chain(1, 3));
+    store_ranks(&mut old, 1, 0..6, 1, &chain(2, 3));
+    // An id in the middle is free, and a forming chunk has another.
+    let first = find(&mut old, 1, &chain(1, 1)).unwrap()[0];
+    assert!(old.end_session(0, 1));
+    assert_eq!(old.invalidate(first.slot, first.generation, key(1, 0), |_, _| true), Invalidated::Dropped);
+    reserve_one(&mut old, 0, round(1), key(3, 0));
+    let records =
+        |cache: &Cache<VecTable>| (0..8).map(|id| cache.table().chunks().read(id)).collect::<Vec<_>>();
+    let before = records(&old);
+    assert_eq!(before.iter().flatten().count(), 5);
+
+    let mut new = restored(old.table(), 8, worlds);
+    assert_eq!(records(&new), before);
+    let restored = new.restore_end();
+    assert_eq!((restored.visible, restored.kept, restored.dropped), (5, 1, 0));
+    assert_eq!(records(&new), before);
+    new.check_all().unwrap();
+    // The lowest free id is used first: the forming chunk's.
+    store(&mut new, 2, &chain(4, 1));
+    assert!(records(&new).iter().flatten().any(|content| content.identity.key == key(4, 0)));
+    new.check_all().unwrap();
+}
+
+/// A death between the last commit and the record, or between the record's end and its slots: in both cases the record says
+/// nothing, and the slots tell that all of the chunk is there.
+#[test]
+fn a_chunk_without_a_record_gets_one() {
+    let world: &[u64] = &[4096; 6];
+    let mut old = cache(8, world);
+    store_ranks(&mut old, 0, 0..6, 1, &chain(1, 3));
+    let table = old.table().clone();
+    let identity = table.chunks().read(1).unwrap().identity;
+    table.chunks().end(1, identity);
+    let mut new = restored(&table, 8, &[world]);
+    assert_eq!(new.restore_end().visible, 3);
+    new.check_all().unwrap();
+    assert_eq!(hits(&mut new, &chain(1, 3)), 3);
+}
+
+/// The slots of two ranks have changed places in a record: it is not believed, because the shards themselves say whose they are.
+#[test]
+fn a_record_that_names_a_slot_for_another_rank_is_not_believed() {
+    for world in [&[4096_u64, 4096][..], &[4096; 6]] {
+        let mut old = cache(8, world);
+        store_ranks(&mut old, 0, 0..world.len() as u32, 1, &chain(1, 2));
+        let table = old.table().clone();
+        let content = table.chunks().read(1).unwrap();
+        // Two ranks' slots are the two halves of a word: the first one of the record's places, or of its line.
+        let slots = |table: &VecTable| {
+            let content = table.chunks().read(1).unwrap();
+            table.chunks().slots(&content, world.len() as u32).collect::<Vec<_>>()
+        };
+        let before = slots(&table);
+        let (record, line) = ((1 + 1) * 8 + 4, (1 + 16) * 8 + content.place[0] as usize * 8);
+        table.scribble(if world.len() == 2 { record } else { line }, |word| word.rotate_left(32));
+        let after = slots(&table);
+        assert_eq!((after[0], after[1]), (before[1], before[0]));
+        let mut new = restored(&table, 8, &[world]);
+        let restored = new.restore_end();
+        // With two ranks both shards are elsewhere, and make a chunk of their own. With six, four are where the record says:
+        // they go with it, and the other two are not enough.
+        let expected = if world.len() == 2 { (2, 0, 1) } else { (1, 1, 1) };
+        assert_eq!((restored.visible, restored.kept, restored.dropped), expected);
+        new.check_all().unwrap();
+        assert_eq!(hits(&mut new, &chain(1, 2)), restored.visible);
+        for content in (0..8).filter_map(|id| new.table().chunks().read(id)) {
+            for (rank, slot) in (0..).zip(new.table().chunks().slots(&content, world.len() as u32)) {
+                let State::Committed(header) = new.table().entries[slot as usize].state else {
+                    panic!("{slot}")
+                };
+                assert_eq!((header.rank, header.key), (rank, content.identity.key));
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever somebody has scribbled into records: a chunk that is found afterwards is one whose shards say so themselves.
+    #[test]
+    fn records_that_make_no_sense_lead_to_no_wrong_shard(scribbles in vec((1_usize..200, 0_u64..300, any::<bool>()), 1..12)) {
+        let worlds: &[&[u64]] = &[&[4096], &[4096; 6]];
+        let mut old = cache(8, worlds[0]);
+        register(&mut old, 1, worlds[1]);
+        store(&mut old, 1, &chain(1, 4));
+        store_ranks(&mut old, 1, 0..6, 1, &chain(2, 4));
+        let table = old.table().clone();
+        for (at, value, is_flip) in scribbles {
+            table.scribble(at, |word| if is_flip { word ^ (1 << (value % 64)) } else { value });
+        }
+        let mut new = restored(&table, 8, worlds);
+        new.restore_end();
+        for (namespace, keys) in [(0, chain(1, 4)), (1, chain(2, 4))] {
+            for key in keys {
+                let mut shards = Vec::new();
+                let found = new.find(0, 1, 0, namespace, &[key], &mut |shard| shards.push(shard)).unwrap();
+                for shard in shards.iter().take(found as usize * worlds[namespace as usize].len()) {
+                    let State::Committed(header) = new.table().entries[shard.slot as usize].state else {
+                        panic!("{shard:?} holds nothing");
+                    };
+                    prop_assert_eq!((header.key, header.namespace, header.offset), (key, namespace, shard.offset));
+                }
+            }
+        }
+        // What is stored now finds its place whatever was scribbled.
+        new.clear(None);
+        store(&mut new, 2, &chain(5, 4));
+        prop_assert_eq!(hits(&mut new, &chain(5, 4)), 4);
     }
 }

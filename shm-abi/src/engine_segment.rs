@@ -2,10 +2,13 @@
 //!
 //! It has the superblock, the epoch, what the engine says of itself, statistics, the engine's life words (one per client entry,
 //! because the kernel wakes only one sleeper per word; and the *owner* word, by which one engine excludes another), the answers
-//! to attachments, namespaces, slab table and slot table. The slot table is sparse: a slot's id follows from the place of its
-//! slab, and memory for headers is allocated when a slab gets its class.
+//! to attachments, namespaces, slab table, the directory with the chunk records, and the slot table. Records and slot table are
+//! sparse: memory for records is allocated as chunks are made, and memory for headers when a slab gets its class (a slot's id
+//! follows from the place of its slab).
 
 use crate::abi;
+use crate::chunk::{ChunkCounts, ChunkRecord, ChunkTable, SlotLine, lines_for};
+use crate::directory::{Bucket, Directory};
 use crate::epoch::Epoch;
 use crate::life::LifeWord;
 use crate::lobby::CLIENTS_MAX;
@@ -35,6 +38,8 @@ abi! {
 
     const INFO_AT: usize = EPOCH_AT + size_of::<Epoch>();
 
+    const CHUNK_COUNTS_AT: usize = INFO_AT + size_of::<EngineInfo>();
+
     const STATS_AT: usize = 1024;
 
     /// Words of the statistics block.
@@ -49,10 +54,13 @@ abi! {
     /// Offset of the namespaces.
     pub const NAMESPACES_AT: usize = 16384;
 
-    /// Offset of the slab table; the slot table follows on the next page.
+    /// Offset of the slab table. The directory, the chunk records, their lines and the slot table follow, each on a new page.
     pub const SLABS_AT: usize = NAMESPACES_AT + NAMESPACES_MAX * size_of::<Namespace>();
 
-    /// Offset of the slot table and length of the segment for an example, so that the layout hash covers how [`Places`] rounds.
+    /// Offsets and length of the segment for an example, so that the layout hash covers how [`Places`] rounds.
+    const DIRECTORY_AT_EXAMPLE: u64 = EXAMPLE.directory_at;
+    const RECORDS_AT_EXAMPLE: u64 = EXAMPLE.records_at;
+    const LINES_AT_EXAMPLE: u64 = EXAMPLE.lines_at;
     const SLOTS_AT_EXAMPLE: u64 = EXAMPLE.slots_at;
     const BYTES_EXAMPLE: u64 = EXAMPLE.bytes;
 
@@ -151,7 +159,7 @@ abi! {
 }
 
 const _: () = {
-    assert!(INFO_AT + size_of::<EngineInfo>() <= STATS_AT);
+    assert!(CHUNK_COUNTS_AT + size_of::<ChunkCounts>() <= STATS_AT);
     assert!(STATS_AT + STATS_WORDS * 8 <= LIFE_WORDS_AT);
     assert!(LIFE_WORDS_AT + LIFE_WORDS * size_of::<LifeWord>() <= ATTACH_AT);
     assert!(ATTACH_AT + CLIENTS_MAX * size_of::<AttachRecord>() <= NAMESPACES_AT);
@@ -373,24 +381,36 @@ impl SlabRecord {
 /// The places in the segment that depend on the geometry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Places {
+    /// First byte of the directory.
+    pub directory_at: u64,
+    /// First byte of the chunk records. Everything before it has memory from the start on; from here on the segment is sparse.
+    pub records_at: u64,
+    /// First byte of the lines that belong to the records.
+    pub lines_at: u64,
     /// First byte of the slot table.
     pub slots_at: u64,
     /// Bytes of the segment.
     pub bytes: u64,
 }
 
-/// The places for 257 slabs. Their table ends one record behind a page, and the slot table begins at a page with an odd number,
-/// so another rounding would show.
-const EXAMPLE: Places = Places::of(&Geometry { arena_bytes: 257 << 20, slab_bytes: 1 << 20 });
+/// The places for 257 slabs and 4097 chunks: each table ends one item behind a page, and another rounding would show.
+const EXAMPLE: Places =
+    Places::of(&Geometry { arena_bytes: 257 << 20, slab_bytes: 1 << 20, max_chunks: 4097 });
 
 impl Places {
     /// The places for a geometry.
     #[must_use]
     pub const fn of(geometry: &Geometry) -> Places {
-        let slabs = geometry.slab_count() as u64 * size_of::<SlabRecord>() as u64;
-        let slots_at = (SLABS_AT as u64 + slabs).next_multiple_of(4096);
-        let bytes = slots_at + geometry.slot_count() as u64 * SLOT_HEADER_BYTES as u64;
-        Places { slots_at, bytes: bytes.next_multiple_of(4096) }
+        const fn behind(at: u64, count: usize, bytes: usize) -> u64 {
+            (at + count as u64 * bytes as u64).next_multiple_of(4096)
+        }
+        let chunks = geometry.max_chunks;
+        let directory_at = behind(SLABS_AT as u64, geometry.slab_count(), size_of::<SlabRecord>());
+        let records_at = behind(directory_at, Directory::buckets_for(chunks), size_of::<Bucket>());
+        let lines_at = behind(records_at, chunks as usize, size_of::<ChunkRecord>());
+        let slots_at = behind(lines_at, lines_for(chunks), size_of::<SlotLine>());
+        let bytes = behind(slots_at, geometry.slot_count(), SLOT_HEADER_BYTES);
+        Places { directory_at, records_at, lines_at, slots_at, bytes }
     }
 }
 
@@ -408,6 +428,8 @@ pub struct EngineSegment {
     pub slabs: View<SlabRecord>,
     /// Slot table.
     pub slots: View<SlotHeader>,
+    /// Chunk records, and the directory that leads to them.
+    pub chunks: ChunkTable,
     /// Statistics.
     pub stats: View<StatWord>,
     epoch: One<Epoch>,
@@ -415,10 +437,23 @@ pub struct EngineSegment {
 }
 
 impl EngineSegment {
-    /// Views into a mapped segment of this geometry.
-    pub fn new(mapping: Arc<Mapping>, geometry: &Geometry) -> Result<EngineSegment, OutOfBounds> {
-        let places = Places::of(geometry);
+    /// Views into a mapped segment of this geometry, which belongs to the arena with this id.
+    pub fn new(
+        mapping: Arc<Mapping>,
+        geometry: &Geometry,
+        arena_id: [u64; 2],
+    ) -> Result<EngineSegment, OutOfBounds> {
+        let (places, chunks) = (Places::of(geometry), geometry.max_chunks as usize);
+        let buckets =
+            View::new(&mapping, places.directory_at as usize, Directory::buckets_for(geometry.max_chunks))?;
         Ok(EngineSegment {
+            chunks: ChunkTable::new(
+                View::new(&mapping, places.records_at as usize, chunks)?,
+                View::new(&mapping, places.lines_at as usize, lines_for(geometry.max_chunks))?,
+                One::new(&mapping, CHUNK_COUNTS_AT)?,
+                // The arena's id is random, and the same for all engines that take the segment over.
+                Directory::new(buckets, arena_id),
+            ),
             life_words: View::new(&mapping, LIFE_WORDS_AT, LIFE_WORDS)?,
             attach: View::new(&mapping, ATTACH_AT, CLIENTS_MAX)?,
             namespaces: View::new(&mapping, NAMESPACES_AT, NAMESPACES_MAX)?,

@@ -82,6 +82,8 @@ called! {
         RecoveryCounted = "recovery.counted",
         /// The successor has claimed all life words of the engine segment.
         RecoveryWords = "recovery.words",
+        /// The successor knows the records of all visible chunks, and none of their shards.
+        RecoveryRecords = "recovery.records",
         /// The shards of one span are in the successor's cache.
         RecoverySpan = "recovery.span",
         /// All shards are in the successor's cache, and what is of no use has been freed.
@@ -138,6 +140,16 @@ called! {
         FreeWord = "free.word",
         /// A header's word says FREE, with the next generation.
         FreeDone = "free.done",
+        /// A chunk's record has its fields; its word says FREE, and no hint leads to it.
+        ChunkFields = "chunk.fields",
+        /// A hint leads to a chunk's record, whose word still says FREE.
+        ChunkHint = "chunk.hint",
+        /// A chunk's record says VISIBLE.
+        ChunkShown = "chunk.shown",
+        /// The cache has decided that a chunk ends; its record still says VISIBLE.
+        ChunkEnds = "chunk.ends",
+        /// A chunk's record says FREE, with the next generation; a hint still leads to it, and its slots are still COMMITTED.
+        ChunkEnded = "chunk.ended",
         /// The cache has given a span up; its first slab's record still says how it was cut.
         SpanGone = "span.gone",
         /// No slab's record names the span any more.
@@ -261,8 +273,8 @@ called! {
         BeginAtOnce = "begin at once",
         /// There is memory for what a segment allocates.
         Memory = "memory",
-        /// There is memory for the headers of new slots.
-        MemoryForHeaders = "memory for headers",
+        /// There is memory for the headers of new slots, and for the records of new chunks.
+        MemoryForTables = "memory for tables",
     }
 }
 

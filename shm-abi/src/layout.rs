@@ -15,6 +15,8 @@ const MODULES: &[(&str, &[Item])] = &[
     ("ring", crate::ring::ABI),
     ("payload", crate::payload::ABI),
     ("slot", crate::slot::ABI),
+    ("chunk", crate::chunk::ABI),
+    ("directory", crate::directory::ABI),
     ("engine_segment", crate::engine_segment::ABI),
     ("lobby", crate::lobby::ABI),
     ("channel", crate::channel::places::ABI),

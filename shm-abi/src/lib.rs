@@ -1,7 +1,7 @@
 //! kvring's contract in shared memory.
 //!
 //! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie
-//! ([`layout`], [`superblock`], [`engine_segment`], [`lobby`], [`channel`], [`slot`], [`text`]), how they are mapped
+//! ([`layout`], [`superblock`], [`engine_segment`], [`chunk`], [`directory`], [`slot`], [`lobby`], [`channel`], [`text`]), how they are mapped
 //! ([`segment`], [`mapping`]), how health is told ([`epoch`], [`life`], [`claims`], [`means`], [`probe`], [`process`]), and how
 //! messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]); and how people write names
 //! ([`segment::EngineName`]) and sizes ([`byte_size`]), for the engine and for the programs that start one. There is no policy
@@ -12,6 +12,8 @@
 
 pub mod abi;
 pub mod byte_size;
+pub mod chunk;
+pub mod directory;
 pub mod epoch;
 pub mod failpoint;
 pub mod futex;

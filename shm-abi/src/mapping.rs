@@ -43,6 +43,7 @@ impl<const N: usize> Default for Pad<N> {
 /// Memory that stays mapped as long as this handle, or any [`View`] made from it, lives.
 ///
 /// Dropping the last one unmaps; nothing here ever unlinks a name.
+#[cfg(not(loom))]
 pub struct Mapping {
     base: NonNull<u8>,
     len: usize,
@@ -52,24 +53,24 @@ pub struct Mapping {
 
 /// Where the memory comes from, and the process that mapped it. A forked child does not have the mapping (`MADV_DONTFORK`),
 /// and must not unmap whatever it may have mapped at the same address itself.
+#[cfg(not(loom))]
 enum Backing {
     /// Mapped by `nix`: unmapped here.
-    #[cfg(not(loom))]
     Nix(u32),
     /// Mapped by the crate `shared_memory`, which unmaps when it is dropped.
-    #[cfg(not(loom))]
     Crate(ManuallyDrop<shared_memory::Shmem>, u32),
-    /// Private zeroed memory, for tests and models.
-    Private(core::alloc::Layout),
 }
 
 // SAFETY: a `Mapping` is an address range; all access goes through `Shared` types, which are atomics, or through raw
 // pointers whose users state their own reasons. `Shmem` is only held for its `Drop`, which may run on any thread.
+#[cfg(not(loom))]
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
+#[cfg(not(loom))]
 unsafe impl Sync for Mapping {}
 
 /// A look at items that would lie out of bounds or misaligned.
+#[cfg(not(loom))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("expected {count} items of {size} bytes at offset {offset} inside a segment of {len} bytes")]
 pub struct OutOfBounds {
@@ -83,18 +84,17 @@ pub struct OutOfBounds {
     pub len: usize,
 }
 
+#[cfg(not(loom))]
 impl Mapping {
     /// Wraps a mapping made by `mmap`; it is unmapped on drop.
     ///
     /// # Safety
     /// `base..base + len` is a mapping that nobody else unmaps, writable if `writable`.
-    #[cfg(not(loom))]
     pub(crate) unsafe fn from_mmap(base: NonNull<u8>, len: usize, writable: bool) -> Mapping {
         Mapping { base, len, writable, backing: Backing::Nix(std::process::id()) }
     }
 
     /// Takes over a mapping of the crate `shared_memory`, whose owner flag must be clear already.
-    #[cfg(not(loom))]
     pub(crate) fn from_shmem(shmem: shared_memory::Shmem) -> Option<Mapping> {
         let base = NonNull::new(shmem.as_ptr())?;
         let len = shmem.len();
@@ -102,18 +102,22 @@ impl Mapping {
         Some(Mapping { base, len, writable: true, backing })
     }
 
-    /// Private zeroed memory of `len` bytes, page aligned, that looks like a segment: for unit tests.
+    /// Private zeroed memory of `len` bytes, page aligned, that looks like a segment: for unit tests. It takes memory only where
+    /// it is touched.
     ///
     /// # Panics
     /// When `len` is zero or memory is exhausted.
     #[must_use]
     #[allow(clippy::expect_used)]
     pub fn private(len: usize) -> Mapping {
-        assert!(len > 0, "expected a length above 0");
-        let layout = core::alloc::Layout::from_size_align(len, 4096).expect("a sane length");
-        // SAFETY: the layout has a non-zero size.
-        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) }).expect("memory");
-        Mapping { base, len, writable: true, backing: Backing::Private(layout) }
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
+
+        let len = core::num::NonZeroUsize::new(len).expect("a length above 0");
+        let (protection, flags) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
+        // SAFETY: a mapping of new memory, at a place that the kernel chooses.
+        let base = unsafe { mmap_anonymous(None, len, protection, flags) }.expect("memory");
+        // SAFETY: just mapped, and nobody else knows of it.
+        unsafe { Mapping::from_mmap(base.cast(), len.get(), true) }
     }
 
     /// Length in bytes.
@@ -161,23 +165,40 @@ impl Mapping {
     }
 }
 
+#[cfg(not(loom))]
 impl Drop for Mapping {
     fn drop(&mut self) {
         match &mut self.backing {
-            #[cfg(not(loom))]
             Backing::Nix(process) | Backing::Crate(_, process) if *process != std::process::id() => {}
-            #[cfg(not(loom))]
             Backing::Nix(_) => {
                 // SAFETY: the range came from `mmap` and nobody else unmaps it; all borrows have ended.
                 let unmapped = unsafe { nix::sys::mman::munmap(self.base.cast(), self.len) };
                 debug_assert!(unmapped.is_ok(), "munmap of our own range failed: {unmapped:?}");
             }
-            #[cfg(not(loom))]
             // SAFETY: dropped once, here.
             Backing::Crate(shmem, _) => unsafe { ManuallyDrop::drop(shmem) },
-            // SAFETY: allocated in `private` with this layout.
-            Backing::Private(layout) => unsafe { std::alloc::dealloc(self.base.as_ptr(), *layout) },
         }
+    }
+}
+
+/// Prefetches the cache line of item `i`, if there is one.
+#[inline(always)]
+pub fn prefetch<T>(of: &[T], i: usize) {
+    if let Some(item) = of.get(i) {
+        let address: *const T = item;
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch of a valid address changes nothing but the caches.
+        unsafe {
+            use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(address.cast());
+        }
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        unsafe {
+            core::arch::asm!("prfm pldl1keep, [{0}]", in(reg) address, options(nostack, readonly, preserves_flags));
+        }
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        let _ = address;
     }
 }
 
@@ -191,6 +212,7 @@ pub struct View<T: Shared + 'static> {
 
 /// Whatever keeps a view's memory alive.
 pub trait Keep: Send + Sync {}
+#[cfg(not(loom))]
 impl Keep for Mapping {}
 impl<T: Send + Sync> Keep for Vec<T> {}
 

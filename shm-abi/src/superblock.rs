@@ -4,13 +4,14 @@
 //! does not match, a client gets an error that says what, and an engine starts cold; neither goes on with a guess.
 
 use crate::abi;
+use crate::directory::CHUNK_IDS;
 use crate::mapping::{Pad, Shared};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 abi! {
     /// Raised when something in shared memory gets another *meaning* in the same form. A change of form changes
     /// [`LAYOUT_HASH`](crate::layout::LAYOUT_HASH).
-    pub const ABI_VERSION: u32 = 5;
+    pub const ABI_VERSION: u32 = 6;
 
     /// "kvring\0\x01", little-endian.
     pub const MAGIC: u64 = u64::from_le_bytes(*b"kvring\0\x01");
@@ -56,44 +57,57 @@ abi! {
         arena_bytes: AtomicU64,
         slab_bytes: AtomicU64,
         retired: AtomicU32,
-        _pad: Pad<172>,
+        max_chunks: AtomicU32,
+        _pad: Pad<168>,
     }
 }
 
-/// The arena's geometry. All offsets follow from it.
+/// The sizes of the arena and of the tables that belong to it. All offsets follow from them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of the arena: a multiple of `slab_bytes`.
     pub arena_bytes: u64,
     /// Bytes of a slab: a power of two from 1 MiB to 1 GiB.
     pub slab_bytes: u64,
+    /// The most chunks at one time: 1 to [`CHUNK_IDS`].
+    pub max_chunks: u32,
 }
 
 /// A geometry that no arena can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "expected an arena of 1 slab to 16 TiB, a multiple of its slab size, which is a power of two from 1 MiB to 1 GiB; \
-     got an arena of {arena_bytes} bytes with slabs of {slab_bytes}"
+    "expected an arena of 1 slab to 16 TiB, a multiple of its slab size, which is a power of two from 1 MiB to 1 GiB, for 1 to \
+     {CHUNK_IDS} chunks; got an arena of {arena_bytes} bytes with slabs of {slab_bytes}, for {max_chunks} chunks"
 )]
 pub struct BadGeometry {
     /// The arena's bytes.
     pub arena_bytes: u64,
     /// The slab's bytes.
     pub slab_bytes: u64,
+    /// The most chunks.
+    pub max_chunks: u32,
 }
 
 impl Geometry {
-    /// Checks a geometry.
+    /// Checks an arena's sizes. It gets room for one chunk in each 64 KiB, and for at least 65 536.
     pub fn new(arena_bytes: u64, slab_bytes: u64) -> Result<Geometry, BadGeometry> {
+        let usual = (arena_bytes / CHUNK_BYTES_USUAL).clamp(CHUNKS_USUAL_MIN, CHUNK_IDS.into());
+        Geometry { arena_bytes, slab_bytes, max_chunks: usual as u32 }.check()
+    }
+
+    /// The same arena for another number of chunks.
+    pub fn with_max_chunks(self, max_chunks: u32) -> Result<Geometry, BadGeometry> {
+        Geometry { max_chunks, ..self }.check()
+    }
+
+    fn check(self) -> Result<Geometry, BadGeometry> {
+        let Geometry { arena_bytes, slab_bytes, max_chunks } = self;
         let good = slab_bytes.is_power_of_two()
             && (SLAB_BYTES_MIN..=SLAB_BYTES_MAX).contains(&slab_bytes)
             && (slab_bytes..=ARENA_BYTES_MAX).contains(&arena_bytes)
-            && arena_bytes.is_multiple_of(slab_bytes);
-        if good {
-            Ok(Geometry { arena_bytes, slab_bytes })
-        } else {
-            Err(BadGeometry { arena_bytes, slab_bytes })
-        }
+            && arena_bytes.is_multiple_of(slab_bytes)
+            && (1..=CHUNK_IDS).contains(&max_chunks);
+        if good { Ok(self) } else { Err(BadGeometry { arena_bytes, slab_bytes, max_chunks }) }
     }
 
     /// Slabs in the arena.
@@ -114,6 +128,11 @@ impl Geometry {
         self.slab_count() * self.slots_per_slab()
     }
 }
+
+/// Chunks are rarely smaller than this, so a geometry has room for one chunk in so many bytes of the arena, and for at least
+/// `CHUNKS_USUAL_MIN`: the tables for fewer would not be worth saving.
+const CHUNK_BYTES_USUAL: u64 = 64 << 10;
+const CHUNKS_USUAL_MIN: u64 = 1 << 16;
 
 /// The content of a superblock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -198,6 +217,7 @@ impl Superblock {
         }
         self.arena_bytes.store(identity.geometry.arena_bytes, Ordering::Relaxed);
         self.slab_bytes.store(identity.geometry.slab_bytes, Ordering::Relaxed);
+        self.max_chunks.store(identity.geometry.max_chunks, Ordering::Relaxed);
         self.retired.store(0, Ordering::Relaxed);
         // SYNC POINT: Release; pairs with the Acquire in `read`. A process that sees it sees everything that the creator has
         // prepared.
@@ -234,10 +254,12 @@ impl Superblock {
             segment_bytes,
             arena_id: words(&self.arena_id),
             boot_id: words(&self.boot_id),
-            geometry: Geometry::new(
-                self.arena_bytes.load(Ordering::Relaxed),
-                self.slab_bytes.load(Ordering::Relaxed),
-            )?,
+            geometry: Geometry {
+                arena_bytes: self.arena_bytes.load(Ordering::Relaxed),
+                slab_bytes: self.slab_bytes.load(Ordering::Relaxed),
+                max_chunks: self.max_chunks.load(Ordering::Relaxed),
+            }
+            .check()?,
         })
     }
 
@@ -322,6 +344,10 @@ mod tests {
         }
         let geometry = Geometry::new(8 << 20, 2 << 20).unwrap();
         assert_eq!((geometry.slab_count(), geometry.slots_per_slab(), geometry.slot_count()), (4, 512, 2048));
+        let chunks = |max| geometry.with_max_chunks(max).map(|geometry| geometry.max_chunks);
+        assert_eq!((geometry.max_chunks, chunks(1), chunks(CHUNK_IDS)), (1 << 16, Ok(1), Ok(CHUNK_IDS)));
+        assert!(chunks(0).is_err() && chunks(CHUNK_IDS + 1).is_err());
+        assert_eq!(Geometry::new(1 << 40, 1 << 30).unwrap().max_chunks, CHUNK_IDS, "of 2⁴⁰ bytes in 64 KiB");
         // The last slot id of the largest arena still fits into 32 bits.
         assert_eq!(Geometry::new(ARENA_BYTES_MAX, 1 << 30).unwrap().slot_count() as u64, 1 << 32);
     }

@@ -16,7 +16,7 @@ const ELSEWHERE: [Rule; 7] = [
     Rule::ResetTheWord,
     Rule::BeginAtOnce,
     Rule::Memory,
-    Rule::MemoryForHeaders,
+    Rule::MemoryForTables,
 ];
 
 /// For each rule: a scenario without violations, and the violation that it has where the rule does not hold.

@@ -191,7 +191,9 @@ fn every_slab_in_use_is_published() {
     let segment = EngineName::new(&engine.name).unwrap().engine_segment();
     let file = SegmentFile::open(&segment, Access::ReadWrite).unwrap();
     let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadWrite).unwrap());
-    let segment = EngineSegment::new(mapping, &engine.view().identity.geometry).unwrap();
+    let segment =
+        EngineSegment::new(mapping, &engine.view().identity.geometry, engine.view().identity.arena_id)
+            .unwrap();
     segment.info().slabs_allocated.store(1, Ordering::Relaxed);
     engine.restart_with(&[(FAIL_POINT, &format!("{}:1:pause", Place::AllocatorStarted))]).unwrap();
     engine.is_allocated();

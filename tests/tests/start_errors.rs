@@ -132,7 +132,7 @@ fn a_refused_start_leaves_the_warm_cache_as_it_was() {
 #[test]
 fn a_start_without_memory_leaves_the_warm_cache_as_it_was() {
     let (mut engine, worker) = dead_with_8_chunks("short");
-    for what in [Rule::Memory, Rule::MemoryForHeaders].repeat(4) {
+    for what in [Rule::Memory, Rule::MemoryForTables].repeat(4) {
         let status = engine.restart_with(&[(BREAK, what.name())]).expect_err("it does not start");
         assert!(!status.success(), "{what}: {status}");
     }

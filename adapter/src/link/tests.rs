@@ -26,7 +26,7 @@ pub(crate) struct FakeEngine {
 pub(crate) fn pair(tag: &str) -> (Arc<Link>, FakeEngine) {
     let geometry = Geometry::new(1 << 20, 1 << 20).unwrap();
     let mapping = Arc::new(Mapping::private(Places::of(&geometry).bytes as usize));
-    let engine = EngineSegment::new(mapping, &geometry).unwrap();
+    let engine = EngineSegment::new(mapping, &geometry, [1, 2]).unwrap();
     engine.epoch().begin_recovery();
     let incarnation = engine.epoch().begin_serving();
     let mut life = RobustList::register(engine.life_words.clone()).unwrap();

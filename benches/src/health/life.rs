@@ -28,10 +28,10 @@ pub(super) struct Life {
 }
 
 impl Life {
-    /// Starts the first one, with its service thread on `cpu` if one is given.
-    pub(super) fn start(arena: u64, cpu: Option<usize>) -> anyhow::Result<Life> {
-        let config =
-            EngineConfig { name: unique_name(), arena: Some(ByteSize(arena)), ..EngineConfig::default() };
+    /// Starts the first one, with its service thread on `cpu` and a table for `max_chunks` chunks where these are given.
+    pub(super) fn start(arena: u64, max_chunks: Option<u32>, cpu: Option<usize>) -> anyhow::Result<Life> {
+        let arena = Some(ByteSize(arena));
+        let config = EngineConfig { name: unique_name(), arena, max_chunks, ..EngineConfig::default() };
         let name = config.engine_name()?;
         let mut life = Life {
             config,

@@ -3,7 +3,7 @@
 //! An engine that is killed under a caller that sleeps for its answer, and under a client that does nothing; a
 //! successor that starts on the segments of the dead one; a client that is killed with leases and half-written slots. Each
 //! time stands beside the time that the kernel itself takes for the same, measured in between: a robust futex and one sleeper, a
-//! process that does nothing, a plain read of the slot headers.
+//! process that does nothing, a plain read of the chunk records and slot headers.
 
 pub(crate) mod bare;
 pub(crate) mod holder;

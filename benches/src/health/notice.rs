@@ -98,7 +98,7 @@ struct Scene {
 impl Scene {
     /// Engines die on `cpu`, if one is given.
     fn new(arena: u64, cpu: Option<usize>) -> anyhow::Result<Scene> {
-        let life = Life::start(arena, cpu)?;
+        let life = Life::start(arena, None, cpu)?;
         let client = life::eager_client(life.name())?;
         Ok(Scene { life, client, bare: Bare::new(cpu)? })
     }

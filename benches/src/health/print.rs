@@ -155,7 +155,7 @@ pub(super) fn print(how: How, mut measured: Measured, about: String) -> anyhow::
     reclaim.put(&mut json, "client_death_to_reclaim", "limit_reclaim", Some("ratio_reclaim"), "ms");
     for (limit, restarts) in [("limit_restart", &mut measured.few), ("limit_restart_1m", &mut measured.many)]
     {
-        // The limit is an empty process and a plain read of the slot headers, one after the other; here is each alone.
+        // The limit is an empty process and a plain read of the tables, one after the other; here is each alone.
         let (process, read) = restarts.as_mut().map_or((None, None), |restarts| {
             (rounded(restarts.process.at(0.5, MS), 3), rounded(restarts.read.at(0.5, MS), 3))
         });
@@ -192,7 +192,7 @@ fn notes(measured: &Measured, about: String) -> Vec<String> {
         about,
         "p99 is the longest where n < 100. Limits, one after each kill: a bare process with one robust futex and one bare \
          sleeper on it (it holds the dead engine's arena open but, as an engine does, not mapped); for a restart, an \
-         empty process and a plain read of as many slot headers."
+         empty process and a plain read of as many chunk records and slot headers."
             .to_owned(),
         "Sleeping caller: the engine is stopped (SIGSTOP), a call sleeps for its answer, the engine is killed. Engines and \
          bare processes die on one CPU, sleepers wake up on the other; on any CPU: they may wake up where the engine \

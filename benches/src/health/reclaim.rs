@@ -37,7 +37,7 @@ pub(super) fn measure(kills: usize, bar: &ProgressBar) -> anyhow::Result<Reclaim
     bar.set_message("killing clients that hold leases and write slots");
     let mut reclaims = Reclaims::default();
     let bare = Bare::new(None)?;
-    let life = Life::start(ARENA, None)?;
+    let life = Life::start(ARENA, None, None)?;
     let engine = life.engine()?;
     engine.wait_allocated()?;
     fill::fill(engine, &Chains::new(CHUNKS)).context("storing what is leased")?;

@@ -12,6 +12,7 @@ use kvring_adapter::{
 use kvring_engine::preflight::Room;
 use kvring_engine::stats::Stat;
 use kvring_shm_abi::abi::{Described, Type};
+use kvring_shm_abi::chunk::ChunkRecord;
 use kvring_shm_abi::engine_segment::Places;
 use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::mapping::Shared;
@@ -39,7 +40,7 @@ pub(super) struct Restarts {
     pub(super) without: usize,
     /// An empty process from its making to its end.
     pub(super) process: Times,
-    /// A plain read of as many slot headers, through a fresh mapping.
+    /// A plain read of as many chunk records and slot headers, through a fresh mapping.
     pub(super) read: Times,
     /// Chunks found after a restart, of those before: the least.
     pub(super) warm: f64,
@@ -55,15 +56,15 @@ pub(super) fn measure(
 ) -> anyhow::Result<Option<Restarts>> {
     bar.set_message(format!("restarting with {chunks} chunks: storing them"));
     let steps = bar.position() + restarts as u64 + 1;
-    let headers = u64::from(chunks) * SLOT_HEADER_BYTES as u64;
+    let tables = u64::from(chunks) * (SLOT_HEADER_BYTES + size_of::<ChunkRecord>()) as u64;
     let index_bytes = u64::from(chunks) * SHARD_BYTES as u64;
     // A part of the slots is kept free by eviction, which must have nothing to do.
     let arena = index_bytes + index_bytes / 10 + (64 << 20);
-    if arena + headers + headers / 10 + ARENA_TRAILER > Room::now().tightest().usable() {
+    if arena + tables + tables / 10 + ARENA_TRAILER > Room::now().tightest().usable() {
         bar.set_position(steps);
         return Ok(None);
     }
-    let mut life = Life::start(arena, None)?;
+    let mut life = Life::start(arena, Some((arena / SHARD_BYTES as u64) as u32), None)?;
     life.engine()?.wait_allocated()?;
     let chains = Chains::new(chunks);
     fill::fill(life.engine()?, &chains).context("storing chunks")?;
@@ -87,7 +88,7 @@ pub(super) fn measure(
         }
         bar.set_message(format!("restarting with {chunks} chunks"));
         measured.process.push(start_nothing()? as u64);
-        measured.read.push(read_headers(life.name(), headers)?);
+        measured.read.push(read_tables(life.name(), chunks)?);
         life.kill()?;
         life.bury();
         let began = life.restart()?;
@@ -159,7 +160,7 @@ fn count(client: &std::sync::Arc<Client>, chains: &Chains) -> anyhow::Result<u64
     Ok(found)
 }
 
-/// A line of a slot header, to be read whatever is in it.
+/// A line of a table, to be read whatever is in it.
 #[repr(C, align(64))]
 struct Line([AtomicU64; 8]);
 
@@ -171,19 +172,18 @@ impl Described for Line {
 // SAFETY: atomics.
 unsafe impl Shared for Line {}
 
-/// Nanoseconds for mapping the engine's segment afresh and reading the first `bytes` bytes of its slot headers.
-fn read_headers(name: &EngineName, bytes: u64) -> anyhow::Result<u64> {
+/// Nanoseconds for mapping the engine's segment afresh and reading its first `chunks` chunk records and slot headers.
+fn read_tables(name: &EngineName, chunks: u32) -> anyhow::Result<u64> {
     let view = EngineView::open(name)?;
     let places = Places::of(&view.identity.geometry);
     drop(view);
     let before = monotonic_ns();
     let mapping =
         SegmentFile::open(&name.engine_segment(), Access::ReadOnly)?.map(places.bytes, Access::ReadOnly)?;
-    let lines: &[Line] =
-        mapping.slice(places.slots_at as usize, usize::try_from(bytes)? / size_of::<Line>())?;
     let mut sum = 0u64;
-    for line in lines {
-        for word in &line.0 {
+    for (at, bytes) in [(places.records_at, size_of::<ChunkRecord>()), (places.slots_at, SLOT_HEADER_BYTES)] {
+        let lines: &[Line] = mapping.slice(at as usize, chunks as usize * bytes / size_of::<Line>())?;
+        for word in lines.iter().flat_map(|line| &line.0) {
             sum = sum.wrapping_add(word.load(Ordering::Relaxed));
         }
     }

@@ -122,7 +122,10 @@ pub(crate) fn filled_engine(
     let index_bytes = u64::from(chunks) * fill::SHARD_BYTES as u64;
     // Eviction keeps a part of the slots free: with a tenth more than the index it has nothing to do.
     let arena = index_bytes + index_bytes / 10 + BUSY_BYTES;
-    let engine = Engine::spawn(EngineConfig { arena: Some(ByteSize(arena)), ..config }, placement)?;
+    // And so does the table of chunks, which is for larger ones.
+    let max_chunks = Some((arena / fill::SHARD_BYTES as u64) as u32);
+    let config = EngineConfig { arena: Some(ByteSize(arena)), max_chunks, ..config };
+    let engine = Engine::spawn(config, placement)?;
     // Stores that outrun the allocation would evict the first chunks.
     engine.wait_allocated()?;
     let chains = Chains::new(chunks);

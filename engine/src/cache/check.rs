@@ -5,6 +5,7 @@ use super::lease::Leases;
 use super::slot::State;
 use super::{Cache, InvariantBroken, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::ChunkIdentity;
 
 /// How many chunks of a lease are checked together.
 const LEASE_PART: u32 = 16;
@@ -186,15 +187,20 @@ impl<T: SlotTable> Cache<T> {
     fn check_chunk(&self, id: ChunkId, sums: &mut Sums) -> Result<(), InvariantBroken> {
         let chunk = self.chunks.get(id);
         match chunk.life() {
-            Life::Free => return Ok(()),
+            Life::Free => {
+                return link("free chunks and records", self.table.chunks().read(id).is_none(), id, id);
+            }
             Life::Forming => sums.forming += 1,
             Life::Visible => sums.visible += 1,
             Life::Hidden => sums.hidden += 1,
+            Life::Expected => link("chunks after a recovery", false, id, id)?,
         }
         sums.chunk_pins += u64::from(chunk.pins.count());
-        let is_listed = chunk.life() != Life::Hidden;
-        link("chunks and index", self.index.holds(&self.chunks, id) == is_listed, id, chunk.hash)?;
+        let is_forming = chunk.life() == Life::Forming;
+        link("chunks and index", self.index.holds(&self.chunks, id) == is_forming, id, chunk.hash)?;
         let world = self.world_of(id);
+        let is_published = self.is_published(id, world)?;
+        link("chunks and records", is_published == (chunk.life() == Life::Visible), id, world)?;
         let (mut writing, mut committed) = (0_u32, 0_u32);
         for rank in 0..world {
             let Some(slot) = self.chunks.shard(id, world, rank) else { continue };
@@ -215,8 +221,29 @@ impl<T: SlotTable> Cache<T> {
                 link("hidden chunks and leases", chunk.pins.any(), id, chunk.pins.count())?;
                 count("shards of a hidden chunk", committed, world)
             }
-            Life::Free | Life::Forming => count("pins of a forming chunk", chunk.pins.count(), 0_u32),
+            Life::Free | Life::Forming | Life::Expected => {
+                count("pins of a forming chunk", chunk.pins.count(), 0_u32)
+            }
         }
+    }
+
+    /// Whether the chunk's record says that it is visible. Then it must say what the chunk is and where its shards lie, and
+    /// the directory must lead to it.
+    fn is_published(&self, id: ChunkId, world: u32) -> Result<bool, InvariantBroken> {
+        let (chunk, table) = (self.chunks.get(id), self.table.chunks());
+        let Some(content) = table.read(id) else { return Ok(false) };
+        let is_it =
+            content.identity == ChunkIdentity { key: chunk.key, namespace: u32::from(chunk.namespace) };
+        link("chunks and what their records say", is_it, id, content.identity.namespace)?;
+        let slots = (0..world).map(|rank| self.chunks.shard(id, world, rank));
+        link("shards and slots in records", slots.eq(table.slots(&content, world).map(Some)), id, world)?;
+        link(
+            "records and directory",
+            self.visible(u32::from(chunk.namespace), chunk.key) == Some(id),
+            id,
+            id,
+        )?;
+        Ok(true)
     }
 
     fn check_sums(&self, sums: &Sums) -> Result<(), InvariantBroken> {
@@ -230,7 +257,7 @@ impl<T: SlotTable> Cache<T> {
         count("visible chunks", sums.visible, stats.chunks_visible)?;
         count("forming chunks", sums.forming, stats.chunks_forming)?;
         count("hidden chunks", sums.hidden, stats.chunks_hidden)?;
-        count("chunks in the index", sums.visible + sums.forming, self.index.len)?;
+        count("chunks in the index", sums.forming, self.index.len)?;
         count("leases", sums.leases, stats.leases)?;
         count("pins in leases", sums.lease_pins, stats.pins)?;
         count("pins of chunks", sums.chunk_pins, sums.lease_pins)?;
@@ -320,7 +347,7 @@ impl<T: SlotTable> Cache<T> {
                         pinned += usize::from(chunk.pins.any());
                     }
                     Life::Forming => idle += usize::from(chunk.writing == 0),
-                    Life::Free | Life::Hidden => {}
+                    Life::Free | Life::Hidden | Life::Expected => {}
                 }
             }
             let mut ordered = self.policy.dump(number);

@@ -6,25 +6,17 @@ use bytemuck::{Pod, Zeroable};
 use super::hash::Hash;
 use super::pins::Pins;
 use super::{Key, NAMESPACES, NamespaceId, RANKS, Round, SlotId};
-use crate::lazy::{Lazy, NoMemory, prefetch};
+use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::{LINE_SLOTS as LINE, LINES_MAX, RANKS_INLINE, lines_for, lines_of};
+use kvring_shm_abi::directory::Spot;
+use kvring_shm_abi::mapping::prefetch;
 
-/// Stands for the hash of the parent's key where a chunk has no parent in its chain.
-pub(super) const NO_PARENT: u32 = 0;
 /// No slot.
 const NO_SLOT: u32 = u32::MAX;
-/// The most ranks whose slots fit into the chunk's own line.
-const NARROW: usize = 4;
-/// How many slots a line of the wide pool holds.
-const LINE: usize = 16;
-/// How many lines a chunk of the largest world needs.
-const LINES_MAX: usize = RANKS / LINE;
-const _: () = assert!(LINES_MAX <= 4, "a chunk's line names them");
-
-/// How many lines of the wide pool a chunk of this world needs.
-fn lines_of(world: u32) -> usize {
-    if world as usize > NARROW { (world as usize).div_ceil(LINE) } else { 0 }
-}
+/// How many records, and how many lines, get memory together.
+const RUN: u32 = 1024;
+const _: () = assert!(LINES_MAX * LINE == RANKS);
 
 /// What is missing for one more chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +38,8 @@ pub(super) enum Life {
     Visible = 2,
     /// It was visible and is damaged; only its leases lead to it.
     Hidden = 3,
+    /// Only during a recovery: its record says that it is visible, and not all its shards have been seen yet.
+    Expected = 4,
 }
 
 /// A chunk, in one cache line.
@@ -64,8 +58,9 @@ pub(super) struct Chunk {
     number: u32,
     /// Its pins.
     pub(super) pins: Pins,
-    /// The next chunk of the same overflowing index bucket, or the next free record; + 1 each.
+    /// The next forming chunk of the same overflowing index bucket, or the next free record; + 1 each.
     pub(super) chain: u32,
+    /// Forming: the hash by which the index has it.
     pub(super) hash: u32,
     pub(super) namespace: u8,
     life: u8,
@@ -83,7 +78,8 @@ impl Chunk {
             0 => Life::Free,
             1 => Life::Forming,
             2 => Life::Visible,
-            _ => Life::Hidden,
+            3 => Life::Hidden,
+            _ => Life::Expected,
         }
     }
 
@@ -111,8 +107,8 @@ impl Chunk {
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 struct Cold {
-    /// Hash of its parent's key in the chain; `NO_PARENT`: none.
-    parent: u32,
+    /// The hash of its parent's [`Spot`] (low, high); 0: it has no parent in its chain.
+    parent: [u32; 2],
     /// The neighbours in the namespace's idle list: the forming chunks that nobody is writing.
     prev: u32,
     next: u32,
@@ -149,8 +145,10 @@ pub(super) struct Chunks {
     free: u32,
     /// Records from this id on have never been used.
     pub(super) fresh: u32,
-    /// The slots of chunks of more than `NARROW` ranks. Lines are given out one by one, so any chunk can use lines
-    /// that a chunk of another world has given back.
+    /// How many records and lines have memory in the published tables.
+    ready: (u32, u32),
+    /// The slots of chunks of more than `RANKS_INLINE` ranks. Lines are given out one by one, so any chunk can use
+    /// lines that a chunk of another world has given back.
     wide: Lazy<u32>,
     wide_fresh: u32,
     /// The first free line, + 1. A free line's first element is the link to the next one.
@@ -172,8 +170,8 @@ impl Chunks {
             cold: Lazy::new(count as usize)?,
             free: 0,
             fresh: 0,
-            // This is enough for at least one chunk of any world.
-            wide: Lazy::new((count as usize).max(LINES_MAX) * LINE)?,
+            ready: (0, 0),
+            wide: Lazy::new(lines_for(count) * LINE)?,
             wide_fresh: 0,
             wide_free: 0,
             wide_free_len: 0,
@@ -216,7 +214,7 @@ impl Chunks {
     pub(super) fn shard(&self, id: ChunkId, world: u32, rank: u32) -> Option<SlotId> {
         let place = &self.get(id).place;
         let slot = match world as usize {
-            ..=NARROW => place[rank as usize],
+            ..=RANKS_INLINE => place[rank as usize],
             _ => self.wide[wide_at(place, rank)],
         };
         (slot != NO_SLOT).then_some(slot)
@@ -226,7 +224,7 @@ impl Chunks {
         let slot = slot.unwrap_or(NO_SLOT);
         let place = &mut self.chunks[id as usize].place;
         match world as usize {
-            ..=NARROW => place[rank as usize] = slot,
+            ..=RANKS_INLINE => place[rank as usize] = slot,
             _ => self.wide[wide_at(place, rank)] = slot,
         }
     }
@@ -238,14 +236,38 @@ impl Chunks {
 
     /// What is missing for one more chunk of this world, if anything.
     pub(super) fn lack(&self, world: u32) -> Option<Lack> {
-        let lines = self.wide.len() / LINE - self.wide_fresh as usize + self.wide_free_len as usize;
-        if self.free == 0 && self.fresh as usize == self.chunks.len() {
+        let (records, lines) = self.ready;
+        let lines = lines - self.wide_fresh + self.wide_free_len;
+        if self.free == 0 && self.fresh == records {
             Some(Lack::Record)
-        } else if lines < lines_of(world) {
+        } else if (lines as usize) < lines_of(world) {
             Some(Lack::Lines)
         } else {
             None
         }
+    }
+
+    /// How many records and lines should have memory before one more chunk of this world is made, and how many of
+    /// these have none yet. `None`: as many as can have it have it.
+    pub(super) fn next_run(&self, lack: Lack) -> Option<((u32, u32), u32)> {
+        let (records, lines) = self.ready;
+        let (all, all_lines) = (self.chunks.len() as u32, (self.wide.len() / LINE) as u32);
+        let ready = match lack {
+            Lack::Record => (all.min(records.saturating_add(RUN)), lines),
+            Lack::Lines => (records, all_lines.min(lines.saturating_add(RUN))),
+        };
+        let more = (ready.0 - records) + (ready.1 - lines);
+        (more > 0).then_some((ready, more))
+    }
+
+    /// So many records and lines have memory.
+    pub(super) fn set_ready(&mut self, ready: (u32, u32)) {
+        self.ready = ready;
+    }
+
+    /// The lines of a chunk.
+    pub(super) fn lines(&self, id: ChunkId, world: u32) -> &[u32] {
+        &self.get(id).place[..lines_of(world)]
     }
 
     /// Takes a record for a forming chunk that has no shard yet; the caller adds the first one. `None`: see
@@ -293,8 +315,50 @@ impl Chunks {
         Some(id)
     }
 
-    /// Frees a chunk's record. The caller has freed or orphaned its shards, and has taken it out of the index and
-    /// of all lists.
+    /// A recovery begins: this many records and lines have memory, and all of them may be in use.
+    pub(super) fn restore_begin(&mut self, ready: (u32, u32)) {
+        let most = (self.chunks.len() as u32, (self.wide.len() / LINE) as u32);
+        self.ready = (ready.0.min(most.0), ready.1.min(most.1));
+        (self.fresh, self.wide_fresh) = self.ready;
+    }
+
+    /// A recovery has found the record of a visible chunk, all of whose shards are to be found yet. `lines` has those that
+    /// are in use. False: it names lines that it cannot have.
+    pub(super) fn expect(
+        &mut self,
+        id: ChunkId,
+        key: Key,
+        namespace: u8,
+        world: u32,
+        place: [u32; LINES_MAX],
+        lines: &mut [bool],
+    ) -> bool {
+        let own = &place[..lines_of(world)];
+        let is_free = |line: &u32| lines.get(*line as usize) == Some(&false);
+        if !own.iter().enumerate().all(|(at, line)| is_free(line) && !own[..at].contains(line)) {
+            return false;
+        }
+        own.iter().for_each(|line| lines[*line as usize] = true);
+        self.chunks[id as usize] =
+            Chunk { key, place, namespace, life: Life::Expected as u8, ..Chunk::zeroed() };
+        self.of[usize::from(namespace)] += 1;
+        true
+    }
+
+    /// The recovery has read all records: the others are free, the lowest first, and so are the lines that no chunk has.
+    pub(super) fn restore_free(&mut self, lines: &[bool]) {
+        for id in (0..self.fresh).rev() {
+            if self.get(id).life() == Life::Free {
+                self.chunks[id as usize].chain = std::mem::replace(&mut self.free, id + 1);
+            }
+        }
+        for line in (0..self.wide_fresh).rev().filter(|line| !lines[*line as usize]) {
+            self.wide[line as usize * LINE] = std::mem::replace(&mut self.wide_free, line + 1);
+            self.wide_free_len += 1;
+        }
+    }
+
+    /// Frees a chunk's id and lines. The caller has freed or orphaned its shards, and nothing leads to it any more.
     pub(super) fn destroy(&mut self, id: ChunkId, world: u32) {
         let Chunk { place, namespace, .. } = *self.get(id);
         for line in &place[..lines_of(world)] {
@@ -306,6 +370,7 @@ impl Chunks {
             Life::Forming => self.counts.forming -= 1,
             Life::Visible => self.counts.visible -= 1,
             Life::Hidden => self.counts.hidden -= 1,
+            Life::Expected => {}
             Life::Free => debug_assert!(false, "chunk {id} is destroyed twice"),
         }
         let chain = std::mem::replace(&mut self.free, id + 1);
@@ -327,25 +392,44 @@ impl Chunks {
         }
     }
 
+    /// The caller has made its record visible, and has taken it out of the index of forming chunks.
     pub(super) fn set_visible(&mut self, id: ChunkId) {
+        let before = self.get(id).life();
         self.chunks[id as usize].life = Life::Visible as u8;
-        self.counts.forming -= 1;
+        self.counts.forming -= u64::from(before == Life::Forming);
         self.counts.visible += 1;
     }
 
-    /// The caller has taken the chunk out of the index and of the eviction order.
+    /// The caller has ended the chunk's record, and has taken it out of the eviction order.
     pub(super) fn set_hidden(&mut self, id: ChunkId) {
         self.chunks[id as usize].life = Life::Hidden as u8;
         self.counts.visible -= 1;
         self.counts.hidden += 1;
     }
 
-    pub(super) fn parent(&self, id: ChunkId) -> u32 {
-        self.cold[id as usize].parent
+    pub(super) fn parent(&self, id: ChunkId) -> Option<Spot> {
+        let [low, high] = self.cold[id as usize].parent;
+        let hash = u64::from(low) | u64::from(high) << 32;
+        (hash != 0).then(|| Spot::of_hash(hash))
     }
 
-    pub(super) fn set_parent(&mut self, id: ChunkId, parent: u32) {
-        self.cold[id as usize].parent = parent;
+    pub(super) fn set_parent(&mut self, id: ChunkId, parent: Option<Spot>) {
+        let hash = parent.map_or(0, Spot::hash);
+        self.cold[id as usize].parent = [hash as u32, (hash >> 32) as u32];
+    }
+
+    /// Namespace and key of a chunk that lookups find. The id may be a guess.
+    pub(super) fn published(&self, id: ChunkId) -> Option<(NamespaceId, Key)> {
+        let chunk = self.chunks.get(id as usize)?;
+        let is_published = matches!(chunk.life(), Life::Visible | Life::Expected);
+        is_published.then(|| (u32::from(chunk.namespace), chunk.key))
+    }
+
+    /// Whether this id is that of a visible chunk of this namespace and key. The id may be a guess.
+    #[inline(always)]
+    pub(super) fn is_visible(&self, id: ChunkId, namespace: u8, key: Key) -> bool {
+        let Some(chunk) = self.chunks.get(id as usize) else { return false };
+        chunk.key == key && chunk.namespace == namespace && chunk.life() == Life::Visible
     }
 
     /// Keeps the current reservation from evicting this chunk.

@@ -1,10 +1,12 @@
 //! Commits. The last commit of a round makes the chunk visible.
 
-use super::chunk::NO_PARENT;
+use super::chunk::Chunk;
 use super::error::CommitError;
 use super::slot::State;
-use super::{Cache, Hash, Key, Owner, PAGE_BYTES, SlotId, SlotTable};
+use super::{Cache, Key, Owner, PAGE_BYTES, RANKS, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::ChunkIdentity;
+use kvring_shm_abi::directory::Spot;
 
 /// The result of a commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,30 +83,61 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// Makes a chunk visible: all ranks have committed in one round.
+    /// Makes a chunk visible: all ranks have committed in one round. If the directory has no place for it, it is
+    /// dropped.
     pub(super) fn make_visible(&mut self, id: ChunkId) {
         let chunk = self.chunks.get(id);
         let (key, namespace, tick) = (chunk.key, chunk.namespace, chunk.tick);
-        let hash = Hash::new(self.config.seed, u32::from(namespace), key);
-        let matches = self.index.matches(&self.chunks, hash, namespace, key);
-        for other in matches.forming() {
+        let hash = self.hash(u32::from(namespace), key);
+        for other in self.index.forming(&self.chunks, hash, namespace, key).iter() {
             if *other != id {
                 self.drop_chunk(*other, false);
             }
         }
-        let parent = match self.chunks.parent(id) {
-            NO_PARENT => None,
-            hash => self.index.any_visible(&self.chunks, hash, namespace),
-        };
+        let parent = self.chunks.parent(id).and_then(|spot| self.any_visible(spot, namespace));
+        if !self.publish(id) {
+            self.no_space();
+            self.chunks.idle_insert(id);
+            return self.drop_chunk(id, false);
+        }
+        self.index.remove(&mut self.chunks, id);
         self.show(id);
-        self.policy.insert(usize::from(namespace), id, hash.whole(), parent);
+        let hash = self.spot(u32::from(namespace), key).hash();
+        self.policy.insert(usize::from(namespace), id, hash, parent);
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
     }
 
-    /// From now on lookups find the chunk. The caller gives it its place in the eviction order.
+    /// A visible chunk of this namespace with this spot: that of the key or, very rarely, of another key with the same
+    /// hash.
+    fn any_visible(&self, spot: Spot, namespace: u8) -> Option<ChunkId> {
+        let has_spot = |id: &ChunkId| {
+            let published = self.chunks.published(*id).filter(|(other, _)| *other == u32::from(namespace));
+            published.is_some_and(|(namespace, key)| self.spot(namespace, key) == spot)
+        };
+        self.table.chunks().directory().hints(spot).find(has_spot)
+    }
+
+    /// Writes the chunk's record and the directory's hint to it. False: the directory has no place.
+    pub(super) fn publish(&mut self, id: ChunkId) -> bool {
+        let world = self.world_of(id);
+        let mut slots = [0; RANKS];
+        for (rank, to) in (0..world).zip(&mut slots) {
+            // All ranks have committed, so each has a slot.
+            *to = self.chunks.shard(id, world, rank).unwrap_or_default();
+        }
+        let Self { table, chunks, .. } = self;
+        let Chunk { key, namespace, .. } = *chunks.get(id);
+        let identity = ChunkIdentity { key, namespace: u32::from(namespace) };
+        let directory = table.chunks().directory();
+        table.chunks().show(id, identity, &slots[..world as usize], chunks.lines(id, world), |other| {
+            let (namespace, key) = chunks.published(other)?;
+            Some(directory.spot(namespace, key))
+        })
+    }
+
+    /// The chunk's record leads to it now: lookups find it. The caller gives it its place in the eviction order.
     pub(super) fn show(&mut self, id: ChunkId) {
         self.chunks.set_visible(id);
-        self.index.set_visible(&self.chunks, id);
         if self.world_of(id) == 1
             && let Some(slot) = self.chunks.shard(id, 1, 0)
         {

@@ -1,11 +1,12 @@
 //! Making room: by free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order. Every
 //! search goes on in steps: see `Cache::allow`.
 
-use super::chunk::{Chunks, Lack, Life};
+use super::chunk::{Chunk, Chunks, Lack, Life};
 use super::slab::Class;
 use super::slot::State;
 use super::{Cache, NAMESPACES, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::ChunkIdentity;
 
 /// The most chunks that one step of a search for room evicts.
 const EVICTIONS_MAX: u32 = 64;
@@ -17,8 +18,10 @@ const SPARE_MAX: u64 = 32;
 const IDLE_LOOK: u32 = 8;
 const VICTIM_LOOK: u32 = 16;
 
-/// How many slot headers can be given zeroed memory in the time that touching one record takes.
+/// How many slot headers, and how many chunk records or lines, can be given zeroed memory in the time that touching one
+/// record takes.
 const HEADERS: u32 = 8;
+const RECORDS: u32 = 16;
 
 /// The result of a search for a slot.
 pub(super) enum Room {
@@ -236,10 +239,13 @@ impl<T: SlotTable> Cache<T> {
     /// gives back some of what is missing, and that stays free until the next chunk needs it.
     pub(super) fn make_record(&mut self, world: u32, search: &mut Search) -> Record {
         loop {
-            let namespaces = match self.chunks.lack(world) {
-                None => return Record::There,
-                Some(Lack::Record) => u64::MAX,
-                Some(Lack::Lines) => self.wide_namespaces(),
+            let Some(lack) = self.chunks.lack(world) else { return Record::There };
+            if self.more_records(lack) {
+                continue;
+            }
+            let namespaces = match lack {
+                Lack::Record => u64::MAX,
+                Lack::Lines => self.wide_namespaces(),
             };
             if self.evictions_held || search.no_record {
                 return Record::None;
@@ -260,6 +266,17 @@ impl<T: SlotTable> Cache<T> {
                 }
             }
         }
+    }
+
+    /// Gets memory for more records or lines. False: all that there can be have it, or there is none.
+    pub(super) fn more_records(&mut self, lack: Lack) -> bool {
+        let Some((ready, more)) = self.chunks.next_run(lack) else { return false };
+        let has_memory = self.table.ensure_chunks(ready.0, ready.1);
+        if has_memory {
+            self.chunks.set_ready(ready);
+            self.work += u64::from(more / RECORDS);
+        }
+        has_memory
     }
 
     /// The namespaces whose chunks use lines of the wide pool, one bit each.
@@ -284,7 +301,7 @@ impl<T: SlotTable> Cache<T> {
         match chunk.life() {
             Life::Visible | Life::Forming => self.unlist(id, evicted),
             Life::Hidden => {}
-            Life::Free => {
+            Life::Free | Life::Expected => {
                 debug_assert!(false, "chunk {id} is dropped twice");
                 return;
             }
@@ -298,12 +315,16 @@ impl<T: SlotTable> Cache<T> {
         self.chunks.destroy(id, world);
     }
 
-    /// Takes a chunk out of the index, and out of the eviction order or the idle list.
+    /// From now on nothing leads to the chunk: its record ends, and the eviction order loses it; or, if it is forming, the
+    /// index and the idle list do.
     pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
-        let chunk = self.chunks.get(id);
-        if chunk.life() == Life::Visible {
+        let Chunk { key, namespace, writing, .. } = *self.chunks.get(id);
+        if self.chunks.get(id).life() == Life::Visible {
+            self.table.chunks().end(id, ChunkIdentity { key, namespace: u32::from(namespace) });
             self.policy.remove(id, evicted);
-        } else if chunk.writing == 0 {
+            return;
+        }
+        if writing == 0 {
             self.chunks.idle_remove(id);
         }
         self.index.remove(&mut self.chunks, id);

@@ -2,11 +2,10 @@
 
 use super::chunk::Chunks;
 use super::error::FindError;
-use super::hash::Hash;
-use super::index::Guess;
 use super::lease::LeaseId;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, PAGE_BYTES, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::directory::{Directory, Spot};
 
 /// How many keys go through a stage of the pipeline together. Each stage prefetches the lines that the next one
 /// reads.
@@ -158,12 +157,9 @@ impl<T: SlotTable> Cache<T> {
             }
         } else if complete
             && before == 0
-            && let Some(first) = keys.first()
+            && keys.first().is_some_and(|first| self.visible(u32::from(namespace), *first).is_some())
         {
-            let hash = self.hash(u32::from(namespace), *first);
-            if self.index.matches(&self.chunks, hash, namespace, *first).visible.is_some() {
-                return Err(FindError::Busy { owner, bytes });
-            }
+            return Err(FindError::Busy { owner, bytes });
         }
         let found = self.found.len() as u32;
         // If this piece missed a key, no further piece follows.
@@ -188,7 +184,7 @@ impl<T: SlotTable> Cache<T> {
     }
 
     /// Fills `found`, one block of keys at a time. Each stage of the pipeline works one block behind the stage
-    /// before it: index line, chunk record, slots.
+    /// before it: lines of the directory, chunk, slots.
     #[inline(always)]
     fn search<const SINGLE: bool>(
         &mut self,
@@ -197,10 +193,10 @@ impl<T: SlotTable> Cache<T> {
         keys: &[Key],
         sink: &mut impl FnMut(ShardRef),
     ) {
-        let Self { index, chunks, slots, slabs, found, config, .. } = self;
+        let Self { table, chunks, slots, slabs, found, .. } = self;
+        let directory = table.chunks().directory();
         found.resize(keys.len(), 0);
-        let mut hashes = [[Hash::default(); BLOCK]; 3];
-        let mut guesses = [[Guess::default(); BLOCK]; 2];
+        let mut spots = [[Spot::default(); BLOCK]; 3];
         // Shrinks to the first miss; keys after it do not count.
         let mut end = keys.len();
         // With one rank, the chunk's record has all that the answer needs.
@@ -212,18 +208,18 @@ impl<T: SlotTable> Cache<T> {
         let mut step = 0;
         while step < end.div_ceil(BLOCK) + last_stage {
             for (i, key) in block_at(step, 0, end).zip(&keys[block_at(step, 0, end)]) {
-                let hash = Hash::new(config.seed, u32::from(namespace), *key);
-                hashes[step % 3][i % BLOCK] = hash;
-                index.prefetch(hash);
+                let spot = directory.spot(u32::from(namespace), *key);
+                spots[step % 3][i % BLOCK] = spot;
+                directory.prefetch(spot);
             }
             for i in block_at(step, 1, end) {
-                let guess = index.guess(hashes[(step + 2) % 3][i % BLOCK]);
-                guesses[step % 2][i % BLOCK] = guess;
-                index.prefetch_guess(guess, chunks);
+                if let Some(id) = directory.hints(spots[(step + 2) % 3][i % BLOCK]).next() {
+                    chunks.prefetch(id);
+                }
             }
             for i in block_at(step, 2, end) {
-                let (hash, guess) = (hashes[(step + 1) % 3][i % BLOCK], guesses[(step + 1) % 2][i % BLOCK]);
-                let Some(id) = index.resolve(guess, chunks, hash, namespace, keys[i]) else {
+                let spot = spots[(step + 1) % 3][i % BLOCK];
+                let Some(id) = visible(directory, chunks, spot, namespace, keys[i]) else {
                     end = i;
                     break;
                 };
@@ -311,6 +307,18 @@ impl<T: SlotTable> Cache<T> {
         }
         true
     }
+}
+
+/// The visible chunk of this key, which has this spot.
+#[inline(always)]
+pub(super) fn visible(
+    directory: &Directory,
+    chunks: &Chunks,
+    spot: Spot,
+    namespace: u8,
+    key: Key,
+) -> Option<ChunkId> {
+    directory.hints(spot).find(|id| chunks.is_visible(*id, namespace, key))
 }
 
 #[inline(always)]

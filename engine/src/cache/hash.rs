@@ -1,5 +1,4 @@
-//! The hash by which the index and the policies know a chunk's content. Keys come from clients, so a secret seed is
-//! mixed into it.
+//! The hash by which the index knows a chunk's content. Keys come from clients, so a secret seed is mixed into it.
 
 use super::{Key, NamespaceId};
 
@@ -27,10 +26,5 @@ impl Hash {
     #[inline(always)]
     pub(super) fn bits(self) -> u32 {
         (self.0 >> (64 - HASH_BITS)) as u32
-    }
-
-    /// The whole hash, by which the policy remembers evicted contents.
-    pub(super) fn whole(self) -> u64 {
-        self.0
     }
 }

@@ -1,17 +1,17 @@
-//! The index, (namespace, key) → chunks: a table of buckets of one cache line each, which grows by one bucket at a
-//! time (linear hashing).
+//! The index of forming chunks, (namespace, key) → chunks: a table of buckets of one cache line each, which grows by
+//! one bucket at a time (linear hashing). Visible chunks are found by the published directory instead.
 //!
-//! Growing never moves more than one bucket, and takes memory only as it goes: ten thousand chunks cost the same in
-//! an arena of any size. If a bucket has more than seven chunks, the others are chained to it through their own
-//! records.
+//! Growing never moves more than one bucket, and takes memory only as it goes. If a bucket has more than seven
+//! chunks, the others are chained to it through their own records.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::Key;
-use super::chunk::{Chunks, Life};
+use super::chunk::Chunks;
 use super::hash::Hash;
-use crate::lazy::{Lazy, NoMemory, prefetch};
+use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
+use kvring_shm_abi::mapping::prefetch;
 
 /// How many chunks fit into a bucket's own line.
 const WAYS: usize = 7;
@@ -22,12 +22,12 @@ const LOAD: u64 = 3;
 /// The most rounds of one key that form at once.
 pub(super) const FORMING_MAX: usize = 4;
 
-/// A bucket, in one cache line. Each way has a tag (hash << 1 | visible) and a link (chunk id + 1; 0: none).
+/// A bucket, in one cache line. Each way has the chunk's hash and a link (chunk id + 1; 0: none).
 #[derive(Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 struct Bucket {
-    /// The last one is always 0, so it never matches a visible chunk.
-    tags: [u32; WAYS + 1],
+    hashes: [u32; WAYS],
+    _pad: u32,
     /// The last one links to the first chunk beyond `WAYS`; it is set only while the bucket is full.
     ids: [u32; WAYS + 1],
 }
@@ -39,28 +39,19 @@ impl Bucket {
     }
 }
 
-/// The chunks of one key.
+/// The forming chunks of one key, at most `FORMING_MAX`.
 #[derive(Clone, Copy, Default, Debug)]
-pub(super) struct Matches {
-    pub(super) visible: Option<ChunkId>,
-    forming: [ChunkId; FORMING_MAX],
-    forming_len: usize,
+pub(super) struct Forming {
+    chunks: [ChunkId; FORMING_MAX],
+    len: usize,
 }
 
-impl Matches {
-    /// The forming chunks, at most `FORMING_MAX`.
-    pub(super) fn forming(&self) -> &[ChunkId] {
-        &self.forming[..self.forming_len]
+impl core::ops::Deref for Forming {
+    type Target = [ChunkId];
+
+    fn deref(&self) -> &[ChunkId] {
+        &self.chunks[..self.len]
     }
-}
-
-/// The result of a look at a key's bucket.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Guess {
-    /// The chunk whose tag matches, + 1; 0: none.
-    link: u32,
-    /// The bucket overflows, so the chunk may be beyond its line.
-    more: bool,
 }
 
 /// The table.
@@ -97,84 +88,23 @@ impl Index {
         prefetch(&self.buckets, self.bucket_of(hash.bits()));
     }
 
-    /// The visible chunk that the key probably names, by its bucket's own line alone.
-    #[inline(always)]
-    pub(super) fn guess(&self, hash: Hash) -> Guess {
-        let bucket = &self.buckets[self.bucket_of(hash.bits())];
-        let tag = hash.bits() << 1 | 1;
-        let mut link = 0;
-        // There is no branch here: at most one tag matches, unless two chunks collide, which `resolve` notices.
-        for (other, id) in bucket.tags.iter().zip(bucket.ids) {
-            link |= if *other == tag { id } else { 0 };
-        }
-        Guess { link, more: bucket.ids[WAYS] != 0 }
-    }
-
-    /// Prefetches the record of the guessed chunk.
-    #[inline(always)]
-    pub(super) fn prefetch_guess(&self, guess: Guess, chunks: &Chunks) {
-        if let Some(id) = guess.link.checked_sub(1) {
-            chunks.prefetch(id);
-        }
-    }
-
-    /// The visible chunk of this key. It checks the guess first.
-    #[inline(always)]
-    pub(super) fn resolve(
-        &self,
-        guess: Guess,
-        chunks: &Chunks,
-        hash: Hash,
-        namespace: u8,
-        key: Key,
-    ) -> Option<ChunkId> {
-        let id = match guess.link.checked_sub(1) {
-            Some(id) if (id as usize) < chunks.fresh as usize => id,
-            None if !guess.more => return None,
-            _ => return self.matches(chunks, hash, namespace, key).visible,
-        };
-        let chunk = chunks.get(id);
-        if chunk.key == key && chunk.namespace == namespace && chunk.life() == Life::Visible {
-            return Some(id);
-        }
-        self.matches(chunks, hash, namespace, key).visible
-    }
-
-    /// All chunks of this key.
-    pub(super) fn matches(&self, chunks: &Chunks, hash: Hash, namespace: u8, key: Key) -> Matches {
-        let mut matches = Matches::default();
+    /// The forming chunks of this key.
+    pub(super) fn forming(&self, chunks: &Chunks, hash: Hash, namespace: u8, key: Key) -> Forming {
+        let mut forming = Forming::default();
         self.each(chunks, hash.bits(), |id| {
             let chunk = chunks.get(id);
-            if chunk.key != key || chunk.namespace != namespace {
-                return;
-            }
-            if chunk.life() == Life::Visible {
-                matches.visible = Some(id);
-            } else if matches.forming_len < FORMING_MAX {
-                matches.forming[matches.forming_len] = id;
-                matches.forming_len += 1;
+            if chunk.key == key && chunk.namespace == namespace && forming.len < FORMING_MAX {
+                forming.chunks[forming.len] = id;
+                forming.len += 1;
             }
         });
-        matches
-    }
-
-    /// A visible chunk of this namespace with this hash: that of the key or, rarely, of another key with the same
-    /// hash.
-    pub(super) fn any_visible(&self, chunks: &Chunks, hash: u32, namespace: u8) -> Option<ChunkId> {
-        let mut found = None;
-        self.each(chunks, hash, |id| {
-            let chunk = chunks.get(id);
-            if chunk.life() == Life::Visible && chunk.namespace == namespace {
-                found = Some(id);
-            }
-        });
-        found
+        forming
     }
 
     fn each(&self, chunks: &Chunks, hash: u32, mut see: impl FnMut(ChunkId)) {
         let bucket = &self.buckets[self.bucket_of(hash)];
         for way in 0..WAYS {
-            if let (true, Some(id)) = (bucket.tags[way] >> 1 == hash, bucket.ids[way].checked_sub(1)) {
+            if let (true, Some(id)) = (bucket.hashes[way] == hash, bucket.ids[way].checked_sub(1)) {
                 see(id);
             }
         }
@@ -188,14 +118,11 @@ impl Index {
         }
     }
 
-    /// Whether the chunk is in the table, under its own hash and life.
+    /// Whether the chunk is in the table, under its own hash.
     pub(super) fn holds(&self, chunks: &Chunks, id: ChunkId) -> bool {
-        let chunk = chunks.get(id);
         let mut seen = false;
-        self.each(chunks, chunk.hash, |other| seen |= other == id);
-        let bucket = &self.buckets[self.bucket_of(chunk.hash)];
-        let tag = tag(chunks, id);
-        seen && (0..WAYS).all(|way| bucket.ids[way] != id + 1 || bucket.tags[way] == tag)
+        self.each(chunks, chunks.get(id).hash, |other| seen |= other == id);
+        seen
     }
 
     /// Puts a forming chunk into the table.
@@ -205,25 +132,16 @@ impl Index {
         if self.len > buckets * LOAD && buckets < self.buckets.len() as u64 {
             self.grow(chunks);
         }
-        self.place(chunks, tag(chunks, id), id);
+        self.place(chunks, id);
     }
 
-    fn place(&mut self, chunks: &mut Chunks, tag: u32, id: ChunkId) {
-        let bucket = self.bucket_of(tag >> 1);
-        let bucket = &mut self.buckets[bucket];
-        match bucket.way_of(0) {
-            Some(way) => (bucket.tags[way], bucket.ids[way]) = (tag, id + 1),
-            None => chunks.get_mut(id).chain = std::mem::replace(&mut bucket.ids[WAYS], id + 1),
-        }
-    }
-
-    /// Marks the chunk's tag as visible.
-    pub(super) fn set_visible(&mut self, chunks: &Chunks, id: ChunkId) {
+    fn place(&mut self, chunks: &mut Chunks, id: ChunkId) {
         let hash = chunks.get(id).hash;
         let bucket = self.bucket_of(hash);
         let bucket = &mut self.buckets[bucket];
-        if let Some(way) = bucket.way_of(id + 1) {
-            bucket.tags[way] = hash << 1 | 1;
+        match bucket.way_of(0) {
+            Some(way) => (bucket.hashes[way], bucket.ids[way]) = (hash, id + 1),
+            None => chunks.get_mut(id).chain = std::mem::replace(&mut bucket.ids[WAYS], id + 1),
         }
     }
 
@@ -236,12 +154,12 @@ impl Index {
             return;
         };
         let bucket = &mut self.buckets[at];
-        (bucket.tags[way], bucket.ids[way]) = (0, 0);
+        (bucket.hashes[way], bucket.ids[way]) = (0, 0);
         // A chunk that did not fit moves into the free way.
         if let Some(over) = bucket.ids[WAYS].checked_sub(1) {
             bucket.ids[WAYS] = chunks.get(over).chain;
             chunks.get_mut(over).chain = 0;
-            self.place(chunks, tag(chunks, over), over);
+            self.place(chunks, over);
         }
     }
 
@@ -270,20 +188,15 @@ impl Index {
         if self.split == 1 << self.level {
             (self.level, self.split) = (self.level + 1, 0);
         }
-        for (link, tag) in old.ids.into_iter().zip(old.tags).take(WAYS) {
+        for link in old.ids.into_iter().take(WAYS) {
             if let Some(id) = link.checked_sub(1) {
-                self.place(chunks, tag, id);
+                self.place(chunks, id);
             }
         }
         let mut link = old.ids[WAYS];
         while let Some(id) = link.checked_sub(1) {
             link = std::mem::take(&mut chunks.get_mut(id).chain);
-            self.place(chunks, tag(chunks, id), id);
+            self.place(chunks, id);
         }
     }
-}
-
-fn tag(chunks: &Chunks, id: ChunkId) -> u32 {
-    let chunk = chunks.get(id);
-    chunk.hash << 1 | u32::from(chunk.life() == Life::Visible)
 }

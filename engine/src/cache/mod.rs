@@ -1,9 +1,9 @@
 //! The heart of the engine. It knows which chunks exist, where their shards lie, and which clients may read and
 //! write them.
 //!
-//! The cache has one owner (`&mut self`): no locks, no atomics, no clock, no I/O, and no heap allocation after
-//! [`Cache::new`]. So no request of a client can fail for want of memory. The cache decides; a [`SlotTable`]
-//! publishes each transition of a slot.
+//! The cache has one owner (`&mut self`): no locks, no clock, no I/O, and no heap allocation after [`Cache::new`].
+//! So no request of a client can fail for want of memory. The cache decides; a [`SlotTable`] publishes each
+//! transition of a slot and of a visible chunk.
 //!
 //! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and then
 //!   [`Cache::pin_found`] pins what was found. `pin_found` cannot fail, because `find` has checked that there is
@@ -66,6 +66,7 @@ use slab::Slabs;
 use slot::Slots;
 
 use crate::policy::{self, ChunkId, Policy};
+use kvring_shm_abi::directory::Spot;
 
 /// The cache of one arena. See the module's documentation.
 pub struct Cache<T> {
@@ -74,6 +75,7 @@ pub struct Cache<T> {
     slabs: Slabs,
     slots: Slots,
     chunks: Chunks,
+    /// The forming chunks. Visible ones are found by the table's directory.
     index: Index,
     leases: Leases,
     namespaces: Box<[Option<Namespace>]>,
@@ -157,7 +159,7 @@ impl<T: SlotTable> Cache<T> {
     /// A geometry or a limit is out of range, or there is no address space for the tables.
     pub fn new(config: CacheConfig, table: T) -> Result<Self, ConfigError> {
         let slots = config.check()?;
-        let chunks = config.chunks_max.min(slots);
+        let chunks = config.chunks_max.min(slots).min(table.chunks().len());
         Ok(Self {
             table,
             slabs: Slabs::new(config.slab_bytes, config.slab_count)?,
@@ -311,6 +313,16 @@ impl<T: SlotTable> Cache<T> {
 
     fn hash(&self, namespace: NamespaceId, key: Key) -> Hash {
         Hash::new(self.config.seed, namespace, key)
+    }
+
+    fn spot(&self, namespace: NamespaceId, key: Key) -> Spot {
+        self.table.chunks().directory().spot(namespace, key)
+    }
+
+    /// The visible chunk of this key.
+    fn visible(&self, namespace: NamespaceId, key: Key) -> Option<ChunkId> {
+        let directory = self.table.chunks().directory();
+        find::visible(directory, &self.chunks, directory.spot(namespace, key), namespace as u8, key)
     }
 
     /// The number of ranks in a chunk's world.

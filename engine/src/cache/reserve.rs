@@ -1,15 +1,16 @@
 //! Reservations: which of a message's chunks one rank writes, and where.
 
-use super::chunk::{Life, NO_PARENT};
+use super::chunk::Life;
 use super::error::ReserveError;
 use super::evict::{Record, Room, Search};
 use super::index::FORMING_MAX;
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::directory::Spot;
 use kvring_shm_abi::failpoint::{self, Rule};
 
-/// How many keys ahead index lines are prefetched.
+/// How many keys ahead the lines of the directory and of the index are prefetched.
 const AHEAD: usize = 8;
 
 /// One rank's request to store chunks.
@@ -146,14 +147,14 @@ impl<T: SlotTable> Cache<T> {
         let context = Context { message, world, class, slot_bytes, shard_bytes, attachment };
 
         self.guard_keys(&message);
-        let mut before = parent.map_or(NO_PARENT, |key| self.hash(namespace, key).bits());
+        let mut before = parent.map(|key| self.spot(namespace, key));
         let mut done = 0;
         for key in keys {
             if done > 0 && self.is_spent() {
                 break;
             }
             let Some(answer) = self.reserve_one(&context, *key, before, going) else { break };
-            before = self.hash(namespace, *key).bits();
+            before = Some(self.spot(namespace, *key));
             sink(done, answer);
             done += 1;
             going.time -= 1;
@@ -166,15 +167,15 @@ impl<T: SlotTable> Cache<T> {
     fn guard_keys(&mut self, message: &Reserve<'_>) {
         self.guard = self.guard.wrapping_add(1).max(1);
         self.chunks.guard = self.guard;
-        let (seed, namespace, keys) = (self.config.seed, message.namespace, message.keys);
+        let (namespace, keys) = (message.namespace, message.keys);
         self.work += keys.len() as u64;
         for (i, key) in message.parent.iter().chain(keys).enumerate() {
             if let Some(later) = keys.get(i + AHEAD) {
-                self.index.prefetch(super::Hash::new(seed, namespace, *later));
+                self.table.chunks().directory().prefetch(self.spot(namespace, *later));
+                self.index.prefetch(self.hash(namespace, *later));
             }
-            let hash = super::Hash::new(seed, namespace, *key);
-            let matches = self.index.matches(&self.chunks, hash, namespace as u8, *key);
-            for id in matches.visible.iter().chain(matches.forming()) {
+            let forming = self.index.forming(&self.chunks, self.hash(namespace, *key), namespace as u8, *key);
+            for id in self.visible(namespace, *key).iter().chain(forming.iter()) {
                 self.chunks.guard(*id);
             }
         }
@@ -185,14 +186,12 @@ impl<T: SlotTable> Cache<T> {
         &mut self,
         context: &Context<'_>,
         key: Key,
-        before: u32,
+        before: Option<Spot>,
         going: &mut Going,
     ) -> Option<Reservation> {
         let Reserve { owner, namespace, rank, round, .. } = context.message;
-        let hash = self.hash(namespace, key);
         self.work += 1;
-        let matches = self.index.matches(&self.chunks, hash, namespace as u8, key);
-        if let Some(id) = matches.visible {
+        if let Some(id) = self.visible(namespace, key) {
             if self.chunks.get(id).round() != round {
                 self.chunks.get_mut(id).set_round(round);
                 let is_there = |(id, key): &(ChunkId, Key)| {
@@ -207,8 +206,9 @@ impl<T: SlotTable> Cache<T> {
             }
             return Some(Reservation::Present);
         }
+        let all_forming = self.index.forming(&self.chunks, self.hash(namespace, key), namespace as u8, key);
         let (mut same, mut older) = (None, None);
-        for id in matches.forming() {
+        for id in all_forming.iter() {
             let forming = self.chunks.get(*id).round();
             let forming = if failpoint::broken(Rule::RoundsInAReservation) { round } else { forming };
             if forming.source == round.source {
@@ -229,14 +229,14 @@ impl<T: SlotTable> Cache<T> {
             return Some(Reservation::Busy);
         }
         let mut replaced = older;
-        if same.is_none() && older.is_none() && matches.forming().len() == FORMING_MAX {
-            let idle = matches.forming().iter().filter(|id| self.chunks.get(**id).writing == 0);
+        if same.is_none() && older.is_none() && all_forming.len() == FORMING_MAX {
+            let idle = all_forming.iter().filter(|id| self.chunks.get(**id).writing == 0);
             replaced = idle.min_by_key(|id| self.chunks.get(**id).tick).copied();
             if replaced.is_none() {
                 return Some(self.no_space());
             }
         }
-        // The chunks in `matches` are guarded, so making room does not evict them. The record comes first: without
+        // The chunks of this key are guarded, so making room does not evict them. The record comes first: without
         // a record, a slot is of no use.
         if same.is_none() && replaced.is_none() {
             match self.make_record(context.world, &mut going.search) {
@@ -274,12 +274,18 @@ impl<T: SlotTable> Cache<T> {
         Some(self.begin_writing(context, id, slot, going.time))
     }
 
-    fn no_space(&mut self) -> Reservation {
+    pub(super) fn no_space(&mut self) -> Reservation {
         self.counters.no_space += 1;
         Reservation::NoSpace
     }
 
-    fn create_chunk(&mut self, key: Key, context: &Context<'_>, before: u32, tick: u64) -> Option<ChunkId> {
+    fn create_chunk(
+        &mut self,
+        key: Key,
+        context: &Context<'_>,
+        before: Option<Spot>,
+        tick: u64,
+    ) -> Option<ChunkId> {
         let Reserve { namespace, round, .. } = context.message;
         let hash = self.hash(namespace, key);
         let id = self.chunks.create(key, hash, namespace as u8, context.world, round)?;

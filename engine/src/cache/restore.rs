@@ -2,14 +2,15 @@
 //! the slots that they were writing.
 //!
 //! The calls come in this order, after [`Cache::add_slab`] and [`Cache::register`] and before anything else:
-//! [`Cache::restore_span`] for each span, [`Cache::restore`] for each of its slots in use, ascending, and
-//! [`Cache::restore_end`]. Then [`Cache::owner_gone`] for each entry whose owner is dead. Tables that make no sense
+//! [`Cache::restore_chunks`], then [`Cache::restore_span`] for each span, [`Cache::restore`] for each of its slots in use,
+//! ascending, and [`Cache::restore_end`]. Then [`Cache::owner_gone`] for each entry whose owner is dead. Tables that make no sense
 //! are an error, and this cache is of no further use then: nobody knows who may still be writing where.
 
-use super::chunk::{Life, NO_PARENT};
+use super::chunk::Life;
 use super::slot::State;
-use super::{Cache, Hash, Key, NamespaceId, OWNERS, Owner, ShardHeader, SlotId, SlotTable};
+use super::{Cache, Hash, Key, OWNERS, Owner, RANKS, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::{ChunkContent, ChunkIdentity};
 
 /// The nonce under which the slots are listed that an entry was writing under earlier engines. In which attachment
 /// it wrote them does not matter: all of them belong to its present owner, whose life word has been the same all
@@ -45,12 +46,14 @@ pub enum Found {
 /// What is put off until all slots have been read.
 #[derive(Debug, Default)]
 pub(super) struct Unfinished {
-    /// Complete chunks: last access, id and hash.
+    /// Complete chunks: last access, id and hash of the content.
     visible: Vec<(u64, ChunkId, u64)>,
     /// Forming chunks of keys of which another round is complete.
     unwanted: Vec<ChunkId>,
     /// COMMITTED slots that belong to no chunk.
     useless: Vec<SlotId>,
+    /// How many chunks have a record that says that they are visible, and lack shards.
+    expected: u32,
 }
 
 /// What became of the chunks that a recovery found.
@@ -132,10 +135,68 @@ impl<T: SlotTable> Cache<T> {
         slot..slot + self.slabs.span(first).slots
     }
 
-    /// Prefetches what [`Cache::restore`] will look at for a slot of this chunk.
+    /// Takes over the records of the chunks that an earlier engine showed. Such a chunk keeps its id, its record and the
+    /// directory's hint, and is visible again as soon as [`Cache::restore`] has seen all its shards. A record that cannot
+    /// be what it says is ended.
+    ///
+    /// # Errors
+    ///
+    /// There is no memory.
+    pub fn restore_chunks(&mut self) -> Result<(), NotRestorable> {
+        self.change();
+        let ready = self.table.chunks().ready();
+        let mut lines = Vec::new();
+        let what = "lines of slots";
+        let memory = NotRestorable::Memory { what, count: ready.1 as usize };
+        lines.try_reserve_exact(ready.1 as usize).map_err(|_| memory)?;
+        lines.resize(ready.1 as usize, false);
+        self.chunks.restore_begin(ready);
+        for id in 0..ready.0 {
+            let Some(content) = self.table.chunks().read(id) else { continue };
+            if id < self.chunks.fresh && self.expect(id, &content, &mut lines) {
+                self.restored.expected += 1;
+            } else {
+                self.table.chunks().end(id, content.identity);
+            }
+        }
+        self.chunks.restore_free(&lines);
+        Ok(())
+    }
+
+    /// Expects the shards of a chunk where its record says that they are. False: the record makes no sense.
+    fn expect(&mut self, id: ChunkId, content: &ChunkContent, lines: &mut [bool]) -> bool {
+        let ChunkIdentity { key, namespace } = content.identity;
+        let Some(registered) = self.namespace(namespace).filter(|registered| registered.is_complete()) else {
+            return false;
+        };
+        let world = registered.world;
+        let Self { table, slots, chunks, .. } = self;
+        let mut all = [0; RANKS];
+        let named = table.chunks().slots(content, world).zip(&mut all).map(|(slot, to)| *to = slot).count();
+        let all = &all[..world as usize];
+        let are_there = all.iter().all(|slot| *slot < slots.len());
+        if named != all.len()
+            || !are_there
+            || !chunks.expect(id, key, namespace as u8, world, content.place, lines)
+        {
+            return false;
+        }
+        // If a slot is named twice, its header decides whose it is, and the other chunk is never whole.
+        for (rank, slot) in (0..).zip(all) {
+            chunks.set_shard(id, world, rank, Some(*slot));
+            slots.expect(*slot, Some(id));
+        }
+        true
+    }
+
+    /// Prefetches what [`Cache::restore`] will look at for this slot.
     #[inline]
-    pub fn restore_soon(&self, namespace: NamespaceId, key: Key) {
-        self.index.prefetch(self.hash(namespace, key));
+    pub fn restore_soon(&self, slot: SlotId) {
+        if slot < self.slots.len()
+            && let Some(id) = self.slots.get(slot).chunk()
+        {
+            self.chunks.prefetch(id);
+        }
     }
 
     /// Restores one slot in use. A WRITING slot stays its owner's, even if its chunk cannot be kept. The last shard
@@ -157,6 +218,12 @@ impl<T: SlotTable> Cache<T> {
         }
         self.slots.raise_generation(slot, generation);
         self.slabs.touch(slot, tick);
+        if let Some(id) = self.slots.get(slot).chunk() {
+            self.slots.expect(slot, None);
+            if found == Found::Committed && self.is_expected(id, slot, &header) {
+                return self.restore_expected(id, slot, header.rank, tick);
+            }
+        }
         let is_of_no_chunk = matches!(found, Found::Orphaned | Found::Hidden);
         let chunk = if is_of_no_chunk { None } else { self.chunk_of(&header, tick) };
         if let Some((id, world, _)) = chunk {
@@ -164,15 +231,16 @@ impl<T: SlotTable> Cache<T> {
         }
         match (chunk, found) {
             (Some((id, world, hash)), Found::Committed) => {
-                self.slots.restore_committed(slot, id, header.rank as u8);
+                self.slots.restore_committed(slot, Some(id), header.rank as u8);
                 let chunk = self.chunks.get_mut(id);
                 chunk.committed += 1;
-                if u32::from(chunk.committed) == world {
+                if u32::from(chunk.committed) == world && self.publish(id) {
+                    self.index.remove(&mut self.chunks, id);
                     self.restore_visible(id, hash)?;
                 }
             }
             (_, Found::Hidden) | (None, Found::Committed) => {
-                self.slots.restore_committed(slot, 0, 0);
+                self.slots.restore_committed(slot, None, 0);
                 push(&mut self.restored.useless, [slot])?;
             }
             (chunk, Found::Writing | Found::Orphaned) => {
@@ -191,6 +259,50 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
+    /// Whether this slot holds a shard that the chunk's record has led us to expect there.
+    fn is_expected(&self, id: ChunkId, slot: SlotId, header: &ShardHeader) -> bool {
+        let ShardHeader { key, namespace, rank, length, .. } = *header;
+        let chunk = self.chunks.get(id);
+        let registered = self.namespace(namespace).filter(|registered| registered.has(rank));
+        chunk.life() == Life::Expected
+            && (chunk.key, u32::from(chunk.namespace)) == (key, namespace)
+            && registered.is_some_and(|registered| {
+                registered.layouts[rank as usize].shard_bytes == length
+                    && self.chunks.shard(id, registered.world, rank) == Some(slot)
+            })
+    }
+
+    /// Restores a shard that was expected; the chunk is visible again with its last one.
+    fn restore_expected(
+        &mut self,
+        id: ChunkId,
+        slot: SlotId,
+        rank: u32,
+        tick: u64,
+    ) -> Result<(), NotRestorable> {
+        self.slots.restore_committed(slot, Some(id), rank as u8);
+        self.used_at(id, tick);
+        let chunk = self.chunks.get_mut(id);
+        chunk.committed += 1;
+        let (committed, namespace, key) = (u32::from(chunk.committed), u32::from(chunk.namespace), chunk.key);
+        if committed == self.world_of(id) {
+            self.restored.expected -= 1;
+            let hash = self.hash(namespace, key);
+            return self.restore_visible(id, hash);
+        }
+        Ok(())
+    }
+
+    /// Notes when a chunk was used last, as one of its slots tells.
+    fn used_at(&mut self, id: ChunkId, tick: u64) {
+        let chunk = self.chunks.get_mut(id);
+        chunk.tick = chunk.tick.max(tick);
+        self.tick = self.tick.max(tick);
+        if let Some(registered) = &mut self.namespaces[usize::from(chunk.namespace)] {
+            registered.used = registered.used.max(tick);
+        }
+    }
+
     /// The forming chunk to which a shard belongs, with its world and hash; it is made if necessary. `None`: the
     /// shard is of no use to any chunk.
     fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<(ChunkId, u32, Hash)> {
@@ -201,29 +313,28 @@ impl<T: SlotTable> Cache<T> {
             return None;
         }
         let hash = self.hash(namespace, key);
-        let matches = self.index.matches(&self.chunks, hash, namespace as u8, key);
-        if matches.visible.is_some() {
+        if self.visible(namespace, key).is_some() {
             // Another round of the key is complete: the engine died before it had dropped this one.
             return None;
         }
-        let same = matches.forming().iter().find(|id| self.chunks.get(**id).round() == round);
+        let forming = self.index.forming(&self.chunks, hash, namespace as u8, key);
+        let same = forming.iter().find(|id| self.chunks.get(**id).round() == round);
         let id = match same {
             Some(id) if self.chunks.shard(*id, world, rank).is_some() => return None,
             Some(id) => *id,
-            None if matches.forming().len() == super::index::FORMING_MAX => return None,
+            None if forming.len() == super::index::FORMING_MAX => return None,
             None => {
+                while let Some(lack) = self.chunks.lack(world) {
+                    if !self.more_records(lack) {
+                        return None;
+                    }
+                }
                 let id = self.chunks.create(key, hash, namespace as u8, world, round)?;
-                self.chunks.set_parent(id, NO_PARENT);
                 self.index.insert(&mut self.chunks, id);
                 id
             }
         };
-        let chunk = self.chunks.get_mut(id);
-        chunk.tick = chunk.tick.max(tick);
-        self.tick = self.tick.max(tick);
-        if let Some(registered) = &mut self.namespaces[namespace as usize] {
-            registered.used = registered.used.max(tick);
-        }
+        self.used_at(id, tick);
         Some((id, world, hash))
     }
 
@@ -231,10 +342,11 @@ impl<T: SlotTable> Cache<T> {
     /// its place in the eviction order when all chunks have been restored.
     fn restore_visible(&mut self, id: ChunkId, hash: Hash) -> Result<(), NotRestorable> {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
-        let matches = self.index.matches(&self.chunks, hash, namespace, key);
-        push(&mut self.restored.unwanted, matches.forming().iter().copied().filter(|other| *other != id))?;
+        let forming = self.index.forming(&self.chunks, hash, namespace, key);
+        push(&mut self.restored.unwanted, forming.iter().copied())?;
         self.show(id);
-        push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, hash.whole())])
+        let spot = self.spot(u32::from(namespace), key);
+        push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, spot.hash())])
     }
 
     /// Ends the restoring. What is of no use is freed only now, because an empty span goes back to the pool, and
@@ -244,9 +356,12 @@ impl<T: SlotTable> Cache<T> {
     /// incomplete chunks are the first to be evicted, and a newer round replaces them.
     pub fn restore_end(&mut self) -> Restored {
         self.change();
-        let Unfinished { mut visible, unwanted, useless } = core::mem::take(&mut self.restored);
-        let mut restored =
-            Restored { visible: visible.len() as u32, dropped: unwanted.len() as u32, ..Restored::default() };
+        let Unfinished { mut visible, unwanted, useless, expected } = core::mem::take(&mut self.restored);
+        let dropped = unwanted.len() as u32 + expected;
+        let mut restored = Restored { visible: visible.len() as u32, dropped, ..Restored::default() };
+        if expected > 0 {
+            self.drop_expected();
+        }
         for slot in useless {
             self.free_slot(slot);
         }
@@ -274,6 +389,29 @@ impl<T: SlotTable> Cache<T> {
         }
         self.slabs.release_unused(&mut self.table);
         restored
+    }
+
+    /// Drops the chunks whose records say that they are visible and of which not all shards were found: the engine died while
+    /// it hid a damaged one, or its tables make no sense.
+    fn drop_expected(&mut self) {
+        for id in 0..self.chunks.fresh {
+            let chunk = self.chunks.get(id);
+            if chunk.life() != Life::Expected {
+                continue;
+            }
+            self.table
+                .chunks()
+                .end(id, ChunkIdentity { key: chunk.key, namespace: u32::from(chunk.namespace) });
+            self.each_slot(id, |cache, slot| {
+                let entry = cache.slots.get(slot);
+                match (entry.chunk() == Some(id), entry.state()) {
+                    (true, State::Committed) => cache.free_slot(slot),
+                    (true, State::Free) => cache.slots.expect(slot, None),
+                    (true, State::Writing) | (false, _) => {}
+                }
+            });
+            self.chunks.destroy(id, self.world_of(id));
+        }
     }
 
     /// Hands a WRITING slot over to the present attachment of the client that was writing it: the client has come

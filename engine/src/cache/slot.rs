@@ -3,7 +3,8 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{OWNERS, Owner, SlotId};
-use crate::lazy::{Lazy, NoMemory, prefetch};
+use crate::lazy::{Lazy, NoMemory};
+use kvring_shm_abi::mapping::prefetch;
 
 /// The bits that a generation has in the published word of a slot.
 const GENERATION_MASK: u64 = kvring_shm_abi::slot::GENERATION_MAX;
@@ -24,7 +25,8 @@ pub(super) enum State {
 pub(super) struct Slot {
     /// generation << 2 | state
     word: u64,
-    /// Chunk id + 1; 0 while FREE, and for an orphan.
+    /// Chunk id + 1; 0 while FREE, and for an orphan. During a recovery a slot that has not been read yet is FREE, and may
+    /// have the chunk whose record leads to it.
     chunk: u32,
     /// WRITING: the previous slot in the attachment's list.
     prev: u32,
@@ -255,12 +257,17 @@ impl Slots {
         self.counts.committed += 1;
     }
 
-    /// FREE → COMMITTED, when a recovery reads the tables of an earlier engine.
-    pub(super) fn restore_committed(&mut self, slot: SlotId, chunk: u32, rank: u8) {
+    /// A recovery expects this chunk's shard in a slot that it has not read yet, or expects none any more.
+    pub(super) fn expect(&mut self, slot: SlotId, chunk: Option<u32>) {
+        self.slots[slot as usize].chunk = chunk.map_or(0, |chunk| chunk + 1);
+    }
+
+    /// FREE → COMMITTED, when a recovery reads the tables of an earlier engine. A shard of no chunk is freed at its end.
+    pub(super) fn restore_committed(&mut self, slot: SlotId, chunk: Option<u32>, rank: u8) {
         let entry = &mut self.slots[slot as usize];
         debug_assert_eq!(entry.state(), State::Free);
         entry.set(entry.generation(), State::Committed);
-        entry.chunk = chunk + 1;
+        entry.chunk = chunk.map_or(0, |chunk| chunk + 1);
         entry.rank = rank;
         self.counts.committed += 1;
     }

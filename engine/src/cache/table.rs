@@ -1,6 +1,8 @@
 //! The vocabulary between the cache and its surroundings: names of things, and how each transition of a slot is
 //! published.
 
+use kvring_shm_abi::chunk::ChunkTable;
+
 /// A chunk's name: 128 opaque bits that cover its whole prefix.
 pub type Key = [u64; 2];
 /// A place in the arena. Ids are positional: an id means the same bytes as long as its span keeps its class.
@@ -53,11 +55,19 @@ pub struct ShardHeader {
     pub length: u64,
 }
 
-/// How the cache publishes the transitions of slots: to shared memory in the engine, to a `Vec` in tests.
+/// How the cache publishes the transitions of slots and of visible chunks: to shared memory in the engine, to a
+/// `Vec` in tests.
 ///
 /// The cache calls these methods only for slots of spans whose headers were ensured, and in an order that is right
-/// for readers: a slot is `freed`, with its next generation, before it is given to anybody again.
+/// for readers: a slot is `freed`, with its next generation, before it is given to anybody again; a chunk's record
+/// ends before the first of its slots is freed.
 pub trait SlotTable {
+    /// The records of visible chunks, and the directory by which they are found.
+    fn chunks(&self) -> &ChunkTable;
+
+    /// Makes sure that this many chunk records, and this many lines, have memory. False: there is none.
+    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool;
+
     /// The slot belongs to a writer from now on. `generation` is the one that was last published.
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader);
 

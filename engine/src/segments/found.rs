@@ -23,7 +23,10 @@ pub enum ColdStart {
     #[error("the segments are another build's: {0}")]
     OtherBuild(Mismatch),
     /// An arena of another geometry is wanted.
-    #[error("another arena is wanted: there was one of {} bytes in slabs of {}", .found.arena_bytes, .found.slab_bytes)]
+    #[error(
+        "another arena is wanted: there was one of {} bytes in slabs of {}, for {} chunks",
+        .found.arena_bytes, .found.slab_bytes, .found.max_chunks
+    )]
     OtherGeometry {
         /// The predecessor's geometry.
         found: Geometry,
@@ -91,10 +94,10 @@ impl Found {
         };
         let places = Places::of(&identity.geometry);
         let mismatch = Mismatch::Size { expected: places.bytes, found: bytes };
-        if bytes < places.bytes || !backed(places.slots_at)? {
+        if bytes < places.bytes || !backed(places.records_at)? {
             return Ok(Found::Foreign { mapping, mismatch });
         }
-        match EngineSegment::new(mapping.clone(), &identity.geometry) {
+        match EngineSegment::new(mapping.clone(), &identity.geometry, identity.arena_id) {
             Ok(segment) => {
                 // If the kernel of a dead engine marked no words, its words are marked here. This open file holds
                 // none of the engine's locks itself, so it sees those of a living one.

@@ -71,7 +71,7 @@ pub(super) fn client_view(name: &EngineName) -> (EngineSegment, Identity) {
     let file = SegmentFile::open(&name.engine_segment(), Access::ReadOnly).unwrap();
     let mapping = Arc::new(file.map(file.len().unwrap(), Access::ReadOnly).unwrap());
     let identity = mapping.at::<Superblock>(0).unwrap().read(Kind::Engine, mapping.len() as u64).unwrap();
-    (EngineSegment::new(mapping, &identity.geometry).unwrap(), identity)
+    (EngineSegment::new(mapping, &identity.geometry, identity.arena_id).unwrap(), identity)
 }
 
 pub(super) fn arena_identity(name: &EngineName) -> (Mapping, Identity) {
@@ -94,9 +94,10 @@ fn a_start_makes_everything_and_a_clean_end_leaves_nothing() {
     let lobby = segments.lobby.superblock().unwrap().read(Kind::Lobby, LOBBY_BYTES as u64).unwrap();
     assert_eq!([identity.arena_id, arena.arena_id, lobby.arena_id], [segments.arena_id(); 3]);
     assert!(crate::stats::Snapshot::read(&engine.stats).is_ok());
-    let mut memory = segments.slot_memory();
-    assert!(memory.ensure(255, 2) && memory.ensure(0, 0) && memory.ensure(0, 1024));
-    assert!(!memory.ensure(1000, 25), "there are 1024");
+    let mut memory = segments.table_memory();
+    let mut headers = |first, count| memory.ensure_headers(first, count);
+    assert!(headers(255, 2) && headers(0, 0) && headers(0, 1024));
+    assert!(!headers(1000, 25), "there are 1024");
     let removed = segments.retire_and_unlink().unwrap();
     assert_eq!((removed.segments, name.files()), (3, vec![]));
     assert!(engine.superblock().is_retired());

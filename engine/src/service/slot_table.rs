@@ -1,7 +1,8 @@
-//! The cache's slot transitions, published in the engine's segment.
+//! The transitions of the cache's slots and chunks, published in the engine's segment.
 
 use crate::cache::{self, ShardHeader, SlotId, SlotTable};
-use crate::segments::{Segments, SlotMemory};
+use crate::segments::{Segments, TableMemory};
+use kvring_shm_abi::chunk::ChunkTable;
 use kvring_shm_abi::engine_segment::SlabRecord;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::mapping::View;
@@ -12,14 +13,15 @@ use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
 pub(crate) struct SharedSlots {
     headers: View<SlotHeader>,
     slabs: View<SlabRecord>,
-    memory: SlotMemory,
+    chunks: ChunkTable,
+    memory: TableMemory,
 }
 
 impl SharedSlots {
     pub(crate) fn new(segments: &Segments) -> SharedSlots {
         let engine = &segments.engine;
-        let (headers, slabs) = (engine.slots.clone(), engine.slabs.clone());
-        SharedSlots { headers, slabs, memory: segments.slot_memory() }
+        let (headers, slabs, chunks) = (engine.slots.clone(), engine.slabs.clone(), engine.chunks.clone());
+        SharedSlots { headers, slabs, chunks, memory: segments.table_memory() }
     }
 }
 
@@ -28,6 +30,18 @@ fn word(state: SlotState, owner: cache::Owner, generation: u64) -> SlotWord {
 }
 
 impl SlotTable for SharedSlots {
+    fn chunks(&self) -> &ChunkTable {
+        &self.chunks
+    }
+
+    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
+        let ensured = self.memory.ensure_chunks(self.chunks.ready(), (records, lines));
+        if ensured {
+            self.chunks.set_ready(records, lines);
+        }
+        ensured
+    }
+
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader) {
         let identity = ShardIdentity {
             key: header.key,
@@ -64,7 +78,7 @@ impl SlotTable for SharedSlots {
     }
 
     fn ensure(&mut self, first_slot: SlotId, count: u32) -> bool {
-        self.memory.ensure(first_slot, count)
+        self.memory.ensure_headers(first_slot, count)
     }
 
     fn span_made(&mut self, first_slab: u32, slabs: u32, slot_bytes: u64) {

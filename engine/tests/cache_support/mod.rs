@@ -5,6 +5,10 @@
 pub(crate) mod small;
 
 use kvring_engine::cache::{Cache, Found, Key, Owner, Shard, ShardHeader, SlotId, SlotTable};
+use kvring_shm_abi::chunk::ChunkTable;
+use kvring_shm_abi::engine_segment::StatWord as Word;
+use kvring_shm_abi::mapping::Mapping;
+use std::sync::Arc;
 
 /// The published state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,9 +29,11 @@ pub(crate) struct Entry {
     pub(crate) ensured: bool,
 }
 
-/// The published slots, and logs of what was freed and touched.
-#[derive(Clone, Debug, Default)]
+/// The published slots and chunks, and logs of what was freed and touched. A clone is a copy: it shares nothing with its
+/// original.
+#[derive(Clone)]
 pub(crate) struct VecTable {
+    chunks: PrivateChunks,
     pub(crate) entries: Vec<Entry>,
     pub(crate) freed: Vec<SlotId>,
     /// Slots that were touched since the log was last emptied, in order.
@@ -40,11 +46,39 @@ pub(crate) struct VecTable {
     pub(crate) ensures: u32,
 }
 
+/// Chunk records and their directory, in memory of their own.
+struct PrivateChunks {
+    table: ChunkTable,
+    memory: Arc<Mapping>,
+}
+
+impl PrivateChunks {
+    fn new(chunks: u32) -> PrivateChunks {
+        let memory = Arc::new(Mapping::private(ChunkTable::bytes_alone(chunks)));
+        PrivateChunks { table: ChunkTable::alone_in(&memory, chunks), memory }
+    }
+
+    fn words(&self) -> &[Word] {
+        self.memory.slice(0, self.memory.len() / size_of::<Word>()).unwrap()
+    }
+}
+
+impl Clone for PrivateChunks {
+    fn clone(&self) -> PrivateChunks {
+        let copy = PrivateChunks::new(self.table.len());
+        for (to, from) in copy.words().iter().zip(self.words()) {
+            to.set(from.get());
+        }
+        copy
+    }
+}
+
 impl VecTable {
     pub(crate) fn new(slots: usize) -> Self {
         let entry = Entry { state: State::Free, generation: 0, tick: 0, checksum: 0, ensured: false };
         // The logs get their memory up front, so that a counting allocator sees the cache alone.
         Self {
+            chunks: PrivateChunks::new(slots.max(1) as u32),
             entries: vec![entry; slots],
             freed: Vec::with_capacity(1 << 16),
             touches: Vec::with_capacity(1 << 16),
@@ -52,6 +86,15 @@ impl VecTable {
             out_of_space: false,
             ensures: 0,
         }
+    }
+
+    /// Changes a word of the chunk records or of their lines.
+    pub(crate) fn scribble(&self, word: usize, change: impl FnOnce(u64) -> u64) {
+        let records = (1 + 16) * 8;
+        let word =
+            if word < records { word } else { (1 + self.chunks.table.len() as usize) * 8 + word - records };
+        let word = &self.chunks.words()[word];
+        word.set(change(word.get()));
     }
 
     /// What a successor reads of a slot; `None`: it is free.
@@ -93,6 +136,17 @@ impl VecTable {
 }
 
 impl SlotTable for VecTable {
+    fn chunks(&self) -> &ChunkTable {
+        &self.chunks.table
+    }
+
+    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
+        if !self.out_of_space {
+            self.chunks.table.set_ready(records, lines);
+        }
+        !self.out_of_space
+    }
+
     fn writing(&mut self, slot: SlotId, generation: u64, header: &ShardHeader) {
         let entry = &mut self.entries[slot as usize];
         assert!(entry.ensured, "slot {slot} has no header yet");
@@ -171,6 +225,7 @@ impl SlotTable for VecTable {
 
 /// Restores all that the cache's table holds, as an engine's successor does.
 pub(crate) fn restore(cache: &mut Cache<VecTable>) {
+    cache.restore_chunks().unwrap();
     for (first, len, slot_bytes) in cache.table().spans.clone() {
         cache.restore_span(first, len, slot_bytes).unwrap();
         for slot in cache.slots_of_span(first) {

@@ -14,6 +14,7 @@
 #![cfg(loom)]
 #![allow(clippy::unwrap_used, reason = "clippy allows it in tests, but not in their helpers")]
 
+mod chunk;
 mod completion;
 mod harness;
 mod park;

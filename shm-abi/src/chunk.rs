@@ -1,0 +1,363 @@
+//! Chunk records: which chunks are visible, and where their shards lie. The engine writes them in its segment, and leads to them
+//! by the [directory](crate::directory).
+//!
+//! A record has the same id as its chunk. Its word holds `state | generation`. A chunk becomes visible by a store of the word
+//! after everything else has been written, and ends by a store of the word before anything of it is given away: before the
+//! first of its slots is freed. The generation grows with each end, so a reader that finds the same word before and after it
+//! has read the fields has read the fields of one life. What changes with each access is not here: readers share these lines.
+
+use crate::abi;
+use crate::directory::{Directory, Spot};
+use crate::failpoint::{self, Place};
+#[cfg(not(loom))]
+use crate::mapping::Mapping;
+use crate::mapping::{One, Pad, Shared, View};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
+
+abi! {
+    /// What a record says of its chunk.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum ChunkState: u8 {
+        /// Nothing: there is none, or it is not visible.
+        Free = 0,
+        /// All its shards are committed, and lookups find it.
+        Visible = 1,
+    }
+
+    /// Bits of the word that are the state, from the lowest one on; the others are the generation.
+    const STATE_BITS: u32 = 2;
+
+    /// The most ranks whose slots a chunk has in its own record.
+    pub const RANKS_INLINE: usize = 4;
+
+    /// How many slots a line has.
+    pub const LINE_SLOTS: usize = 16;
+
+    /// The most lines that a chunk has.
+    pub const LINES_MAX: usize = 4;
+
+    /// One chunk, in one cache line.
+    #[repr(C, align(64))]
+    pub struct ChunkRecord {
+        word: AtomicU64,
+        key: [AtomicU64; 2],
+        namespace: AtomicU32,
+        _pad0: Pad<4>,
+        /// The slot of each rank; in a namespace of more ranks than [`RANKS_INLINE`] the lines that have the slots.
+        place: [AtomicU32; LINES_MAX],
+        _pad1: Pad<16>,
+    }
+
+    /// The slots of up to [`LINE_SLOTS`] ranks of one chunk.
+    #[repr(C, align(64))]
+    pub struct SlotLine {
+        slots: [AtomicU32; LINE_SLOTS],
+    }
+
+    /// How many records and lines have memory. Nobody looks at one beyond: that would take memory for it.
+    #[repr(C, align(64))]
+    pub struct ChunkCounts {
+        records: AtomicU32,
+        lines: AtomicU32,
+        _pad: Pad<56>,
+    }
+}
+
+const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
+const NEXT_GENERATION: u64 = 1 << STATE_BITS;
+const _: () = assert!(RANKS_INLINE <= LINES_MAX);
+
+// SAFETY: atomics and padding only.
+unsafe impl Shared for ChunkRecord {}
+// SAFETY: atomics only.
+unsafe impl Shared for SlotLine {}
+// SAFETY: atomics and padding only.
+unsafe impl Shared for ChunkCounts {}
+
+#[cfg(not(loom))]
+const _: () = {
+    assert!(size_of::<ChunkRecord>() == 64);
+    assert!(size_of::<SlotLine>() == 64);
+    assert!(size_of::<ChunkCounts>() == 64);
+};
+
+/// How many lines there are for this many chunks: enough for one chunk of any world.
+#[must_use]
+pub const fn lines_for(chunks: u32) -> usize {
+    if chunks as usize > LINES_MAX { chunks as usize } else { LINES_MAX }
+}
+
+/// How many lines a chunk of this many ranks has.
+#[inline(always)]
+#[must_use]
+pub const fn lines_of(world: u32) -> usize {
+    if world as usize > RANKS_INLINE { (world as usize).div_ceil(LINE_SLOTS) } else { 0 }
+}
+
+/// What a chunk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkIdentity {
+    /// Its key.
+    pub key: [u64; 2],
+    /// The namespace in which the key means something.
+    pub namespace: u32,
+}
+
+/// A visible chunk, as its record says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChunkContent {
+    /// What it is.
+    pub identity: ChunkIdentity,
+    /// The record's generation.
+    pub generation: u64,
+    /// The slots of its ranks, or the lines that have them.
+    pub place: [u32; LINES_MAX],
+}
+
+impl ChunkRecord {
+    /// A record in private memory, for models.
+    #[cfg(loom)]
+    #[must_use]
+    #[allow(clippy::new_without_default, reason = "made in models alone")]
+    pub fn new() -> ChunkRecord {
+        ChunkRecord {
+            word: AtomicU64::new(0),
+            key: core::array::from_fn(|_| AtomicU64::new(0)),
+            namespace: AtomicU32::new(0),
+            _pad0: Pad::new(),
+            place: core::array::from_fn(|_| AtomicU32::new(0)),
+            _pad1: Pad::new(),
+        }
+    }
+
+    /// The chunk, if it is visible.
+    #[must_use]
+    pub fn read(&self) -> Option<ChunkContent> {
+        // SYNC POINT: Acquire; pairs with the Release in `show`, so the fields are at least those of this life.
+        let word = self.word.load(Ordering::Acquire);
+        let content = self.content(word)?;
+        // SYNC POINT: Acquire fence; pairs with the Release fence in `fill`. If a field was of a later life, this load sees the
+        // word that ended the earlier one.
+        fence(Ordering::Acquire);
+        (self.word.load(Ordering::Relaxed) == word).then_some(content)
+    }
+
+    /// [`ChunkRecord::read`] without its fence: the negative control of the models. Never use it.
+    #[cfg(loom)]
+    #[must_use]
+    pub fn read_broken(&self) -> Option<ChunkContent> {
+        let word = self.word.load(Ordering::Acquire);
+        let content = self.content(word)?;
+        (self.word.load(Ordering::Relaxed) == word).then_some(content)
+    }
+
+    fn content(&self, word: u64) -> Option<ChunkContent> {
+        if word & STATE_MASK != ChunkState::Visible as u64 {
+            return None;
+        }
+        let key = [self.key[0].load(Ordering::Relaxed), self.key[1].load(Ordering::Relaxed)];
+        let namespace = self.namespace.load(Ordering::Relaxed);
+        let place = core::array::from_fn(|at| self.place[at].load(Ordering::Relaxed));
+        Some(ChunkContent {
+            identity: ChunkIdentity { key, namespace },
+            generation: word >> STATE_BITS,
+            place,
+        })
+    }
+
+    /// Engine: writes the fields of the next life.
+    pub fn fill(&self, identity: ChunkIdentity, place: [u32; LINES_MAX]) {
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `read`. A reader that has read any of these fields finds the
+        // word that ended the life before, or a later one.
+        fence(Ordering::Release);
+        self.store(identity, place);
+    }
+
+    /// [`ChunkRecord::fill`] without its fence: the negative control of the models. Never use it.
+    #[cfg(loom)]
+    pub fn fill_broken(&self, identity: ChunkIdentity, place: [u32; LINES_MAX]) {
+        self.store(identity, place);
+    }
+
+    fn store(&self, ChunkIdentity { key, namespace }: ChunkIdentity, place: [u32; LINES_MAX]) {
+        self.key[0].store(key[0], Ordering::Relaxed);
+        self.key[1].store(key[1], Ordering::Relaxed);
+        self.namespace.store(namespace, Ordering::Relaxed);
+        for (to, from) in self.place.iter().zip(place) {
+            to.store(from, Ordering::Relaxed);
+        }
+    }
+
+    /// Engine: the chunk is visible from now on. Everything of it has been written.
+    pub fn show(&self) {
+        let word = self.word.load(Ordering::Relaxed) & !STATE_MASK | ChunkState::Visible as u64;
+        // SYNC POINT: Release; pairs with the Acquire in `read`.
+        self.word.store(word, Ordering::Release);
+    }
+
+    /// Engine: the chunk is not visible any more. Only after that it may be taken apart.
+    pub fn end(&self) {
+        let word = (self.word.load(Ordering::Relaxed) & !STATE_MASK).wrapping_add(NEXT_GENERATION);
+        // SYNC POINT: Release; pairs with the Acquire of a successor's `read`. The slots' next words are stored after it.
+        self.word.store(word, Ordering::Release);
+    }
+}
+
+/// All records of an engine, the lines that belong to them, and the directory that leads to them.
+#[derive(Clone)]
+pub struct ChunkTable {
+    records: View<ChunkRecord>,
+    lines: View<SlotLine>,
+    counts: One<ChunkCounts>,
+    directory: Directory,
+}
+
+impl ChunkTable {
+    /// The tables in a segment.
+    #[must_use]
+    pub fn new(
+        records: View<ChunkRecord>,
+        lines: View<SlotLine>,
+        counts: One<ChunkCounts>,
+        directory: Directory,
+    ) -> ChunkTable {
+        ChunkTable { records, lines, counts, directory }
+    }
+
+    /// Tables for this many chunks in private memory, for tests.
+    ///
+    /// # Panics
+    /// When memory is exhausted.
+    #[cfg(not(loom))]
+    #[must_use]
+    pub fn private(chunks: u32) -> ChunkTable {
+        ChunkTable::alone_in(&std::sync::Arc::new(Mapping::private(ChunkTable::bytes_alone(chunks))), chunks)
+    }
+
+    /// Bytes of a mapping that has nothing but tables for this many chunks, for tests.
+    #[cfg(not(loom))]
+    #[must_use]
+    pub fn bytes_alone(chunks: u32) -> usize {
+        (1 + chunks as usize + lines_for(chunks) + Directory::buckets_for(chunks)) * 64
+    }
+
+    /// The tables in such a mapping.
+    ///
+    /// # Panics
+    /// When the mapping is too short.
+    #[cfg(not(loom))]
+    #[must_use]
+    #[allow(clippy::expect_used)]
+    pub fn alone_in(mapping: &std::sync::Arc<Mapping>, chunks: u32) -> ChunkTable {
+        let (records, lines, buckets) = (chunks as usize, lines_for(chunks), Directory::buckets_for(chunks));
+        let inside = "a mapping of `bytes_alone`";
+        let buckets = View::new(mapping, (1 + records + lines) * 64, buckets).expect(inside);
+        ChunkTable {
+            counts: One::new(mapping, 0).expect(inside),
+            records: View::new(mapping, 64, records).expect(inside),
+            lines: View::new(mapping, (1 + records) * 64, lines).expect(inside),
+            directory: Directory::new(buckets, [1, 2]),
+        }
+    }
+
+    /// How many chunks there can be.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.records.len() as u32
+    }
+
+    /// There is always one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// How many records, and how many lines, have memory.
+    #[must_use]
+    pub fn ready(&self) -> (u32, u32) {
+        // SYNC POINT: Acquire; pairs with the Release in `set_ready`.
+        let ready = |count: &AtomicU32, all: usize| count.load(Ordering::Acquire).min(all as u32);
+        (ready(&self.counts.records, self.records.len()), ready(&self.counts.lines, self.lines.len()))
+    }
+
+    /// Engine: this many records and lines have memory now.
+    pub fn set_ready(&self, records: u32, lines: u32) {
+        // SYNC POINT: Release; pairs with the Acquire in `ready`.
+        self.counts.records.store(records, Ordering::Release);
+        self.counts.lines.store(lines, Ordering::Release);
+    }
+
+    /// The directory.
+    #[inline(always)]
+    #[must_use]
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    /// The visible chunk of this id, if there is one.
+    #[must_use]
+    pub fn read(&self, chunk: u32) -> Option<ChunkContent> {
+        self.records.get(chunk as usize)?.read()
+    }
+
+    /// The slots of a chunk that was read, in the order of its ranks; fewer where a line does not exist.
+    pub fn slots(&self, content: &ChunkContent, world: u32) -> impl Iterator<Item = u32> {
+        let place = content.place;
+        (0..world as usize).map_while(move |rank| {
+            if lines_of(world) == 0 {
+                return place.get(rank).copied();
+            }
+            let line = *place.get(rank / LINE_SLOTS)?;
+            let line = (line < self.ready().1).then(|| self.lines.get(line as usize)).flatten()?;
+            Some(line.slots[rank % LINE_SLOTS].load(Ordering::Relaxed))
+        })
+    }
+
+    /// Engine: makes a chunk visible whose shards are all committed, in these slots. In a namespace of more ranks than
+    /// [`RANKS_INLINE`], it has been given these lines. `spot_of` is as for [`Directory::insert`]. False: the directory has no
+    /// place for it.
+    #[must_use]
+    pub fn show(
+        &self,
+        chunk: u32,
+        identity: ChunkIdentity,
+        slots: &[u32],
+        lines: &[u32],
+        spot_of: impl FnMut(u32) -> Option<Spot>,
+    ) -> bool {
+        debug_assert!(chunk < self.ready().0 && lines.iter().all(|line| *line < self.ready().1));
+        debug_assert_eq!(lines.len(), lines_of(slots.len() as u32));
+        let record = &self.records[chunk as usize];
+        debug_assert!(record.read().is_none(), "chunk {chunk} is visible already");
+        let mut place = [0; LINES_MAX];
+        let inline = if lines.is_empty() { slots } else { lines };
+        place[..inline.len()].copy_from_slice(inline);
+        record.fill(identity, place);
+        for (line, slots) in lines.iter().zip(slots.chunks(LINE_SLOTS)) {
+            for (to, slot) in self.lines[*line as usize].slots.iter().zip(slots) {
+                to.store(*slot, Ordering::Relaxed);
+            }
+        }
+        failpoint::here(Place::ChunkFields);
+        if !self.directory.insert(self.spot(identity), chunk, spot_of) {
+            return false;
+        }
+        failpoint::here(Place::ChunkHint);
+        record.show();
+        failpoint::here(Place::ChunkShown);
+        true
+    }
+
+    /// Engine: a chunk ends. Its slots and lines may be given away after that.
+    pub fn end(&self, chunk: u32, identity: ChunkIdentity) {
+        failpoint::here(Place::ChunkEnds);
+        self.records[chunk as usize].end();
+        failpoint::here(Place::ChunkEnded);
+        self.directory.remove(self.spot(identity), chunk);
+    }
+
+    #[inline(always)]
+    fn spot(&self, ChunkIdentity { key, namespace }: ChunkIdentity) -> Spot {
+        self.directory.spot(namespace, key)
+    }
+}
