@@ -1,14 +1,15 @@
 //! The CPU backend: `threads − 1` workers, and the thread that waits for a transfer helps. With one thread nothing is handed
 //! over at all.
 //!
-//! A batch is cut into pieces of at most [`PIECE`] bytes, none of which crosses a shard; threads take the next piece
-//! until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
+//! A batch is cut into pieces of at most [`PIECE`] bytes, none of which crosses a shard; threads take the next piece, or a few short
+//! ones, until there is none. So one shard of 32 MiB is copied by all threads, and so are a thousand of 64 KiB.
 
 use crate::apart::Apart;
 use crate::backend::{CopyBackend, CopyDone, CopyError, Transfer};
 use crate::batch::{CopyBatch, Direction};
 use crate::checksum;
-use crate::copy::{Method, copy, store_fence};
+use crate::copy::{Stretch, copy, store_fence};
+use crate::loops::Loops;
 use crate::sync::{Sum, Word, release_fence};
 use crossbeam_utils::CachePadded;
 use std::collections::VecDeque;
@@ -18,14 +19,21 @@ use std::thread::JoinHandle;
 
 /// Bytes of a piece: long enough to stream, short enough to share. A multiple of 8, because checksums are cut there.
 const PIECE: usize = 512 << 10;
-/// Bytes that are copied and summed at a time where a checksum is asked for: they stay in the second-level cache.
-const TILE: usize = 64 << 10;
+
+/// A batch of short pieces is copied in at least so many turns, which threads share.
+const TURNS: usize = 16;
 
 /// One contiguous piece of the paged side. In a load its address may be null: these bytes of the shard are not copied.
 #[derive(Clone, Copy, Debug)]
 struct Page {
     address: *mut u8,
     bytes: usize,
+}
+
+impl Page {
+    fn at(self, skip: usize) -> *mut u8 {
+        if self.address.is_null() { self.address } else { self.address.wrapping_add(skip) }
+    }
 }
 
 /// One contiguous range of the arena, and the pages that it is made of, in order.
@@ -52,17 +60,20 @@ struct Piece {
 struct Job {
     direction: Direction,
     checksum: bool,
+    loops: Loops,
     shards: Vec<Shard>,
     pages: Vec<Page>,
     pieces: Vec<Piece>,
     sums: Vec<Sum>,
+    /// How many pieces a thread takes at a time.
+    turn: u32,
     /// The next piece that nobody has taken. All threads write this and `left` all the time, so each has cache lines of its own.
     next: CachePadded<Word>,
     /// Pieces that have not been copied.
     left: CachePadded<Word>,
     /// 0; 1 when all pieces have been copied.
     done: Word,
-    /// Pieces in which a thread has panicked.
+    /// Turns in which a thread has panicked.
     failed: Word,
 }
 
@@ -72,7 +83,7 @@ unsafe impl Send for Job {}
 unsafe impl Sync for Job {}
 
 impl Job {
-    fn new(batch: &CopyBatch) -> Job {
+    fn new(batch: &CopyBatch, loops: Loops) -> Job {
         let CopyBatch { direction, checksum, .. } = *batch;
         let (mut shards, mut pages) = (Vec::with_capacity(batch.len()), Vec::new());
         for (arena, blocks) in batch.shards() {
@@ -96,15 +107,20 @@ impl Job {
             }
         }
         let sums = if checksum { shards.iter().map(|_| Sum::default()).collect() } else { Vec::new() };
+        // A turn has its costs, most of all the fence that waits for its stores. So it may have as many bytes as a long piece, as
+        // long as there are enough turns to share.
+        let turn = (PIECE / batch.paged.shard_bytes() as usize).min(pieces.len() / TURNS).max(1) as u32;
         let left = CachePadded::new(Word::new(pieces.len() as u32));
         let done = Word::new(u32::from(pieces.is_empty()));
         Job {
             direction,
             checksum,
+            loops,
             shards,
             pages,
             pieces,
             sums,
+            turn,
             next: CachePadded::default(),
             left,
             done,
@@ -112,19 +128,25 @@ impl Job {
         }
     }
 
-    /// Takes and copies one piece; false when there is none left to take.
+    /// Takes and copies one piece, or a few that are short; false when there is none left to take.
     fn step(&self) -> bool {
         if self.next.get() as usize >= self.pieces.len() {
             return false;
         }
-        let Some(piece) = self.pieces.get(self.next.next() as usize) else { return false };
-        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.run(piece)));
-        if ran.is_err() {
-            self.failed.next();
+        let pieces = self.pieces.get(self.next.add(self.turn) as usize..).unwrap_or_default();
+        let pieces = &pieces[..pieces.len().min(self.turn as usize)];
+        if pieces.is_empty() {
+            return false;
         }
-        // Before the piece is counted down, because non-temporal stores are weakly ordered.
+        let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pieces.iter().for_each(|piece| self.run(piece));
+        }));
+        if ran.is_err() {
+            self.failed.add(1);
+        }
+        // Before the pieces are counted down, because non-temporal stores are weakly ordered.
         store_fence();
-        if self.left.sub() {
+        if self.left.sub(pieces.len() as u32) {
             // SYNC POINT: Release in `bump_and_wake`; pairs with the Acquire in `is_done`. All pieces have been copied before,
             // because each was counted down with AcqRel.
             self.done.bump_and_wake();
@@ -143,67 +165,35 @@ impl Job {
             // loads the slot's previous generation (kvring-shm-abi, `SlotHeader::still_valid`).
             release_fence();
         }
-        let (mut page, mut skip, mut position, mut left) =
-            (piece.page as usize, piece.skip, piece.position, piece.bytes);
+        let (mut page, mut skip) = (piece.page as usize, piece.skip);
+        let (mut position, mut left) = (piece.position, piece.bytes);
         let mut sum = 0u64;
-        // Skipped pages are copied to private memory to be summed, because the arena may be written meanwhile.
-        let mut scratch = Vec::new();
         while left > 0 {
             let here = self.pages[page];
-            let mut bytes = left.min(here.bytes - skip);
-            if self.checksum && bytes > TILE {
-                // A checksum may be cut only at a position that is a multiple of 8.
-                bytes = TILE - position % 8;
+            let bytes = left.min(here.bytes - skip);
+            let (arena, paged) = (shard.arena.wrapping_add(position), here.at(skip));
+            (page, skip) = if skip + bytes == here.bytes { (page + 1, 0) } else { (page, skip + bytes) };
+            let (to, from, next) = match self.direction {
+                Direction::Store => {
+                    (arena, paged, self.pages.get(page).map_or(paged, |following| following.at(skip)))
+                }
+                Direction::Load => (paged, arena, arena.wrapping_add(bytes)),
+            };
+            let stretch = Stretch { to, from, bytes, next, position: position as u64 };
+            let how = self.loops.of(self.direction, here.bytes, self.checksum);
+            // SAFETY: both ranges were promised to `CopyBatch::shard`; pieces of a batch do not overlap. A page that is skipped
+            // (its address is null) is only summed.
+            unsafe {
+                if self.checksum {
+                    sum = sum.wrapping_add(copy::<true>(how, stretch));
+                } else if !to.is_null() {
+                    copy::<false>(how, stretch);
+                }
             }
-            let arena = shard.arena.wrapping_add(position);
-            if !here.address.is_null() {
-                let paged = here.address.wrapping_add(skip);
-                // SAFETY: both ranges were promised to `CopyBatch::shard`; pieces of a batch do not overlap.
-                sum = sum.wrapping_add(unsafe { self.tile(paged, arena, bytes, position as u64) });
-            } else if self.checksum {
-                scratch.resize(TILE, 0);
-                // SAFETY: as above for the arena; a stretch of a checksummed batch is not longer than a tile.
-                sum = sum.wrapping_add(unsafe {
-                    self.tile(scratch[..bytes].as_mut_ptr(), arena, bytes, position as u64)
-                });
-            }
-            (position, skip, left) = (position + bytes, skip + bytes, left - bytes);
-            if skip == here.bytes {
-                (page, skip) = (page + 1, 0);
-            }
+            (position, left) = (position + bytes, left - bytes);
         }
         if let Some(total) = self.sums.get(piece.shard as usize) {
             total.add(sum);
-        }
-    }
-
-    /// Copies one contiguous stretch, and returns its part of the checksum, which is computed on the private side only.
-    ///
-    /// # Safety
-    /// As [`CopyBatch::shard`], for these two ranges.
-    unsafe fn tile(&self, paged: *mut u8, arena: *mut u8, bytes: usize, position: u64) -> u64 {
-        let summed = |bytes: usize| {
-            // SAFETY: nobody writes this page: it belongs to a store, or to a load that has been copied.
-            checksum::part(unsafe { core::slice::from_raw_parts(paged, bytes) }, position)
-        };
-        match (self.direction, self.checksum) {
-            (Direction::Store, checked) => {
-                let sum = if checked { summed(bytes) } else { 0 };
-                // SAFETY: as the caller promises.
-                unsafe { copy(Method::NonTemporal, arena, paged, bytes) };
-                sum
-            }
-            (Direction::Load, false) => {
-                // SAFETY: as the caller promises.
-                unsafe { copy(Method::NonTemporal, paged, arena, bytes) };
-                0
-            }
-            (Direction::Load, true) => {
-                // Through the cache, because it is read again at once.
-                // SAFETY: as the caller promises.
-                unsafe { copy(Method::Plain, paged, arena, bytes) };
-                summed(bytes)
-            }
         }
     }
 
@@ -259,13 +249,18 @@ pub struct CpuBackend {
     pool: Arc<Pool>,
     workers: Vec<JoinHandle<()>>,
     apart: Apart,
+    loops: Loops,
 }
 
 impl CpuBackend {
     /// A backend of `threads` threads, the waiting one included; at least one. If the system cannot start as many, the backend
-    /// has fewer.
+    /// has fewer. The first one in a process measures with which loops it copies.
     #[must_use]
     pub fn new(threads: usize) -> CpuBackend {
+        CpuBackend::with(threads, Loops::measured())
+    }
+
+    fn with(threads: usize, loops: Loops) -> CpuBackend {
         let pool = Arc::new(Pool::default());
         let (tell, told) = mpsc::channel();
         let workers: Vec<_> = (1..threads)
@@ -281,7 +276,7 @@ impl CpuBackend {
             })
             .collect();
         drop(tell);
-        CpuBackend { pool, workers, apart: Apart::new(told.iter().collect()) }
+        CpuBackend { pool, workers, apart: Apart::new(told.iter().collect()), loops }
     }
 }
 
@@ -290,7 +285,7 @@ impl CopyBackend for CpuBackend {
 
     fn submit(&self, batch: CopyBatch) -> Result<Box<dyn Transfer>, CopyError> {
         self.prepare(&batch.paged)?;
-        let job = Arc::new(Job::new(&batch));
+        let job = Arc::new(Job::new(&batch, self.loops));
         if !self.workers.is_empty() && job.pieces.len() > 1 {
             self.apart.keep_off_this_cpu();
             let mut queue = self.pool.queue();

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::batch::Fence;
+use crate::copy::Loop;
 use crate::layout::{BlockError, KvGroup, Memory, PagedKv, Plane, SKIP};
 use proptest::prelude::*;
 
@@ -86,14 +87,18 @@ impl Case {
     }
 }
 
-fn run(shards: &[Vec<usize>], direction: Direction, threads: usize, checksum: bool) -> Vec<u64> {
-    let backend = CpuBackend::new(threads);
+fn run(backend: &CpuBackend, shards: &[Vec<usize>], direction: Direction, checksum: bool) -> Vec<u64> {
     let mut cases: Vec<Case> =
         shards.iter().zip(1..).map(|(lengths, seed)| Case::new(seed, lengths, direction)).collect();
-    let running: Vec<_> = cases.iter_mut().map(|case| case.start(&backend, direction, checksum)).collect();
+    let running: Vec<_> = cases.iter_mut().map(|case| case.start(backend, direction, checksum)).collect();
     let sums = running.into_iter().flat_map(|transfer| transfer.wait().unwrap().checksums).collect();
     cases.iter().zip(1..).for_each(|(case, seed)| case.check(seed));
     sums
+}
+
+/// A backend that copies everything with any one of the loops.
+fn backends() -> impl Strategy<Value = (usize, Loop)> {
+    (1usize..5, prop::sample::select(Loop::here().collect::<Vec<_>>()))
 }
 
 fn lengths() -> impl Strategy<Value = Vec<usize>> {
@@ -109,11 +114,13 @@ proptest! {
     #[test]
     fn every_byte_arrives_and_checksums_do_not_depend_on_the_way(
         shards in prop::collection::vec(lengths(), 1..6),
-        threads in 1usize..5,
+        (threads, how) in backends(),
     ) {
-        prop_assert!(run(&shards, Direction::Load, threads, false).is_empty());
-        let stored = run(&shards, Direction::Store, threads, true);
-        let loaded = run(&shards, Direction::Load, 1, true);
+        let backend = CpuBackend::with(threads, Loops::only(how));
+        prop_assert!(run(&backend, &shards, Direction::Load, false).is_empty());
+        prop_assert!(run(&backend, &shards, Direction::Store, false).is_empty());
+        let stored = run(&backend, &shards, Direction::Store, true);
+        let loaded = run(&backend, &shards, Direction::Load, true);
         prop_assert_eq!(&stored, &loaded);
         // The tests of the GPU backend compare its checksums with the same plain sum over pages.
         let sum = |(lengths, seed): (&Vec<usize>, u64)| {
@@ -134,11 +141,11 @@ proptest! {
     fn a_skipped_page_is_not_written_and_counts_in_the_checksum(
         lengths in lengths(),
         skips in prop::collection::vec(any::<bool>(), 40),
-        threads in 1usize..4,
+        (threads, how) in backends(),
     ) {
-        let whole = run(core::slice::from_ref(&lengths), Direction::Load, threads, true);
+        let backend = CpuBackend::with(threads, Loops::only(how));
+        let whole = run(&backend, core::slice::from_ref(&lengths), Direction::Load, true);
         for checksum in [false, true] {
-            let backend = CpuBackend::new(threads);
             let mut case = Case::new(1, &lengths, Direction::Load);
             let skips = |page: usize| skips[page % skips.len()];
             for page in (0..lengths.len()).filter(|page| skips(*page)) {
@@ -166,25 +173,33 @@ proptest! {
 #[test]
 fn many_shards_of_one_cache_make_a_batch() {
     const PAGE: usize = 3000;
+    const SHARD: usize = 4 * PAGE;
+    // So many that a thread takes several of them in a turn, and the last turn has fewer.
+    const SHARDS: usize = 100;
     let mut memory = content(5, 16 * PAGE);
     let base = memory.as_mut_ptr();
     let plane = |at: usize| Plane { base: base.wrapping_add(at), block_stride: 2 * PAGE, page_bytes: PAGE };
     let groups = vec![KvGroup { planes: vec![plane(0), plane(PAGE)], num_blocks: 8, blocks_per_chunk: 2 }];
     // SAFETY: the memory outlives the transfers, and nobody else touches it.
     let paged = Arc::new(unsafe { PagedKv::grouped(groups) }.unwrap());
-    let mut arena = vec![0u8; 3 * 4 * PAGE];
-    let chunks = [[7u32, 0], [3, 4], [1, 1]];
-    let mut batch = CopyBatch::new(Direction::Store, &paged, false);
-    for (chunk, blocks) in chunks.iter().enumerate() {
-        // SAFETY: as above.
-        unsafe { batch.shard(arena.as_mut_ptr().wrapping_add(chunk * 4 * PAGE), blocks) }.unwrap();
+    for (threads, checksum) in [(1, false), (3, true)] {
+        let mut arena = vec![0u8; SHARDS * SHARD];
+        let chunks: Vec<[u32; 2]> = (0..SHARDS as u32).map(|chunk| [chunk * 5 % 8, chunk / 8 % 8]).collect();
+        let mut batch = CopyBatch::new(Direction::Store, &paged, checksum);
+        for (chunk, blocks) in chunks.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { batch.shard(arena.as_mut_ptr().wrapping_add(chunk * SHARD), blocks) }.unwrap();
+        }
+        assert_eq!((batch.len(), batch.bytes()), (SHARDS, (SHARDS * SHARD) as u64));
+        let done = CpuBackend::new(threads).submit(batch).unwrap().wait().unwrap();
+        let blocks = chunks.as_flattened().iter();
+        let expected: Vec<u8> =
+            blocks.flat_map(|b| memory[*b as usize * 2 * PAGE..][..2 * PAGE].to_vec()).collect();
+        assert!(arena == expected);
+        let sum = |shard: &[u8]| checksum::finish(checksum::part(shard, 0), SHARD as u64);
+        let expected: Vec<u64> = arena.chunks_exact(SHARD).map(sum).collect();
+        assert_eq!(done.checksums, if checksum { expected } else { Vec::new() });
     }
-    assert_eq!((batch.len(), batch.bytes()), (3, 12 * PAGE as u64));
-    CpuBackend::new(2).submit(batch).unwrap().wait().unwrap();
-    let blocks = chunks.as_flattened().iter();
-    let expected: Vec<u8> =
-        blocks.flat_map(|b| memory[*b as usize * 2 * PAGE..][..2 * PAGE].to_vec()).collect();
-    assert!(arena == expected);
 }
 
 #[test]

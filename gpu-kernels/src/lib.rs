@@ -13,6 +13,7 @@ mod cpu;
 mod cuda;
 mod digest;
 mod layout;
+mod loops;
 mod sync;
 mod tiles;
 
@@ -23,4 +24,5 @@ pub use cuda::raw;
 pub use cuda::{CopyMode, CudaBackend, DeviceInfo, GpuError, GpuOptions, probe};
 pub use digest::Digest;
 pub use layout::{BlockError, KvGroup, LayoutError, Memory, PagedKv, Plane, SKIP};
+pub use loops::Loops;
 pub use tiles::{Blocks, KV_BLOCKS, TILE_BYTES, Tile, Tiles, TilesError, Window};

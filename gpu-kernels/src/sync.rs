@@ -18,14 +18,14 @@ impl Word {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Takes the next number. Relaxed, because the pieces that it counts were published with the job.
-    pub(crate) fn next(&self) -> u32 {
-        self.0.fetch_add(1, Ordering::Relaxed)
+    /// Takes the next `count` numbers: the first of them. Relaxed, because the pieces that it counts were published with the job.
+    pub(crate) fn add(&self, count: u32) -> u32 {
+        self.0.fetch_add(count, Ordering::Relaxed)
     }
 
     /// Counts down; true for the thread that reaches zero. AcqRel: that thread sees all that the others did before they counted.
-    pub(crate) fn sub(&self) -> bool {
-        self.0.fetch_sub(1, Ordering::AcqRel) == 1
+    pub(crate) fn sub(&self, count: u32) -> bool {
+        self.0.fetch_sub(count, Ordering::AcqRel) == count
     }
 
     /// Changes the word and wakes all threads that wait for that. Release: pairs with the Acquire in `get`.

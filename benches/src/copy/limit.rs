@@ -3,29 +3,26 @@
 use crate::child;
 use crate::clock::Clock;
 use crate::stats::Windows;
-use kvring_gpu_kernels::copy::{Method, copy, has_non_temporal, store_fence};
+use kvring_gpu_kernels::copy::{Loop, Stretch, copy, store_fence};
 use kvring_shm_abi::mapping::Mapping;
 use kvring_shm_abi::segment::{self, Access, SegmentFile};
 use std::sync::Barrier;
 use std::sync::Mutex;
 
 /// How to copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Loop {
-    /// The C library's.
+#[derive(Clone, Copy, Debug)]
+enum Plain {
+    /// The C library's way.
     Memcpy,
-    /// `rep movsb`.
-    Plain,
-    /// AVX2 non-temporal stores.
-    NonTemporal,
+    /// One of kvring's loops.
+    Loop(Loop),
 }
 
-impl Loop {
+impl Plain {
     fn name(self) -> &'static str {
         match self {
-            Loop::Memcpy => "memcpy",
-            Loop::Plain => "rep movsb",
-            Loop::NonTemporal => "non-temporal",
+            Plain::Memcpy => "memcpy",
+            Plain::Loop(how) => how.as_str(),
         }
     }
 }
@@ -40,15 +37,12 @@ unsafe impl Send for Address {}
 unsafe impl Sync for Address {}
 
 /// GB/s of every loop, window by window: into the segment, out of it.
-pub(super) struct Found(Vec<(Loop, Windows, Windows)>);
+pub(super) struct Found(Vec<(Plain, Windows, Windows)>);
 
 impl Found {
     pub(super) fn new() -> Found {
-        let mut loops = vec![Loop::Memcpy, Loop::Plain];
-        if has_non_temporal() {
-            loops.push(Loop::NonTemporal);
-        }
-        Found(loops.into_iter().map(|how| (how, Windows::default(), Windows::default())).collect())
+        let loops = [Plain::Memcpy].into_iter().chain(Loop::here().map(Plain::Loop));
+        Found(loops.map(|how| (how, Windows::default(), Windows::default())).collect())
     }
 
     /// The best loop into the segment: its name and its windows. The best over all windows, not of each: the best of
@@ -108,7 +102,7 @@ impl Limit {
     #[allow(clippy::too_many_arguments, reason = "one pass of one loop, told everything")]
     fn pass(
         &self,
-        how: Loop,
+        how: Plain,
         paged: Address,
         piece: usize,
         threads: usize,
@@ -128,14 +122,23 @@ impl Limit {
             barrier.wait();
             let started = clock.ticks();
             for index in (thread..total / piece).step_by(threads) {
-                let at = (first + index * piece) % self.bytes;
-                let block = super::scattered(at / piece, self.bytes / piece) * piece;
-                // SAFETY: both pieces are within their buffers (all three sizes are powers of two), the two are
-                // distinct, and nobody else uses either while this runs.
+                let sides = |index: usize| {
+                    let at = (first + index * piece) % self.bytes;
+                    let block = super::scattered(at / piece, self.bytes / piece) * piece;
+                    let (paged, shared) = (paged.0.wrapping_add(block), shared.0.wrapping_add(at));
+                    if into { (shared, paged) } else { (paged, shared) }
+                };
+                let ((to, from), (_, next)) = (sides(index), sides(index + threads));
+                // SAFETY: both pieces are within their buffers (all three sizes are powers of two), the two are distinct, and
+                // nobody else uses either while this runs.
                 unsafe {
-                    let (paged, shared) = (paged.0.add(block), shared.0.add(at));
-                    let (to, from) = if into { (shared, paged) } else { (paged, shared) };
-                    copy_piece(how, to, from, piece);
+                    match how {
+                        Plain::Memcpy => core::ptr::copy_nonoverlapping(from, to, piece),
+                        Plain::Loop(how) => {
+                            copy::<false>(how, Stretch { to, from, bytes: piece, next, position: 0 });
+                            store_fence();
+                        }
+                    }
                 }
             }
             (started, clock.ticks())
@@ -155,22 +158,5 @@ impl Limit {
         let started = spans.iter().map(|span| span.0).min().unwrap_or(0);
         let ended = spans.iter().map(|span| span.1).max().unwrap_or(0);
         Ok(total as f64 / clock.ns(ended - started))
-    }
-}
-
-/// # Safety
-/// As [`copy`].
-#[inline(always)]
-unsafe fn copy_piece(how: Loop, to: *mut u8, from: *const u8, bytes: usize) {
-    // SAFETY: as the caller promises.
-    unsafe {
-        match how {
-            Loop::Memcpy => core::ptr::copy_nonoverlapping(from, to, bytes),
-            Loop::Plain => copy(Method::Plain, to, from, bytes),
-            Loop::NonTemporal => {
-                copy(Method::NonTemporal, to, from, bytes);
-                store_fence();
-            }
-        }
     }
 }
