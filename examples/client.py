@@ -47,7 +47,7 @@ def main(engine: str = "default") -> None:
     worker.wait_job(worker.submit_store("request 1", (1, 1), keys, [0, 1]), PATIENCE_MS)
     hit = scheduler.lookup("request 2", 0, keys)
     # Load what was found into blocks 2 and 3. Until the session ends, the engine keeps these chunks in place.
-    worker.wait_job(worker.submit_load("request 2", hit.shards(0, 0, hit.chunks), [2, 3][: hit.chunks]), PATIENCE_MS)
+    worker.wait_job(worker.submit_load("request 2", hit.handles(0, hit.chunks), [2, 3][: hit.chunks]), PATIENCE_MS)
     scheduler.end_session("request 2")
     finished = worker.get_finished()
     scheduler.shutdown()

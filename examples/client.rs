@@ -73,7 +73,7 @@ fn store_and_load(engine: &str) -> Result<(), Box<dyn Error>> {
     let hit = scheduler.lookup("request 2", 0, &keys)?.clone();
 
     // Load what was found into blocks 2 and 3. Until the session ends, the engine keeps these chunks in place.
-    let chunks = hit.shards_of(0).zip([2, 3]).map(|(shard, block)| LoadChunk { shard, blocks: vec![block] });
+    let chunks = hit.handles().zip([2, 3]).map(|(chunk, block)| LoadChunk { chunk, blocks: vec![block] });
     let job = worker.submit_load("request 2", chunks.collect(), None)?;
     worker.wait_job(job, PATIENCE);
     scheduler.end_session("request 2");

@@ -1,7 +1,7 @@
 //! The answers of lookups.
 
-use kvring_shm_abi::engine_segment::ShardHandle;
-use kvring_shm_abi::message::{Key, LeaseRecord, ShardAnswer};
+use kvring_shm_abi::chunk::ChunkWord;
+use kvring_shm_abi::engine_segment::ChunkHandle;
 use std::sync::Arc;
 
 /// The answer of a lookup: the longest visible prefix of its keys, pinned for this request and admission.
@@ -32,9 +32,9 @@ use std::sync::Arc;
 /// # let mut scheduler = PollingSchedulerAdapter::new(&client, lookups);
 /// // A worker of the one rank that there is has stored the first of these chunks.
 /// let hit = scheduler.lookup("request", 0, &[[10, 0], [20, 0]])?;
-/// assert_eq!((hit.chunks, hit.world), (1, 1));
+/// assert_eq!(hit.chunks, 1);
 /// let free_blocks = [1];
-/// let load = hit.shards_of(0).zip(free_blocks).map(|(shard, block)| LoadChunk { shard, blocks: vec![block] });
+/// let load = hit.handles().zip(free_blocks).map(|(chunk, block)| LoadChunk { chunk, blocks: vec![block] });
 /// let job = worker.submit_load("request", load.collect(), None)?;
 /// # worker.wait_job(job, patience);
 /// # let (_, _, report) = &worker.get_finished().loads[0];
@@ -46,52 +46,20 @@ use std::sync::Arc;
 pub struct Hit {
     /// Chunks found, from the first key on. 0 also if the engine could not be asked.
     pub chunks: u32,
-    /// Number of ranks of the namespace.
-    pub world: u32,
-    /// The arena that the shards are in. A worker that maps another one refuses them.
+    /// The arena that the chunks are in. A worker that maps another one refuses them.
     pub arena_id: [u64; 2],
     /// The chunks; `None` if nothing was found.
-    pub(crate) found: Option<Arc<Found>>,
-}
-
-/// The chunks of a hit.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// The shards of the first chunk by rank, then those of the second, and so on.
-    pub(crate) shards: Vec<ShardAnswer>,
-    pub(crate) keys: Vec<Key>,
-}
-
-impl Found {
-    /// The record that names a chunk to an engine that knows nothing of this lookup.
-    pub(crate) fn record(&self, chunk: usize) -> LeaseRecord {
-        let world = self.shards.len() / self.keys.len().max(1);
-        LeaseRecord { key: self.keys[chunk], shard: self.shards[chunk * world] }
-    }
+    pub(crate) found: Option<Arc<[ChunkWord]>>,
 }
 
 impl Hit {
     pub(crate) const fn nothing() -> Hit {
-        Hit { chunks: 0, world: 0, arena_id: [0; 2], found: None }
+        Hit { chunks: 0, arena_id: [0; 2], found: None }
     }
 
-    /// The handles of the shards that rank `rank` loads, one per chunk, to be sent with the scheduler's metadata. Empty
-    /// for a rank that does not exist.
-    pub fn shards_of(&self, rank: u32) -> impl ExactSizeIterator<Item = ShardHandle> + '_ {
-        let world = self.world.max(1) as usize;
-        let (keys, shards): (&[Key], &[ShardAnswer]) = match &self.found {
-            Some(found) if rank < self.world => (&found.keys, &found.shards),
-            _ => (&[], &[]),
-        };
-        keys.iter().enumerate().map(move |(chunk, key)| {
-            let shard = &shards[chunk * world + rank as usize];
-            ShardHandle {
-                arena_id: self.arena_id,
-                slot: shard.slot(),
-                generation: shard.generation,
-                offset: shard.offset(),
-                key: *key,
-            }
-        })
+    /// The handles of the chunks, to be sent with the scheduler's metadata to all ranks: each finds its own shards by them.
+    pub fn handles(&self) -> impl ExactSizeIterator<Item = ChunkHandle> + '_ {
+        let words: &[ChunkWord] = self.found.as_deref().unwrap_or_default();
+        words.iter().map(|word| ChunkHandle { arena_id: self.arena_id, word: *word })
     }
 }

@@ -6,8 +6,8 @@
 //! If a lease is released while the keeper declares leases to a new engine, the release is sent there afterwards.
 
 use crate::at::At;
-use crate::hit::Found;
 use crate::link::Link;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::message::Request;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +22,7 @@ pub(crate) struct Lease {
     pub(crate) admission: u32,
     pub(crate) namespace: u32,
     /// What the lookup found.
-    pub(crate) found: Arc<Found>,
+    pub(crate) found: Arc<[ChunkWord]>,
     /// How many of its chunks are still wanted.
     pub(crate) keep: u32,
 }

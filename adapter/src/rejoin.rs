@@ -11,7 +11,7 @@ use crate::shared::Shared;
 use crate::status;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{LeaseRecord, Record, Records, Request, SlotRecord};
+use kvring_shm_abi::message::{Records, Request, SlotRecord};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,18 +77,18 @@ fn declare_lease(
     lease: &Lease,
     timeout: Duration,
 ) -> Result<(), CallError> {
-    let wanted = lease.keep.min(lease.found.keys.len() as u32) as usize;
+    let wanted = lease.found.len().min(lease.keep as usize);
     // Of a lease that is too long for a message, declare as many chunks as fit: they are loaded first.
-    let count = wanted.min(link.payload().len() / 2 / LeaseRecord::WORDS);
-    let records: Vec<LeaseRecord> = (0..count).map(|chunk| lease.found.record(chunk)).collect();
+    let count = wanted.min(link.payload().len() / 2);
+    let words: Vec<u64> = lease.found[..count].iter().map(|word| word.bits()).collect();
     let (session, admission, namespace) = (lease.session, lease.admission, lease.namespace);
     let pending = link.submit(
-        count * LeaseRecord::WORDS,
+        count,
         // Nothing is undone if the answer comes too late: the next attempt declares the lease again, and a release that
         // is made meanwhile stays due until then.
         |_| Undo::Nothing,
         |payload, region| {
-            let written = payload.write(region.offset, bytemuck::cast_slice(&records));
+            let written = payload.write(region.offset, &words);
             debug_assert!(written.is_ok());
             let chunks = Records { offset: region.offset, count: count as u32 };
             Request::DeclareLease { session, admission, namespace, chunks }

@@ -5,11 +5,12 @@
 
 use crate::client::{Client, Probe};
 use crate::error::CallError;
-use crate::hit::{Found, Hit};
+use crate::hit::Hit;
 use crate::leases::{Asking, Lease};
 use crate::link::{Answer, Link, Pending, Undo};
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::futex::Deadline;
-use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, Record, Records, Request, ShardAnswer};
+use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Key, Records, Request};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -49,8 +50,7 @@ pub(crate) enum State {
 
 /// What a lookup was asked for.
 pub(crate) struct AskedParts {
-    keys: Vec<Key>,
-    world: u32,
+    keys: usize,
     namespace: u32,
     link: Arc<Link>,
 }
@@ -225,8 +225,9 @@ impl Sessions {
             return Err(CallError::TimedOut { waited_ms: 0 });
         }
         let link = link.clone();
-        let (namespace, world) = self.resolve(&link)?;
-        let per_key = KEY_WORDS + ShardAnswer::WORDS * world as usize;
+        let namespace = self.resolve(&link)?;
+        // Each key is answered by one word.
+        let per_key = KEY_WORDS + 1;
         // A prefix that fits is a right answer, if not the longest.
         let keys = &keys[..keys.len().min(link.payload().len() / 2 / per_key)];
         let pending = link.submit(
@@ -235,19 +236,17 @@ impl Sessions {
             |payload, region| {
                 let written = payload.write(region.offset, bytemuck::cast_slice(keys));
                 debug_assert!(written.is_ok());
-                let count = keys.len() as u32;
-                let answer =
-                    Records { offset: region.offset + count * KEY_WORDS as u32, count: count * world };
-                let keys = Records { offset: region.offset, count };
+                let keys = Records { offset: region.offset, count: keys.len() as u32 };
+                let answer = region.offset + keys.count * KEY_WORDS as u32;
                 Request::Lookup { session, admission, namespace, keys, answer }
             },
         )?;
-        let parts = AskedParts { keys: keys.to_vec(), world, namespace, link };
+        let parts = AskedParts { keys: keys.len(), namespace, link };
         Ok(Some(Asked { pending, until, parts }))
     }
 
-    /// The namespace's id and number of ranks, once a worker has registered it.
-    fn resolve(&mut self, link: &Link) -> Result<(u32, u32), CallError> {
+    /// The namespace's id, once a worker has registered it.
+    fn resolve(&mut self, link: &Link) -> Result<u32, CallError> {
         let known = self.namespace.filter(|(at, id)| {
             *at == link.nonce && link.engine.namespaces[*id as usize].matches(&self.fingerprint)
         });
@@ -256,36 +255,31 @@ impl Sessions {
             None => link.engine.find_namespace(&self.fingerprint).ok_or(CallError::NotRegistered)?,
         };
         self.namespace = Some((link.nonce, id));
-        let world = link.engine.namespaces[id as usize].world();
-        let possible = 1..=kvring_shm_abi::engine_segment::RANKS_MAX as u32;
-        if possible.contains(&world) { Ok((id, world)) } else { Err(CallError::NotRegistered) }
+        Ok(id)
     }
 
     /// The answer of a request's lookup, from its completion. What it found is leased from here on.
     pub(crate) fn accept(&self, request: &str, asked: AskedParts, answer: &Answer) -> Result<Hit, CallError> {
-        let AskedParts { mut keys, world, namespace, link } = asked;
+        let AskedParts { keys, namespace, link } = asked;
         crate::status::check(&answer.completion)?;
         let [chunks, offset, arena_low, arena_high] = answer.completion.results;
         let chunks = usize::try_from(chunks).unwrap_or(usize::MAX);
-        if chunks > keys.len() {
+        if chunks > keys {
             return Err(CallError::Refused("an answer of more chunks than were asked for"));
         }
         let Some(session) = self.sessions.get(request) else { return Ok(Hit::nothing()) };
         // What has been released before the answer was taken is not promised any more.
         let asking = session.leases.iter().find(|asking| asking.admission == session.admission);
         let chunks = chunks.min(asking.map_or(0, |asking| asking.keep) as usize);
-        keys.truncate(chunks);
-        let mut shards = vec![ShardAnswer::new(0, 0, 0); chunks * world as usize];
-        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
-        answer
-            .payload()
-            .read(offset, bytemuck::cast_slice_mut(&mut shards))
-            .map_err(|_| CallError::Refused("an answer outside the payload area"))?;
-        let chunks = chunks as u32;
         if chunks == 0 {
             return Ok(Hit::nothing());
         }
-        let found = Arc::new(Found { shards, keys });
+        let mut words = vec![0; chunks];
+        let offset = u32::try_from(offset).unwrap_or(u32::MAX);
+        let outside = |_| CallError::Refused("an answer outside the payload area");
+        answer.payload().read(offset, &mut words).map_err(outside)?;
+        let chunks = chunks as u32;
+        let found: Arc<[ChunkWord]> = words.into_iter().map(ChunkWord::from_bits).collect();
         let lease = Lease {
             session: session.id,
             admission: session.admission,
@@ -299,7 +293,7 @@ impl Sessions {
             shared.counters.late_answers.add(1);
             return Err(CallError::Restarted);
         }
-        Ok(Hit { chunks, world, arena_id: [arena_low, arena_high], found: Some(found) })
+        Ok(Hit { chunks, arena_id: [arena_low, arena_high], found: Some(found) })
     }
 
     pub(crate) fn count_failure(&mut self, error: &CallError) {
@@ -345,7 +339,7 @@ impl Sessions {
     /// The namespace's id here and now.
     pub(crate) fn namespace(&mut self) -> Result<u32, CallError> {
         let link = self.probe.link()?.clone();
-        self.resolve(&link).map(|(id, _)| id)
+        self.resolve(&link)
     }
 }
 

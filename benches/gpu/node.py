@@ -129,7 +129,7 @@ class Pair:
         return self.worker.submit_store("s", (source, next(self.node.counter)), keys, blocks, stream=stream)
 
     def submit_load(self, hit: Any, blocks: Sequence[int], stream: int | None) -> int:
-        return self.worker.submit_load("l", hit.shards(0, 0, hit.chunks), blocks, stream=stream)
+        return self.worker.submit_load("l", hit.handles(0, hit.chunks), blocks, stream=stream)
 
     def end(self, job: int) -> Any:
         if not self.worker.wait_job(job, LIMIT_MS):

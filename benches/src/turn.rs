@@ -113,8 +113,7 @@ pub(crate) fn worst(clock: &Clock) -> anyhow::Result<Worst> {
 
 fn lookup(session: u64, namespace: u32) -> Request {
     let keys = Records { offset: ARGUMENTS, count: KEYS_MAX as u32 };
-    let answer = Records { offset: ANSWERS, count: (KEYS_MAX * RANKS_MAX) as u32 };
-    Request::Lookup { session, admission: 0, namespace, keys, answer }
+    Request::Lookup { session, admission: 0, namespace, keys, answer: ANSWERS }
 }
 
 /// A pass over as many lines as a turn may touch, each read and written, in an order that no prefetcher knows.

@@ -40,7 +40,7 @@ pub(crate) struct AskedLookup {
     pub(crate) admission: u32,
     pub(crate) namespace: u32,
     pub(crate) keys: Records,
-    pub(crate) answer: Records,
+    pub(crate) answer: u32,
 }
 
 /// Pending lookups, in order of arrival; as many as one client may have in flight.

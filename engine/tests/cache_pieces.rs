@@ -158,9 +158,9 @@ fn each_call_counts_what_it_touches() {
         }
         each
     };
-    // Chunks and shards are found; then each chunk gets its place in a lease, a pin and a new age. The first pin of a chunk
+    // Chunks are found; then each chunk gets its place in a lease, a pin and a new age. The first pin of a chunk
     // looks at its slots, and so does an access.
-    let (found, first, again) = (25 * ranks + 1, 25 * (2 + 2 * ranks), 25 * (2 + ranks));
+    let (found, first, again) = (25 + 1, 25 * (2 + 2 * ranks), 25 * (2 + ranks));
     assert_eq!(find(&mut cache, 0, &keys), [found, first, found, first]);
     assert_eq!(find(&mut cache, 1, &keys), [found, again, found, again]);
     // A repetition walks to its place: one block.

@@ -10,8 +10,11 @@ use cache_support::small::{
 };
 use cache_support::{State, VecTable, chain, key, restore};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Committed, Invalidated, NotRestorable, Reservation, Shard, ShardHeader, SlotTable,
+    Cache, CacheConfig, Committed, Invalidated, Key, NotRestorable, Reservation, Shard, ShardHeader,
+    SlotTable,
 };
+use kvring_shm_abi::chunk::ChunkWord;
+use kvring_shm_abi::directory::CHUNK_IDS;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -305,6 +308,53 @@ fn what_was_hidden_is_not_shown_by_the_next_engine() {
     }
 }
 
+/// The chunks that a lookup finds. It leases nothing.
+fn found(cache: &mut Cache<VecTable>, keys: &[Key]) -> Vec<ChunkWord> {
+    let mut words = Vec::new();
+    let found = cache.find(9, 9, 9, 0, keys, &mut |word| words.push(word)).unwrap();
+    words.truncate(found as usize);
+    words
+}
+
+/// A scheduler that comes back holds what it had leased, up to the first chunk that is not there any more.
+#[test]
+fn what_was_leased_is_held_again_by_its_words() {
+    let worlds: &[&[u64]] = &[&[4096], &[4096]];
+    let mut old = cache(8, worlds[0]);
+    register(&mut old, 1, worlds[1]);
+    store(&mut old, 1, &chain(1, 4));
+    store_ranks(&mut old, 1, 0..1, 1, &chain(2, 1));
+    let words = found(&mut old, &chain(1, 4));
+    let others = ChunkWord::new(4, words[0].generation());
+    let mut new = restored(old.table(), 8, worlds);
+    new.restore_end();
+    let [first, second, ..] = words[..] else { panic!("{words:?}") };
+    let stale = ChunkWord::new(second.chunk(), second.generation() + 1);
+    let beyond = ChunkWord::new(CHUNK_IDS - 1, second.generation());
+    assert!(new.table().chunks().find(others).is_some(), "a chunk of the other namespace");
+    for (session, held, expected) in [
+        (1, &words[..], 4),
+        (2, &[first, stale, second], 1),
+        (3, &[first, others, second], 1),
+        (4, &[first, beyond, second], 1),
+        (5, &[stale, first], 0),
+        (6, &[first, first, second], 3),
+    ] {
+        let lookup = new.lookup(0, session, 0, 0, held.len());
+        assert_eq!(new.hold_piece(&lookup, held.iter().copied()), Ok(expected), "session {session}");
+        assert!(new.pin_found());
+        new.check_all().unwrap();
+    }
+    assert_eq!(new.stats().pins, 4 + 1 + 1 + 1 + 3);
+    new.clear(None);
+    assert_eq!(hits(&mut new, &chain(1, 4)), 4, "all of it is held");
+    let again = new.lookup(0, 1, 0, 0, 4);
+    assert_eq!(new.hold_piece(&again, words.iter().copied()), Ok(4), "said twice");
+    assert!(new.pin_found());
+    new.check_all().unwrap();
+    assert_eq!(new.stats().pins, 4 + 1 + 1 + 1 + 3);
+}
+
 /// A chunk keeps its id, its record and its hint: nothing of that is written again.
 #[test]
 fn what_was_visible_keeps_its_record() {
@@ -362,7 +412,8 @@ fn a_record_that_names_a_slot_for_another_rank_is_not_believed() {
         // Two ranks' slots are the two halves of a word: the first one of the record's places, or of its line.
         let slots = |table: &VecTable| {
             let content = table.chunks().read(1).unwrap();
-            table.chunks().slots(&content, world.len() as u32).collect::<Vec<_>>()
+            let slot = |rank| table.chunks().slot(&content, world.len() as u32, rank);
+            (0..world.len() as u32).map(slot).collect::<Vec<_>>()
         };
         let before = slots(&table);
         let (record, line) = ((1 + 1) * 8 + 4, (1 + 16) * 8 + content.place[0] as usize * 8);
@@ -377,13 +428,8 @@ fn a_record_that_names_a_slot_for_another_rank_is_not_believed() {
         assert_eq!((restored.visible, restored.kept, restored.dropped), expected);
         new.check_all().unwrap();
         assert_eq!(hits(&mut new, &chain(1, 2)), restored.visible);
-        for content in (0..8).filter_map(|id| new.table().chunks().read(id)) {
-            for (rank, slot) in (0..).zip(new.table().chunks().slots(&content, world.len() as u32)) {
-                let State::Committed(header) = new.table().entries[slot as usize].state else {
-                    panic!("{slot}")
-                };
-                assert_eq!((header.rank, header.key), (rank, content.identity.key));
-            }
+        for word in found(&mut new, &chain(1, 2)) {
+            assert_eq!(new.table().shards(word).len(), world.len());
         }
     }
 }
@@ -407,13 +453,12 @@ proptest! {
         new.restore_end();
         for (namespace, keys) in [(0, chain(1, 4)), (1, chain(2, 4))] {
             for key in keys {
-                let mut shards = Vec::new();
-                let found = new.find(0, 1, 0, namespace, &[key], &mut |shard| shards.push(shard)).unwrap();
-                for shard in shards.iter().take(found as usize * worlds[namespace as usize].len()) {
-                    let State::Committed(header) = new.table().entries[shard.slot as usize].state else {
-                        panic!("{shard:?} holds nothing");
-                    };
-                    prop_assert_eq!((header.key, header.namespace, header.offset), (key, namespace, shard.offset));
+                let mut words = Vec::new();
+                let found = new.find(0, 1, 0, namespace, &[key], &mut |word| words.push(word)).unwrap();
+                for word in words.into_iter().take(found as usize) {
+                    let identity = new.table().chunks().find(word).unwrap().identity;
+                    prop_assert_eq!((identity.key, identity.namespace), (key, namespace));
+                    prop_assert_eq!(new.table().shards(word).len(), worlds[namespace as usize].len());
                 }
             }
         }

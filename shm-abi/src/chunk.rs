@@ -7,11 +7,11 @@
 //! has read the fields has read the fields of one life. What changes with each access is not here: readers share these lines.
 
 use crate::abi;
-use crate::directory::{Directory, Spot};
-use crate::failpoint::{self, Place};
+use crate::directory::{CHUNK_ID_BITS, CHUNK_IDS, Directory, Spot};
+use crate::failpoint::{self, Place, Rule};
 #[cfg(not(loom))]
 use crate::mapping::Mapping;
-use crate::mapping::{One, Pad, Shared, View};
+use crate::mapping::{One, Pad, Shared, View, prefetch};
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 abi! {
@@ -24,8 +24,11 @@ abi! {
         Visible = 1,
     }
 
-    /// Bits of the word that are the state, from the lowest one on; the others are the generation.
+    /// Bits of the word that are the state, from the lowest one on. The next ones are the generation.
     const STATE_BITS: u32 = 2;
+
+    /// Bits of a generation: together with a chunk's id they fill a word.
+    const GENERATION_BITS: u32 = u64::BITS - CHUNK_ID_BITS;
 
     /// The most ranks whose slots a chunk has in its own record.
     pub const RANKS_INLINE: usize = 4;
@@ -65,7 +68,13 @@ abi! {
 
 const STATE_MASK: u64 = (1 << STATE_BITS) - 1;
 const NEXT_GENERATION: u64 = 1 << STATE_BITS;
+const WORD_MASK: u64 = (1 << (STATE_BITS + GENERATION_BITS)) - 1;
 const _: () = assert!(RANKS_INLINE <= LINES_MAX);
+
+/// The generation in a record's word. The bits above it are not used.
+const fn generation_of(word: u64) -> u64 {
+    (word & WORD_MASK) >> STATE_BITS
+}
 
 // SAFETY: atomics and padding only.
 unsafe impl Shared for ChunkRecord {}
@@ -92,6 +101,44 @@ pub const fn lines_for(chunks: u32) -> usize {
 #[must_use]
 pub const fn lines_of(world: u32) -> usize {
     if world as usize > RANKS_INLINE { (world as usize).div_ceil(LINE_SLOTS) } else { 0 }
+}
+
+/// A visible chunk in one word: its id, and the generation of its record. In one arena no two chunks ever have the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ChunkWord(u64);
+
+impl ChunkWord {
+    /// Packs: the id, the generation, from the lowest bit on.
+    #[must_use]
+    #[inline(always)]
+    pub const fn new(chunk: u32, generation: u64) -> ChunkWord {
+        ChunkWord((generation << CHUNK_ID_BITS) | chunk as u64)
+    }
+
+    /// The word with these bits.
+    #[must_use]
+    pub const fn from_bits(bits: u64) -> ChunkWord {
+        ChunkWord(bits)
+    }
+
+    /// Its bits.
+    #[must_use]
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The chunk's id.
+    #[must_use]
+    pub const fn chunk(self) -> u32 {
+        self.0 as u32 & (CHUNK_IDS - 1)
+    }
+
+    /// The generation of its record: the low 40 bits, which is more than a record is ever used.
+    #[must_use]
+    pub const fn generation(self) -> u64 {
+        self.0 >> CHUNK_ID_BITS
+    }
 }
 
 /// What a chunk is.
@@ -151,6 +198,18 @@ impl ChunkRecord {
         (self.word.load(Ordering::Relaxed) == word).then_some(content)
     }
 
+    /// Worker, after it has read a slot to which this record led: was that the chunk's slot then? A record leaves its
+    /// generation before the first of its slots is freed.
+    #[must_use]
+    pub fn is_still(&self, generation: u64) -> bool {
+        // SYNC POINT: Acquire fence; pairs with the Release in `end` by way of the slot: its next words and fields are stored
+        // after that, so whoever has read one of them reads here that the record has ended.
+        fence(Ordering::Acquire);
+        let word = self.word.load(Ordering::Relaxed);
+        let is_visible = word & STATE_MASK == ChunkState::Visible as u64;
+        is_visible && (generation_of(word) == generation || failpoint::broken(Rule::Generation))
+    }
+
     fn content(&self, word: u64) -> Option<ChunkContent> {
         if word & STATE_MASK != ChunkState::Visible as u64 {
             return None;
@@ -160,7 +219,7 @@ impl ChunkRecord {
         let place = core::array::from_fn(|at| self.place[at].load(Ordering::Relaxed));
         Some(ChunkContent {
             identity: ChunkIdentity { key, namespace },
-            generation: word >> STATE_BITS,
+            generation: generation_of(word),
             place,
         })
     }
@@ -197,7 +256,8 @@ impl ChunkRecord {
 
     /// Engine: the chunk is not visible any more. Only after that it may be taken apart.
     pub fn end(&self) {
-        let word = (self.word.load(Ordering::Relaxed) & !STATE_MASK).wrapping_add(NEXT_GENERATION);
+        let word =
+            (self.word.load(Ordering::Relaxed) & !STATE_MASK).wrapping_add(NEXT_GENERATION) & WORD_MASK;
         // SYNC POINT: Release; pairs with the Acquire of a successor's `read`. The slots' next words are stored after it.
         self.word.store(word, Ordering::Release);
     }
@@ -300,17 +360,46 @@ impl ChunkTable {
         self.records.get(chunk as usize)?.read()
     }
 
-    /// The slots of a chunk that was read, in the order of its ranks; fewer where a line does not exist.
-    pub fn slots(&self, content: &ChunkContent, world: u32) -> impl Iterator<Item = u32> {
-        let place = content.place;
-        (0..world as usize).map_while(move |rank| {
-            if lines_of(world) == 0 {
-                return place.get(rank).copied();
-            }
-            let line = *place.get(rank / LINE_SLOTS)?;
-            let line = (line < self.ready().1).then(|| self.lines.get(line as usize)).flatten()?;
-            Some(line.slots[rank % LINE_SLOTS].load(Ordering::Relaxed))
-        })
+    /// The chunk that this word names, if it is still there and visible.
+    #[must_use]
+    pub fn find(&self, word: ChunkWord) -> Option<ChunkContent> {
+        self.read(word.chunk())
+            .filter(|content| content.generation == word.generation() || failpoint::broken(Rule::Generation))
+    }
+
+    /// The word of a visible chunk, which its engine has looked at already.
+    #[inline(always)]
+    #[must_use]
+    pub fn word(&self, chunk: u32) -> Option<ChunkWord> {
+        let word = self.records.get(chunk as usize)?.word.load(Ordering::Relaxed);
+        Some(ChunkWord::new(chunk, generation_of(word)))
+    }
+
+    /// Prefetches a chunk's record.
+    #[inline(always)]
+    pub fn prefetch(&self, chunk: u32) {
+        prefetch(&self.records, chunk as usize);
+    }
+
+    /// Worker, after it has read a slot to which the chunk's record led: was that the chunk's slot then?
+    #[must_use]
+    pub fn is_still_there(&self, word: ChunkWord) -> bool {
+        self.records.get(word.chunk() as usize).is_some_and(|record| record.is_still(word.generation()))
+    }
+
+    /// The slot of a rank's shard of a chunk that was read. `None`: there is no such rank, or its line does not exist.
+    #[must_use]
+    pub fn slot(&self, content: &ChunkContent, world: u32, rank: u32) -> Option<u32> {
+        let (place, rank) = (&content.place, rank as usize);
+        if rank >= world as usize {
+            return None;
+        }
+        if lines_of(world) == 0 {
+            return place.get(rank).copied();
+        }
+        let line = *place.get(rank / LINE_SLOTS)?;
+        let line = (line < self.ready().1).then(|| self.lines.get(line as usize)).flatten()?;
+        Some(line.slots[rank % LINE_SLOTS].load(Ordering::Relaxed))
     }
 
     /// Engine: makes a chunk visible whose shards are all committed, in these slots. In a namespace of more ranks than

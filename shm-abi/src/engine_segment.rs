@@ -7,13 +7,13 @@
 //! follows from the place of its slab).
 
 use crate::abi;
-use crate::chunk::{ChunkCounts, ChunkRecord, ChunkTable, SlotLine, lines_for};
+use crate::chunk::{ChunkCounts, ChunkRecord, ChunkTable, ChunkWord, SlotLine, lines_for};
 use crate::directory::{Bucket, Directory};
 use crate::epoch::Epoch;
 use crate::life::LifeWord;
 use crate::lobby::CLIENTS_MAX;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
-use crate::message::{DTYPE_BYTES, Key, MODEL_NAME_BYTES, Registration};
+use crate::message::{DTYPE_BYTES, MODEL_NAME_BYTES, Registration};
 use crate::slot::{SLOT_HEADER_BYTES, SlotHeader};
 use crate::superblock::{Geometry, SUPERBLOCK_BYTES, Superblock};
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
@@ -491,7 +491,7 @@ impl EngineSegment {
         (0u32..).zip(self.namespaces.iter()).find(|(_, ns)| ns.matches(fingerprint)).map(|(id, _)| id)
     }
 
-    /// Checks a shard handle's slot index, and gives its header.
+    /// The header of a slot, if there is such a slot.
     #[must_use]
     pub fn slot(&self, slot: u32) -> Option<&slot::SlotHeader> {
         self.slots.get(slot as usize)
@@ -507,19 +507,13 @@ fn superblock_of(mapping: &Mapping) -> &Superblock {
     }
 }
 
-/// A shard as the answer to a lookup names it: a load compares all of this before and after the copy.
+/// A chunk as the answer to a lookup names it, for the workers that load it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShardHandle {
+pub struct ChunkHandle {
     /// The arena's id.
     pub arena_id: [u64; 2],
-    /// The slot.
-    pub slot: u32,
-    /// Its generation.
-    pub generation: u64,
-    /// First byte in the arena.
-    pub offset: u64,
-    /// The chunk's key.
-    pub key: Key,
+    /// The chunk.
+    pub word: ChunkWord,
 }
 
 #[cfg(all(test, not(loom)))]

@@ -146,24 +146,38 @@ const _: () = {
     assert!(offset_of!(SlotHeader, nonce) == 64);
 };
 
+/// A shard that may be loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommittedShard {
+    /// The generation of its slot, for [`SlotHeader::still_valid`].
+    pub generation: u64,
+    /// First byte in the arena.
+    pub offset: u64,
+    /// Its checksum; 0: it has none.
+    pub checksum: u64,
+}
+
 /// Why a load of a shard is refused, or why its bytes must not be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotServable {
-    /// The slot has been freed or given away since the lookup.
+    /// The slot holds no committed shard.
+    #[error("the slot holds no committed shard")]
+    NotCommitted,
+    /// The slot has been freed or given away during the copy.
     #[error("expected a committed shard of generation {expected}, found generation {found} ({committed})",
             committed = if *.committed { "committed" } else { "not committed" })]
     Gone {
-        /// The generation that the lookup answered.
+        /// The generation before the copy.
         expected: u64,
         /// The generation now.
         found: u64,
         /// Is the slot committed now?
         committed: bool,
     },
-    /// The header describes another shard than the handle: another key, namespace, rank or place.
+    /// The header describes another shard: another key, namespace, rank or length.
     #[error("expected {expected}, the slot holds {found}")]
     OtherShard {
-        /// The shard that the handle names.
+        /// The shard that the chunk's record has led to.
         expected: ShardIdentity,
         /// The shard that the header names.
         found: ShardIdentity,
@@ -256,15 +270,20 @@ impl SlotHeader {
         self.hidden.store(1, Ordering::Relaxed);
     }
 
-    /// Worker, before a copy: does the slot hold the committed shard that the lookup has answered? Returns its checksum.
-    pub fn validate(&self, expected: &ShardIdentity, generation: u64) -> Result<u64, NotServable> {
+    /// Worker, before a copy: does the slot hold this committed shard? The offset of `expected` is not compared: the header
+    /// says where the shard lies.
+    pub fn validate(&self, expected: &ShardIdentity) -> Result<CommittedShard, NotServable> {
         // SYNC POINT: Acquire; pairs with the Release in `commit`.
-        self.check_word(generation, self.word.load(Ordering::Acquire))?;
+        let word = SlotWord::unpack(self.word.load(Ordering::Acquire));
+        if word.state != SlotState::Committed {
+            return Err(NotServable::NotCommitted);
+        }
         let found = self.identity();
-        if found != *expected {
+        if found != (ShardIdentity { offset: found.offset, ..*expected }) {
             return Err(NotServable::OtherShard { expected: *expected, found });
         }
-        Ok(self.checksum.load(Ordering::Relaxed))
+        let checksum = self.checksum.load(Ordering::Relaxed);
+        Ok(CommittedShard { generation: word.generation, offset: found.offset, checksum })
     }
 
     /// Worker, after a copy: did the slot hold that shard during the whole copy?
@@ -342,20 +361,24 @@ mod tests {
     fn a_load_sees_only_the_committed_shard_it_asked_for() {
         let memory = Mapping::private(4096);
         let header = memory.at::<SlotHeader>(128).unwrap();
-        assert!(header.validate(&SHARD, 0).is_err(), "a free slot is not servable");
+        assert_eq!(header.validate(&SHARD), Err(NotServable::NotCommitted), "a free slot");
         header.begin_writing(word(SlotState::Writing, 7), &SHARD, 1, 1);
-        assert!(matches!(header.validate(&SHARD, 7), Err(NotServable::Gone { committed: false, .. })));
+        assert_eq!(header.validate(&SHARD), Err(NotServable::NotCommitted));
         header.commit(word(SlotState::Committed, 7), 55);
-        assert_eq!(header.validate(&SHARD, 7), Ok(55));
-        assert!(matches!(header.validate(&SHARD, 6), Err(NotServable::Gone { expected: 6, found: 7, .. })));
+        let committed = CommittedShard { generation: 7, offset: 4096, checksum: 55 };
+        assert_eq!(header.validate(&SHARD), Ok(committed));
+        assert_eq!(
+            header.validate(&ShardIdentity { offset: 0, ..SHARD }),
+            Ok(committed),
+            "the header says where"
+        );
         for other in [
             ShardIdentity { key: [1, 3], ..SHARD },
             ShardIdentity { namespace: 0, ..SHARD },
             ShardIdentity { rank: 0, ..SHARD },
-            ShardIdentity { offset: 0, ..SHARD },
             ShardIdentity { length: 1, ..SHARD },
         ] {
-            assert!(matches!(header.validate(&other, 7), Err(NotServable::OtherShard { .. })));
+            assert!(matches!(header.validate(&other), Err(NotServable::OtherShard { .. })));
         }
         assert_eq!(header.still_valid(7), Ok(()));
         header.free(8);
@@ -400,7 +423,7 @@ mod tests {
         assert_eq!(header.read(), content);
         header.orphan(word(SlotState::Orphaned, 7));
         assert_eq!(header.read(), SlotContent { word: word(SlotState::Orphaned, 7), ..content });
-        assert!(header.validate(&SHARD, 7).is_err(), "an orphan is not servable");
+        assert_eq!(header.validate(&SHARD), Err(NotServable::NotCommitted), "an orphan");
         header.hide();
         assert!(header.read().hidden);
         header.begin_writing(word(SlotState::Writing, 7), &SHARD, 11, 12);

@@ -1,6 +1,7 @@
 //! Compares what lies in shared memory with its description in `abi.txt`: reviewers see every change of it there.
 #![allow(clippy::unwrap_used, reason = "a test")]
 
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::layout::describe_abi;
 use kvring_shm_abi::message::{Completion, Ident, Records, Request, Round, ShardAnswer, Status};
 use kvring_shm_abi::ring::Body;
@@ -10,7 +11,7 @@ use std::fmt::Write;
 /// Some messages and words, packed: the description does not say how they are.
 fn examples() -> String {
     let ident = Ident { incarnation: 0xA1, nonce: 0xB2 };
-    let (keys, answer) = (Records { offset: 0x10, count: 0x11 }, Records { offset: 0x12, count: 0x13 });
+    let keys = Records { offset: 0x10, count: 0x11 };
     let (session, admission, namespace, rank) = (0x5E55, 0xAD, 0x0A, 0x0B);
     let round = Round { source: 0x50, number: 0x51 };
     let mut text = "\n# examples\n".to_owned();
@@ -19,7 +20,7 @@ fn examples() -> String {
     };
     for request in [
         Request::Noop,
-        Request::Lookup { session, admission, namespace, keys, answer },
+        Request::Lookup { session, admission, namespace, keys, answer: 0x12 },
         Request::Release { session, admission, keep: 7 },
         Request::Reserve { round, namespace, rank, keys, answer: 0x12, parent: None },
         Request::Reserve { round, namespace, rank, keys, answer: 0x12, parent: Some(0x14) },
@@ -35,6 +36,7 @@ fn examples() -> String {
     writeln!(text, "{word:?}: {:x}", word.pack()).unwrap();
     writeln!(text, "{round:?}: {:x}", round.pack()).unwrap();
     writeln!(text, "a shard's answer: {:x?}", ShardAnswer::new(0x51, 0x3000, 0x6E).words()).unwrap();
+    writeln!(text, "a chunk: {:x}", ChunkWord::new(0x51, 0x6E).bits()).unwrap();
     text
 }
 

@@ -3,17 +3,18 @@
 use crate::held::HeldBackend;
 use crate::isolate::segments;
 use crate::process::{Process, thread_state};
-use crate::proto::{SchedulerSpec, WorkerSpec};
+use crate::proto::{Handle, SchedulerSpec, WorkerSpec};
 use crate::scheduler::SchedulerSide;
 use crate::traffic::Bystander;
 use crate::wait::{becomes, eventually, until};
 use crate::worker::WorkerSide;
 use kvring_adapter::EngineView;
 use kvring_engine::stats::Snapshot;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::Lobby;
 use kvring_shm_abi::segment::EngineName;
-use kvring_shm_abi::slot::SlotState;
+use kvring_shm_abi::slot::{SlotContent, SlotState};
 use kvring_shm_abi::sync::{AtomicU32, Ordering};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -322,6 +323,13 @@ impl EngineProcess {
         written.map(|(slot, word)| (slot, word.owner)).collect()
     }
 
+    /// A rank's shard of a chunk that is there, in a namespace of `world` ranks.
+    pub fn shard(&self, handle: &Handle, world: u32, rank: u32) -> SlotContent {
+        let view = self.view();
+        let (_, content) = shard_of(&view, handle.chunk().word, world, rank).expect("a chunk that is there");
+        content
+    }
+
     /// A file of the engine's in `/dev/shm`: `engine`, `lobby` or `arena`.
     pub fn file(&self, segment: &str) -> PathBuf {
         PathBuf::from(format!("/dev/shm/kvring.{}.{segment}", self.name))
@@ -331,6 +339,13 @@ impl EngineProcess {
     pub fn keep_segments(&mut self) {
         self.sweep = false;
     }
+}
+
+/// The slot of a rank's shard of this chunk, and what is in it; `None` if the chunk is not there any more.
+pub fn shard_of(view: &EngineView, word: ChunkWord, world: u32, rank: u32) -> Option<(u32, SlotContent)> {
+    let content = view.segment.chunks.find(word)?;
+    let slot = view.segment.chunks.slot(&content, world, rank)?;
+    Some((slot, view.segment.slot(slot)?.read()))
 }
 
 /// The channels of clients that have a name in `/dev/shm`.

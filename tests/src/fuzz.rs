@@ -73,13 +73,9 @@ impl Random {
             0 => Request::Noop,
             1 => Request::Register { record: self.place() },
             2 => Request::Unregister { namespace },
-            3..=6 => Request::Lookup {
-                session,
-                admission,
-                namespace,
-                keys: self.records(),
-                answer: self.records(),
-            },
+            3..=6 => {
+                Request::Lookup { session, admission, namespace, keys: self.records(), answer: self.place() }
+            }
             7 => Request::Release { session, admission, keep: self.edgy() },
             8 => Request::EndSession { session },
             9..=11 => Request::Reserve {

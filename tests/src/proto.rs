@@ -2,7 +2,7 @@
 
 use crate::kv::{Shape, mix};
 use crate::wait::LIMIT;
-use kvring_adapter::{ClientOptions, Key, Round, ShardHandle};
+use kvring_adapter::{ChunkHandle, ChunkWord, ClientOptions, Key, Round};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -107,8 +107,6 @@ impl WorkerSpec {
 pub struct SchedulerSpec {
     pub client: ClientSpec,
     pub namespace: u64,
-    /// Number of ranks, for the handles.
-    pub world: u32,
     /// The polling adapter, or the one whose lookups may be pending?
     pub polling: bool,
     /// How long a synchronous lookup may take.
@@ -118,21 +116,15 @@ pub struct SchedulerSpec {
 }
 
 impl SchedulerSpec {
-    /// A patient one of namespace 1, which has one rank.
+    /// A patient one of namespace 1.
     pub fn new(engine: &str) -> SchedulerSpec {
         SchedulerSpec {
             client: ClientSpec::new(engine),
             namespace: 1,
-            world: 1,
             polling: true,
             lookup_ms: LIMIT_MS,
             pending_ms: LIMIT_MS,
         }
-    }
-
-    /// Of a namespace with several ranks.
-    pub fn world(engine: &str, world: u32) -> SchedulerSpec {
-        SchedulerSpec { world, ..SchedulerSpec::new(engine) }
     }
 
     pub fn fingerprint(&self) -> [u64; 4] {
@@ -140,28 +132,19 @@ impl SchedulerSpec {
     }
 }
 
-/// A [`ShardHandle`] that can be sent, as vLLM's metadata carries it from the scheduler to the workers.
+/// A [`ChunkHandle`] that can be sent, as vLLM's metadata carries it from the scheduler to the workers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Handle {
     pub arena_id: [u64; 2],
-    pub slot: u32,
-    pub generation: u64,
-    pub offset: u64,
+    pub word: u64,
+    /// What the chunk must be.
     pub key: Key,
-}
-
-impl From<ShardHandle> for Handle {
-    fn from(shard: ShardHandle) -> Handle {
-        let ShardHandle { arena_id, slot, generation, offset, key } = shard;
-        Handle { arena_id, slot, generation, offset, key }
-    }
 }
 
 impl Handle {
     /// The handle as the adapter takes it.
-    pub fn shard(&self) -> ShardHandle {
-        let Handle { arena_id, slot, generation, offset, key } = *self;
-        ShardHandle { arena_id, slot, generation, offset, key }
+    pub fn chunk(&self) -> ChunkHandle {
+        ChunkHandle { arena_id: self.arena_id, word: ChunkWord::from_bits(self.word) }
     }
 }
 
@@ -170,8 +153,8 @@ impl Handle {
 pub struct Found {
     /// How many chunks, from the first key on.
     pub chunks: u32,
-    /// What each rank loads.
-    pub ranks: Vec<Vec<Handle>>,
+    /// What every rank loads.
+    pub handles: Vec<Handle>,
 }
 
 /// What became of the shards of a store.

@@ -7,12 +7,13 @@ use crate::kv::{Kv, Shape, chain};
 use crate::wait::{becomes, until};
 use kvring_adapter::EngineView;
 use kvring_shm_abi::channel::Channel;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, Lobby, Role};
 use kvring_shm_abi::message::{
-    Completion, DTYPE_BYTES, Ident, Key, LeaseRecord, MODEL_NAME_BYTES, Record, Records, Registration,
-    Request, ReserveAnswer, ReserveOutcome, Round, ShardAnswer, SlotOutcome, SlotRecord, Status,
+    Completion, DTYPE_BYTES, Ident, Key, MODEL_NAME_BYTES, Record, Records, Registration, Request,
+    ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::park;
 use kvring_shm_abi::payload::Payload;
@@ -315,41 +316,32 @@ impl RawClient {
         SlotOutcome::from_number(completion.results[0]).expect("an outcome")
     }
 
-    /// A declaration of a lease on these keys, wherever they are.
-    pub fn declare_request(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
-        let record = |(at, key): (usize, &Key)| LeaseRecord {
-            key: *key,
-            shard: ShardAnswer::new(at as u32, 0, at as u64 % 3),
-        };
-        let records: Vec<LeaseRecord> = keys.iter().enumerate().map(record).collect();
-        let _ = self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(&records));
-        let chunks = Records { offset: ARGUMENTS_AT, count: keys.len() as u32 };
-        Request::DeclareLease { session, admission, namespace, chunks }
-    }
-
-    /// A lookup of these keys in a namespace of `world` ranks.
-    pub fn lookup_request(
+    /// A declaration of a lease on these chunks.
+    pub fn declare_request(
         &self,
         session: u64,
         admission: u32,
         namespace: u32,
-        world: u32,
-        keys: &[Key],
+        chunks: &[ChunkWord],
     ) -> Request {
-        let _ = self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(keys));
-        let count = keys.len() as u32;
-        Request::Lookup {
-            session,
-            admission,
-            namespace,
-            keys: Records { offset: ARGUMENTS_AT, count },
-            answer: Records { offset: ANSWER_AT, count: count * world },
-        }
+        let words: Vec<u64> = chunks.iter().map(|word| word.bits()).collect();
+        let _ = self.payload.write(ARGUMENTS_AT, &words);
+        let chunks = Records { offset: ARGUMENTS_AT, count: words.len() as u32 };
+        Request::DeclareLease { session, admission, namespace, chunks }
     }
 
-    /// The shards that the last lookup answered.
-    pub fn shards(&self, count: usize) -> Vec<ShardAnswer> {
-        self.read(ANSWER_AT, count)
+    /// A lookup of these keys.
+    pub fn lookup_request(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
+        let _ = self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(keys));
+        let keys = Records { offset: ARGUMENTS_AT, count: keys.len() as u32 };
+        Request::Lookup { session, admission, namespace, keys, answer: ANSWER_AT }
+    }
+
+    /// The chunks that the last lookup answered.
+    pub fn chunks(&self, count: usize) -> Vec<ChunkWord> {
+        let mut words = vec![0; count];
+        self.payload.read(ANSWER_AT, &mut words).expect("room");
+        words.into_iter().map(ChunkWord::from_bits).collect()
     }
 
     fn read<T: Record>(&self, offset: u32, count: usize) -> Vec<T> {

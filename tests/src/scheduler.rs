@@ -4,9 +4,10 @@ use crate::proto::{Found, Handle, SchedulerSpec};
 use crate::wait::{LIMIT, until};
 use crate::worker::client;
 use kvring_adapter::{
-    CallError, Client, Hit, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role, SchedulerAdapter,
-    SchedulerApi, SchedulerOptions,
+    CallError, ChunkHandle, Client, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role,
+    SchedulerAdapter, SchedulerApi, SchedulerOptions,
 };
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use std::time::Duration;
 pub struct SchedulerSide {
     api: Box<dyn SchedulerApi + Send>,
     client: Arc<Client>,
-    world: u32,
+    /// The keys that were last looked up for each request.
+    asked: HashMap<String, Vec<Key>>,
 }
 
 impl SchedulerSide {
@@ -29,7 +31,7 @@ impl SchedulerSide {
         } else {
             Box::new(SchedulerAdapter::new(&client, options))
         };
-        SchedulerSide { api, client, world: spec.world }
+        SchedulerSide { api, client, asked: HashMap::new() }
     }
 
     /// The same, and waits until it is attached.
@@ -60,8 +62,15 @@ impl SchedulerSide {
 
     /// The same where the lookup may be refused.
     pub fn try_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<Found, CallError> {
-        self.api.submit_lookup(request, admission, keys)?;
+        self.submit(request, admission, keys)?;
         Ok(until(format_args!("the lookup of {request} is answered"), || self.check(request)))
+    }
+
+    /// Begins a lookup.
+    pub fn submit(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
+        self.api.submit_lookup(request, admission, keys)?;
+        self.asked.insert(request.to_owned(), keys.to_vec());
+        Ok(())
     }
 
     /// Looks these chunks up, all of which are found.
@@ -79,19 +88,17 @@ impl SchedulerSide {
 
     /// The answer as it stands; `None` while it is pending.
     pub fn check(&mut self, request: &str) -> Option<Found> {
-        match self.api.check_lookup(request) {
-            Lookup::Hit(hit) => Some(found(hit, self.world)),
-            Lookup::Pending => None,
-        }
+        let Lookup::Hit(hit) = self.api.check_lookup(request) else { return None };
+        let keys = self.asked.get(request).map(Vec::as_slice).unwrap_or_default();
+        let handle = |(handle, key): (ChunkHandle, &Key)| {
+            let ChunkHandle { arena_id, word } = handle;
+            Handle { arena_id, word: word.bits(), key: *key }
+        };
+        Some(Found { chunks: hit.chunks, handles: hit.handles().zip(keys).map(handle).collect() })
     }
 
     /// How its lookups have ended so far.
     pub fn tally(&self) -> LookupStats {
         self.api.lookup_stats()
     }
-}
-
-fn found(hit: &Hit, world: u32) -> Found {
-    let of_rank = |rank| hit.shards_of(rank).map(Handle::from).collect();
-    Found { chunks: hit.chunks, ranks: (0..world).map(of_rank).collect() }
 }

@@ -123,7 +123,7 @@ fn round(worker: &mut WorkerSide, scheduler: &mut SchedulerSide, me: u64, traffi
     }
     let found = scheduler.lookup(&request, 0, &keys);
     traffic.missed += (CHUNKS as u64).saturating_sub(u64::from(found.chunks));
-    let loaded = worker.load(&found.ranks[0], count);
+    let loaded = worker.load(&found.handles, count);
     traffic.failed += u64::from(loaded.failed);
     traffic.wrong += u64::from(loaded.wrong);
     scheduler.api().free_lookup_locks(&request, 0, 0);

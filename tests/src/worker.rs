@@ -183,26 +183,23 @@ impl WorkerSide {
                 .map(|handle| {
                     let blocks = self.take_blocks();
                     self.kv.poison(&blocks);
-                    LoadChunk { shard: handle.shard(), blocks }
+                    LoadChunk { chunk: handle.chunk(), blocks }
                 })
                 .collect();
             let job = self.adapter.submit_load(REQUEST, chunks.clone(), None).expect("a good job");
             let (loaded, failed, errors) = self.finished_load(job);
             assert_eq!((loaded + failed) as usize, chunks.len(), "a report of every chunk");
             let mut bad = 0;
-            for chunk in &chunks {
+            for (chunk, handle) in chunks.iter().zip(part) {
                 if chunk.blocks.iter().any(|block| errors.contains(block)) {
                     let all_failed = chunk.blocks.iter().all(|block| errors.contains(block));
                     assert!(all_failed, "a chunk fails as a whole");
                     bad += 1;
                     continue;
                 }
-                let content = Content { key: chunk.shard.key, rank: self.rank, version };
+                let content = Content { key: handle.key, rank: self.rank, version };
                 if let Some(wrong) = self.kv.verify(&chunk.blocks, content) {
-                    eprintln!(
-                        "WRONG BYTES: chunk {:?}, slot {}: {wrong:x?}",
-                        chunk.shard.key, chunk.shard.slot
-                    );
+                    eprintln!("WRONG BYTES: {handle:?}: {wrong:x?}");
                     total.wrong += 1;
                 }
             }

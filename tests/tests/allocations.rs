@@ -87,7 +87,7 @@ impl Mix {
         assert_eq!(self.worker.store(round(number), &keys, 0).skipped, 24);
         let found = self.scheduler.lookup(&request, 0, &keys);
         assert_eq!(found.chunks, 24);
-        assert_eq!(self.worker.load(&found.ranks[0], 0), all_loaded(24));
+        assert_eq!(self.worker.load(&found.handles, 0), all_loaded(24));
         assert_eq!(self.scheduler.lookup(&request, 1, &chain(u64::from(number) + 1_000_000, 8)).chunks, 0);
         self.scheduler.release(&request, 0, 5);
         self.scheduler.lookup(&request, 2, &keys);
@@ -101,11 +101,11 @@ impl Mix {
         worker.finish(&aborted, true);
         let scheduler = &mut self.raw_scheduler;
         for admission in 0..20 {
-            let lookup = scheduler.lookup_request(u64::from(number), admission, self.namespace, 1, &keys);
+            let lookup = scheduler.lookup_request(u64::from(number), admission, self.namespace, &keys);
             scheduler.call(lookup);
         }
         scheduler.call(Request::EndSession { session: u64::from(number) });
-        let unknown = scheduler.lookup_request(1, 1, 60, 1, &keys);
+        let unknown = scheduler.lookup_request(1, 1, 60, &keys);
         assert_eq!(scheduler.call(unknown).status, Status::UnknownNamespace);
         scheduler.call(Request::Noop);
         if number.is_multiple_of(16) {

@@ -31,10 +31,10 @@ fn a_failing_backend_costs_jobs_and_nothing_else() {
         engine.stat_becomes("slots_writing", 0);
         let found = scheduler.lookup("there", number, &there);
         assert_eq!(found.chunks, 8);
-        let loaded = worker.load(&found.ranks[0], 0);
+        let loaded = worker.load(&found.handles, 0);
         assert_eq!(loaded, all_failed(8), "{fault:?}");
         backend.set(Fault::None);
-        assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(8), "after {fault:?}");
+        assert_eq!(worker.load(&found.handles, 0), all_loaded(8), "after {fault:?}");
         assert_eq!(worker.store(round(number + 100), &keys, 0), all_stored(8), "after {fault:?}");
     }
     engine.settles_without((worker, scheduler));
@@ -68,8 +68,8 @@ fn a_load_that_may_still_write_is_reported_as_nothing() {
     let found = scheduler.lookup("r", 0, &keys);
     assert_eq!(worker.adapter().lost(), None);
     backend.set(Fault::Unended);
-    let chunks = found.ranks[0].iter().zip(0..).map(|(handle, chunk)| LoadChunk {
-        shard: handle.shard(),
+    let chunks = found.handles.iter().zip(0..).map(|(handle, chunk)| LoadChunk {
+        chunk: handle.chunk(),
         blocks: (0..4).map(|block| 4 * chunk + block).collect(),
     });
     let job = worker.adapter().submit_load("r", chunks.collect(), None).unwrap();

@@ -11,12 +11,13 @@ fn worker(engine: &EngineProcess) -> WorkerSide {
     WorkerSide::start(&WorkerSpec { checksum: true, ..WorkerSpec::new(&engine.name) }).unwrap()
 }
 
-/// Flips a byte of a shard in the arena's file.
-fn damage(engine: &EngineProcess, shard: &Handle) {
+/// Flips a byte of a chunk in the arena's file.
+fn damage(engine: &EngineProcess, chunk: &Handle) {
+    let at = engine.shard(chunk, 1, 0).identity.offset + 100;
     let arena = std::fs::OpenOptions::new().read(true).write(true).open(engine.file("arena")).unwrap();
     let mut byte = [0];
-    arena.read_exact_at(&mut byte, shard.offset + 100).unwrap();
-    arena.write_all_at(&[!byte[0]], shard.offset + 100).unwrap();
+    arena.read_exact_at(&mut byte, at).unwrap();
+    arena.write_all_at(&[!byte[0]], at).unwrap();
 }
 
 /// Another way to compute checksums is another layout: to a version that computes them in another way, all that this one has
@@ -40,19 +41,19 @@ fn a_damaged_chunk_costs_one_load_and_is_replaced_by_the_next_store() {
     let found = scheduler.lookup("first", 0, &keys);
     // Another session has leased the same chunks.
     assert_eq!(scheduler.lookup("other", 0, &keys).chunks, 8);
-    damage(&engine, &found.ranks[0][5]);
+    damage(&engine, &found.handles[5]);
     let one_failed = Loaded { loaded: 7, failed: 1, wrong: 0 };
-    assert_eq!(worker.load(&found.ranks[0], 0), one_failed);
+    assert_eq!(worker.load(&found.handles, 0), one_failed);
     engine.stat_becomes("chunks_invalidated", 1);
     // No lookup finds the chunk any more, and a store of it is written.
     assert_eq!(scheduler.lookup("second", 0, &keys).chunks, 5);
     let replaced = Stored { stored: 1, skipped: 7, dropped: 0 };
     assert_eq!(worker.store(round(2), &keys, 0), replaced);
     let again = scheduler.finds("third", 0, &keys);
-    assert_eq!(worker.load(&again.ranks[0], 0), all_loaded(8));
+    assert_eq!(worker.load(&again.handles, 0), all_loaded(8));
     // What is leased stays where it is until the last lease ends.
     assert_eq!((engine.stat("chunks_hidden"), engine.stat("slots_committed")), (1, 9));
-    assert_eq!(worker.load(&found.ranks[0], 0), one_failed, "the same bytes still");
+    assert_eq!(worker.load(&found.handles, 0), one_failed, "the same bytes still");
     scheduler.api().end_session("first");
     assert_eq!((engine.stat("chunks_hidden"), engine.stat("slots_committed")), (1, 9));
     scheduler.api().end_session("other");
@@ -67,8 +68,8 @@ fn what_is_damaged_and_still_leased_is_not_shown_by_the_next_engine() {
     let (mut worker, mut scheduler) = (worker(&engine), engine.scheduler());
     let keys = worker.stores(round(1), chain(1, 8), 0);
     let found = scheduler.lookup("holds", 0, &keys);
-    damage(&engine, &found.ranks[0][5]);
-    assert_eq!(worker.load(&found.ranks[0], 0).failed, 1);
+    damage(&engine, &found.handles[5]);
+    assert_eq!(worker.load(&found.handles, 0).failed, 1);
     engine.stat_becomes("chunks_hidden", 1);
     engine.kill_and_restart();
     scheduler.ready();
@@ -76,10 +77,10 @@ fn what_is_damaged_and_still_leased_is_not_shown_by_the_next_engine() {
     assert_eq!(engine.stat("chunks_recovered"), 7);
     assert_eq!(scheduler.lookup("after", 0, &keys).chunks, 5);
     // Its slot has been freed, so a load by the old lease fails.
-    assert_eq!(worker.load(&found.ranks[0], 0), Loaded { loaded: 7, failed: 1, wrong: 0 });
+    assert_eq!(worker.load(&found.handles, 0), Loaded { loaded: 7, failed: 1, wrong: 0 });
     assert_eq!(engine.stat("chunks_invalidated"), 0, "a slot that is free is not damaged");
     assert_eq!(worker.store(round(2), &keys, 0), Stored { stored: 1, skipped: 7, dropped: 0 });
     let again = scheduler.lookup("at last", 0, &keys);
-    assert_eq!(worker.load(&again.ranks[0], 0), all_loaded(8));
+    assert_eq!(worker.load(&again.handles, 0), all_loaded(8));
     engine.settles_without((worker, scheduler));
 }

@@ -53,7 +53,7 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     for worker in [&worker, &reader] {
         worker.ready();
     }
-    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO));
     assert_eq!(reader.store(round(1), &chain(1, 4), 1), all_stored(4));
     let found = scheduler.lookup("held", 0, &chain(1, 4));
     let job = backend.hold_a_store(&mut worker, round(2), &chain(2, 4), 2);
@@ -79,7 +79,7 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     }
     // A copy is not abandoned, and loads need no engine.
     assert_eq!(worker.report_of(job), None, "{how}: a copy still runs");
-    assert_eq!(reader.load(&found.ranks[0], 1), all_loaded(4), "{how}");
+    assert_eq!(reader.load(&found.handles, 1), all_loaded(4), "{how}");
     // Where some of the process is left, it holds the lock on the name.
     engine.kill_and_restart();
     if end == End::Panic {
@@ -97,7 +97,7 @@ fn an_engine_dies(how: &str, end: End, kill: impl FnOnce(&EngineProcess)) {
     backend.let_go();
     assert_eq!(worker.finished_store(job), all_stored(4), "{how}");
     let found = scheduler.lookup("after", 0, &chain(2, 4));
-    assert_eq!(reader.load(&found.ranks[0], 2), all_loaded(4), "{how}");
+    assert_eq!(reader.load(&found.handles, 2), all_loaded(4), "{how}");
     scheduler.ends(&["held", "after"]);
     engine.settles_without((spins, sleeps, idle, worker, reader, scheduler));
 }
@@ -126,7 +126,7 @@ fn an_engine_that_ends_in_any_other_way_is_noticed() {
 
 /// A worker with a copy that runs, and a scheduler, in another process.
 fn busy_peer(engine: &str, source: u32) -> Peer {
-    let specs = (solo_spec(engine), scheduler_spec(engine, SOLO, 1));
+    let specs = (solo_spec(engine), scheduler_spec(engine, SOLO));
     Peer::holding(&specs.0, &specs.1, false, Round { source, number: 1 }, &chain(source.into(), 8))
 }
 
@@ -170,7 +170,7 @@ fn a_client_that_dies_in_any_way_leaves_nothing() {
 fn clients_that_die_while_there_is_no_engine_leave_nothing() {
     let mut engine = EngineProcess::configured("nobody", 4, &fast());
     let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
-    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO));
     worker.ready();
     assert_eq!(worker.store(round(1), &chain(1, 4), 1), all_stored(4));
     for number in 0..4 {
@@ -197,7 +197,7 @@ fn clients_that_die_while_there_is_no_engine_leave_nothing() {
         second.kill();
         engine.settles(2);
         let found = scheduler.lookup("r", number, &chain(1, 4));
-        assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(4));
+        assert_eq!(worker.load(&found.handles, 1), all_loaded(4));
         scheduler.api().end_session("r");
     }
     engine.settles_without((worker, scheduler));
@@ -252,7 +252,7 @@ fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     fields["reattach_grace_ms"] = json!(20);
     let mut engine = EngineProcess::configured("stopped", 2, &fields);
     let mut worker = WorkerSide::start(&solo_spec(&engine.name)).unwrap();
-    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO, 1));
+    let mut scheduler = SchedulerSide::started(&scheduler_spec(&engine.name, SOLO));
     worker.ready();
     assert_eq!(worker.store(round(1), &chain(1, 4), 1), all_stored(4));
     let mut peer = busy_peer(&engine.name, 2);
@@ -284,9 +284,9 @@ fn a_client_that_is_stopped_keeps_its_entry_and_what_it_writes() {
     assert_eq!(peer.get::<Stored>(&Ask::FinishTheStore), all_stored(8));
     let found = scheduler.lookup("after", 0, &chain(2, 8));
     assert_eq!(found.chunks, 8);
-    assert_eq!(worker.load(&found.ranks[0], 2), all_loaded(8));
+    assert_eq!(worker.load(&found.handles, 2), all_loaded(8));
     // What it had leased was evicted meanwhile: its load is an error, and nothing else.
-    assert_eq!(worker.load(&theirs.ranks[0], 1), all_failed(4));
+    assert_eq!(worker.load(&theirs.handles, 1), all_failed(4));
     scheduler.api().end_session("after");
     peer.shutdown();
     engine.settles_without((peer, worker, scheduler));

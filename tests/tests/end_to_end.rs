@@ -15,7 +15,7 @@ fn what_two_ranks_store_other_processes_find_and_load() {
     let engine = EngineProcess::start("e2e", 64);
     let name = &engine.name;
     let mut stores: Vec<Peer> = (0..2).map(|rank| Peer::worker(&WorkerSpec::rank(name, 2, rank))).collect();
-    let mut scheduler = Peer::scheduler(&SchedulerSpec::world(name, 2));
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(name));
     let keys = chain(1, 100);
     assert_eq!(scheduler.lookup("before", 0, &keys).chunks, 0);
     for worker in &mut stores {
@@ -27,10 +27,7 @@ fn what_two_ranks_store_other_processes_find_and_load() {
     let found = scheduler.finds("after", 0, &keys);
     for rank in 0..2 {
         let mut loads = Peer::worker(&WorkerSpec::rank(name, 2, rank));
-        assert_eq!(loads.load(&found.ranks[rank as usize], 5), all_loaded(100));
-        // The other rank's shards are not this one's, whatever a handle says.
-        let others = loads.load(&found.ranks[1 - rank as usize], 5);
-        assert_eq!((others.loaded, others.failed, others.wrong), (0, 100, 0));
+        assert_eq!(loads.load(&found.handles, 5), all_loaded(100));
     }
     scheduler.end_session("after");
     scheduler.shutdown();
@@ -43,7 +40,7 @@ fn a_chunk_is_invisible_until_every_rank_has_stored_it() {
     let engine = EngineProcess::start("ranks", 16);
     let name = &engine.name;
     let mut workers: Vec<Peer> = (0..3).map(|rank| Peer::worker(&WorkerSpec::rank(name, 3, rank))).collect();
-    let mut scheduler = Peer::scheduler(&SchedulerSpec::world(name, 3));
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(name));
     let keys = chain(1, 4);
     for (rank, worker) in workers.iter_mut().enumerate() {
         let request = format!("after {rank}");
@@ -66,7 +63,7 @@ fn a_rank_that_aborts_keeps_the_chunk_invisible_until_a_new_round() {
     let name = &engine.name;
     let shard_bytes = Shape::SMALL.shard_bytes();
     let mut worker = Peer::worker(&WorkerSpec::rank(name, 2, 0));
-    let mut scheduler = Peer::scheduler(&SchedulerSpec::world(name, 2));
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(name));
     let keys = chain(1, 8);
     // Rank 1 is a raw client, which aborts exactly here.
     let mut raw = RawClient::attach(name, Role::Worker);
@@ -87,7 +84,7 @@ fn a_rank_that_aborts_keeps_the_chunk_invisible_until_a_new_round() {
     assert_eq!(raw.finish(&slots, true), vec![SlotOutcome::Done; 4]);
     let found = scheduler.lookup("good", 0, &keys[4..]);
     assert_eq!(found.chunks, 4);
-    assert_eq!(worker.load(&found.ranks[0], 7), all_loaded(4));
+    assert_eq!(worker.load(&found.handles, 7), all_loaded(4));
 }
 
 #[test]
@@ -95,7 +92,7 @@ fn shards_of_different_rounds_never_combine() {
     let engine = EngineProcess::start("rounds", 16);
     let name = &engine.name;
     let mut workers: Vec<Peer> = (0..2).map(|rank| Peer::worker(&WorkerSpec::rank(name, 2, rank))).collect();
-    let mut scheduler = Peer::scheduler(&SchedulerSpec::world(name, 2));
+    let mut scheduler = Peer::scheduler(&SchedulerSpec::new(name));
     let keys = chain(1, 4);
     assert_eq!(workers[0].store(round(1), &keys, 1), all_stored(4));
     assert_eq!(workers[1].store(round(2), &keys, 2), all_stored(4));
@@ -104,8 +101,8 @@ fn shards_of_different_rounds_never_combine() {
     assert_eq!(workers[0].store(round(1), &keys, 1).stored, 0);
     assert_eq!(workers[0].store(round(2), &keys, 2), all_stored(4));
     let found = scheduler.finds("same", 0, &keys);
-    for (rank, worker) in workers.iter_mut().enumerate() {
-        assert_eq!(worker.load(&found.ranks[rank], 2), all_loaded(4));
+    for worker in &mut workers {
+        assert_eq!(worker.load(&found.handles, 2), all_loaded(4));
     }
     // Rounds of different sources form side by side, and one of them must be complete.
     let keys = chain(2, 4);
@@ -115,8 +112,8 @@ fn shards_of_different_rounds_never_combine() {
     assert_eq!(scheduler.lookup("two sources", 0, &keys).chunks, 0);
     assert_eq!(workers[1].store(of(10), &keys, 10), all_stored(4));
     let found = scheduler.finds("one source", 0, &keys);
-    for (rank, worker) in workers.iter_mut().enumerate() {
-        assert_eq!(worker.load(&found.ranks[rank], 10), all_loaded(4));
+    for worker in &mut workers {
+        assert_eq!(worker.load(&found.handles, 10), all_loaded(4));
     }
 }
 
@@ -174,13 +171,13 @@ fn clearing_drops_what_is_not_leased() {
     let leased = scheduler.lookup("keeps", 0, &keys[..5]);
     assert_eq!(scheduler.api().reset_cache(), Ok(15));
     assert_eq!(scheduler.lookup("after", 0, &keys).chunks, 5);
-    assert_eq!(worker.load(&leased.ranks[0], 3), all_loaded(5));
+    assert_eq!(worker.load(&leased.handles, 3), all_loaded(5));
     scheduler.ends(&["keeps", "after"]);
     assert_eq!(worker.client().clear(), Ok(5));
     assert_eq!(scheduler.lookup("at last", 0, &keys).chunks, 0);
     assert_eq!(worker.store(round(2), &keys, 4), all_stored(20), "and is stored again");
     let found = scheduler.lookup("again", 0, &keys);
-    assert_eq!(worker.load(&found.ranks[0], 4), all_loaded(20));
+    assert_eq!(worker.load(&found.handles, 4), all_loaded(20));
 }
 
 #[test]
@@ -191,14 +188,14 @@ fn checksums_are_verified_against_stray_writes() {
     let mut scheduler = engine.scheduler();
     let keys = worker.stores(round(1), chain(1, 4), 3);
     let found = scheduler.lookup("r", 0, &keys);
-    assert_eq!(worker.load(&found.ranks[0], 3), all_loaded(4));
+    assert_eq!(worker.load(&found.handles, 3), all_loaded(4));
     // One bit of one shard, as a stray write of another client would leave it.
     let arena = std::fs::OpenOptions::new().read(true).write(true).open(engine.file("arena")).unwrap();
     let mut byte = [0u8];
-    let at = found.ranks[0][2].offset + 777;
+    let at = engine.shard(&found.handles[2], 1, 0).identity.offset + 777;
     std::os::unix::fs::FileExt::read_exact_at(&arena, &mut byte, at).unwrap();
     std::os::unix::fs::FileExt::write_all_at(&arena, &[byte[0] ^ 1], at).unwrap();
-    let loaded = worker.load(&found.ranks[0], 3);
+    let loaded = worker.load(&found.handles, 3);
     assert_eq!((loaded.loaded, loaded.failed, loaded.wrong), (3, 1, 0));
 }
 
@@ -222,7 +219,7 @@ fn preempted_blocks_may_be_overwritten_at_once() {
         let request = format!("r{number}");
         let hit = scheduler.lookup(&request, 0, &keys);
         assert_eq!(hit.chunks, stored.stored);
-        let loaded = worker.load(&hit.ranks[0], 1);
+        let loaded = worker.load(&hit.handles, 1);
         assert_eq!((loaded.failed, loaded.wrong), (0, 0), "{stored:?}");
         found += hit.chunks;
         scheduler.api().end_session(&request);

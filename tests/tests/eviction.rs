@@ -2,6 +2,7 @@
 //! another chunk's bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
+use kvring_shm_abi::directory::{CHUNK_ID_BITS, CHUNK_IDS};
 use kvring_tests::{
     EngineProcess, Loaded, SchedulerSide, SchedulerSpec, Shape, WorkerSide, WorkerSpec, all_failed,
     all_loaded, all_stored, chain, eventually, round, soak,
@@ -39,7 +40,7 @@ fn leased_chunks_stay_and_the_others_go() {
             assert_eq!(stored, all_stored(32), "{policy}: eviction makes room");
         }
         eventually("the evictions are counted", || engine.stat("evictions") > 200);
-        assert_eq!(worker.load(&leased.ranks[0], 1), all_loaded(8), "{policy}");
+        assert_eq!(worker.load(&leased.handles, 1), all_loaded(8), "{policy}");
         assert_eq!(scheduler.lookup("rest", 0, &keys[8..]).chunks, 0, "{policy}: the rest went");
         // Without the lease it goes too.
         scheduler.ends(&["leased", "rest"]);
@@ -64,7 +65,7 @@ fn with_everything_leased_stores_are_dropped_and_nothing_is_lost() {
     let found = scheduler.finds("all", 0, &keys);
     let dropped = worker.store(round(2), &chain(2, 8), 1);
     assert_eq!((dropped.stored, dropped.dropped), (0, 8), "no room is an answer");
-    assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(64));
+    assert_eq!(worker.load(&found.handles, 1), all_loaded(64));
     scheduler.api().end_session("all");
     has_let_go(&scheduler);
     assert_eq!(worker.store(round(3), &chain(2, 8), 1), all_stored(8));
@@ -106,22 +107,19 @@ fn a_load_of_what_was_evicted_is_an_error_whatever_the_slot_holds_now() {
     for number in 2..8 {
         worker.store(round(number), &chain(u64::from(number), 32), 1);
     }
-    assert_eq!(worker.load(&found.ranks[0], 1), all_failed(16));
+    assert_eq!(worker.load(&found.handles, 1), all_failed(16));
     // The same keys again: other generations, perhaps in the same slots.
     assert_eq!(worker.store(round(9), &keys, 2), all_stored(16));
-    assert_eq!(worker.load(&found.ranks[0], 2), all_failed(16));
+    assert_eq!(worker.load(&found.handles, 2), all_failed(16));
     let fresh = scheduler.lookup("again", 0, &keys);
-    assert_eq!(worker.load(&fresh.ranks[0], 2), all_loaded(16));
-    // Handles of which one part is another chunk's.
-    let (a, b) = (fresh.ranks[0][0], fresh.ranks[0][1]);
-    let mut mixed = [a; 6];
-    mixed[0].slot = b.slot;
-    mixed[1].offset = b.offset;
-    mixed[2].key = b.key;
-    mixed[3].generation = a.generation + 1;
-    mixed[4].arena_id[0] ^= 1;
-    mixed[5].slot = u32::MAX;
-    assert_eq!(worker.load(&mixed, 2), all_failed(6));
+    assert_eq!(worker.load(&fresh.handles, 2), all_loaded(16));
+    // Another chunk's generation, another arena, a chunk that cannot be.
+    let mut wrong = [fresh.handles[0]; 4];
+    wrong[0].word += 1 << CHUNK_ID_BITS;
+    wrong[1].word -= 1 << CHUNK_ID_BITS;
+    wrong[2].arena_id[0] ^= 1;
+    wrong[3].word |= u64::from(CHUNK_IDS - 1);
+    assert_eq!(worker.load(&wrong, 2), all_failed(4));
 }
 
 /// Loads without a lease, while another thread evicts everything again and again by its stores. Shards have 1 MiB, so that
@@ -156,7 +154,7 @@ fn loads_that_race_eviction_never_give_wrong_bytes() {
             waiting.push_back((version, found));
             if waiting.len() > 4 {
                 let (version, found) = waiting.pop_front().unwrap();
-                let loaded = loader.load(&found.ranks[0], version);
+                let loaded = loader.load(&found.handles, version);
                 total.loaded += loaded.loaded;
                 total.failed += loaded.failed;
                 total.wrong += loaded.wrong;

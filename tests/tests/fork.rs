@@ -115,7 +115,7 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
         });
 
         // The parent's lease still holds, and its copies still work.
-        assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(8));
+        assert_eq!(worker.load(&found.handles, 0), all_loaded(8));
         assert_eq!(polling.lookup("again", 0, &keys).chunks, 8);
         assert_eq!(engine.stat("breaches"), 0);
         engine.settles_beside(bystander, (worker, polling, pending));

@@ -85,7 +85,7 @@ fn stores_without_room_for_their_headers_are_dropped() {
         // Loads of what is there need no memory.
         let _filler = Filler::new();
         let found = scheduler.lookup("r", 1, &chain(1, 8));
-        assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(8));
+        assert_eq!(worker.load(&found.handles, 0), all_loaded(8));
         engine.settles_without((worker, scheduler));
     });
 }

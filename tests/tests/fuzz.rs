@@ -3,9 +3,11 @@
 //! left.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::{ENTRIES_AT, Role};
 use kvring_shm_abi::message::{Request, SlotOutcome, SlotRecord};
+use kvring_tests::engine::shard_of;
 use kvring_tests::fuzz::Random;
 use kvring_tests::raw::{PAYLOAD_WORDS, registration};
 use kvring_tests::{Bystander, Claimed, EngineProcess, RawClient, eventually, soak, stat_of};
@@ -106,6 +108,8 @@ fn good_messages_in_a_senseless_order() {
         for (rank, worker) in (0..).zip(&mut workers) {
             namespace = worker.register(7, 2, rank, 40_000);
         }
+        // Chunks that were found; they may be gone by now.
+        let mut known = vec![ChunkWord::new(0, 0)];
         let mut held = Vec::new();
         for _ in 0..1500 {
             let rank = random.below(2) as usize;
@@ -126,14 +130,16 @@ fn good_messages_in_a_senseless_order() {
                 }
                 5..=7 => {
                     let (session, admission) = (random.below(5), random.below(3) as u32);
-                    let lookup = scheduler.lookup_request(session, admission, namespace, 2, &keys);
+                    let lookup = scheduler.lookup_request(session, admission, namespace, &keys);
                     if scheduler.call(lookup).results[0] > 0 && random.one_in(2) {
                         // A rank says that its shard of the first chunk is damaged, or that the other rank's is.
-                        let shard = scheduler.shards(2)[random.below(2) as usize];
-                        let slot = u64::from(shard.slot());
-                        let generation = shard.generation;
-                        let damaged = SlotRecord { slot, generation, key: keys[0], checksum: 0 };
-                        invalidated += u32::from(worker.invalidate(damaged) == SlotOutcome::Done);
+                        let word = scheduler.chunks(1)[0];
+                        known.push(word);
+                        if let Some((slot, found)) = shard_of(&worker.view, word, 2, random.below(2) as u32) {
+                            let (slot, generation) = (u64::from(slot), found.word.generation);
+                            let damaged = SlotRecord { slot, generation, key: keys[0], checksum: 0 };
+                            invalidated += u32::from(worker.invalidate(damaged) == SlotOutcome::Done);
+                        }
                     }
                 }
                 8 if random.one_in(3) => {
@@ -141,7 +147,10 @@ fn good_messages_in_a_senseless_order() {
                     let from = random.below(held.len() as u64 + 1) as usize;
                     worker.declare(&held[from..]);
                     let (session, admission) = (random.below(5), random.below(3) as u32);
-                    let declared = scheduler.declare_request(session, admission, namespace, &keys);
+                    let nonsense = ChunkWord::from_bits(random.bits());
+                    let words = [random.pick(&known), random.pick(&known), nonsense, random.pick(&known)];
+                    let words = &words[..random.below(5) as usize];
+                    let declared = scheduler.declare_request(session, admission, namespace, words);
                     scheduler.call(declared);
                     if random.one_in(3) {
                         worker.call(Request::DeclareEnd);

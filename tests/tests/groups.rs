@@ -2,6 +2,7 @@
 //! step may wait.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
+use kvring_adapter::ChunkWord;
 use kvring_adapter::{
     BlockError, Checksum, Client, JobId, Key, KvGroup, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter,
     Role, SKIP, SchedulerApi, SchedulerOptions, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
@@ -102,10 +103,10 @@ impl Both {
     fn load(&mut self, keys: &[Key], blocks: &[Vec<u32>]) -> (u32, u32) {
         self.requests += 1;
         let request = self.requests.to_string();
-        let shards: Vec<_> = self.scheduler.lookup(&request, 0, keys).unwrap().shards_of(0).collect();
-        assert_eq!(shards.len(), keys.len());
-        let chunks = shards.into_iter().zip(blocks);
-        let chunks = chunks.map(|(shard, blocks)| LoadChunk { shard, blocks: blocks.clone() });
+        let handles: Vec<_> = self.scheduler.lookup(&request, 0, keys).unwrap().handles().collect();
+        assert_eq!(handles.len(), keys.len());
+        let chunks = handles.into_iter().zip(blocks);
+        let chunks = chunks.map(|(chunk, blocks)| LoadChunk { chunk, blocks: blocks.clone() });
         let job = self.worker.submit_load(&request, chunks.collect(), None).unwrap();
         assert!(self.worker.wait_job(job, LIMIT));
         let report = self.worker.get_finished().loads[0].2;
@@ -190,9 +191,9 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
     let chunks = vec![StoreChunk { key: keys[0], blocks: vec![0, SKIP, 1] }];
     let refused = both.worker.submit_store("r", round(2), None, chunks, None).unwrap_err();
     assert_eq!(refused, SubmitError::Blocks { chunk: 0, error: BlockError::NothingToStore { at: 1 } });
-    let mut shard = both.scheduler.lookup("r", 0, &keys).unwrap().shards_of(0).next().unwrap();
-    shard.generation += 8;
-    let chunks = vec![LoadChunk { shard, blocks: vec![5, SKIP, 7] }];
+    let mut chunk = both.scheduler.lookup("r", 0, &keys).unwrap().handles().next().unwrap();
+    chunk.word = ChunkWord::new(chunk.word.chunk(), chunk.word.generation() + 8);
+    let chunks = vec![LoadChunk { chunk, blocks: vec![5, SKIP, 7] }];
     let job = both.worker.submit_load("r", chunks, None).unwrap();
     assert!(both.worker.wait_job(job, LIMIT));
     assert_eq!(both.worker.get_finished().loads[0].2.failed, 1);

@@ -129,14 +129,14 @@ fn with_content(engine: &EngineProcess) -> (Clients, Vec<Handle>) {
         }
         found = polling.lookup("r", admission, &keys);
     }
-    assert_eq!(worker.load(&found.ranks[0], 5), all_loaded(8));
-    (clients, found.ranks.remove(0))
+    assert_eq!(worker.load(&found.handles, 5), all_loaded(8));
+    (clients, found.handles)
 }
 
 #[test]
 fn with_an_engine_that_was_never_there() {
     let mut clients = clients(&unique_name("never"));
-    let nowhere = Handle { arena_id: [1, 2], slot: 3, generation: 4, offset: 4096, key: [5, 6] };
+    let nowhere = Handle { arena_id: [1, 2], word: 3, key: [5, 6] };
     every_call_is_degraded(&mut clients, &[nowhere; 3], 0);
     assert_eq!(clients.worker.client().health(), Health::Absent);
     ends(clients);
@@ -230,7 +230,7 @@ fn in_the_middle_of_everything() {
                     let hit = within(LOOKUP * 2, "a lookup", || scheduler.lookup(&request, 0, &keys));
                     found.fetch_add(u64::from(hit.chunks), Ordering::Relaxed);
                     if hit.chunks > 0 {
-                        wrong += within(OPERATION, "a load", || loader.load(&hit.ranks[0], 3)).wrong;
+                        wrong += within(OPERATION, "a load", || loader.load(&hit.handles, 3)).wrong;
                     }
                     within(Duration::ZERO, "end_session", || scheduler.api().end_session(&request));
                     if number.is_multiple_of(64) {

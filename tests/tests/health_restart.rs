@@ -25,14 +25,14 @@ fn a_killed_engine_comes_back_with_everything_and_its_clients_with_what_they_hol
         let (mut engine, mut worker, mut scheduler) = EngineProcess::with_clients("warm");
         let keys = worker.stores(round(0), chain(1, 16), 7);
         let held = scheduler.lookup("held", 0, &keys);
-        assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(16));
+        assert_eq!(worker.load(&held.handles, 7), all_loaded(16));
         let files = [inode(&engine, "engine"), inode(&engine, "lobby"), inode(&engine, "arena")];
         let before = Footprint::now(&engine.name);
         for cycle in 1..=6u32 {
             engine.kill();
             eventually("the worker knows", || !worker.client().is_healthy());
             // Loads of what has been looked up need no engine.
-            assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(16));
+            assert_eq!(worker.load(&held.handles, 7), all_loaded(16));
             engine.restart();
             worker.ready();
             scheduler.ready();
@@ -48,13 +48,13 @@ fn a_killed_engine_comes_back_with_everything_and_its_clients_with_what_they_hol
             // This engine knows the lease.
             assert_eq!((engine.stat("leases"), engine.stat("pins")), (1, 16));
             assert_eq!(scheduler.api().reset_cache().unwrap(), u64::from(cycle - 1), "what is pinned stays");
-            assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(16));
+            assert_eq!(worker.load(&held.handles, 7), all_loaded(16));
             // And everything goes on.
             let request = format!("r{cycle}");
             let more = chain(u64::from(cycle) + 10, 1 + (cycle as usize - 1));
             assert_eq!(worker.store(round(cycle), &more, 3), all_stored(more.len()));
             let found = scheduler.lookup(&request, 0, &more);
-            assert_eq!(worker.load(&found.ranks[0], 3), all_loaded(more.len()));
+            assert_eq!(worker.load(&found.handles, 3), all_loaded(more.len()));
             scheduler.api().end_session(&request);
             let extra = chain(u64::from(cycle) + 100, cycle as usize);
             assert_eq!(scheduler.api().reset_cache().unwrap(), more.len() as u64);
@@ -142,7 +142,7 @@ fn a_store_whose_copy_outlives_the_engine_is_committed_by_the_next() {
         assert_eq!(worker.finished_store(job), all_stored(8));
         scheduler.ready();
         let found = scheduler.finds("r", number, &keys);
-        assert_eq!(worker.load(&found.ranks[0], 9), all_loaded(8));
+        assert_eq!(worker.load(&found.handles, 9), all_loaded(8));
     }
     // The copy ends while there is no engine.
     let keys_late = chain(9, 8);
@@ -155,7 +155,7 @@ fn a_store_whose_copy_outlives_the_engine_is_committed_by_the_next() {
     assert_eq!(worker.client().stats().late_commits, 8);
     scheduler.ready();
     let found = scheduler.lookup("late", 0, &keys_late);
-    assert_eq!(worker.load(&found.ranks[0], 9), all_loaded(8));
+    assert_eq!(worker.load(&found.handles, 9), all_loaded(8));
     assert_eq!(scheduler.lookup("first", 0, &keys).chunks, 8);
     engine.settles_without((worker, scheduler));
 }
@@ -188,7 +188,7 @@ fn a_load_that_outlives_the_engine_is_validated_and_succeeds() {
     let found = scheduler.lookup("r", 0, &keys);
     backend.hold();
     let loaded = std::thread::scope(|scope| {
-        let loader = scope.spawn(|| worker.load(&found.ranks[0], 9));
+        let loader = scope.spawn(|| worker.load(&found.handles, 9));
         backend.holds(1);
         engine.kill_and_restart();
         scheduler.ready();
@@ -204,7 +204,7 @@ fn a_load_that_outlives_the_engine_is_validated_and_succeeds() {
 fn a_round_that_one_rank_has_committed_is_completed_under_the_next_engine() {
     let mut engine = EngineProcess::start("halves", 16);
     let mut ranks = [0, 1].map(|rank| WorkerSide::start(&WorkerSpec::rank(&engine.name, 2, rank)).unwrap());
-    let mut scheduler = SchedulerSide::start(&SchedulerSpec::world(&engine.name, 2));
+    let mut scheduler = SchedulerSide::start(&SchedulerSpec::new(&engine.name));
     let keys = chain(1, 8);
     assert_eq!(ranks[0].store(round(1), &keys, 5), all_stored(8));
     for _ in 0..2 {
@@ -216,8 +216,8 @@ fn a_round_that_one_rank_has_committed_is_completed_under_the_next_engine() {
     assert_eq!(scheduler.lookup("early", 0, &keys).chunks, 0, "half of it is nothing");
     assert_eq!(ranks[1].store(round(1), &keys, 5), all_stored(8));
     let found = scheduler.finds("r", 0, &keys);
-    for (worker, handles) in ranks.iter_mut().zip(&found.ranks) {
-        assert_eq!(worker.load(handles, 5), all_loaded(8));
+    for worker in &mut ranks {
+        assert_eq!(worker.load(&found.handles, 5), all_loaded(8));
     }
     // Another round of the same source replaces a half that no rank completes.
     let keys = chain(2, 4);
@@ -229,7 +229,7 @@ fn a_round_that_one_rank_has_committed_is_completed_under_the_next_engine() {
     }
     scheduler.ready();
     let found = scheduler.lookup("again", 0, &keys);
-    assert_eq!(ranks[0].load(&found.ranks[0], 6), all_loaded(4));
+    assert_eq!(ranks[0].load(&found.handles, 6), all_loaded(4));
     engine.settles_without((ranks, scheduler));
 }
 
@@ -333,7 +333,7 @@ fn clients_attach_and_register_again_by_themselves_and_let_go_of_the_old_arena()
             assert_eq!(found.chunks, 0, "a cold start has nothing");
             assert_eq!(worker.store(round(cycle), &keys, version), all_stored(16));
             let found = scheduler.finds(&request, 0, &keys);
-            assert_eq!(worker.load(&found.ranks[0], version), all_loaded(16));
+            assert_eq!(worker.load(&found.handles, version), all_loaded(16));
             // The process holds nothing of earlier engines.
             let now = Footprint::now(&engine.name);
             let expected = first.get_or_insert_with(|| now.clone()).clone();
@@ -351,13 +351,13 @@ fn clients_attach_and_register_again_by_themselves_and_let_go_of_the_old_arena()
             }
             becomes("arenas mapped", 0, || Footprint::now(&engine.name).mapped(".arena"));
             let refused = all_failed(16);
-            assert_eq!(worker.load(&found.ranks[0], version), refused);
+            assert_eq!(worker.load(&found.handles, version), refused);
             engine.restart();
             engine.is_allocated();
             worker.ready();
             scheduler.ready();
             // Handles of the last arena are refused, whatever their slots hold now.
-            assert_eq!(worker.load(&found.ranks[0], version), refused);
+            assert_eq!(worker.load(&found.handles, version), refused);
             assert_eq!(engine.stat("registrations"), 1);
             scheduler.api().end_session(&request);
         }
@@ -386,7 +386,7 @@ fn an_engine_that_comes_late_is_found() {
     scheduler.ready();
     assert_eq!(worker.store(round(1), &chain(1, 4), 0), all_stored(4));
     let found = scheduler.lookup("late", 0, &chain(1, 4));
-    assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(4));
+    assert_eq!(worker.load(&found.handles, 0), all_loaded(4));
     engine.settles_without((worker, scheduler));
 }
 
@@ -405,13 +405,16 @@ fn an_engine_with_another_arena_takes_the_name_over() {
     large.is_allocated();
     worker.ready();
     scheduler.ready();
-    assert_eq!(worker.load(&old.ranks[0], 1), all_failed(32));
+    assert_eq!(worker.load(&old.handles, 1), all_failed(32));
     for number in 2..10 {
         worker.stores(round(number), chain(u64::from(number), 64), 2);
     }
     let found = scheduler.lookup("r", 1, &chain(9, 64));
-    assert!(found.ranks[0].iter().any(|handle| handle.offset > 8 << 20), "beyond the old arena's end");
-    assert_eq!(worker.load(&found.ranks[0], 2), all_loaded(64));
+    assert!(
+        found.handles.iter().any(|handle| large.shard(handle, 1, 0).identity.offset > 8 << 20),
+        "beyond the old arena's end"
+    );
+    assert_eq!(worker.load(&found.handles, 2), all_loaded(64));
     drop((worker, scheduler));
     large.settles(0);
     drop(large);

@@ -9,6 +9,7 @@ use kvring_shm_abi::failpoint::Rule;
 use kvring_shm_abi::lobby::{EntryContent, Role};
 use kvring_shm_abi::message::{ANY_NAMESPACE, Request, SlotOutcome, Status};
 use kvring_shm_abi::sync::Ordering;
+use kvring_tests::engine::shard_of;
 use kvring_tests::raw::PAYLOAD_WORDS;
 use kvring_tests::{
     BREAK, Bystander, Claimed, EngineProcess, Peer, RawClient, SchedulerSpec, Shape, WorkerSpec, all_loaded,
@@ -130,13 +131,15 @@ fn slots_of_a_client_that_was_thrown_out_wait_for_its_end() {
     for number in 2..14 {
         let keys = worker.stores(round(number), chain(u64::from(number), 32), 1);
         let found = scheduler.lookup("r", number, &keys);
-        for handle in &found.ranks[0] {
+        for handle in &found.handles {
+            let (slot, _) =
+                shard_of(&engine.view(), handle.chunk().word, 1, 0).expect("a chunk that is leased");
             assert!(
-                slots.iter().all(|slot| slot.slot != u64::from(handle.slot)),
+                slots.iter().all(|quarantined| quarantined.slot != u64::from(slot)),
                 "a slot in quarantine was given away"
             );
         }
-        assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
+        assert_eq!(worker.load(&found.handles, 1), all_loaded(32));
         scheduler.release("r", number, 0);
     }
     assert_eq!(engine.stat("slots_orphaned"), 8);
@@ -204,7 +207,7 @@ fn clients_that_are_killed_leave_nothing() {
     let mut scheduler = Peer::scheduler(&SchedulerSpec::new(&engine.name));
     let mut worker = Peer::worker(&WorkerSpec::new(&engine.name));
     let found = scheduler.lookup("after", 0, &keys);
-    assert_eq!(worker.load(&found.ranks[0], 1), all_loaded(32));
+    assert_eq!(worker.load(&found.handles, 1), all_loaded(32));
     engine.settles_beside(bystander, (scheduler, worker));
 }
 

@@ -62,7 +62,7 @@ fn marked(engine: &EngineProcess, owner: DmaOwner) -> RawClient {
 
 /// A process with a copy of eight slots that stands still, for which devices write or not.
 fn holding(engine: &EngineProcess, dma: bool) -> Peer {
-    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO, 1));
+    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO));
     Peer::holding(&specs.0, &specs.1, dma, Round { source: 77, number: 1 }, &chain(2, 8))
 }
 

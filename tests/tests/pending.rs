@@ -104,7 +104,7 @@ fn pending_until_the_tier_has_brought_it_up_and_then_a_hit() {
     let mut scene = scene("pending");
     let mut scheduler = scheduler(&scene, false, 5);
     let keys = chain(1, 4);
-    scheduler.api().submit_lookup("r", 0, &keys).unwrap();
+    scheduler.submit("r", 0, &keys).unwrap();
     becomes("lookups that the tier was asked for", 1, || scene.tier.begun());
     assert_eq!(scene.tier.0.lock().unwrap().begun[0], keys[2..], "it is asked for what is missing");
     for _ in 0..1000 {
@@ -121,7 +121,7 @@ fn pending_until_the_tier_has_brought_it_up_and_then_a_hit() {
     scene.tier.set_done(true);
     let found = until("the lookup is answered", || scheduler.check("r"));
     assert_eq!(found.chunks, 4);
-    assert_eq!(scene.worker.load(&found.ranks[0], 0), all_loaded(4));
+    assert_eq!(scene.worker.load(&found.handles, 0), all_loaded(4));
     assert_eq!(scene.tier.begun(), 1, "the same lookup is not begun twice");
     scheduler.api().end_session("r");
     drop(scheduler);
@@ -216,7 +216,7 @@ fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all(
     for (session, end) in
         [(1, Request::EndSession { session: 1 }), (2, Request::Release { session: 2, admission: 7, keep: 0 })]
     {
-        let lookup = raw.lookup_request(session, 7, 0, 1, &keys);
+        let lookup = raw.lookup_request(session, 7, 0, &keys);
         let lookup = raw.send(lookup);
         let end = raw.send(end);
         let mut answers = Vec::new();
@@ -232,7 +232,7 @@ fn a_pending_lookup_is_answered_to_its_own_session_and_attachment_or_not_at_all(
         );
     }
     // The end of another admission does not end this one.
-    let lookup = raw.lookup_request(3, 7, 0, 1, &keys);
+    let lookup = raw.lookup_request(3, 7, 0, &keys);
     raw.send(lookup);
     let other = raw.call(Request::Release { session: 3, admission: 8, keep: 0 });
     assert_eq!(other.status, Status::Ok);

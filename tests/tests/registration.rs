@@ -5,6 +5,7 @@
 use kvring_adapter::{
     BlockError, Key, LoadChunk, RegisterError, Role, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
 };
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
 use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::message::{Disagreement, Request, Status};
@@ -52,9 +53,9 @@ fn ranks_that_disagree_are_told_about_what() {
     for worker in [&mut first, &mut second] {
         assert_eq!(worker.store(round(1), &keys, 0), all_stored(4));
     }
-    let mut scheduler = SchedulerSide::started(&SchedulerSpec::world(&engine.name, 2));
+    let mut scheduler = SchedulerSide::started(&SchedulerSpec::new(&engine.name));
     let found = scheduler.lookup("r", 0, &keys);
-    assert_eq!(second.load(&found.ranks[1], 0), all_loaded(4));
+    assert_eq!(second.load(&found.handles, 0), all_loaded(4));
     engine.settles_beside(bystander, (first, second, scheduler));
 }
 
@@ -131,12 +132,12 @@ fn block_ids_out_of_range_are_refused_before_anything_is_touched() {
         let stores = [StoreChunk { key, blocks: good.clone() }, StoreChunk { key, blocks: blocks.clone() }];
         let error = worker.adapter().submit_store("bad", round(2), None, stores.to_vec(), None).unwrap_err();
         assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
-        let loads = [good, blocks].map(|blocks| LoadChunk { shard: found.ranks[0][0].shard(), blocks });
+        let loads = [good, blocks].map(|blocks| LoadChunk { chunk: found.handles[0].chunk(), blocks });
         let error = worker.adapter().submit_load("bad", loads.to_vec(), None).unwrap_err();
         assert_eq!(error, SubmitError::Blocks { chunk: 1, error: expected });
         assert!(error.to_string().starts_with("chunk 1: expected"), "{error}");
     }
-    assert_eq!(worker.load(&found.ranks[0], 0), all_loaded(2));
+    assert_eq!(worker.load(&found.handles, 0), all_loaded(2));
     // Without a KV cache there is nothing to submit.
     let client = client(Role::Worker, &WorkerSpec::new(&engine.name).client);
     let options = WorkerOptions::new(fingerprint(1), 1, 0, 64);
@@ -229,9 +230,9 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
     let keys = chain(1, 1);
     for (number, declares) in [(100, false), (101, true)] {
         let asked = if declares {
-            scheduler.declare_request(1, 1, namespace, &keys)
+            scheduler.declare_request(1, 1, namespace, &[ChunkWord::new(0, 0)])
         } else {
-            scheduler.lookup_request(1, 1, namespace, 2, &keys)
+            scheduler.lookup_request(1, 1, namespace, &keys)
         };
         let answer = scheduler.call(asked);
         assert_eq!((answer.status, answer.results[0]), (Status::Ok, 0), "while it is there");

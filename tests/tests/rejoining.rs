@@ -134,7 +134,7 @@ fn a_load_does_not_wait_for_a_dead_engine() {
     let keys = worker.stores(round(0), chain(1, 8), 7);
     let found = scheduler.lookup("r", 0, &keys);
     its_copy_outlives(&mut engine, &mut worker, &backend);
-    assert_eq!(worker.load(&found.ranks[0], 7), all_loaded(8));
+    assert_eq!(worker.load(&found.handles, 7), all_loaded(8));
 }
 
 /// Nor does a shutdown.

@@ -83,7 +83,7 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     let keys = worker.stores(round(1), chain(1, CHUNKS), 7);
     let held = scheduler.lookup("held", 0, &keys);
     assert_eq!(held.chunks, CHUNKS as u32);
-    assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
+    assert_eq!(worker.load(&held.handles, 7), all_loaded(CHUNKS));
 
     // A client that is stopped in the middle of a store is not reaped. One that is killed there is, with all that it held.
     let mut victims = [
@@ -126,7 +126,7 @@ fn essentials(tag: &str, engine_without: &str, clients_without: &str) {
     // The clients are degraded, and loads need no engine.
     assert_eq!(scheduler.lookup("nothing", 0, &keys).chunks, 0);
     assert_eq!(worker.store(round(3), &chain(3, 2), 1), all_dropped(2));
-    assert_eq!(worker.load(&held.ranks[0], 7), all_loaded(CHUNKS));
+    assert_eq!(worker.load(&held.handles, 7), all_loaded(CHUNKS));
     engine.restart();
     worker.ready();
     scheduler.ready();
@@ -188,7 +188,7 @@ fn engines_with_and_without_robust_lists_follow_one_another() {
         assert_eq!(engine.view().means(), means_without(without));
         assert_eq!((engine.stat("warm_start"), engine.stat("reattachments")), (1, 3));
         let found = scheduler.lookup(&format!("r{cycle}"), 0, &keys);
-        assert_eq!(peers[0].load(&found.ranks[0], 7), all_loaded(CHUNKS));
+        assert_eq!(peers[0].load(&found.handles, 7), all_loaded(CHUNKS));
         assert_eq!(peers[1].store(round(cycle), &chain(u64::from(cycle), 2), 1), all_stored(2));
         engine.stat_becomes("clients", 3);
     }

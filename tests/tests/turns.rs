@@ -38,7 +38,7 @@ fn the_beat_goes_on_under_the_longest_lookups_of_the_most_ranks() {
     let view = engine.view();
     let before = view.segment.epoch().beat();
     for session in 0..LOOKUPS {
-        client.send(client.lookup_request(session, 0, namespace, WORLD, &keys));
+        client.send(client.lookup_request(session, 0, namespace, &keys));
     }
     let mut answered = 0;
     eventually("all are answered", || {
@@ -66,7 +66,7 @@ fn a_short_request_waits_for_no_long_one_to_end() {
     let (mut long, namespace, keys) = longest_lookups(&engine);
     let mut short = RawClient::attach(&engine.name, Role::Scheduler);
     engine.stop();
-    long.send(long.lookup_request(1, 0, namespace, WORLD, &keys));
+    long.send(long.lookup_request(1, 0, namespace, &keys));
     short.send(Request::Noop);
     engine.resume();
     engine.has_stopped();
@@ -83,7 +83,7 @@ fn a_client_that_dies_in_the_middle_of_its_request_leaves_nothing() {
     let (engine, bystander) = EngineProcess::with_bystander("turns-death");
     let (mut client, namespace, keys) = longest_lookups(&engine);
     for session in 0..8 {
-        client.send(client.lookup_request(session, 0, namespace, WORLD, &keys));
+        client.send(client.lookup_request(session, 0, namespace, &keys));
     }
     eventually("some of it is done", || client.poll().is_some());
     drop(client);

@@ -85,7 +85,7 @@ def test_a_lost_device_ends_vllm() -> None:
 def test_a_load_that_may_still_write_is_not_reported_as_failed(wait: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     side, recorder = worker_side(monkeypatch)
     recorder.raises = dict.fromkeys(("wait", "finished"), DeviceError("lost"))
-    meta = KvringMetadata(loads=[Load(job=1, request="r", tokens=16, wait=wait, shards=(b"x",), blocks=[1, 2])])
+    meta = KvringMetadata(loads=[Load(job=1, request="r", tokens=16, wait=wait, handles=b"x", blocks=[1, 2])])
     with pytest.raises(DeviceError):
         side.start_loads(meta)
         side.collect(meta)

@@ -73,15 +73,11 @@ class Hit:
     def chunks(self) -> int:
         """The number of chunks found, from the first key on; 0 also if the engine could not be asked."""
 
-    @property
-    def world(self) -> int:
-        """The number of ranks in the namespace; 0 if the engine could not be asked."""
+    def handles(self, start: int, stop: int) -> bytes:
+        """Returns the chunks from `start` up to `stop` (exclusive) as opaque bytes, which the scheduler sends to the processes of
+        all ranks for `WorkerAdapter.submit_load`: each rank finds its own part of a chunk.
 
-    def shards(self, rank: int, start: int, stop: int) -> bytes:
-        """Returns where rank `rank` finds the chunks from `start` up to `stop` (exclusive), as opaque bytes that the scheduler
-        sends to that rank's process for `WorkerAdapter.submit_load`.
-
-        Raises `ConfigError` for a rank or a chunk that the hit does not have."""
+        Raises `ConfigError` for a chunk that the hit does not have."""
 
 @final
 class SchedulerAdapter:
@@ -374,18 +370,18 @@ class WorkerAdapter:
         is too short; and `KvringError` before `register_kv_caches`, after `shutdown`, while the stream is captured into a CUDA
         graph, and when the GPU has failed. No job has been taken then."""
 
-    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int], stream: int | None = None) -> int:
+    def submit_load(self, request: str, handles: bytes, blocks: Sequence[int], stream: int | None = None) -> int:
         """Loads chunks from where a lookup found them, and returns the job's id. The blocks belong to the job until it is
         reported.
 
-        `request`: the name of the request. `shards`: what `Hit.shards` returned for this rank. `blocks`: the block ids for the
+        `request`: the name of the request. `handles`: what `Hit.handles` returned. `blocks`: the block ids for the
         first chunk, then those for the second, and so on, `blocks_per_chunk` for each; `SKIP` for a page that must not be
         written.
 
         `stream`: as for `submit_store`. The copy writes after everything that is on that stream at the time of this call. When
         the load is reported, its bytes are there for whatever is put on any stream from then on.
 
-        Raises what `submit_store` raises, and `ConfigError` for `shards` that are not from `Hit.shards` of this release."""
+        Raises what `submit_store` raises, and `ConfigError` for `handles` that are not from `Hit.handles` of this release."""
 
     def get_finished(self) -> list[Finished]:
         """Returns the jobs that have ended since the last call, each exactly once.

@@ -1,14 +1,13 @@
-//! Shard handles as bytes, which the scheduler's process sends to a worker's process in vLLM's metadata.
+//! Handles of chunks as bytes, which the scheduler's process sends to the workers' processes in vLLM's metadata: one for all
+//! ranks.
 
 use core::fmt;
-use kvring_adapter::ShardHandle;
+use kvring_adapter::{ChunkHandle, ChunkWord};
 
-/// "kvring shards", and the version of this format.
-const MAGIC: [u8; 8] = *b"kvrsh\x00\x00\x01";
-/// Bytes of the header: magic and count.
-const HEADER: usize = 16;
-/// Bytes of a record: seven numbers of 64 bits.
-const RECORD: usize = 56;
+/// "kvring chunks", and the version of this format.
+const MAGIC: [u8; 8] = *b"kvrch\x00\x00\x01";
+/// Words of the header: magic, count, and the arena's id.
+const HEADER: usize = 4;
 
 /// Bytes that are not packed handles.
 #[derive(Debug, PartialEq, Eq)]
@@ -19,73 +18,62 @@ pub(crate) enum NotHandles {
     Magic { got: [u8; 8] },
     /// Their length does not fit the count in the header.
     Length { count: u64, got: usize },
-    /// The record at this index has a value that cannot be.
-    Record { at: usize },
 }
 
 impl fmt::Display for NotHandles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            NotHandles::Short { got } => write!(f, "shards: expected at least {HEADER} bytes, got {got}"),
+            NotHandles::Short { got } => {
+                write!(f, "handles: expected at least {} bytes, got {got}", HEADER * 8)
+            }
             NotHandles::Magic { got } => write!(
                 f,
-                "shards: expected what Hit.shards of this release gives (it begins with {}), got {}",
+                "handles: expected what Hit.handles of this release gives (it begins with {}), got {}",
                 MAGIC.escape_ascii(),
                 got.escape_ascii()
             ),
             NotHandles::Length { count, got } => write!(
                 f,
-                "shards: expected {HEADER} bytes and {RECORD} for each of {count} shards, got {got} bytes in all"
+                "handles: expected {} bytes and 8 for each of {count} chunks, got {got} bytes in all",
+                HEADER * 8
             ),
-            NotHandles::Record { at } => {
-                write!(f, "shards: expected a slot number as shard {at}, got more than 32 bits")
-            }
         }
     }
 }
 
 /// Bytes of `count` packed handles.
 pub(crate) fn packed_bytes(count: usize) -> usize {
-    HEADER + count * RECORD
+    (HEADER + count) * 8
 }
 
-/// Packs handles into `to`, which has [`packed_bytes`] bytes for their count.
-pub(crate) fn pack(handles: impl ExactSizeIterator<Item = ShardHandle>, to: &mut [u8]) {
+/// Packs handles of chunks in this arena into `to`, which has [`packed_bytes`] bytes for their count.
+pub(crate) fn pack(arena_id: [u64; 2], handles: impl ExactSizeIterator<Item = ChunkHandle>, to: &mut [u8]) {
     let mut words = to.chunks_exact_mut(8);
-    let mut put = |word: [u8; 8]| {
+    let mut put = |word: u64| {
         if let Some(place) = words.next() {
-            place.copy_from_slice(&word);
+            place.copy_from_slice(&word.to_le_bytes());
         }
     };
-    put(MAGIC);
-    put((handles.len() as u64).to_le_bytes());
-    for handle in handles {
-        let ShardHandle { arena_id: [a, b], slot, generation, offset, key: [c, d] } = handle;
-        for word in [a, b, u64::from(slot), generation, offset, c, d] {
-            put(word.to_le_bytes());
-        }
-    }
+    [u64::from_le_bytes(MAGIC), handles.len() as u64, arena_id[0], arena_id[1]]
+        .into_iter()
+        .for_each(&mut put);
+    handles.for_each(|handle| put(handle.word.bits()));
 }
 
-/// Unpacks handles. The load checks whether they lead to the shards that they name.
-pub(crate) fn unpack(bytes: &[u8]) -> Result<Vec<ShardHandle>, NotHandles> {
+/// Unpacks handles. The load checks whether they lead to a chunk.
+pub(crate) fn unpack(bytes: &[u8]) -> Result<Vec<ChunkHandle>, NotHandles> {
     let got = bytes.len();
     let (words, rest) = bytes.as_chunks::<8>();
-    let [magic, count, records @ ..] = words else { return Err(NotHandles::Short { got }) };
+    let [magic, count, low, high, chunks @ ..] = words else { return Err(NotHandles::Short { got }) };
     if *magic != MAGIC {
         return Err(NotHandles::Magic { got: *magic });
     }
-    let count = u64::from_le_bytes(*count);
-    let (records, odd) = records.as_chunks::<{ RECORD / 8 }>();
-    if records.len() as u64 != count || !odd.is_empty() || !rest.is_empty() {
+    let [count, low, high] = [*count, *low, *high].map(u64::from_le_bytes);
+    if chunks.len() as u64 != count || !rest.is_empty() {
         return Err(NotHandles::Length { count, got });
     }
-    let handle = |(at, record): (usize, &[[u8; 8]; RECORD / 8])| {
-        let [a, b, slot, generation, offset, c, d] = record.map(u64::from_le_bytes);
-        let slot = u32::try_from(slot).map_err(|_| NotHandles::Record { at })?;
-        Ok(ShardHandle { arena_id: [a, b], slot, generation, offset, key: [c, d] })
-    };
-    records.iter().enumerate().map(handle).collect()
+    let word = |chunk: &[u8; 8]| ChunkWord::from_bits(u64::from_le_bytes(*chunk));
+    Ok(chunks.iter().map(|chunk| ChunkHandle { arena_id: [low, high], word: word(chunk) }).collect())
 }
 
 #[cfg(test)]
@@ -93,33 +81,24 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn packed(handles: &[ShardHandle]) -> Vec<u8> {
+    fn packed(arena_id: [u64; 2], handles: &[ChunkHandle]) -> Vec<u8> {
         let mut bytes = vec![0; packed_bytes(handles.len())];
-        pack(handles.iter().copied(), &mut bytes);
+        pack(arena_id, handles.iter().copied(), &mut bytes);
         bytes
-    }
-
-    fn handles() -> impl Strategy<Value = Vec<ShardHandle>> {
-        let handle = (any::<[u64; 2]>(), any::<u32>(), any::<u64>(), any::<u64>(), any::<[u64; 2]>())
-            .prop_map(|(arena_id, slot, generation, offset, key)| ShardHandle {
-                arena_id,
-                slot,
-                generation,
-                offset,
-                key,
-            });
-        prop::collection::vec(handle, 0..20)
     }
 
     proptest! {
         #[test]
         fn what_is_packed_is_unpacked_and_nothing_else_is(
-            handles in handles(),
+            arena_id in any::<[u64; 2]>(),
+            words in prop::collection::vec(any::<u64>(), 0..20),
             cut in any::<prop::sample::Index>(),
             flip in any::<(prop::sample::Index, u8)>(),
             junk in prop::collection::vec(any::<u8>(), 0..200),
         ) {
-            let bytes = packed(&handles);
+            let handle = |bits: u64| ChunkHandle { arena_id, word: ChunkWord::from_bits(bits) };
+            let handles: Vec<_> = words.into_iter().map(handle).collect();
+            let bytes = packed(arena_id, &handles);
             prop_assert_eq!(unpack(&bytes), Ok(handles));
             prop_assert!(unpack(&bytes[..cut.index(bytes.len())]).is_err());
             let longer: Vec<u8> = bytes.iter().copied().chain([0]).collect();
@@ -129,19 +108,19 @@ mod tests {
             let mut other = bytes.clone();
             other[at] ^= by;
             let unpacked = unpack(&other);
-            prop_assert!(by == 0 || at >= HEADER || unpacked.is_err());
+            prop_assert!(by == 0 || at >= 16 || unpacked.is_err());
             prop_assert!(unpack(&junk).is_err());
         }
     }
 
     #[test]
     fn errors_say_what_was_expected() {
-        assert_eq!(unpack(b"").unwrap_err().to_string(), "shards: expected at least 16 bytes, got 0");
-        let mut bytes = packed(&[]);
+        assert_eq!(unpack(b"").unwrap_err().to_string(), "handles: expected at least 32 bytes, got 0");
+        let mut bytes = packed([1, 2], &[]);
         bytes[7] = 2;
-        assert!(unpack(&bytes).unwrap_err().to_string().contains(r"kvrsh\x00\x00\x02"));
+        assert!(unpack(&bytes).unwrap_err().to_string().contains(r"kvrch\x00\x00\x02"));
         bytes[7] = 1;
         bytes[8] = 3;
-        assert_eq!(unpack(&bytes), Err(NotHandles::Length { count: 3, got: 16 }));
+        assert_eq!(unpack(&bytes), Err(NotHandles::Length { count: 3, got: 32 }));
     }
 }

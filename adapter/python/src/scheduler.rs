@@ -28,44 +28,29 @@ impl Hit {
         self.0.chunks
     }
 
-    /// The number of ranks in the namespace; 0 if the engine could not be asked.
-    #[getter]
-    fn world(&self) -> u32 {
-        self.0.world
-    }
-
-    /// Returns where rank `rank` finds the chunks from `start` up to `stop` (exclusive), as opaque bytes that the scheduler
-    /// sends to that rank's process for `WorkerAdapter.submit_load`.
+    /// Returns the chunks from `start` up to `stop` (exclusive) as opaque bytes, which the scheduler sends to the processes of
+    /// all ranks for `WorkerAdapter.submit_load`: each rank finds its own part of a chunk.
     ///
-    /// Raises `ConfigError` for a rank or a chunk that the hit does not have.
-    fn shards<'py>(
-        &self,
-        py: Python<'py>,
-        rank: u32,
-        start: usize,
-        stop: usize,
-    ) -> PyResult<Bound<'py, PyBytes>> {
+    /// Raises `ConfigError` for a chunk that the hit does not have.
+    fn handles<'py>(&self, py: Python<'py>, start: usize, stop: usize) -> PyResult<Bound<'py, PyBytes>> {
         guarded(py, || {
-            let (chunks, world) = (self.0.chunks as usize, self.0.world);
-            if start > stop || stop > chunks || (rank >= world && start < stop) {
+            let chunks = self.0.chunks as usize;
+            if start > stop || stop > chunks {
                 return Err(errors::config(
                     py,
-                    format_args!(
-                        "expected a rank below {world} and 0 <= start <= stop <= {chunks}, got rank {rank}, start {start}, \
-                         stop {stop}"
-                    ),
+                    format_args!("expected 0 <= start <= stop <= {chunks}, got start {start}, stop {stop}"),
                 ));
             }
             let count = stop - start;
             PyBytes::new_with(py, packed_bytes(count), |bytes| {
-                pack(self.0.shards_of(rank).skip(start).take(count), bytes);
+                pack(self.0.arena_id, self.0.handles().skip(start).take(count), bytes);
                 Ok(())
             })
         })
     }
 
     fn __repr__(&self) -> String {
-        format!("Hit(chunks={}, world={})", self.0.chunks, self.0.world)
+        format!("Hit(chunks={})", self.0.chunks)
     }
 }
 

@@ -367,36 +367,36 @@ impl WorkerAdapter {
     /// Loads chunks from where a lookup found them, and returns the job's id. The blocks belong to the job until it is
     /// reported.
     ///
-    /// `request`: the name of the request. `shards`: what `Hit.shards` returned for this rank. `blocks`: the block ids for the
+    /// `request`: the name of the request. `handles`: what `Hit.handles` returned. `blocks`: the block ids for the
     /// first chunk, then those for the second, and so on, `blocks_per_chunk` for each; `SKIP` for a page that must not be
     /// written.
     ///
     /// `stream`: as for `submit_store`. The copy writes after everything that is on that stream at the time of this call. When
     /// the load is reported, its bytes are there for whatever is put on any stream from then on.
     ///
-    /// Raises what `submit_store` raises, and `ConfigError` for `shards` that are not from `Hit.shards` of this release.
-    #[pyo3(signature = (request, shards, blocks, stream = None))]
+    /// Raises what `submit_store` raises, and `ConfigError` for `handles` that are not from `Hit.handles` of this release.
+    #[pyo3(signature = (request, handles, blocks, stream = None))]
     fn submit_load(
         &self,
         py: Python<'_>,
         request: &str,
-        shards: &Bound<'_, PyAny>,
+        handles: &Bound<'_, PyAny>,
         blocks: &Bound<'_, PyAny>,
         stream: Option<u64>,
     ) -> PyResult<u64> {
         guarded(py, || {
             let stream = stream.map(ComputeStream);
-            let Ok(bytes) = shards.extract::<&[u8]>() else {
-                let got = shards.get_type().name()?;
-                return Err(PyTypeError::new_err(format!("shards: expected bytes, got {got}")));
+            let Ok(bytes) = handles.extract::<&[u8]>() else {
+                let got = handles.get_type().name()?;
+                return Err(PyTypeError::new_err(format!("handles: expected bytes, got {got}")));
             };
-            let shards = unpack(bytes).map_err(|error| errors::config(py, error))?;
+            let handles = unpack(bytes).map_err(|error| errors::config(py, error))?;
             let blocks = keys::blocks(blocks)?;
             let job = self.held.soon(py, stream.is_some(), |worker| {
-                let by_chunk = by_chunk(&blocks, shards.len(), worker.blocks_per_chunk()?)?;
-                let chunks = shards.iter().zip(by_chunk);
+                let by_chunk = by_chunk(&blocks, handles.len(), worker.blocks_per_chunk()?)?;
+                let chunks = handles.iter().zip(by_chunk);
                 let chunks =
-                    chunks.map(|(shard, blocks)| LoadChunk { shard: *shard, blocks: blocks.to_vec() });
+                    chunks.map(|(chunk, blocks)| LoadChunk { chunk: *chunk, blocks: blocks.to_vec() });
                 Ok(worker.adapter.submit_load(request, chunks.collect(), stream)?)
             });
             job.map(|job| job.0).map_err(|error: NotTaken| error.raised(py))

@@ -74,9 +74,9 @@ def store(worker, chain, blocks, **more):
     return done(worker, worker.submit_store("r", (1, next(_rounds)), chain, blocks, **more))
 
 
-def load(worker, shards, blocks, **more):
+def load(worker, handles, blocks, **more):
     """The report of a load."""
-    return done(worker, worker.submit_load("r", shards, blocks, **more))
+    return done(worker, worker.submit_load("r", handles, blocks, **more))
 
 
 def found(scheduler, request, wanted, chunks, every=1):

@@ -85,7 +85,7 @@ def test_what_is_stored_is_loaded(request, copy):
         hit = found(request.getfixturevalue("make").polling(options["fingerprint"]), "q", keys("a", 4), 4)
         # Without a stream: after the default one.
         blocks = [20, 9, kvring.SKIP, 11, 23, 10, 8, 22]
-        report = load(worker, hit.shards(0, 0, 4), blocks)
+        report = load(worker, hit.handles(0, 4), blocks)
         assert (report.done, report.failed, report.why) == (4, 0, {})
         expected = list(before)
         for source, block in enumerate(blocks):
@@ -121,7 +121,7 @@ def random_rounds(request, rounds):
         cache.compute(target, 98, rng.choice([0, 300, 1500]))
         request_id = f"{number} {old}"
         hit = found(scheduler, request_id, key, 1)
-        report = load(worker, hit.shards(0, 0, 1), [target], stream=cuda.stream)
+        report = load(worker, hit.handles(0, 1), [target], stream=cuda.stream)
         scheduler.end_session(request_id)
         if report.done:
             # Work that is on the stream must not follow the load and be looked at in its place.
@@ -155,7 +155,7 @@ def test_a_stream_that_is_captured_takes_no_copy(request):
     with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
         worker.submit_store("r", (1, 2), keys("b", 1), [0], stream=cuda.stream)
     with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
-        worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
+        worker.submit_load("q", hit.handles(0, 1), [1], stream=cuda.stream)
     cuda.call("cuStreamEndCapture", stream, ctypes.byref(graph))
     assert worker.get_finished() == [] and worker.wait_idle(FOREVER_MS)
     assert store(worker, keys("b", 1), [0], stream=cuda.stream).done == 1
@@ -232,7 +232,7 @@ def test_a_load_whose_end_the_driver_does_not_tell_ends_its_worker(request):
     hit = found(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
     for call in (b"cuEventQuery", b"cuEventSynchronize", b"cuStreamSynchronize"):
         cuda.library.fake_cuda_fail(call, 999, 1)
-    job = worker.submit_load("q", hit.shards(0, 0, 1), [1], stream=cuda.stream)
+    job = worker.submit_load("q", hit.handles(0, 1), [1], stream=cuda.stream)
     with pytest.raises(kvring.DeviceError, match="vLLM must not go on"):
         while not worker.wait_job(job, FOREVER_MS):
             pass

@@ -82,7 +82,7 @@ fn lookup(link: &Arc<Link>, session: u64) -> Pending {
         admission: 9,
         namespace: 0,
         keys: Records { offset: region.offset, count: 1 },
-        answer: Records { offset: region.offset + 2, count: 1 },
+        answer: region.offset + 2,
     })
     .unwrap()
 }

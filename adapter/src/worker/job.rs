@@ -3,7 +3,7 @@
 
 use super::report::{LoadReport, StoreReport};
 use kvring_gpu_kernels::{Fence, PagedKv};
-use kvring_shm_abi::engine_segment::ShardHandle;
+use kvring_shm_abi::engine_segment::ChunkHandle;
 use kvring_shm_abi::message::{Key, Round};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,11 +21,11 @@ pub struct StoreChunk {
     pub blocks: Vec<u32>,
 }
 
-/// One chunk to load: the shard that the lookup found, and the blocks to copy it to.
+/// One chunk to load: what the lookup found, and the blocks to copy this rank's shard of it to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LoadChunk {
-    /// The shard, from [`crate::Hit::shards_of`].
-    pub shard: ShardHandle,
+    /// The chunk, from [`crate::Hit::handles`].
+    pub chunk: ChunkHandle,
     /// The blocks to copy it to, in order.
     pub blocks: Vec<u32>,
 }

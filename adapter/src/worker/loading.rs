@@ -1,4 +1,5 @@
-//! A worker's loads. Before and after each copy the mover checks that the slot holds the shard that the lookup found.
+//! A worker's loads. By the chunk's record the mover finds its own rank's slot. Before and after each copy it checks that this
+//! is still the slot of the chunk that the lookup found.
 //! It hands each batch to the backend before the last one has ended, so that nothing waits in between.
 
 use super::Checksum;
@@ -7,11 +8,22 @@ use super::mover::{Ended, Mover};
 use super::report::{LoadError, LoadReport};
 use crate::attachment::Attachment;
 use kvring_gpu_kernels::{CopyError, Direction, Transfer};
+use kvring_shm_abi::engine_segment::ChunkHandle;
 use kvring_shm_abi::failpoint::{self, Rule};
 use kvring_shm_abi::futex::monotonic_ns;
-use kvring_shm_abi::message::Request;
-use kvring_shm_abi::slot::ShardIdentity;
+use kvring_shm_abi::message::{Key, Registration, Request};
+use kvring_shm_abi::slot::{CommittedShard, ShardIdentity};
 use std::sync::Arc;
+
+/// This rank's shard of a chunk, as it was found before the copy.
+struct Shard {
+    slot: u32,
+    generation: u64,
+    key: Key,
+    address: *mut u8,
+    /// 0: it has none.
+    checksum: u64,
+}
 
 /// A batch that is being copied to its blocks.
 struct Copying<'a> {
@@ -20,8 +32,8 @@ struct Copying<'a> {
     transfer: Box<dyn Transfer>,
     running: CopyRunning<'a>,
     attachment: Arc<Attachment>,
-    /// Each chunk with its stored checksum.
-    chunks: Vec<(&'a LoadChunk, u64)>,
+    /// Each chunk with its shard.
+    chunks: Vec<(&'a LoadChunk, Shard)>,
     started_ns: u64,
 }
 
@@ -80,8 +92,8 @@ impl Mover {
 impl<'a> Load<'a> {
     fn fail(&mut self, chunk: &LoadChunk, why: &LoadError) {
         self.first.get_or_insert_with(|| why.to_string());
-        if let LoadError::Slot(found) = why {
-            tracing::debug!(request = %self.job.request, slot = chunk.shard.slot, %found, "not what was looked up");
+        if let LoadError::Mismatch(found) = why {
+            tracing::debug!(request = %self.job.request, chunk = chunk.chunk.word.chunk(), %found, "not what was looked up");
         }
         self.report.fail(why);
         self.failed.extend_from_slice(&chunk.blocks);
@@ -117,11 +129,11 @@ impl<'a> Load<'a> {
                 return None;
             }
         };
-        // Before the copy: does each slot hold the shard that the lookup found?
-        let mut good: Vec<(&LoadChunk, *mut u8, u64)> = Vec::with_capacity(chunks.len());
+        // Before the copy: is each chunk still there, and where?
+        let mut good: Vec<(&LoadChunk, Shard)> = Vec::with_capacity(chunks.len());
         for chunk in chunks {
             match mover.before_copy(&attachment, namespace, job, chunk) {
-                Ok((address, checksum)) => good.push((chunk, address, checksum)),
+                Ok(shard) => good.push((chunk, shard)),
                 Err(why) => self.fail(chunk, &why),
             }
         }
@@ -134,12 +146,9 @@ impl<'a> Load<'a> {
         };
         let started_ns = monotonic_ns();
         let verify = mover.options.checksum == Checksum::Verify;
-        let shards = good.iter().map(|(chunk, address, _)| (*address, &chunk.blocks[..]));
+        let shards = good.iter().map(|(chunk, shard)| (shard.address, &chunk.blocks[..]));
         match mover.start(Direction::Load, &attachment, shards, job, verify) {
-            Ok(transfer) => {
-                let chunks = good.into_iter().map(|(chunk, _, checksum)| (chunk, checksum)).collect();
-                Some(Copying { transfer, running, attachment, chunks, started_ns })
-            }
+            Ok(transfer) => Some(Copying { transfer, running, attachment, chunks: good, started_ns }),
             Err(error) => {
                 self.copy_failed(good.into_iter().map(|(chunk, ..)| chunk), error, attachment);
                 None
@@ -163,61 +172,53 @@ impl<'a> Load<'a> {
             }
         };
         let verify = self.mover.options.checksum == Checksum::Verify;
-        for (index, (chunk, stored)) in chunks.into_iter().enumerate() {
-            let header = attachment.link.engine.slot(chunk.shard.slot);
-            let still = header.map(|header| header.still_valid(chunk.shard.generation));
+        for (index, (chunk, shard)) in chunks.into_iter().enumerate() {
+            let Shard { slot, generation, key, checksum: stored, .. } = shard;
+            let header = attachment.link.engine.slot(slot);
             let computed = checksums.get(index).copied().unwrap_or(0);
-            match still {
-                Some(Ok(())) if verify && stored != 0 && stored != computed => {
-                    // Send this before the load is reported, and so before anybody stores the chunk again.
-                    let shard = &chunk.shard;
-                    attachment.link.post(Request::Invalidate {
-                        slot: shard.slot,
-                        generation: shard.generation,
-                        key: shard.key,
-                    });
-                    self.fail(chunk, &LoadError::Corrupt { stored, computed });
-                }
-                Some(Ok(())) => {
-                    self.report.loaded += 1;
-                    self.report.bytes += self.job.paged.shard_bytes();
-                }
-                Some(Err(error)) => self.fail(chunk, &error.into()),
-                None => self.fail(chunk, &outside(chunk)),
+            if header.is_none_or(|header| header.still_valid(generation).is_err()) {
+                self.fail(chunk, &LoadError::Gone);
+            } else if verify && stored != 0 && stored != computed {
+                // Send this before the load is reported, and so before anybody stores the chunk again.
+                attachment.link.post(Request::Invalidate { slot, generation, key });
+                self.fail(chunk, &LoadError::Corrupt { stored, computed });
+            } else {
+                self.report.loaded += 1;
+                self.report.bytes += self.job.paged.shard_bytes();
             }
         }
     }
 }
 
 impl Mover {
-    /// Checks arena, key, namespace, rank, place and generation of one shard. Returns its address and stored checksum.
+    /// Finds this rank's shard of a chunk, in this order: the chunk's record, the slot that it names, the record again.
     fn before_copy(
         &self,
         attachment: &Attachment,
         namespace: u32,
         job: &Job,
         chunk: &LoadChunk,
-    ) -> Result<(*mut u8, u64), LoadError> {
-        let shard = &chunk.shard;
-        if shard.arena_id != attachment.identity.arena_id && !failpoint::broken(Rule::ArenaId) {
+    ) -> Result<Shard, LoadError> {
+        let ChunkHandle { arena_id, word } = chunk.chunk;
+        if arena_id != attachment.identity.arena_id && !failpoint::broken(Rule::ArenaId) {
             return Err(LoadError::OtherArena);
         }
-        let header = attachment.link.engine.slot(shard.slot).ok_or_else(|| outside(chunk))?;
-        let expected = ShardIdentity {
-            key: shard.key,
-            namespace,
-            rank: self.registered.record.rank,
-            offset: shard.offset,
-            length: job.paged.shard_bytes(),
-        };
-        let checksum = header.validate(&expected, shard.generation)?;
+        let engine = &attachment.link.engine;
+        let content = engine.chunks.find(word).ok_or(LoadError::Gone)?;
+        let Registration { rank, world, .. } = self.registered.record;
+        let key = content.identity.key;
+        let expected = ShardIdentity { key, namespace, rank, offset: 0, length: job.paged.shard_bytes() };
+        let slot = engine.chunks.slot(&content, world, rank).ok_or(LoadError::Gone)?;
+        let header = engine.slot(slot).ok_or(LoadError::Outside { slot, offset: 0 })?;
+        let found = header.validate(&expected);
+        // Whatever the slot said, it is the chunk's only if the chunk is still there.
+        if !engine.chunks.is_still_there(word) {
+            return Err(LoadError::Gone);
+        }
+        let CommittedShard { generation, offset, checksum } = found.map_err(LoadError::Mismatch)?;
         let arena = attachment.arena.as_ref();
-        let address = arena.and_then(|arena| arena.address(shard.offset, expected.length));
-        let address = address.ok_or_else(|| outside(chunk))?;
-        Ok((address, checksum))
+        let address = arena.and_then(|arena| arena.address(offset, expected.length));
+        let address = address.ok_or(LoadError::Outside { slot, offset })?;
+        Ok(Shard { slot, generation, key, address, checksum })
     }
-}
-
-fn outside(chunk: &LoadChunk) -> LoadError {
-    LoadError::Outside { slot: chunk.shard.slot, offset: chunk.shard.offset }
 }

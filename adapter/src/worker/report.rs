@@ -99,7 +99,7 @@ impl StoreReport {
 /// ```
 /// # use kvring_adapter::{Client, PagedKv, Plane, Role, WorkerAdapter, WorkerOptions};
 /// # use std::time::Duration;
-/// use kvring_adapter::{LoadChunk, ShardHandle};
+/// use kvring_adapter::{ChunkHandle, ChunkWord, LoadChunk};
 ///
 /// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
 /// # let mut cache = vec![7u8; 4096];
@@ -109,8 +109,8 @@ impl StoreReport {
 /// # // SAFETY: `cache` has all of these blocks, and outlives the worker, which is shut down below; nobody else uses it.
 /// # worker.register_kv_caches(unsafe { PagedKv::new(vec![plane], 1, 1) }?)?;
 /// // A handle from an engine that has been started anew since then.
-/// let stale = ShardHandle { arena_id: [1, 2], slot: 0, generation: 1, offset: 0, key: [10, 0] };
-/// let job = worker.submit_load("request", vec![LoadChunk { shard: stale, blocks: vec![0] }], None)?;
+/// let stale = ChunkHandle { arena_id: [1, 2], word: ChunkWord::new(0, 1) };
+/// let job = worker.submit_load("request", vec![LoadChunk { chunk: stale, blocks: vec![0] }], None)?;
 /// # worker.wait_job(job, Duration::from_secs(3600));
 /// let (_, _, report) = &worker.get_finished().loads[0];
 /// assert_eq!((report.loaded, report.failed, report.why.other_arena), (0, 1, 1));
@@ -141,7 +141,7 @@ pub struct LoadFailures {
     pub other_arena: u32,
     /// There is no arena, or the namespace is not registered.
     pub unavailable: u32,
-    /// The handle leads to another shard than it names: one of another model, layout or rank.
+    /// The handle leads to a shard of another model, layout or rank.
     pub mismatch: u32,
     /// The bytes are not those that were stored.
     pub corrupt: u32,
@@ -151,15 +151,14 @@ pub struct LoadFailures {
     pub failed: u32,
 }
 
-/// Why a chunk could not be loaded. Its texts are for vLLM's log; the exact content of a slot's header is logged at
-/// debug level only.
+/// Why a chunk could not be loaded. Its texts are for vLLM's log; what exactly a slot's header said is logged at debug
+/// level only.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LoadError {
-    #[error("{}", match .0 {
-        NotServable::Gone { .. } => "it was evicted or replaced after it had been looked up",
-        NotServable::OtherShard { .. } => "there is KV of another model, rank or place where it was found (a bug: please report it)",
-    })]
-    Slot(#[from] NotServable),
+    #[error("it was evicted or replaced after it had been looked up")]
+    Gone,
+    #[error("there is KV of another model, rank or size where it was found (a bug: please report it)")]
+    Mismatch(NotServable),
     #[error("the kvring engine was started anew, and empty, after it had been looked up")]
     OtherArena,
     #[error(transparent)]
@@ -180,10 +179,8 @@ impl LoadReport {
     pub(super) fn fail(&mut self, error: &LoadError) {
         self.failed += 1;
         let count = match error {
-            LoadError::Slot(NotServable::Gone { .. }) => &mut self.why.gone,
-            LoadError::Slot(NotServable::OtherShard { .. }) | LoadError::Outside { .. } => {
-                &mut self.why.mismatch
-            }
+            LoadError::Gone => &mut self.why.gone,
+            LoadError::Mismatch(_) | LoadError::Outside { .. } => &mut self.why.mismatch,
             LoadError::OtherArena => &mut self.why.other_arena,
             LoadError::Unavailable(_) => &mut self.why.unavailable,
             LoadError::Corrupt { .. } => &mut self.why.corrupt,
@@ -221,7 +218,7 @@ mod tests {
         assert_eq!(report.dropped, 28);
         let mut report = LoadReport::default();
         report.fail(&LoadError::OtherArena);
-        report.fail(&LoadError::Slot(NotServable::Gone { expected: 1, found: 2, committed: true }));
+        report.fail(&LoadError::Gone);
         report.fail(&LoadError::Corrupt { stored: 1, computed: 2 });
         let why = LoadFailures { gone: 1, other_arena: 1, corrupt: 1, ..LoadFailures::default() };
         assert_eq!((report.failed, report.why), (3, why));

@@ -257,9 +257,9 @@ impl<'a> Mover<'a> {
     fn load(&mut self, keys: &[Key]) -> anyhow::Result<f64> {
         let hit = self.scheduler.lookup("copy", self.round, keys)?;
         ensure!(hit.chunks as usize == keys.len(), "expected {} chunks, found {}", keys.len(), hit.chunks);
-        let shards: Vec<_> = hit.shards_of(0).collect();
+        let handles: Vec<_> = hit.handles().collect();
         let chunks: Vec<LoadChunk> =
-            shards.into_iter().map(|shard| LoadChunk { shard, blocks: self.take_block() }).collect();
+            handles.into_iter().map(|chunk| LoadChunk { chunk, blocks: self.take_block() }).collect();
         let before = self.clock.ticks();
         self.worker.submit_load("copy", chunks, None)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");

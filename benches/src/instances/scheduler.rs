@@ -14,7 +14,7 @@ use super::{BEAT, TELL};
 use crate::chaos::Turn;
 use anyhow::{Context, bail};
 use kvring_adapter::{
-    Client, Hit, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
+    Client, Hit, Key, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
 };
 use kvring_rig::pipe::Pipe;
 use kvring_rig::random::Random;
@@ -57,7 +57,7 @@ struct Scheduler {
     /// A lookup may be pending.
     asynchronous: bool,
     /// The hits that requests in the state `Stale` will load.
-    stale: HashMap<Job, Hit>,
+    stale: HashMap<Job, (Hit, Vec<Key>)>,
     client: Arc<Client>,
     start: Start,
     /// Makes a wild scheduler's keys and choices.
@@ -239,7 +239,7 @@ impl Scheduler {
         self.requests.retain(|request| !over.contains(&request.job));
         for job in over {
             match self.stale.remove(&job) {
-                Some(hit) => self.send_load(job, &hit)?,
+                Some((hit, keys)) => self.send_load(job, &hit, &keys)?,
                 None => self.end_session(job),
             }
         }

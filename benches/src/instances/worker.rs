@@ -7,14 +7,13 @@ use super::watch::Watch;
 use super::{BEAT, TELL};
 use anyhow::{Context, bail};
 use kvring_adapter::{
-    Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk, StoreReport, WorkerAdapter,
-    WorkerOptions,
+    ChunkHandle, ChunkWord, Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk,
+    StoreReport, WorkerAdapter, WorkerOptions,
 };
 use kvring_rig::blocks::BlockPool;
 use kvring_rig::content::Content;
 use kvring_rig::pages::Pages;
 use kvring_rig::pipe::Pipe;
-use kvring_rig::wire::Shard;
 use kvring_shm_abi::segment::EngineName;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -117,7 +116,9 @@ impl Worker {
             let (messages, open) = self.pipe.drain(patience)?;
             for message in messages {
                 match message {
-                    ToWorker::Load { job, arena_id, shards } => self.load(job, arena_id, &shards)?,
+                    ToWorker::Load { job, arena_id, keys, words } => {
+                        self.load(job, arena_id, keys, &words)?
+                    }
                     ToWorker::Store { job, round, parent, keys } => self.store(job, round, parent, keys)?,
                     ToWorker::Preempt(job) => self.preempt(job),
                     ToWorker::Drain => self.draining = true,
@@ -157,9 +158,8 @@ impl Worker {
         self.pool.take(chunks, self.pages.shape().blocks_per_chunk).ok()
     }
 
-    fn load(&mut self, job: Job, arena_id: [u64; 2], shards: &[Shard]) -> anyhow::Result<()> {
-        let Some(blocks) = self.take_blocks(shards.len()) else { return self.reply(job, Outcome::Refused) };
-        let keys: Vec<Key> = shards.iter().map(|shard| shard.key).collect();
+    fn load(&mut self, job: Job, arena_id: [u64; 2], keys: Vec<Key>, words: &[u64]) -> anyhow::Result<()> {
+        let Some(blocks) = self.take_blocks(words.len()) else { return self.reply(job, Outcome::Refused) };
         if self.verifies() {
             for (key, blocks) in keys.iter().zip(&blocks) {
                 let content = self.content(*key);
@@ -167,11 +167,11 @@ impl Worker {
                 unsafe { self.pages.spoil(content, blocks) };
             }
         }
-        let chunk = |(shard, blocks): (&Shard, &Vec<u32>)| LoadChunk {
-            shard: shard.handle(arena_id),
+        let chunk = |(word, blocks): (&u64, &Vec<u32>)| LoadChunk {
+            chunk: ChunkHandle { arena_id, word: ChunkWord::from_bits(*word) },
             blocks: blocks.clone(),
         };
-        let chunks = shards.iter().zip(&blocks).map(chunk).collect();
+        let chunks = words.iter().zip(&blocks).map(chunk).collect();
         let (adapter, name) = (&mut self.adapter, job.name());
         let id =
             self.watch.call("submit_load", Duration::ZERO, || adapter.submit_load(&name, chunks, None))?;

@@ -94,11 +94,8 @@ impl Busy {
         ensure!(self.worker.wait_idle(PATIENCE), "a store did not end within {PATIENCE:?}");
         // Under a load like this one an answer may be late: then there is less to load.
         let hit = self.scheduler.lookup("busy", self.round, &keys)?;
-        let loads: Vec<LoadChunk> = hit
-            .shards_of(0)
-            .zip(0..)
-            .map(|(shard, block)| LoadChunk { shard, blocks: vec![block] })
-            .collect();
+        let loads: Vec<LoadChunk> =
+            hit.handles().zip(0..).map(|(chunk, block)| LoadChunk { chunk, blocks: vec![block] }).collect();
         self.worker.submit_load("busy", loads, None)?;
         ensure!(self.worker.wait_idle(PATIENCE), "a load did not end within {PATIENCE:?}");
         self.scheduler.end_session("busy");

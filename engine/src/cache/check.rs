@@ -235,8 +235,8 @@ impl<T: SlotTable> Cache<T> {
         let is_it =
             content.identity == ChunkIdentity { key: chunk.key, namespace: u32::from(chunk.namespace) };
         link("chunks and what their records say", is_it, id, content.identity.namespace)?;
-        let slots = (0..world).map(|rank| self.chunks.shard(id, world, rank));
-        link("shards and slots in records", slots.eq(table.slots(&content, world).map(Some)), id, world)?;
+        let is_same = |rank| self.chunks.shard(id, world, rank) == table.slot(&content, world, rank);
+        link("shards and slots in records", (0..world).all(is_same), id, world)?;
         link(
             "records and directory",
             self.visible(u32::from(chunk.namespace), chunk.key) == Some(id),

@@ -47,9 +47,7 @@ pub(super) enum Life {
 #[repr(C, align(64))]
 pub(super) struct Chunk {
     pub(super) key: Key,
-    /// World 1: the slot and, once the chunk is visible, the offset in pages and the generation (low, high): a
-    /// lookup needs nothing else. World 2–4: the slot of each rank. Larger worlds: the lines of the wide pool that
-    /// hold the slots, 16 ranks to a line.
+    /// The slot of each rank; in larger worlds the lines of the wide pool that hold the slots, 16 ranks to a line.
     place: [u32; 4],
     /// Logical time of the last access; larger is later.
     pub(super) tick: u64,
@@ -89,17 +87,6 @@ impl Chunk {
 
     pub(super) fn set_round(&mut self, round: Round) {
         (self.source, self.number) = (round.source, round.number);
-    }
-
-    /// Slot, generation and offset in pages of a visible chunk of world 1.
-    #[inline(always)]
-    pub(super) fn single(&self) -> (SlotId, u64, u32) {
-        (self.place[0], u64::from(self.place[2]) | u64::from(self.place[3]) << 32, self.place[1])
-    }
-
-    /// Fills in what `single` reads, when a chunk of world 1 becomes visible.
-    pub(super) fn set_single(&mut self, generation: u64, page: u32) {
-        self.place[1..].copy_from_slice(&[page, generation as u32, (generation >> 32) as u32]);
     }
 }
 
@@ -199,14 +186,6 @@ impl Chunks {
     #[inline(always)]
     pub(super) fn prefetch(&self, id: ChunkId) {
         prefetch(&self.chunks, id as usize);
-    }
-
-    /// Prefetches the lines that `shard` reads, if they are not the chunk's own.
-    #[inline(always)]
-    pub(super) fn prefetch_shards(&self, id: ChunkId, world: u32) {
-        for line in &self.get(id).place[..lines_of(world)] {
-            prefetch(&self.wide, *line as usize * LINE);
-        }
     }
 
     /// The slot of a rank's shard, if it has one.
@@ -423,6 +402,11 @@ impl Chunks {
         let chunk = self.chunks.get(id as usize)?;
         let is_published = matches!(chunk.life(), Life::Visible | Life::Expected);
         is_published.then(|| (u32::from(chunk.namespace), chunk.key))
+    }
+
+    /// As `published`, of chunks that are visible now.
+    pub(super) fn visible(&self, id: ChunkId) -> Option<(NamespaceId, Key)> {
+        self.published(id).filter(|_| self.get(id).life() == Life::Visible)
     }
 
     /// Whether this id is that of a visible chunk of this namespace and key. The id may be a guess.

@@ -3,7 +3,7 @@
 use super::chunk::Chunk;
 use super::error::CommitError;
 use super::slot::State;
-use super::{Cache, Key, Owner, PAGE_BYTES, RANKS, SlotId, SlotTable};
+use super::{Cache, Key, Owner, RANKS, SlotId, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::ChunkIdentity;
 use kvring_shm_abi::directory::Spot;
@@ -101,7 +101,7 @@ impl<T: SlotTable> Cache<T> {
             return self.drop_chunk(id, false);
         }
         self.index.remove(&mut self.chunks, id);
-        self.show(id);
+        self.chunks.set_visible(id);
         let hash = self.spot(u32::from(namespace), key).hash();
         self.policy.insert(usize::from(namespace), id, hash, parent);
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
@@ -133,17 +133,6 @@ impl<T: SlotTable> Cache<T> {
             let (namespace, key) = chunks.published(other)?;
             Some(directory.spot(namespace, key))
         })
-    }
-
-    /// The chunk's record leads to it now: lookups find it. The caller gives it its place in the eviction order.
-    pub(super) fn show(&mut self, id: ChunkId) {
-        self.chunks.set_visible(id);
-        if self.world_of(id) == 1
-            && let Some(slot) = self.chunks.shard(id, 1, 0)
-        {
-            let page = (self.slabs.offset(slot) / PAGE_BYTES) as u32;
-            self.chunks.get_mut(id).set_single(self.slots.get(slot).generation(), page);
-        }
     }
 
     /// How many bytes the slot has in its span.

@@ -3,24 +3,14 @@
 use super::chunk::Chunks;
 use super::error::FindError;
 use super::lease::LeaseId;
-use super::{Cache, Key, NamespaceId, OWNERS, Owner, PAGE_BYTES, SlotId, SlotTable};
+use super::{Cache, Key, NamespaceId, OWNERS, Owner, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::directory::{Directory, Spot};
 
 /// How many keys go through a stage of the pipeline together. Each stage prefetches the lines that the next one
 /// reads.
 const BLOCK: usize = 16;
-
-/// Where a shard lies, and in which generation of its slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ShardRef {
-    /// The slot.
-    pub slot: SlotId,
-    /// The slot's generation; a load compares it before and after its copy.
-    pub generation: u64,
-    /// First byte in the arena.
-    pub offset: u64,
-}
 
 /// A lookup, and how far it has come. A lookup of many keys goes on in pieces; what one piece has found is leased
 /// before the next piece begins.
@@ -89,15 +79,15 @@ impl<T: SlotTable> Cache<T> {
         admission: u32,
         namespace: NamespaceId,
         keys: &[Key],
-        sink: &mut impl FnMut(ShardRef),
+        sink: &mut impl FnMut(ChunkWord),
     ) -> Result<u32, FindError> {
         let lookup = self.lookup(owner, session, admission, namespace, keys.len());
         self.find_piece(&lookup, keys, sink)
     }
 
     /// Finds the longest visible prefix of `keys`, which follow the keys that the lookup has found so far. Calls
-    /// `sink` with every shard, chunk by chunk and rank by rank. Returns the number of chunks; `sink` may have been
-    /// called for more chunks than that. Changes nothing; the caller calls [`Cache::pin_found`] right after it.
+    /// `sink` with every chunk. Returns the number of chunks; `sink` may have been called for more chunks than that.
+    /// Changes nothing; the caller calls [`Cache::pin_found`] right after it.
     ///
     /// The prefix is cut to what this client may still lease. A chunk that any client has leased already costs it
     /// nothing.
@@ -110,7 +100,41 @@ impl<T: SlotTable> Cache<T> {
         &mut self,
         lookup: &Lookup,
         keys: &[Key],
-        sink: &mut impl FnMut(ShardRef),
+        sink: &mut impl FnMut(ChunkWord),
+    ) -> Result<u32, FindError> {
+        let namespace = lookup.namespace as u8;
+        self.piece(lookup, keys.len(), |cache, count| cache.search(namespace, &keys[..count], sink))
+    }
+
+    /// As [`Cache::find_piece`], for chunks that the client had leased under an earlier engine: up to the first one that is
+    /// not there any more.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cache::find_piece`].
+    pub fn hold_piece(
+        &mut self,
+        lookup: &Lookup,
+        words: impl ExactSizeIterator<Item = ChunkWord>,
+    ) -> Result<u32, FindError> {
+        let namespace = lookup.namespace;
+        self.piece(lookup, words.len(), |cache, count| {
+            let Self { table, chunks, found, .. } = cache;
+            let is_there = |word: &ChunkWord| {
+                let is_of_it = chunks.visible(word.chunk()).is_some_and(|(other, _)| other == namespace);
+                is_of_it && table.chunks().word(word.chunk()) == Some(*word)
+            };
+            found.extend(words.take(count).take_while(is_there).map(|word| word.chunk()));
+        })
+    }
+
+    /// Does what a piece of a lookup does whatever it looks for; `search` puts as many of its first chunks into `found` as
+    /// there are.
+    fn piece(
+        &mut self,
+        lookup: &Lookup,
+        count: usize,
+        search: impl FnOnce(&mut Self, usize),
     ) -> Result<u32, FindError> {
         self.found_for = None;
         self.found.clear();
@@ -119,14 +143,13 @@ impl<T: SlotTable> Cache<T> {
             return Err(FindError::NoSuchOwner { owner });
         }
         let most = self.config.keys_max as usize;
-        if keys.len() > most {
-            return Err(FindError::TooManyKeys { keys: keys.len(), most });
+        if count > most {
+            return Err(FindError::TooManyKeys { keys: count, most });
         }
         let Some(registered) = self.namespace(namespace) else {
             return Err(FindError::UnknownNamespace { namespace });
         };
-        let (world, chunk_bytes) = (registered.world, registered.chunk_bytes);
-        let complete = registered.is_complete();
+        let (chunk_bytes, is_complete) = (registered.chunk_bytes, registered.is_complete());
         let (lease, admissions) = self.leases.find(owner, session, admission);
         let bytes = self.charges.of[usize::from(owner)];
         // The lease of the earlier pieces stays until this client releases it, and no other message of this client
@@ -136,35 +159,25 @@ impl<T: SlotTable> Cache<T> {
             return Err(FindError::Busy { owner, bytes });
         }
         let room = self.leases.room(lease, before, admissions);
-
-        let namespace = namespace as u8;
-        let fits = keys.len().min(usize::try_from(room).unwrap_or(usize::MAX));
-        if complete && fits > 0 {
-            if world == 1 {
-                self.search::<true>(namespace, world, &keys[..fits], sink);
-            } else {
-                self.search::<false>(namespace, world, &keys[..fits], sink);
-            }
-            self.work += self.found.len() as u64 * u64::from(world) + 1;
+        let fits = count.min(usize::try_from(room).unwrap_or(usize::MAX));
+        if is_complete {
+            // Without any room, it matters whether there is a hit.
+            search(self, fits.max(usize::from(before == 0).min(count)));
+            self.work += self.found.len() as u64 + 1;
             let room_bytes = self.charges.room(owner);
+            let mut affordable = fits;
             if self.found.len() as u64 * chunk_bytes > room_bytes {
-                let affordable = self.affordable(room_bytes / chunk_bytes.max(1));
-                if affordable == 0 && before == 0 {
-                    self.found.clear();
-                    return Err(FindError::Busy { owner, bytes });
-                }
-                self.found.truncate(affordable);
+                affordable = affordable.min(self.affordable(room_bytes / chunk_bytes.max(1)));
             }
-        } else if complete
-            && before == 0
-            && keys.first().is_some_and(|first| self.visible(u32::from(namespace), *first).is_some())
-        {
-            return Err(FindError::Busy { owner, bytes });
+            if affordable == 0 && before == 0 && !self.found.is_empty() {
+                self.found.clear();
+                return Err(FindError::Busy { owner, bytes });
+            }
+            self.found.truncate(affordable);
         }
         let found = self.found.len() as u32;
         // If this piece missed a key, no further piece follows.
-        let to_come =
-            if found as usize == keys.len() { lookup.keys.saturating_sub(before + found) } else { 0 };
+        let to_come = if found as usize == count { lookup.keys.saturating_sub(before + found) } else { 0 };
         self.found_for = Some(Found { lookup: *lookup, lease, to_come });
         Ok(found)
     }
@@ -183,30 +196,22 @@ impl<T: SlotTable> Cache<T> {
         cut.unwrap_or(self.found.len())
     }
 
-    /// Fills `found`, one block of keys at a time. Each stage of the pipeline works one block behind the stage
-    /// before it: lines of the directory, chunk, slots.
+    /// Fills `found`, one block of keys at a time. Each stage of the pipeline works one block behind the stage before it: lines
+    /// of the directory, chunk and record.
     #[inline(always)]
-    fn search<const SINGLE: bool>(
-        &mut self,
-        namespace: u8,
-        world: u32,
-        keys: &[Key],
-        sink: &mut impl FnMut(ShardRef),
-    ) {
-        let Self { table, chunks, slots, slabs, found, .. } = self;
-        let directory = table.chunks().directory();
+    fn search(&mut self, namespace: u8, keys: &[Key], sink: &mut impl FnMut(ChunkWord)) {
+        let Self { table, chunks, found, .. } = self;
+        let (table, directory) = (table.chunks(), table.chunks().directory());
         found.resize(keys.len(), 0);
         let mut spots = [[Spot::default(); BLOCK]; 3];
         // Shrinks to the first miss; keys after it do not count.
         let mut end = keys.len();
-        // With one rank, the chunk's record has all that the answer needs.
-        let last_stage = if SINGLE { 2 } else { 4 };
         let block_at = |step: usize, stage: usize, end: usize| {
             let first = step.saturating_sub(stage) * BLOCK;
             if step < stage || first >= end { 0..0 } else { first..end.min(first + BLOCK) }
         };
         let mut step = 0;
-        while step < end.div_ceil(BLOCK) + last_stage {
+        while step < end.div_ceil(BLOCK) + 2 {
             for (i, key) in block_at(step, 0, end).zip(&keys[block_at(step, 0, end)]) {
                 let spot = directory.spot(u32::from(namespace), *key);
                 spots[step % 3][i % BLOCK] = spot;
@@ -215,32 +220,18 @@ impl<T: SlotTable> Cache<T> {
             for i in block_at(step, 1, end) {
                 if let Some(id) = directory.hints(spots[(step + 2) % 3][i % BLOCK]).next() {
                     chunks.prefetch(id);
+                    table.prefetch(id);
                 }
             }
             for i in block_at(step, 2, end) {
                 let spot = spots[(step + 1) % 3][i % BLOCK];
-                let Some(id) = visible(directory, chunks, spot, namespace, keys[i]) else {
+                let id = visible(directory, chunks, spot, namespace, keys[i]);
+                let Some((id, word)) = id.and_then(|id| Some((id, table.word(id)?))) else {
                     end = i;
                     break;
                 };
                 found[i] = id;
-                if SINGLE {
-                    let (slot, generation, page) = chunks.get(id).single();
-                    sink(ShardRef { slot, generation, offset: u64::from(page) * PAGE_BYTES });
-                } else {
-                    chunks.prefetch_shards(id, world);
-                }
-            }
-            if !SINGLE {
-                for i in block_at(step, 3, end) {
-                    each_shard(chunks, found[i], world, |slot| slots.prefetch(slot));
-                }
-                for i in block_at(step, 4, end) {
-                    each_shard(chunks, found[i], world, |slot| {
-                        let generation = slots.get(slot).generation();
-                        sink(ShardRef { slot, generation, offset: slabs.offset(slot) });
-                    });
-                }
+                sink(word);
             }
             step += 1;
         }
@@ -319,13 +310,4 @@ pub(super) fn visible(
     key: Key,
 ) -> Option<ChunkId> {
     directory.hints(spot).find(|id| chunks.is_visible(*id, namespace, key))
-}
-
-#[inline(always)]
-fn each_shard(chunks: &Chunks, id: ChunkId, world: u32, mut act: impl FnMut(SlotId)) {
-    for rank in 0..world {
-        if let Some(slot) = chunks.shard(id, world, rank) {
-            act(slot);
-        }
-    }
 }

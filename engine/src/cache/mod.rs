@@ -14,7 +14,7 @@
 //!   *orphans* its WRITING ones: an orphan belongs to no chunk and stays WRITING until its writer commits it,
 //!   aborts it, or is gone.
 //! * A chunk that is **leased** or being written is never evicted. A leased chunk that turns out to be damaged is
-//!   *hidden* from lookups at once, and dropped when its last lease ends.
+//!   *hidden* at once, and dropped when its last lease ends.
 
 mod check;
 mod chunk;
@@ -45,7 +45,7 @@ pub use config::CacheConfig;
 pub use error::{
     AddSlabError, CommitError, ConfigError, FindError, InvariantBroken, RegisterError, ReserveError,
 };
-pub use find::{Lookup, ShardRef};
+pub use find::Lookup;
 pub use invalidate::Invalidated;
 pub use part::{Leaving, Parting};
 pub use reserve::{Going, Reservation, Reserve};

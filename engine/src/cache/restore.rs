@@ -171,14 +171,13 @@ impl<T: SlotTable> Cache<T> {
         };
         let world = registered.world;
         let Self { table, slots, chunks, .. } = self;
-        let mut all = [0; RANKS];
-        let named = table.chunks().slots(content, world).zip(&mut all).map(|(slot, to)| *to = slot).count();
+        let mut all = [SlotId::MAX; RANKS];
+        for (rank, to) in (0..world).zip(&mut all) {
+            *to = table.chunks().slot(content, world, rank).unwrap_or(SlotId::MAX);
+        }
         let all = &all[..world as usize];
         let are_there = all.iter().all(|slot| *slot < slots.len());
-        if named != all.len()
-            || !are_there
-            || !chunks.expect(id, key, namespace as u8, world, content.place, lines)
-        {
+        if !are_there || !chunks.expect(id, key, namespace as u8, world, content.place, lines) {
             return false;
         }
         // If a slot is named twice, its header decides whose it is, and the other chunk is never whole.
@@ -344,7 +343,7 @@ impl<T: SlotTable> Cache<T> {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
         let forming = self.index.forming(&self.chunks, hash, namespace, key);
         push(&mut self.restored.unwanted, forming.iter().copied())?;
-        self.show(id);
+        self.chunks.set_visible(id);
         let spot = self.spot(u32::from(namespace), key);
         push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, spot.hash())])
     }

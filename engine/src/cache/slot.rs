@@ -4,7 +4,6 @@ use bytemuck::{Pod, Zeroable};
 
 use super::{OWNERS, Owner, SlotId};
 use crate::lazy::{Lazy, NoMemory};
-use kvring_shm_abi::mapping::prefetch;
 
 /// The bits that a generation has in the published word of a slot.
 const GENERATION_MASK: u64 = kvring_shm_abi::slot::GENERATION_MAX;
@@ -106,11 +105,6 @@ impl Slots {
     #[inline(always)]
     pub(super) fn get(&self, slot: SlotId) -> &Slot {
         &self.slots[slot as usize]
-    }
-
-    #[inline(always)]
-    pub(super) fn prefetch(&self, slot: SlotId) {
-        prefetch(&self.slots, slot as usize);
     }
 
     pub(super) fn set_next(&mut self, slot: SlotId, next: u32) {

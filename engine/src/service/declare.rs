@@ -11,10 +11,11 @@ use super::lookup::piece_of;
 use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{KEYS_MAX, Key, LeaseRecord, Record, Records, Status};
+use kvring_shm_abi::message::{KEYS_MAX, Records, Status};
 use kvring_shm_abi::payload::OutOfArea;
 
 impl Service {
@@ -75,7 +76,7 @@ impl Service {
         let Some(shape) = self.registry.shape(namespace) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
-        connection.payload().check(chunks.offset, chunks.count as usize * LeaseRecord::WORDS).map_err(Err)?;
+        connection.payload().check(chunks.offset, chunks.count as usize).map_err(Err)?;
         let lookup = self.cache.lookup(entry as u8, session, admission, namespace, chunks.count as usize);
         Ok(DeclareLease { lookup, chunks, shape })
     }
@@ -97,36 +98,12 @@ impl Service {
                 return Ok(Done::More);
             }
             let before = request.lookup.found;
-            // Sized for twice the ranks: a piece with a chunk that is not the same is looked up twice.
-            let piece = piece_of(self.cache.left(), 2 * world, chunks.count - before);
+            let piece = piece_of(self.cache.left(), world, chunks.count - before);
             let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
-            let records = &mut self.scratch.leases[..piece];
-            let at = chunks.offset + before * LeaseRecord::WORDS as u32;
-            connection.payload().read(at, bytemuck::cast_slice_mut(records))?;
-            let keys: &mut [Key] = &mut self.scratch.keys[..piece];
-            for (key, record) in keys.iter_mut().zip(records.iter()) {
-                *key = record.key;
-            }
-            let (mut shard, mut same) = (0usize, 0usize);
-            let records: &[LeaseRecord] = records;
-            let found = self.cache.find_piece(&request.lookup, keys, &mut |found| {
-                let (chunk, rank) = (shard / world as usize, shard % world as usize);
-                shard += 1;
-                let is_same = records.get(chunk).is_some_and(|was| {
-                    (found.slot, found.generation) == (was.shard.slot(), was.shard.generation)
-                });
-                if rank == 0 && chunk == same && is_same {
-                    same += 1;
-                }
-            });
-            // The client's handles do not lead to another chunk with the same key. So only the chunks before it are looked up
-            // again, and pinned.
-            let found = match found {
-                Ok(chunks) if same < chunks as usize => {
-                    self.cache.find_piece(&request.lookup, &keys[..same], &mut |_| {})
-                }
-                other => other,
-            };
+            let words = &mut self.scratch.words[..piece];
+            connection.payload().read(chunks.offset + before, words)?;
+            let words = words.iter().map(|word| ChunkWord::from_bits(*word));
+            let found = self.cache.hold_piece(&request.lookup, words);
             match found {
                 Ok(found) => {
                     failpoint::here(Place::DeclareLease);

@@ -15,16 +15,14 @@ use super::{BATCH, SLICE, Service};
 use crate::stats::Stat;
 use crate::tier::AskedLookup;
 use kvring_shm_abi::failpoint::{self, Place, Rule};
-use kvring_shm_abi::message::{
-    ANY_NAMESPACE, Completion, Ident, Key, LeaseRecord, Request, SlotRecord, Status,
-};
+use kvring_shm_abi::message::{ANY_NAMESPACE, Completion, Ident, Key, Request, SlotRecord, Status};
 use kvring_shm_abi::payload::OutOfArea;
 
 /// Memory for a piece of one request's arguments, taken at start.
 pub(super) struct Scratch {
     pub(super) keys: Box<[Key]>,
     pub(super) slots: Box<[SlotRecord]>,
-    pub(super) leases: Box<[LeaseRecord]>,
+    pub(super) words: Box<[u64]>,
 }
 
 impl Scratch {
@@ -32,7 +30,7 @@ impl Scratch {
         Scratch {
             keys: vec![[0; 2]; PIECE].into_boxed_slice(),
             slots: vec![<SlotRecord as bytemuck::Zeroable>::zeroed(); PIECE].into_boxed_slice(),
-            leases: vec![<LeaseRecord as bytemuck::Zeroable>::zeroed(); PIECE].into_boxed_slice(),
+            words: vec![0; PIECE].into_boxed_slice(),
         }
     }
 }

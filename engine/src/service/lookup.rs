@@ -7,7 +7,7 @@ use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
 use crate::tier::AskedLookup;
 use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Record, ShardAnswer, Status};
+use kvring_shm_abi::message::{KEY_WORDS, KEYS_MAX, Status};
 use kvring_shm_abi::payload::OutOfArea;
 
 /// Records that a lookup touches for each chunk and for each of its shards: to find it, to pin it, to count the access.
@@ -19,8 +19,6 @@ pub(super) struct LookupRequest {
     asked: AskedLookup,
     /// What it has found so far.
     lookup: Lookup,
-    /// Keys that are looked up: as many as there is room for answers.
-    keys: u32,
     shape: Shape,
     /// A lower tier has been asked for what was missing.
     pub(super) asked_tier: bool,
@@ -54,22 +52,21 @@ impl Service {
         let Some(shape) = self.registry.shape(namespace) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
-        let at = keys.offset;
-        let keys = keys.count.min(answer.count / shape.world);
+        let count = keys.count as usize;
         // All of it is there, or none of it is done.
         let check = |offset, words| connection.payload().check(offset, words).map_err(Err);
-        check(at, keys as usize * KEY_WORDS)?;
-        check(answer.offset, answer.count as usize * ShardAnswer::WORDS)?;
-        let lookup = self.cache.lookup(entry as u8, session, admission, namespace, keys as usize);
-        Ok(LookupRequest { asked, lookup, keys, shape, asked_tier: false })
+        check(keys.offset, count * KEY_WORDS)?;
+        check(answer, count)?;
+        let lookup = self.cache.lookup(entry as u8, session, admission, namespace, count);
+        Ok(LookupRequest { asked, lookup, shape, asked_tier: false })
     }
 
     /// Goes on with a lookup. What a piece has found is pinned before the next one; what the last one has found, when the
     /// answer is on its way.
     pub(super) fn lookup(&mut self, request: &mut LookupRequest) -> Result<Done, OutOfArea> {
-        let LookupRequest { asked, keys: all, shape, .. } = *request;
+        let LookupRequest { asked, shape, .. } = *request;
         let Shape { world, chunk_tokens, .. } = shape;
-        let (entry, answer) = (asked.entry, asked.answer.offset);
+        let (entry, answer, all) = (asked.entry, asked.answer, asked.keys.count);
         if self.registry.shape(asked.namespace) != Some(shape) {
             return Ok(refuse(Status::UnknownNamespace));
         }
@@ -84,12 +81,9 @@ impl Service {
             let before = request.lookup.found;
             let at = asked.keys.offset + before * KEY_WORDS as u32;
             payload.read(at, bytemuck::cast_slice_mut(keys))?;
-            let at = answer + before * world * ShardAnswer::WORDS as u32;
-            let mut writer = payload.writer(at, piece * world as usize * ShardAnswer::WORDS)?;
-            let found = self.cache.find_piece(&request.lookup, keys, &mut |shard| {
-                for word in ShardAnswer::new(shard.slot, shard.offset, shard.generation).words() {
-                    writer.push(word);
-                }
+            let mut writer = payload.writer(answer + before, piece)?;
+            let found = self.cache.find_piece(&request.lookup, keys, &mut |word| {
+                writer.push(word.bits());
             });
             let found = match found {
                 Ok(found) => found,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use kvring_engine::cache::{
     Aborted, Cache, CacheConfig, CommitError, Committed, Going, Invalidated, Key, Reservation, Reserve,
-    Round, ShardRef, SlotId,
+    Round, SlotId, SlotTable,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -234,24 +234,22 @@ impl Model {
         loop {
             let from = lookup.found as usize;
             let rest = &keys[from..keys.len().min(from + piece)];
-            let mut shards: Vec<ShardRef> = Vec::new();
-            let found = self.cache.find_piece(&lookup, rest, &mut |shard| shards.push(shard)).unwrap();
+            let mut words = Vec::new();
+            let found = self.cache.find_piece(&lookup, rest, &mut |word| words.push(word)).unwrap();
             let visible = expected.len().min(from + rest.len());
             assert_eq!(found as usize, visible - from);
-            let mut shards = shards.into_iter();
-            for key in &expected[from..visible] {
-                for shard in self.visible(namespace, *key).unwrap().shards.values() {
-                    let answer = shards.next().unwrap();
-                    assert_eq!((answer.slot, answer.generation), (shard.slot, shard.generation));
-                    let State::Committed(header) = self.cache.table().entries[shard.slot as usize].state
-                    else {
-                        panic!("slot {} of a visible chunk is not committed", shard.slot);
-                    };
-                    let name = (header.offset, header.key, header.namespace);
-                    assert_eq!(name, (answer.offset, *key, namespace));
-                }
+            assert_eq!(words.len(), found as usize);
+            for (key, word) in expected[from..visible].iter().zip(words) {
+                let identity = self.cache.table().chunks().find(word).unwrap().identity;
+                assert_eq!((identity.key, identity.namespace), (*key, namespace));
+                let shards = self.cache.table().shards(word);
+                let found = shards.iter().map(|shard| (shard.slot, shard.generation));
+                let expected = &self.visible(namespace, *key).unwrap().shards;
+                assert!(
+                    found.eq(expected.values().map(|shard| (shard.slot, shard.generation))),
+                    "{shards:?}, {expected:?}"
+                );
             }
-            assert_eq!(shards.next(), None);
             self.cache.table_mut().touches.clear();
             assert!(self.cache.pin_found());
             touches += self.cache.table().touches.len();

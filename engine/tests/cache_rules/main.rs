@@ -5,6 +5,7 @@
 mod cache_support;
 mod room;
 
+use cache_support::ShardRef;
 use cache_support::small::{
     NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, declare_end, find, hits, leased,
     message, part, reserve, reserve_one, round, slot_of, store, store_ranks,
@@ -12,7 +13,7 @@ use cache_support::small::{
 use cache_support::{State, chain, key};
 use kvring_engine::cache::{
     Aborted, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Leaving, Reservation, Reserve,
-    ReserveError, Round, ShardRef,
+    ReserveError, Round,
 };
 
 #[test]

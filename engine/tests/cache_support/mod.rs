@@ -5,10 +5,18 @@
 pub(crate) mod small;
 
 use kvring_engine::cache::{Cache, Found, Key, Owner, Shard, ShardHeader, SlotId, SlotTable};
-use kvring_shm_abi::chunk::ChunkTable;
+use kvring_shm_abi::chunk::{ChunkTable, ChunkWord};
 use kvring_shm_abi::engine_segment::StatWord as Word;
 use kvring_shm_abi::mapping::Mapping;
 use std::sync::Arc;
+
+/// Where a shard lies, and in which generation of its slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShardRef {
+    pub(crate) slot: SlotId,
+    pub(crate) generation: u64,
+    pub(crate) offset: u64,
+}
 
 /// The published state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +103,32 @@ impl VecTable {
             if word < records { word } else { (1 + self.chunks.table.len() as usize) * 8 + word - records };
         let word = &self.chunks.words()[word];
         word.set(change(word.get()));
+    }
+
+    /// The shards of a chunk that a lookup has found, as the workers of its ranks find them.
+    pub(crate) fn shards(&self, word: ChunkWord) -> Vec<ShardRef> {
+        let content = self.chunks.table.find(word).unwrap();
+        let of_chunk = |header: &ShardHeader| {
+            (header.key, header.namespace) == (content.identity.key, content.identity.namespace)
+        };
+        let committed = self
+            .entries
+            .iter()
+            .filter(|entry| matches!(entry.state, State::Committed(header) if of_chunk(&header)));
+        let world = committed.count() as u32;
+        let shard = |rank| {
+            let slot = self.chunks.table.slot(&content, world, rank).unwrap();
+            let Entry { state: State::Committed(header), generation, .. } = self.entries[slot as usize]
+            else {
+                panic!("rank {rank}'s shard of {content:?} is not in slot {slot}");
+            };
+            assert!(
+                of_chunk(&header) && header.rank == rank,
+                "slot {slot} holds {header:?}, not rank {rank} of {content:?}"
+            );
+            ShardRef { slot, generation, offset: header.offset }
+        };
+        (0..world).map(shard).collect()
     }
 
     /// What a successor reads of a slot; `None`: it is free.

@@ -3,10 +3,10 @@
 
 use kvring_engine::cache::{
     Cache, CacheConfig, Committed, FindError, Key, Leaving, Owner, Parting, Reservation, Reserve, Round,
-    ShardRef, SlotId,
+    SlotId,
 };
 
-use super::VecTable;
+use super::{ShardRef, VecTable};
 use std::ops::Range;
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
@@ -126,12 +126,12 @@ pub(crate) fn find(
     session: u64,
     keys: &[Key],
 ) -> Result<Vec<ShardRef>, FindError> {
-    let mut shards = Vec::new();
-    let found = cache.find(0, session, 0, 0, keys, &mut |shard| shards.push(shard))?;
+    let mut words = Vec::new();
+    let found = cache.find(0, session, 0, 0, keys, &mut |word| words.push(word))?;
     cache.pin_found();
     cache.release(0, session, 0, found);
     cache.check_all().unwrap();
-    Ok(shards)
+    Ok(words.into_iter().take(found as usize).flat_map(|word| cache.table().shards(word)).collect())
 }
 
 /// Does a lookup of `client`'s. Returns how many chunks it has leased.

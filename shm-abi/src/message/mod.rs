@@ -16,8 +16,8 @@ use crate::abi;
 
 pub use completion::{Completion, Disagreement, Status};
 pub use record::{
-    DTYPE_BYTES, LeaseRecord, MODEL_NAME_BYTES, PAGE_BYTES, Record, Registration, ReserveAnswer,
-    ReserveOutcome, ShardAnswer, SlotOutcome, SlotRecord,
+    DTYPE_BYTES, MODEL_NAME_BYTES, PAGE_BYTES, Record, Registration, ReserveAnswer, ReserveOutcome,
+    ShardAnswer, SlotOutcome, SlotRecord,
 };
 pub use request::{ANY_NAMESPACE, Request};
 
@@ -102,7 +102,7 @@ mod tests {
             Just(Request::Detach),
             any::<u32>().prop_map(|record| Request::Register { record }),
             any::<u32>().prop_map(|namespace| Request::Unregister { namespace }),
-            (any::<u64>(), any::<u32>(), any::<u32>(), records(), records()).prop_map(
+            (any::<u64>(), any::<u32>(), any::<u32>(), records(), any::<u32>()).prop_map(
                 |(session, admission, namespace, keys, answer)| Request::Lookup {
                     session,
                     admission,

@@ -12,7 +12,7 @@ pub trait Record: Pod + Described {
 }
 
 abi! {
-    /// The place of one shard, in the answer to a lookup or a reservation.
+    /// The place of one shard, in the answer to a reservation.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
     #[repr(C)]
     pub struct ShardAnswer {
@@ -63,16 +63,6 @@ abi! {
         pub key: Key,
         /// The shard's checksum, or 0 where checksums are off.
         pub checksum: u64,
-    }
-
-    /// One chunk of a lease that a client held under an earlier engine.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
-    #[repr(C)]
-    pub struct LeaseRecord {
-        /// The chunk's key.
-        pub key: Key,
-        /// Where its first rank's shard was. This tells the same chunk from another one under the same key.
-        pub shard: ShardAnswer,
     }
 
     /// What became of one slot of a commit, an abort or a declaration.
@@ -178,8 +168,6 @@ impl Record for ReserveAnswer {}
 
 impl Record for SlotRecord {}
 
-impl Record for LeaseRecord {}
-
 impl Record for Registration {}
 
 #[cfg(not(loom))]
@@ -187,7 +175,6 @@ const _: () = {
     assert!(size_of::<ShardAnswer>() == 16);
     assert!(size_of::<ReserveAnswer>() == 24);
     assert!(size_of::<SlotRecord>() == 40);
-    assert!(size_of::<LeaseRecord>() == 32);
     assert!(size_of::<Registration>() == 144);
     assert!(ShardAnswer::WORDS * 8 == size_of::<ShardAnswer>());
     assert!(Registration::WORDS * 8 == size_of::<Registration>());

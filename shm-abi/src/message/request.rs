@@ -77,8 +77,8 @@ requests! {
         /// The namespace.
         namespace: u32,
     },
-    /// Scheduler: finds the longest visible prefix of `keys`, and leases it to (session, admission). Answers
-    /// [`ShardAnswer`](super::ShardAnswer)s, chunk by chunk, in each chunk rank by rank, and the number of chunks.
+    /// Scheduler: finds the longest visible prefix of `keys`, and leases it to (session, admission). Answers the number of
+    /// chunks, and the [`ChunkWord`](crate::chunk::ChunkWord) of each.
     Lookup = 5 {
         /// The session: an id that the client has chosen.
         session: u64,
@@ -88,8 +88,8 @@ requests! {
         namespace: u32,
         /// [`Key`]s, in chain order.
         keys: Records,
-        /// Where the answer goes: room for `count` [`ShardAnswer`](super::ShardAnswer)s.
-        answer: Records,
+        /// Where the answer goes: one word for each key.
+        answer: u32,
     },
     /// Scheduler: cuts the lease of (session, admission) to its first `keep` chunks. An unknown one is no error.
     Release = 6 {
@@ -158,7 +158,7 @@ requests! {
         admission: u32,
         /// The namespace.
         namespace: u32,
-        /// [`LeaseRecord`](super::LeaseRecord)s, in chain order.
+        /// [`ChunkWord`](crate::chunk::ChunkWord)s, in chain order.
         chunks: Records,
     },
     /// After a restart: the client has declared everything. The engine frees the slots that this entry was writing under

@@ -2,6 +2,10 @@
 
 use crate::harness::{fails, holds};
 use kvring_shm_abi::chunk::{ChunkContent, ChunkIdentity, ChunkRecord, LINES_MAX};
+use kvring_shm_abi::mapping::View;
+use kvring_shm_abi::payload::{Payload, Word};
+use kvring_shm_abi::slot::{ShardIdentity, SlotHeader, SlotState, SlotWord};
+use kvring_shm_abi::sync::{Ordering, fence};
 use loom::thread;
 use std::sync::{Arc, Mutex};
 
@@ -96,4 +100,93 @@ fn control_filled_before_the_end_is_caught() {
 #[test]
 fn control_shown_before_it_is_filled_is_caught() {
     caught("chunk record, shown before it is filled", Habits { shows_first: true, ..RIGHT });
+}
+
+/// A slot that a worker reads by way of the record, while the chunk ends and its slot is given to another round of the same
+/// key. That round fails elsewhere, so nobody ever shows what it has stored.
+#[derive(Clone, Copy)]
+struct Way {
+    /// The engine frees the slot, and gives it away, before the record has left its generation.
+    ends_last: bool,
+    /// The worker does not look at the record again.
+    looks_once: bool,
+}
+
+const BYTES: u64 = 11;
+const GARBAGE: u64 = 66;
+const SHARD: ShardIdentity = ShardIdentity { key: [1, 1], namespace: 1, rank: 0, offset: 0, length: 8 };
+
+fn word(state: SlotState, generation: u64) -> SlotWord {
+    SlotWord { state, owner: 3, generation }
+}
+
+fn load_against_a_failed_round(way: Way) -> Option<u64> {
+    let (record, header) = (Arc::new(ChunkRecord::new()), Arc::new(SlotHeader::new()));
+    let arena = Payload::new(View::from_vec(vec![Word::new()]));
+    header.begin_writing(word(SlotState::Writing, 7), &SHARD, 1, 1);
+    arena.write(0, &[BYTES]).unwrap();
+    header.commit(word(SlotState::Committed, 7), 0);
+    record.fill(OLD, OLD_PLACE);
+    record.show();
+    let theirs = (record.clone(), header.clone(), arena.clone());
+    let engine = thread::spawn(move || {
+        let (record, header, arena) = theirs;
+        if !way.ends_last {
+            record.end();
+        }
+        header.free(8);
+        header.begin_writing(word(SlotState::Writing, 8), &SHARD, 1, 2);
+        // The writer, which is another process; what comes between the two is modelled by `slot`.
+        fence(Ordering::Release);
+        arena.write(0, &[GARBAGE]).unwrap();
+        header.commit(word(SlotState::Committed, 8), 0);
+        if way.ends_last {
+            record.end();
+        }
+    });
+    let load = || {
+        let content = record.read().filter(|content| content.generation == 0)?;
+        assert_eq!(content.place, OLD_PLACE);
+        let found = header.validate(&SHARD).ok()?;
+        if !way.looks_once && !record.is_still(content.generation) {
+            return None;
+        }
+        let mut bytes = [0];
+        arena.read(0, &mut bytes).unwrap();
+        header.still_valid(found.generation).ok()?;
+        Some(bytes[0])
+    };
+    let loaded = load();
+    engine.join().unwrap();
+    loaded
+}
+
+fn loads_what_was_shown(way: Way) -> Option<u64> {
+    let loaded = load_against_a_failed_round(way);
+    assert!(loaded.is_none_or(|bytes| bytes == BYTES), "wrong bytes served");
+    loaded
+}
+
+#[test]
+fn what_is_loaded_was_shown() {
+    let seen = Arc::new(Mutex::new(std::collections::BTreeSet::new()));
+    let all = seen.clone();
+    holds("chunk record, load", Some(3), move || {
+        all.lock().unwrap().insert(loads_what_was_shown(Way { ends_last: false, looks_once: false }));
+    });
+    assert_eq!(seen.lock().unwrap().len(), 2, "some are loaded, some refused");
+}
+
+#[test]
+fn control_slot_freed_before_the_records_end_is_caught() {
+    fails("chunk record, slot freed first", "wrong bytes served", Some(3), || {
+        loads_what_was_shown(Way { ends_last: true, looks_once: false });
+    });
+}
+
+#[test]
+fn control_record_not_read_again_is_caught() {
+    fails("chunk record, not read again", "wrong bytes served", Some(3), || {
+        loads_what_was_shown(Way { ends_last: false, looks_once: true });
+    });
 }

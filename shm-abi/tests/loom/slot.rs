@@ -55,14 +55,13 @@ fn writer(arena: &Payload, writer_fence: bool, mut reservation: Consumer, mut co
     commit.push(&Body::default());
 }
 
-/// A worker that holds a handle of the old generation. Returns the checksum and the bytes that it may serve; `None` if it must
-/// refuse.
+/// A worker that looks for the old shard. Returns the checksum and the bytes that it may serve; `None` if it must refuse.
 fn load(header: &SlotHeader, arena: &Payload, habits: Habits) -> Option<(u64, [u64; 2])> {
-    let checksum = header.validate(&OLD, GENERATION).ok()?;
+    let found = header.validate(&OLD).ok()?;
     let mut copy = [0; 2];
     arena.read(0, &mut copy).unwrap();
-    (habits.still_valid)(header, GENERATION).ok()?;
-    Some((checksum, copy))
+    (habits.still_valid)(header, found.generation).ok()?;
+    Some((found.checksum, copy))
 }
 
 fn load_against_reuse(habits: Habits) -> Option<(u64, [u64; 2])> {

@@ -1,6 +1,6 @@
 //! What an adapter answers, in a form that can be sent to another process.
 
-use kvring_adapter::{Key, LookupStats, ShardHandle};
+use kvring_adapter::LookupStats;
 use serde::{Deserialize, Serialize};
 
 /// [`LookupStats`] that can be sent.
@@ -42,31 +42,5 @@ impl Lookups {
         self.degraded += degraded;
         self.timed_out += timed_out;
         self.refused += refused;
-    }
-}
-
-/// A [`ShardHandle`] without its arena, which is the same for all shards of a lookup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Shard {
-    slot: u32,
-    generation: u64,
-    offset: u64,
-    /// The chunk's key.
-    pub key: Key,
-}
-
-impl From<ShardHandle> for Shard {
-    fn from(handle: ShardHandle) -> Shard {
-        let ShardHandle { slot, generation, offset, key, .. } = handle;
-        Shard { slot, generation, offset, key }
-    }
-}
-
-impl Shard {
-    /// The handle, as a worker's adapter takes it.
-    #[must_use]
-    pub fn handle(self, arena_id: [u64; 2]) -> ShardHandle {
-        let Shard { slot, generation, offset, key } = self;
-        ShardHandle { arena_id, slot, generation, offset, key }
     }
 }

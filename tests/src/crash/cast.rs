@@ -79,8 +79,8 @@ impl Cast {
             solo: [solo.expect("a worker")],
             other: [start(SOLO, 1, 0)],
             late: Vec::new(),
-            scheduler: SchedulerSide::start(&scheduler_spec(engine, PAIR, 2)),
-            planner: SchedulerSide::start(&scheduler_spec(engine, SOLO, 1)),
+            scheduler: SchedulerSide::start(&scheduler_spec(engine, PAIR)),
+            planner: SchedulerSide::start(&scheduler_spec(engine, SOLO)),
             late_planner: None,
             backend,
             groups: Vec::new(),
@@ -254,7 +254,7 @@ impl Cast {
             let worker = WorkerSide::copying_with(&spec, Arc::new(CpuBackend::new(1)));
             self.late.push(worker.expect("a registration that is not refused"));
         }
-        self.late_planner = Some(SchedulerSide::start(&scheduler_spec(&self.engine, LATE, 2)));
+        self.late_planner = Some(SchedulerSide::start(&scheduler_spec(&self.engine, LATE)));
     }
 
     /// Clears the cache: chunks that are not leased may be gone, whatever was acknowledged before.
@@ -284,7 +284,7 @@ impl Cast {
                 let expected = all_loaded(found.chunks as usize);
                 for (rank, worker) in self.workers(whose).iter_mut().enumerate() {
                     let loaded = checks.within(Duration::ZERO, format_args!("a load {when}"), || {
-                        worker.load(&found.ranks[rank], version)
+                        worker.load(&found.handles, version)
                     });
                     checks.same(format_args!("a leased group, {when}, rank {rank}"), expected, loaded);
                 }
@@ -306,7 +306,7 @@ impl Cast {
         // The backend of the worker with the running copy would hold its loads, too.
         let readers = if whose == Whose::Solo { Whose::Other } else { whose };
         for (rank, worker) in self.workers(readers).iter_mut().enumerate() {
-            let loaded = worker.load(&found.ranks[rank], version);
+            let loaded = worker.load(&found.handles, version);
             let expected = all_loaded(found.chunks as usize);
             checks.same(
                 format_args!("loads of group {number} ({whose:?}) rank {rank}, {when}"),

@@ -24,7 +24,7 @@ fn store(cast: &Cast, group: usize) -> Ask {
 /// What brings a worker (rank 1 of the pair) and a scheduler up.
 fn comes(engine: &EngineProcess) -> [Ask; 3] {
     let worker = worker_spec(&engine.name, PAIR, 2, 1, SHARD);
-    let scheduler = scheduler_spec(&engine.name, PAIR, 2);
+    let scheduler = scheduler_spec(&engine.name, PAIR);
     [Ask::Worker(Box::new(worker)), Ask::Scheduler(Box::new(scheduler)), Ask::WaitReady]
 }
 

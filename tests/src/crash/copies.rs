@@ -25,7 +25,7 @@ impl Filler {
     fn start(scene: &mut Scene) -> Filler {
         let engine = &scene.engine.name;
         let worker = WorkerSide::start(&worker_spec(engine, FILLER, 1, 0, SHARD)).expect("a worker");
-        let scheduler = SchedulerSide::start(&scheduler_spec(engine, FILLER, 1));
+        let scheduler = SchedulerSide::start(&scheduler_spec(engine, FILLER));
         let filler = Filler { worker, scheduler, stored: 0 };
         filler.is_ready(&mut scene.checks);
         filler
@@ -51,7 +51,7 @@ impl Filler {
         let mut found_at_all = 0;
         for number in 0..(slots / AT_ONCE) as u32 {
             let found = self.scheduler.lookup("fill", number, &chain(300 + u64::from(number), AT_ONCE));
-            let loaded = self.worker.load(&found.ranks[0], 3);
+            let loaded = self.worker.load(&found.handles, 3);
             checks.same("wrong bytes of somebody else's", 0, loaded.wrong);
             checks.same("somebody else's loads", all_loaded(found.chunks as usize), loaded);
             found_at_all += found.chunks;
@@ -119,13 +119,13 @@ pub fn a_grant_that_comes_too_late() -> Vec<String> {
 pub fn a_copy_out_of_the_arena() -> Vec<String> {
     let mut scene = Scene::new("read", 2);
     let (mut worker, backend) = scene.held_worker(&solo_spec(&scene.engine.name));
-    let mut scheduler = scene.scheduler(SOLO, 1);
+    let mut scheduler = scene.scheduler(SOLO);
     let mut filler = Filler::start(&mut scene);
     scene.checks.same("a store", all_stored(8), worker.store(round(1), &chain(1, 8), 1));
     let found = scheduler.lookup("r", 0, &chain(1, 8));
     backend.hold();
     let loaded = std::thread::scope(|scope| {
-        let loader = scope.spawn(|| worker.load(&found.ranks[0], 1));
+        let loader = scope.spawn(|| worker.load(&found.handles, 1));
         backend.holds(1);
         scheduler.api().end_session("r");
         scene.engine.stat_becomes("leases", 0);

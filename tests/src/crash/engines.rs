@@ -75,7 +75,7 @@ pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
 pub fn stops_at(place: Place, way: Way, time: u32) -> Vec<String> {
     let Scene { mut checks, mut engine } = Scene::new("stop", 8);
     let mut cast = Cast::new(&engine.name);
-    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO, 1));
+    let specs = (solo_spec(&engine.name), scheduler_spec(&engine.name, SOLO));
     let mut victim = Peer::holding(&specs.0, &specs.1, false, Round { source: 2, number: 1 }, &chain(66, 4));
     victim.lookup("theirs", 0, &cast.content(1).0);
     engine.kill();
@@ -201,7 +201,7 @@ fn run_until_dead(
 fn somebody_dies(checks: &mut Checks, engine: &mut EngineProcess, cast: &mut Cast) {
     let mut victim = Peer::spawn_with(&[(FAIL_POINT, Place::ClientGranted.name())]);
     let worker = Ask::Worker(Box::new(solo_spec(&engine.name)));
-    let scheduler = Ask::Scheduler(Box::new(scheduler_spec(&engine.name, SOLO, 1)));
+    let scheduler = Ask::Scheduler(Box::new(scheduler_spec(&engine.name, SOLO)));
     let store = Ask::store(cast.next_round(), &chain(77, 3), 1);
     for ask in [scheduler, worker, Ask::WaitReady, store] {
         if victim.try_ask(&ask).is_none() || engine.ended().is_some() {

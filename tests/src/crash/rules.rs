@@ -26,7 +26,7 @@ pub fn a_header_half_written() -> Vec<String> {
 /// Handles of an arena that is gone, where its successor has the same keys in the same slots, with other content.
 pub fn handles_of_another_arena() -> Vec<String> {
     let mut scene = Scene::new("arena", 2);
-    let (mut worker, mut scheduler) = (scene.worker(SOLO, 1, 0), scene.scheduler(SOLO, 1));
+    let (mut worker, mut scheduler) = (scene.worker(SOLO, 1, 0), scene.scheduler(SOLO));
     let keys = chain(1, 8);
     scene.checks.same("a store", all_stored(8), worker.store(round(1), &keys, 1));
     let old = scheduler.lookup("r", 0, &keys);
@@ -37,14 +37,12 @@ pub fn handles_of_another_arena() -> Vec<String> {
     scene.checks.is_attached(&scheduler);
     scene.checks.same("a store", all_stored(8), worker.store(round(2), &keys, 2));
     let new = scheduler.lookup("r", 1, &keys);
-    let slots = |found: &Found| -> Vec<(u32, u64)> {
-        found.ranks[0].iter().map(|handle| (handle.slot, handle.generation)).collect()
-    };
-    assert_eq!(slots(&old), slots(&new), "this scenario is about equal slots");
-    let loaded = worker.load(&old.ranks[0], 1);
+    let words = |found: &Found| found.handles.iter().map(|handle| handle.word).collect::<Vec<_>>();
+    assert_eq!(words(&old), words(&new), "this scenario is about equal chunks");
+    let loaded = worker.load(&old.handles, 1);
     scene.checks.same("wrong bytes that were called right", 0, loaded.wrong);
     scene.checks.same("loads of another arena", all_failed(8), loaded);
-    scene.checks.same("loads of this arena", all_loaded(8), worker.load(&new.ranks[0], 2));
+    scene.checks.same("loads of this arena", all_loaded(8), worker.load(&new.handles, 2));
     scene.ends_without((worker, scheduler))
 }
 
@@ -52,7 +50,7 @@ pub fn handles_of_another_arena() -> Vec<String> {
 pub fn shards_of_two_rounds_at_a_restart() -> Vec<String> {
     let mut scene = Scene::new("rounds", 2);
     let mut pair = [0, 1].map(|rank| scene.worker(PAIR, 2, rank));
-    let mut scheduler = scene.scheduler(PAIR, 2);
+    let mut scheduler = scene.scheduler(PAIR);
     let keys = chain(1, 4);
     for (rank, worker) in (0..).zip(&mut pair) {
         let stored = worker.store(Round { source: rank, number: 1 }, &keys, u64::from(rank));
@@ -63,8 +61,8 @@ pub fn shards_of_two_rounds_at_a_restart() -> Vec<String> {
     scene.checks.is_attached(&scheduler);
     let found = scheduler.lookup("r", 0, &keys);
     scene.checks.same("chunks that nobody has stored", 0, found.chunks);
-    for (rank, worker) in pair.iter_mut().enumerate() {
-        let loaded = worker.load(&found.ranks[rank], 1);
+    for worker in &mut pair {
+        let loaded = worker.load(&found.handles, 1);
         scene.checks.same("wrong bytes that were called right", 0, loaded.wrong);
     }
     // In one round they are one.
@@ -74,8 +72,8 @@ pub fn shards_of_two_rounds_at_a_restart() -> Vec<String> {
     }
     let found = scheduler.lookup("r", 1, &keys);
     scene.checks.same("chunks that both have stored", 4, found.chunks);
-    for (rank, worker) in pair.iter_mut().enumerate() {
-        let loaded = worker.load(&found.ranks[rank], 7);
+    for worker in &mut pair {
+        let loaded = worker.load(&found.handles, 7);
         scene.checks.same("loads", all_loaded(found.chunks as usize), loaded);
     }
     scheduler.api().end_session("r");
@@ -86,7 +84,7 @@ pub fn shards_of_two_rounds_at_a_restart() -> Vec<String> {
 pub fn a_round_that_failed() -> Vec<String> {
     let mut scene = Scene::new("failed", 2);
     let mut pair = [0, 1].map(|rank| scene.worker(PAIR, 2, rank));
-    let mut scheduler = scene.scheduler(PAIR, 2);
+    let mut scheduler = scene.scheduler(PAIR);
     let keys = chain(1, 4);
     scene.checks.same("garbage", all_stored(4), pair[0].store(round(1), &keys, 66));
     for worker in &mut pair {
@@ -94,8 +92,8 @@ pub fn a_round_that_failed() -> Vec<String> {
     }
     let found = scheduler.lookup("r", 0, &keys);
     scene.checks.same("chunks that were stored", 4, found.chunks);
-    for (rank, worker) in pair.iter_mut().enumerate() {
-        let loaded = worker.load(&found.ranks[rank], 1);
+    for worker in &mut pair {
+        let loaded = worker.load(&found.handles, 1);
         scene.checks.same("wrong bytes that were called right", 0, loaded.wrong);
     }
     scheduler.api().end_session("r");
@@ -106,7 +104,7 @@ pub fn a_round_that_failed() -> Vec<String> {
 pub fn a_lookup_after_one_that_was_given_up() -> Vec<String> {
     let mut scene = Scene::new("region", 2);
     let mut worker = scene.worker(SOLO, 1, 0);
-    let mut spec = scheduler_spec(&scene.engine.name, SOLO, 1);
+    let mut spec = scheduler_spec(&scene.engine.name, SOLO);
     spec.polling = false;
     let mut scheduler = SchedulerSide::start(&spec);
     scene.checks.is_attached(&scheduler);
@@ -115,7 +113,7 @@ pub fn a_lookup_after_one_that_was_given_up() -> Vec<String> {
     scene.engine.stop();
     scheduler.api().submit_lookup("given up", 0, &chain(2, 1)).expect("a lookup within the limits");
     scheduler.api().end_session("given up");
-    scheduler.api().submit_lookup("r", 0, &keys).expect("a lookup within the limits");
+    scheduler.submit("r", 0, &keys).expect("a lookup within the limits");
     scene.engine.resume();
     let mut found = None;
     scene.checks.becomes("a lookup that is answered", true, || {
@@ -124,7 +122,7 @@ pub fn a_lookup_after_one_that_was_given_up() -> Vec<String> {
     });
     let found = found.unwrap_or_default();
     scene.checks.same("chunks found that were acknowledged", 8, found.chunks);
-    let handles = found.ranks.first().cloned().unwrap_or_default();
+    let handles = found.handles.clone();
     scene.checks.same("loads", all_loaded(handles.len()), worker.load(&handles, 1));
     scheduler.api().end_session("r");
     scene.ends_without((worker, scheduler))
@@ -139,7 +137,7 @@ pub fn a_newcomer_during_a_reclaim() -> Vec<String> {
     scene.engine.is_allocated();
     Peer::worker(&solo_spec(&scene.engine.name)).kill();
     scene.engine.has_stopped();
-    let newcomer = SchedulerSide::start(&scheduler_spec(&scene.engine.name, SOLO, 1));
+    let newcomer = SchedulerSide::start(&scheduler_spec(&scene.engine.name, SOLO));
     let lobby = scene.engine.lobby();
     scene.checks.becomes("an entry that the newcomer has published", true, || {
         let mut entries = lobby.life_words.iter().zip(lobby.entries.iter());
@@ -197,13 +195,13 @@ pub fn an_entry_that_was_meant_for_an_earlier_engine() -> Vec<String> {
 /// copy goes on. Then, if `restarts`, the engine is restarted. Then the process ends.
 pub fn a_keeper_ends_before_its_process(restarts: bool) -> Vec<String> {
     let mut scene = Scene::new("device", 4);
-    let (mut worker, mut scheduler) = (scene.worker(SOLO, 1, 0), scene.scheduler(SOLO, 1));
+    let (mut worker, mut scheduler) = (scene.worker(SOLO, 1, 0), scene.scheduler(SOLO));
     let name = scene.engine.name.clone();
     let keys = chain(1, 4);
     scene.checks.same("a store", all_stored(4), worker.store(round(1), &keys, 1));
     // Leased, so that another client that takes all slots does not get these.
     scene.checks.same("chunks", 4, scheduler.lookup("r", 0, &keys).chunks);
-    let (spec, theirs) = (solo_spec(&name), scheduler_spec(&name, SOLO, 1));
+    let (spec, theirs) = (solo_spec(&name), scheduler_spec(&name, SOLO));
     let mut peer = Peer::holding(&spec, &theirs, true, Round { source: 77, number: 1 }, &chain(2, 8));
     scene.checks.same("chunks", 4, peer.lookup("theirs", 0, &keys).chunks);
     scene.checks.becomes("leases", 2, || scene.engine.stat("leases"));
@@ -239,7 +237,7 @@ pub fn a_keeper_ends_before_its_process(restarts: bool) -> Vec<String> {
     // Others go on.
     let found = scheduler.lookup("r", 1, &keys);
     scene.checks.same("chunks", 4, found.chunks);
-    scene.checks.same("loads", all_loaded(found.chunks as usize), worker.load(&found.ranks[0], 1));
+    scene.checks.same("loads", all_loaded(found.chunks as usize), worker.load(&found.handles, 1));
     scene.engine.beats(100);
     scene.checks.same(lingering, 1, scene.engine.stat("clients_lingering"));
 

@@ -39,8 +39,8 @@ pub fn solo_spec(engine: &str) -> WorkerSpec {
 }
 
 /// A scheduler of the crash suite.
-pub fn scheduler_spec(engine: &str, namespace: u64, world: u32) -> SchedulerSpec {
-    SchedulerSpec { client: client_spec(engine), namespace, world, ..SchedulerSpec::new(engine) }
+pub fn scheduler_spec(engine: &str, namespace: u64) -> SchedulerSpec {
+    SchedulerSpec { client: client_spec(engine), namespace, ..SchedulerSpec::new(engine) }
 }
 
 /// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with clients that come back.
@@ -77,8 +77,8 @@ impl Scene {
     }
 
     /// A scheduler that is attached.
-    pub fn scheduler(&mut self, namespace: u64, world: u32) -> SchedulerSide {
-        let scheduler = SchedulerSide::start(&scheduler_spec(&self.engine.name, namespace, world));
+    pub fn scheduler(&mut self, namespace: u64) -> SchedulerSide {
+        let scheduler = SchedulerSide::start(&scheduler_spec(&self.engine.name, namespace));
         self.checks.is_attached(&scheduler);
         scheduler
     }

@@ -104,7 +104,7 @@ class RecordingWorkerAdapter:
         self._submit(job, True, request, lambda: self._inner.submit_store(request, round, keys, blocks, parent, **stream))
         return job
 
-    def submit_load(self, request: str, shards: bytes, blocks: Sequence[int], **stream: int | None) -> int:
+    def submit_load(self, request: str, handles: bytes, blocks: Sequence[int], **stream: int | None) -> int:
         """See `WorkerAdapter.submit_load`."""
         blocks = list(blocks)
         job = self._number()
@@ -116,7 +116,7 @@ class RecordingWorkerAdapter:
             self._ended.append(Finished(job, request, False, failed=chunks, why={"injected": chunks}))
             self._bad_blocks += [block for block in blocks if block not in (0, self._ledger.skip)]
             return job
-        self._submit(job, False, request, lambda: self._inner.submit_load(request, shards, blocks, **stream))
+        self._submit(job, False, request, lambda: self._inner.submit_load(request, handles, blocks, **stream))
         return job
 
     def _submit(self, job: int, is_store: bool, request: str, submit: Callable[[], int]) -> None:

@@ -203,7 +203,7 @@ class ToyConnector(KVConnectorBase_V1, SupportsHMA):
             for index, block in self._blocks(table, chunk):
                 held = (index + 1) * self.block <= tracker.local and self.mistake != "load_into_local"
                 blocks.append(block if block and not held and index * self.block < end else SKIP)
-        load = Load(name, hit.shards(0, first, stop), blocks, self.is_sync)
+        load = Load(name, hit.handles(first, stop), blocks, self.is_sync)
         tracker.loading = load.written
         self.loads.append(load)
 

@@ -40,7 +40,7 @@ class ToyHit:
     def chunks(self) -> int:
         return len(self.keys)
 
-    def shards(self, rank: int, start: int, stop: int) -> bytes:
+    def handles(self, start: int, stop: int) -> bytes:
         """Opaque: the keys."""
         return b"".join(self.keys[start:stop])
 
@@ -92,18 +92,18 @@ class ToyWorkerAdapter:
         }
         return self._end(request, True, done=len(keys))
 
-    def submit_load(self, request: str, shards: bytes, blocks: list[int]) -> int:
+    def submit_load(self, request: str, handles: bytes, blocks: list[int]) -> int:
         """Copies back."""
         failed = 0
-        for index, at in enumerate(range(0, len(shards), 16)):
-            stored = self.engine.visible.get(shards[at : at + 16], {}).get(self.shard)
+        for index, at in enumerate(range(0, len(handles), 16)):
+            stored = self.engine.visible.get(handles[at : at + 16], {}).get(self.shard)
             failed += stored is None
             for number, (block, layer) in enumerate(self._pages(blocks, index)):
                 if block != SKIP and stored is None:
                     self._bad.append(block)
                 elif block != SKIP and stored is not None:
                     layer[block].copy_(stored[number])
-        return self._end(request, False, done=len(shards) // 16 - failed, failed=failed)
+        return self._end(request, False, done=len(handles) // 16 - failed, failed=failed)
 
     def _pages(self, blocks: list[int], chunk: int) -> list[tuple[int, Any]]:
         """The pages of a chunk: the block, and the layer's tensor."""

@@ -19,8 +19,8 @@ class Load:
     """How many tokens vLLM counts as computed once this load has ended."""
     wait: bool
     """Does this step's forward pass wait for it (synchronous)? Else it runs between steps."""
-    shards: tuple[bytes, ...]
-    """By shard (`Geometry.shard_of`): where that part of the chunks is. Empty where the load has failed already."""
+    handles: bytes
+    """The chunks, the same for all ranks. Empty where the load has failed already."""
     blocks: list[int]
     """The block ids of one chunk after the other, all groups; `SKIP` where nothing is to be written."""
 

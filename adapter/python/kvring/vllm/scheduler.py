@@ -267,7 +267,7 @@ class SchedulerSide:
             request=tracker.request,
             tokens=num_external_tokens,
             wait=self.load_waits,
-            shards=tuple(hit.shards(rank, first, last) for rank in range(self.geometry.world)),
+            handles=hit.handles(first, last),
             blocks=self.geometry.to_load(table, first, last, start, end),
         )
         key = self._key(tracker, first)
@@ -293,7 +293,7 @@ class SchedulerSide:
         # Without the blocks before `start`: vLLM had those itself, they are good, and other requests may use them.
         table = zip(self.geometry.groups, blocks.get_block_ids(), strict=True)
         ids = [block for group, ids in table for block in ids[start // group.tokens :] if block != NULL_BLOCK]
-        self._loads.append(Load(job, request_id, 0, self.load_waits, (), ids))
+        self._loads.append(Load(job, request_id, 0, self.load_waits, b"", ids))
 
     # Stores.
 

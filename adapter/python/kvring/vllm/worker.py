@@ -201,11 +201,10 @@ class WorkerSide:
                 self._load_failed(load)
 
     def _start_load(self, load: Load) -> None:
-        if not load.shards:
+        if not load.handles:
             self._load_failed(load)
             return
-        shards = load.shards[self.geometry.shard_of(self.rank)]
-        job = self.adapter.submit_load(load.request, shards, load.blocks, stream=self._stream())
+        job = self.adapter.submit_load(load.request, load.handles, load.blocks, stream=self._stream())
         self._loads[job] = load
         if load.wait or self._writes_at_once:
             # The report comes for certain, and until then the load may write: so this never gives up.

@@ -6,7 +6,6 @@ use crate::instances::message::{FromScheduler, Job, Outcome, ToWorker};
 use crate::instances::requests::{Request, State};
 use anyhow::bail;
 use kvring_adapter::{Hit, Key, Lookup};
-use kvring_rig::wire::Shard;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::time::{Duration, Instant};
 
@@ -95,17 +94,14 @@ impl Scheduler {
         let (deadline, pending) =
             if self.asynchronous { (Duration::ZERO, PENDING) } else { (LOOKUP, Duration::ZERO) };
         self.watch.call("submit_lookup", deadline, || adapter.submit_lookup(&name, admission, keys))?;
-        let (found, world) = self.watch.call("check_lookup", pending, || {
+        let found = self.watch.call("check_lookup", pending, || {
             loop {
                 match adapter.check_lookup(&name) {
-                    Lookup::Hit(hit) => return (hit.chunks, hit.world),
+                    Lookup::Hit(hit) => return hit.chunks,
                     Lookup::Pending => std::thread::sleep(ASK_AGAIN),
                 }
             }
         });
-        if found > 0 && world != self.start.ranks {
-            bail!("expected a hit of {} ranks, got {world}", self.start.ranks);
-        }
         let answered = adapter.lookup_stats().answered > answered;
         if let Some(turn) = turn.filter(|_| answered) {
             self.say(FromScheduler::Looked { turn, began_ns, found })?;
@@ -133,7 +129,7 @@ impl Scheduler {
         match self.random.of(0..100) {
             // Aborted with its load under way: the chunks may be evicted while they are loaded.
             0..10 if !good => {
-                self.send_load(job, &hit)?;
+                self.send_load(job, &hit, &request.keys)?;
                 self.end_session(job);
                 return Ok(());
             }
@@ -141,22 +137,25 @@ impl Scheduler {
             10..18 if !good => {
                 self.end_session(job);
                 request.state = State::Stale(Instant::now() + self.random.ms(0..1500));
-                self.stale.insert(job, hit);
+                self.stale.insert(job, (hit, request.keys.clone()));
                 self.requests.push(request);
                 return Ok(());
             }
-            _ => self.send_load(job, &hit)?,
+            _ => self.send_load(job, &hit, &request.keys)?,
         }
         request.begin(State::Loading, self.start.ranks);
         self.requests.push(request);
         Ok(())
     }
 
-    pub(super) fn send_load(&mut self, job: Job, hit: &Hit) -> anyhow::Result<()> {
-        self.tell_all(|rank| ToWorker::Load {
+    pub(super) fn send_load(&mut self, job: Job, hit: &Hit, keys: &[Key]) -> anyhow::Result<()> {
+        let words: Vec<u64> = hit.handles().map(|chunk| chunk.word.bits()).collect();
+        let keys = &keys[..words.len()];
+        self.tell_all(|_| ToWorker::Load {
             job,
             arena_id: hit.arena_id,
-            shards: hit.shards_of(rank).map(Shard::from).collect(),
+            keys: keys.to_vec(),
+            words: words.clone(),
         })
     }
 
