@@ -21,5 +21,5 @@ def test_it_is_right_with_vllms_own_prefix_cache_and_with_two_ranks(scene, load,
 @LOADS
 def test_random_cases_are_right(scene, load):
     vllm = scene.vllm(kvring={"load": load}, num_gpu_blocks_override=17, max_model_len=512)
-    for seed in range(4):
-        random_preemption(scene, vllm, seed, blocks=17, at_once=load == "async")
+    have_loaded = [random_preemption(scene, vllm, seed, blocks=17, at_once=load == "async") for seed in range(4)]
+    assert any(have_loaded), "no resumed request loaded anything: this test tests nothing"
