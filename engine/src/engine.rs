@@ -7,7 +7,7 @@ use crate::preflight::Room;
 use crate::process;
 use crate::recovery::{self, Inherited, NotRecoverable};
 use crate::segments::{self, ColdStart, Segments, Setup, SetupError, Start};
-use crate::service::{Pace, Parts, Registry, Service, SharedSlots};
+use crate::service::{Pace, Parts, Placing, Registry, Service, SharedSlots};
 use crate::stop::StopHandle;
 use crate::tier::{LowerTier, NoLowerTier};
 use kvring_shm_abi::failpoint::{self, Place};
@@ -146,7 +146,7 @@ impl Engine {
             }
         };
         let mut registry = Registry::new(segments.geometry());
-        let mut inherited = Inherited::nobody();
+        let (mut inherited, mut placing) = (Inherited::nobody(), Placing::Over);
         if *segments.start() == Start::Warm {
             // Not one slab more: slabs that the allocator has finished since then are left to the service, which
             // publishes them when it takes them.
@@ -155,7 +155,7 @@ impl Engine {
                 cache.add_slab(slab)?;
             }
             match recovery::recover(&segments, &mut cache, &mut registry) {
-                Ok(recovered) => inherited = recovered,
+                Ok(recovered) => (inherited, placing) = recovered,
                 Err(NotRecoverable::Tables(why @ NotRestorable::Memory { .. })) => {
                     give_up(segments);
                     return Err(StartError::Recovery(why.to_string()));
@@ -170,7 +170,7 @@ impl Engine {
         let progress = allocator.progress();
         let keep = config.keep;
         let stop = setup.stop.clone();
-        let parts = Parts { segments, cache, registry, allocator, tier, inherited, pace, stop };
+        let parts = Parts { segments, cache, registry, allocator, tier, inherited, placing, pace, stop };
         Ok(Opened::Engine(Box::new(Engine { service: Service::new(parts), progress, keep })))
     }
 

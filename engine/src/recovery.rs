@@ -13,7 +13,7 @@
 
 use crate::cache::{Cache, Found, NotRestorable, RegisterError, Round, Shard, ShardHeader};
 use crate::segments::Segments;
-use crate::service::{Registry, SharedSlots};
+use crate::service::{Placing, Registry, SharedSlots};
 use crate::stats::Stat;
 use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::life::Life;
@@ -63,7 +63,7 @@ pub(crate) fn recover(
     segments: &Segments,
     cache: &mut Cache<SharedSlots>,
     registry: &mut Registry,
-) -> Result<Inherited, NotRecoverable> {
+) -> Result<(Inherited, Placing), NotRecoverable> {
     let began = Instant::now();
     namespaces(segments, cache, registry)?;
     cache.restore_chunks()?;
@@ -84,7 +84,8 @@ pub(crate) fn recover(
         }
         failpoint::here(Place::RecoverySpan);
     }
-    let restored = cache.restore_end();
+    let (restored, unplaced) = cache.restore_end();
+    let placing = Placing::begin(unplaced, cache);
     failpoint::here(Place::RecoveryChunks);
     let inherited = owners(segments, cache);
     failpoint::here(Place::RecoveryOwners);
@@ -107,7 +108,7 @@ pub(crate) fn recover(
         clients = inherited.living.count_ones(), shards, ms = began.elapsed().as_millis() as u64,
         "recovered what the earlier engine held"
     );
-    Ok(inherited)
+    Ok((inherited, placing))
 }
 
 fn namespaces(

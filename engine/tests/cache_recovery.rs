@@ -5,12 +5,12 @@
 mod cache_support;
 
 use cache_support::small::{
-    SLAB_BYTES, cache, commit, config, declare_end, find, hits, register, reserve, reserve_one, round, store,
-    store_ranks,
+    SLAB_BYTES, cache, commit, config, declare_end, find, hits, message, register, reserve, reserve_one,
+    round, slot_of, store, store_ranks,
 };
-use cache_support::{State, VecTable, chain, key, restore};
+use cache_support::{State, VecTable, chain, key, restore, restore_end};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Committed, Invalidated, Key, NotRestorable, Reservation, Shard, ShardHeader,
+    Cache, CacheConfig, Committed, Invalidated, Key, NotRestorable, Reservation, Reserve, Shard, ShardHeader,
     SlotTable,
 };
 use kvring_shm_abi::chunk::ChunkWord;
@@ -65,7 +65,7 @@ fn recovery_keeps_what_a_living_sibling_completes() {
     commit(&mut old, 0, alone, late);
 
     let mut new = restored(old.table(), 8, worlds);
-    let restored = new.restore_end();
+    let restored = restore_end(&mut new);
     assert_eq!((restored.visible, restored.kept, restored.dropped), (4, 2, 0));
     new.check_all().unwrap();
     assert_eq!(hits(&mut new, &whole), 3);
@@ -103,9 +103,9 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
 
     // The engine is restarted twice, and no client comes back in between.
     let mut new = restored(old.table(), 2, &[world]);
-    new.restore_end();
+    restore_end(&mut new);
     let mut new = restored(new.table(), 2, &[world]);
-    new.restore_end();
+    restore_end(&mut new);
     new.check_all().unwrap();
     assert_eq!((new.stats().slots_writing, new.stats().orphans), (3, 1));
     for (slot, name) in [(mine, named), (orphan, failed)] {
@@ -118,7 +118,7 @@ fn what_is_not_declared_is_freed_and_what_was_orphaned_stays_of_no_use() {
     new.check_all().unwrap();
     // Now no client comes back at all.
     let mut new = restored(new.table(), 2, &[world]);
-    new.restore_end();
+    restore_end(&mut new);
     (0..2).for_each(|owner| new.owner_gone(owner));
     new.check_all().unwrap();
     assert_eq!(new.stats().slots_writing, 0);
@@ -133,7 +133,7 @@ fn spans_in_which_nothing_is_in_use_go_back() {
     let mut new = empty(old.table(), config(2));
     register(&mut new, 0, &[70_000]);
     new.restore_span(0, 1, 73_728).unwrap();
-    assert_eq!(new.restore_end().visible, 0);
+    assert_eq!(restore_end(&mut new).visible, 0);
     assert_eq!(new.stats().slabs_free, 2);
     new.check_all().unwrap();
 }
@@ -151,6 +151,91 @@ fn nothing_is_evicted_while_evictions_are_held() {
     cache.hold_evictions(false);
     reserve_one(&mut cache, 0, round(4), key(2, 0));
     cache.check_all().unwrap();
+}
+
+/// Chunks of which the first was used last before the engine died, and the arena has no room for another one.
+fn full() -> Cache<VecTable> {
+    let mut old = cache(1, &[SLAB_BYTES / 4]);
+    for number in [3, 2, 1, 0] {
+        store(&mut old, 1, &[key(number, 0)]);
+    }
+    let mut new = empty(old.table(), config(1));
+    register(&mut new, 0, &[SLAB_BYTES / 4]);
+    restore(&mut new);
+    new
+}
+
+#[test]
+fn nothing_is_evicted_before_each_restored_chunk_has_its_place() {
+    let mut new = full();
+    let (restored, unplaced) = new.restore_end();
+    assert_eq!((restored.visible, unplaced.len()), (4, 4));
+    let mut sorted = unplaced.sort();
+    for left in (0..4).rev() {
+        assert_eq!(reserve(&mut new, 0, round(2), &[key(9, 0)]), [Reservation::NoSpace], "{left} are left");
+        new.allow(1);
+        assert_eq!(new.go_on_placing(&mut sorted), left == 0);
+        new.allow(u64::MAX);
+    }
+    // The end of the grace may come before or after that.
+    new.hold_evictions(true);
+    assert_eq!(reserve(&mut new, 0, round(2), &[key(9, 0)]), [Reservation::NoSpace]);
+    new.hold_evictions(false);
+    store(&mut new, 2, &[key(9, 0)]);
+    assert_eq!(new.stats().evicted, 1);
+    assert_eq!(hits(&mut new, &[key(3, 0)]), 0, "the one that was used first");
+}
+
+#[test]
+fn what_is_used_before_it_has_its_place_is_evicted_last() {
+    let mut new = full();
+    let (_, unplaced) = new.restore_end();
+    assert_eq!(hits(&mut new, &[key(3, 0)]), 1);
+    assert!(new.go_on_placing(&mut unplaced.sort()));
+    new.check_all().unwrap();
+    for (number, evicted) in [(9, 2), (10, 1), (11, 0), (12, 3)] {
+        store(&mut new, 2, &[key(number, 0)]);
+        let is_left = |number: &u64| hits_quietly(&new, key(*number, 0));
+        assert_eq!((0..4).filter(is_left).count() as u64, 12 - number, "stored {number}");
+        assert!(!is_left(&evicted), "{evicted}");
+    }
+}
+
+/// A chain goes leaf first, however soon after a restart the leaf is stored.
+#[test]
+fn a_leaf_that_is_stored_before_its_parent_has_its_place_is_evicted_before_it() {
+    for allowed in [0, 1, u64::MAX] {
+        let mut old = cache(1, &[SLAB_BYTES / 4]);
+        (0..3).for_each(|number| store(&mut old, 1, &[key(number, 0)]));
+        let mut new = empty(old.table(), config(1));
+        register(&mut new, 0, &[SLAB_BYTES / 4]);
+        restore(&mut new);
+        let (_, unplaced) = new.restore_end();
+        let mut sorted = unplaced.sort();
+        new.allow(allowed);
+        let is_placed = allowed > 0 && new.go_on_placing(&mut sorted);
+        new.allow(u64::MAX);
+        let (parent, leaf) = (key(0, 0), key(0, 1));
+        let mut slots = Vec::new();
+        let keys = [leaf];
+        let message = Reserve { parent: Some(parent), ..message(0, round(2), &keys) };
+        new.reserve(message, &mut |_, answer| slots.push(slot_of(answer))).unwrap();
+        commit(&mut new, 0, slots[0], leaf);
+        assert!(is_placed || new.go_on_placing(&mut sorted));
+        let mut left = vec![(true, true)];
+        for number in 9..13 {
+            store(&mut new, 3, &[key(number, 0)]);
+            left.push((hits_quietly(&new, parent), hits_quietly(&new, leaf)));
+        }
+        left.dedup();
+        assert_eq!(left, [(true, true), (true, false), (false, false)], "{allowed} records before the store");
+    }
+}
+
+/// Whether there is such a chunk, without an access to it.
+fn hits_quietly(cache: &Cache<VecTable>, key: Key) -> bool {
+    let is_it = |state| matches!(state, State::Committed(header) if header.key == key);
+    cache.table().entries.iter().any(|entry| is_it(entry.state))
 }
 
 #[test]
@@ -196,7 +281,7 @@ fn recovery_refuses_what_makes_no_sense() {
         register(&mut new, 0, &[70_000]);
         new.restore_span(0, 1, 73_728).unwrap();
         new.restore(0, &Shard { header, ..good }).unwrap();
-        assert_eq!(new.restore_end().visible, 0);
+        assert_eq!(restore_end(&mut new).visible, 0);
         new.check_all().unwrap();
     }
 }
@@ -212,7 +297,7 @@ fn the_age_of_a_namespace_survives_a_restart() {
         store_ranks(&mut old, namespace, 0..1, 1, &[key(1, 0)]);
     }
     let mut new = restored(old.table(), 8, worlds);
-    new.restore_end();
+    restore_end(&mut new);
     for cache in [&old, &new] {
         let mut sorted = [0, 1, 2, 3, 4, 5, 6, 7];
         sorted.sort_by_key(|namespace| cache.used(*namespace));
@@ -226,7 +311,7 @@ fn ten_rounds_of_recovery_never_reuse_a_generation() {
     let mut seen = std::collections::BTreeSet::new();
     for life in 0..10 {
         let mut cache = restored(&table, 1, &[&[SLAB_BYTES / 2]]);
-        cache.restore_end();
+        restore_end(&mut cache);
         for number in 0..3 {
             let name = key(life, number);
             let (slot, generation) = reserve_one(&mut cache, 0, round(number as u32), name);
@@ -252,7 +337,7 @@ fn a_useless_shard_at_the_head_of_a_span_does_not_end_the_recovery() {
     let State::Committed(header) = table.entries[0].state else { panic!("the first slot") };
     table.entries[0].state = State::Committed(ShardHeader { namespace: 9, ..header });
     let mut new = restored(&table, 2, &[&[70_000]]);
-    assert_eq!(new.restore_end().visible, 1);
+    assert_eq!(restore_end(&mut new).visible, 1);
     new.check_all().unwrap();
 }
 
@@ -264,7 +349,7 @@ fn fewer_chunks_than_before_do_not_end_the_recovery() {
     let mut new = empty(old.table(), CacheConfig { chunks_max: 10, ..config(4) });
     register(&mut new, 0, &[70_000]);
     restore(&mut new);
-    assert_eq!(new.restore_end().visible, 10);
+    assert_eq!(restore_end(&mut new).visible, 10);
     new.check_all().unwrap();
 }
 
@@ -280,7 +365,7 @@ fn two_complete_rounds_of_one_key() {
         table.entries[slot as usize].state = State::Committed(header);
     }
     let mut new = restored(&table, 2, &[&[70_000]]);
-    assert_eq!(new.restore_end().visible, 1);
+    assert_eq!(restore_end(&mut new).visible, 1);
     new.check_all().unwrap();
 }
 
@@ -299,7 +384,7 @@ fn what_was_hidden_is_not_shown_by_the_next_engine() {
     half.entries[damaged.slot as usize] = old.table().entries[damaged.slot as usize];
     for (table, dropped) in [(old.table(), 0), (&half, 1)] {
         let mut new = restored(table, 8, &[world]);
-        let restored = new.restore_end();
+        let restored = restore_end(&mut new);
         assert_eq!((restored.visible, restored.kept, restored.dropped), (0, 0, dropped));
         new.check_all().unwrap();
         assert_eq!((hits(&mut new, &[name]), new.stats().slots_committed), (0, 0));
@@ -327,7 +412,7 @@ fn what_was_leased_is_held_again_by_its_words() {
     let words = found(&mut old, &chain(1, 4));
     let others = ChunkWord::new(4, words[0].generation());
     let mut new = restored(old.table(), 8, worlds);
-    new.restore_end();
+    restore_end(&mut new);
     let [first, second, ..] = words[..] else { panic!("{words:?}") };
     let stale = ChunkWord::new(second.chunk(), second.generation() + 1);
     let beyond = ChunkWord::new(CHUNK_IDS - 1, second.generation());
@@ -375,7 +460,7 @@ fn what_was_visible_keeps_its_record() {
 
     let mut new = restored(old.table(), 8, worlds);
     assert_eq!(records(&new), before);
-    let restored = new.restore_end();
+    let restored = restore_end(&mut new);
     assert_eq!((restored.visible, restored.kept, restored.dropped), (5, 1, 0));
     assert_eq!(records(&new), before);
     new.check_all().unwrap();
@@ -396,7 +481,7 @@ fn a_chunk_without_a_record_gets_one() {
     let identity = table.chunks().read(1).unwrap().identity;
     table.chunks().end(1, identity);
     let mut new = restored(&table, 8, &[world]);
-    assert_eq!(new.restore_end().visible, 3);
+    assert_eq!(restore_end(&mut new).visible, 3);
     new.check_all().unwrap();
     assert_eq!(hits(&mut new, &chain(1, 3)), 3);
 }
@@ -421,7 +506,7 @@ fn a_record_that_names_a_slot_for_another_rank_is_not_believed() {
         let after = slots(&table);
         assert_eq!((after[0], after[1]), (before[1], before[0]));
         let mut new = restored(&table, 8, &[world]);
-        let restored = new.restore_end();
+        let restored = restore_end(&mut new);
         // With two ranks both shards are elsewhere, and make a chunk of their own. With six, four are where the record says:
         // they go with it, and the other two are not enough.
         let expected = if world.len() == 2 { (2, 0, 1) } else { (1, 1, 1) };
@@ -450,7 +535,7 @@ proptest! {
             table.scribble(at, |word| if is_flip { word ^ (1 << (value % 64)) } else { value });
         }
         let mut new = restored(&table, 8, worlds);
-        new.restore_end();
+        restore_end(&mut new);
         for (namespace, keys) in [(0, chain(1, 4)), (1, chain(2, 4))] {
             for key in keys {
                 let mut words = Vec::new();

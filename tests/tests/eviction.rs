@@ -2,10 +2,13 @@
 //! another chunk's bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
+use kvring_adapter::Key;
 use kvring_shm_abi::directory::{CHUNK_ID_BITS, CHUNK_IDS};
+use kvring_shm_abi::lobby::Role;
+use kvring_shm_abi::message::{Request, SlotOutcome};
 use kvring_tests::{
-    EngineProcess, Loaded, SchedulerSide, SchedulerSpec, Shape, WorkerSide, WorkerSpec, all_failed,
-    all_loaded, all_stored, chain, eventually, round, soak,
+    EngineProcess, Loaded, RawClient, SchedulerSide, SchedulerSpec, Shape, WorkerSide, WorkerSpec,
+    all_failed, all_loaded, all_stored, chain, eventually, round, soak,
 };
 use serde_json::json;
 use std::collections::VecDeque;
@@ -52,6 +55,54 @@ fn leased_chunks_stay_and_the_others_go() {
         // ARC keeps chunks that were used twice while all new ones are used once.
         assert!(left == 0 || policy == "arc", "{policy}: {left}");
         engine.is_sound();
+    }
+}
+
+/// How many of these chunks a lookup finds. It leaves no lease.
+fn finds(scheduler: &mut RawClient, namespace: u32, keys: &[Key]) -> u64 {
+    let found = scheduler.call(scheduler.lookup_request(1, 0, namespace, keys));
+    scheduler.call(Request::EndSession { session: 1 });
+    found.results[0]
+}
+
+/// A restarted engine that finds many chunks orders them after it has begun to serve. Then it goes on with the evictions,
+/// in the order of all accesses before its predecessor's death and since.
+#[test]
+fn what_was_used_longest_ago_goes_first_after_a_restart() {
+    const PART: usize = 128;
+    for policy in ["lru", "arc"] {
+        // The arena has room for exactly these chunks, of a page each.
+        let mut engine = EngineProcess::configured("evict-restart", 40, &json!({ "policy": policy }));
+        engine.is_allocated();
+        let parts: Vec<Vec<Key>> = (0..80).map(|part| chain(part, PART)).collect();
+        let mut worker = RawClient::attach(&engine.name, Role::Worker);
+        let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+        let namespace = worker.register(500, 1, 0, 4096);
+        for part in &parts {
+            let slots = worker.reserve(namespace, 0, round(1), part);
+            assert_eq!(worker.finish(&slots, true), [SlotOutcome::Done; PART]);
+        }
+        assert_eq!(finds(&mut scheduler, namespace, &parts[0]), PART as u64);
+        engine.settles_without((worker, scheduler));
+        engine.kill_and_restart();
+        let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
+        assert_eq!(finds(&mut scheduler, namespace, &parts[2]), PART as u64, "{policy}: it serves");
+        let mut worker = RawClient::attach(&engine.name, Role::Worker);
+        assert_eq!(worker.register(500, 1, 0, 4096), namespace);
+        for (at, key) in chain(99, PART).into_iter().enumerate() {
+            let mut slots = Vec::new();
+            eventually("there is room", || {
+                slots = worker.reserve(namespace, 0, round(2), &[key]);
+                !slots.is_empty()
+            });
+            assert_eq!(worker.finish(&slots, true), [SlotOutcome::Done], "{policy}: chunk {at}");
+        }
+        assert_eq!(engine.stat("chunks_recovered"), parts.len() as u64 * PART as u64, "{policy}");
+        for (part, left) in [(1, 0), (0, PART), (2, PART), (79, PART)] {
+            let found = finds(&mut scheduler, namespace, &parts[part]);
+            assert_eq!(found, left as u64, "{policy}: part {part}");
+        }
+        engine.settles_without((worker, scheduler));
     }
 }
 

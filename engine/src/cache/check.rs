@@ -3,7 +3,7 @@
 use super::chunk::Life;
 use super::lease::Leases;
 use super::slot::State;
-use super::{Cache, InvariantBroken, SlotId, SlotTable};
+use super::{Cache, InvariantBroken, NAMESPACES, SlotId, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::ChunkIdentity;
 
@@ -258,6 +258,8 @@ impl<T: SlotTable> Cache<T> {
         count("forming chunks", sums.forming, stats.chunks_forming)?;
         count("hidden chunks", sums.hidden, stats.chunks_hidden)?;
         count("chunks in the index", sums.forming, self.index.len)?;
+        let placed: usize = (0..NAMESPACES).map(|namespace| self.policy.len(namespace)).sum();
+        count("chunks in the eviction orders", placed as u64 + self.unplaced, sums.visible)?;
         count("leases", sums.leases, stats.leases)?;
         count("pins in leases", sums.lease_pins, stats.pins)?;
         count("pins of chunks", sums.chunk_pins, sums.lease_pins)?;
@@ -330,12 +332,13 @@ impl<T: SlotTable> Cache<T> {
         Ok(())
     }
 
-    /// Checks namespaces: the policy must order their visible chunks, and the idle lists must have the forming
-    /// chunks that nobody is writing.
+    /// Checks namespaces: the policy must order their visible chunks, except for restored ones that have no place
+    /// yet, and the idle lists must have the forming chunks that nobody is writing.
     fn check_namespaces(&self) -> Result<(), InvariantBroken> {
+        let mut unplaced = 0_u64;
         for (number, namespace) in self.namespaces.iter().enumerate() {
             let Some(namespace) = namespace else { continue };
-            let (mut visible, mut pinned, mut idle) = (Vec::new(), 0_usize, 0_usize);
+            let (mut placed, mut pinned, mut idle) = (Vec::new(), 0_usize, 0_usize);
             for id in 0..self.chunks.fresh {
                 let chunk = self.chunks.get(id);
                 if usize::from(chunk.namespace) != number {
@@ -343,7 +346,11 @@ impl<T: SlotTable> Cache<T> {
                 }
                 match chunk.life() {
                     Life::Visible => {
-                        visible.push(id);
+                        if self.policy.has(id) {
+                            placed.push(id);
+                        } else {
+                            unplaced += 1;
+                        }
                         pinned += usize::from(chunk.pins.any());
                     }
                     Life::Forming => idle += usize::from(chunk.writing == 0),
@@ -352,13 +359,13 @@ impl<T: SlotTable> Cache<T> {
             }
             let mut ordered = self.policy.dump(number);
             ordered.sort_unstable();
-            let is_same = ordered == visible;
+            let is_same = ordered == placed;
             link("policy and visible chunks", is_same, number as u32, ordered.len() as u32)?;
             count("pinned chunks of a namespace", pinned as u64, namespace.pinned as u64)?;
             count("idle list of a namespace", self.chunks.idle(number).count() as u64, idle as u64)?;
             count("length of an idle list", idle as u64, self.chunks.idle_len(number))?;
         }
-        Ok(())
+        count("chunks without a place in the eviction order", unplaced, self.unplaced)
     }
 }
 

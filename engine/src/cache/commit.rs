@@ -102,6 +102,9 @@ impl<T: SlotTable> Cache<T> {
         }
         self.index.remove(&mut self.chunks, id);
         self.chunks.set_visible(id);
+        if let Some(parent) = parent {
+            self.place(parent);
+        }
         let hash = self.spot(u32::from(namespace), key).hash();
         self.policy.insert(usize::from(namespace), id, hash, parent);
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));

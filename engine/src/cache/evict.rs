@@ -116,10 +116,16 @@ impl<T: SlotTable> Cache<T> {
         self.evictions_held
     }
 
+    /// Whether anything may be evicted. It may not while evictions are forbidden, and not before each restored chunk
+    /// has its place in the order: the coldest of those that have theirs may be warmer than all others.
+    fn may_evict(&self) -> bool {
+        !self.evictions_held && self.unplaced == 0
+    }
+
     /// Does one step of the search for room: evicts until the class has a few free slots, so that the message's
     /// next keys find some. False: there is nothing left to try.
     fn make_room(&mut self, class: u16, search: &mut Search) -> bool {
-        if self.evictions_held {
+        if !self.may_evict() {
             return false;
         }
         if self.emptying.is_some() {
@@ -247,7 +253,7 @@ impl<T: SlotTable> Cache<T> {
                 Lack::Record => u64::MAX,
                 Lack::Lines => self.wide_namespaces(),
             };
-            if self.evictions_held || search.no_record {
+            if !self.may_evict() || search.no_record {
                 return Record::None;
             }
             match self.coldest(namespaces, None) {
@@ -321,7 +327,11 @@ impl<T: SlotTable> Cache<T> {
         let Chunk { key, namespace, writing, .. } = *self.chunks.get(id);
         if self.chunks.get(id).life() == Life::Visible {
             self.table.chunks().end(id, ChunkIdentity { key, namespace: u32::from(namespace) });
-            self.policy.remove(id, evicted);
+            if self.policy.has(id) {
+                self.policy.remove(id, evicted);
+            } else {
+                self.unplaced -= 1;
+            }
             return;
         }
         if writing == 0 {

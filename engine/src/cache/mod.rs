@@ -32,6 +32,7 @@ mod invalidate;
 mod lease;
 mod part;
 mod pins;
+mod place;
 mod reserve;
 mod restore;
 mod slab;
@@ -48,6 +49,7 @@ pub use error::{
 pub use find::Lookup;
 pub use invalidate::Invalidated;
 pub use part::{Leaving, Parting};
+pub use place::{Sorted, Unplaced};
 pub use reserve::{Going, Reservation, Reserve};
 pub use restore::{Found, NotRestorable, Restored, Shard};
 pub use stats::Stats;
@@ -91,6 +93,9 @@ pub struct Cache<T> {
     steal_cursor: u32,
     /// While this is true, nothing is evicted.
     evictions_held: bool,
+    /// Visible chunks that a recovery has found and that have no place in the eviction order yet. While there are
+    /// any, nothing is evicted.
+    unplaced: u64,
     /// The chunks that the last `find` found.
     found: Vec<ChunkId>,
     found_for: Option<FoundFor>,
@@ -178,6 +183,7 @@ impl<T: SlotTable> Cache<T> {
             guard: 0,
             steal_cursor: 0,
             evictions_held: false,
+            unplaced: 0,
             found: Vec::with_capacity(config.keys_max as usize),
             found_for: None,
             restored: restore::Unfinished::default(),
@@ -346,6 +352,7 @@ impl<T: SlotTable> Cache<T> {
     /// access used it too.
     fn touch(&mut self, id: ChunkId, tick: u64, front: Option<ChunkId>) {
         self.chunks.get_mut(id).tick = tick;
+        self.place(id);
         self.policy.touch(id, front);
         self.each_slot(id, |cache, slot| {
             cache.slabs.touch(slot, tick);

@@ -3,10 +3,12 @@
 //!
 //! The calls come in this order, after [`Cache::add_slab`] and [`Cache::register`] and before anything else:
 //! [`Cache::restore_chunks`], then [`Cache::restore_span`] for each span, [`Cache::restore`] for each of its slots in use,
-//! ascending, and [`Cache::restore_end`]. Then [`Cache::owner_gone`] for each entry whose owner is dead. Tables that make no sense
-//! are an error, and this cache is of no further use then: nobody knows who may still be writing where.
+//! ascending, and [`Cache::restore_end`]. Then [`Cache::owner_gone`] for each entry whose owner is dead, and
+//! [`Cache::go_on_placing`] at any time later. Tables that make no sense are an error, and this cache is of no further
+//! use then: nobody knows who may still be writing where.
 
 use super::chunk::Life;
+use super::place::Unplaced;
 use super::slot::State;
 use super::{Cache, Hash, Key, OWNERS, Owner, RANKS, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
@@ -46,8 +48,8 @@ pub enum Found {
 /// What is put off until all slots have been read.
 #[derive(Debug, Default)]
 pub(super) struct Unfinished {
-    /// Complete chunks: last access, id and hash of the content.
-    visible: Vec<(u64, ChunkId, u64)>,
+    /// Complete chunks.
+    visible: Unplaced,
     /// Forming chunks of keys of which another round is complete.
     unwanted: Vec<ChunkId>,
     /// COMMITTED slots that belong to no chunk.
@@ -103,7 +105,7 @@ pub enum NotRestorable {
 /// Appends `more` to `list`, if there is memory for it.
 fn push<V>(list: &mut Vec<V>, more: impl IntoIterator<Item = V>) -> Result<(), NotRestorable> {
     for value in more {
-        let what = "the order in which chunks were used last";
+        let what = "a list of what cannot be kept";
         list.try_reserve(1).map_err(|_| NotRestorable::Memory { what, count: list.len() })?;
         list.push(value);
     }
@@ -338,24 +340,25 @@ impl<T: SlotTable> Cache<T> {
     }
 
     /// Makes a chunk visible, all of whose shards have been restored; other rounds of it are not wanted. It gets
-    /// its place in the eviction order when all chunks have been restored.
+    /// its place in the eviction order later.
     fn restore_visible(&mut self, id: ChunkId, hash: Hash) -> Result<(), NotRestorable> {
         let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
         let forming = self.index.forming(&self.chunks, hash, namespace, key);
         push(&mut self.restored.unwanted, forming.iter().copied())?;
         self.chunks.set_visible(id);
-        let spot = self.spot(u32::from(namespace), key);
-        push(&mut self.restored.visible, [(self.chunks.get(id).tick, id, spot.hash())])
+        self.unplaced += 1;
+        self.restored.visible.push(self.chunks.get(id).tick, id)
     }
 
     /// Ends the restoring. What is of no use is freed only now, because an empty span goes back to the pool, and
-    /// this one might have held more slots. Visible chunks get their places in the eviction order, by their last
-    /// access. Incomplete chunks go on forming, even those that nobody is writing: another rank of their round may
-    /// not have reserved its slot yet, and a shard that was committed and acknowledged must not be lost. As ever,
-    /// incomplete chunks are the first to be evicted, and a newer round replaces them.
-    pub fn restore_end(&mut self) -> Restored {
+    /// this one might have held more slots. Incomplete chunks go on forming, even those that nobody is writing:
+    /// another rank of their round may not have reserved its slot yet, and a shard that was committed and
+    /// acknowledged must not be lost. As ever, incomplete chunks are the first to be evicted, and a newer round
+    /// replaces them. Lookups find the visible chunks from now on; the caller gives them their places in the eviction
+    /// order ([`Cache::go_on_placing`]).
+    pub fn restore_end(&mut self) -> (Restored, Unplaced) {
         self.change();
-        let Unfinished { mut visible, unwanted, useless, expected } = core::mem::take(&mut self.restored);
+        let Unfinished { visible, unwanted, useless, expected } = core::mem::take(&mut self.restored);
         let dropped = unwanted.len() as u32 + expected;
         let mut restored = Restored { visible: visible.len() as u32, dropped, ..Restored::default() };
         if expected > 0 {
@@ -381,13 +384,8 @@ impl<T: SlotTable> Cache<T> {
                 }
             }
         }
-        visible.sort_unstable();
-        for (_, id, hash) in visible {
-            let namespace = usize::from(self.chunks.get(id).namespace);
-            self.policy.insert(namespace, id, hash, None);
-        }
         self.slabs.release_unused(&mut self.table);
-        restored
+        (restored, visible)
     }
 
     /// Drops the chunks whose records say that they are visible and of which not all shards were found: the engine died while

@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use proptest::prelude::*;
+
 use super::chunk::Chunks;
 use super::hash::Hash;
 use super::index::{FORMING_MAX, Index};
@@ -9,6 +11,7 @@ use super::lease::{ADMISSIONS_MAX, Leases};
 use super::slab::Slabs;
 use super::slot::Slots;
 use super::*;
+use crate::policy::PolicyKind;
 use kvring_shm_abi::chunk::{ChunkIdentity, ChunkTable};
 
 const SEED: [u64; 2] = [3, 5];
@@ -237,7 +240,7 @@ type Breakage = fn(&mut Cache<NoTable>);
 
 #[test]
 fn the_self_check_notices_what_disagrees() {
-    let breakages: [(&str, Breakage); 10] = [
+    let breakages: [(&str, Breakage); 12] = [
         ("a pin too many", |cache| {
             cache.chunks.get_mut(0).pins.add();
         }),
@@ -267,6 +270,8 @@ fn the_self_check_notices_what_disagrees() {
             cache.slots.free(0);
         }),
         ("an orphan counted that is not", |cache| cache.slots.counts.orphans += 1),
+        ("a chunk without its place in the eviction order", |cache| cache.policy.remove(1, false)),
+        ("a chunk counted that is said to have no place", |cache| cache.unplaced += 1),
     ];
     for (what, breakage) in breakages {
         let mut cache = small();
@@ -276,6 +281,117 @@ fn the_self_check_notices_what_disagrees() {
         breakage(&mut cache);
         assert!((0..100).any(|_| cache.check_step(3).is_err()), "{what} goes unnoticed step by step");
         assert!(cache.check_all().is_err(), "{what} goes unnoticed");
+    }
+}
+
+/// Stores those of these chunks that are not there. The others count as used.
+fn store(cache: &mut Cache<NoTable>, number: u32, namespace: NamespaceId, keys: &[Key]) {
+    let mut slots = Vec::new();
+    let round = Round { source: 1, number };
+    let message = Reserve { owner: 0, nonce: 2, namespace, rank: 0, round, parent: None, keys };
+    let reserved = cache.reserve(message, &mut |at, answer| match answer {
+        Reservation::Write { slot, generation, .. } => slots.push((slot, generation, keys[at])),
+        answer => assert_eq!(answer, Reservation::Present),
+    });
+    reserved.unwrap();
+    for (slot, generation, key) in slots {
+        cache.commit(0, slot, generation, key, 0).unwrap();
+    }
+}
+
+/// A cache as after a restart that has found chunks with these last accesses, in two namespaces by turns. Chunk n is in
+/// slot n, and has its number in its key.
+fn restored(policy: PolicyKind, ticks: &[u64]) -> (Cache<NoTable>, Unplaced) {
+    let mut cache =
+        Cache::new(CacheConfig { policy, ..CacheConfig::new(1 << 20, 4) }, NoTable::new()).unwrap();
+    (0..4).for_each(|slab| cache.add_slab(slab).unwrap());
+    (0..2).for_each(|namespace| cache.register(namespace, 1, 0, 4096).unwrap());
+    let mut unplaced = Unplaced::default();
+    for (slot, tick) in (0..).zip(ticks) {
+        store(&mut cache, 0, slot % 2, &[[slot.into(), 1]]);
+        let id = cache.slots.get(slot).chunk().unwrap();
+        cache.chunks.get_mut(id).tick = *tick;
+        cache.policy.remove(id, false);
+        cache.unplaced += 1;
+        unplaced.push(*tick, id).unwrap();
+    }
+    assert_eq!(unplaced.len(), ticks.len());
+    (cache, unplaced)
+}
+
+/// What may happen to the chunks `at`, `at + 2`, … while the order is being built. They are a chain of one namespace.
+fn use_or_drop(cache: &mut Cache<NoTable>, number: u32, (what, at, len): (u8, u64, u64)) {
+    let namespace = (at % 2) as u32;
+    let keys: Vec<Key> = (0..len).map(|place| [at + 2 * place, 1]).collect();
+    match what {
+        // A lookup; its lease stays for a while.
+        0..8 => {
+            cache.find(1, u64::from(number), 0, namespace, &keys, &mut |_| {}).unwrap();
+            assert!(cache.pin_found());
+        }
+        // A store. Chunks that are there already are in front of the new ones, and count as used.
+        8..16 => store(cache, number, namespace, &keys),
+        // A restored chunk is damaged.
+        16..19 => {
+            cache.invalidate(at as SlotId, 0, [at, 1], |_, _| true);
+        }
+        19..24 => {
+            cache.end_session(1, at);
+        }
+        _ => cache.clear(Some(namespace)),
+    }
+    cache.check_all().unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// The eviction order after a restart is the same whether all chunks get their places at once, or piece by piece
+    /// while chunks are used, stored and dropped.
+    #[test]
+    fn the_order_that_is_built_in_pieces_is_that_which_is_built_at_once(
+        policy in prop::sample::select(&PolicyKind::ALL[..]),
+        ticks in prop::collection::vec(1..30_u64, 0..60),
+        steps in prop::collection::vec(
+            (prop::option::of(1..30_u64), (0..25_u8, 0..70_u64, 1..5_u64)),
+            0..30,
+        ),
+    ) {
+        let ((mut whole, unplaced), (mut pieces, same)) = (restored(policy, &ticks), restored(policy, &ticks));
+        prop_assert!(whole.go_on_placing(&mut unplaced.sort()));
+        let mut sorted = same.sort();
+        for (number, (allowed, step)) in (1..).zip(steps) {
+            if let Some(allowed) = allowed {
+                pieces.allow(allowed);
+                let before = pieces.work();
+                pieces.go_on_placing(&mut sorted);
+                prop_assert!(pieces.work() - before <= allowed + 1);
+                pieces.allow(u64::MAX);
+            }
+            use_or_drop(&mut whole, number, step);
+            use_or_drop(&mut pieces, number, step);
+        }
+        prop_assert!(pieces.go_on_placing(&mut sorted));
+        for cache in [&mut whole, &mut pieces] {
+            cache.check_all().unwrap();
+            prop_assert_eq!((cache.unplaced, cache.stats().evicted), (0, 0));
+        }
+        for namespace in 0..2 {
+            let named = |cache: &Cache<NoTable>| -> Vec<Key> {
+                cache.policy.dump(namespace).into_iter().map(|id| cache.chunks.get(id).key).collect()
+            };
+            prop_assert_eq!(named(&whole), named(&pieces));
+        }
+    }
+}
+
+#[test]
+fn restored_chunks_are_in_the_order_of_their_last_access() {
+    for policy in PolicyKind::ALL {
+        let (mut cache, unplaced) = restored(policy, &[30, 5, 10, 7, 20, 6, 10, 8]);
+        assert!(cache.go_on_placing(&mut unplaced.sort()));
+        assert_eq!(cache.policy.dump(0), [2, 6, 4, 0]);
+        assert_eq!(cache.policy.dump(1), [1, 5, 3, 7]);
     }
 }
 

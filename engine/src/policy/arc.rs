@@ -86,6 +86,13 @@ impl Arc {
         self.orders[order].full_len.max(self.len(order))
     }
 
+    fn inserted(&mut self, order: usize, id: ChunkId, hash: u64) {
+        if let Some(known_by) = self.hashes.get_mut(id as usize) {
+            *known_by = hash;
+        }
+        self.orders[order].grew = true;
+    }
+
     /// Moves the target after a miss whose ghost was on `list`. `once` and `twice` are the numbers of ghosts at
     /// that time.
     fn adapt(&mut self, order: usize, list: usize, once: usize, twice: usize) {
@@ -124,10 +131,16 @@ impl Policy for Arc {
             }
             _ => self.residents.push_warm(list, id),
         }
-        if let Some(known_by) = self.hashes.get_mut(id as usize) {
-            *known_by = hash;
-        }
-        self.orders[order].grew = true;
+        self.inserted(order, id, hash);
+    }
+
+    fn insert_coldest(&mut self, order: usize, id: ChunkId, hash: u64) {
+        self.residents.push_cold(order * LISTS + ONCE, id);
+        self.inserted(order, id, hash);
+    }
+
+    fn has(&self, id: ChunkId) -> bool {
+        self.residents.list_of(id).is_some()
     }
 
     fn touch(&mut self, id: ChunkId, front: Option<ChunkId>) {
@@ -335,6 +348,12 @@ mod tests {
                         prop_assert_eq!(arc.residents.list_of(id), Some(if was_ghost { TWICE } else { ONCE }));
                         resident[id as usize] = Some(hash);
                     }
+                    Op::InsertColdest { id, hash } if resident[id as usize].is_none() => {
+                        arc.insert_coldest(0, id, hash);
+                        prop_assert_eq!(arc.dump(0)[0], id);
+                        prop_assert_eq!(arc.residents.list_of(id), Some(ONCE));
+                        resident[id as usize] = Some(hash);
+                    }
                     Op::Touch { id, .. } if resident[id as usize].is_some() => {
                         arc.touch(id, None);
                         prop_assert_eq!(arc.residents.list_of(id), Some(TWICE));
@@ -368,6 +387,7 @@ mod tests {
                 let expected: Vec<ChunkId> = (0..32).filter(|&id| resident[id as usize].is_some()).collect();
                 prop_assert_eq!(&dump, &expected);
                 prop_assert_eq!(arc.len(0), expected.len());
+                prop_assert!((0..32).all(|id| arc.has(id) == expected.contains(&id)));
             }
         }
     }

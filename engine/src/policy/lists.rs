@@ -57,6 +57,11 @@ impl<const LISTS: usize> Lists<LISTS> {
         self.link(list, node, 0, self.ends[list].warm);
     }
 
+    /// Puts `node`, which is on no list, at the cold end of `list`.
+    pub(super) fn push_cold(&mut self, list: usize, node: u32) {
+        self.link(list, node, self.ends[list].cold, 0);
+    }
+
     /// Puts `node`, which is on no list, on the list of `front`, just behind it (one step colder).
     pub(super) fn push_behind(&mut self, front: u32, node: u32) {
         let Some(list) = self.list_of(front) else {

@@ -44,6 +44,14 @@ impl Policy for Lru {
         }
     }
 
+    fn insert_coldest(&mut self, order: usize, id: ChunkId, _hash: u64) {
+        self.orders.push_cold(order, id);
+    }
+
+    fn has(&self, id: ChunkId) -> bool {
+        self.orders.list_of(id).is_some()
+    }
+
     fn touch(&mut self, id: ChunkId, front: Option<ChunkId>) {
         let Some(order) = self.orders.list_of(id) else {
             debug_assert!(false, "chunk {id} is not resident");
@@ -142,6 +150,10 @@ mod tests {
                         lru.insert(5, id, 0, parent);
                         model.insert(id, parent);
                     }
+                    Op::InsertColdest { id, .. } if !resident(&id) => {
+                        lru.insert_coldest(5, id, 0);
+                        model.0.insert(0, id);
+                    }
                     Op::Touch { id, front } if resident(&id) => {
                         lru.touch(id, front);
                         model.touch(id, front);
@@ -158,6 +170,7 @@ mod tests {
                 }
                 prop_assert_eq!(lru.dump(5), &model.0[..]);
                 prop_assert_eq!(lru.len(5), model.0.len());
+                prop_assert!((0..32).all(|id| lru.has(id) == model.0.contains(&id)));
             }
         }
     }

@@ -46,6 +46,14 @@ pub trait Policy: Send {
     /// parent, however late it is stored.
     fn insert(&mut self, order: usize, id: ChunkId, hash: u64, parent: Option<ChunkId>);
 
+    /// As `insert`, for a chunk that was last used before all others of this order: it becomes the coldest, in arc of
+    /// those seen once. An engine's successor gives its chunks their places in this way, the warmest first, while
+    /// others are already being used.
+    fn insert_coldest(&mut self, order: usize, id: ChunkId, hash: u64);
+
+    /// Whether a chunk is resident.
+    fn has(&self, id: ChunkId) -> bool;
+
     /// A resident chunk was used. It becomes the warmest or, if `front`, a chunk in front of it in its chain, was
     /// touched in the same access, just colder than `front`. So a chain is touched from its head on, in any number
     /// of pieces.

@@ -13,6 +13,10 @@ pub(super) enum Op {
         hash: u64,
         parent: Option<ChunkId>,
     },
+    InsertColdest {
+        id: ChunkId,
+        hash: u64,
+    },
     Touch {
         id: ChunkId,
         front: Option<ChunkId>,
@@ -33,6 +37,7 @@ pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
     let op = prop_oneof![
         4 => (id.clone(), 0..32_u64, proptest::option::of(id.clone()))
             .prop_map(|(id, hash, parent)| Op::Insert { id, hash, parent }),
+        1 => (id.clone(), 0..32_u64).prop_map(|(id, hash)| Op::InsertColdest { id, hash }),
         2 => (id.clone(), proptest::option::of(id.clone())).prop_map(|(id, front)| Op::Touch { id, front }),
         2 => (id, any::<bool>()).prop_map(|(id, evicted)| Op::Remove { id, evicted }),
         1 => (any::<u32>(), any::<u32>()).prop_map(|(a, b)| Op::Victim { refused: a & b }),
@@ -86,6 +91,29 @@ fn a_chain_goes_leaf_first_however_it_was_stored_and_used() {
             policy.remove(id, true);
         }
         assert!(policy.is_empty(3));
+    }
+}
+
+/// Chunks of an earlier engine get their places from the warmest one on, while some of them are used already and new
+/// ones are stored.
+#[test]
+fn what_is_inserted_as_the_coldest_comes_before_all_others() {
+    for mut policy in policies(8) {
+        policy.insert(3, 0, 100, None);
+        policy.insert_coldest(3, 1, 101);
+        policy.insert_coldest(4, 7, 107);
+        policy.insert_coldest(3, 2, 102);
+        policy.touch(2, None);
+        policy.insert(3, 3, 103, Some(1));
+        policy.insert_coldest(3, 4, 104);
+        assert_eq!(policy.dump(3), [4, 3, 1, 0, 2], "{}", policy.name());
+        assert!((0..5).all(|id| policy.has(id)) && !policy.has(5) && !policy.has(8), "{}", policy.name());
+        for expected in [4, 3, 1, 0, 2] {
+            let id = policy.victim(3, &mut u32::MAX.clone(), &mut |_| true).unwrap();
+            assert_eq!(id, expected, "{}", policy.name());
+            policy.remove(id, true);
+        }
+        assert_eq!(policy.dump(4), [7], "{}", policy.name());
     }
 }
 
@@ -147,6 +175,10 @@ proptest! {
             match op {
                 Op::Insert { id, hash, parent } if !is_resident(id) => {
                     policy.insert(3, id, hash, parent);
+                    resident |= 1 << id;
+                }
+                Op::InsertColdest { id, hash } if !is_resident(id) => {
+                    policy.insert_coldest(3, id, hash);
                     resident |= 1 << id;
                 }
                 Op::Touch { id, front } if is_resident(id) => policy.touch(id, front),
@@ -252,11 +284,13 @@ fn memory_for_many_chunks_is_not_touched_until_used() {
 #[test]
 fn a_call_in_the_wrong_state_stops_a_debug_build_and_harms_no_release_build() {
     for kind in PolicyKind::ALL {
-        let wrong: [fn(&mut dyn Policy); 4] = [
+        let wrong: [fn(&mut dyn Policy); 6] = [
             |p| p.touch(1, None),
             |p| p.remove(1, true),
             |p| p.insert(3, 0, 0, None),
             |p| p.insert(3, 4, 0, None),
+            |p| p.insert_coldest(3, 0, 0),
+            |p| p.insert_coldest(3, 4, 0),
         ];
         for call in wrong {
             let result = std::panic::catch_unwind(|| {

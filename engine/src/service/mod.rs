@@ -22,6 +22,7 @@ mod gauges;
 mod linger;
 mod lookup;
 mod parting;
+mod placing;
 mod register;
 mod registry;
 mod slot_table;
@@ -45,6 +46,7 @@ use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
 use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::sync::{Ordering, spin_loop};
+pub(crate) use placing::Placing;
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
 use std::time::Duration;
@@ -53,7 +55,7 @@ use std::time::Duration;
 const BATCH: u32 = 32;
 /// Records that are touched for one client before the next one has its turn.
 const SLICE: u64 = 4096;
-/// Records that a job in the background (a parting, a clear) touches in one turn. A request that arrives meanwhile waits for
+/// Records that a job in the background (a parting, a clear, …) touches in one turn. A request that arrives meanwhile waits for
 /// that long.
 const BACKGROUND: u64 = 256;
 /// Records after which a turn ends, also where some clients have not been served: the next turn begins with those.
@@ -101,6 +103,7 @@ pub(crate) struct Parts {
     pub(crate) allocator: Allocator,
     pub(crate) tier: Box<dyn LowerTier>,
     pub(crate) inherited: Inherited,
+    pub(crate) placing: Placing,
     pub(crate) pace: Pace,
     pub(crate) stop: StopHandle,
 }
@@ -132,6 +135,7 @@ pub(crate) struct Service {
     tier: Box<dyn LowerTier>,
     pending: PendingLookups,
     clearing: Option<Clearing>,
+    placing: Placing,
     /// A bit for each entry that is parting, and the entry at which the next one is looked for.
     parting: u64,
     part_from: u32,
@@ -196,7 +200,7 @@ fn thread_cpu_ns() -> u64 {
 
 impl Service {
     pub(crate) fn new(parts: Parts) -> Service {
-        let Parts { segments, cache, registry, allocator, tier, inherited, pace, stop } = parts;
+        let Parts { segments, cache, registry, allocator, tier, inherited, placing, pace, stop } = parts;
         stop.wakes(segments.lobby.clone());
         let awaited =
             Awaited { entries: inherited.living, until_ns: u64::MAX, grace_ns: pace.reattach_grace_ns };
@@ -216,6 +220,7 @@ impl Service {
             tier,
             pending: PendingLookups::new(),
             clearing: None,
+            placing,
             parting: 0,
             part_from: 0,
             job: 0,
@@ -319,19 +324,21 @@ impl Service {
         worked
     }
 
-    /// Does a piece of one job in the background (a parting, slabs being emptied, a clear), each kind in turn. True when there
-    /// was one.
+    /// Does a piece of one job in the background (a parting, slabs being emptied, restored chunks that get their places in the
+    /// eviction order, a clear), each kind in turn. True when there was one.
     #[inline]
     fn go_on_in_the_background(&mut self) -> bool {
         let has_work = self.has_background_work();
         if has_work {
             self.cache.allow(BACKGROUND);
-            let due = [self.parting != 0, self.cache.is_emptying(), self.clearing.is_some()];
+            let due =
+                [self.parting != 0, self.cache.is_emptying(), self.is_placing(), self.clearing.is_some()];
             let next = (self.job + 1..).map(|job| job % due.len()).find(|job| due[*job]);
             self.job = next.unwrap_or_default();
             match self.job {
                 0 => self.go_on_parting(),
                 1 => self.cache.go_on_emptying(),
+                2 => self.go_on_placing(),
                 _ => self.go_on_clearing(),
             }
         }
@@ -340,7 +347,7 @@ impl Service {
 
     #[inline]
     fn has_background_work(&self) -> bool {
-        self.parting != 0 || self.clearing.is_some() || self.cache.is_emptying()
+        self.parting != 0 || self.clearing.is_some() || self.cache.is_emptying() || self.is_placing()
     }
 
     /// Does everything that is due now and then rather than on request.
@@ -353,6 +360,7 @@ impl Service {
         }
         self.look_around();
         self.look_at_grace(now);
+        self.look_at_sorting();
         if self.segments.is_retired() {
             // Somebody removed our segments: new clients cannot find us, and a successor may run already.
             tracing::error!("the segments of this engine were removed (`kvring remove --force`?); stopping");

@@ -17,7 +17,8 @@ impl Model {
         (table.freed, table.touches) = (Vec::with_capacity(1 << 16), Vec::with_capacity(1 << 16));
         self.cache = empty(self.policy, table, &self.added);
         restore(&mut self.cache);
-        let restored = self.cache.restore_end();
+        let (restored, unplaced) = self.cache.restore_end();
+        self.sorted = Some(unplaced.sort());
         self.leases.clear();
         let freed = self.take_freed();
         assert!(freed.is_empty() && restored.dropped == 0);

@@ -84,6 +84,7 @@ impl Model {
                 let freed = self.take_freed();
                 self.evicted(&freed, u32::MAX, &[]);
             }
+            Op::GoOnPlacing => self.go_on_placing(),
             Op::Restart { dead, named } => self.restart(dead, named),
             Op::AddSlab(slab) => {
                 let is_new = slab < SLABS && !self.added.contains(&slab);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use kvring_engine::cache::{
     Aborted, Cache, CacheConfig, CommitError, Committed, Going, Invalidated, Key, Reservation, Reserve,
-    Round, SlotId, SlotTable,
+    Round, SlotId, SlotTable, Sorted,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -72,6 +72,8 @@ pub(crate) struct Model {
     pub(crate) nonces: [u64; OWNERS as usize],
     pub(crate) quarantined: Vec<(u8, u64)>,
     pub(crate) added: Vec<u32>,
+    /// Chunks that the last restart found and that have no place in the eviction order yet.
+    pub(crate) sorted: Option<Sorted>,
     /// The number of records after which a call that goes on in pieces stops; 0: never.
     pub(crate) allowed: u64,
     /// How many keys were answered `NoSpace` because no room was found.
@@ -116,6 +118,7 @@ impl Model {
             nonces: [1; 3],
             quarantined,
             added,
+            sorted: None,
             allowed: 0,
             refused: 0,
         }
@@ -136,6 +139,17 @@ impl Model {
                 return;
             }
         }
+    }
+
+    /// Does the next piece of building the eviction order after a restart.
+    pub(crate) fn go_on_placing(&mut self) {
+        let Some(mut sorted) = self.sorted.take() else { return };
+        let mut is_over = false;
+        self.in_pieces(|model| {
+            is_over = model.cache.go_on_placing(&mut sorted);
+            true
+        });
+        self.sorted = (!is_over).then_some(sorted);
     }
 
     pub(crate) fn is_leased(&self, chunk: &Chunk) -> bool {
@@ -357,9 +371,10 @@ impl Model {
             };
             let Reservation::Write { slot, generation, offset } = answer else {
                 assert_eq!(answer, expected.unwrap_or(Reservation::NoSpace));
-                // There may be no space for other reasons: four rounds of the key form, or headers have no memory.
+                // There may be no space for other reasons: four rounds of the key form, headers have no memory, or
+                // restored chunks have no place in the eviction order yet.
                 let is_full = self.chunks.iter().filter(|chunk| of_key(chunk)).count() == 4;
-                let is_short = is_full || self.cache.table().out_of_space;
+                let is_short = is_full || self.cache.table().out_of_space || self.sorted.is_some();
                 self.refused += u64::from(answer == Reservation::NoSpace && !is_short);
                 continue;
             };

@@ -87,6 +87,8 @@ pub(crate) enum Op {
     Allow(u64),
     /// Does the next piece of emptying slabs.
     GoOnEmptying,
+    /// Does the next piece of building the eviction order after a restart.
+    GoOnPlacing,
     /// The engine dies and has a successor. `dead` has a bit for each owner that dies too; `named` says which slots
     /// the others declare.
     Restart {
@@ -135,6 +137,7 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         1 => (0..9_u32).prop_map(Op::AddSlab),
         2 => prop_oneof![1..40_u64, 40..400_u64, Just(0)].prop_map(Op::Allow),
         2 => Just(Op::GoOnEmptying),
+        2 => Just(Op::GoOnPlacing),
         1 => (0..8_u8, any::<u64>(), any::<u64>()).prop_map(|(dead, one, other)| {
             // Most owners are alive, and declare most of their slots.
             Op::Restart { dead: dead & (one as u8), named: one | other }

@@ -4,7 +4,7 @@
 
 pub(crate) mod small;
 
-use kvring_engine::cache::{Cache, Found, Key, Owner, Shard, ShardHeader, SlotId, SlotTable};
+use kvring_engine::cache::{Cache, Found, Key, Owner, Restored, Shard, ShardHeader, SlotId, SlotTable};
 use kvring_shm_abi::chunk::{ChunkTable, ChunkWord};
 use kvring_shm_abi::engine_segment::StatWord as Word;
 use kvring_shm_abi::mapping::Mapping;
@@ -268,6 +268,13 @@ pub(crate) fn restore(cache: &mut Cache<VecTable>) {
             }
         }
     }
+}
+
+/// Ends the restoring, and gives each chunk its place in the eviction order.
+pub(crate) fn restore_end(cache: &mut Cache<VecTable>) -> Restored {
+    let (restored, unplaced) = cache.restore_end();
+    assert!(cache.go_on_placing(&mut unplaced.sort()));
+    restored
 }
 
 /// The key at a place in a chain.
