@@ -193,7 +193,7 @@ fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
     let before = anonymous_kib();
     let (slab_bytes, slabs) = (16 << 20, 4096);
     let mut cache =
-        Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable(ChunkTable::private(1 << 20))).unwrap();
+        Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable(ChunkTable::private(1 << 18))).unwrap();
     for slab in 0..slabs {
         cache.add_slab(slab).unwrap();
     }

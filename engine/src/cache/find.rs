@@ -8,9 +8,10 @@ use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::directory::{Directory, Spot};
 
-/// How many keys go through a stage of the pipeline together. Each stage prefetches the lines that the next one
-/// reads.
+/// For how many keys the directory is asked at once, if it is asked.
 const BLOCK: usize = 16;
+/// How many chunks ahead the lines of consecutive ones are prefetched.
+const AHEAD: ChunkId = 8;
 
 /// A lookup, and how far it has come. A lookup of many keys goes on in pieces; what one piece has found is leased
 /// before the next piece begins.
@@ -196,46 +197,47 @@ impl<T: SlotTable> Cache<T> {
         cut.unwrap_or(self.found.len())
     }
 
-    /// Fills `found`, one block of keys at a time. Each stage of the pipeline works one block behind the stage before it: lines
-    /// of the directory, chunk and record.
+    /// Fills `found`. The chunks of a chain usually have consecutive ids, so the chunk behind the one just found is tried first.
+    /// Where it is another one, the directory is asked for a block of keys at once: first for all of its lines, then for the
+    /// chunks that these name.
     #[inline(always)]
     fn search(&mut self, namespace: u8, keys: &[Key], sink: &mut impl FnMut(ChunkWord)) {
         let Self { table, chunks, found, .. } = self;
         let (table, directory) = (table.chunks(), table.chunks().directory());
-        found.resize(keys.len(), 0);
-        let mut spots = [[Spot::default(); BLOCK]; 3];
-        // Shrinks to the first miss; keys after it do not count.
-        let mut end = keys.len();
-        let block_at = |step: usize, stage: usize, end: usize| {
-            let first = step.saturating_sub(stage) * BLOCK;
-            if step < stage || first >= end { 0..0 } else { first..end.min(first + BLOCK) }
-        };
-        let mut step = 0;
-        while step < end.div_ceil(BLOCK) + 2 {
-            for (i, key) in block_at(step, 0, end).zip(&keys[block_at(step, 0, end)]) {
-                let spot = directory.spot(u32::from(namespace), *key);
-                spots[step % 3][i % BLOCK] = spot;
-                directory.prefetch(spot);
+        let mut spots = [Spot::default(); BLOCK];
+        let mut next = None;
+        while let Some(key) = keys.get(found.len()) {
+            if let Some(id) = next.filter(|id| chunks.is_visible(*id, namespace, *key))
+                && let Some(word) = table.word(id)
+            {
+                found.push(id);
+                sink(word);
+                next = Some(id + 1);
+                chunks.prefetch(id + AHEAD);
+                table.prefetch(id + AHEAD);
+                continue;
             }
-            for i in block_at(step, 1, end) {
-                if let Some(id) = directory.hints(spots[(step + 2) % 3][i % BLOCK]).next() {
+            // The first chunk tells whether the others lie behind it.
+            let block = if found.is_empty() { 1 } else { BLOCK };
+            let block = &keys[found.len()..keys.len().min(found.len() + block)];
+            for (spot, key) in spots.iter_mut().zip(block) {
+                *spot = directory.spot(u32::from(namespace), *key);
+                directory.prefetch(*spot);
+            }
+            for (spot, _) in spots.iter().zip(block) {
+                if let Some(id) = directory.hints(*spot).next() {
                     chunks.prefetch(id);
                     table.prefetch(id);
                 }
             }
-            for i in block_at(step, 2, end) {
-                let spot = spots[(step + 1) % 3][i % BLOCK];
-                let id = visible(directory, chunks, spot, namespace, keys[i]);
-                let Some((id, word)) = id.and_then(|id| Some((id, table.word(id)?))) else {
-                    end = i;
-                    break;
-                };
-                found[i] = id;
+            for (spot, key) in spots.iter().zip(block) {
+                let id = visible(directory, chunks, *spot, namespace, *key);
+                let Some((id, word)) = id.and_then(|id| Some((id, table.word(id)?))) else { return };
+                found.push(id);
                 sink(word);
+                next = Some(id + 1);
             }
-            step += 1;
         }
-        found.truncate(end);
     }
 
     /// Pins the chunks that the last [`Cache::find_piece`] found, in the lease of its (session, admission), and
