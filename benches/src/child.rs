@@ -3,28 +3,24 @@
 //! They exchange messages with us over their standard input and output. A child ends when its input does, and the kernel
 //! kills it with its parent, so none is ever left spinning.
 
-use crate::health::{bare, holder};
-use crate::instances::{self, Start, Who};
-use crate::lookup::busy::{self, BusyJob};
-use crate::pingpong::{self, PeerJob};
-use crate::{cores, process, sweeper};
+use crate::cores;
 use anyhow::{Context, bail};
 use kvring_adapter::{Client, ClientOptions, EngineView, Role};
 use kvring_engine::config::EngineConfig;
 use kvring_engine::stats::Stat;
-use kvring_rig::child::{Peer, Stderr, die_with_parent};
+use kvring_rig::child::{Peer, Stderr, thread_state};
 use kvring_rig::pipe::{Abort, Pipe};
-use kvring_shm_abi::futex::{self, Deadline};
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// The environment variable that tells a process that it is a child, and which job it has.
-const JOB_VARIABLE: &str = "KVRING_JOB";
+pub(crate) const JOB_VARIABLE: &str = "KVRING_JOB";
 
 /// The line that `kvring serve` prints once clients can attach.
 pub(crate) const READY_LINE: &str = "serving";
@@ -42,27 +38,15 @@ const ALLOCATION_POLL: Duration = Duration::from_millis(20);
 /// How many times: at 100 MiB/s that would do for 6 GiB.
 const ALLOCATION_POLLS: u32 = 3000;
 
-/// The job of a child.
-#[derive(Serialize, Deserialize)]
-pub(crate) enum Job {
-    /// An engine.
-    Engine(EngineJob),
-    /// The other side of a raw ping-pong: a limit.
-    Peer(PeerJob),
-    /// A client that stores and loads.
-    Busy(BusyJob),
-    /// A process that ends at once: it shows the cost of starting one.
-    Nothing,
-    /// A process that does nothing but wake up this often, in nanoseconds: it shows the cost of being there.
-    Naps(u64),
-    /// A process that has a robust futex and nothing else: it shows the cost of noticing a death.
-    Bare(bare::BareJob),
-    /// A client that holds leases and half-written slots.
-    Holder(holder::HolderJob),
-    /// A process that removes, after our end, the segments of engines whose names begin with this.
-    Sweeper(String),
-    /// One life of a client of a replay or of chaos.
-    Client(Start),
+/// What a child does. `jobs` has a table of all of them.
+pub(crate) trait Job: Serialize + DeserializeOwned {
+    /// The name by which a child finds its job in the table.
+    const NAME: &'static str;
+    /// Does the child go on when its parent has ended? Only the process that cleans up after us does, for as long as that takes.
+    const OUTLIVES_PARENT: bool = false;
+
+    /// Does it.
+    fn be(self, pipe: Pipe) -> anyhow::Result<()>;
 }
 
 /// How the engine's process is set up.
@@ -77,63 +61,6 @@ pub(crate) struct EngineJob {
     service_cpu: Option<usize>,
     /// Never preempts another process when it is woken: so that requests gather.
     batch: bool,
-}
-
-/// Becomes the child that somebody here has started, and ends; returns at once in a process that is none.
-///
-/// Every binary that uses this crate calls this first in `main`, before it parses arguments and starts threads.
-/// `start_log` begins logging at the given level, or at the one that the environment says.
-pub fn child_main(start_log: fn(&str) -> anyhow::Result<()>) {
-    let Ok(job) = std::env::var(JOB_VARIABLE) else { return };
-    let code = match be(&job, start_log) {
-        Ok(()) => 0,
-        Err(error) => {
-            // In one piece: several processes share standard error.
-            eprint!("{}", format_args!("error: {error:#}\n"));
-            1
-        }
-    };
-    std::process::exit(code);
-}
-
-fn be(job: &str, start_log: fn(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let job = serde_json::from_str(job).with_context(|| format!("{JOB_VARIABLE}: expected a child's job"))?;
-    start_log("error")?;
-    // Only the process that cleans up after us outlives us, by as long as that takes.
-    if !matches!(job, Job::Sweeper(_)) {
-        die_with_parent()?;
-    }
-    if let Job::Nothing = job {
-        return Ok(());
-    }
-    let pipe = Pipe::to_parent()?;
-    match job {
-        Job::Engine(job) => be_engine(job, pipe),
-        Job::Peer(job) => pingpong::be(&job, pipe),
-        Job::Busy(job) => busy::be(&job, pipe),
-        Job::Nothing => Ok(()),
-        Job::Naps(interval_ns) => be_napping(interval_ns, pipe),
-        Job::Bare(job) => bare::be(job, pipe),
-        Job::Holder(job) => holder::be(&job, pipe),
-        Job::Sweeper(prefix) => sweeper::be(&prefix, pipe),
-        Job::Client(start) if matches!(start.who, Who::Scheduler { .. }) => {
-            instances::be_scheduler(&start, pipe)
-        }
-        Job::Client(start) => instances::be_worker(&start, pipe),
-    }
-}
-
-/// Takes so many naps for each message.
-fn be_napping(interval_ns: u64, mut pipe: Pipe) -> anyhow::Result<()> {
-    let never = kvring_shm_abi::sync::AtomicU32::new(0);
-    let interval = Duration::from_nanos(interval_ns);
-    while let Some(naps) = pipe.receive::<u32>(None)? {
-        for _ in 0..naps {
-            futex::wait_any(&[(&never, 0)], Deadline::after(interval));
-        }
-        answer(&mut pipe, &())?;
-    }
-    Ok(())
 }
 
 /// A child's answer to its parent.
@@ -152,9 +79,9 @@ pub(crate) fn kvring() -> anyhow::Result<Command> {
 }
 
 /// This executable, to be started as this child.
-pub(crate) fn command(job: &Job) -> anyhow::Result<Command> {
+pub(crate) fn command<J: Job>(job: &J) -> anyhow::Result<Command> {
     let mut command = kvring()?;
-    command.env(JOB_VARIABLE, serde_json::to_string(job)?);
+    command.env(JOB_VARIABLE, serde_json::to_string(&(J::NAME, job))?);
     Ok(command)
 }
 
@@ -163,7 +90,7 @@ pub(crate) struct Child(Peer);
 
 impl Child {
     /// Starts one.
-    pub(crate) fn spawn(job: &Job) -> anyhow::Result<Child> {
+    pub(crate) fn spawn(job: &impl Job) -> anyhow::Result<Child> {
         let name = "a child of the benchmark".to_owned();
         Ok(Child(Peer::start(name, command(job)?, Stderr::Inherited, Abort::default())?))
     }
@@ -190,8 +117,8 @@ impl Child {
     }
 
     /// Its state: R running, S asleep, T stopped, Z dead and not waited for.
-    pub(crate) fn state(&self) -> anyhow::Result<char> {
-        process::state(&format!("/proc/{}/stat", self.pid()))
+    pub(crate) fn state(&self) -> Option<char> {
+        thread_state(Path::new(&format!("/proc/{}", self.pid())))
     }
 
     /// Sends it a signal, and does nothing else: the time of a death is measured from here.
@@ -239,12 +166,12 @@ impl Engine {
 
     /// Starts one under the name that its configuration gives it: a successor.
     pub(crate) fn spawn_as(config: EngineConfig, placement: &Placement) -> anyhow::Result<Engine> {
-        let job = Job::Engine(EngineJob {
+        let job = EngineJob {
             config: serde_json::to_value(&config)?,
             cpus: placement.cpus.clone(),
             service_cpu: placement.service_cpu,
             batch: placement.batch,
-        });
+        };
         Ok(Engine { child: Child::spawn(&job)?, name: config.name })
     }
 
@@ -275,7 +202,7 @@ impl Engine {
             if matches!(seen, Ok((all, allocated)) if all > 0 && all == allocated) {
                 return Ok(());
             }
-            if matches!(self.child.state()?, 'Z' | 'X') {
+            if matches!(self.child.state(), None | Some('Z' | 'X')) {
                 bail!("the benchmark's engine ended before its arena was allocated");
             }
             std::thread::sleep(ALLOCATION_POLL);
@@ -317,13 +244,18 @@ pub(crate) fn operator(engine: &EngineName, name: &str, timeout: Duration) -> an
 }
 
 /// A client with these options, attached.
-fn attached(role: Role, options: ClientOptions) -> anyhow::Result<Arc<Client>> {
+pub(crate) fn attached(role: Role, options: ClientOptions) -> anyhow::Result<Arc<Client>> {
     let client = Client::new(role, options)?;
+    ready(&client)?;
+    Ok(client)
+}
+
+/// Waits until a client is attached.
+pub(crate) fn ready(client: &Client) -> anyhow::Result<()> {
     client.wait_ready(READY_TIMEOUT).map_err(|health| {
         let why = client.diagnose().map(|error| format!(": {error}")).unwrap_or_default();
-        anyhow::anyhow!("the engine is {health}{why}")
-    })?;
-    Ok(client)
+        anyhow::anyhow!("after {READY_TIMEOUT:?} the engine is {health}{why}")
+    })
 }
 
 /// A name that no other run uses.
@@ -338,25 +270,29 @@ pub(crate) fn name_prefix() -> String {
     format!("bench-{}-", std::process::id())
 }
 
-fn be_engine(job: EngineJob, mut pipe: Pipe) -> anyhow::Result<()> {
-    if !job.cpus.is_empty() {
-        cores::pin(&job.cpus)?;
+impl Job for EngineJob {
+    const NAME: &'static str = "engine";
+
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        if !self.cpus.is_empty() {
+            cores::pin(&self.cpus)?;
+        }
+        let config = EngineConfig::default().with(serde_json::from_value(self.config)?)?;
+        let stop = kvring_engine::StopHandle::default();
+        let engine = kvring_engine::Engine::create(&config, &stop)?;
+        if let Some(cpu) = self.service_cpu {
+            cores::pin(&[cpu])?;
+        }
+        if self.batch {
+            never_preempt()?;
+        }
+        std::thread::Builder::new().name("bench-parent".into()).stack_size(64 << 10).spawn(move || {
+            until_closed(&mut pipe);
+            stop.stop();
+        })?;
+        engine.run(|| ());
+        Ok(())
     }
-    let config = EngineConfig::default().with(serde_json::from_value(job.config)?)?;
-    let stop = kvring_engine::StopHandle::default();
-    let engine = kvring_engine::Engine::create(&config, &stop)?;
-    if let Some(cpu) = job.service_cpu {
-        cores::pin(&[cpu])?;
-    }
-    if job.batch {
-        never_preempt()?;
-    }
-    std::thread::Builder::new().name("bench-parent".into()).stack_size(64 << 10).spawn(move || {
-        until_closed(&mut pipe);
-        stop.stop();
-    })?;
-    engine.run(|| ());
-    Ok(())
 }
 
 /// Makes the calling thread's wake-ups polite: it runs when the CPU is free, or its turn has come.

@@ -11,8 +11,10 @@ use anyhow::Context;
 use kvring_adapter::Role;
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
-use kvring_shm_abi::futex::monotonic_ns;
-use serde::Serialize;
+use kvring_rig::pipe::Pipe;
+use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
+use kvring_shm_abi::sync::AtomicU32;
+use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// The arena of the engines that are started: large enough that allocating it all would take seconds.
@@ -65,7 +67,7 @@ pub(crate) fn run(how: How) -> anyhow::Result<()> {
     engine.wait_allocated()?;
     let mut probe = clients[0].probe();
     let (mut idle, mut naps, mut check) = (Windows::default(), Windows::default(), Windows::default());
-    let mut napper = Child::spawn(&Job::Naps(u64::try_from(beat.as_nanos())?))?;
+    let mut napper = Child::spawn(&Naps(u64::try_from(beat.as_nanos())?))?;
     let naps_of_a_window = u32::try_from((IDLE.as_nanos() / beat.as_nanos()).max(1))?;
     for _ in 0..how.windows {
         naps.push(cpu_share(napper.pid(), || napper.ask(&naps_of_a_window))?);
@@ -136,7 +138,7 @@ fn start_engine() -> anyhow::Result<f64> {
 /// How long a process that does nothing takes, from the call that starts it to its end.
 pub(crate) fn start_nothing() -> anyhow::Result<f64> {
     let before = monotonic_ns();
-    let status = child::command(&Job::Nothing)?.status().context("starting a process that does nothing")?;
+    let status = child::command(&Nothing)?.status().context("starting a process that does nothing")?;
     anyhow::ensure!(status.success(), "a process that does nothing failed: {status}");
     Ok((monotonic_ns() - before) as f64)
 }
@@ -211,5 +213,37 @@ mod tests {
         let text = "Name:\tkvring\nRssAnon:\t    1234 kB\nRssFile:\t 5 kB\n";
         assert_eq!(parse_status(text, "RssAnon:"), Some(1234 * 1024));
         assert_eq!(parse_status(text, "RssShmem:"), None);
+    }
+}
+
+/// A process that ends at once: it shows the cost of starting one.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Nothing;
+
+impl Job for Nothing {
+    const NAME: &'static str = "nothing";
+
+    fn be(self, _: Pipe) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+/// A process that does nothing but wake up this often, in nanoseconds: it shows the cost of being there.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Naps(u64);
+
+impl Job for Naps {
+    const NAME: &'static str = "naps";
+
+    /// Takes so many naps for each message.
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        let never = AtomicU32::new(0);
+        while let Some(naps) = pipe.receive::<u32>(None)? {
+            for _ in 0..naps {
+                futex::wait_any(&[(&never, 0)], Deadline::after(Duration::from_nanos(self.0)));
+            }
+            child::answer(&mut pipe, &())?;
+        }
+        Ok(())
     }
 }

@@ -24,9 +24,9 @@ mod engine_bench;
 mod gpu;
 mod health;
 mod instances;
+mod jobs;
 mod lookup;
 mod pingpong;
-mod process;
 mod replay;
 mod report;
 mod rtt;
@@ -38,8 +38,8 @@ mod trace;
 mod turn;
 
 pub use chaos::{Args as ChaosArgs, run as chaos};
-pub use child::child_main;
 pub use console::Console;
+pub use jobs::child_main;
 pub use replay::{Args as ReplayArgs, run as replay};
 pub use simulate::{Args as SimulateArgs, run as simulate};
 

@@ -92,11 +92,10 @@ impl Peer {
     pub(crate) fn spawn(cpu: usize) -> anyhow::Result<Peer> {
         let segment = format!("kvring-{}", child::unique_name());
         let shared = segment::create_shared(&segment, BYTES)?;
-        let child =
-            Child::spawn(&Job::Peer(PeerJob { segment: segment.clone(), cpu })).and_then(|mut child| {
-                child.read::<()>()?;
-                Ok(child)
-            });
+        let child = Child::spawn(&PeerJob { segment: segment.clone(), cpu }).and_then(|mut child| {
+            child.read::<()>()?;
+            Ok(child)
+        });
         segment::unlink(&segment);
         Ok(Peer { child: child?, shared })
     }
@@ -127,20 +126,24 @@ impl Peer {
     }
 }
 
-/// The child's side.
-pub(crate) fn be(job: &PeerJob, mut pipe: Pipe) -> anyhow::Result<()> {
-    cores::pin(&[job.cpu])?;
-    let shared = segment::open_shared(&job.segment, BYTES)?;
-    let table: &Table = shared.at(0)?;
-    child::answer(&mut pipe, &())?;
-    while let Some((waiting, rounds)) = pipe.receive::<(Waiting, u32)>(None)? {
-        let first = table.ping.load(Ordering::Relaxed);
+impl Job for PeerJob {
+    const NAME: &'static str = "peer";
+
+    /// The child's side.
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        cores::pin(&[self.cpu])?;
+        let shared = segment::open_shared(&self.segment, BYTES)?;
+        let table: &Table = shared.at(0)?;
         child::answer(&mut pipe, &())?;
-        for round in 0..rounds {
-            let old = first.wrapping_add(round);
-            waiting.until_changed(&table.ping, old);
-            waiting.hand_over(&table.pong, old.wrapping_add(1));
+        while let Some((waiting, rounds)) = pipe.receive::<(Waiting, u32)>(None)? {
+            let first = table.ping.load(Ordering::Relaxed);
+            child::answer(&mut pipe, &())?;
+            for round in 0..rounds {
+                let old = first.wrapping_add(round);
+                waiting.until_changed(&table.ping, old);
+                waiting.hand_over(&table.pong, old.wrapping_add(1));
+            }
         }
+        Ok(())
     }
-    Ok(())
 }

@@ -11,6 +11,7 @@ use kvring_rig::pipe::Pipe;
 use kvring_shm_abi::segment::{self, EngineName, SHM_DIR};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -23,13 +24,17 @@ const CLEAN: u32 = 8;
 /// How many looks there are at most.
 const LOOKS: u32 = 400;
 
+/// The process that removes, after our end, the segments of engines whose names begin with this.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct SweeperJob(String);
+
 /// The running process. It has done its work when this has been dropped.
 pub(crate) struct Sweeper(Option<Child>);
 
 impl Sweeper {
     /// Starts it for engines whose names begin with this, before the first of them is started.
     pub(crate) fn start(prefix: &str) -> anyhow::Result<Sweeper> {
-        Ok(Sweeper(Some(Child::spawn(&Job::Sweeper(prefix.to_owned()))?)))
+        Ok(Sweeper(Some(Child::spawn(&SweeperJob(prefix.to_owned()))?)))
     }
 
     /// Tells it which process the engine is now, so that it can kill one that stands still.
@@ -46,33 +51,39 @@ impl Drop for Sweeper {
     }
 }
 
-/// The process itself.
-pub(crate) fn be(prefix: &str, mut pipe: Pipe) -> anyhow::Result<()> {
-    let mut engine = None;
-    // An error is an end like any other: whatever has happened, everything is removed.
-    while let Ok(Some(pid)) = pipe.receive::<u32>(None) {
-        engine = Some(pid);
-    }
-    if let Some(pid) = engine {
-        kill_if_ours(pid, prefix);
-    }
-    let mut clean = 0;
-    for _ in 0..LOOKS {
-        let found = find(std::fs::read_dir(SHM_DIR)?.flatten().map(|entry| entry.file_name()), prefix);
-        clean = if found.engines.is_empty() && found.others.is_empty() { clean + 1 } else { 0 };
-        if clean == CLEAN {
-            return Ok(());
+impl Job for SweeperJob {
+    const NAME: &'static str = "sweeper";
+    const OUTLIVES_PARENT: bool = true;
+
+    /// The process itself.
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        let SweeperJob(prefix) = &self;
+        let mut engine = None;
+        // An error is an end like any other: whatever has happened, everything is removed.
+        while let Ok(Some(pid)) = pipe.receive::<u32>(None) {
+            engine = Some(pid);
         }
-        for name in &found.others {
-            segment::unlink(name);
+        if let Some(pid) = engine {
+            kill_if_ours(pid, prefix);
         }
-        for name in &found.engines {
-            // By force: an engine that still lives under this name has lost its parent.
-            segments::remove(&EngineName::new(name)?, true, PATIENCE)?;
+        let mut clean = 0;
+        for _ in 0..LOOKS {
+            let found = find(std::fs::read_dir(SHM_DIR)?.flatten().map(|entry| entry.file_name()), prefix);
+            clean = if found.engines.is_empty() && found.others.is_empty() { clean + 1 } else { 0 };
+            if clean == CLEAN {
+                return Ok(());
+            }
+            for name in &found.others {
+                segment::unlink(name);
+            }
+            for name in &found.engines {
+                // By force: an engine that still lives under this name has lost its parent.
+                segments::remove(&EngineName::new(name)?, true, PATIENCE)?;
+            }
+            std::thread::sleep(PAUSE);
         }
-        std::thread::sleep(PAUSE);
+        anyhow::bail!("segments of {prefix} come back again and again")
     }
-    anyhow::bail!("segments of {prefix} come back again and again")
 }
 
 /// Kills the process if it still is one of these engines: by now the id may be somebody else's.

@@ -47,7 +47,7 @@ impl Bare {
     /// One death: from just before kill(2) to the return of the sleeper's wait.
     pub(super) fn death(&self, beside: Option<String>) -> anyhow::Result<u64> {
         let job = BareJob { segment: self.segment.clone(), beside, cpu: self.cpu };
-        let mut child = Child::spawn(&Job::Bare(job))?;
+        let mut child = Child::spawn(&job)?;
         child.read::<()>()?;
         let word = &self.words[0];
         let noticed = super::notice::after_kill(
@@ -83,16 +83,20 @@ fn until_dead(word: &LifeWord) -> anyhow::Result<()> {
     }
 }
 
-/// The child's side: claims the word and waits for its death.
-pub(crate) fn be(job: BareJob, mut pipe: Pipe) -> anyhow::Result<()> {
-    if let Some(cpu) = job.cpu {
-        cores::pin(&[cpu])?;
+impl Job for BareJob {
+    const NAME: &'static str = "bare";
+
+    /// The child's side: claims the word and waits for its death.
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        if let Some(cpu) = self.cpu {
+            cores::pin(&[cpu])?;
+        }
+        let mapping = Arc::new(segment::open_shared(&self.segment, BYTES)?);
+        let mut list = RobustList::register(View::new(&mapping, 0, 1)?)?;
+        list.claim(0)?;
+        let _beside = self.beside.map(|name| SegmentFile::open(&name, Access::ReadWrite)).transpose()?;
+        child::answer(&mut pipe, &())?;
+        child::until_closed(&mut pipe);
+        Ok(())
     }
-    let mapping = Arc::new(segment::open_shared(&job.segment, BYTES)?);
-    let mut list = RobustList::register(View::new(&mapping, 0, 1)?)?;
-    list.claim(0)?;
-    let _beside = job.beside.map(|name| SegmentFile::open(&name, Access::ReadWrite)).transpose()?;
-    child::answer(&mut pipe, &())?;
-    child::until_closed(&mut pipe);
-    Ok(())
 }

@@ -1,14 +1,15 @@
 //! An engine that is killed and started again under the same name; and waits for states of its clients and threads.
 
-use crate::child::{DEFAULT_SPIN, Engine, Placement, unique_name};
-use crate::process;
+use crate::child::{DEFAULT_SPIN, Engine, Placement, attached, ready, unique_name};
 use anyhow::{Context, ensure};
 use kvring_adapter::{Client, ClientOptions, Role};
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
+use kvring_rig::child::thread_state;
 use kvring_shm_abi::futex::{Deadline, monotonic_ns};
 use kvring_shm_abi::segment::EngineName;
 use nix::sys::signal::Signal;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ impl Life {
     pub(super) fn freeze(&self) -> anyhow::Result<()> {
         let engine = self.engine()?;
         engine.child.signal(Signal::SIGSTOP)?;
-        until(1, || Ok(engine.child.state()? == 'T')).context("stopping the engine")
+        until(1, || Ok(engine.child.state() == Some('T'))).context("stopping the engine")
     }
 
     /// Kills it, and says when. Something of it is left until it is buried.
@@ -104,23 +105,14 @@ pub(super) fn eager_client(name: &EngineName) -> anyhow::Result<Arc<Client>> {
         backoff_max: Duration::from_millis(10),
         ..ClientOptions::default()
     };
-    let client = Client::new(Role::Scheduler, options)?;
-    ready(&client)?;
-    Ok(client)
-}
-
-/// Waits until a client is attached.
-pub(super) fn ready(client: &Client) -> anyhow::Result<()> {
-    client.wait_ready(PATIENCE).map_err(|health| {
-        let why = client.diagnose().map(|error| format!(": {error}")).unwrap_or_default();
-        anyhow::anyhow!("the benchmark's engine is {health}{why}")
-    })
+    attached(Role::Scheduler, options)
 }
 
 /// Waits until a thread of this process sleeps.
 pub(super) fn asleep(thread: nix::unistd::Pid) -> anyhow::Result<()> {
-    let path = format!("/proc/self/task/{thread}/stat");
-    until(ASLEEP_LOOKS, || Ok(process::state(&path)? == 'S')).context("waiting for a thread to fall asleep")
+    let task = PathBuf::from(format!("/proc/self/task/{thread}"));
+    until(ASLEEP_LOOKS, || Ok(thread_state(&task) == Some('S')))
+        .context("waiting for a thread to fall asleep")
 }
 
 /// Waits until a condition has held at `looks` looks in a row.

@@ -4,7 +4,7 @@ use super::bare::Bare;
 use super::holder::{HolderJob, LEASES, WRITING};
 use super::life::{self, Life};
 use super::{Times, notice};
-use crate::child::{Child, Job};
+use crate::child::Child;
 use crate::lookup::fill::{self, CHAIN, Chains, SHARD_BYTES};
 use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
@@ -46,7 +46,7 @@ pub(super) fn measure(kills: usize, bar: &ProgressBar) -> anyhow::Result<Reclaim
         Ok(engine.stat(Stat::Leases)? == leases && engine.stat(Stat::SlotsWriting)? == writing)
     };
     for _ in 0..kills {
-        let mut holder = Child::spawn(&Job::Holder(HolderJob { engine: engine.name.clone() }))?;
+        let mut holder = Child::spawn(&HolderJob { engine: engine.name.clone() })?;
         holder.read::<()>()?;
         life::until(1, || held(LEASES, WRITING)).context("a client that takes leases and slots")?;
         let entries: Vec<usize> = notice::entries_of(&lobby, holder.pid()).collect();

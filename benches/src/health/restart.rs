@@ -1,7 +1,8 @@
 //! How soon a successor serves the chunks that were stored before it, to a client that was there before it as well.
 
 use super::Times;
-use super::life::{self, Life};
+use super::life::Life;
+use crate::child;
 use crate::engine_bench::start_nothing;
 use crate::lookup::fill::{self, CHAIN, Chains, SHARD_BYTES};
 use anyhow::{Context, ensure};
@@ -72,8 +73,7 @@ pub(super) fn measure(
     ensure!(evicted == 0, "expected an index that keeps all of {chunks} chunks, but {evicted} were evicted");
     // Default options: the pauses of an earlier client before it attaches again are part of the answer.
     let options = ClientOptions { engine: life.name().to_string(), ..ClientOptions::default() };
-    let client = Client::new(Role::Scheduler, options)?;
-    life::ready(&client)?;
+    let client = child::attached(Role::Scheduler, options)?;
     let mut poller = Poller::new(&client, &chains);
     ensure!(poller.poll()?, "a lookup before the death found less than was stored");
     let found = count(&client, &chains)?;

@@ -3,7 +3,7 @@
 mod client;
 
 use super::message::{FromScheduler, Reply, Start, Tally, ToScheduler, ToWorker, Who};
-use crate::child::{self, Job};
+use crate::child;
 use crate::console::Console;
 use anyhow::Context;
 use client::Client;
@@ -217,7 +217,7 @@ impl Fleet {
         client.life += 1;
         let start = (self.start)(client.who, client.life);
         let name = client.who.to_string();
-        let mut command = child::command(&Job::Client(start))?;
+        let mut command = child::command(&start)?;
         let stderr = self.console.hand_to(&mut command);
         client.peer = Some(Peer::start(name, command, stderr, self.abort.clone())?);
         (client.ready, client.quiet, client.restart_at, client.heard) = (false, false, None, Instant::now());

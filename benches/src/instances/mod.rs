@@ -24,10 +24,22 @@ pub(crate) use engine::{Event, Setup, Sums};
 pub(crate) use fleet::Fleet;
 pub(crate) use message::{Done, FromScheduler, Job, Manner, Start, Tally, ToScheduler, Who};
 pub(crate) use run::{Conductor, Counts, Leaks, News, Run, hold_lease};
-pub(crate) use scheduler::be_scheduler;
-pub(crate) use worker::be_worker;
 
+use crate::child;
+use kvring_rig::pipe::Pipe;
 use std::time::Duration;
+
+/// The process of one life of a client.
+impl child::Job for Start {
+    const NAME: &'static str = "client";
+
+    fn be(self, pipe: Pipe) -> anyhow::Result<()> {
+        match self.who {
+            Who::Scheduler { .. } => scheduler::be_scheduler(&self, pipe),
+            Who::Worker { .. } => worker::be_worker(&self, pipe),
+        }
+    }
+}
 
 /// How often a client says that it lives.
 const BEAT: Duration = Duration::from_millis(100);

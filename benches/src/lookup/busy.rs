@@ -4,7 +4,7 @@
 //! measured stays what it is.
 
 use super::fill;
-use crate::child;
+use crate::child::{self, Job};
 use anyhow::{Context, ensure};
 use kvring_adapter::{
     CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
@@ -37,33 +37,37 @@ struct Busy {
     stored: u64,
 }
 
-/// The process itself: a first message starts it, a second one ends it and is answered with the number of chunks stored.
-pub(crate) fn be(job: &BusyJob, mut pipe: Pipe) -> anyhow::Result<()> {
-    let mut memory = fill::touched(SHARD_BYTES * CHUNKS)?;
-    let plane = Plane { base: memory.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
-    // SAFETY: the memory outlives the adapter, which is dropped before it, and only its jobs touch it.
-    let paged = unsafe { PagedKv::new(vec![plane], CHUNKS as u32, 1) }?;
-    let client = child::client(&job.engine, Role::Worker, None)?;
-    let mut worker = WorkerAdapter::new(&client, fill::other_worker())?;
-    worker.register_kv_caches(paged)?;
-    let client = child::client(&job.engine, Role::Scheduler, None)?;
-    let options = SchedulerOptions::new(fill::OTHER_FINGERPRINT);
-    let scheduler = PollingSchedulerAdapter::new(&client, options);
-    let mut busy = Busy { worker, scheduler, random: Random::new(99, 0), round: 0, stored: 0 };
-    // The lookups must not be disturbed by page faults.
-    busy.cycle()?;
-    child::answer(&mut pipe, &())?;
-    while pipe.receive::<()>(None)?.is_some() {
+impl Job for BusyJob {
+    const NAME: &'static str = "busy";
+
+    /// The process itself: a first message starts it, a second one ends it and is answered with the number of chunks stored.
+    fn be(self, mut pipe: Pipe) -> anyhow::Result<()> {
+        let mut memory = fill::touched(SHARD_BYTES * CHUNKS)?;
+        let plane = Plane { base: memory.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
+        // SAFETY: the memory outlives the adapter, which is dropped before it, and only its jobs touch it.
+        let paged = unsafe { PagedKv::new(vec![plane], CHUNKS as u32, 1) }?;
+        let client = child::client(&self.engine, Role::Worker, None)?;
+        let mut worker = WorkerAdapter::new(&client, fill::other_worker())?;
+        worker.register_kv_caches(paged)?;
+        let client = child::client(&self.engine, Role::Scheduler, None)?;
+        let options = SchedulerOptions::new(fill::OTHER_FINGERPRINT);
+        let scheduler = PollingSchedulerAdapter::new(&client, options);
+        let mut busy = Busy { worker, scheduler, random: Random::new(99, 0), round: 0, stored: 0 };
+        // The lookups must not be disturbed by page faults.
+        busy.cycle()?;
         child::answer(&mut pipe, &())?;
-        busy.stored = 0;
-        if !busy.until_told(&mut pipe)? {
-            break;
+        while pipe.receive::<()>(None)?.is_some() {
+            child::answer(&mut pipe, &())?;
+            busy.stored = 0;
+            if !busy.until_told(&mut pipe)? {
+                break;
+            }
+            child::answer(&mut pipe, &busy.stored)?;
         }
-        child::answer(&mut pipe, &busy.stored)?;
+        busy.worker.shutdown();
+        drop(memory);
+        Ok(())
     }
-    busy.worker.shutdown();
-    drop(memory);
-    Ok(())
 }
 
 impl Busy {

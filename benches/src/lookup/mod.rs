@@ -8,7 +8,7 @@ mod cpu;
 pub(crate) mod fill;
 mod print;
 
-use crate::child::{Child, DEFAULT_SPIN, Engine, Job, Placement};
+use crate::child::{Child, DEFAULT_SPIN, Engine, Placement};
 use crate::clock::Clock;
 use crate::cores::{self, Pair};
 use crate::report::How;
@@ -153,7 +153,7 @@ fn measure(
 ) -> anyhow::Result<([Case; 2], Vec<Case>)> {
     let mut looker = Looker::new(engine, chains)?;
     looker.check_all()?;
-    let mut busy = Child::spawn(&Job::Busy(BusyJob { engine: engine.name.clone() }))?;
+    let mut busy = Child::spawn(&BusyJob { engine: engine.name.clone() })?;
     busy.read::<()>()?;
     let mut rtt = [false, true].map(|loaded| Case::new(0, false, loaded));
     let mut cases: Vec<Case> = [false, true]

@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -26,6 +27,18 @@ const LAST_MOMENT: Duration = Duration::from_millis(500);
 pub fn die_with_parent() -> anyhow::Result<()> {
     // If the parent has ended before this, the pipe to it is closed: that ends us as well.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("prctl(PR_SET_PDEATHSIG)")
+}
+
+/// The state of a process or thread with this directory in `/proc`: R running, S asleep, T stopped, Z dead and not waited for.
+/// `None` once it is gone.
+#[must_use]
+pub fn thread_state(task: &Path) -> Option<char> {
+    state_in(&std::fs::read_to_string(task.join("stat")).ok()?)
+}
+
+/// The third field of a `stat` file. The second one is a name in brackets, which may contain anything.
+fn state_in(stat: &str) -> Option<char> {
+    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// What becomes of the lines that a process writes to its standard error.
@@ -220,5 +233,17 @@ impl Peer {
     pub fn finish(mut self) -> anyhow::Result<()> {
         self.pipe = None;
         self.process.succeed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::state_in;
+
+    #[test]
+    fn a_name_with_brackets_does_not_hide_the_state() {
+        assert_eq!(state_in("12 (kvring) S 1 12"), Some('S'));
+        assert_eq!(state_in("12 (a) R (b) T 1 12"), Some('T'));
+        assert_eq!(state_in("12"), None);
     }
 }
