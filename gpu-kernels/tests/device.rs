@@ -15,7 +15,7 @@ use std::sync::Arc;
 use support::calls;
 use support::fake::{Kernels, inside_as, is_real, test_of};
 use support::pages::Shape;
-use support::world::{Arena, Bytes, Cache, DIRECTIONS, Rng, Round, places, until_registered};
+use support::world::{Arena, Bytes, Cache, DIRECTIONS, Random, Round, places, until_registered};
 
 /// Bytes of the arena. Its parts are shorter, so shards straddle them.
 const ARENA: usize = 1 << 20;
@@ -46,9 +46,9 @@ impl Bench {
         Bench { compute: device.stream().unwrap(), cache, written, found, _registered }
     }
 
-    fn round(&self, rng: &mut Rng, backend: &CudaBackend, arena: Bytes, checksum: bool) {
+    fn round(&self, rng: &mut Random, backend: &CudaBackend, arena: Bytes, checksum: bool) {
         let Bench { compute, cache, .. } = self;
-        let (direction, places) = (rng.one_of(&DIRECTIONS), places(rng, cache, 0, arena.len));
+        let (direction, places) = (rng.pick(&DIRECTIONS), places(rng, cache, 0, arena.len));
         let checksum = checksum && rng.one_in(2);
         let round = Round::new(rng, cache, arena, direction, checksum, places);
         // The round's bytes come to the cache anew, by the stream. A store must read what has only just been put on the stream;
@@ -74,7 +74,7 @@ fn rounds(mode: CopyMode) {
     let device = Device::open(0).unwrap();
     let seed = setting("KVRING_SEED", 1);
     let count = setting("KVRING_ROUNDS", if is_real() { 400 } else { 24 }) as usize;
-    let mut rng = Rng(seed << 8 | mode as u64);
+    let mut rng = Random::new(seed << 8 | mode as u64, 0);
     let options = GpuOptions { mode, part_bytes: PART_BYTES, ..GpuOptions::new(0) };
     let (backend, arena) = (CudaBackend::new(options).unwrap(), Arena::new(ARENA));
     let mapped = backend.map_arena(arena.mapping());
@@ -85,8 +85,8 @@ fn rounds(mode: CopyMode) {
     for _ in (0..count).step_by(PER_CACHE) {
         // Kernels can neither copy nor sum pages whose length is no multiple of 4.
         let is_odd = matches!(mode, CopyMode::Batch | CopyMode::Auto) && rng.one_in(8);
-        let unit = if is_odd { 5 } else { rng.one_of(&[16, 16, 8, 4]) };
-        let content = rng.one_of(&[1, 6, 64]);
+        let unit = if is_odd { 5 } else { rng.pick(&[16, 16, 8, 4]) };
+        let content = rng.pick(&[1, 6, 64]);
         let shape = Shape { unit, content, blocks: (1, 12), groups: 2, ..Shape::SMALL };
         let bench = Bench::new(&device, Cache::random(&mut rng, shape));
         for _ in 0..PER_CACHE {

@@ -2,14 +2,16 @@
 
 use crate::held::HeldBackend;
 use crate::isolate::segments;
-use crate::process::{Process, thread_state};
-use crate::proto::{Handle, SchedulerSpec, WorkerSpec};
+use crate::process::Process;
+use crate::proto::{SchedulerSpec, WorkerSpec};
 use crate::scheduler::SchedulerSide;
 use crate::traffic::Bystander;
 use crate::wait::{becomes, eventually, until};
 use crate::worker::WorkerSide;
 use kvring_adapter::EngineView;
 use kvring_engine::stats::Snapshot;
+use kvring_rig::child::thread_state;
+use kvring_rig::wire::Handle;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::lobby::Lobby;

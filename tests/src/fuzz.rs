@@ -1,37 +1,31 @@
 //! Nonsense from a seed: the same seed gives the same nonsense again.
 
-use crate::kv::mix;
+use kvring_rig::random::Random;
 use kvring_shm_abi::message::{Key, Records, Request, Round};
 use kvring_shm_abi::ring::Body;
+use std::ops::{Deref, DerefMut};
 
-/// Random numbers with a seed.
-pub struct Random(u64);
+/// Random numbers, and nonsense that is made of them.
+pub struct Nonsense(Random);
 
-impl Random {
+impl Deref for Nonsense {
+    type Target = Random;
+
+    fn deref(&self) -> &Random {
+        &self.0
+    }
+}
+
+impl DerefMut for Nonsense {
+    fn deref_mut(&mut self) -> &mut Random {
+        &mut self.0
+    }
+}
+
+impl Nonsense {
     /// From a seed.
-    pub fn new(seed: u64) -> Random {
-        Random(mix(seed))
-    }
-
-    /// 64 random bits.
-    pub fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        mix(self.0)
-    }
-
-    /// A number below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
-        self.bits() % end
-    }
-
-    /// One of these.
-    pub fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len() as u64) as usize]
-    }
-
-    /// True once in `times`.
-    pub fn one_in(&mut self, times: u64) -> bool {
-        self.below(times) == 0
+    pub fn new(seed: u64) -> Nonsense {
+        Nonsense(Random::new(seed, 0))
     }
 
     /// A number that is likely to be at the edge of something.

@@ -29,12 +29,15 @@ pub use crash::{BREAK, FAIL_POINT};
 pub use engine::{EngineProcess, Sweep, overrides, stat_of, unique_name};
 pub use held::{Fault, HeldBackend};
 pub use isolate::{isolated, segments};
-pub use kv::{Shape, chain};
+pub use kv::chain;
+pub use kvring_rig::child::thread_state;
+pub use kvring_rig::pages::Shape;
+pub use kvring_rig::wire::Handle;
 pub use peer::{Ask, Peer};
-pub use process::{in_a_call, thread_state};
+pub use process::in_a_call;
 pub use proto::{
-    ClientSpec, Found, Handle, Loaded, SchedulerSpec, Stored, WorkerSpec, all_dropped, all_failed,
-    all_loaded, all_stored, round,
+    ClientSpec, Found, Loaded, SchedulerSpec, Stored, WorkerSpec, all_dropped, all_failed, all_loaded,
+    all_stored, round,
 };
 pub use raw::{Claimed, RawClient};
 pub use scheduler::SchedulerSide;

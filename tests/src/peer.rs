@@ -3,11 +3,12 @@
 use crate::ends;
 use crate::held::HeldBackend;
 use crate::process::Process;
-use crate::proto::{Found, Handle, Loaded, SchedulerSpec, Stored, WorkerSpec, all_stored};
+use crate::proto::{Found, Loaded, SchedulerSpec, Stored, WorkerSpec, all_stored};
 use crate::scheduler::SchedulerSide;
 use crate::wait::LIMIT;
 use crate::worker::WorkerSide;
 use kvring_adapter::{Client, JobId, Key, Round};
+use kvring_rig::wire::Handle;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

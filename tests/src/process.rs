@@ -2,10 +2,11 @@
 //! killed when its guard is dropped, also by a panic.
 
 use crate::wait::eventually;
+use kvring_rig::child::thread_state;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::io::{BufRead, BufReader, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 
@@ -135,12 +136,6 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-/// The state of a thread, of which `task` is the directory in `/proc`: `R`, `S`, `T` …, or `None` when it is gone.
-pub fn thread_state(task: &Path) -> Option<char> {
-    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
 }
 
 /// Makes a call on a thread of its own, and returns when that thread is in this state: `S`, it sleeps in the call, or `R`, it

@@ -1,8 +1,10 @@
 //! How tests set their clients up, and what stores, loads and lookups come to: in a form that goes through a pipe.
 
-use crate::kv::{Shape, mix};
 use crate::wait::LIMIT;
-use kvring_adapter::{ChunkHandle, ChunkWord, ClientOptions, Key, Round};
+use kvring_adapter::{ClientOptions, Round};
+use kvring_rig::pages::Shape;
+use kvring_rig::random::Random;
+use kvring_rig::wire::Handle;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -57,7 +59,8 @@ impl ClientSpec {
 
 /// A namespace's fingerprint, by a number.
 pub fn fingerprint(namespace: u64) -> [u64; 4] {
-    core::array::from_fn(|word| mix(mix(namespace).wrapping_add(word as u64)))
+    let mut random = Random::new(0, namespace);
+    core::array::from_fn(|_| random.bits())
 }
 
 /// A round of source 1.
@@ -129,22 +132,6 @@ impl SchedulerSpec {
 
     pub fn fingerprint(&self) -> [u64; 4] {
         fingerprint(self.namespace)
-    }
-}
-
-/// A [`ChunkHandle`] that can be sent, as vLLM's metadata carries it from the scheduler to the workers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Handle {
-    pub arena_id: [u64; 2],
-    pub word: u64,
-    /// What the chunk must be.
-    pub key: Key,
-}
-
-impl Handle {
-    /// The handle as the adapter takes it.
-    pub fn chunk(&self) -> ChunkHandle {
-        ChunkHandle { arena_id: self.arena_id, word: ChunkWord::from_bits(self.word) }
     }
 }
 

@@ -3,9 +3,10 @@
 //! Its life word belongs to the thread that made it, and the kernel knows one robust list of each thread: so a client
 //! dies only with its process. Dropping it gives its entry up.
 
-use crate::kv::{Kv, Shape, chain};
+use crate::kv::chain;
 use crate::wait::{becomes, until};
 use kvring_adapter::EngineView;
+use kvring_rig::pages::{Pages, Shape};
 use kvring_shm_abi::channel::Channel;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::AttachStatus;
@@ -353,10 +354,13 @@ impl RawClient {
 
 /// A good registration.
 pub fn registration(namespace: u64, world: u32, rank: u32, shard_bytes: u64) -> Registration {
+    let pages = Pages::new(Shape { blocks: 4, ..Shape::SMALL }).expect("a shape that can be");
+    // SAFETY: no adapter gets it.
+    let paged = unsafe { pages.describe() }.expect("a cache that an adapter takes");
     Registration {
         fingerprint: crate::proto::fingerprint(namespace),
         // What a worker of this shape says, so that both can be ranks of one namespace.
-        layout: Kv::new(Shape { blocks: 4, ..Shape::SMALL }).paged().layout_digest(),
+        layout: paged.layout_digest(),
         shard_bytes,
         world,
         rank,

@@ -1,12 +1,13 @@
 //! A scheduler as a test sees it, with either adapter.
 
-use crate::proto::{Found, Handle, SchedulerSpec};
+use crate::proto::{Found, SchedulerSpec};
 use crate::wait::{LIMIT, until};
 use crate::worker::client;
 use kvring_adapter::{
-    CallError, ChunkHandle, Client, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role,
-    SchedulerAdapter, SchedulerApi, SchedulerOptions,
+    CallError, Client, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role, SchedulerAdapter,
+    SchedulerApi, SchedulerOptions,
 };
+use kvring_rig::wire::Handle;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,11 +91,7 @@ impl SchedulerSide {
     pub fn check(&mut self, request: &str) -> Option<Found> {
         let Lookup::Hit(hit) = self.api.check_lookup(request) else { return None };
         let keys = self.asked.get(request).map(Vec::as_slice).unwrap_or_default();
-        let handle = |(handle, key): (ChunkHandle, &Key)| {
-            let ChunkHandle { arena_id, word } = handle;
-            Handle { arena_id, word: word.bits(), key: *key }
-        };
-        Some(Found { chunks: hit.chunks, handles: hit.handles().zip(keys).map(handle).collect() })
+        Some(Found { chunks: hit.chunks, handles: hit.handles().zip(keys).map(Handle::from).collect() })
     }
 
     /// How its lookups have ended so far.

@@ -1,13 +1,15 @@
 //! The bystander: a client in another process that stores, looks up, loads and verifies all the time, while a test does
 //! its worst to the engine or to another client. Nothing of that may happen to the bystander.
 
-use crate::kv::{Shape, chain, mix};
+use crate::kv::chain;
 use crate::process::Process;
 use crate::proto::{SchedulerSpec, WorkerSpec, all_stored};
 use crate::scheduler::SchedulerSide;
 use crate::wait::eventually;
 use crate::worker::WorkerSide;
 use kvring_adapter::Round;
+use kvring_rig::pages::Shape;
+use kvring_rig::random::mix;
 use kvring_shm_abi::sync::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -84,7 +86,7 @@ impl Bystander {
 pub fn run(engine: &str) {
     let worker = WorkerSpec {
         namespace: 99,
-        shape: Shape { pages: [1024, 3072], blocks_per_chunk: 2, blocks: 64 },
+        shape: Shape { page_bytes: [1024, 3072], blocks_per_chunk: 2, blocks: 64, ..Shape::SMALL },
         ..WorkerSpec::new(engine)
     };
     let mut worker = WorkerSide::start(&worker).expect("a worker");

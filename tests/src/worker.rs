@@ -1,13 +1,16 @@
 //! A worker as a test sees it: it stores and loads keys, and says whether the bytes were right.
 
-use crate::kv::{Content, Kv, with_fake_gpu};
-use crate::proto::{ClientSpec, Handle, Loaded, Stored, WorkerSpec, all_stored};
+use crate::kv::on_fake_gpu;
+use crate::proto::{ClientSpec, Loaded, Stored, WorkerSpec, all_stored};
 use crate::wait::{LIMIT, until};
 use kvring_adapter::{
     Checksum, Client, JobId, Key, LoadChunk, RegisterError, Role, Round, StoreChunk, SubmitError,
     WorkerAdapter, WorkerOptions,
 };
 use kvring_gpu_kernels::{CopyBackend, CpuBackend};
+use kvring_rig::content::Content;
+use kvring_rig::pages::Pages;
+use kvring_rig::wire::Handle;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,7 +25,7 @@ pub struct WorkerSide {
     // Dropped first: nothing touches the cache's memory after it.
     adapter: WorkerAdapter,
     client: Arc<Client>,
-    kv: Kv,
+    pages: Pages,
     rank: u32,
     next_block: u32,
     /// The blocks of the last store that was submitted.
@@ -41,11 +44,10 @@ pub fn client(role: Role, spec: &ClientSpec) -> Arc<Client> {
 impl WorkerSide {
     /// A worker with a cache of its own. Waits at most `register_ms` until it is attached and registered.
     pub fn start(spec: &WorkerSpec) -> Result<WorkerSide, RegisterError> {
-        if with_fake_gpu() {
-            let new = |client: &Arc<Client>, options| WorkerAdapter::new(client, options);
-            return WorkerSide::made(spec, Kv::on_fake_gpu(spec.shape), new);
+        match on_fake_gpu(spec.shape) {
+            Some(pages) => WorkerSide::made(spec, pages, WorkerAdapter::new),
+            None => WorkerSide::copying_with(spec, Arc::new(CpuBackend::new(2))),
         }
-        WorkerSide::copying_with(spec, Arc::new(CpuBackend::new(2)))
     }
 
     /// The same with a copy backend of the test's own.
@@ -54,12 +56,12 @@ impl WorkerSide {
         backend: Arc<dyn CopyBackend>,
     ) -> Result<WorkerSide, RegisterError> {
         let with = |client: &Arc<Client>, options| WorkerAdapter::with_backend(client, options, backend);
-        WorkerSide::made(spec, Kv::new(spec.shape), with)
+        WorkerSide::made(spec, Pages::new(spec.shape).expect("a shape that can be"), with)
     }
 
     fn made(
         spec: &WorkerSpec,
-        kv: Kv,
+        pages: Pages,
         make: impl FnOnce(&Arc<Client>, WorkerOptions) -> Result<WorkerAdapter, RegisterError>,
     ) -> Result<WorkerSide, RegisterError> {
         let client = client(Role::Worker, &spec.client);
@@ -67,9 +69,11 @@ impl WorkerSide {
         options.model = "test-model".to_owned();
         options.checksum = if spec.checksum { Checksum::Verify } else { Checksum::Off };
         let mut adapter = make(&client, options)?;
-        adapter.register_kv_caches(kv.paged())?;
+        // SAFETY: a `WorkerSide` shuts its adapter down before it drops the pages, and touches a block only while no job has it.
+        let paged = unsafe { pages.describe() }.expect("a cache that the adapter takes");
+        adapter.register_kv_caches(paged)?;
         let (submitted, stores, loads) = (Vec::new(), Vec::new(), Vec::new());
-        Ok(WorkerSide { adapter, client, kv, rank: spec.rank, next_block: 0, submitted, stores, loads })
+        Ok(WorkerSide { adapter, client, pages, rank: spec.rank, next_block: 0, submitted, stores, loads })
     }
 
     pub fn client(&self) -> &Arc<Client> {
@@ -88,7 +92,7 @@ impl WorkerSide {
 
     /// The blocks of the next chunk, in an order that is not that of their ids.
     fn take_blocks(&mut self) -> Vec<u32> {
-        let shape = self.kv.shape();
+        let shape = self.pages.shape();
         let per_chunk = shape.blocks_per_chunk;
         if self.next_block + per_chunk > shape.blocks {
             self.next_block = 0;
@@ -110,13 +114,15 @@ impl WorkerSide {
         keys: &[Key],
         version: u64,
     ) -> Result<JobId, SubmitError> {
-        assert!(keys.len() <= self.kv.shape().chunks());
+        assert!(keys.len() <= self.pages.shape().chunks());
         let mut chunks = Vec::with_capacity(keys.len());
         self.submitted.clear();
         for key in keys {
             let blocks = self.take_blocks();
             self.submitted.extend(&blocks);
-            self.kv.fill(&blocks, Content { key: *key, rank: self.rank, version });
+            let content = Content { key: *key, rank: self.rank, version };
+            // SAFETY: the blocks of the next chunk: no job has them any more.
+            unsafe { self.pages.compute(content, &blocks) };
             chunks.push(StoreChunk { key: *key, blocks });
         }
         self.adapter.submit_store(REQUEST, round, parent, chunks, None)
@@ -124,13 +130,15 @@ impl WorkerSide {
 
     /// Gives the blocks of the last submitted store to somebody else, as vLLM does after a preemption.
     pub fn overwrite_submitted(&mut self) {
-        self.kv.poison(&self.submitted);
+        let somebody_elses = Content { key: [0; 2], rank: self.rank, version: u64::MAX };
+        // SAFETY: by the preemption, the store reads them no more.
+        unsafe { self.pages.compute(somebody_elses, &self.submitted) };
     }
 
     /// Computes the chunks of `keys`, stores them, and waits for the reports.
     pub fn store(&mut self, round: Round, keys: &[Key], version: u64) -> Stored {
         let (mut total, mut parent) = (Stored::default(), None);
-        for part in keys.chunks(self.kv.shape().chunks()) {
+        for part in keys.chunks(self.pages.shape().chunks()) {
             let job = self.submit_after(parent, round, part, version).expect("a good job");
             let report = self.finished_store(job);
             total.stored += report.stored;
@@ -174,15 +182,17 @@ impl WorkerSide {
             .extend(finished.loads.into_iter().map(|(id, _, report)| (id, report.loaded, report.failed)));
     }
 
-    /// Loads chunks into poisoned blocks, waits for the reports, and looks at every byte of those without an error.
+    /// Loads chunks into spoilt blocks, waits for the reports, and looks at every byte of those without an error.
     pub fn load(&mut self, handles: &[Handle], version: u64) -> Loaded {
         let mut total = Loaded::default();
-        for part in handles.chunks(self.kv.shape().chunks()) {
+        for part in handles.chunks(self.pages.shape().chunks()) {
             let chunks: Vec<LoadChunk> = part
                 .iter()
                 .map(|handle| {
                     let blocks = self.take_blocks();
-                    self.kv.poison(&blocks);
+                    let content = Content { key: handle.key, rank: self.rank, version };
+                    // SAFETY: as in `submit_after`.
+                    unsafe { self.pages.spoil(content, &blocks) };
                     LoadChunk { chunk: handle.chunk(), blocks }
                 })
                 .collect();
@@ -198,7 +208,8 @@ impl WorkerSide {
                     continue;
                 }
                 let content = Content { key: handle.key, rank: self.rank, version };
-                if let Some(wrong) = self.kv.verify(&chunk.blocks, content) {
+                // SAFETY: the load has been reported.
+                if let Some(wrong) = unsafe { self.pages.verify(content, &chunk.blocks) } {
                     eprintln!("WRONG BYTES: {handle:?}: {wrong:x?}");
                     total.wrong += 1;
                 }
@@ -207,7 +218,7 @@ impl WorkerSide {
             total.loaded += loaded;
             total.failed += failed;
         }
-        self.kv.check_gaps();
+        assert!(self.pages.gaps_are_untouched());
         total
     }
 

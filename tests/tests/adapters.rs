@@ -5,7 +5,7 @@ use kvring_adapter::{
     Client, PollingSchedulerAdapter, RegisterError, Role, SchedulerApi, SchedulerOptions, StoreChunk,
     WorkerAdapter, WorkerOptions,
 };
-use kvring_tests::kv::Kv;
+use kvring_rig::pages::Pages;
 use kvring_tests::proto::fingerprint;
 use kvring_tests::{
     ClientSpec, EngineProcess, LIMIT, Shape, WorkerSide, WorkerSpec, all_stored, becomes, chain, client,
@@ -57,15 +57,17 @@ fn a_worker_adapter_on_a_schedulers_client_is_an_error() {
 fn what_ended_under_one_kv_cache_is_reported_under_the_next_and_after_the_end() {
     let engine = EngineProcess::start("reports", 16);
     let client = client(Role::Worker, &ClientSpec::new(&engine.name));
+    let pages = Pages::new(Shape::SMALL).unwrap();
     let mut adapter = WorkerAdapter::new(&client, WorkerOptions::new(fingerprint(1), 1, 0, 64)).unwrap();
-    let kv = Kv::new(Shape::SMALL);
     let store = |adapter: &mut WorkerAdapter, name: u64| {
         let chunks = vec![StoreChunk { key: chain(name, 1)[0], blocks: vec![0, 1, 2, 3] }];
         adapter.submit_store("r", round(name as u32), None, chunks, None).unwrap()
     };
-    adapter.register_kv_caches(kv.paged()).unwrap();
+    // SAFETY: the adapter is dropped before the pages, which nobody else touches.
+    let paged = || unsafe { pages.describe() }.unwrap();
+    adapter.register_kv_caches(paged()).unwrap();
     let first = store(&mut adapter, 1);
-    adapter.register_kv_caches(kv.paged()).unwrap();
+    adapter.register_kv_caches(paged()).unwrap();
     let second = store(&mut adapter, 2);
     adapter.shutdown();
     let reported: Vec<_> = adapter.get_finished().stores.into_iter().map(|(id, ..)| id).collect();
@@ -76,7 +78,7 @@ fn what_ended_under_one_kv_cache_is_reported_under_the_next_and_after_the_end() 
 fn a_registration_that_one_engine_refused_is_made_again_at_the_next() {
     let mut engine = EngineProcess::start("again", 16);
     // 4 MiB a shard.
-    let shape = Shape { pages: [1 << 20, 1 << 20], blocks_per_chunk: 2, blocks: 8 };
+    let shape = Shape { page_bytes: [1 << 20, 1 << 20], blocks: 8, ..Shape::LARGE };
     let mut worker = WorkerSide::start(&WorkerSpec { shape, ..WorkerSpec::new(&engine.name) }).unwrap();
     assert_eq!(worker.store(round(1), &chain(1, 1), 0), all_stored(1));
     engine.terminate();

@@ -8,7 +8,7 @@ use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::lobby::{ENTRIES_AT, Role};
 use kvring_shm_abi::message::{Request, SlotOutcome, SlotRecord};
 use kvring_tests::engine::shard_of;
-use kvring_tests::fuzz::Random;
+use kvring_tests::fuzz::Nonsense;
 use kvring_tests::raw::{PAYLOAD_WORDS, registration};
 use kvring_tests::{Bystander, Claimed, EngineProcess, RawClient, eventually, soak, stat_of};
 use std::os::unix::fs::FileExt;
@@ -25,7 +25,7 @@ fn unharmed(mut engine: EngineProcess, bystander: Bystander) {
 }
 
 /// Writes noise where the engine looks for arguments; some of it are keys and slots that exist.
-fn scribble(raw: &RawClient, random: &mut Random) {
+fn scribble(raw: &RawClient, random: &mut Nonsense) {
     let words: Vec<u64> = (0..random.below(2000))
         .map(|_| match random.below(4) {
             0 => random.bits(),
@@ -41,7 +41,7 @@ fn scribble(raw: &RawClient, random: &mut Random) {
 #[test]
 fn messages() {
     let (engine, bystander) = EngineProcess::with_bystander("messages");
-    let mut random = Random::new(1);
+    let mut random = Nonsense::new(1);
     let mut sent = 0u64;
     let mut breaches = 0;
     while sent < 30_000 * soak() {
@@ -98,7 +98,7 @@ fn engine_requests(raw: &RawClient) -> u64 {
 fn good_messages_in_a_senseless_order() {
     let engine = EngineProcess::start("order", 8);
     let bystander = Bystander::start(&engine.name);
-    let mut random = Random::new(2);
+    let mut random = Nonsense::new(2);
     let mut invalidated = 0;
     for _ in 0..6 * soak() {
         let mut workers: Vec<RawClient> =
@@ -176,7 +176,7 @@ fn claims_entries_and_channels() {
     let engine = EngineProcess::start("claims", 8);
     let bystander = Bystander::start(&engine.name);
     let lobby = std::fs::OpenOptions::new().write(true).open(engine.file("lobby")).unwrap();
-    let mut random = Random::new(3);
+    let mut random = Nonsense::new(3);
     let mut attached = 0;
     for _ in 0..1500 * soak() {
         let claim = Claimed::new(&engine.name, if random.one_in(2) { Role::Worker } else { Role::Scheduler });
@@ -233,7 +233,7 @@ fn claims_entries_and_channels() {
 fn registrations() {
     let engine = EngineProcess::start("records", 8);
     let bystander = Bystander::start(&engine.name);
-    let mut random = Random::new(4);
+    let mut random = Nonsense::new(4);
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     for _ in 0..3000 * soak() {
         if raw.status() != AttachStatus::Attached {

@@ -174,7 +174,7 @@ fn a_late_reservation_is_aborted() {
 fn what_is_given_back_during_a_stall_arrives_afterwards() {
     let sessions = 600;
     let engine = EngineProcess::configured("deferred", 64, &json!({ "client_share": 1.0 }));
-    let shape = Shape { pages: [1024, 1024], ..Shape::SMALL };
+    let shape = Shape { page_bytes: [1024, 1024], ..Shape::SMALL };
     let mut worker = WorkerSide::start(&WorkerSpec { shape, ..WorkerSpec::new(&engine.name) }).unwrap();
     let keys = worker.stores(round(1), chain(1, KEYS), 0);
     let mut scheduler = engine.scheduler();

@@ -37,7 +37,7 @@ fn ranks_that_disagree_are_told_about_what() {
     );
     // The same rank again, with another order of pages and with other sizes.
     let mut other = right.clone();
-    other.shape.pages = [12288, 4096];
+    other.shape.page_bytes = [12288, 4096];
     assert_eq!(refused(&other).0, Disagreement::Layout);
     let mut raw = RawClient::attach(&engine.name, Role::Worker);
     let mut record = registration(1, 2, 0, 999 * 4096);

@@ -223,7 +223,7 @@ fn a_shard_larger_than_the_arena_is_refused_with_both_sizes() {
     let engine = EngineProcess::start("shard", 2);
     let bystander = Bystander::start(&engine.name);
     // 3 MiB a shard.
-    let shape = Shape { pages: [768 << 10, 768 << 10], blocks_per_chunk: 2, blocks: 4 };
+    let shape = Shape { page_bytes: [768 << 10, 768 << 10], blocks: 4, ..Shape::LARGE };
     let spec = WorkerSpec { shape, ..WorkerSpec::new(&engine.name) };
     let error = WorkerSide::start(&spec).err().unwrap().to_string();
     assert!(error.contains("3145728 bytes on each rank") && error.contains("up to 2097152"), "{error}");

@@ -3,7 +3,7 @@
 use crate::chaos::Turn;
 use kvring_adapter::{ClientOptions, Key};
 use kvring_rig::pages::Shape;
-use kvring_rig::wire::Lookups;
+use kvring_rig::wire::{Handle, Lookups};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -233,12 +233,8 @@ pub(crate) enum ToWorker {
     Load {
         /// Names the request.
         job: Job,
-        /// Which arena the chunks are in.
-        arena_id: [u64; 2],
-        /// Their keys: each says what must be loaded.
-        keys: Vec<Key>,
-        /// The chunks, in the same order.
-        words: Vec<u64>,
+        /// The chunks.
+        chunks: Vec<Handle>,
     },
     /// "Compute" these, and store them.
     Store {

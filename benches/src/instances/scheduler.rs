@@ -5,13 +5,12 @@ mod rest;
 mod turns;
 
 use super::lives::Lives;
-use super::message::{
-    ATTACH_MAX, Done, FromClient, FromScheduler, Job, Manner, Start, ToScheduler, ToWorker,
-};
+use super::message::{Done, FromClient, FromScheduler, Job, Manner, Start, ToScheduler, ToWorker};
 use super::requests::{Request, State};
 use super::watch::Watch;
 use super::{BEAT, TELL};
 use crate::chaos::Turn;
+use crate::child::ready;
 use anyhow::{Context, bail};
 use kvring_adapter::{
     Client, Hit, Key, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
@@ -101,7 +100,7 @@ impl Scheduler {
             Box::new(PollingSchedulerAdapter::new(&client, options))
         };
         if start.is_calm() {
-            wait_ready(&client)?;
+            ready(&client)?;
         }
         let name = u64::from(start.who.instance()) << 32 | u64::from(start.life);
         let mut random = Random::new(seed, name ^ u64::from_le_bytes(*b"schedule"));
@@ -245,10 +244,4 @@ impl Scheduler {
         }
         Ok(())
     }
-}
-
-/// Waits until a calm client is attached.
-pub(super) fn wait_ready(client: &Client) -> anyhow::Result<()> {
-    let ready = client.wait_ready(ATTACH_MAX);
-    ready.map_err(|health| anyhow::anyhow!("the engine is {health} after {} s", ATTACH_MAX.as_secs()))
 }

@@ -2,18 +2,19 @@
 
 use super::lives::Lives;
 use super::message::{DRAIN, FromClient, Job, Life, Manner, OPERATION, Outcome, Reply, Start, ToWorker, Who};
-use super::scheduler::wait_ready;
 use super::watch::Watch;
 use super::{BEAT, TELL};
+use crate::child::ready;
 use anyhow::{Context, bail};
 use kvring_adapter::{
-    ChunkHandle, ChunkWord, Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk,
-    StoreReport, WorkerAdapter, WorkerOptions,
+    Client, Finished, JobId, Key, LoadChunk, LoadReport, Role, Round, StoreChunk, StoreReport, WorkerAdapter,
+    WorkerOptions,
 };
 use kvring_rig::blocks::BlockPool;
 use kvring_rig::content::Content;
 use kvring_rig::pages::Pages;
 use kvring_rig::pipe::Pipe;
+use kvring_rig::wire::Handle;
 use kvring_shm_abi::segment::EngineName;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -78,7 +79,7 @@ impl Worker {
         let paged = unsafe { pages.describe()? };
         watch.call("register_kv_caches", OPERATION, || adapter.register_kv_caches(paged))?;
         if start.is_calm() {
-            wait_ready(&client)?;
+            ready(&client)?;
         }
         Ok(Worker {
             adapter,
@@ -116,9 +117,7 @@ impl Worker {
             let (messages, open) = self.pipe.drain(patience)?;
             for message in messages {
                 match message {
-                    ToWorker::Load { job, arena_id, keys, words } => {
-                        self.load(job, arena_id, keys, &words)?
-                    }
+                    ToWorker::Load { job, chunks } => self.load(job, &chunks)?,
                     ToWorker::Store { job, round, parent, keys } => self.store(job, round, parent, keys)?,
                     ToWorker::Preempt(job) => self.preempt(job),
                     ToWorker::Drain => self.draining = true,
@@ -158,8 +157,9 @@ impl Worker {
         self.pool.take(chunks, self.pages.shape().blocks_per_chunk).ok()
     }
 
-    fn load(&mut self, job: Job, arena_id: [u64; 2], keys: Vec<Key>, words: &[u64]) -> anyhow::Result<()> {
-        let Some(blocks) = self.take_blocks(words.len()) else { return self.reply(job, Outcome::Refused) };
+    fn load(&mut self, job: Job, handles: &[Handle]) -> anyhow::Result<()> {
+        let Some(blocks) = self.take_blocks(handles.len()) else { return self.reply(job, Outcome::Refused) };
+        let keys: Vec<Key> = handles.iter().map(|handle| handle.key).collect();
         if self.verifies() {
             for (key, blocks) in keys.iter().zip(&blocks) {
                 let content = self.content(*key);
@@ -167,11 +167,11 @@ impl Worker {
                 unsafe { self.pages.spoil(content, blocks) };
             }
         }
-        let chunk = |(word, blocks): (&u64, &Vec<u32>)| LoadChunk {
-            chunk: ChunkHandle { arena_id, word: ChunkWord::from_bits(*word) },
+        let chunk = |(handle, blocks): (&Handle, &Vec<u32>)| LoadChunk {
+            chunk: handle.chunk(),
             blocks: blocks.clone(),
         };
-        let chunks = words.iter().zip(&blocks).map(chunk).collect();
+        let chunks = handles.iter().zip(&blocks).map(chunk).collect();
         let (adapter, name) = (&mut self.adapter, job.name());
         let id =
             self.watch.call("submit_load", Duration::ZERO, || adapter.submit_load(&name, chunks, None))?;

@@ -8,7 +8,7 @@ use kvring_gpu_kernels::{CopyBackend, CopyMode};
 #[test]
 fn a_calibration_touches_nobody_s_pages() {
     inside(&[("FAKE_CUDA_DELAY_US", "0")], |fake| {
-        let mut rng = Rng(31);
+        let mut rng = Random::new(31, 0);
         let arena = Arena::new(1 << 20);
         let backend = backend(CopyMode::Auto);
         let _mapped = backend.map_arena(arena.mapping());

@@ -17,7 +17,7 @@ fn nothing_here_breaks_the_capture_of_a_graph() {
             let handle = torch as u64;
             let work = || {
                 let _context = calls::context();
-                let mut rng = Rng(11);
+                let mut rng = Random::new(11, 0);
                 // Allocating the cache's memory would break the capture. That is not the backend's doing, so this thread changes
                 // its mode meanwhile.
                 let before = calls::relax();

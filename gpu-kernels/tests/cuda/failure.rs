@@ -78,7 +78,7 @@ fn kernels_that_do_not_load() {
         let CopyError::Gpu(GpuError::Mode { asked: "checksum", why }) = &error else { panic!("{error}") };
         assert!(why.contains("570"), "{why}");
         assert_eq!(world.backend.describe(&world.cache.paged), "stores by batch; loads by batch");
-        let image = world.cache.renew(&mut Rng(1));
+        let image = world.cache.renew(&mut Random::new(1, 0));
         world.store(false, &shards).unwrap();
         assert!(world.bytes_at(0) == world.cache.gather(&image, &[5, 1]));
     });
@@ -160,7 +160,8 @@ fn no_memory_for_staging_buffers() {
         // several registrations.
         world.check(false);
         let launches = fake.calls("cuLaunchKernel");
-        let round = Round::new(&mut Rng(5), cache, world.arena.all, Direction::Store, true, vec![0]);
+        let round =
+            Round::new(&mut Random::new(5, 0), cache, world.arena.all, Direction::Store, true, vec![0]);
         let done = backend.submit(round.batch(Fence::none())).unwrap().wait().unwrap();
         round.check("without staging buffers", Some(done));
         assert!(fake.calls("cuLaunchKernel") > launches);
@@ -247,10 +248,10 @@ fn a_batch_that_fails_half_way_has_ended() {
         ] {
             let world = World::plain(mode, 8, 6 * SHARD);
             let World { arena, cache, .. } = &world;
-            let before = arena.all.renew(&mut Rng(5));
+            let before = arena.all.renew(&mut Random::new(5, 0));
             let fence = world.written_late(fake, 8, 100_000);
             fake.fail_once(call, 1, use_);
-            let blocks = cache.blocks(&mut Rng(6), Direction::Store, 6);
+            let blocks = cache.blocks(&mut Random::new(6, 0), Direction::Store, 6);
             let shards: Vec<_> =
                 blocks.iter().enumerate().flat_map(|(k, blocks)| world.shard(k * SHARD, blocks)).collect();
             let error = world.submit(Direction::Store, false, fence, &shards).err().unwrap();
@@ -314,7 +315,7 @@ fn a_copy_that_is_not_known_to_have_ended_says_so() {
         let world = World::plain(CopyMode::Staged, 8, SHARD);
         let shards = world.shard(0, &BLOCKS);
         for half_way in [false, true] {
-            let before = world.arena.all.renew(&mut Rng(5));
+            let before = world.arena.all.renew(&mut Random::new(5, 0));
             let fence = world.written_late(fake, 6, 4_000_000);
             if half_way {
                 fake.fail_once("cuEventRecord", 1, 1);
@@ -372,7 +373,7 @@ fn lose(fake: &Fake, code: i32) {
     // Torch's stream is busy for long, so nothing that waits for a fence begins.
     drop(world.written_late(fake, 4, 5_000_000));
     let submit = |at: usize, direction| {
-        let blocks = world.cache.blocks(&mut Rng(at as u64), direction, 1).remove(0);
+        let blocks = world.cache.blocks(&mut Random::new(at as u64, 0), direction, 1).remove(0);
         world.submit(direction, true, world.fence(), &world.shard(at * SHARD, &blocks)).unwrap()
     };
     let waiting = [submit(0, Direction::Store), submit(1, Direction::Load)];

@@ -15,7 +15,7 @@ fn nothing_is_left() {
             let world = World::plain(mode, 8, 4 * 2 * PART);
             let submit = |at: usize| {
                 let direction = DIRECTIONS[at % 2];
-                let blocks = world.cache.blocks(&mut Rng(at as u64), direction, 1).remove(0);
+                let blocks = world.cache.blocks(&mut Random::new(at as u64, 0), direction, 1).remove(0);
                 let shards = world.shard(at * world.cache.shard_bytes(), &blocks);
                 world.submit(direction, true, world.fence(), &shards).unwrap()
             };

@@ -41,7 +41,7 @@ fn stores(world: &World, fake: &Fake, seeds: Range<u32>, delay_us: u32) -> usize
 /// The number of readers on torch's stream, put there before the fence, that found the bytes from before the load.
 fn loads(world: &World, fake: &Fake, seeds: Range<u32>, delay_us: u32) -> usize {
     let kept = |seed: &u32| {
-        let mut rng = Rng(u64::from(*seed));
+        let mut rng = Random::new(u64::from(*seed), 0);
         let (cache, arena) = (&world.cache, world.arena.all);
         let checksum = seed.is_multiple_of(2);
         let round = Round::new(&mut rng, cache, arena, Direction::Load, checksum, vec![0, 2 * PAGE]);
@@ -176,7 +176,7 @@ fn no_copy_crosses_the_border_of_two_registrations() {
             let (backend, arena) = (backend(mode), Arena::new(2 * PART));
             let mapped = backend.map_arena(arena.mapping());
             until_registered(&mapped, 2 * PART);
-            let image = cache.renew(&mut Rng(3));
+            let image = cache.renew(&mut Random::new(3, 0));
             store(&backend, &arena).unwrap();
             let shard = arena.all.part(PART - PAGE / 2, 2 * PAGE).read();
             assert!(shard == cache.gather(&image, &[0, 2]), "{mode}");

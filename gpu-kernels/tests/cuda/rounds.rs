@@ -32,7 +32,7 @@ impl Ground {
     }
 
     /// Copies some batches of one cache. Returns how many.
-    fn some(&self, rng: &mut Rng, cache: &Cache) -> usize {
+    fn some(&self, rng: &mut Random, cache: &Cache) -> usize {
         // Kernels cannot copy every cache.
         let odd = Tiles::of(&cache.paged).is_err();
         let prepared = self.backend.prepare(&cache.paged);
@@ -46,24 +46,24 @@ impl Ground {
         let stream = calls::stream();
         let batches = rng.within(1, 3);
         for _ in 0..batches {
-            let fence = match rng.next() % 3 {
+            let fence = match rng.bits() % 3 {
                 0 => Fence::none(),
                 1 => self.backend.fence(ComputeStream(stream as u64)).unwrap(),
                 _ => self.backend.fence(ComputeStream(0)).unwrap(),
             };
             let checksum = rng.one_in(2) && self.kernels && !odd;
-            let direction = rng.one_of(&DIRECTIONS);
+            let direction = rng.pick(&DIRECTIONS);
             self.one(rng, cache, direction, checksum, fence);
         }
         assert_eq!(calls::destroy(stream), None);
         batches
     }
 
-    fn one(&self, rng: &mut Rng, cache: &Cache, direction: Direction, checksum: bool, fence: Fence) {
+    fn one(&self, rng: &mut Random, cache: &Cache, direction: Direction, checksum: bool, fence: Fence) {
         let places = places(rng, cache, self.arena.skew, self.arena.all.len);
         let round = Round::new(rng, cache, self.arena.all, direction, checksum, places);
         let mut transfer = self.backend.submit(round.batch(fence)).unwrap();
-        let done = match rng.next() % 4 {
+        let done = match rng.bits() % 4 {
             0 => {
                 drop(transfer);
                 None
@@ -81,14 +81,14 @@ impl Ground {
     }
 
     /// A store and a load with checksums.
-    fn both(&self, rng: &mut Rng, cache: &Cache) {
+    fn both(&self, rng: &mut Random, cache: &Cache) {
         for direction in DIRECTIONS {
             self.one(rng, cache, direction, true, Fence::none());
         }
     }
 
     /// Batches with a new cache each. Returns how many were copied.
-    fn rounds(&self, rng: &mut Rng, count: usize) -> usize {
+    fn rounds(&self, rng: &mut Random, count: usize) -> usize {
         let round = |_| {
             let cache = any_cache(rng);
             self.some(rng, &cache)
@@ -97,14 +97,14 @@ impl Ground {
     }
 }
 
-fn any_cache(rng: &mut Rng) -> Cache {
+fn any_cache(rng: &mut Random) -> Cache {
     let shape = if rng.one_in(6) { odd(rng) } else { shape(rng) };
     Cache::random(rng, shape)
 }
 
-fn shape(rng: &mut Rng) -> Shape {
-    let unit = rng.one_of(&[16, 16, 8, 4]);
-    match rng.next() % 8 {
+fn shape(rng: &mut Random) -> Shape {
+    let unit = rng.pick(&[16, 16, 8, 4]);
+    match rng.bits() % 8 {
         0 => Shape { unit, content: 1, tokens: 2, per_chunk: (1, 700), groups: 1, ..Shape::SMALL },
         1 => Shape { unit, content: 32, tokens: 48, per_chunk: (1, 8), groups: 2, ..Shape::SMALL },
         _ => Shape { unit, ..Shape::SMALL },
@@ -112,13 +112,13 @@ fn shape(rng: &mut Rng) -> Shape {
 }
 
 /// Pages that fit no vector of the kernels.
-fn odd(rng: &mut Rng) -> Shape {
-    Shape { unit: rng.one_of(&[1, 2, 3, 5, 7, 9, 14]), ..Shape::SMALL }
+fn odd(rng: &mut Random) -> Shape {
+    Shape { unit: rng.pick(&[1, 2, 3, 5, 7, 9, 14]), ..Shape::SMALL }
 }
 
 /// Rounds in every forced mode. Everything is given back.
 fn forced(fake: &Fake, seed: u64, count: usize, kernels: bool, skew: usize) {
-    let mut rng = Rng(seed);
+    let mut rng = Random::new(seed, 0);
     let mut batches = 0;
     for mode in if kernels { &FORCED[..] } else { &FORCED[..1] } {
         let ground = Ground::new(options(*mode), Arena { skew, ..Arena::new(ARENA) }, kernels);
@@ -144,7 +144,7 @@ fn by_the_device_s_own_addresses() {
 #[test]
 fn registered_in_part_and_growing() {
     inside(&[QUICK, ("FAKE_CUDA_LOCKED", "1200000")], |fake| {
-        let mut rng = Rng(3);
+        let mut rng = Random::new(3, 0);
         for mode in FORCED {
             let arena = Arena::new(ARENA);
             arena.grow(0);
@@ -193,7 +193,7 @@ fn without_kernels() {
 #[test]
 fn by_what_a_calibration_found() {
     inside(&[("FAKE_CUDA_DELAY_US", "0")], |_| {
-        let mut rng = Rng(8);
+        let mut rng = Random::new(8, 0);
         let ground = Ground::new(options(CopyMode::Auto), Arena::new(ARENA), true);
         for index in 0..6 {
             let shape = if index % 3 == 2 { odd(&mut rng) } else { shape(&mut rng) };
@@ -209,7 +209,7 @@ fn by_what_a_calibration_found() {
 #[test]
 fn longer_than_the_staging_buffers() {
     inside(&[("FAKE_CUDA_MEMORY", "33000000")], |fake| {
-        let mut rng = Rng(9);
+        let mut rng = Random::new(9, 0);
         let cache = Cache::plain(3, 33_000, 40, 30);
         let shard = cache.shard_bytes();
         assert!(shard > 10 * (256 << 10));
@@ -230,14 +230,14 @@ fn longer_than_any_staging_buffer() {
     inside(&[("FAKE_CUDA_DELAY_US", "0")], |_| {
         let cache = Cache::plain(2, 256 << 10, 41, 37);
         let arena = Arena::new(cache.shard_bytes() + (1 << 20));
-        Ground::new(options(CopyMode::Staged), arena, true).both(&mut Rng(10), &cache);
+        Ground::new(options(CopyMode::Staged), arena, true).both(&mut Random::new(10, 0), &cache);
     });
 }
 
 #[test]
 fn parts_and_processors_of_any_number() {
     inside(&[("FAKE_CUDA_LOCKED", "4000000"), ("FAKE_CUDA_DELAY_US", "0")], |_| {
-        let mut rng = Rng(12);
+        let mut rng = Random::new(12, 0);
         let cache = Cache::plain(2, 4096, 30, 12);
         for part_bytes in [0, 1, 4097, 10_000, 1 << 30, usize::MAX] {
             for (mode, sm_count) in [(CopyMode::Staged, 0), (CopyMode::ZeroCopy, u32::MAX)] {

@@ -17,7 +17,7 @@ struct Ground {
     cache: Cache,
     arena: Arena,
     torch: u64,
-    rng: Rng,
+    rng: Random,
 }
 
 impl Ground {
@@ -72,7 +72,7 @@ impl Ground {
 
 fn sweep(fake: &Fake, mode: CopyMode) {
     let (cache, arena) = (Cache::plain(2, 4096, 12, 3), Arena::new(2 * PART));
-    let mut ground = Ground { cache, arena, torch: calls::stream() as u64, rng: Rng(1) };
+    let mut ground = Ground { cache, arena, torch: calls::stream() as u64, rng: Random::new(1, 0) };
     ground.life(fake, mode, "");
     let mut failed = 0;
     for call in calls_of_the_driver() {

@@ -39,7 +39,7 @@ impl Flying {
 /// Copies from this thread. Another one ends some of the transfers.
 fn copies(backend: &impl CopyBackend, arena: Bytes, thread: usize, send: &mpsc::Sender<Flying>) {
     let _context = calls::context();
-    let mut rng = Rng(100 + thread as u64);
+    let mut rng = Random::new(100 + thread as u64, 0);
     let stream = ComputeStream(calls::stream() as u64);
     let mut flying = VecDeque::new();
     for step in 0..SLOTS {
@@ -62,10 +62,10 @@ fn copies(backend: &impl CopyBackend, arena: Bytes, thread: usize, send: &mpsc::
             flying.push_back(one);
         }
         if flying.len() > 6 {
-            flying.pop_front().unwrap().end(rng.next());
+            flying.pop_front().unwrap().end(rng.bits());
         }
     }
-    flying.into_iter().for_each(|flying| flying.end(rng.next()));
+    flying.into_iter().for_each(|flying| flying.end(rng.bits()));
 }
 
 #[test]

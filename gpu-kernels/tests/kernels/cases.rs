@@ -2,7 +2,7 @@
 
 use crate::shim::{Shape as Grid, Shim};
 use crate::support::pages::{Group, ORDERS, Piece, Shape, chunks, pieces};
-use crate::support::random::Rng;
+use crate::support::random::Random;
 use kvring_gpu_kernels::{PagedKv, TILE_BYTES, Tiles, Window, checksum};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,7 +21,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn random(bytes: usize, rng: &mut Rng) -> Memory {
+    fn random(bytes: usize, rng: &mut Random) -> Memory {
         let mut memory = Memory { words: vec![0; bytes.div_ceil(16)] };
         rng.fill(memory.bytes_mut());
         memory
@@ -42,9 +42,9 @@ impl Memory {
 }
 
 /// Limits for a case with kernels of this width: many positions, or large pages, or neither.
-fn shape(rng: &mut Rng, width: usize) -> Shape {
+fn shape(rng: &mut Random, width: usize) -> Shape {
     let shape = Shape { unit: width, blocks: (1, 7), far: true, ..Shape::SMALL };
-    match rng.next() % 12 {
+    match rng.bits() % 12 {
         0 => Shape {
             content: 2,
             tokens: 2,
@@ -60,7 +60,7 @@ fn shape(rng: &mut Rng, width: usize) -> Shape {
 }
 
 struct Case {
-    rng: Rng,
+    rng: Random,
     groups: Vec<Group>,
     memory: Memory,
     /// The width of the kernels that it is run with.
@@ -74,7 +74,7 @@ struct Case {
 
 impl Case {
     fn new(seed: u64) -> Result<Case, String> {
-        let mut rng = Rng(seed.wrapping_mul(0xd134_2543_de82_ef95));
+        let mut rng = Random::new(seed.wrapping_mul(0xd134_2543_de82_ef95), 0);
         let kinds = seed as usize % (ORDERS.len() * WIDTHS.len());
         let (order, width) = (kinds % ORDERS.len(), WIDTHS[kinds / ORDERS.len()]);
         let shape = shape(&mut rng, width);
@@ -110,7 +110,7 @@ impl Case {
         let shard_bytes = kv.shard_bytes() as usize;
         let longest = tiles.table().iter().map(|tile| tile.bytes).max().unwrap();
         // As short as possible, but not so short that many windows take long.
-        let max_bytes = match rng.next() % 3 {
+        let max_bytes = match rng.bits() % 3 {
             0 => longest.max(shard_bytes as u32 / 16),
             1 => rng.within(longest.max(shard_bytes as u32 / 16) as usize, shard_bytes) as u32,
             _ => shard_bytes as u32,

@@ -1,7 +1,7 @@
 //! Random groups of pages in each of vLLM's page orders, and a plain reference of which pages a chunk has: it knows only axes and
 //! strides.
 
-use super::random::Rng;
+use super::random::Random;
 use kvring_gpu_kernels::{KvGroup, Plane, SKIP};
 
 /// vLLM's page orders: a name, and the axes from the outermost on, but for the content: Layers, Blocks, Heads, tokens (N).
@@ -98,7 +98,7 @@ pub(crate) struct Group {
 
 impl Group {
     /// A group in the order of this index that is laid out from `at` on, and where it ends.
-    pub(crate) fn new(rng: &mut Rng, order: usize, shape: Shape, at: usize) -> (Group, usize) {
+    pub(crate) fn new(rng: &mut Random, order: usize, shape: Shape, at: usize) -> (Group, usize) {
         let (name, axes) = ORDERS[order];
         let blocks = rng.within(shape.blocks.0, shape.blocks.1);
         let (layers, tokens) = (rng.within(1, shape.layers), rng.within(1, shape.tokens));
@@ -150,8 +150,8 @@ impl Group {
     }
 
     /// So many blocks, some more than once, and SKIP where that is allowed.
-    pub(crate) fn any(&self, rng: &mut Rng, count: usize, skips: bool) -> Vec<u32> {
-        let block = |rng: &mut Rng| match rng.next() % 4 {
+    pub(crate) fn any(&self, rng: &mut Random, count: usize, skips: bool) -> Vec<u32> {
+        let block = |rng: &mut Random| match rng.bits() % 4 {
             0 => self.lowest,
             1 => self.lowest + self.blocks - 1,
             2 if skips => SKIP,
@@ -161,7 +161,7 @@ impl Group {
     }
 
     /// So many blocks, each at most once, and SKIP. Every other time they stay contiguous.
-    pub(crate) fn distinct(&self, rng: &mut Rng, count: usize) -> Vec<u32> {
+    pub(crate) fn distinct(&self, rng: &mut Random, count: usize) -> Vec<u32> {
         let mut blocks: Vec<u32> = (self.lowest..self.lowest + self.blocks).collect();
         blocks.resize(blocks.len().max(count), SKIP);
         let some = rng.within(2, 6) as u64;

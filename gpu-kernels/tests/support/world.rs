@@ -4,7 +4,7 @@
 use super::calls;
 use super::fake::Fake;
 use super::pages::{Group, Laid, ORDERS, Shape, chunks, pieces};
-pub(crate) use super::random::Rng;
+pub(crate) use super::random::Random;
 use kvring_gpu_kernels::{
     ArenaMapping, ComputeStream, CopyBackend, CopyBatch, CopyDone, CopyError, CopyMode, CudaBackend,
     Direction, Fence, GpuOptions, MappedArena, Memory, PagedKv, Transfer, checksum,
@@ -55,14 +55,14 @@ impl Bytes {
     }
 
     /// Writes new random bytes, and returns them.
-    pub(crate) fn renew(self, rng: &mut Rng) -> Vec<u8> {
+    pub(crate) fn renew(self, rng: &mut Random) -> Vec<u8> {
         let bytes = random(rng, self.len);
         self.write(&bytes);
         bytes
     }
 }
 
-pub(crate) fn random(rng: &mut Rng, bytes: usize) -> Vec<u8> {
+pub(crate) fn random(rng: &mut Random, bytes: usize) -> Vec<u8> {
     let mut random = vec![0; bytes];
     rng.fill(&mut random);
     random
@@ -119,7 +119,7 @@ pub(crate) struct Cache {
 
 impl Cache {
     /// A random cache. The calling thread is in the context.
-    pub(crate) fn random(rng: &mut Rng, shape: Shape) -> Cache {
+    pub(crate) fn random(rng: &mut Random, shape: Shape) -> Cache {
         // There is poison before, between and after the groups.
         let mut end = 256;
         let mut groups = Vec::new();
@@ -163,7 +163,7 @@ impl Cache {
     }
 
     /// Writes new random bytes, and returns them.
-    pub(crate) fn renew(&self, rng: &mut Rng) -> Vec<u8> {
+    pub(crate) fn renew(&self, rng: &mut Random) -> Vec<u8> {
         let bytes = random(rng, self.bytes);
         calls::write_device(self.address, &bytes);
         bytes
@@ -191,7 +191,7 @@ impl Cache {
     }
 
     /// Blocks for so many chunks. Those of loads come once each, or are SKIP.
-    pub(crate) fn blocks(&self, rng: &mut Rng, direction: Direction, count: usize) -> Vec<Vec<u32>> {
+    pub(crate) fn blocks(&self, rng: &mut Random, direction: Direction, count: usize) -> Vec<Vec<u32>> {
         chunks(&self.groups, count, |group, ids| match direction {
             Direction::Store => group.any(rng, ids, false),
             Direction::Load => group.distinct(rng, ids),
@@ -248,7 +248,7 @@ pub(crate) struct Round<'a> {
 impl<'a> Round<'a> {
     /// A round with a shard at each of these places in the arena. Writes new bytes to both sides.
     pub(crate) fn new(
-        rng: &mut Rng,
+        rng: &mut Random,
         cache: &'a Cache,
         arena: Bytes,
         direction: Direction,
@@ -390,7 +390,7 @@ impl World {
 
 /// Copies a random shard in both directions, and checks the bytes.
 pub(crate) fn check(backend: &CudaBackend, cache: &Cache, arena: &Arena, checksum: bool) {
-    let mut rng = Rng(77);
+    let mut rng = Random::new(77, 0);
     for direction in DIRECTIONS {
         let round = Round::new(&mut rng, cache, arena.all, direction, checksum, vec![0]);
         let done = backend.submit(round.batch(Fence::none())).and_then(|transfer| transfer.wait()).unwrap();
@@ -399,9 +399,9 @@ pub(crate) fn check(backend: &CudaBackend, cache: &Cache, arena: &Arena, checksu
 }
 
 /// Places for some shards in an arena of so many bytes, from `first` on. Kernels need shards that are aligned; DMA takes any.
-pub(crate) fn places(rng: &mut Rng, cache: &Cache, first: usize, arena: usize) -> Vec<usize> {
+pub(crate) fn places(rng: &mut Random, cache: &Cache, first: usize, arena: usize) -> Vec<usize> {
     let (mut at, mut places) = (first, Vec::new());
-    let align = rng.one_of(&[1, 4, 8, 16, 4096]);
+    let align = rng.pick(&[1, 4, 8, 16, 4096]);
     for _ in 0..rng.within(0, 7) {
         at = (at + rng.within(0, 5000)).next_multiple_of(align);
         if at + cache.shard_bytes() > arena {

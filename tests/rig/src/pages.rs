@@ -29,6 +29,20 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Two planes, as keys and values, of different sizes, with a gap after each page; 64 KiB a shard.
+    pub const SMALL: Shape =
+        Shape { planes: 2, page_bytes: [4096, 12288], gap_bytes: 64, blocks_per_chunk: 4, blocks: 256 };
+
+    /// 1 MiB a shard, so that a copy takes long enough to be raced.
+    pub const LARGE: Shape =
+        Shape { page_bytes: [256 << 10, 256 << 10], blocks_per_chunk: 2, blocks: 32, ..Shape::SMALL };
+
+    /// Chunks that fit into the cache at once.
+    #[must_use]
+    pub const fn chunks(&self) -> usize {
+        (self.blocks / self.blocks_per_chunk) as usize
+    }
+
     /// Bytes of a page of this plane.
     #[must_use]
     pub const fn page_bytes(&self, plane: u32) -> usize {

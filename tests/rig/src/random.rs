@@ -42,6 +42,11 @@ impl Random {
         range.start + self.below(range.end.saturating_sub(range.start))
     }
 
+    /// A number from `low` to `high`, both included.
+    pub fn within(&mut self, low: usize, high: usize) -> usize {
+        low + self.below((high - low) as u64 + 1) as usize
+    }
+
     /// One of these values.
     ///
     /// # Panics
@@ -58,6 +63,20 @@ impl Random {
     /// True with this probability in percent.
     pub fn percent(&mut self, probability: u64) -> bool {
         self.below(100) < probability
+    }
+
+    /// Brings these values into a random order.
+    pub fn shuffle<T>(&mut self, values: &mut [T]) {
+        for at in (1..values.len()).rev() {
+            values.swap(at, self.within(0, at));
+        }
+    }
+
+    /// Fills these bytes with random ones.
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for word in bytes.chunks_mut(8) {
+            word.copy_from_slice(&self.bits().to_le_bytes()[..word.len()]);
+        }
     }
 
     /// A number of milliseconds from the range.

@@ -1,6 +1,6 @@
 //! What an adapter answers, in a form that can be sent to another process.
 
-use kvring_adapter::LookupStats;
+use kvring_adapter::{ChunkHandle, ChunkWord, Key, LookupStats};
 use serde::{Deserialize, Serialize};
 
 /// [`LookupStats`] that can be sent.
@@ -42,5 +42,30 @@ impl Lookups {
         self.degraded += degraded;
         self.timed_out += timed_out;
         self.refused += refused;
+    }
+}
+
+/// A [`ChunkHandle`] that can be sent, as vLLM's metadata carries it from the scheduler to the workers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handle {
+    /// The arena's id.
+    pub arena_id: [u64; 2],
+    /// The chunk's word.
+    pub word: u64,
+    /// What the chunk must be.
+    pub key: Key,
+}
+
+impl From<(ChunkHandle, &Key)> for Handle {
+    fn from((chunk, key): (ChunkHandle, &Key)) -> Handle {
+        Handle { arena_id: chunk.arena_id, word: chunk.word.bits(), key: *key }
+    }
+}
+
+impl Handle {
+    /// The handle as a worker's adapter takes it.
+    #[must_use]
+    pub fn chunk(&self) -> ChunkHandle {
+        ChunkHandle { arena_id: self.arena_id, word: ChunkWord::from_bits(self.word) }
     }
 }

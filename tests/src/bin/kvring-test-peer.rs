@@ -3,13 +3,14 @@
 use kvring_engine::config::{EngineConfig, Overrides};
 use kvring_engine::segments::SetupError;
 use kvring_engine::{Engine, StartError, StopHandle};
+use kvring_rig::child::die_with_parent;
 use nix::sys::signal::Signal;
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     // This process ends with the test that started it, also where that is killed.
-    let _ = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL);
+    let _ = die_with_parent();
     kvring_tests::log();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {

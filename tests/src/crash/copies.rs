@@ -3,10 +3,11 @@
 use super::FAIL_POINT;
 use super::checks::Checks;
 use super::scene::{SHARD, SOLO, Scene, scheduler_spec, solo_spec, worker_spec};
-use crate::kv::{Shape, chain};
+use crate::kv::chain;
 use crate::proto::{Stored, all_failed, all_loaded, all_stored, round};
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
+use kvring_rig::pages::Shape;
 use kvring_shm_abi::failpoint::Place;
 
 /// The namespace of the filler.

@@ -4,18 +4,18 @@ use super::checks::Checks;
 use crate::engine::{EngineProcess, channels, claimed_entries, stat_of};
 use crate::held::HeldBackend;
 use crate::isolate::segments;
-use crate::kv::Shape;
 use crate::proto::{ClientSpec, SchedulerSpec, WorkerSpec};
 use crate::scheduler::SchedulerSide;
 use crate::worker::WorkerSide;
+use kvring_rig::pages::Shape;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// 64 KiB a shard, 16 to a slab.
-pub const SHARD: Shape = Shape { pages: [4096, 12288], blocks_per_chunk: 4, blocks: 128 };
+pub const SHARD: Shape = Shape { blocks: 128, ..Shape::SMALL };
 /// 256 KiB a shard, 4 to a slab: another shard size needs slabs of its own.
-pub const LARGE_SHARD: Shape = Shape { pages: [64 << 10, 64 << 10], blocks_per_chunk: 2, blocks: 16 };
+pub const LARGE_SHARD: Shape = Shape { page_bytes: [64 << 10, 64 << 10], blocks: 16, ..Shape::LARGE };
 
 /// The namespace of two ranks.
 pub const PAIR: u64 = 1;

@@ -6,6 +6,7 @@ use crate::instances::message::{FromScheduler, Job, Outcome, ToWorker};
 use crate::instances::requests::{Request, State};
 use anyhow::bail;
 use kvring_adapter::{Hit, Key, Lookup};
+use kvring_rig::wire::Handle;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::time::{Duration, Instant};
 
@@ -149,14 +150,8 @@ impl Scheduler {
     }
 
     pub(super) fn send_load(&mut self, job: Job, hit: &Hit, keys: &[Key]) -> anyhow::Result<()> {
-        let words: Vec<u64> = hit.handles().map(|chunk| chunk.word.bits()).collect();
-        let keys = &keys[..words.len()];
-        self.tell_all(|_| ToWorker::Load {
-            job,
-            arena_id: hit.arena_id,
-            keys: keys.to_vec(),
-            words: words.clone(),
-        })
+        let chunks: Vec<Handle> = hit.handles().zip(keys).map(Handle::from).collect();
+        self.tell_all(|_| ToWorker::Load { job, chunks: chunks.clone() })
     }
 
     fn store(&mut self, mut request: Request) -> anyhow::Result<()> {
