@@ -1,7 +1,7 @@
 //! `kvring simulate`: which eviction policy suits a workload, and how much memory is worth its price.
 //!
-//! No engine, no copies: it drives the engine's own policy objects in the engine's order of calls, so its hit rates are
-//! the engine's (`kvring replay` checks that).
+//! No engine, no copies: it drives the engine's own cache as its clients would, so its hit rates are the engine's (`kvring replay`
+//! checks that).
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use comfy_table::Table;
 use indicatif::{ProgressBar, ProgressDrawTarget};
-use kvring_engine::policy::{MAX_CHUNKS, PolicyKind};
+use kvring_engine::policy::PolicyKind;
 use serde::Serialize;
 
 use crate::console::Console;
@@ -22,6 +22,8 @@ mod cache;
 
 pub(crate) use cache::{SimResult, hit_rate};
 
+/// The most chunks that an engine takes too.
+const MAX_CHUNKS: usize = 1 << 24;
 /// A run shorter than this shows no progress bar.
 const QUIET: Duration = Duration::from_millis(500);
 

@@ -10,11 +10,9 @@ use std::cell::Cell;
 
 use cache_support::{VecTable, chain, key};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Key, Leaving, Owner, Parting, Reservation, Reserve, Round, ShardHeader, SlotId,
-    SlotTable,
+    Cache, CacheConfig, Key, Leaving, NoTable, Owner, Parting, Reservation, Reserve, Round, SlotId,
 };
 use kvring_engine::policy::PolicyKind;
-use kvring_shm_abi::chunk::ChunkTable;
 
 /// Counts the allocations of this thread.
 struct Counting;
@@ -154,33 +152,6 @@ fn no_operation_allocates() {
     }
 }
 
-/// A table that keeps nothing.
-struct NoTable(ChunkTable);
-
-impl SlotTable for NoTable {
-    fn chunks(&self) -> &ChunkTable {
-        &self.0
-    }
-    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
-        self.0.set_ready(records, lines);
-        true
-    }
-    fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
-    fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
-    fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
-    fn hidden(&mut self, _: SlotId) {}
-    fn freed(&mut self, _: SlotId, _: u64) {}
-    fn span_made(&mut self, _: u32, _: u32, _: u64) {}
-    fn span_gone(&mut self, _: u32) {}
-    fn touched(&mut self, _: SlotId, _: u64) {}
-    fn ensure(&mut self, _: SlotId, _: u32) -> bool {
-        true
-    }
-    fn generation(&self, _: SlotId) -> u64 {
-        0
-    }
-}
-
 /// KiB of this process's memory that no file backs.
 fn anonymous_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
@@ -192,8 +163,7 @@ fn anonymous_kib() -> u64 {
 fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
     let before = anonymous_kib();
     let (slab_bytes, slabs) = (16 << 20, 4096);
-    let mut cache =
-        Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable(ChunkTable::private(1 << 18))).unwrap();
+    let mut cache = Cache::new(CacheConfig::new(slab_bytes, slabs), NoTable::new(1 << 18)).unwrap();
     for slab in 0..slabs {
         cache.add_slab(slab).unwrap();
     }

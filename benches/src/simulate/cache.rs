@@ -1,10 +1,14 @@
-//! The simulated cache: the engine's, with everything but the order of eviction left out.
+//! The engine's own cache, without an arena: each chunk is a page of nothing.
 
-use std::collections::HashMap;
+use anyhow::Result;
+use kvring_engine::cache::{Cache, CacheConfig, Key, NoTable, PAGE_BYTES, Reservation, Reserve, Round};
+use kvring_engine::policy::PolicyKind;
+use kvring_rig::content::key_of;
 
-use kvring_engine::policy::{self, ChunkId, NoMemory, Policy, PolicyKind};
+use crate::trace::Trace;
 
-use crate::trace::{Trace, TraceRequest};
+/// The smallest slab that there is.
+const SLAB_BYTES: u64 = 1 << 20;
 
 /// The result of one policy with one capacity.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,15 +42,12 @@ impl SimResult {
 }
 
 /// Plays `trace` against one policy with room for `capacity_chunks` blocks, one block a chunk.
-pub(crate) fn hit_rate(
-    trace: &Trace,
-    policy: PolicyKind,
-    capacity_chunks: usize,
-) -> Result<SimResult, NoMemory> {
-    let mut cache = Cache::new(policy, capacity_chunks)?;
+pub(crate) fn hit_rate(trace: &Trace, policy: PolicyKind, capacity_chunks: usize) -> Result<SimResult> {
+    let longest = trace.requests.iter().map(|request| request.blocks.len()).max().unwrap_or(0);
+    let mut cache = new_cache(policy, capacity_chunks, longest)?;
     let (mut hit_blocks, mut hit_tokens) = (0, 0);
-    for request in &trace.requests {
-        let hit = cache.serve(request) as u64;
+    for (number, request) in (0..).zip(&trace.requests) {
+        let hit = serve(&mut cache, number, &request.blocks)?;
         hit_blocks += hit;
         hit_tokens += (hit * u64::from(trace.block_tokens)).min(u64::from(request.input_tokens));
     }
@@ -57,91 +58,52 @@ pub(crate) fn hit_rate(
         hit_blocks,
         prompt_tokens: trace.input_tokens(),
         hit_tokens,
-        evictions: cache.evictions,
+        evictions: cache.stats().evicted,
     })
 }
 
-/// The blocks that are resident, and the policy that evicts them.
-struct Cache {
-    policy: Box<dyn Policy>,
-    resident: HashMap<u64, ChunkId>,
-    /// Of each resident chunk, its block and the last request that used it.
-    chunks: Vec<(u64, u64)>,
-    free: Vec<ChunkId>,
-    capacity: usize,
-    requests: u64,
-    evictions: u64,
+/// An empty cache that has slots enough for `capacity` chunks, and records for no more. It takes requests of up to `longest`
+/// blocks.
+fn new_cache(policy: PolicyKind, capacity: usize, longest: usize) -> Result<Cache<NoTable>> {
+    let chunks = u32::try_from(capacity)?;
+    let slabs = u32::try_from(u64::from(chunks) * PAGE_BYTES / SLAB_BYTES)? + 1;
+    let config = CacheConfig {
+        chunks_max: chunks,
+        keys_max: u32::try_from(longest.max(1))?,
+        policy,
+        ..CacheConfig::new(SLAB_BYTES, slabs)
+    };
+    let mut cache = Cache::new(config, NoTable::new(chunks))?;
+    (0..slabs).try_for_each(|slab| cache.add_slab(slab))?;
+    cache.register(0, 1, 0, PAGE_BYTES)?;
+    Ok(cache)
 }
 
-impl Cache {
-    fn new(policy: PolicyKind, capacity: usize) -> Result<Self, NoMemory> {
-        let policy = policy::build(policy, capacity)?;
-        let (resident, chunks, free) = (HashMap::new(), Vec::new(), Vec::new());
-        Ok(Self { policy, resident, chunks, free, capacity, requests: 0, evictions: 0 })
-    }
-
-    /// Looks the prompt up, then stores the blocks that are missing. Returns how many of its blocks hit.
-    fn serve(&mut self, request: &TraceRequest) -> usize {
-        self.requests += 1;
-        let blocks = &request.blocks;
-        let hit = blocks.iter().take_while(|block| self.resident.contains_key(block)).count();
-        let (prefix, rest) = blocks.split_at(hit);
-        self.touch_tail_first(prefix);
-        // Behind a hole: no hit, but in use again.
-        self.touch_tail_first(rest);
-        let mut parent = prefix.last().and_then(|block| self.resident.get(block)).copied();
-        for &block in rest {
-            parent = match self.resident.get(&block) {
-                Some(&id) => Some(id),
-                None => match self.take_chunk() {
-                    Some(id) => {
-                        self.insert(id, block, parent);
-                        Some(id)
-                    }
-                    // All that is resident is this prompt: the rest of it is not stored.
-                    None => break,
-                },
-            };
+/// Looks the prompt of request `number` up, then stores the blocks that are missing. Returns how many of its blocks hit.
+fn serve(cache: &mut Cache<NoTable>, number: u32, blocks: &[u64]) -> Result<u64> {
+    let keys: Vec<Key> = blocks.iter().map(|block| key_of(*block)).collect();
+    let hit = cache.find(0, 0, 0, 0, &keys, &mut |_| {})?;
+    cache.pin_found();
+    let (prefix, rest) = keys.split_at(hit as usize);
+    let (parent, round) = (prefix.last().copied(), Round { source: 0, number });
+    let store = Reserve { owner: 0, nonce: 1, namespace: 0, rank: 0, round, parent, keys: rest };
+    let mut granted = Vec::new();
+    cache.reserve(store, &mut |index, answer| {
+        if let Reservation::Write { slot, generation, .. } = answer {
+            granted.push((slot, generation, rest[index]));
         }
-        hit
+    })?;
+    for (slot, generation, key) in granted {
+        cache.commit(0, slot, generation, key, 0)?;
     }
-
-    fn touch_tail_first(&mut self, blocks: &[u64]) {
-        for block in blocks.iter().rev() {
-            if let Some(&id) = self.resident.get(block) {
-                self.policy.touch(id, None);
-                self.chunks[id as usize].1 = self.requests;
-            }
-        }
-    }
-
-    fn insert(&mut self, id: ChunkId, block: u64, parent: Option<ChunkId>) {
-        self.policy.insert(0, id, block, parent);
-        self.resident.insert(block, id);
-        self.chunks[id as usize] = (block, self.requests);
-    }
-
-    /// A chunk that is not in use; where all are, the coldest that is not of the present request.
-    fn take_chunk(&mut self) -> Option<ChunkId> {
-        if let Some(id) = self.free.pop() {
-            return Some(id);
-        }
-        if self.chunks.len() < self.capacity {
-            self.chunks.push((0, 0));
-            return Some(self.chunks.len() as ChunkId - 1);
-        }
-        let (chunks, request) = (&self.chunks, self.requests);
-        let id = self.policy.victim(0, &mut u32::MAX.clone(), &mut |id| chunks[id as usize].1 != request)?;
-        self.policy.remove(id, true);
-        self.resident.remove(&self.chunks[id as usize].0);
-        self.evictions += 1;
-        Some(id)
-    }
+    cache.end_session(0, 0);
+    Ok(u64::from(hit))
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::trace::TraceRequest;
 
     /// A trace of prompts of whole blocks, two seconds apart.
     pub(crate) fn trace_of(prompts: &[&[u64]]) -> Trace {
@@ -175,10 +137,9 @@ pub(crate) mod tests {
         assert_eq!(hits(burst, lru, 3), (1, 2));
         assert_eq!(hits(burst, PolicyKind::Arc, 3), (2, 1));
         // The longest *prefix* counts: 2 is resident behind a hole.
-        let mut cache = Cache::new(lru, 9).unwrap();
-        for (blocks, hit) in [(vec![2], 0), (vec![1, 2, 3], 0), (vec![1, 2, 3], 3)] {
-            let request = TraceRequest { timestamp_ms: 0, input_tokens: 0, output_tokens: 0, blocks };
-            assert_eq!(cache.serve(&request), hit);
+        let mut cache = new_cache(lru, 9, 3).unwrap();
+        for (number, blocks, hit) in [(0, &[2][..], 0), (1, &[1, 2, 3], 0), (2, &[1, 2, 3], 3)] {
+            assert_eq!(serve(&mut cache, number, blocks).unwrap(), hit);
         }
     }
 

@@ -54,7 +54,8 @@ pub use reserve::{Going, Reservation, Reserve};
 pub use restore::{Found, NotRestorable, Restored, Shard};
 pub use stats::Stats;
 pub use table::{
-    Key, NAMESPACES, NamespaceId, OWNERS, Owner, PAGE_BYTES, RANKS, Round, ShardHeader, SlotId, SlotTable,
+    Key, NAMESPACES, NamespaceId, NoTable, OWNERS, Owner, PAGE_BYTES, RANKS, Round, ShardHeader, SlotId,
+    SlotTable,
 };
 
 use check::Check;

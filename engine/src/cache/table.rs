@@ -102,3 +102,38 @@ pub trait SlotTable {
     /// The generation in an ensured header: what an earlier engine left there, or 0.
     fn generation(&self, slot: SlotId) -> u64;
 }
+
+/// For a cache without an arena: nothing is published, and the chunks' records are in private memory.
+pub struct NoTable(ChunkTable);
+
+impl NoTable {
+    /// A table for this many chunks.
+    #[must_use]
+    pub fn new(chunks: u32) -> Self {
+        Self(ChunkTable::private(chunks))
+    }
+}
+
+impl SlotTable for NoTable {
+    fn chunks(&self) -> &ChunkTable {
+        &self.0
+    }
+    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
+        self.0.set_ready(records, lines);
+        true
+    }
+    fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
+    fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
+    fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
+    fn hidden(&mut self, _: SlotId) {}
+    fn freed(&mut self, _: SlotId, _: u64) {}
+    fn touched(&mut self, _: SlotId, _: u64) {}
+    fn ensure(&mut self, _: SlotId, _: u32) -> bool {
+        true
+    }
+    fn span_made(&mut self, _: u32, _: u32, _: u64) {}
+    fn span_gone(&mut self, _: u32) {}
+    fn generation(&self, _: SlotId) -> u64 {
+        0
+    }
+}

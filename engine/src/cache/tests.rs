@@ -12,41 +12,9 @@ use super::slab::Slabs;
 use super::slot::Slots;
 use super::*;
 use crate::policy::PolicyKind;
-use kvring_shm_abi::chunk::{ChunkIdentity, ChunkTable};
+use kvring_shm_abi::chunk::ChunkIdentity;
 
 const SEED: [u64; 2] = [3, 5];
-
-struct NoTable(ChunkTable);
-
-impl NoTable {
-    fn new() -> NoTable {
-        NoTable(ChunkTable::private(1 << 16))
-    }
-}
-
-impl SlotTable for NoTable {
-    fn chunks(&self) -> &ChunkTable {
-        &self.0
-    }
-    fn ensure_chunks(&mut self, records: u32, lines: u32) -> bool {
-        self.0.set_ready(records, lines);
-        true
-    }
-    fn writing(&mut self, _: SlotId, _: u64, _: &ShardHeader) {}
-    fn committed(&mut self, _: SlotId, _: u64, _: Owner, _: u64) {}
-    fn orphaned(&mut self, _: SlotId, _: u64, _: Owner) {}
-    fn hidden(&mut self, _: SlotId) {}
-    fn freed(&mut self, _: SlotId, _: u64) {}
-    fn span_made(&mut self, _: u32, _: u32, _: u64) {}
-    fn span_gone(&mut self, _: u32) {}
-    fn touched(&mut self, _: SlotId, _: u64) {}
-    fn ensure(&mut self, _: SlotId, _: u32) -> bool {
-        true
-    }
-    fn generation(&self, _: SlotId) -> u64 {
-        0
-    }
-}
 
 fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -120,11 +88,11 @@ fn spans_are_short_where_little_is_wasted_and_end_at_boundaries() {
     let slots = Slots::new(4096 * 256).unwrap();
     let class = slabs.class_for(600 * mib, None).unwrap();
     for head in [24, 1024] {
-        assert_eq!(slabs.assign(class, &mut NoTable::new()), 600);
+        assert_eq!(slabs.assign(class, &mut NoTable::new(1 << 16)), 600);
         let (slot, fresh) = slabs.take(class, &slots).unwrap();
         assert_eq!((slabs.offset(slot), fresh), (head * mib, true));
     }
-    assert_eq!(slabs.assign(class, &mut NoTable::new()), 0);
+    assert_eq!(slabs.assign(class, &mut NoTable::new(1 << 16)), 0);
 }
 
 #[test]
@@ -138,7 +106,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
         let mut seen = Vec::new();
         loop {
             let Some((slot, _)) = slabs.take(class, &slots) else {
-                if slabs.assign(class, &mut NoTable::new()) > 0 {
+                if slabs.assign(class, &mut NoTable::new(1 << 16)) > 0 {
                     continue;
                 }
                 break;
@@ -156,7 +124,7 @@ fn slot_ids_of_a_span_are_unique_to_it_and_offsets_inside_it() {
         seen.dedup();
         assert_eq!(seen.len(), count);
         for slot in seen {
-            slabs.give(slot, &mut slots, &mut NoTable::new());
+            slabs.give(slot, &mut slots, &mut NoTable::new(1 << 16));
         }
         assert_eq!(slabs.pool_len(), 64);
     }
@@ -195,7 +163,7 @@ fn leases_keep_the_order_of_their_chunks_and_lose_their_tails() {
 }
 
 fn small() -> Cache<NoTable> {
-    let mut cache = Cache::new(CacheConfig::new(1 << 20, 1), NoTable::new()).unwrap();
+    let mut cache = Cache::new(CacheConfig::new(1 << 20, 1), NoTable::new(1 << 16)).unwrap();
     cache.add_slab(0).unwrap();
     cache.register(0, 2, 0, 4096).unwrap();
     cache.register(0, 2, 1, 4096).unwrap();
@@ -247,22 +215,22 @@ fn the_self_check_notices_what_disagrees() {
         ("a key that is not its record's", |cache| cache.chunks.get_mut(0).key[0] ^= 1),
         ("a record that ended before its chunk", |cache| {
             let key = cache.chunks.get(0).key;
-            cache.table.0.end(0, ChunkIdentity { key, namespace: 0 });
+            cache.table.chunks().end(0, ChunkIdentity { key, namespace: 0 });
         }),
         ("a record without a hint", |cache| {
-            let (directory, key) = (cache.table.0.directory(), cache.chunks.get(0).key);
+            let (directory, key) = (cache.table.chunks().directory(), cache.chunks.get(0).key);
             directory.remove(directory.spot(0, key), 0);
         }),
         ("a record of no chunk", |cache| {
             let identity = ChunkIdentity { key: [9, 9], namespace: 0 };
             let free = cache.chunks.fresh - 1;
             cache.drop_chunk(free, false);
-            assert!(cache.table.0.show(free, identity, &[0, 1], &[], |_| None));
+            assert!(cache.table.chunks().show(free, identity, &[0, 1], &[], |_| None));
         }),
         ("a record that leads to another's slot", |cache| {
             let identity = ChunkIdentity { key: cache.chunks.get(0).key, namespace: 0 };
-            cache.table.0.end(0, identity);
-            assert!(cache.table.0.show(0, identity, &[0, 0], &[], |_| None));
+            cache.table.chunks().end(0, identity);
+            assert!(cache.table.chunks().show(0, identity, &[0, 0], &[], |_| None));
         }),
         ("a shard too many", |cache| cache.chunks.get_mut(1).committed += 1),
         ("another's slot", |cache| cache.chunks.set_shard(1, 2, 0, Some(0))),
@@ -303,7 +271,7 @@ fn store(cache: &mut Cache<NoTable>, number: u32, namespace: NamespaceId, keys: 
 /// slot n, and has its number in its key.
 fn restored(policy: PolicyKind, ticks: &[u64]) -> (Cache<NoTable>, Unplaced) {
     let mut cache =
-        Cache::new(CacheConfig { policy, ..CacheConfig::new(1 << 20, 4) }, NoTable::new()).unwrap();
+        Cache::new(CacheConfig { policy, ..CacheConfig::new(1 << 20, 4) }, NoTable::new(1 << 16)).unwrap();
     (0..4).for_each(|slab| cache.add_slab(slab).unwrap());
     (0..2).for_each(|namespace| cache.register(namespace, 1, 0, 4096).unwrap());
     let mut unplaced = Unplaced::default();
@@ -421,9 +389,9 @@ fn limits_out_of_range_are_errors() {
         CacheConfig { pins_max: u32::MAX, ..config },
     ];
     for config in wrong {
-        assert!(Cache::new(config, NoTable::new()).is_err(), "{config:?}");
+        assert!(Cache::new(config, NoTable::new(1 << 16)).is_err(), "{config:?}");
     }
-    let mut cache = Cache::new(config, NoTable::new()).unwrap();
+    let mut cache = Cache::new(config, NoTable::new(1 << 16)).unwrap();
     assert!(cache.register(64, 1, 0, 4096).is_err());
     assert!(cache.register(0, 0, 0, 4096).is_err() && cache.register(0, 65, 0, 4096).is_err());
     assert!(cache.register(0, 2, 2, 4096).is_err() && cache.register(0, 1, 0, 17 << 20).is_err());
@@ -436,7 +404,7 @@ fn limits_out_of_range_are_errors() {
 /// A message of records that make no sense counts as work all the same, because each record is looked at.
 #[test]
 fn what_is_refused_counts_as_work() {
-    let mut cache = Cache::new(CacheConfig::new(1 << 20, 4), NoTable::new()).unwrap();
+    let mut cache = Cache::new(CacheConfig::new(1 << 20, 4), NoTable::new(1 << 16)).unwrap();
     let key = [1, 2];
     for slot in [0, 5, 1 << 20, SlotId::MAX] {
         let mut worked = cache.work();
