@@ -1,10 +1,10 @@
-//! Which GPU it was.
+//! The GPU that was measured.
 
 use kvring_gpu_kernels::raw::Device;
 use serde::Serialize;
 use std::path::Path;
 
-/// In `--json`: what was measured on.
+/// The GPU and its machine, as `--json` shows them.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct About {
     name: String,
@@ -13,12 +13,12 @@ pub(super) struct About {
     /// Streaming multiprocessors.
     multiprocessors: u32,
     memory_bytes: u64,
-    /// NVIDIA's own number of the driver, where the kernel says it.
+    /// NVIDIA's own number of the driver, if the kernel says it.
     driver: Option<String>,
     /// The CUDA version that the driver has.
     cuda: Option<String>,
     pci: Option<String>,
-    /// As the kernel sees it, where it lets us.
+    /// The link as the kernel sees it, if we may read that.
     pcie: Option<Link>,
     /// CPUs of this machine that this process may use.
     cpus: usize,
@@ -52,7 +52,7 @@ impl Link {
 }
 
 impl About {
-    /// Of a device that has just been busy.
+    /// Describes a device that has just been busy, so that its link is awake.
     pub(super) fn of(device: &Device) -> About {
         let info = device.info();
         let (major, minor) = info.compute_capability;
@@ -71,7 +71,7 @@ impl About {
         }
     }
 
-    /// For people, in one line.
+    /// The same in one line, for people.
     pub(super) fn describe(&self) -> String {
         let or_unknown = |text: &Option<String>| text.clone().unwrap_or_else(|| "unknown".to_owned());
         let link = match &self.pcie {

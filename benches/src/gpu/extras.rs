@@ -12,18 +12,18 @@ use kvring_gpu_kernels::raw::Gather;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
-/// A chunk that the gather moves alone: long enough to keep every SM busy, where the working set has two of them.
+/// Bytes of a chunk when the gather is measured alone: enough to keep every SM busy. A smaller working set is cut into two chunks.
 const GATHERED: usize = 64 << 20;
 /// Blocks of threads that an SM holds: 2048 threads, of which a block has 512.
 const BLOCKS_PER_SM: u32 = 4;
 /// Bytes of a tiny load.
 pub(super) const TINY: usize = 64 << 10;
-/// Tiny loads of each kind at most.
+/// The most tiny loads of each kind.
 const TINY_MAX: usize = 2000;
 /// How often the working set is registered.
 const REGISTRATIONS: usize = 3;
 
-/// Does the time go on, or have there been turns enough?
+/// Is there to be another turn? There are as many as the time allows, but no fewer than [`TURNS_MIN`].
 fn goes_on(turn: usize, until: Instant) -> bool {
     turn < TURNS_MIN || Instant::now() < until
 }
@@ -32,9 +32,9 @@ fn goes_on(turn: usize, until: Instant) -> bool {
 pub(super) struct GatherRow {
     fragment_bytes: usize,
     chunk_bytes: usize,
-    /// Blocks of threads of a launch at most.
+    /// The most blocks of threads of one launch.
     grid: u32,
-    /// Bytes gathered, each of which is read and written once.
+    /// The speed in gathered bytes. Each of them is read once and written once.
     gbs: Option<f64>,
     gbs_p95: Option<f64>,
     turns: usize,
@@ -42,7 +42,7 @@ pub(super) struct GatherRow {
     met: Option<bool>,
 }
 
-/// The gather kernel, device to device: on the whole device, and on as many SMs as a backend takes.
+/// Measures the gather kernel from device memory to device memory: on the whole device, and on as many SMs as a backend takes.
 pub(super) fn gather(
     rig: &Rig,
     fragment: usize,
@@ -114,7 +114,8 @@ pub(super) struct Registration {
     pub(super) met: Option<bool>,
 }
 
-/// Registering host memory whose pages are there. No backend has it registered meanwhile.
+/// Measures how long registering takes, for host memory whose pages have been touched. No backend may have that memory registered
+/// at the same time.
 pub(super) fn register(rig: &Rig) -> anyhow::Result<Registration> {
     let bytes = rig.host.bytes();
     let (mut on, mut off) = (Windows::default(), Windows::default());
@@ -142,16 +143,16 @@ pub(super) struct Latency {
     backend: &'static str,
     fragment_bytes: usize,
     bytes: usize,
-    /// From the call of `submit` until it is seen to have ended.
+    /// The time from the call of `submit` until the caller has seen the end of the load.
     us: Option<f64>,
     us_p95: Option<f64>,
-    /// The same of one plain copy.
+    /// The same for one plain copy.
     limit_us: Option<f64>,
     limit_us_p95: Option<f64>,
     loads: usize,
 }
 
-/// One load of [`TINY`] bytes at a time.
+/// Measures loads of [`TINY`] bytes, one at a time.
 pub(super) fn tiny(
     rig: &Rig,
     mounted: &Mounted,
@@ -183,7 +184,7 @@ pub(super) fn tiny(
     })
 }
 
-/// All of it, for people.
+/// Shows all of these numbers to people.
 pub(super) fn sheet(gathers: &[GatherRow], registration: &Registration, tiny: &[Latency]) -> Sheet {
     let mut sheet = Sheet::new(&["", "measured", "p95", "unit", "limit", "goal", "met"]);
     let show = |value: Option<f64>, digits| number(value.unwrap_or(f64::NAN), digits);

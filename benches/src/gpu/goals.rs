@@ -1,35 +1,36 @@
-//! What is wanted of each number.
+//! The goals that the numbers are compared with.
 
 use super::row::Row;
 use kvring_gpu_kernels::CopyMode;
 
-/// From this many contiguous bytes on DMA needs no help.
+/// Fragments of at least this many bytes are long enough for a copy engine to reach the ceiling, with one copy for each.
 const BATCH_FROM: usize = 64 << 10;
-/// From this many on gathering and scattering may not cost anything.
+/// With fragments of at least this many bytes, gathering and scattering must cost almost nothing.
 const STAGED_FROM: usize = 8 << 10;
-/// Of the ceiling.
+/// The share of the ceiling that such fragments must reach.
 const NEARLY_ALL: f64 = 0.95;
-/// The same below [`STAGED_FROM`].
+/// The same for fragments that are shorter than [`STAGED_FROM`].
 const MOST: f64 = 0.9;
+/// The most microseconds in `submit` for a chunk.
 const SUBMIT_US: f64 = 10.0;
-/// Of a gather alone on the whole device, device to device, in GB/s.
+/// The least speed of a gather that has the whole device, from device memory to device memory, in GB/s.
 pub(super) const GATHER_GBS: f64 = 1000.0;
-/// Of registering memory that has been touched.
+/// The most seconds for registering a GB of memory that has been touched.
 pub(super) const REGISTER_S_PER_GB: f64 = 0.1;
 
-/// What a row has to reach: the ratio to the ceiling, µs in `submit` for a chunk.
+/// The goals of a row: the least ratio to the ceiling, and the most µs in `submit` for a chunk.
 fn wanted(mode: CopyMode, fragment: usize) -> (Option<f64>, Option<f64>) {
     let gathered = Some(if fragment >= STAGED_FROM { NEARLY_ALL } else { MOST });
     match mode {
-        // Of whichever it has taken.
+        // `auto` has the goal of `staged`, whichever way it has taken.
         CopyMode::Staged | CopyMode::Auto => (gathered, Some(SUBMIT_US)),
-        // A copy for each fragment: for long ones only.
+        // It makes a copy for each fragment, so only long fragments have a goal.
         CopyMode::Batch if fragment >= BATCH_FROM => (Some(NEARLY_ALL), Some(SUBMIT_US)),
         CopyMode::Batch | CopyMode::ZeroCopy => (None, None),
     }
 }
 
-/// Puts the goals into a row, and whether it has met them.
+/// Writes into a row its goals, and whether it has met them.
 pub(super) fn judge(row: &mut Row, mode: CopyMode) {
     (row.goal_ratio, row.goal_submit_us) = wanted(mode, row.fragment_bytes);
     row.met = row.goal_ratio.zip(row.goal_submit_us).map(|(ratio, submit_us)| {
@@ -37,7 +38,7 @@ pub(super) fn judge(row: &mut Row, mode: CopyMode) {
     });
 }
 
-/// For people.
+/// The word that people read for it.
 pub(super) fn word(met: Option<bool>) -> &'static str {
     match met {
         None => "",

@@ -5,13 +5,13 @@ use anyhow::Context;
 use kvring_gpu_kernels::{Memory, PagedKv, Plane};
 use std::sync::Arc;
 
-/// Layers at most: a chunk of fewer fragments has fewer layers.
+/// The most layers. A chunk of fewer fragments has fewer layers.
 const LAYERS_MAX: usize = 32;
 
 /// How a chunk is cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Shape {
-    /// Bytes of what is contiguous in the cache.
+    /// Bytes that are contiguous in the cache.
     pub(super) fragment: usize,
     /// Bytes of a chunk.
     pub(super) chunk: usize,
@@ -37,7 +37,7 @@ pub(super) struct Layout {
 
 impl Layout {
     /// # Safety
-    /// As [`PagedKv::grouped`]: `bytes` of the device's memory from `base` on.
+    /// The promise of [`PagedKv::grouped`], for `bytes` bytes of the device's memory from `base` on.
     pub(super) unsafe fn new(
         shape: Shape,
         device: u32,
@@ -55,7 +55,7 @@ impl Layout {
             page_bytes: fragment,
         };
         let planes = (0..shape.layers()).map(plane).collect();
-        // SAFETY: the caller's; layers × blocks × fragment are no more than `bytes`.
+        // SAFETY: our caller's promise; layers × blocks × fragment are no more than `bytes`.
         let paged = unsafe { PagedKv::new(planes, num_blocks, per_chunk as u32) }?.on(Memory::Cuda(device));
         Ok(Layout { shape, paged: Arc::new(paged), blocks: shuffled(num_blocks, seed), base })
     }
@@ -71,7 +71,7 @@ impl Layout {
         &self.blocks[chunk * per_chunk..][..per_chunk]
     }
 
-    /// Where a chunk's pages are in the cache's memory: offset and length, in the order of the shard.
+    /// The offsets and lengths of a chunk's pages in the cache's memory, in the order of the shard.
     pub(super) fn places(&self, chunk: usize) -> impl Iterator<Item = (usize, usize)> {
         let pages = self.paged.pages(self.blocks(chunk));
         pages.map(|(address, bytes)| ((address as u64 - self.base) as usize, bytes))

@@ -1,24 +1,24 @@
-//! The memory of `kvring bench gpu`: host memory as the arena is, fresh random bytes, and a look at what has arrived.
+//! The memory of `kvring bench gpu`: host memory that is like the arena, fresh random bytes, and the comparison of bytes.
 
 use anyhow::{Context, ensure};
-use kvring_rig::random::{GAMMA, mix};
+use kvring_rig::random::{GAMMA, Random, mix};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use std::ffi::c_void;
 use std::num::NonZero;
 use std::ptr::NonNull;
 use std::thread;
 
-/// What is given to one thread at least.
+/// The fewest bytes for which there is another thread.
 const SLICE_MIN: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// Host memory: shared and of whole pages, as the arena is, and touched, as the arena's is by its engine.
+/// Host memory that is like an arena: shared, of whole pages, and touched, as an engine touches its arena.
 pub(super) struct Host {
     base: NonNull<c_void>,
     bytes: NonZero<usize>,
 }
 
-// SAFETY: memory; `Host::part` says who may touch it when.
+// SAFETY: an address of memory; whoever uses that memory has made the promise of `Host::part`.
 unsafe impl Send for Host {}
 // SAFETY: as above.
 unsafe impl Sync for Host {}
@@ -45,26 +45,29 @@ impl Host {
         self.bytes.get()
     }
 
-    /// A part of it.
+    /// A part of the memory.
     ///
     /// # Safety
-    /// As long as the slice is used nobody else touches these bytes: no other slice of them, and no copy of a device's.
-    #[allow(clippy::mut_from_ref, reason = "the device's memory too: borrows cannot tell, the caller does")]
+    /// As long as the slice is used, nobody else touches these bytes, neither through another slice nor by a device's copy.
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "devices use the memory too, so only the caller can tell who uses it when"
+    )]
     pub(super) unsafe fn part(&self, from: usize, bytes: usize) -> &mut [u8] {
         debug_assert!(from + bytes <= self.bytes());
-        // SAFETY: mapped, and the caller's.
+        // SAFETY: the bytes are mapped, and the rest is our caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.base().wrapping_add(from), bytes) }
     }
 }
 
 impl Drop for Host {
     fn drop(&mut self) {
-        // SAFETY: mapped by `new`; whoever had a part of it has ended.
+        // SAFETY: mapped by `new`, and nobody uses a part of it any more.
         let _ = unsafe { munmap(self.base, self.bytes.get()) };
     }
 }
 
-/// Gives threads a slice each, and where it begins.
+/// Calls `work` on several threads, each time with a slice of the bytes and the offset at which the slice begins.
 fn spread(all: &mut [u8], work: impl Fn(usize, &mut [u8]) + Sync) {
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(8);
     let length = all.len().div_ceil(threads).next_multiple_of(PAGE).max(SLICE_MIN);
@@ -76,12 +79,12 @@ fn spread(all: &mut [u8], work: impl Fn(usize, &mut [u8]) + Sync) {
     });
 }
 
-/// The `index`th word of a stream of random ones (splitmix64): each by itself, so that threads share the work.
+/// A word of a stream of random words. Each word is computed by itself, so that threads can share the work.
 fn random(seed: u64, index: u64) -> u64 {
     mix((seed << 40).wrapping_add(index).wrapping_mul(GAMMA))
 }
 
-/// Random bytes that no other seed gives.
+/// Writes random bytes, other ones for each seed.
 pub(super) fn fill(all: &mut [u8], seed: u64) {
     spread(all, |from, slice| {
         for (index, word) in slice.chunks_mut(8).enumerate() {
@@ -94,13 +97,11 @@ pub(super) fn fill(all: &mut [u8], seed: u64) {
 /// Numbers below `count` in random order.
 pub(super) fn shuffled(count: u32, seed: u64) -> Vec<u32> {
     let mut all: Vec<u32> = (0..count).collect();
-    for at in (1..all.len()).rev() {
-        all.swap(at, (random(seed, at as u64) % (at as u64 + 1)) as usize);
-    }
+    Random::new(seed, 0).shuffle(&mut all);
     all
 }
 
-/// Are these bytes the same? Where not: the first that is another, and both.
+/// Compares bytes. The error names the first byte that differs, and both of its values.
 pub(super) fn same(expected: &[u8], got: &[u8], from: usize) -> anyhow::Result<()> {
     if expected == got {
         return Ok(());

@@ -1,8 +1,8 @@
 //! `kvring bench gpu`: stores and loads between a GPU's memory and host memory, beside plain copies of the same bytes.
 //!
 //! Every number stands beside its ceiling: copies of pieces as long as a chunk, between device memory and registered host memory,
-//! contiguous on both sides, on streams of their own. The two take turns. Before a row is timed fresh random bytes go the same way,
-//! and each of them is looked at. Each turn moves a whole working set, longer than a GPU's L2.
+//! contiguous on both sides, on streams of their own. The two take turns. Before a row is timed, fresh random bytes are copied
+//! in the same way, and each of them is verified. Each turn moves a whole working set, which is larger than a GPU's L2 cache.
 
 mod about;
 mod extras;
@@ -25,10 +25,10 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::Duration;
 
-/// What a backend registers at once; chunks divide it.
+/// Bytes that a backend registers at once. The length of a chunk must divide it.
 const PART: usize = 1 << 30;
 
-/// What `kvring bench gpu` takes.
+/// The arguments of `kvring bench gpu`.
 #[derive(clap::Args, Clone, Debug)]
 pub struct GpuArgs {
     /// The CUDA device, as CUDA_VISIBLE_DEVICES lets this process count them.
@@ -64,7 +64,7 @@ fn mode(text: &str) -> Result<CopyMode, String> {
     CopyMode::from_name(text).ok_or_else(|| format!("expected one of {}", all()))
 }
 
-/// All of `--json`.
+/// What `--json` prints.
 #[derive(Serialize)]
 struct Report {
     device: About,
@@ -103,7 +103,7 @@ fn bytes(size: ByteSize) -> anyhow::Result<usize> {
     Ok(usize::try_from(size.0)?)
 }
 
-/// For people.
+/// These sizes in one text, for people.
 fn sizes(all: &[ByteSize]) -> String {
     all.iter().map(ByteSize::to_string).collect::<Vec<_>>().join(", ")
 }
@@ -151,14 +151,14 @@ fn shapes(args: &GpuArgs) -> anyhow::Result<(usize, Vec<Shape>)> {
 }
 
 fn measure(how: How, args: &GpuArgs) -> anyhow::Result<Report> {
-    // Its answers say what is missing, and where to look.
+    // Its errors say what is missing, and where to look.
     probe()?;
     let (working_set, shapes) = shapes(args)?;
     let mut fragments: Vec<usize> = shapes.iter().map(|shape| shape.fragment).collect();
     fragments.sort_unstable();
     fragments.dedup();
     let tiny = |fragment: &&usize| **fragment <= extras::TINY;
-    // The shortest and the longest that fit: by far the most and the fewest pieces.
+    // A tiny load is measured with the shortest fragments and with the longest that fit: by far the most and the fewest pieces.
     let mut ends: Vec<usize> = fragments
         .iter()
         .min()
@@ -181,7 +181,7 @@ fn measure(how: How, args: &GpuArgs) -> anyhow::Result<Report> {
     let (mut rows, mut latency, mut gather) = (Vec::new(), Vec::new(), Vec::new());
     for mode in &args.backends {
         let options = GpuOptions { mode: *mode, sm_count: args.sm_count, ..GpuOptions::new(args.device) };
-        // One at a time: memory is registered once only.
+        // There is one backend at a time, because the host memory can be registered only once.
         let mounted = rig.mount(options)?;
         for fragment in &ends {
             bar.set_message(format!("{mode}, tiny loads"));
@@ -195,7 +195,7 @@ fn measure(how: How, args: &GpuArgs) -> anyhow::Result<Report> {
             bar.inc(1);
         }
     }
-    // While the link is still awake.
+    // The device is described while its link is still awake.
     let device = About::of(&rig.device);
     for fragment in fragments {
         bar.set_message(format!("gather, {}", show_bytes(fragment)));

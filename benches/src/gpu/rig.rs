@@ -63,10 +63,10 @@ impl Ways {
 /// One turn.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Turn {
-    /// Both directions together.
+    /// Bytes of both directions together.
     pub(super) bytes: usize,
     pub(super) seconds: f64,
-    /// Of these, in `submit`, for each chunk.
+    /// The seconds in `submit`, for each chunk.
     pub(super) submit_seconds: f64,
 }
 
@@ -77,7 +77,7 @@ impl Turn {
 }
 
 pub(super) struct Rig {
-    // Before the memory that they copy.
+    // Streams are dropped before the memory that they copy.
     to_host: Vec<PlainStream>,
     to_device: Vec<PlainStream>,
     stored: DeviceMemory,
@@ -86,7 +86,7 @@ pub(super) struct Rig {
     pub(super) device: Device,
     /// Bytes of a working set.
     pub(super) working_set: usize,
-    /// No data is used twice.
+    /// The seed that was used last: each filling of memory has other bytes.
     seed: Cell<u64>,
 }
 
@@ -119,7 +119,7 @@ impl Rig {
         })
     }
 
-    /// A backend, as soon as it has registered the host memory.
+    /// Makes a backend, and waits until it has registered the host memory.
     pub(super) fn mount(&self, options: GpuOptions) -> anyhow::Result<Mounted> {
         let backend = CudaBackend::new(options)?;
         let bytes = self.host.bytes();
@@ -146,7 +146,7 @@ impl Rig {
         self.seed.get()
     }
 
-    /// Where the host's side of a direction begins.
+    /// The offset at which the host's side of a direction begins.
     fn host_side(&self, direction: Direction) -> usize {
         match direction {
             Direction::Store => 0,
@@ -167,7 +167,7 @@ impl Rig {
         Ok(Caches { store: layout(&self.stored)?, load: layout(&self.loaded)? })
     }
 
-    /// Batches over all chunks, or over those that are asked for; the directions in turn.
+    /// Batches that copy these chunks. Those of the two directions alternate.
     fn batches(
         &self,
         caches: &Caches,
@@ -194,12 +194,12 @@ impl Rig {
         Ok(batches)
     }
 
-    /// One turn of a backend: all is submitted, then all is waited for.
+    /// One turn of a backend: it submits batches of all chunks, and then waits for all of them.
     pub(super) fn turn(&self, mounted: &Mounted, caches: &Caches, ways: Ways) -> anyhow::Result<Turn> {
         self.turn_over(mounted, caches, ways, 0..caches.store.chunks())
     }
 
-    /// The same over some of the chunks.
+    /// The same for some of the chunks.
     pub(super) fn turn_over(
         &self,
         mounted: &Mounted,
@@ -217,7 +217,7 @@ impl Rig {
             transfers.push(mounted.backend.submit(batch)?);
             submitting += before.elapsed();
         }
-        // Looked at and not slept for, as the ceiling's: a sleeper's waking is not what is measured.
+        // As with the ceiling, this thread does not sleep: the time that it would take to wake up is not to be measured.
         for transfer in &mut transfers {
             while !transfer.poll() {
                 std::thread::yield_now();
@@ -246,7 +246,7 @@ impl Rig {
         Ok(Turn { bytes, seconds, submit_seconds: 0.0 })
     }
 
-    /// Plain copies of pieces, and their end. `host_side`: where the host's side begins.
+    /// Makes plain copies of pieces, and waits for their end. `host_side` says at which offset a direction's host side begins.
     fn plain(
         &self,
         chunk: usize,
@@ -282,7 +282,7 @@ impl Rig {
         self.end(submit())
     }
 
-    /// Waits for all plain copies; whatever comes of it, none is left.
+    /// Waits until no plain copy is under way any more, also after an error.
     fn end(&self, submitted: anyhow::Result<()>) -> anyhow::Result<()> {
         let marks: Result<Vec<_>, _> =
             self.to_host.iter().chain(&self.to_device).map(PlainStream::mark).collect();
@@ -294,21 +294,21 @@ impl Rig {
             }
         } else {
             for stream in self.to_host.iter().chain(&self.to_device) {
-                // The first error is the one that says something.
+                // The first error says more than those that follow it.
                 let _ = stream.synchronize();
             }
         }
         submitted.and(marks.map(drop).map_err(Into::into))
     }
 
-    /// Bytes of the host's memory, while no copy runs.
+    /// A part of the host memory, for use while no copy runs.
     #[allow(clippy::mut_from_ref, reason = "as `Host::part`")]
     fn part(&self, from: usize, bytes: usize) -> &mut [u8] {
         // SAFETY: every copy of the rig's ends in the function that starts it, and callers use one slice of a place at a time.
         unsafe { self.host.part(from, bytes) }
     }
 
-    /// Copies between the mirror and device memory, in pieces that no registration's border divides.
+    /// Copies between the mirror and device memory, in pieces that do not cross from one registration into the next.
     fn mirror_copy(&self, memory: &DeviceMemory, out: bool, piece: usize) -> anyhow::Result<()> {
         let submit = || {
             for at in (0..self.working_set).step_by(piece) {
@@ -329,13 +329,13 @@ impl Rig {
         self.end(submit())
     }
 
-    /// Fresh random bytes in what is stored; the mirror holds the same.
+    /// Writes fresh random bytes into the memory that is stored, and the same ones into the mirror.
     pub(super) fn renew_stored(&self, piece: usize) -> anyhow::Result<()> {
         fill(self.part(self.mirror(), self.working_set), self.next_seed());
         self.mirror_copy(&self.stored, false, piece)
     }
 
-    /// The pages that the mirror holds, and chunks in the host's memory from `at` on: are they the same?
+    /// Compares the pages in the mirror with the chunks in the host memory from `at` on.
     fn compare(&self, layout: &Layout, at: usize, mirror_is_expected: bool) -> anyhow::Result<()> {
         let mirror = &*self.part(self.mirror(), self.working_set);
         let chunks = &*self.part(at, self.working_set);
@@ -353,12 +353,12 @@ impl Rig {
         Ok(())
     }
 
-    /// Are the chunks where stores go made of what the mirror holds?
+    /// Checks that the chunks that were stored are made of the bytes in the mirror.
     pub(super) fn compare_stored(&self, layout: &Layout) -> anyhow::Result<()> {
         self.compare(layout, self.host_side(Direction::Store), true)
     }
 
-    /// Copies fresh random bytes once, and looks at each of them.
+    /// Copies fresh random bytes once, and verifies each of them.
     pub(super) fn check(&self, mounted: &Mounted, caches: &Caches, ways: Ways) -> anyhow::Result<()> {
         let piece = caches.store.shape.chunk;
         let source = self.host_side(Direction::Load);
@@ -379,12 +379,12 @@ impl Rig {
         Ok(())
     }
 
-    /// Device memory that gathers may write.
+    /// The device memory that gathers write.
     pub(super) fn gathered(&self) -> &DeviceMemory {
         &self.loaded
     }
 
-    /// Brings what was gathered to where stores go.
+    /// Copies what was gathered to the host memory that stores write.
     pub(super) fn fetch_gathered(&self, piece: usize) -> anyhow::Result<()> {
         let submit = || {
             for at in (0..self.working_set).step_by(piece) {

@@ -10,7 +10,7 @@ use kvring_gpu_kernels::CopyMode;
 use serde::Serialize;
 use std::time::{Duration, Instant};
 
-/// Turns of each at least, however long they take.
+/// The fewest turns of a backend, and of its ceiling, however long they take.
 pub(super) const TURNS_MIN: usize = 3;
 
 /// One row of `--json`. GB/s are 10⁹ bytes a second, of both directions together where both are measured.
@@ -20,9 +20,9 @@ pub(super) struct Row {
     pub(super) backend: &'static str,
     pub(super) fragment_bytes: usize,
     pub(super) chunk_bytes: usize,
-    /// What a kernel may occupy.
+    /// SMs that a kernel may occupy.
     pub(super) sm_count: u32,
-    /// Medians over turns; `p95`: what all but the slowest twentieth of the turns reach.
+    /// The median over turns. What is called `p95` is reached by all turns but the slowest twentieth.
     gbs: Option<f64>,
     gbs_p95: Option<f64>,
     ceiling_gbs: Option<f64>,
@@ -37,11 +37,11 @@ pub(super) struct Row {
     decided: Option<String>,
     pub(super) goal_ratio: Option<f64>,
     pub(super) goal_submit_us: Option<f64>,
-    /// Both goals; null where there is none.
+    /// Whether both goals are met; null if there are none.
     pub(super) met: Option<bool>,
 }
 
-/// Checks and measures one.
+/// Checks and measures the rows of one backend and one shape.
 pub(super) fn measure(
     rig: &Rig,
     mounted: &Mounted,
@@ -65,13 +65,13 @@ pub(super) fn measure(
         let chunks = caches.store.chunks();
         let ceiling = || rig.ceiling(shape.chunk, ways, 0..chunks);
         let (mut ours, mut limit, mut submit) = (Windows::default(), Windows::default(), Windows::default());
-        // The check was the backend's first turn; the ceiling's does not count either.
+        // The check was the backend's first turn and did not count. So the ceiling's first turn does not count either.
         ceiling()?;
         for turn in 0.. {
             if turn >= TURNS_MIN && Instant::now() >= until {
                 break;
             }
-            // In turn, and each as often before the other as after it.
+            // The two take turns, and each goes first as often as the other.
             if turn % 2 == 1 {
                 limit.push(ceiling().with_context(|| about(ways))?.gbs());
             }
@@ -107,7 +107,7 @@ pub(super) fn measure(
     Ok(rows)
 }
 
-/// For people.
+/// Shows the rows to people.
 pub(super) fn sheet(rows: &[Row]) -> Sheet {
     let mut sheet = Sheet::new(&[
         "direction",
@@ -148,7 +148,7 @@ pub(super) fn sheet(rows: &[Row]) -> Sheet {
     sheet
 }
 
-/// What `auto` has decided, each decision once with the fragments that it is for.
+/// Lists what `auto` has decided: each decision once, with the fragments that it was made for.
 pub(super) fn decisions(rows: &[Row]) -> Vec<String> {
     let mut found: Vec<(&str, Vec<String>)> = Vec::new();
     for row in rows {
