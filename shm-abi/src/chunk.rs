@@ -354,10 +354,11 @@ impl ChunkTable {
         &self.directory
     }
 
-    /// The visible chunk of this id, if there is one.
+    /// The visible chunk of this id, if there is one. The id may be anything: a record without memory is not looked at, because
+    /// that would take memory for it, and would be a SIGBUS where there is none.
     #[must_use]
     pub fn read(&self, chunk: u32) -> Option<ChunkContent> {
-        self.records.get(chunk as usize)?.read()
+        if chunk < self.ready().0 { self.records.get(chunk as usize)?.read() } else { None }
     }
 
     /// The chunk that this word names, if it is still there and visible.

@@ -2,6 +2,8 @@
 
 use super::found::Found;
 use super::*;
+use kvring_shm_abi::chunk::ChunkWord;
+use kvring_shm_abi::directory::CHUNK_IDS;
 use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::life::Life;
 use kvring_shm_abi::segment::SegmentError;
@@ -98,6 +100,11 @@ fn a_start_makes_everything_and_a_clean_end_leaves_nothing() {
     let mut headers = |first, count| memory.ensure_headers(first, count);
     assert!(headers(255, 2) && headers(0, 0) && headers(0, 1024));
     assert!(!headers(1000, 25), "there are 1024");
+    // A client that looks for a chunk whose record has no memory takes none.
+    let file = SegmentFile::open(&name.0.engine_segment(), Access::ReadOnly).unwrap();
+    let before = file.allocated_bytes().unwrap();
+    assert_eq!([0, 1 << 15, CHUNK_IDS - 1].map(|id| engine.chunks.find(ChunkWord::new(id, 0))), [None; 3]);
+    assert_eq!(file.allocated_bytes().unwrap(), before);
     let removed = segments.retire_and_unlink().unwrap();
     assert_eq!((removed.segments, name.files()), (3, vec![]));
     assert!(engine.superblock().is_retired());
