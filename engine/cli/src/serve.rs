@@ -105,7 +105,7 @@ struct Settings {
     #[arg(long, value_name = "N", help = with_default("Chunks that leases can pin at once", |c| c.max_pins))]
     max_pins: Option<u32>,
 
-    /// Chunks that the index can hold [default: as many as the arena has room for]
+    /// The most chunks at one time [default: one for each 64 KiB of the arena, and at least 65536]
     #[arg(long, value_name = "N")]
     max_chunks: Option<u32>,
 
