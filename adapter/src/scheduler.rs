@@ -371,11 +371,11 @@ impl Sessions {
     }
 
     fn reset_cache(&mut self) -> Result<u64, CallError> {
-        match self.namespace() {
-            Ok(namespace) => self.probe.client().clear_namespace(namespace),
-            // No worker has registered the namespace, so it is empty.
+        let namespace = self.namespace();
+        match namespace.and_then(|namespace| self.probe.client().clear_namespace(namespace)) {
+            // No worker has registered the namespace, or it has been forgotten, so it is empty.
             Err(CallError::NotRegistered) => Ok(0),
-            Err(error) => Err(error),
+            other => other,
         }
     }
 }

@@ -247,9 +247,7 @@ impl Sessions {
 
     /// The namespace's id, once a worker has registered it.
     fn resolve(&mut self, link: &Link) -> Result<u32, CallError> {
-        let known = self.namespace.filter(|(at, id)| {
-            *at == link.nonce && link.engine.namespaces[*id as usize].matches(&self.fingerprint)
-        });
+        let known = self.namespace.filter(|(at, id)| *at == link.nonce && link.engine.has_namespace(*id));
         let id = match known {
             Some((_, id)) => id,
             None => link.engine.find_namespace(&self.fingerprint).ok_or(CallError::NotRegistered)?,

@@ -35,7 +35,7 @@ pub(crate) enum NotRecoverable {
     #[error("namespace {id}: {why}")]
     Namespace {
         /// Its id.
-        id: usize,
+        id: u32,
         /// What is wrong with it.
         why: String,
     },
@@ -116,13 +116,14 @@ fn namespaces(
     cache: &mut Cache<SharedSlots>,
     registry: &mut Registry,
 ) -> Result<(), NotRecoverable> {
-    for (id, namespace) in segments.engine.namespaces.iter().enumerate() {
-        let Some(info) = namespace.read() else { continue };
+    for (index, namespace) in (0u8..).zip(segments.engine.namespaces.iter()) {
+        let Some(info) = namespace.read(index) else { continue };
+        let id = info.id;
         let wrong = |why: String| NotRecoverable::Namespace { id, why };
-        registry.restore(id, namespace, &info).map_err(|error| wrong(error.to_string()))?;
+        registry.restore(namespace, &info).map_err(|error| wrong(error.to_string()))?;
         for rank in 0..info.world {
             let Some((_, bytes)) = namespace.rank_layout(rank as usize) else { continue };
-            let registered = cache.register(id as u32, info.world, rank, bytes);
+            let registered = cache.register(id, info.world, rank, bytes);
             registered.map_err(|error: RegisterError| wrong(error.to_string()))?;
         }
     }

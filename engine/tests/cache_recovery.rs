@@ -5,8 +5,8 @@
 mod cache_support;
 
 use cache_support::small::{
-    SLAB_BYTES, cache, commit, config, declare_end, find, hits, message, register, reserve, reserve_one,
-    round, slot_of, store, store_ranks,
+    SLAB_BYTES, cache, commit, config, declare_end, find, hits, message, register, reserve, reserve_in,
+    reserve_one, round, slot_of, store, store_ranks,
 };
 use cache_support::{State, VecTable, chain, key, restore, restore_end};
 use kvring_engine::cache::{
@@ -15,6 +15,7 @@ use kvring_engine::cache::{
 };
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::directory::CHUNK_IDS;
+use kvring_shm_abi::namespace::namespace_id;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -284,6 +285,48 @@ fn recovery_refuses_what_makes_no_sense() {
         assert_eq!(restore_end(&mut new).visible, 0);
         new.check_all().unwrap();
     }
+}
+
+/// Chunks, incomplete chunks and slots of a namespace that was at the same index before: the engine died before it had freed
+/// them, or its tables make no sense.
+#[test]
+fn what_an_earlier_namespace_at_the_same_index_left_is_of_no_use() {
+    let world: &[u64] = &[4096, 4096];
+    let (earlier, id) = (namespace_id(3, 7), namespace_id(3, 8));
+    let mut old = empty(&VecTable::new(512), config(2));
+    register(&mut old, earlier, world);
+    store_ranks(&mut old, earlier, 0..2, 1, &chain(1, 3));
+    store_ranks(&mut old, earlier, 0..1, 1, &chain(2, 1));
+    reserve_in(&mut old, earlier, 0, round(1), &chain(3, 1));
+    for (registered, kept) in [(earlier, (3, 2, 0)), (id, (0, 0, 0))] {
+        let mut new = empty(old.table(), config(2));
+        register(&mut new, registered, world);
+        restore(&mut new);
+        let restored = restore_end(&mut new);
+        assert_eq!((restored.visible, restored.kept, restored.dropped), kept);
+        new.check_all().unwrap();
+        let is_there = |id| new.table().chunks().read(id).is_some();
+        assert_eq!((0..3).filter(|id| is_there(*id)).count() as u32, restored.visible);
+        // The slot that is being written stays its writer's.
+        assert_eq!(new.stats().slots_writing, 1);
+        assert_eq!(new.stats().slots_committed, if registered == id { 0 } else { 7 });
+        // Its successors find the keys of what they store themselves.
+        store_ranks(&mut new, registered, 0..2, 2, &chain(1, 4));
+        assert_eq!(new.find(9, 9, 9, registered, &chain(1, 4), &mut |_| {}), Ok(4));
+    }
+    // A record of the present namespace leads to a slot of the earlier one.
+    let mut old = empty(&VecTable::new(512), config(2));
+    register(&mut old, id, world);
+    store_ranks(&mut old, id, 0..2, 1, &chain(1, 2));
+    let mut table = old.table().clone();
+    let State::Committed(header) = table.entries[0].state else { panic!("the first slot") };
+    table.entries[0].state = State::Committed(ShardHeader { namespace: earlier, ..header });
+    let mut new = empty(&table, config(2));
+    register(&mut new, id, world);
+    restore(&mut new);
+    let restored = restore_end(&mut new);
+    assert_eq!((restored.visible, restored.kept, restored.dropped), (1, 0, 1));
+    new.check_all().unwrap();
 }
 
 /// Which namespace is forgotten first when their table is full does not depend on the number of restarts.

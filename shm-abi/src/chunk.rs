@@ -12,6 +12,7 @@ use crate::failpoint::{self, Place, Rule};
 #[cfg(not(loom))]
 use crate::mapping::Mapping;
 use crate::mapping::{One, Pad, Shared, View, prefetch};
+use crate::namespace::namespace_index;
 use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
 abi! {
@@ -146,7 +147,7 @@ impl ChunkWord {
 pub struct ChunkIdentity {
     /// Its key.
     pub key: [u64; 2],
-    /// The namespace in which the key means something.
+    /// The [id](crate::namespace) of the namespace in which the key means something.
     pub namespace: u32,
 }
 
@@ -448,6 +449,6 @@ impl ChunkTable {
 
     #[inline(always)]
     fn spot(&self, ChunkIdentity { key, namespace }: ChunkIdentity) -> Spot {
-        self.directory.spot(namespace, key)
+        self.directory.spot(namespace_index(namespace), key)
     }
 }

@@ -53,7 +53,7 @@ impl Bucket {
     }
 }
 
-/// Where the directory has the hints of one key of one namespace: a hash of both.
+/// Where the directory has the hints of one key of one namespace: a hash of the key and of the namespace's index.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spot(u64);
 
@@ -64,10 +64,10 @@ const fn fold(a: u64, b: u64) -> u64 {
 }
 
 impl Spot {
-    /// The hash of a key of this namespace.
+    /// The hash of a key of the namespace at this index.
     #[inline(always)]
     #[must_use]
-    pub const fn new(seed: [u64; 2], namespace: u32, key: [u64; 2]) -> Spot {
+    pub const fn new(seed: [u64; 2], namespace: u8, key: [u64; 2]) -> Spot {
         let namespace = (namespace as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let first = fold(key[0] ^ seed[0], key[1] ^ seed[1] ^ namespace);
         Spot(fold(first ^ seed[1], 0xa076_1d64_78bd_642f))
@@ -129,10 +129,10 @@ impl Directory {
         Directory { buckets, seed }
     }
 
-    /// Where the hints of this key are.
+    /// Where the hints of this key are, in the namespace at this index.
     #[inline(always)]
     #[must_use]
-    pub fn spot(&self, namespace: u32, key: [u64; 2]) -> Spot {
+    pub fn spot(&self, namespace: u8, key: [u64; 2]) -> Spot {
         Spot::new(self.seed, namespace, key)
     }
 

@@ -13,10 +13,11 @@ use crate::epoch::Epoch;
 use crate::life::LifeWord;
 use crate::lobby::CLIENTS_MAX;
 use crate::mapping::{Mapping, One, OutOfBounds, Pad, Shared, View};
-use crate::message::{DTYPE_BYTES, MODEL_NAME_BYTES, Registration};
+use crate::message::{ANY_NAMESPACE, DTYPE_BYTES, MODEL_NAME_BYTES, Registration};
+use crate::namespace::{namespace_id, namespace_index};
 use crate::slot::{SLOT_HEADER_BYTES, SlotHeader};
 use crate::superblock::{Geometry, SUPERBLOCK_BYTES, Superblock};
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 use crate::text::{load_text, store_text};
 use crate::{futex, slot};
 use std::sync::Arc;
@@ -127,10 +128,11 @@ abi! {
     /// The bits of an answer that are its status.
     const STATUS_MASK: u64 = 0xFF;
 
-    /// A registered namespace. Fields are fixed once `state` says ready; ranks fill in as they register.
+    /// A registered namespace. Fields are fixed once the word says ready; ranks fill in as they register.
     #[repr(C, align(64))]
     pub struct Namespace {
-        state: AtomicU32,
+        /// The state, and above it how many namespaces have begun here: see their [ids](crate::namespace).
+        word: AtomicU32,
         world: AtomicU32,
         chunk_tokens: AtomicU32,
         _pad0: Pad<4>,
@@ -147,6 +149,12 @@ abi! {
 
     const NAMESPACE_READY: u32 = 1;
 
+    /// What each new namespace adds to the word of its record. The bits below are the state.
+    const NAMESPACE_BEGINS: u32 = 1 << 8;
+
+    /// The id of an example: another way to pack it changes the layout hash.
+    const NAMESPACE_ID_EXAMPLE: u32 = namespace_id(3, 5);
+
     /// The class and the span of one slab. A recovery reads these records first; the slots' headers say the rest.
     #[repr(C, align(16))]
     pub struct SlabRecord {
@@ -158,7 +166,11 @@ abi! {
     }
 }
 
+const NAMESPACE_STATE_MASK: u32 = NAMESPACE_BEGINS - 1;
+
 const _: () = {
+    // No namespace has that index.
+    assert!(namespace_index(ANY_NAMESPACE) as usize >= NAMESPACES_MAX);
     assert!(CHUNK_COUNTS_AT + size_of::<ChunkCounts>() <= STATS_AT);
     assert!(STATS_AT + STATS_WORDS * 8 <= LIFE_WORDS_AT);
     assert!(LIFE_WORDS_AT + LIFE_WORDS * size_of::<LifeWord>() <= ATTACH_AT);
@@ -246,6 +258,8 @@ const _: () = assert!(size_of::<Namespace>() == 1216 && size_of::<Namespace>().i
 /// A namespace as a reader sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceInfo {
+    /// Its id.
+    pub id: u32,
     /// Its fingerprint.
     pub fingerprint: [u64; 4],
     /// Number of ranks.
@@ -263,8 +277,14 @@ pub struct NamespaceInfo {
 }
 
 impl Namespace {
-    /// Engine: begins a new namespace, without ranks.
-    pub fn begin(&self, registration: &Registration) {
+    /// Engine: begins a new namespace, without ranks, in the record at this index, of which the last one has ended. Returns its
+    /// id.
+    pub fn begin(&self, index: u8, registration: &Registration) -> u32 {
+        let word = (self.word.load(Ordering::Relaxed) & !NAMESPACE_STATE_MASK).wrapping_add(NAMESPACE_BEGINS);
+        self.word.store(word | NAMESPACE_FREE, Ordering::Relaxed);
+        // SYNC POINT: Release fence; pairs with the Acquire fence in `id_of`. A reader that has read any of these fields finds
+        // this word, or a later one.
+        fence(Ordering::Release);
         for (to, from) in self.fingerprint.iter().zip(registration.fingerprint) {
             to.store(from, Ordering::Relaxed);
         }
@@ -273,8 +293,9 @@ impl Namespace {
         self.ranks.store(0, Ordering::Relaxed);
         store_text(&self.model, &registration.model);
         store_text(&self.dtype, &registration.dtype);
-        // SYNC POINT: Release; pairs with the Acquire in `matches` and `read`.
-        self.state.store(NAMESPACE_READY, Ordering::Release);
+        // SYNC POINT: Release; pairs with the Acquire in `id`.
+        self.word.store(word | NAMESPACE_READY, Ordering::Release);
+        namespace_id(index, word / NAMESPACE_BEGINS)
     }
 
     /// Engine: enters a rank that has registered.
@@ -286,21 +307,32 @@ impl Namespace {
         self.ranks.store(ranks, Ordering::Release);
     }
 
-    /// Engine: ends the namespace. The record may be used for another one.
+    /// Engine: ends the namespace. The record may be used for another one, which gets another id.
     pub fn end(&self) {
-        self.state.store(NAMESPACE_FREE, Ordering::Release);
+        let word = self.word.load(Ordering::Relaxed) & !NAMESPACE_STATE_MASK;
+        // SYNC POINT: Release; pairs with the Acquire in `id`.
+        self.word.store(word | NAMESPACE_FREE, Ordering::Release);
     }
 
-    /// Is this the namespace with that fingerprint?
+    /// The id of the namespace that is here, in the record at this index.
     #[must_use]
-    pub fn matches(&self, fingerprint: &[u64; 4]) -> bool {
+    pub fn id(&self, index: u8) -> Option<u32> {
         // SYNC POINT: Acquire; pairs with the Release in `begin`.
-        self.state.load(Ordering::Acquire) == NAMESPACE_READY
-            && self
-                .fingerprint
-                .iter()
-                .zip(fingerprint)
-                .all(|(have, want)| have.load(Ordering::Relaxed) == *want)
+        let word = self.word.load(Ordering::Acquire);
+        let is_ready = word & NAMESPACE_STATE_MASK == NAMESPACE_READY;
+        is_ready.then(|| namespace_id(index, word / NAMESPACE_BEGINS))
+    }
+
+    /// The id of the namespace that is here, in the record at this index, if it has that fingerprint.
+    #[must_use]
+    pub fn id_of(&self, index: u8, fingerprint: &[u64; 4]) -> Option<u32> {
+        let id = self.id(index)?;
+        let mut words = self.fingerprint.iter().zip(fingerprint);
+        let is_it = words.all(|(have, want)| have.load(Ordering::Relaxed) == *want);
+        // SYNC POINT: Acquire fence; pairs with the Release fence in `begin`. If a word of the fingerprint was another
+        // namespace's, which has begun here meanwhile, this load sees that.
+        fence(Ordering::Acquire);
+        (is_it && self.id(index) == Some(id)).then_some(id)
     }
 
     /// Number of ranks.
@@ -326,18 +358,17 @@ impl Namespace {
         Some((self.layout[rank].load(Ordering::Relaxed), self.shard_bytes[rank].load(Ordering::Relaxed)))
     }
 
-    /// Everything, for `status`; `None` for a free record.
+    /// Everything in the record at this index, for `status` and for a recovery; `None` for a free record.
     #[must_use]
-    pub fn read(&self) -> Option<NamespaceInfo> {
-        if self.state.load(Ordering::Acquire) != NAMESPACE_READY {
-            return None;
-        }
+    pub fn read(&self, index: u8) -> Option<NamespaceInfo> {
+        let id = self.id(index)?;
         let ranks = self.ranks.load(Ordering::Acquire);
         let mut fingerprint = [0; 4];
         for (to, from) in fingerprint.iter_mut().zip(&self.fingerprint) {
             *to = from.load(Ordering::Relaxed);
         }
         Some(NamespaceInfo {
+            id,
             fingerprint,
             world: self.world(),
             chunk_tokens: self.chunk_tokens(),
@@ -488,7 +519,14 @@ impl EngineSegment {
     /// A namespace's id by its fingerprint.
     #[must_use]
     pub fn find_namespace(&self, fingerprint: &[u64; 4]) -> Option<u32> {
-        (0u32..).zip(self.namespaces.iter()).find(|(_, ns)| ns.matches(fingerprint)).map(|(id, _)| id)
+        (0u8..).zip(self.namespaces.iter()).find_map(|(index, namespace)| namespace.id_of(index, fingerprint))
+    }
+
+    /// Is the namespace with this id still there?
+    #[must_use]
+    pub fn has_namespace(&self, id: u32) -> bool {
+        let index = namespace_index(id);
+        self.namespaces.get(usize::from(index)).is_some_and(|namespace| namespace.id(index) == Some(id))
     }
 
     /// The header of a slot, if there is such a slot.
@@ -520,6 +558,25 @@ pub struct ChunkHandle {
 mod tests {
     use super::*;
     use crate::sync::AtomicBool;
+
+    #[test]
+    fn each_namespace_in_a_place_has_an_id_of_its_own() {
+        let mapping = std::sync::Arc::new(Mapping::private(4096));
+        let record: One<Namespace> = One::new(&mapping, 0).unwrap();
+        let registration = |fingerprint| Registration { fingerprint, ..bytemuck::Zeroable::zeroed() };
+        assert_eq!((record.id(5), record.read(5)), (None, None));
+        for begins in 1..4 {
+            let (id, fingerprint) = (namespace_id(5, begins), [u64::from(begins); 4]);
+            assert_eq!(record.begin(5, &registration(fingerprint)), id);
+            assert_eq!((record.id(5), record.read(5).unwrap().id), (Some(id), id));
+            assert_eq!((record.id_of(5, &fingerprint), record.id_of(5, &[0; 4])), (Some(id), None));
+            record.end();
+            assert_eq!((record.id(5), record.id_of(5, &fingerprint), record.read(5)), (None, None, None));
+        }
+        // After 2²⁴ of them the numbers begin again.
+        record.word.store(!NAMESPACE_STATE_MASK, Ordering::Relaxed);
+        assert_eq!(record.begin(5, &registration([1; 4])), namespace_id(5, 0));
+    }
 
     /// Each nonce is answered with a status that follows from it; a reader must never see another nonce's.
     #[test]

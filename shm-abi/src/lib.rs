@@ -1,7 +1,7 @@
 //! kvring's contract in shared memory.
 //!
 //! Everything that an engine and its clients must agree on, and nothing else, defined in [`abi!`]: where things lie
-//! ([`layout`], [`superblock`], [`engine_segment`], [`chunk`], [`directory`], [`slot`], [`lobby`], [`channel`], [`text`]), how they are mapped
+//! ([`layout`], [`superblock`], [`engine_segment`], [`chunk`], [`directory`], [`slot`], [`namespace`], [`lobby`], [`channel`], [`text`]), how they are mapped
 //! ([`segment`], [`mapping`]), how health is told ([`epoch`], [`life`], [`claims`], [`means`], [`probe`], [`process`]), and how
 //! messages travel ([`ring`], [`payload`], [`message`], [`park`], [`futex`]); and how people write names
 //! ([`segment::EngineName`]) and sizes ([`byte_size`]), for the engine and for the programs that start one. There is no policy
@@ -18,6 +18,7 @@ pub mod epoch;
 pub mod failpoint;
 pub mod futex;
 pub mod mapping;
+pub mod namespace;
 pub mod park;
 pub mod payload;
 pub mod ring;

@@ -97,7 +97,7 @@ impl SlotWord {
 pub struct ShardIdentity {
     /// The chunk's key.
     pub key: [u64; 2],
-    /// The namespace it belongs to.
+    /// The [id](crate::namespace) of the namespace it belongs to.
     pub namespace: u32,
     /// The rank whose part of the chunk it is.
     pub rank: u32,

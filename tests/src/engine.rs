@@ -234,6 +234,12 @@ impl EngineProcess {
         view_of(&self.name)
     }
 
+    /// The id of the namespace that tests know by this number: see [`fingerprint`](crate::proto::fingerprint).
+    pub fn namespace(&self, number: u64) -> u32 {
+        let id = self.view().segment.find_namespace(&crate::proto::fingerprint(number));
+        id.unwrap_or_else(|| panic!("namespace {number} is not registered"))
+    }
+
     /// A counter or gauge of its statistics, of a moment after this call began: gauges are published with each tick,
     /// just after the beat, so one whole tick is waited for. A stopped engine's are as old as they are.
     pub fn stat(&self, name: &str) -> u64 {

@@ -47,7 +47,7 @@ fn messages() {
     while sent < 30_000 * soak() {
         let role = if random.one_in(2) { Role::Worker } else { Role::Scheduler };
         let mut raw = RawClient::attach(&engine.name, role);
-        let mut namespace = 1;
+        let mut namespace = engine.namespace(99);
         if role == Role::Worker {
             namespace = raw.register(1 + random.below(3), 1, 0, 8192);
         }
@@ -177,6 +177,7 @@ fn claims_entries_and_channels() {
     let bystander = Bystander::start(&engine.name);
     let lobby = std::fs::OpenOptions::new().write(true).open(engine.file("lobby")).unwrap();
     let mut random = Nonsense::new(3);
+    let namespace = engine.namespace(99);
     let mut attached = 0;
     for _ in 0..1500 * soak() {
         let claim = Claimed::new(&engine.name, if random.one_in(2) { Role::Worker } else { Role::Scheduler });
@@ -213,7 +214,7 @@ fn claims_entries_and_channels() {
             for _ in 0..50 {
                 if client.status() == AttachStatus::Attached {
                     attached += 1;
-                    let body = random.request(0).encode(1, client.ident);
+                    let body = random.request(namespace).encode(1, client.ident);
                     client.send_body(&body);
                     break;
                 }

@@ -9,6 +9,7 @@ use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{
     ANY_NAMESPACE, Ident, KEYS_MAX, Records, Request, SlotOutcome, SlotRecord, Status,
 };
+use kvring_shm_abi::namespace::namespace_index;
 use kvring_shm_abi::ring::{Body, DEPTH};
 use kvring_tests::raw::{PAYLOAD_WORDS, registration};
 use kvring_tests::{EngineProcess, RawClient, SchedulerSide, SchedulerSpec, Shape, all_loaded, chain, round};
@@ -70,7 +71,10 @@ fn unknown_namespaces_and_other_roles_are_refused() {
     let mut worker = RawClient::attach(&engine.name, Role::Worker);
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
     let keys = chain(1, 2);
-    for unknown in [1, 5, 63, 64, 255, 256, u32::MAX] {
+    // The bystander's namespace exists, at this index, but this worker has not registered it.
+    let known = engine.namespace(99);
+    let (at, before, after) = (namespace_index(known), known - (1 << 8), known + (1 << 8));
+    for unknown in [at.into(), before, after, 1, 5, 63, 64, 255, u32::MAX] {
         let reserve = worker.reserve_request(unknown, 0, round(1), &keys);
         assert_eq!(worker.call(reserve).status, Status::UnknownNamespace, "{unknown}");
         assert_eq!(worker.call(Request::Unregister { namespace: unknown }).status, Status::UnknownNamespace);
@@ -78,9 +82,12 @@ fn unknown_namespaces_and_other_roles_are_refused() {
         assert_eq!(scheduler.call(lookup).status, Status::UnknownNamespace, "{unknown}");
         let lease = scheduler.declare_request(1, 0, unknown, &[ChunkWord::new(0, 0)]);
         assert_eq!(scheduler.call(lease).status, Status::UnknownNamespace, "{unknown}");
+        if unknown != ANY_NAMESPACE {
+            let clear = Request::Clear { namespace: unknown };
+            assert_eq!(scheduler.call(clear).status, Status::UnknownNamespace, "{unknown}");
+        }
     }
-    // The bystander's namespace exists, but this worker has not registered it.
-    let reserve = worker.reserve_request(0, 0, round(1), &keys);
+    let reserve = worker.reserve_request(known, 0, round(1), &keys);
     assert_eq!(worker.call(reserve).status, Status::UnknownNamespace);
     // Its own, but another rank of it: nobody's, and somebody's.
     let namespace = worker.register(1, 2, 1, 65536);
@@ -357,7 +364,7 @@ fn what_only_hurts_its_sender_is_let_through() {
     let (engine, bystander) = EngineProcess::with_bystander("flood");
     let mut worker = engine.worker();
     let keys = worker.stores(round(1), chain(1, 16), 0);
-    let namespace = 1;
+    let namespace = engine.namespace(1);
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
     let Request::Lookup { session, admission, keys: region, .. } = raw.lookup_request(1, 1, namespace, &keys)
     else {

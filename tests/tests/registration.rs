@@ -9,12 +9,15 @@ use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
 use kvring_shm_abi::failpoint::{Place, Rule};
 use kvring_shm_abi::message::{Disagreement, Request, Status};
+use kvring_shm_abi::namespace::namespace_index;
 use kvring_tests::proto::fingerprint;
 use kvring_tests::raw::registration;
 use kvring_tests::{
     BREAK, Bystander, EngineProcess, FAIL_POINT, Peer, RawClient, SchedulerSide, SchedulerSpec, Shape,
     WorkerSide, WorkerSpec, all_loaded, all_stored, chain, client, eventually, round,
 };
+use serde_json::json;
+use std::collections::BTreeSet;
 
 #[test]
 fn ranks_that_disagree_are_told_about_what() {
@@ -215,8 +218,91 @@ fn namespaces_of_former_models_are_forgotten_before_the_table_is_full() {
     engine.settles_without(workers);
 }
 
-/// A request that has begun and has leased nothing yet holds no namespace. When it goes on, the namespace's id may be that of
-/// another one with another number of ranks. The answer has no chunks of that one.
+/// Indices are used again, ids are not, over any number of engines.
+#[test]
+fn no_two_namespaces_have_the_same_id() {
+    let mut engine = EngineProcess::start("ids", 8);
+    let mut seen = BTreeSet::new();
+    for life in 0..3 {
+        for part in 0..2 {
+            let mut raw = RawClient::attach(&engine.name, Role::Worker);
+            for number in 0..NAMESPACES_MAX as u64 {
+                let id = raw.register(1000 * life + 100 * part + number, 1, 0, 4096);
+                assert!(usize::from(namespace_index(id)) < NAMESPACES_MAX);
+                assert!(seen.insert(id), "life {life}, part {part}: {id:x} has been another namespace's");
+            }
+            // No client uses them any more.
+            drop(raw);
+            engine.stat_becomes("clients", 0);
+        }
+        let last = 1000 * life + 100 + NAMESPACES_MAX as u64 - 1;
+        let id = engine.namespace(last);
+        engine.kill_and_restart();
+        assert_eq!(engine.namespace(last), id, "a namespace that is still there keeps its id");
+    }
+}
+
+/// A worker that has slept since its namespace was forgotten still knows it by its id, and loads without asking the engine.
+/// Another model's namespace, in the same place of the table, has the same keys. Nothing of that one is reached.
+#[test]
+fn an_id_that_is_gone_does_not_lead_to_the_next_namespace_in_its_place() {
+    let mut engine = EngineProcess::configured("reused", 16, &json!({ "reattach_grace_ms": 20 }));
+    let mut sleeper = Peer::worker(&WorkerSpec::new(&engine.name));
+    let keys = sleeper.stores(round(1), chain(1, 4), 1);
+    let gone = engine.namespace(1);
+    sleeper.stop();
+    engine.kill_and_restart();
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    // The last of these leaves too few places.
+    for number in 0..NAMESPACES_MAX as u64 - 8 {
+        raw.register(1000 + number, 1, 0, 4096);
+    }
+    eventually("it is forgotten", || {
+        raw.register(1000, 1, 0, 4096);
+        engine.view().segment.find_namespace(&fingerprint(1)).is_none()
+    });
+    // The place remembers how many have begun there, also while there is none.
+    drop(raw);
+    engine.kill_and_restart();
+    let mut raw = RawClient::attach(&engine.name, Role::Worker);
+    let mut other = WorkerSide::start(&WorkerSpec { namespace: 2, ..WorkerSpec::new(&engine.name) }).unwrap();
+    other.stores(round(1), keys.clone(), 2);
+    let id = engine.namespace(2);
+    assert_eq!(namespace_index(id), namespace_index(gone));
+    assert!(id > gone, "{id:x} after {gone:x}");
+
+    // Requests that name it, of clients that may do the same in the one that is there.
+    assert_eq!(raw.register(2, 1, 0, Shape::SMALL.shard_bytes()), id);
+    let reserve = raw.reserve_request(gone, 0, round(2), &chain(2, 1));
+    assert_eq!(raw.call(reserve).status, Status::UnknownNamespace);
+    assert_eq!(raw.call(Request::Unregister { namespace: gone }).status, Status::UnknownNamespace);
+    assert_eq!(raw.call(Request::Clear { namespace: gone }).status, Status::UnknownNamespace);
+    assert_eq!(raw.reserve(id, 0, round(2), &chain(2, 1)).len(), 1, "it is registered there");
+    let mut asking = RawClient::attach(&engine.name, Role::Scheduler);
+    for (namespace, status, count) in [(gone, Status::UnknownNamespace, 0), (id, Status::Ok, 4)] {
+        let lookup = asking.lookup_request(1, 1, namespace, &keys);
+        let answer = asking.call(lookup);
+        assert_eq!((answer.status, answer.results[0]), (status, count), "{namespace:x}");
+    }
+    let words = asking.chunks(4);
+    for (namespace, status, count) in [(gone, Status::UnknownNamespace, 0), (id, Status::Ok, 4)] {
+        let lease = asking.declare_request(2, 1, namespace, &words);
+        let answer = asking.call(lease);
+        assert_eq!((answer.status, answer.results[0]), (status, count), "{namespace:x}");
+    }
+    // Loads of its chunks. The engine is gone before the sleeper can ask it for the id that its own namespace has by now.
+    let mut scheduler =
+        SchedulerSide::started(&SchedulerSpec { namespace: 2, ..SchedulerSpec::new(&engine.name) });
+    let found = scheduler.finds("r", 0, &keys);
+    assert_eq!(other.load(&found.handles, 2), all_loaded(4));
+    engine.kill();
+    sleeper.resume();
+    let loaded = sleeper.load(&found.handles, 1);
+    assert_eq!((loaded.loaded, loaded.wrong), (0, 0), "{loaded:?}");
+}
+
+/// A request that has begun and has leased nothing yet holds no namespace. When it goes on, another one with another number of
+/// ranks may be in the namespace's place. The answer has no chunks of that one.
 #[test]
 fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
     let engine = EngineProcess::start_in(&[(BREAK, Rule::BeginAtOnce.name())], "refounded", 16);
@@ -226,7 +312,7 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
     // So many that a new one gets the id of one that has gone.
     let ids: Vec<u32> =
         (0..NAMESPACES_MAX as u64).map(|number| worker.register(number, 1, 0, 4096)).collect();
-    let namespace = ids[5];
+    let mut namespace = ids[5];
     let keys = chain(1, 1);
     for (number, declares) in [(100, false), (101, true)] {
         let asked = if declares {
@@ -245,7 +331,9 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
         assert_eq!(scheduler.answer().status, Status::UnknownNamespace, "declares: {declares}");
         assert_eq!(worker.answer().status, Status::Ok);
         let founded = worker.answer();
-        assert_eq!((founded.status, founded.results[0]), (Status::Ok, u64::from(namespace)));
+        assert_eq!(founded.status, Status::Ok);
+        assert_eq!(namespace_index(founded.results[0] as u32), namespace_index(namespace));
+        namespace = founded.results[0] as u32;
     }
     engine.settles_without((scheduler, worker));
 }

@@ -133,7 +133,7 @@ struct ClientStatus {
 /// A registered namespace.
 #[derive(Debug, Serialize)]
 struct NamespaceStatus {
-    id: usize,
+    id: u32,
     model: String,
     dtype: String,
     ranks: u32,
@@ -325,11 +325,11 @@ fn clients(name: &EngineName, view: &EngineView) -> Vec<ClientStatus> {
 }
 
 fn namespaces(segment: &EngineSegment) -> Vec<NamespaceStatus> {
-    let registered = segment.namespaces.iter().enumerate();
-    let shown = registered.filter_map(|(id, namespace)| {
-        let info = namespace.read()?;
+    let registered = (0u8..).zip(segment.namespaces.iter());
+    let shown = registered.filter_map(|(index, namespace)| {
+        let info = namespace.read(index)?;
         Some(NamespaceStatus {
-            id,
+            id: info.id,
             model: info.model,
             dtype: info.dtype,
             ranks: info.world,

@@ -5,7 +5,6 @@ use super::lease::Leases;
 use super::slot::State;
 use super::{Cache, InvariantBroken, NAMESPACES, SlotId, SlotTable};
 use crate::policy::ChunkId;
-use kvring_shm_abi::chunk::ChunkIdentity;
 
 /// How many chunks of a lease are checked together.
 const LEASE_PART: u32 = 16;
@@ -232,17 +231,12 @@ impl<T: SlotTable> Cache<T> {
     fn is_published(&self, id: ChunkId, world: u32) -> Result<bool, InvariantBroken> {
         let (chunk, table) = (self.chunks.get(id), self.table.chunks());
         let Some(content) = table.read(id) else { return Ok(false) };
-        let is_it =
-            content.identity == ChunkIdentity { key: chunk.key, namespace: u32::from(chunk.namespace) };
+        let is_it = content.identity == self.identity(id);
         link("chunks and what their records say", is_it, id, content.identity.namespace)?;
         let is_same = |rank| self.chunks.shard(id, world, rank) == table.slot(&content, world, rank);
         link("shards and slots in records", (0..world).all(is_same), id, world)?;
-        link(
-            "records and directory",
-            self.visible(u32::from(chunk.namespace), chunk.key) == Some(id),
-            id,
-            id,
-        )?;
+        let is_found = self.visible(chunk.namespace, chunk.key) == Some(id);
+        link("records and directory", is_found, id, id)?;
         Ok(true)
     }
 
@@ -320,7 +314,7 @@ impl<T: SlotTable> Cache<T> {
         for id in 0..self.chunks.fresh {
             let chunk = self.chunks.get(id);
             if chunk.pins.any() {
-                let namespace = self.namespace(u32::from(chunk.namespace));
+                let namespace = self.namespace_of(id);
                 let charged = chunk.pins.payer().map_or(&mut unpaid, |payer| &mut bytes[usize::from(payer)]);
                 *charged += namespace.map_or(0, |namespace| namespace.chunk_bytes);
             }

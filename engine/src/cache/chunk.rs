@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::hash::Hash;
 use super::pins::Pins;
-use super::{Key, NAMESPACES, NamespaceId, RANKS, Round, SlotId};
+use super::{Key, NAMESPACES, RANKS, Round, SlotId};
 use crate::lazy::{Lazy, NoMemory};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::{LINE_SLOTS as LINE, LINES_MAX, RANKS_INLINE, lines_for, lines_of};
@@ -169,9 +169,9 @@ impl Chunks {
         })
     }
 
-    /// How many chunks a namespace has, hidden ones included.
-    pub(super) fn of(&self, namespace: NamespaceId) -> u32 {
-        self.of.get(namespace as usize).copied().unwrap_or(0)
+    /// How many chunks the namespace at this index has, hidden ones included.
+    pub(super) fn of(&self, namespace: u8) -> u32 {
+        self.of.get(usize::from(namespace)).copied().unwrap_or(0)
     }
 
     #[inline(always)]
@@ -397,15 +397,15 @@ impl Chunks {
         self.cold[id as usize].parent = [hash as u32, (hash >> 32) as u32];
     }
 
-    /// Namespace and key of a chunk that lookups find. The id may be a guess.
-    pub(super) fn published(&self, id: ChunkId) -> Option<(NamespaceId, Key)> {
+    /// Namespace (its index) and key of a chunk that lookups find. The id may be a guess.
+    pub(super) fn published(&self, id: ChunkId) -> Option<(u8, Key)> {
         let chunk = self.chunks.get(id as usize)?;
         let is_published = matches!(chunk.life(), Life::Visible | Life::Expected);
-        is_published.then(|| (u32::from(chunk.namespace), chunk.key))
+        is_published.then_some((chunk.namespace, chunk.key))
     }
 
     /// As `published`, of chunks that are visible now.
-    pub(super) fn visible(&self, id: ChunkId) -> Option<(NamespaceId, Key)> {
+    pub(super) fn visible(&self, id: ChunkId) -> Option<(u8, Key)> {
         self.published(id).filter(|_| self.get(id).life() == Life::Visible)
     }
 

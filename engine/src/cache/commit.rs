@@ -1,11 +1,9 @@
 //! Commits. The last commit of a round makes the chunk visible.
 
-use super::chunk::Chunk;
 use super::error::CommitError;
 use super::slot::State;
 use super::{Cache, Key, Owner, RANKS, SlotId, SlotTable};
 use crate::policy::ChunkId;
-use kvring_shm_abi::chunk::ChunkIdentity;
 use kvring_shm_abi::directory::Spot;
 
 /// The result of a commit.
@@ -88,7 +86,7 @@ impl<T: SlotTable> Cache<T> {
     pub(super) fn make_visible(&mut self, id: ChunkId) {
         let chunk = self.chunks.get(id);
         let (key, namespace, tick) = (chunk.key, chunk.namespace, chunk.tick);
-        let hash = self.hash(u32::from(namespace), key);
+        let hash = self.hash(namespace, key);
         for other in self.index.forming(&self.chunks, hash, namespace, key).iter() {
             if *other != id {
                 self.drop_chunk(*other, false);
@@ -105,7 +103,7 @@ impl<T: SlotTable> Cache<T> {
         if let Some(parent) = parent {
             self.place(parent);
         }
-        let hash = self.spot(u32::from(namespace), key).hash();
+        let hash = self.spot(namespace, key).hash();
         self.policy.insert(usize::from(namespace), id, hash, parent);
         self.each_slot(id, |cache, slot| cache.slabs.touch(slot, tick));
     }
@@ -114,7 +112,7 @@ impl<T: SlotTable> Cache<T> {
     /// hash.
     fn any_visible(&self, spot: Spot, namespace: u8) -> Option<ChunkId> {
         let has_spot = |id: &ChunkId| {
-            let published = self.chunks.published(*id).filter(|(other, _)| *other == u32::from(namespace));
+            let published = self.chunks.published(*id).filter(|(other, _)| *other == namespace);
             published.is_some_and(|(namespace, key)| self.spot(namespace, key) == spot)
         };
         self.table.chunks().directory().hints(spot).find(has_spot)
@@ -128,9 +126,8 @@ impl<T: SlotTable> Cache<T> {
             // All ranks have committed, so each has a slot.
             *to = self.chunks.shard(id, world, rank).unwrap_or_default();
         }
+        let identity = self.identity(id);
         let Self { table, chunks, .. } = self;
-        let Chunk { key, namespace, .. } = *chunks.get(id);
-        let identity = ChunkIdentity { key, namespace: u32::from(namespace) };
         let directory = table.chunks().directory();
         table.chunks().show(id, identity, &slots[..world as usize], chunks.lines(id, world), |other| {
             let (namespace, key) = chunks.published(other)?;

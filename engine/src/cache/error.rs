@@ -61,11 +61,19 @@ pub enum AddSlabError {
 /// Why a rank cannot be registered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegisterError {
-    /// The namespace id is out of range.
-    #[error("namespace {namespace}: ids are below {NAMESPACES}")]
+    /// The namespace's index is out of range.
+    #[error("namespace {namespace}: indices are below {NAMESPACES}")]
     NoSuchNamespace {
         /// What was given.
         namespace: NamespaceId,
+    },
+    /// Another namespace has the same index, and has not been forgotten.
+    #[error("namespace {namespace}: namespace {there} is at its index")]
+    OtherNamespace {
+        /// What was given.
+        namespace: NamespaceId,
+        /// The namespace that is there.
+        there: NamespaceId,
     },
     /// The number of ranks is out of range.
     #[error("world of {world} ranks: expected 1 to {RANKS}")]

@@ -1,12 +1,12 @@
 //! Making room: by free slots, fresh spans, the coldest chunks, and spans of other sizes, in that order. Every
 //! search goes on in steps: see `Cache::allow`.
 
-use super::chunk::{Chunk, Chunks, Lack, Life};
+use super::chunk::{Chunks, Lack, Life};
 use super::slab::Class;
 use super::slot::State;
 use super::{Cache, NAMESPACES, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
-use kvring_shm_abi::chunk::ChunkIdentity;
+use kvring_shm_abi::namespace::namespace_index;
 
 /// The most chunks that one step of a search for room evicts.
 const EVICTIONS_MAX: u32 = 64;
@@ -221,7 +221,7 @@ impl<T: SlotTable> Cache<T> {
 
     /// Whether the chunk has a slot of this class.
     fn gives(&mut self, id: ChunkId, class: u16) -> bool {
-        let Some(registered) = self.namespace(u32::from(self.chunks.get(id).namespace)) else { return false };
+        let Some(registered) = self.namespace_of(id) else { return false };
         let world = registered.world;
         let mut ranks = (0..).zip(&registered.layouts[..world as usize]);
         let gives =
@@ -324,9 +324,8 @@ impl<T: SlotTable> Cache<T> {
     /// From now on nothing leads to the chunk: its record ends, and the eviction order loses it; or, if it is forming, the
     /// index and the idle list do.
     pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
-        let Chunk { key, namespace, writing, .. } = *self.chunks.get(id);
         if self.chunks.get(id).life() == Life::Visible {
-            self.table.chunks().end(id, ChunkIdentity { key, namespace: u32::from(namespace) });
+            self.table.chunks().end(id, self.identity(id));
             if self.policy.has(id) {
                 self.policy.remove(id, evicted);
             } else {
@@ -334,7 +333,7 @@ impl<T: SlotTable> Cache<T> {
             }
             return;
         }
-        if writing == 0 {
+        if self.chunks.get(id).writing == 0 {
             self.chunks.idle_remove(id);
         }
         self.index.remove(&mut self.chunks, id);
@@ -364,13 +363,18 @@ impl<T: SlotTable> Cache<T> {
     /// `None` at the end.
     pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId) -> Option<ChunkId> {
         self.change();
+        // Between two steps it may have been forgotten.
+        if namespace.is_some_and(|id| self.namespace(id).is_none()) {
+            return None;
+        }
+        let index = namespace.map(namespace_index);
         for id in from..self.chunks.fresh {
             if self.is_spent() {
                 return Some(id);
             }
             self.work += 1;
             let chunk = self.chunks.get(id);
-            let is_meant = namespace.is_none_or(|namespace| namespace == u32::from(chunk.namespace));
+            let is_meant = index.is_none_or(|index| index == chunk.namespace);
             if is_meant && chunk.life() != Life::Free && !chunk.pins.any() {
                 self.drop_chunk(id, false);
             }

@@ -7,6 +7,7 @@ use super::{Cache, Key, NamespaceId, OWNERS, Owner, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::directory::{Directory, Spot};
+use kvring_shm_abi::namespace::namespace_index;
 
 /// For how many keys the directory is asked at once, if it is asked.
 const BLOCK: usize = 16;
@@ -103,7 +104,7 @@ impl<T: SlotTable> Cache<T> {
         keys: &[Key],
         sink: &mut impl FnMut(ChunkWord),
     ) -> Result<u32, FindError> {
-        let namespace = lookup.namespace as u8;
+        let namespace = namespace_index(lookup.namespace);
         self.piece(lookup, keys.len(), |cache, count| cache.search(namespace, &keys[..count], sink))
     }
 
@@ -118,7 +119,7 @@ impl<T: SlotTable> Cache<T> {
         lookup: &Lookup,
         words: impl ExactSizeIterator<Item = ChunkWord>,
     ) -> Result<u32, FindError> {
-        let namespace = lookup.namespace;
+        let namespace = namespace_index(lookup.namespace);
         self.piece(lookup, words.len(), |cache, count| {
             let Self { table, chunks, found, .. } = cache;
             let is_there = |word: &ChunkWord| {
@@ -221,7 +222,7 @@ impl<T: SlotTable> Cache<T> {
             let block = if found.is_empty() { 1 } else { BLOCK };
             let block = &keys[found.len()..keys.len().min(found.len() + block)];
             for (spot, key) in spots.iter_mut().zip(block) {
-                *spot = directory.spot(u32::from(namespace), *key);
+                *spot = directory.spot(namespace, *key);
                 directory.prefetch(*spot);
             }
             for (spot, _) in spots.iter().zip(block) {
@@ -253,7 +254,7 @@ impl<T: SlotTable> Cache<T> {
         };
         self.version += 1;
         let Lookup { owner, session, admission, namespace, found: before, time, again, .. } = lookup;
-        if let Some(Some(registered)) = self.namespaces.get_mut(namespace as usize) {
+        if let Some(registered) = self.namespace_mut(namespace) {
             registered.used = registered.used.max(time);
         }
         // The lease is walked once for the whole piece: to the last place of the piece before it, or to its own

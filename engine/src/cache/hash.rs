@@ -1,6 +1,6 @@
 //! The hash by which the index knows a chunk's content. Keys come from clients, so a secret seed is mixed into it.
 
-use super::{Key, NamespaceId};
+use super::Key;
 
 /// How many bits of the hash the index uses: with one bit more they are a tag.
 const HASH_BITS: u32 = 31;
@@ -12,7 +12,7 @@ pub(super) struct Hash(u64);
 impl Hash {
     /// Made of folded multiplications, as in wyhash.
     #[inline(always)]
-    pub(super) fn new(seed: [u64; 2], namespace: NamespaceId, key: Key) -> Self {
+    pub(super) fn new(seed: [u64; 2], namespace: u8, key: Key) -> Self {
         let mix = |a: u64, b: u64| {
             let product = u128::from(a) * u128::from(b);
             product as u64 ^ (product >> 64) as u64

@@ -41,7 +41,7 @@ impl<T: SlotTable> Cache<T> {
             return Invalidated::Gone;
         };
         let chunk = self.chunks.get(id);
-        if chunk.key != key || !reads(u32::from(chunk.namespace), u32::from(entry.rank)) {
+        if chunk.key != key || !reads(self.identity(id).namespace, u32::from(entry.rank)) {
             return Invalidated::Refused;
         }
         // Nobody has read a chunk that is forming, and one that is hidden has been reported before.

@@ -69,7 +69,10 @@ use slab::Slabs;
 use slot::Slots;
 
 use crate::policy::{self, ChunkId, Policy};
+use kvring_shm_abi::chunk::ChunkIdentity;
 use kvring_shm_abi::directory::Spot;
+use kvring_shm_abi::message::ANY_NAMESPACE;
+use kvring_shm_abi::namespace::namespace_index;
 
 /// The cache of one arena. See the module's documentation.
 pub struct Cache<T> {
@@ -124,6 +127,7 @@ struct Counters {
 
 /// A registered namespace.
 struct Namespace {
+    id: NamespaceId,
     world: u32,
     /// Bit r: rank r is registered.
     ranks: u64,
@@ -232,16 +236,20 @@ impl<T: SlotTable> Cache<T> {
         shard_bytes: u64,
     ) -> Result<(), RegisterError> {
         self.change();
-        if namespace as usize >= NAMESPACES {
+        let index = namespace_index(namespace);
+        let Some(known) = self.namespaces.get(usize::from(index)) else {
             return Err(RegisterError::NoSuchNamespace { namespace });
-        }
+        };
         if world == 0 || world as usize > RANKS {
             return Err(RegisterError::World { world });
         }
         if rank >= world {
             return Err(RegisterError::Rank { rank, world });
         }
-        if let Some(known) = &self.namespaces[namespace as usize] {
+        if let Some(known) = known {
+            if known.id != namespace {
+                return Err(RegisterError::OtherNamespace { namespace, there: known.id });
+            }
             if known.world != world {
                 return Err(RegisterError::OtherWorld { namespace, fixed: known.world, world });
             }
@@ -251,10 +259,10 @@ impl<T: SlotTable> Cache<T> {
                 return if fixed == shard_bytes { Ok(()) } else { Err(other) };
             }
         }
-        let class = self.slabs.class_for(shard_bytes, Some(namespace))?;
+        let class = self.slabs.class_for(shard_bytes, Some(index))?;
         let layouts = [Layout::default(); RANKS];
-        let new = Namespace { world, ranks: 0, layouts, chunk_bytes: 0, pinned: 0, used: 0 };
-        let entry = self.namespaces[namespace as usize].get_or_insert(new);
+        let new = Namespace { id: namespace, world, ranks: 0, layouts, chunk_bytes: 0, pinned: 0, used: 0 };
+        let entry = self.namespaces[usize::from(index)].get_or_insert(new);
         entry.ranks |= 1 << rank;
         let slot_bytes = self.slabs.class(class).bytes;
         entry.chunk_bytes += slot_bytes;
@@ -292,8 +300,9 @@ impl<T: SlotTable> Cache<T> {
     /// Notes that the namespace is in use now. All others were used before it.
     pub fn use_namespace(&mut self, id: NamespaceId) {
         self.tick += 1;
-        if let Some(Some(namespace)) = self.namespaces.get_mut(id as usize) {
-            namespace.used = self.tick;
+        let tick = self.tick;
+        if let Some(namespace) = self.namespace_mut(id) {
+            namespace.used = tick;
         }
     }
 
@@ -314,28 +323,47 @@ impl<T: SlotTable> Cache<T> {
         self.version += 1;
     }
 
+    /// The namespace with this id: an id of another one that was at the same index leads nowhere.
     fn namespace(&self, id: NamespaceId) -> Option<&Namespace> {
-        self.namespaces.get(id as usize)?.as_ref()
+        let namespace = self.namespaces.get(usize::from(namespace_index(id)))?.as_ref();
+        namespace.filter(|namespace| namespace.id == id)
     }
 
-    fn hash(&self, namespace: NamespaceId, key: Key) -> Hash {
+    fn namespace_mut(&mut self, id: NamespaceId) -> Option<&mut Namespace> {
+        let namespace = self.namespaces.get_mut(usize::from(namespace_index(id)))?.as_mut();
+        namespace.filter(|namespace| namespace.id == id)
+    }
+
+    /// The namespace of a chunk. It is not forgotten as long as it has chunks.
+    fn namespace_of(&self, id: ChunkId) -> Option<&Namespace> {
+        self.namespaces[usize::from(self.chunks.get(id).namespace)].as_ref()
+    }
+
+    /// What the chunk is, as its record says.
+    fn identity(&self, id: ChunkId) -> ChunkIdentity {
+        // `ANY_NAMESPACE` is no namespace's id, and never needed: every chunk has a namespace.
+        let namespace = self.namespace_of(id).map_or(ANY_NAMESPACE, |namespace| namespace.id);
+        ChunkIdentity { key: self.chunks.get(id).key, namespace }
+    }
+
+    /// This and the next two: of a key of the namespace at this index.
+    fn hash(&self, namespace: u8, key: Key) -> Hash {
         Hash::new(self.config.seed, namespace, key)
     }
 
-    fn spot(&self, namespace: NamespaceId, key: Key) -> Spot {
+    fn spot(&self, namespace: u8, key: Key) -> Spot {
         self.table.chunks().directory().spot(namespace, key)
     }
 
-    /// The visible chunk of this key.
-    fn visible(&self, namespace: NamespaceId, key: Key) -> Option<ChunkId> {
+    /// The visible chunk.
+    fn visible(&self, namespace: u8, key: Key) -> Option<ChunkId> {
         let directory = self.table.chunks().directory();
-        find::visible(directory, &self.chunks, directory.spot(namespace, key), namespace as u8, key)
+        find::visible(directory, &self.chunks, directory.spot(namespace, key), namespace, key)
     }
 
     /// The number of ranks in a chunk's world.
     fn world_of(&self, id: ChunkId) -> u32 {
-        let namespace = u32::from(self.chunks.get(id).namespace);
-        self.namespace(namespace).map_or(0, |namespace| namespace.world)
+        self.namespace_of(id).map_or(0, |namespace| namespace.world)
     }
 
     /// Calls `act` with each slot of a chunk.

@@ -3,7 +3,7 @@
 //! [`Cache::go_on_placing`].
 
 use super::chunk::Life;
-use super::{Cache, NamespaceId, NotRestorable, SlotTable};
+use super::{Cache, NotRestorable, SlotTable};
 use crate::policy::ChunkId;
 
 /// How many chunks ahead their records are prefetched.
@@ -87,7 +87,7 @@ impl<T: SlotTable> Cache<T> {
         self.unplaced -= 1;
         let chunk = self.chunks.get(id);
         let (namespace, key) = (chunk.namespace, chunk.key);
-        let hash = self.spot(NamespaceId::from(namespace), key).hash();
+        let hash = self.spot(namespace, key).hash();
         self.policy.insert_coldest(usize::from(namespace), id, hash);
     }
 }

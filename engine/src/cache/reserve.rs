@@ -9,6 +9,7 @@ use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, 
 use crate::policy::ChunkId;
 use kvring_shm_abi::directory::Spot;
 use kvring_shm_abi::failpoint::{self, Rule};
+use kvring_shm_abi::namespace::namespace_index;
 
 /// How many keys ahead the lines of the directory and of the index are prefetched.
 const AHEAD: usize = 8;
@@ -147,14 +148,15 @@ impl<T: SlotTable> Cache<T> {
         let context = Context { message, world, class, slot_bytes, shard_bytes, attachment };
 
         self.guard_keys(&message);
-        let mut before = parent.map(|key| self.spot(namespace, key));
+        let index = namespace_index(namespace);
+        let mut before = parent.map(|key| self.spot(index, key));
         let mut done = 0;
         for key in keys {
             if done > 0 && self.is_spent() {
                 break;
             }
             let Some(answer) = self.reserve_one(&context, *key, before, going) else { break };
-            before = Some(self.spot(namespace, *key));
+            before = Some(self.spot(index, *key));
             sink(done, answer);
             done += 1;
             going.time -= 1;
@@ -167,14 +169,14 @@ impl<T: SlotTable> Cache<T> {
     fn guard_keys(&mut self, message: &Reserve<'_>) {
         self.guard = self.guard.wrapping_add(1).max(1);
         self.chunks.guard = self.guard;
-        let (namespace, keys) = (message.namespace, message.keys);
+        let (namespace, keys) = (namespace_index(message.namespace), message.keys);
         self.work += keys.len() as u64;
         for (i, key) in message.parent.iter().chain(keys).enumerate() {
             if let Some(later) = keys.get(i + AHEAD) {
                 self.table.chunks().directory().prefetch(self.spot(namespace, *later));
                 self.index.prefetch(self.hash(namespace, *later));
             }
-            let forming = self.index.forming(&self.chunks, self.hash(namespace, *key), namespace as u8, *key);
+            let forming = self.index.forming(&self.chunks, self.hash(namespace, *key), namespace, *key);
             for id in self.visible(namespace, *key).iter().chain(forming.iter()) {
                 self.chunks.guard(*id);
             }
@@ -190,15 +192,14 @@ impl<T: SlotTable> Cache<T> {
         going: &mut Going,
     ) -> Option<Reservation> {
         let Reserve { owner, namespace, rank, round, .. } = context.message;
+        let namespace = namespace_index(namespace);
         self.work += 1;
         if let Some(id) = self.visible(namespace, key) {
             if self.chunks.get(id).round() != round {
                 self.chunks.get_mut(id).set_round(round);
                 let is_there = |(id, key): &(ChunkId, Key)| {
                     let chunk = self.chunks.get(*id);
-                    chunk.life() == Life::Visible
-                        && chunk.key == *key
-                        && u32::from(chunk.namespace) == namespace
+                    chunk.life() == Life::Visible && chunk.key == *key && chunk.namespace == namespace
                 };
                 let front = going.front.filter(is_there).map(|(front, _)| front);
                 self.touch(id, going.time, front);
@@ -206,7 +207,7 @@ impl<T: SlotTable> Cache<T> {
             }
             return Some(Reservation::Present);
         }
-        let all_forming = self.index.forming(&self.chunks, self.hash(namespace, key), namespace as u8, key);
+        let all_forming = self.index.forming(&self.chunks, self.hash(namespace, key), namespace, key);
         let (mut same, mut older) = (None, None);
         for id in all_forming.iter() {
             let forming = self.chunks.get(*id).round();
@@ -287,8 +288,9 @@ impl<T: SlotTable> Cache<T> {
         tick: u64,
     ) -> Option<ChunkId> {
         let Reserve { namespace, round, .. } = context.message;
+        let namespace = namespace_index(namespace);
         let hash = self.hash(namespace, key);
-        let id = self.chunks.create(key, hash, namespace as u8, context.world, round)?;
+        let id = self.chunks.create(key, hash, namespace, context.world, round)?;
         debug_assert_eq!(self.chunks.get(id).life(), Life::Forming);
         self.chunks.get_mut(id).tick = tick;
         self.chunks.set_parent(id, before);

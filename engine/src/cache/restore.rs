@@ -13,6 +13,7 @@ use super::slot::State;
 use super::{Cache, Hash, Key, OWNERS, Owner, RANKS, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::{ChunkContent, ChunkIdentity};
+use kvring_shm_abi::namespace::namespace_index;
 
 /// The nonce under which the slots are listed that an entry was writing under earlier engines. In which attachment
 /// it wrote them does not matter: all of them belong to its present owner, whose life word has been the same all
@@ -179,7 +180,7 @@ impl<T: SlotTable> Cache<T> {
         }
         let all = &all[..world as usize];
         let are_there = all.iter().all(|slot| *slot < slots.len());
-        if !are_there || !chunks.expect(id, key, namespace as u8, world, content.place, lines) {
+        if !are_there || !chunks.expect(id, key, namespace_index(namespace), world, content.place, lines) {
             return false;
         }
         // If a slot is named twice, its header decides whose it is, and the other chunk is never whole.
@@ -266,7 +267,7 @@ impl<T: SlotTable> Cache<T> {
         let chunk = self.chunks.get(id);
         let registered = self.namespace(namespace).filter(|registered| registered.has(rank));
         chunk.life() == Life::Expected
-            && (chunk.key, u32::from(chunk.namespace)) == (key, namespace)
+            && (chunk.key, chunk.namespace) == (key, namespace_index(namespace))
             && registered.is_some_and(|registered| {
                 registered.layouts[rank as usize].shard_bytes == length
                     && self.chunks.shard(id, registered.world, rank) == Some(slot)
@@ -285,7 +286,7 @@ impl<T: SlotTable> Cache<T> {
         self.used_at(id, tick);
         let chunk = self.chunks.get_mut(id);
         chunk.committed += 1;
-        let (committed, namespace, key) = (u32::from(chunk.committed), u32::from(chunk.namespace), chunk.key);
+        let (committed, namespace, key) = (u32::from(chunk.committed), chunk.namespace, chunk.key);
         if committed == self.world_of(id) {
             self.restored.expected -= 1;
             let hash = self.hash(namespace, key);
@@ -313,12 +314,13 @@ impl<T: SlotTable> Cache<T> {
         if registered.layouts[rank as usize].shard_bytes != length {
             return None;
         }
+        let namespace = namespace_index(namespace);
         let hash = self.hash(namespace, key);
         if self.visible(namespace, key).is_some() {
             // Another round of the key is complete: the engine died before it had dropped this one.
             return None;
         }
-        let forming = self.index.forming(&self.chunks, hash, namespace as u8, key);
+        let forming = self.index.forming(&self.chunks, hash, namespace, key);
         let same = forming.iter().find(|id| self.chunks.get(**id).round() == round);
         let id = match same {
             Some(id) if self.chunks.shard(*id, world, rank).is_some() => return None,
@@ -330,7 +332,7 @@ impl<T: SlotTable> Cache<T> {
                         return None;
                     }
                 }
-                let id = self.chunks.create(key, hash, namespace as u8, world, round)?;
+                let id = self.chunks.create(key, hash, namespace, world, round)?;
                 self.index.insert(&mut self.chunks, id);
                 id
             }
@@ -396,9 +398,7 @@ impl<T: SlotTable> Cache<T> {
             if chunk.life() != Life::Expected {
                 continue;
             }
-            self.table
-                .chunks()
-                .end(id, ChunkIdentity { key: chunk.key, namespace: u32::from(chunk.namespace) });
+            self.table.chunks().end(id, self.identity(id));
             self.each_slot(id, |cache, slot| {
                 let entry = cache.slots.get(slot);
                 match (entry.chunk() == Some(id), entry.state()) {

@@ -163,7 +163,7 @@ impl Slabs {
     pub(super) fn class_for(
         &mut self,
         shard_bytes: u64,
-        namespace: Option<u32>,
+        namespace: Option<u8>,
     ) -> Result<u16, RegisterError> {
         let longest = self.slab_bytes * u64::from(self.group.min(self.count));
         if shard_bytes == 0 || shard_bytes > longest {
@@ -199,7 +199,7 @@ impl Slabs {
     }
 
     /// This namespace uses no size any more.
-    pub(super) fn forget(&mut self, namespace: u32) {
+    pub(super) fn forget(&mut self, namespace: u8) {
         for class in &mut self.classes {
             class.namespaces &= !(1 << namespace);
         }

@@ -9,7 +9,7 @@ pub type Key = [u64; 2];
 pub type SlotId = u32;
 /// The number of a client's entry, below [`OWNERS`].
 pub type Owner = u8;
-/// The number of a registered namespace, below [`NAMESPACES`].
+/// A namespace's [id](kvring_shm_abi::namespace). Its index is below [`NAMESPACES`]; chunks know their namespace by that alone.
 pub type NamespaceId = u32;
 
 /// How many entries for clients there are.

@@ -2,17 +2,14 @@
 
 use super::dispatch::Doing;
 use kvring_shm_abi::channel::{Channel, ChannelError};
-use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
+use kvring_shm_abi::engine_segment::NAMESPACES_MAX;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Completion, Ident};
+use kvring_shm_abi::namespace::namespace_index;
 use kvring_shm_abi::park;
 use kvring_shm_abi::payload::Payload;
 use kvring_shm_abi::ring::{Body, Consumer, Producer, RingJump};
 use kvring_shm_abi::segment::EngineName;
-
-/// No rank: this client has not registered that namespace.
-const NO_RANK: u8 = u8::MAX;
-const _: () = assert!(RANKS_MAX <= NO_RANK as usize);
 
 pub(super) struct Connection {
     channel: Channel,
@@ -22,8 +19,8 @@ pub(super) struct Connection {
     pub(super) nonce: u64,
     pub(super) ident: Ident,
     pub(super) name: String,
-    /// The rank under which this client registered each namespace.
-    ranks: [u8; NAMESPACES_MAX],
+    /// The namespaces that this client has registered, by index: the id, and the client's rank.
+    ranks: [Option<(u32, u32)>; NAMESPACES_MAX],
     /// The request that is under way.
     pub(super) doing: Option<Doing>,
     /// A completion was pushed since the last [`Self::announce`].
@@ -51,7 +48,7 @@ impl Connection {
             nonce: claim.nonce,
             ident: Ident { incarnation: claim.incarnation, nonce: claim.nonce as u32 },
             name: claim.name,
-            ranks: [NO_RANK; NAMESPACES_MAX],
+            ranks: [None; NAMESPACES_MAX],
             doing: None,
             unannounced: false,
         })
@@ -85,26 +82,23 @@ impl Connection {
         core::mem::take(&mut self.unannounced) && park::notify(self.channel.client_parked())
     }
 
-    /// The rank under which this client registered a namespace.
+    /// The rank under which this client registered a namespace. The engine keeps the namespace as long as there is one.
     pub(super) fn rank_in(&self, namespace: u32) -> Option<u32> {
-        self.ranks.get(namespace as usize).filter(|rank| **rank != NO_RANK).map(|rank| u32::from(*rank))
+        let (id, rank) = (*self.ranks.get(usize::from(namespace_index(namespace)))?)?;
+        (id == namespace).then_some(rank)
     }
 
-    pub(super) fn set_rank(&mut self, namespace: usize, rank: u32) {
-        self.ranks[namespace] = rank as u8;
-    }
-
-    pub(super) fn forget_rank(&mut self, namespace: u32) -> bool {
-        match self.ranks.get_mut(namespace as usize) {
-            Some(rank) if *rank != NO_RANK => {
-                *rank = NO_RANK;
-                true
-            }
-            _ => false,
+    pub(super) fn set_rank(&mut self, namespace: u32, rank: u32) {
+        if let Some(place) = self.ranks.get_mut(usize::from(namespace_index(namespace))) {
+            *place = Some((namespace, rank));
         }
     }
 
-    pub(super) fn uses(&self, namespace: usize) -> bool {
-        self.ranks[namespace] != NO_RANK
+    pub(super) fn forget_rank(&mut self, namespace: u32) -> bool {
+        let is_known = self.rank_in(namespace).is_some();
+        if is_known {
+            self.ranks[usize::from(namespace_index(namespace))] = None;
+        }
+        is_known
     }
 }

@@ -8,7 +8,6 @@
 use super::Service;
 use super::done::{Done, refuse, too_many};
 use super::lookup::piece_of;
-use super::registry::Shape;
 use crate::cache::{FindError, Lookup};
 use crate::stats::Stat;
 use kvring_shm_abi::chunk::ChunkWord;
@@ -73,12 +72,12 @@ impl Service {
         if chunks.count as usize > KEYS_MAX {
             return Err(Ok(too_many()));
         }
-        let Some(shape) = self.registry.shape(namespace) else {
+        let Some(world) = self.registry.get(namespace).map(|known| known.shape.world) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
         connection.payload().check(chunks.offset, chunks.count as usize).map_err(Err)?;
         let lookup = self.cache.lookup(entry as u8, session, admission, namespace, chunks.count as usize);
-        Ok(DeclareLease { lookup, chunks, shape })
+        Ok(DeclareLease { lookup, chunks, world })
     }
 
     /// Goes on with the declaration of a lease: pins its chunks again, piece by piece, up to the first that is not the same.
@@ -88,11 +87,7 @@ impl Service {
         operation: u16,
         request: &mut DeclareLease,
     ) -> Result<Done, OutOfArea> {
-        let DeclareLease { chunks, shape, .. } = *request;
-        let world = shape.world;
-        if self.registry.shape(request.lookup.namespace) != Some(shape) {
-            return Ok(refuse(Status::UnknownNamespace));
-        }
+        let DeclareLease { chunks, world, .. } = *request;
         loop {
             if self.cache.is_spent() {
                 return Ok(Done::More);
@@ -148,5 +143,6 @@ impl Service {
 pub(super) struct DeclareLease {
     lookup: Lookup,
     chunks: Records,
-    shape: Shape,
+    /// How many ranks its chunks have.
+    world: u32,
 }

@@ -169,8 +169,13 @@ impl Service {
             }
             Request::Clear { namespace } => {
                 let which = (namespace != ANY_NAMESPACE).then_some(namespace);
-                let begun = self.begin_clear(entry, operation, ident, which);
-                Err(Ok(if begun { Done::Later } else { refuse(Status::Busy) }))
+                Err(Ok(if which.is_some_and(|id| self.registry.get(id).is_none()) {
+                    refuse(Status::UnknownNamespace)
+                } else if self.begin_clear(entry, operation, ident, which) {
+                    Done::Later
+                } else {
+                    refuse(Status::Busy)
+                }))
             }
             Request::DeclareLease { session, admission, namespace, chunks } => {
                 self.begin_lease(entry, session, admission, namespace, chunks).map(What::DeclareLease)

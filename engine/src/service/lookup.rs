@@ -49,7 +49,7 @@ impl Service {
         if keys.count as usize > KEYS_MAX {
             return Err(Ok(too_many()));
         }
-        let Some(shape) = self.registry.shape(namespace) else {
+        let Some(shape) = self.registry.get(namespace).map(|known| known.shape) else {
             return Err(Ok(refuse(Status::UnknownNamespace)));
         };
         let count = keys.count as usize;
@@ -65,11 +65,8 @@ impl Service {
     /// answer is on its way.
     pub(super) fn lookup(&mut self, request: &mut LookupRequest) -> Result<Done, OutOfArea> {
         let LookupRequest { asked, shape, .. } = *request;
-        let Shape { world, chunk_tokens, .. } = shape;
+        let Shape { world, chunk_tokens } = shape;
         let (entry, answer, all) = (asked.entry, asked.answer, asked.keys.count);
-        if self.registry.shape(asked.namespace) != Some(shape) {
-            return Ok(refuse(Status::UnknownNamespace));
-        }
         loop {
             if self.cache.is_spent() {
                 return Ok(Done::More);

@@ -9,6 +9,7 @@ use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, RANKS_MAX};
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{Disagreement, Record, Registration, Status};
+use kvring_shm_abi::namespace::namespace_index;
 
 /// Places of the table of namespaces that are kept free for new ones.
 const SPARE: usize = 8;
@@ -62,22 +63,19 @@ impl Service {
             return (Status::ShardTooLarge, [largest, 0, 0, 0]);
         }
         let known = self.registry.find(&registration.fingerprint);
-        let id = match known {
-            Some(id) => id,
-            None => match self.found_namespace(registration) {
-                Some(id) => id,
-                None => return (Status::TooManyNamespaces, [0; 4]),
-            },
-        };
         let is_new = known.is_none();
-        let Some(known) = &self.registry.namespaces[id] else {
+        let Some(index) = known.or_else(|| self.found_namespace(registration)) else {
             return (Status::TooManyNamespaces, [0; 4]);
         };
+        let Some(known) = &self.registry.namespaces[index] else {
+            return (Status::TooManyNamespaces, [0; 4]);
+        };
+        let id = known.id;
         let rank = registration.rank as usize;
         let differ = |what: Disagreement, expected: u64, got: u64| {
             (Status::Disagreement, [what as u64, expected, got, 0])
         };
-        let Shape { world, chunk_tokens, .. } = known.shape;
+        let Shape { world, chunk_tokens } = known.shape;
         if world != registration.world {
             return differ(Disagreement::World, world.into(), registration.world.into());
         }
@@ -97,7 +95,7 @@ impl Service {
                 if let Err(error) = self.register_rank(id, registration) {
                     tracing::error!(%error, "a registration is refused");
                     if is_new {
-                        self.end_namespace(id);
+                        self.end_namespace(index);
                     }
                     return match error {
                         RegisterError::TooManySizes { most, .. } => {
@@ -107,32 +105,33 @@ impl Service {
                         _ => (Status::Busy, [0; 4]),
                     };
                 }
-                if let Some(known) = &mut self.registry.namespaces[id] {
+                if let Some(known) = &mut self.registry.namespaces[index] {
                     known.ranks[rank] = Some((layout, bytes));
                 }
                 failpoint::here(Place::RankRegistered);
-                self.segments.engine.namespaces[id].set_rank(rank, layout, bytes);
+                self.segments.engine.namespaces[index].set_rank(rank, layout, bytes);
                 failpoint::here(Place::RankPublished);
             }
         }
-        self.cache.use_namespace(id as u32);
+        self.cache.use_namespace(id);
         if let Some(connection) = self.entries[entry].connection_mut() {
             connection.set_rank(id, registration.rank);
         }
         self.make_room();
         self.stat(Stat::Registrations, 1);
-        (Status::Ok, [id as u64, 0, 0, 0])
+        (Status::Ok, [id.into(), 0, 0, 0])
     }
 
-    fn is_used(&self, namespace: usize) -> bool {
-        self.entries.iter().filter_map(Entry::connection).any(|connection| connection.uses(namespace))
+    fn is_used(&self, namespace: u32) -> bool {
+        let mut connections = self.entries.iter().filter_map(Entry::connection);
+        connections.any(|connection| connection.rank_in(namespace).is_some())
     }
 
     /// Gives a rank its shard size. Where there are too many sizes, forgets namespaces that nobody uses and that hold nothing.
-    fn register_rank(&mut self, id: usize, registration: &Registration) -> Result<(), RegisterError> {
+    fn register_rank(&mut self, id: u32, registration: &Registration) -> Result<(), RegisterError> {
         let Registration { world, rank, shard_bytes, .. } = *registration;
         loop {
-            match self.cache.register(id as u32, world, rank, shard_bytes) {
+            match self.cache.register(id, world, rank, shard_bytes) {
                 Err(RegisterError::TooManySizes { .. }) if self.forget_an_empty_one(Some(id)).is_some() => {}
                 other => return other,
             }
@@ -149,38 +148,40 @@ impl Service {
         if is_room || self.is_awaiting() {
             return;
         }
-        let known = (0..NAMESPACES_MAX).filter(|id| self.registry.namespaces[*id].is_some());
+        let known = self.registry.namespaces.iter().flatten().map(|known| known.id);
         let unused = known.filter(|id| !self.is_used(*id));
-        if let Some(id) = unused.min_by_key(|id| self.cache.used(*id as u32)) {
-            self.begin_retiring(id as u32);
+        if let Some(id) = unused.min_by_key(|id| self.cache.used(*id)) {
+            self.begin_retiring(id);
         }
     }
 
-    /// Forgets one namespace, other than `but`, that nobody uses and that holds nothing, and returns its id.
-    fn forget_an_empty_one(&mut self, but: Option<usize>) -> Option<usize> {
+    /// Forgets one namespace, other than `but`, that nobody uses and that holds nothing, and returns its index.
+    fn forget_an_empty_one(&mut self, but: Option<u32>) -> Option<usize> {
         if self.is_awaiting() {
             return None;
         }
-        let mut candidates = (0..NAMESPACES_MAX).filter(|id| Some(*id) != but);
-        let id = candidates.find(|id| {
-            self.registry.namespaces[*id].is_some() && !self.is_used(*id) && self.cache.forget(*id as u32)
+        let index = (0..NAMESPACES_MAX).find(|index| {
+            let id =
+                self.registry.namespaces[*index].as_ref().map(|known| known.id).filter(|id| Some(*id) != but);
+            id.is_some_and(|id| !self.is_used(id) && self.cache.forget(id))
         })?;
-        self.end_namespace(id);
-        Some(id)
+        self.end_namespace(index);
+        Some(index)
     }
 
     /// Takes a namespace out of the registry and the engine's segment: clients no longer find it.
-    fn end_namespace(&mut self, id: usize) {
-        self.segments.engine.namespaces[id].end();
+    fn end_namespace(&mut self, index: usize) {
+        self.segments.engine.namespaces[index].end();
         failpoint::here(Place::NamespaceEnded);
-        self.registry.namespaces[id] = None;
+        self.registry.namespaces[index] = None;
     }
 
     /// Forgets a namespace that was cleared for that, unless a client uses it by now or has leased some of it.
     pub(super) fn retire(&mut self, namespace: Option<u32>, dropped: u64) {
         let Some(id) = namespace else { return };
-        if !self.is_used(id as usize) && self.cache.forget(id) {
-            self.end_namespace(id as usize);
+        let is_there = self.registry.get(id).is_some();
+        if is_there && !self.is_used(id) && self.cache.forget(id) {
+            self.end_namespace(usize::from(namespace_index(id)));
             tracing::info!(
                 namespace = id,
                 dropped,
@@ -189,16 +190,17 @@ impl Service {
         }
     }
 
-    /// Founds a namespace in a free place, or in that of a namespace that nobody uses and that holds nothing.
+    /// Founds a namespace in a free place, or in that of a namespace that nobody uses and that holds nothing, and returns its
+    /// index.
     fn found_namespace(&mut self, registration: &Registration) -> Option<usize> {
-        let free = (0..NAMESPACES_MAX).find(|id| self.registry.namespaces[*id].is_none());
-        let id = free.or_else(|| self.forget_an_empty_one(None))?;
+        let free = self.registry.namespaces.iter().position(Option::is_none);
+        let index = free.or_else(|| self.forget_an_empty_one(None))?;
         // Ends what lies in that place, also a namespace that is only half made.
-        self.end_namespace(id);
-        self.segments.engine.namespaces[id].begin(registration);
+        self.end_namespace(index);
+        let id = self.segments.engine.namespaces[index].begin(index as u8, registration);
         failpoint::here(Place::NamespaceBegun);
         let Registration { fingerprint, world, chunk_tokens, .. } = *registration;
-        self.registry.found(id, fingerprint, world, chunk_tokens, [None; RANKS_MAX]);
+        self.registry.found(id, fingerprint, Shape { world, chunk_tokens }, [None; RANKS_MAX]);
         let model = String::from_utf8_lossy(&registration.model).trim_end_matches('\0').to_owned();
         tracing::info!(
             namespace = id,
@@ -208,6 +210,6 @@ impl Service {
             chunk_tokens = registration.chunk_tokens,
             "namespace registered"
         );
-        Some(id)
+        Some(index)
     }
 }

@@ -2,52 +2,44 @@
 //! layout; keys never match across namespaces, because a namespace's id is part of every chunk's name.
 
 use kvring_shm_abi::engine_segment::{NAMESPACES_MAX, Namespace, NamespaceInfo, RANKS_MAX};
+use kvring_shm_abi::namespace::namespace_index;
 use kvring_shm_abi::superblock::{Geometry, SLAB_BYTES_MAX};
 
 /// The engine's own copy of its namespaces, so that it need not trust what lies in shared memory.
 pub(crate) struct Registry {
+    /// By index.
     pub(super) namespaces: Vec<Option<Known>>,
-    /// The number of namespaces that have been founded.
-    founded: u64,
     pub(super) largest_shard: u64,
 }
 
-/// By this a request that is done in pieces recognises its namespace. As long as it has leased nothing, the namespace may be
-/// forgotten between two pieces, and another one get its id.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) struct Shape {
-    /// How many ranks there are.
-    pub(super) world: u32,
-    /// Tokens of a chunk.
-    pub(super) chunk_tokens: u32,
-    /// [`Registry::founded`] when this one was founded: no other namespace has the same.
-    founded: u64,
-}
-
 pub(super) struct Known {
+    pub(super) id: u32,
     fingerprint: [u64; 4],
     pub(super) shape: Shape,
     /// Layout digest and bytes per shard, by rank.
     pub(super) ranks: [Option<(u64, u64)>; RANKS_MAX],
 }
 
+/// What is the same for all ranks of a namespace.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    /// How many ranks there are.
+    pub(super) world: u32,
+    /// Tokens of a chunk.
+    pub(super) chunk_tokens: u32,
+}
+
 impl Registry {
     pub(crate) fn new(geometry: Geometry) -> Registry {
         Registry {
             namespaces: (0..NAMESPACES_MAX).map(|_| None).collect(),
-            founded: 0,
             // A shard is contiguous and does not cross a 1 GiB boundary.
             largest_shard: geometry.arena_bytes.min(SLAB_BYTES_MAX),
         }
     }
 
     /// Takes over a namespace of an earlier engine. One with values that make no sense is an error, as in a registration.
-    pub(crate) fn restore(
-        &mut self,
-        id: usize,
-        namespace: &Namespace,
-        info: &NamespaceInfo,
-    ) -> Result<(), Nonsense> {
+    pub(crate) fn restore(&mut self, namespace: &Namespace, info: &NamespaceInfo) -> Result<(), Nonsense> {
         let world = info.world;
         if !(1..=RANKS_MAX as u32).contains(&world) {
             return Err(Nonsense { what: "world", expected: "1 to 64", got: u64::from(world) });
@@ -57,29 +49,27 @@ impl Registry {
         if let Some((_, bytes)) = ranks.iter().flatten().find(|(_, bytes)| *bytes > self.largest_shard) {
             return Err(Nonsense { what: "shard_bytes", expected: "what fits the arena", got: *bytes });
         }
-        self.found(id, info.fingerprint, world, info.chunk_tokens, ranks);
+        let shape = Shape { world, chunk_tokens: info.chunk_tokens };
+        self.found(info.id, info.fingerprint, shape, ranks);
         Ok(())
     }
 
     pub(super) fn found(
         &mut self,
-        id: usize,
+        id: u32,
         fingerprint: [u64; 4],
-        world: u32,
-        chunk_tokens: u32,
+        shape: Shape,
         ranks: [Option<(u64, u64)>; RANKS_MAX],
     ) {
-        self.founded += 1;
-        let shape = Shape { world, chunk_tokens, founded: self.founded };
-        if let Some(place) = self.namespaces.get_mut(id) {
-            *place = Some(Known { fingerprint, shape, ranks });
+        if let Some(place) = self.namespaces.get_mut(usize::from(namespace_index(id))) {
+            *place = Some(Known { id, fingerprint, shape, ranks });
         }
     }
 
-    /// `None` for a namespace that does not exist.
+    /// The namespace with this id. `None`: there never was one, or it has been forgotten, and perhaps another one is at its index.
     #[inline]
-    pub(super) fn shape(&self, namespace: u32) -> Option<Shape> {
-        self.namespaces.get(namespace as usize)?.as_ref().map(|known| known.shape)
+    pub(super) fn get(&self, id: u32) -> Option<&Known> {
+        self.namespaces.get(usize::from(namespace_index(id)))?.as_ref().filter(|known| known.id == id)
     }
 
     /// The number of namespaces that there are now.
@@ -87,6 +77,7 @@ impl Registry {
         self.namespaces.iter().flatten().count()
     }
 
+    /// The index of the namespace with this fingerprint.
     pub(super) fn find(&self, fingerprint: &[u64; 4]) -> Option<usize> {
         self.namespaces.iter().position(|known| known.as_ref().is_some_and(|k| k.fingerprint == *fingerprint))
     }

@@ -8,13 +8,14 @@ mod room;
 use cache_support::ShardRef;
 use cache_support::small::{
     NONCE, SLAB_BYTES, SLOTS_PER_SLAB, cache, cache_of, commit, config, declare_end, find, hits, leased,
-    message, part, reserve, reserve_one, round, slot_of, store, store_ranks,
+    message, part, register, reserve, reserve_one, round, slot_of, store, store_ranks,
 };
 use cache_support::{State, chain, key};
 use kvring_engine::cache::{
-    Aborted, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Leaving, Reservation, Reserve,
-    ReserveError, Round,
+    Aborted, CacheConfig, CommitError, Committed, FindError, Invalidated, Key, Leaving, RegisterError,
+    Reservation, Reserve, ReserveError, Round,
 };
+use kvring_shm_abi::namespace::namespace_id;
 
 #[test]
 fn garbage_of_a_failed_round_is_never_combined() {
@@ -240,7 +241,7 @@ fn hostile_messages_are_typed_errors() {
     let mut reserve = |message| cache.reserve(message, &mut |_, _| panic!("nothing is answered"));
     assert_eq!(reserve(message), Err(ReserveError::TooManyKeys { keys: 513, most: 512 }));
     let message = Reserve { keys: &keys[..1], ..message };
-    for namespace in [1, 63, 64, u32::MAX] {
+    for namespace in [1, 63, 64, namespace_id(0, 1), u32::MAX] {
         let error = ReserveError::UnknownNamespace { namespace };
         assert_eq!(reserve(Reserve { namespace, ..message }), Err(error));
     }
@@ -269,6 +270,37 @@ fn hostile_messages_are_typed_errors() {
     cache.reserve(message, count).unwrap();
     assert_eq!(writes, 1);
     cache.check_all().unwrap();
+}
+
+/// One index, one namespace after the other: the id of the first does not lead to the second.
+#[test]
+fn an_id_of_a_namespace_that_is_gone_leads_nowhere() {
+    let mut cache = cache(2, &[4096]);
+    let (gone, id, later) = (namespace_id(0, 0), namespace_id(0, 1), namespace_id(0, 2));
+    let other = RegisterError::OtherNamespace { namespace: id, there: gone };
+    assert_eq!(cache.register(id, 1, 0, 4096), Err(other));
+    assert!(cache.forget(gone));
+    register(&mut cache, id, &[4096]);
+    let keys = chain(1, 3);
+    store_ranks(&mut cache, id, 0..1, 1, &keys);
+    for (namespace, expected) in [
+        (gone, Err(FindError::UnknownNamespace { namespace: gone })),
+        (id, Ok(3)),
+        (later, Err(FindError::UnknownNamespace { namespace: later })),
+    ] {
+        assert_eq!(cache.find(9, 9, 9, namespace, &keys, &mut |_| {}), expected);
+    }
+    let used = cache.used(id);
+    for namespace in [gone, later] {
+        cache.use_namespace(namespace);
+        cache.clear(Some(namespace));
+        assert!(cache.forget(namespace), "there is no such namespace");
+    }
+    assert_eq!((cache.used(gone), cache.used(id), cache.stats().chunks_visible), (0, used, 3));
+    cache.check_all().unwrap();
+    cache.clear(Some(id));
+    assert_eq!(cache.stats().chunks_visible, 0);
+    assert!(cache.forget(id));
 }
 
 #[test]
