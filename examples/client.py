@@ -16,7 +16,7 @@ import kvring
 BLOCK = 4096
 """The bytes that one block of tokens takes in the KV cache."""
 PATIENCE_MS = 3_600_000
-"""How long this example waits for the engine. vLLM's scheduler must not wait, so the default for a lookup is 5 ms."""
+"""How long this example waits for the engine to attach and to store. A lookup waits for nobody."""
 
 
 def main(engine: str = "default") -> None:
@@ -38,7 +38,7 @@ def main(engine: str = "default") -> None:
     worker = kvring.WorkerAdapter(fingerprint, world=1, rank=0, chunk_tokens=16, **options)
     worker.register_kv_caches([group], owner=cache)
     # A scheduler looks up. It is usually in another process.
-    scheduler = kvring.PollingSchedulerAdapter(fingerprint, lookup_timeout_ms=PATIENCE_MS, **options)
+    scheduler = kvring.PollingSchedulerAdapter(fingerprint, **options)
     for adapter in (worker, scheduler):
         if not adapter.wait_ready(PATIENCE_MS):
             sys.exit(f"expected an engine named {engine} that serves, it is {adapter.health()}")

@@ -10,7 +10,7 @@
 
 use kvring_adapter::{
     Client, ClientOptions, DEFAULT_ENGINE, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role,
-    Round, SchedulerApi, SchedulerOptions, StoreChunk, WorkerAdapter, WorkerOptions,
+    Round, SchedulerOptions, StoreChunk, WorkerAdapter, WorkerOptions,
 };
 use std::error::Error;
 use std::process::ExitCode;
@@ -68,8 +68,7 @@ fn store_and_load(engine: &str) -> Result<(), Box<dyn Error>> {
     // Look them up. A scheduler does this, with a client of its own, usually in another process.
     let client = Client::new(Role::Scheduler, options)?;
     client.wait_ready(PATIENCE).map_err(|health| health.explain(engine))?;
-    let lookups = SchedulerOptions { lookup_timeout: PATIENCE, ..SchedulerOptions::new(fingerprint) };
-    let mut scheduler = PollingSchedulerAdapter::new(&client, lookups);
+    let mut scheduler = PollingSchedulerAdapter::new(&client, SchedulerOptions::new(fingerprint));
     let hit = scheduler.lookup("request 2", 0, &keys)?.clone();
 
     // Load what was found into blocks 2 and 3. Until the session ends, the engine keeps these chunks in place.

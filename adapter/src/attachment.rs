@@ -193,6 +193,7 @@ fn publish(
         engine: claim.engine.clone(),
         lock: by_lock.then(|| view.file.clone()),
         entry,
+        arena_id: identity.arena_id,
         incarnation,
         nonce,
         stall_after: checked.options.stall_after,

@@ -106,7 +106,7 @@ impl Client {
     #[must_use]
     pub fn probe(self: &Arc<Self>) -> Probe {
         let (shared, fork) = (self.shared.clone(), self.shared.fork);
-        Probe { client: self.clone(), shared, fork, held: None, generation: u64::MAX }
+        Probe { client: self.clone(), shared, fork, held: None, is_attached: false, generation: u64::MAX }
     }
 
     /// Waits at most `timeout` until the client is attached and the engine has answered its registrations. Only
@@ -322,8 +322,10 @@ pub struct Probe {
     shared: Arc<Shared>,
     fork: ForkGuard,
     /// The link of the attachment, without its arena: a probe that is not used must not keep a dead engine's arena
-    /// mapped.
+    /// mapped. There is one also while its engine is gone, as long as the client keeps the arena.
     held: Option<Arc<Link>>,
+    /// The engine was healthy when the keeper last looked.
+    is_attached: bool,
     generation: u64,
 }
 
@@ -332,7 +334,7 @@ impl Probe {
     #[inline]
     pub fn is_healthy(&mut self) -> bool {
         self.refresh();
-        self.fork.is_ours() && self.held.as_ref().is_some_and(|link| link.is_healthy())
+        self.fork.is_ours() && self.is_attached && self.held.as_ref().is_some_and(|link| link.is_healthy())
     }
 
     /// Takes the link of the current attachment where that has changed.
@@ -353,7 +355,8 @@ impl Probe {
         let current = self.shared.current();
         // `generation` changes under this same lock, so the value belongs to this link.
         self.generation = self.shared.generation.load(Ordering::Acquire);
-        self.held = current.attached().ok().map(|attachment| attachment.link.clone());
+        self.is_attached = current.attached().is_ok();
+        self.held = current.attachment.as_ref().map(|attachment| attachment.link.clone());
     }
 
     /// A round trip that does nothing and is sent as lookups are: for measuring.
@@ -366,15 +369,6 @@ impl Probe {
     #[must_use]
     pub fn client(&self) -> &Arc<Client> {
         &self.client
-    }
-
-    /// Is the attachment with this nonce still the current one, and its engine alive and not restarted? True also while
-    /// that engine stalls, because its answers still hold.
-    #[inline]
-    pub(crate) fn lives(&mut self, nonce: u64) -> bool {
-        self.refresh();
-        self.fork.is_ours()
-            && self.held.as_ref().is_some_and(|link| link.nonce == nonce && link.alive().is_ok())
     }
 
     /// Does this process own the probe (or did it inherit it by a fork)?
@@ -390,8 +384,18 @@ impl Probe {
         }
         self.refresh();
         match &self.held {
-            Some(link) if link.is_healthy() => Ok(link),
+            Some(link) if self.is_attached && link.is_healthy() => Ok(link),
             _ => Err(CallError::Degraded(self.client.health())),
         }
+    }
+
+    /// The link of the attachment whose tables may be read, whatever its engine is doing: see [`Link::reading`].
+    #[inline]
+    pub(crate) fn tables(&mut self) -> Result<&Arc<Link>, CallError> {
+        if !self.fork.is_ours() {
+            return Err(CallError::Forked);
+        }
+        self.refresh();
+        self.held.as_ref().ok_or_else(|| CallError::Degraded(self.client.health()))
     }
 }

@@ -52,7 +52,6 @@ counters! {
     late_commits "Shards whose copy outlived the engine, and that a successor committed.";
     late_commits_gone "Shards whose copy outlived the engine, and that a successor did not want.";
     late_grants "Slots granted by an engine whose successor had been told what we hold: not used.";
-    late_answers "Lookups answered by an engine whose successor had been told what we hold: answered 0.";
 }
 
 /// One count.

@@ -136,7 +136,7 @@ impl AttachError {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CallError {
     /// The engine is not healthy, so it was not asked.
-    #[error("the kvring engine is {0}: nothing is stored or found until it is back")]
+    #[error("the kvring engine is {0}: nothing is stored until it is back")]
     Degraded(Health),
     /// The engine died while the call waited for its answer.
     #[error("the kvring engine died before it answered")]
@@ -157,7 +157,7 @@ pub enum CallError {
     /// the engine has just been restarted and does not clear anything yet, because clients that have not come back may
     /// still hold some of it.
     #[error(
-        "busy: this process has too many loads and stores under way, or the kvring engine has just been restarted and \
+        "busy: the kvring engine has not read yet what this process has sent, or it has just been restarted and \
          waits for those that were attached before; try again in a few seconds"
     )]
     Busy,

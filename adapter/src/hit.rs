@@ -9,8 +9,8 @@ use std::sync::Arc;
 /// # Example
 /// ```
 /// # use kvring_adapter::{
-/// #     Client, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi, SchedulerOptions, StoreChunk,
-/// #     WorkerAdapter, WorkerOptions,
+/// #     Client, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerOptions, StoreChunk, WorkerAdapter,
+/// #     WorkerOptions,
 /// # };
 /// # use std::time::Duration;
 /// use kvring_adapter::LoadChunk;
@@ -28,8 +28,7 @@ use std::sync::Arc;
 /// # worker.wait_job(job, patience);
 /// # let client = Client::new(Role::Scheduler, options)?;
 /// # client.wait_ready(patience).map_err(|health| health.to_string())?;
-/// # let lookups = SchedulerOptions { lookup_timeout: patience, ..SchedulerOptions::new([1, 2, 3, 4]) };
-/// # let mut scheduler = PollingSchedulerAdapter::new(&client, lookups);
+/// # let mut scheduler = PollingSchedulerAdapter::new(&client, SchedulerOptions::new([1, 2, 3, 4]));
 /// // A worker of the one rank that there is has stored the first of these chunks.
 /// let hit = scheduler.lookup("request", 0, &[[10, 0], [20, 0]])?;
 /// assert_eq!(hit.chunks, 1);

@@ -1,57 +1,106 @@
-//! The leases that the engine holds for this scheduler, kept here so that the keeper can declare them to a new engine,
-//! and so that each is released exactly once.
+//! What this scheduler holds: the chunks that its lookups have found and that nobody may evict until they are released.
 //!
-//! A lease is entered when its lookup's answer is taken, and leaves when it is released. Once the keeper has taken
-//! stock for the next engine, an answer of the engine before is not accepted, because no engine holds a lease for it.
-//! If a lease is released while the keeper declares leases to a new engine, the release is sent there afterwards.
+//! A lookup reads the engine's tables by itself, and enters here what it has found ([`Leases::hold`]). All of the protocol of
+//! [`kvring_shm_abi::lookup`] that is the scheduler's happens there, under one lock: the hold is entered, the engine is told by
+//! a message that nobody waits for, and then the chunks are looked at once more. So whatever a caller has been answered is
+//! either known to the engine that may evict it, or in the list of what it is to be told.
+//!
+//! What the engine has not been told is told as soon as there is room: by the next call here, or by the keeper. While the
+//! keeper declares everything to a new engine, that list has all leases that are still to be declared.
 
 use crate::at::At;
-use crate::link::Link;
+use crate::link::{Link, Pending, Undo};
 use kvring_shm_abi::chunk::ChunkWord;
-use kvring_shm_abi::message::Request;
-use std::collections::HashMap;
+use kvring_shm_abi::engine_segment::ClientShare;
+use kvring_shm_abi::failpoint::{self, Rule};
+use kvring_shm_abi::lookup::{self, Marked};
+use kvring_shm_abi::message::{HOLD_MAX, Request};
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// (session, admission)
-type Name = (u64, u32);
+pub(crate) type Name = (u64, u32);
 
-/// One lease.
-#[derive(Clone)]
-pub(crate) struct Lease {
-    pub(crate) session: u64,
-    pub(crate) admission: u32,
+/// What a lookup has found.
+pub(crate) struct Found<'a> {
+    pub(crate) name: Name,
     pub(crate) namespace: u32,
-    /// What the lookup found.
-    pub(crate) found: Arc<[ChunkWord]>,
-    /// How many of its chunks are still wanted.
-    pub(crate) keep: u32,
+    /// Bytes of the slots of one chunk.
+    pub(crate) chunk_bytes: u64,
+    pub(crate) words: &'a [ChunkWord],
 }
 
-/// A lookup for which an engine may hold a lease.
-#[derive(Clone, Copy)]
-pub(crate) struct Asking {
-    pub(crate) admission: u32,
-    /// The nonce of the attachment through which it was sent.
-    pub(crate) nonce: u64,
-    /// How many of its chunks are still wanted.
-    pub(crate) keep: u32,
+/// What of it is held now.
+pub(crate) struct Kept {
+    pub(crate) words: Arc<[ChunkWord]>,
+    /// There was more, but the client holds as much as it may.
+    pub(crate) is_cut: bool,
+    /// The incarnation of the engine that has been told, or is to be.
+    pub(crate) told: u32,
+}
+
+/// A piece of a lease that is to be declared to a new engine.
+pub(crate) struct Piece {
+    pub(crate) name: Name,
+    pub(crate) namespace: u32,
+    /// How many chunks of the lease come before these.
+    pub(crate) first: usize,
+    pub(crate) words: Vec<ChunkWord>,
+    /// The lease ends with them.
+    pub(crate) is_last: bool,
+}
+
+/// One lease: the first `keep` of `words`.
+struct Lease {
+    namespace: u32,
+    chunk_bytes: u64,
+    words: Arc<[ChunkWord]>,
+    keep: usize,
+    /// How many of them, from the first one on, the engine has been told.
+    told: usize,
+}
+
+/// Counts what is held, each chunk once, so that it stays within what one client may hold. The engine charges a chunk to one
+/// client only, so its own count is never above this one.
+#[derive(Default)]
+struct Counts {
+    /// The leases on each chunk, by the chunk's id.
+    leases_of: Vec<u32>,
+    bytes: u64,
+    pins: u64,
 }
 
 struct State {
     at: At,
     held: HashMap<Name, Lease>,
-    /// Releases that are due once everything has been declared.
+    /// The leases of which the engine has not been told everything, in the order in which it is to be told.
+    untold: VecDeque<Name>,
+    /// The engine has been told that it has not been told everything.
+    is_unpublished: bool,
+    /// The incarnation of the last engine to which leases were declared, and the releases that are due there once everything has
+    /// been.
+    declared_to: u32,
     owed: Vec<Request>,
+    counts: Counts,
 }
 
 /// See the module's documentation.
+#[derive(Default)]
 pub(crate) struct Leases {
     state: Mutex<State>,
 }
 
-impl Default for Leases {
+impl Default for State {
     fn default() -> Self {
-        Leases { state: Mutex::new(State { at: At::Nowhere, held: HashMap::new(), owed: Vec::new() }) }
+        State {
+            at: At::Nowhere,
+            held: HashMap::new(),
+            untold: VecDeque::new(),
+            is_unpublished: false,
+            declared_to: 0,
+            owed: Vec::new(),
+            counts: Counts::default(),
+        }
     }
 }
 
@@ -60,85 +109,258 @@ impl Leases {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Enters the lease of an answer that came through `link`. False: that is not the current attachment any more, and
-    /// no engine holds the lease.
-    pub(crate) fn accept(&self, link: &Arc<Link>, lease: Lease) -> bool {
+    /// Holds as much of what a lookup has found in the tables of `link`'s engine as is there and may be held. The name has no
+    /// lease.
+    pub(crate) fn hold(&self, link: &Link, found: Found<'_>) -> Kept {
+        let Found { name, namespace, chunk_bytes, words } = found;
         let mut state = self.state();
-        let is_current = state.at.is(link);
-        if is_current {
-            state.held.insert((lease.session, lease.admission), lease);
-        }
-        is_current
-    }
-
-    /// Gives a lease up beyond its first `keep` chunks. `asked` is the nonce of the attachment through which its lookup
-    /// was sent: if that is the current one, the engine may hold a lease whose answer nobody has taken.
-    pub(crate) fn release(&self, session: u64, admission: u32, keep: u32, asked: u64) {
-        let mut state = self.state();
-        let known = match state.held.get_mut(&(session, admission)) {
-            Some(lease) if keep > 0 => {
-                lease.keep = lease.keep.min(keep);
-                true
+        let mut kept = Kept { words: Arc::default(), is_cut: false, told: link.incarnation };
+        // Which engine knows what is held, and what its marks mean: an engine that lives may have decided already about what
+        // it has marked. The tables that were read may also be those of an arena that the keeper has let go of meanwhile.
+        let (told, marked) = match &state.at {
+            At::Attached(at) if at.arena_id == link.arena_id => {
+                (at.incarnation, if at.alive().is_ok() { Marked::Missing } else { Marked::There })
             }
-            Some(_) => state.held.remove(&(session, admission)).is_some(),
-            None => false,
+            At::Declaring => (link.incarnation, Marked::There),
+            At::Attached(_) | At::Nowhere => return kept,
         };
-        state.send(known, |nonce| nonce == asked, Request::Release { session, admission, keep });
-    }
-
-    /// Gives up all leases of a session.
-    pub(crate) fn end_session(&self, session: u64, admissions: &[Asking]) {
-        let mut state = self.state();
-        let mut known = false;
-        for asking in admissions {
-            known |= state.held.remove(&(session, asking.admission)).is_some();
+        kept.told = told;
+        let terms = link.engine.terms();
+        let most = state.room(&terms.share(), link.engine.chunks.len(), words, chunk_bytes);
+        kept.is_cut = most < words.len();
+        if most == 0 {
+            return kept;
         }
-        let asked = |nonce| admissions.iter().any(|asking| asking.nonce == nonce);
-        state.send(known, asked, Request::EndSession { session });
+        let words: Arc<[ChunkWord]> = words[..most].into();
+        state.enter(name, Lease { namespace, chunk_bytes, words: words.clone(), keep: most, told: 0 });
+        state.tell();
+        if !failpoint::broken(Rule::FenceAfterAHold) {
+            lookup::fence();
+        }
+        let is_evicted_without = terms.is_evicted_without(told);
+        let still = if is_evicted_without { 0 } else { link.engine.chunks.still(&words, marked) };
+        if still < most {
+            state.release(name, still);
+        }
+        kept.words = if still < most { words[..still].into() } else { words };
+        kept
     }
 
-    /// Keeper: takes stock for a new engine and returns the leases to declare. Releases stay due: an earlier attempt
-    /// may have declared these leases to the same engine, and to any other engine the release does nothing.
-    pub(crate) fn begin_declaring(&self) -> Vec<Lease> {
+    /// Gives a lease up beyond its first `keep` chunks.
+    pub(crate) fn release(&self, name: Name, keep: usize) {
+        let mut state = self.state();
+        state.release(name, keep);
+        state.tell();
+    }
+
+    /// Gives up these leases, which are all that a session has.
+    pub(crate) fn end_session(&self, session: u64, admissions: &[u32]) {
+        let mut state = self.state();
+        // The keeper may be declaring a piece of one of them just now.
+        let mut is_told = matches!(state.at, At::Declaring);
+        for admission in admissions {
+            is_told |= state.cut((session, *admission), 0) > 0;
+        }
+        if is_told {
+            state.send(Request::EndSession { session });
+        }
+        state.tell();
+    }
+
+    /// Keeper: tells the engine what it has not been told, as far as there is room. False: something is left, and the keeper
+    /// has to come back.
+    pub(crate) fn tell(&self) -> bool {
+        let mut state = self.state();
+        state.tell();
+        !state.is_unpublished
+    }
+
+    /// Keeper: takes stock for the engine of this incarnation, if there is one yet, to which everything is to be declared. Releases
+    /// stay due if an earlier attempt has declared leases to the same engine.
+    pub(crate) fn begin_declaring(&self, incarnation: Option<u32>) {
         let mut state = self.state();
         let before = core::mem::replace(&mut state.at, At::Declaring);
-        let held = state.held.values().cloned().collect();
+        let State { held, untold, owed, declared_to, .. } = &mut *state;
+        if let Some(incarnation) = incarnation
+            && core::mem::replace(declared_to, incarnation) != incarnation
+        {
+            owed.clear();
+        }
+        untold.clear();
+        for (name, lease) in held {
+            lease.told = 0;
+            untold.push_back(*name);
+        }
         drop(state);
         // Dropped outside the lock, because this may unmap a channel.
         drop(before);
-        held
     }
 
-    /// Keeper: moves the leases to a new attachment, and sends it the releases that are due.
-    pub(crate) fn attached(&self, link: &Arc<Link>) {
+    /// Keeper: the next piece that is to be declared. From here on the engine may have it, so its release is due.
+    pub(crate) fn next_to_declare(&self) -> Option<Piece> {
         let mut state = self.state();
-        state.at = At::Attached(link.clone());
-        let owed = core::mem::take(&mut state.owed);
-        drop(state);
-        // Sent outside the lock: these are system calls, and a scheduler may be waiting to release something.
-        for request in owed {
-            link.post(request);
+        let State { held, untold, .. } = &mut *state;
+        loop {
+            let name = *untold.front()?;
+            if let Some(lease) = held.get_mut(&name).filter(|lease| lease.told < lease.keep) {
+                let (first, words) = (lease.told, lease.untold().to_vec());
+                lease.told += words.len();
+                let is_last = lease.told == lease.keep;
+                return Some(Piece { name, namespace: lease.namespace, first, words, is_last });
+            }
+            untold.pop_front();
         }
+    }
+
+    /// Keeper: the engine does not have all chunks of this piece, so it takes none of those behind it either.
+    pub(crate) fn declared_in_part(&self, piece: &Piece) {
+        if let Some(lease) = self.state().held.get_mut(&piece.name)
+            // Another lease may have the name by now.
+            && lease.told == piece.first + piece.words.len()
+        {
+            lease.told = lease.keep;
+        }
+    }
+
+    /// Keeper: if everything has been declared, says so by `DeclareEnd` and moves the leases to this attachment, in one step:
+    /// what is held from now on is told to this engine, after that. `None`: something is still to be declared.
+    pub(crate) fn end_declaring(&self, link: &Arc<Link>) -> Option<Result<Pending, crate::error::CallError>> {
+        let mut state = self.state();
+        let State { held, untold, .. } = &*state;
+        if untold.iter().any(|name| held.get(name).is_some_and(|lease| lease.told < lease.keep)) {
+            return None;
+        }
+        let sent = link.submit(0, |_| Undo::Nothing, |_, _| Request::DeclareEnd);
+        if sent.is_ok() {
+            state.attach(link);
+        }
+        Some(sent)
+    }
+
+    /// Keeper: moves the leases to the first attachment of a claim; there are none yet.
+    pub(crate) fn attached(&self, link: &Arc<Link>) {
+        self.state().attach(link);
     }
 
     /// Keeper: no engine holds any of these leases any more.
     pub(crate) fn forget(&self) {
-        let mut state = self.state();
-        state.at = At::Nowhere;
-        state.held.clear();
-        state.owed.clear();
+        let before = core::mem::take(&mut *self.state());
+        drop(before);
+    }
+}
+
+impl Lease {
+    /// The next chunks that the engine is to be told of, as many as a message may name.
+    fn untold(&self) -> &[ChunkWord] {
+        &self.words[self.told..self.keep.min(self.told + HOLD_MAX)]
     }
 }
 
 impl State {
-    /// Sends a release now, or leaves it to be sent after declaring. `known`: the lease was entered here. `asked`: may
-    /// the attachment with this nonce hold a lease whose answer has not been taken?
-    fn send(&mut self, known: bool, asked: impl Fn(u64) -> bool, request: Request) {
-        match &self.at {
-            At::Attached(link) if known || asked(link.nonce) => link.post(request),
-            // The keeper may have declared the lease already.
-            At::Declaring if known => self.owed.push(request),
-            At::Attached(_) | At::Declaring | At::Nowhere => {}
+    /// Enters a lease, of which the engine is to be told.
+    fn enter(&mut self, name: Name, lease: Lease) {
+        // A release of an earlier lease of this name: the message about this one cuts that to nothing.
+        let is_its = |owed: &Request| matches!(owed, Request::Release { session, admission, .. } if (*session, *admission) == name);
+        self.owed.retain(|owed| !is_its(owed));
+        self.held.insert(name, lease);
+        // An engine that does not read may leave the names of leases here that have been released since.
+        if self.untold.len() > 2 * self.held.len() {
+            let held = &self.held;
+            self.untold.retain(|name| held.get(name).is_some_and(|lease| lease.told < lease.keep));
         }
+        self.untold.push_back(name);
+    }
+
+    /// How many of these chunks may be held in one more lease; they are counted.
+    fn room(&mut self, share: &ClientShare, ids: u32, words: &[ChunkWord], chunk_bytes: u64) -> usize {
+        if self.held.len() >= share.leases as usize {
+            return 0;
+        }
+        let Counts { leases_of, bytes, pins } = &mut self.counts;
+        leases_of.resize(leases_of.len().max(ids as usize), 0);
+        let mut most = 0;
+        for word in words {
+            let Some(leases) = leases_of.get_mut(word.chunk() as usize) else { break };
+            let costs = if *leases == 0 { chunk_bytes } else { 0 };
+            if *pins >= u64::from(share.pins) || bytes.saturating_add(costs) > share.bytes {
+                break;
+            }
+            (*leases, *bytes, *pins) = (*leases + 1, *bytes + costs, *pins + 1);
+            most += 1;
+        }
+        most
+    }
+
+    /// Cuts a lease to its first `keep` chunks. Returns how many of those beyond the engine has been told.
+    fn cut(&mut self, name: Name, keep: usize) -> usize {
+        let Some(lease) = self.held.get_mut(&name).filter(|lease| keep < lease.keep) else { return 0 };
+        for word in &lease.words[keep..lease.keep] {
+            let Some(leases) = self.counts.leases_of.get_mut(word.chunk() as usize) else { continue };
+            *leases = leases.saturating_sub(1);
+            self.counts.bytes -= if *leases == 0 { lease.chunk_bytes.min(self.counts.bytes) } else { 0 };
+            self.counts.pins -= 1;
+        }
+        let told = lease.told.saturating_sub(keep);
+        (lease.keep, lease.told) = (keep, lease.told.min(keep));
+        if keep == 0 {
+            self.held.remove(&name);
+        }
+        told
+    }
+
+    fn release(&mut self, (session, admission): Name, keep: usize) {
+        if self.cut((session, admission), keep) > 0 {
+            self.send(Request::Release { session, admission, keep: keep as u32 });
+        }
+    }
+
+    /// Sends a release now, or leaves it to be sent after declaring.
+    fn send(&mut self, request: Request) {
+        match &self.at {
+            At::Attached(link) => link.post_quietly(request),
+            At::Declaring => self.owed.push(request),
+            At::Nowhere => {}
+        }
+    }
+
+    /// Tells the engine what it has not been told, as far as there is room for that.
+    fn tell(&mut self) {
+        let At::Attached(link) = &self.at else { return };
+        if self.untold.is_empty() || link.alive().is_err() {
+            // The keeper will declare everything to the next engine.
+            return;
+        }
+        while let Some((session, admission)) = self.untold.front().copied() {
+            let Some(lease) = self.held.get_mut(&(session, admission)) else {
+                self.untold.pop_front();
+                continue;
+            };
+            while lease.told < lease.keep {
+                let words = lease.untold();
+                if !link.publish_hold(session, admission, lease.namespace, lease.told as u32, words) {
+                    // Before the fence: an engine that evicts sees this, or the lookup sees its mark.
+                    link.unpublished().set();
+                    // Once: the keeper, which also comes here, comes back by itself until nothing is left.
+                    if !core::mem::replace(&mut self.is_unpublished, true) {
+                        link.leave_to_keeper();
+                    }
+                    return;
+                }
+                lease.told += words.len();
+            }
+            self.untold.pop_front();
+        }
+        if core::mem::take(&mut self.is_unpublished) {
+            link.unpublished().clear();
+        }
+    }
+
+    fn attach(&mut self, link: &Arc<Link>) {
+        self.at = At::Attached(link.clone());
+        self.is_unpublished = false;
+        for request in core::mem::take(&mut self.owed) {
+            link.post_quietly(request);
+        }
+        self.tell();
     }
 }

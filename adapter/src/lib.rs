@@ -9,7 +9,6 @@
 //! | [`Client`] | one attachment to an engine, in one [`Role`] |
 //! | [`WorkerAdapter`] | stores and loads of one rank's paged KV cache, in the background |
 //! | [`PollingSchedulerAdapter`] | lookups with a definite answer at once |
-//! | [`SchedulerAdapter`] | lookups that are asked now and answered later |
 //! | [`Hit`] | what a lookup has found, and where each rank loads it from |
 //!
 //! # Example
@@ -38,7 +37,6 @@ mod link;
 mod options;
 mod rejoin;
 mod scheduler;
-mod sessions;
 mod shared;
 mod stand_ins;
 mod status;
@@ -56,8 +54,7 @@ pub use kvring_shm_abi::engine_segment::ChunkHandle;
 pub use kvring_shm_abi::lobby::Role;
 pub use kvring_shm_abi::message::{KEYS_MAX, Key, Round};
 pub use options::{ClientOptions, ConfigError, DEFAULT_ENGINE};
-pub use scheduler::{Adapter, PollingSchedulerAdapter, SchedulerAdapter, SchedulerApi, SchedulerOptions};
-pub use sessions::{Lookup, LookupStats};
+pub use scheduler::{LookupStats, PollingSchedulerAdapter, SchedulerOptions};
 pub use worker::{
     BlockError, Checksum, ComputeStream, CopyError, CopyMode, Drops, Finished, JobId, Jobs, KvGroup, LOST,
     LayoutError, LoadChunk, LoadFailures, LoadReport, Memory, PagedKv, Plane, SKIP, StoreChunk, StoreReport,

@@ -5,7 +5,7 @@
 use crate::attachment::Attachment;
 use crate::batch::{BatchId, Settled};
 use crate::error::CallError;
-use crate::leases::Lease;
+use crate::leases::Piece;
 use crate::link::{Link, Undo, slot_words, write_slots};
 use crate::shared::Shared;
 use crate::status;
@@ -21,7 +21,7 @@ const SLOTS_PER_MESSAGE: usize = 512;
 /// Drops the old channel before there is a new one. Answers that come late through it no longer count.
 pub(crate) fn let_go(shared: &Shared) {
     drop(shared.ledger.begin_declaring());
-    drop(shared.leases.begin_declaring());
+    shared.leases.begin_declaring(None);
 }
 
 /// Declares every slot and lease, then sends `DeclareEnd`.
@@ -30,19 +30,24 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     let timeout = shared.checked.options.operation_timeout;
     // From here on no answer of an earlier engine counts any more.
     let slots = shared.ledger.begin_declaring();
-    let leases = shared.leases.begin_declaring();
+    shared.leases.begin_declaring(Some(link.incarnation));
     failpoint::here(Place::ClientTookStock);
     if shared.role == Role::Worker {
         for part in slots.chunks(slots_per_message(link)) {
             declare_slots(shared, link, part, timeout)?;
         }
     }
-    for lease in &leases {
-        declare_lease(shared, link, lease, timeout)?;
-    }
-    failpoint::here(Place::ClientDeclared);
-    link.call(Request::DeclareEnd, timeout)?;
-    Ok(())
+    // Lookups go on meanwhile: what they hold joins what is still to be declared.
+    let ended = loop {
+        while let Some(piece) = shared.leases.next_to_declare() {
+            declare_piece(shared, link, &piece, timeout)?;
+        }
+        failpoint::here(Place::ClientDeclared);
+        if let Some(ended) = shared.leases.end_declaring(link) {
+            break ended?;
+        }
+    };
+    status::check(&ended.wait(timeout)?.completion)
 }
 
 fn slots_per_message(link: &Link) -> usize {
@@ -71,35 +76,39 @@ fn declare_slots(
     Ok(())
 }
 
-fn declare_lease(
+fn declare_piece(
     shared: &Shared,
     link: &Arc<Link>,
-    lease: &Lease,
+    piece: &Piece,
     timeout: Duration,
 ) -> Result<(), CallError> {
-    let wanted = lease.found.len().min(lease.keep as usize);
-    // Of a lease that is too long for a message, declare as many chunks as fit: they are loaded first.
-    let count = wanted.min(link.payload().len() / 2);
-    let words: Vec<u64> = lease.found[..count].iter().map(|word| word.bits()).collect();
-    let (session, admission, namespace) = (lease.session, lease.admission, lease.namespace);
+    let Piece { name: (session, admission), namespace, first, words, is_last } = piece;
+    let words: Vec<u64> = words.iter().map(|word| word.bits()).collect();
     let pending = link.submit(
-        count,
+        words.len(),
         // Nothing is undone if the answer comes too late: the next attempt declares the lease again, and a release that
         // is made meanwhile stays due until then.
         |_| Undo::Nothing,
         |payload, region| {
             let written = payload.write(region.offset, &words);
             debug_assert!(written.is_ok());
-            let chunks = Records { offset: region.offset, count: count as u32 };
-            Request::DeclareLease { session, admission, namespace, chunks }
+            let chunks = Records { offset: region.offset, count: words.len() as u32 };
+            let (session, admission, namespace, first) = (*session, *admission, *namespace, *first as u32);
+            Request::Hold { session, admission, namespace, first, chunks }
         },
     )?;
     let answer = pending.wait(timeout)?;
-    match status::check(&answer.completion) {
-        Ok(()) if answer.completion.results[0] as usize >= wanted => shared.counters.leases_declared.add(1),
-        // Chunks that are not pinned again may be evicted; a load of such a chunk then fails its validation.
-        Ok(()) | Err(CallError::Busy | CallError::NotRegistered) => shared.counters.leases_cut.add(1),
+    let there = match status::check(&answer.completion) {
+        Ok(()) => usize::try_from(answer.completion.results[0]).unwrap_or(usize::MAX),
+        Err(CallError::Busy | CallError::NotRegistered) => 0,
         Err(error) => return Err(error),
+    };
+    if there < words.len() {
+        // Chunks that are not held again may be evicted; a load of such a chunk then fails its validation.
+        shared.counters.leases_cut.add(1);
+        shared.leases.declared_in_part(piece);
+    } else if *is_last {
+        shared.counters.leases_declared.add(1);
     }
     Ok(())
 }
@@ -109,7 +118,9 @@ fn declare_lease(
 /// reattachment.
 pub(crate) fn settle(shared: &Shared, attachment: &Attachment, rejoins: bool) {
     let link = &attachment.link;
-    shared.leases.attached(link);
+    if !rejoins {
+        shared.leases.attached(link);
+    }
     let duties = shared.ledger.attached(link);
     if rejoins {
         shared.counters.reattachments.add(1);

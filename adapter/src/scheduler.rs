@@ -1,407 +1,339 @@
-//! The scheduler's adapters: lookups that may be pending, and lookups that are not.
+//! The scheduler's adapter: lookups, admissions, and what they hold.
+//!
+//! A lookup reads the engine's own tables, in this thread, and is answered at once, whatever the engine is doing: it may sleep,
+//! be stopped, dead, or recovering. An answer stays until the session ends or the next admission: asking again gives the same
+//! answer and does no work. Everything that a session may hold is known here, so that ending it gives all of it back.
 
-use crate::client::Client;
+use crate::client::{Client, Probe};
 use crate::error::CallError;
 use crate::health::Health;
 use crate::hit::Hit;
-use crate::sessions::{Asked, Lookup, LookupStats, Sessions, State};
-use kvring_shm_abi::futex::Deadline;
-use kvring_shm_abi::message::Key;
+use crate::leases::Found;
+use crate::link::Link;
+use kvring_shm_abi::chunk::ChunkWord;
+use kvring_shm_abi::engine_segment::NamespaceInfo;
+use kvring_shm_abi::lobby::LookupTotals;
+use kvring_shm_abi::lookup::Marked;
+use kvring_shm_abi::message::{Key, PAGE_BYTES};
+use kvring_shm_abi::namespace::namespace_index;
+use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// The options of a scheduler's lookups. See [`PollingSchedulerAdapter`] for an example.
 #[derive(Clone, Debug)]
 pub struct SchedulerOptions {
     /// Names the namespace: the same digest as the workers register.
     pub fingerprint: [u64; 4],
-    /// How long a synchronous lookup may take; its answer is 0 matched chunks after that. Default 5 ms.
-    pub lookup_timeout: Duration,
-    /// How long an asynchronous lookup may stay pending; its answer is 0 matched chunks after that. Default 30 s.
-    pub pending_timeout: Duration,
 }
 
 impl SchedulerOptions {
-    /// The defaults, for a namespace.
+    /// The options for a namespace.
     #[must_use]
     pub fn new(fingerprint: [u64; 4]) -> SchedulerOptions {
-        SchedulerOptions {
-            fingerprint,
-            lookup_timeout: Duration::from_millis(5),
-            pending_timeout: Duration::from_secs(30),
-        }
+        SchedulerOptions { fingerprint }
     }
 }
 
-/// The methods of a scheduler adapter. None has a default, so that a wrapper cannot forget to forward one.
+/// Counts of what lookups came to, since the adapter was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookupStats {
+    /// Answers from the engine's tables, also those of 0 chunks.
+    pub answered: u64,
+    /// Of those: while the engine was not serving (stopped, dead, recovering).
+    pub not_serving: u64,
+    /// Of those: cut, because this client holds as much as it may.
+    pub cut: u64,
+    /// 0 matched because there are no tables that may be read.
+    pub degraded: u64,
+    /// 0 matched because not all workers have registered the namespace yet.
+    pub refused: u64,
+}
+
+/// A request that has looked something up.
+struct Session {
+    id: u64,
+    admission: u32,
+    hit: Hit,
+    /// How many chunks of the hit are still wanted.
+    keep: usize,
+    /// The incarnation of the engine that knows that they are held.
+    told: u32,
+    /// The admissions that may hold something.
+    holding: Vec<u32>,
+}
+
+/// The namespace, as the tables of one arena have it.
+#[derive(Clone, Copy)]
+struct Known {
+    arena_id: [u64; 2],
+    id: u32,
+    chunk_tokens: u32,
+    chunk_bytes: u64,
+}
+
+/// Synchronous lookups: one call gives a definite answer, in microseconds, and waits for nobody.
 ///
 /// A request is known by its name. An *admission* counts how often the request has been preempted: a preempted request
 /// comes back with the next one. An answer stays until the session ends or the next admission begins.
-pub trait SchedulerApi {
-    /// Starts the lookup of the longest visible prefix of `keys`, once for each request, admission and engine.
-    ///
-    /// # Errors
-    /// Only the caller's mistakes: too many keys, or a call in a forked child. If the engine is in trouble, the answer
-    /// is 0.
-    fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError>;
-
-    /// The answer, or that it is pending. A request that was never submitted has 0 chunks. If too many lookups are
-    /// under way, this one is pending, and is sent when there is room.
-    fn check_lookup(&mut self, request: &str) -> Lookup<'_>;
-
-    /// Does the answer of the request's present admission still hold? It does not if the engine that has pinned the
-    /// chunks has died or was restarted: then the next `submit_lookup` or `lookup` of this admission asks again. Costs
-    /// a few loads.
-    fn is_current(&mut self, request: &str) -> bool;
-
-    /// Gives up an admission's pins beyond its first `keep` chunks: call it when all ranks have reported the load
-    /// (`keep` 0), or when less is loaded than was found. Ignores an unknown request. If the release cannot be
-    /// delivered now, it is delivered later.
-    fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32);
-
-    /// Ends a request: drops its answer, its pending lookup and its pins. Ignores an unknown one.
-    fn end_session(&mut self, request: &str);
-
-    /// Drops everything in this namespace that is not pinned. Returns the number of chunks dropped.
-    fn reset_cache(&mut self) -> Result<u64, CallError>;
-
-    /// Is the engine healthy? Costs a few loads.
-    fn is_healthy(&mut self) -> bool;
-
-    /// The engine's health.
-    fn health(&self) -> Health;
-
-    /// Counts of lookups by their outcomes.
-    fn lookup_stats(&self) -> LookupStats;
-
-    /// How many sessions are open.
-    fn open_sessions(&self) -> usize;
-
-    /// Ends the client. Idempotent.
-    fn shutdown(&mut self);
-}
-
-/// The answer when nothing is known.
-static NOTHING: Hit = Hit::nothing();
-
-/// A scheduler's adapter, in one of two ways to wait: see [`SchedulerAdapter`] and [`PollingSchedulerAdapter`].
-pub struct Adapter<const POLLING: bool> {
-    sessions: Sessions,
-    options: SchedulerOptions,
-    /// How long the lookups of this step may still wait; `None` if the caller never says when a step begins.
-    left: Option<Duration>,
-}
-
-/// How to wait for an answer.
-#[derive(Clone, Copy)]
-enum Patience {
-    /// Look once, do not wait; a lookup past its deadline fails.
-    Look,
-    /// Spin for so long.
-    Spin(Duration),
-    /// Wait for so long, then the answer is definite.
-    Wait(Duration),
-    /// As `Wait`, but so short that a missed deadline does not count as a stall of the engine.
-    WaitShort(Duration),
-}
-
-impl Patience {
-    /// The patience that is left when `gone` has passed.
-    fn after(self, gone: Duration) -> Patience {
-        match self {
-            Patience::Look => Patience::Look,
-            Patience::Spin(time) => Patience::Spin(time.saturating_sub(gone)),
-            Patience::Wait(time) => Patience::Wait(time.saturating_sub(gone)),
-            Patience::WaitShort(time) => Patience::WaitShort(time.saturating_sub(gone)),
-        }
-    }
-}
-
-/// The pause between two attempts to send a lookup that waits for room.
-const ROOM_EVERY: Duration = Duration::from_micros(50);
-
-/// Lookups that return at once, and whose answers the caller asks for later. For an engine with slower tiers, and for
-/// schedulers that would rather wait for the next step than for a microsecond.
 ///
 /// # Example
 /// ```
-/// use kvring_adapter::{Client, Lookup, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions};
-///
-/// # let (engine, options) = include!(concat!(env!("CARGO_MANIFEST_DIR"), "/doc/engine.rs"));
-/// let client = Client::new(Role::Scheduler, options)?;
-/// let mut scheduler = SchedulerAdapter::new(&client, SchedulerOptions::new([1, 2, 3, 4]));
-/// scheduler.submit_lookup("request", 0, &[[10, 0], [20, 0]])?;
-/// let chunks = loop {
-///     match scheduler.check_lookup("request") {
-///         Lookup::Hit(hit) => break hit.chunks,
-///         // A scheduler goes on with its other requests here.
-///         Lookup::Pending => std::thread::yield_now(),
-///     }
-/// };
-/// assert_eq!(chunks, 0, "nobody has stored them");
-/// scheduler.end_session("request");
-/// # Ok::<(), Box<dyn std::error::Error>>(())
-/// ```
-pub type SchedulerAdapter = Adapter<false>;
-
-/// Synchronous lookups: one call gives a definite answer within `lookup_timeout`. The calling thread polls the
-/// completion ring, first spinning, then sleeping; the polling costs the engine nothing.
-///
-/// If a lookup times out, 0 is that admission's answer, and asking again does not wait again. When the late completion
-/// arrives, it is drained and its lease released.
-///
-/// # Example
-/// ```
-/// use kvring_adapter::{Client, ClientOptions, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions};
-/// use std::time::Duration;
+/// use kvring_adapter::{Client, ClientOptions, PollingSchedulerAdapter, Role, SchedulerOptions};
 ///
 /// let options = ClientOptions { engine: "nobody".to_owned(), ..ClientOptions::default() };
 /// let client = Client::new(Role::Scheduler, options)?;
-/// let options = SchedulerOptions { lookup_timeout: Duration::from_millis(2), ..SchedulerOptions::new([1, 2, 3, 4]) };
-/// let mut scheduler = PollingSchedulerAdapter::new(&client, options);
-/// scheduler.begin_step();
-/// // Without an engine a lookup finds nothing, and says so at once.
+/// let mut scheduler = PollingSchedulerAdapter::new(&client, SchedulerOptions::new([1, 2, 3, 4]));
+/// // If there has never been an engine, a lookup finds nothing.
 /// assert_eq!(scheduler.lookup("request", 0, &[[10, 0]])?.chunks, 0);
 /// assert_eq!(scheduler.lookup_stats().degraded, 1);
 /// scheduler.end_session("request");
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 /// See [`Hit`] for a lookup that finds something.
-pub type PollingSchedulerAdapter = Adapter<true>;
-
-impl<const POLLING: bool> Adapter<POLLING> {
-    /// An adapter on a client of the scheduler's role.
-    #[must_use]
-    pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> Self {
-        Adapter { sessions: Sessions::new(client, options.fingerprint), options, left: None }
-    }
-
-    /// How long a call may wait for an answer now.
-    fn left(&self) -> Duration {
-        self.left.unwrap_or(self.options.lookup_timeout)
-    }
-
-    /// How long a lookup that begins now may take.
-    fn begin_timeout(&self) -> Option<Duration> {
-        // A polling lookup is ended by the thread that waits for it, so only whether any time is left matters here.
-        if POLLING { self.left.filter(Duration::is_zero) } else { Some(self.options.pending_timeout) }
-    }
-
-    /// Looks for the answer, and takes the time that this costs off the step's.
-    fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
-        match &mut self.left {
-            Some(left) if !matches!(patience, Patience::Look) && self.sessions.is_waiting(request) => {
-                let began = Instant::now();
-                let is_pending = matches!(self.sessions.settle(request, patience), Lookup::Pending);
-                *left = left.saturating_sub(began.elapsed());
-                if is_pending { Lookup::Pending } else { Lookup::Hit(self.sessions.answer(request)) }
-            }
-            _ => self.sessions.settle(request, patience),
-        }
-    }
+pub struct PollingSchedulerAdapter {
+    probe: Probe,
+    fingerprint: [u64; 4],
+    known: Option<Known>,
+    sessions: HashMap<Box<str>, Session>,
+    /// What the lookup that is under way has found.
+    words: Vec<ChunkWord>,
+    stats: LookupStats,
 }
 
 impl PollingSchedulerAdapter {
-    /// Begins a scheduling step: from here on all lookups together may wait for `lookup_timeout`. After that, further
-    /// lookups answer 0 at once, without asking the engine, and that is their admission's answer. If this is never
-    /// called, each lookup may wait that long.
-    pub fn begin_step(&mut self) {
-        self.left = Some(self.options.lookup_timeout);
+    /// An adapter on a client of the scheduler's role.
+    #[must_use]
+    pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> Self {
+        PollingSchedulerAdapter {
+            probe: client.probe(),
+            fingerprint: options.fingerprint,
+            known: None,
+            sessions: HashMap::new(),
+            words: Vec::new(),
+            stats: LookupStats::default(),
+        }
     }
 
-    /// [`PollingSchedulerAdapter::lookup`] without sleeping: looks at least once, and spins for `spin`. `None`: the
-    /// answer is not known yet, and `lookup` with the same arguments waits for it.
+    /// The longest visible prefix of `keys`, held for this request and admission until [`free_lookup_locks`] or
+    /// [`end_session`]: a definite answer, the same whenever the admission asks again, as long as it holds ([`is_current`]).
     ///
     /// # Errors
-    /// As [`SchedulerApi::submit_lookup`].
-    pub fn try_lookup(
+    /// Only in a forked child. If the engine is in trouble, the answer is 0 at worst.
+    ///
+    /// [`free_lookup_locks`]: PollingSchedulerAdapter::free_lookup_locks
+    /// [`end_session`]: PollingSchedulerAdapter::end_session
+    /// [`is_current`]: PollingSchedulerAdapter::is_current
+    pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<&Hit, CallError> {
+        self.lookup_lazily(request, admission, keys.len(), keys.iter().copied())
+    }
+
+    /// As [`PollingSchedulerAdapter::lookup`], with keys that are made as they are needed: after a miss at most a few more are
+    /// asked for. `count` is how many there are.
+    ///
+    /// # Errors
+    /// As [`PollingSchedulerAdapter::lookup`].
+    pub fn lookup_lazily(
         &mut self,
         request: &str,
         admission: u32,
-        keys: &[Key],
-        spin: Duration,
-    ) -> Result<Option<&Hit>, CallError> {
-        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
-        let spin = spin.min(self.left());
-        Ok(match self.settle(request, Patience::Spin(spin)) {
-            Lookup::Hit(hit) => Some(hit),
-            Lookup::Pending => None,
-        })
+        count: usize,
+        keys: impl Iterator<Item = Key>,
+    ) -> Result<&Hit, CallError> {
+        let known = self.sessions.get(request).map(|session| (session.id, session.admission == admission));
+        let is_known = known.is_some_and(|(_, is_same)| is_same);
+        if !(is_known && self.is_current(request)) {
+            if is_known {
+                // What it held is not there any more, or not in the arena that there is now.
+                self.free_lookup_locks(request, admission, 0);
+            }
+            let id = known.map_or_else(|| self.probe.client().shared.next_session(), |(id, _)| id);
+            let (hit, told) = match self.find((id, admission), count, keys) {
+                Ok(found) => found,
+                Err(CallError::Forked) => return Err(CallError::Forked),
+                Err(CallError::NotRegistered) => {
+                    self.stats.refused += 1;
+                    (Hit::nothing(), 0)
+                }
+                Err(error) => {
+                    tracing::debug!(request, %error, "lookup answered 0");
+                    self.stats.degraded += 1;
+                    (Hit::nothing(), 0)
+                }
+            };
+            let new =
+                || Session { id, admission, hit: Hit::nothing(), keep: 0, told: 0, holding: Vec::new() };
+            let session = self.sessions.entry(request.into()).or_insert_with(new);
+            if hit.chunks > 0 {
+                session.holding.push(admission);
+            }
+            (session.keep, session.told) = (hit.chunks as usize, told);
+            (session.admission, session.hit) = (admission, hit);
+            return Ok(&session.hit);
+        }
+        Ok(self.sessions.get(request).map_or(&NOTHING, |session| &session.hit))
     }
 
-    /// The longest visible prefix of `keys`, pinned for this request and admission: a definite answer.
+    /// Reads the tables, and holds what they have. Returns the answer, and the incarnation of the engine that knows of it.
+    fn find(
+        &mut self,
+        name: (u64, u32),
+        count: usize,
+        keys: impl Iterator<Item = Key>,
+    ) -> Result<(Hit, u32), CallError> {
+        let link = self.probe.tables()?.clone();
+        let client = self.probe.client();
+        let Some(reading) = link.reading() else { return Err(CallError::Degraded(client.health())) };
+        let known = resolve(&link, &self.fingerprint, self.known).ok_or(CallError::NotRegistered)?;
+        self.known = Some(known);
+        let Known { arena_id, id, chunk_tokens, chunk_bytes } = known;
+        let words = &mut self.words;
+        words.clear();
+        link.engine.chunks.search(id, keys, count, reading.marked, words);
+        let (mut hit, mut told, mut is_cut) = (Hit::nothing(), 0, false);
+        if !words.is_empty() {
+            let found = Found { name, namespace: id, chunk_bytes, words };
+            let kept = client.shared.leases.hold(&link, found);
+            let chunks = kept.words.len() as u32;
+            (told, is_cut) = (kept.told, kept.is_cut);
+            if chunks > 0 {
+                hit = Hit { chunks, arena_id, found: Some(kept.words) };
+            }
+        }
+        self.stats.answered += 1;
+        self.stats.not_serving += u64::from(!reading.is_serving);
+        self.stats.cut += u64::from(is_cut);
+        let tokens = |chunks: u64| chunks * u64::from(chunk_tokens);
+        link.count_lookup(LookupTotals {
+            lookups: 1,
+            chunks_asked: count as u64,
+            chunks_hit: hit.chunks.into(),
+            tokens_asked: tokens(count as u64),
+            tokens_hit: tokens(hit.chunks.into()),
+            cut: is_cut.into(),
+            not_serving: (!reading.is_serving).into(),
+        });
+        Ok((hit, told))
+    }
+
+    /// Does the answer of the request's present admission still hold? It does not if the arena has been replaced, or if the
+    /// engine could not wait for this client after a restart and has evicted what it held: then the next lookup of this
+    /// admission looks again. Costs a few loads; after a restart, once, a load for each chunk.
+    pub fn is_current(&mut self, request: &str) -> bool {
+        let Some(session) = self.sessions.get_mut(request) else { return true };
+        let Hit { arena_id, found: Some(words), .. } = &session.hit else { return true };
+        let Ok(link) = self.probe.tables() else { return false };
+        if link.arena_id != *arena_id || link.reading().is_none() {
+            return false;
+        }
+        // An engine that knows what is held does not evict it, and a dead one evicts nothing.
+        let words = &words[..session.keep];
+        let holds =
+            session.told == link.incarnation || link.engine.chunks.still(words, Marked::There) == words.len();
+        if holds {
+            session.told = link.incarnation;
+        }
+        holds
+    }
+
+    /// Gives up what an admission holds beyond its first `keep` chunks: call it when all ranks have reported the load
+    /// (`keep` 0), or when less is loaded than was found. Ignores an unknown request. If the engine cannot be told now, it is
+    /// told later.
+    pub fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
+        let Some(session) = self.sessions.get_mut(request) else { return };
+        if !session.holding.contains(&admission) {
+            return;
+        }
+        if admission == session.admission {
+            session.keep = session.keep.min(keep as usize);
+        }
+        if keep == 0 {
+            session.holding.retain(|one| *one != admission);
+        }
+        if self.probe.is_ours() {
+            self.probe.client().shared.leases.release((session.id, admission), keep as usize);
+        }
+    }
+
+    /// Ends a request: drops its answer, and all that it holds. Ignores an unknown one.
+    pub fn end_session(&mut self, request: &str) {
+        let Some(Session { id, holding, .. }) = self.sessions.remove(request) else { return };
+        if !holding.is_empty() && self.probe.is_ours() {
+            self.probe.client().shared.leases.end_session(id, &holding);
+        }
+    }
+
+    /// Drops everything in this namespace that nobody holds. Returns the number of chunks dropped. It waits for the engine.
     ///
     /// # Errors
-    /// As [`SchedulerApi::submit_lookup`].
-    pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<&Hit, CallError> {
-        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
-        match self.check_lookup(request) {
-            Lookup::Hit(hit) => Ok(hit),
-            // Not reached, because `check_lookup` of a polling adapter waits. An empty answer is always right.
-            Lookup::Pending => Ok(&NOTHING),
+    /// The engine cannot be asked now, or does not answer in time.
+    pub fn reset_cache(&mut self) -> Result<u64, CallError> {
+        let link = self.probe.link()?.clone();
+        // While not all workers have registered there may be chunks of an earlier vLLM.
+        match link.engine.find_namespace(&self.fingerprint) {
+            Some(namespace) => self.probe.client().clear_namespace(namespace),
+            None => Ok(0),
         }
     }
-}
 
-impl<const POLLING: bool> SchedulerApi for Adapter<POLLING> {
-    fn submit_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
-        self.sessions.begin(request, admission, keys, self.begin_timeout())?;
-        if POLLING {
-            self.check_lookup(request);
-        }
-        Ok(())
+    /// Is the engine healthy? Costs a few loads.
+    pub fn is_healthy(&mut self) -> bool {
+        self.probe.is_healthy()
     }
 
-    fn check_lookup(&mut self, request: &str) -> Lookup<'_> {
-        let left = self.left();
-        let patience = match POLLING {
-            false => Patience::Look,
-            // Only a few microseconds of the step may be left.
-            true if left < self.options.lookup_timeout / 2 => Patience::WaitShort(left),
-            true => Patience::Wait(left),
-        };
-        self.settle(request, patience)
+    /// The engine's health.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.probe.client().health()
     }
 
-    fn is_current(&mut self, request: &str) -> bool {
-        self.sessions.is_current(request)
+    /// Counts of lookups by their outcomes.
+    #[must_use]
+    pub fn lookup_stats(&self) -> LookupStats {
+        self.stats
     }
 
-    fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
-        self.sessions.release(request, admission, keep);
-    }
-
-    fn end_session(&mut self, request: &str) {
-        self.sessions.end(request);
-    }
-
-    fn reset_cache(&mut self) -> Result<u64, CallError> {
-        self.sessions.reset_cache()
-    }
-
-    fn is_healthy(&mut self) -> bool {
-        self.sessions.probe.is_healthy()
-    }
-
-    fn health(&self) -> Health {
-        self.sessions.probe.client().health()
-    }
-
-    fn lookup_stats(&self) -> LookupStats {
-        self.sessions.stats
-    }
-
-    fn open_sessions(&self) -> usize {
+    /// How many sessions are open.
+    #[must_use]
+    pub fn open_sessions(&self) -> usize {
         self.sessions.len()
     }
 
-    fn shutdown(&mut self) {
-        self.sessions.probe.client().shutdown();
+    /// Ends the client. Idempotent.
+    pub fn shutdown(&mut self) {
+        self.probe.client().shutdown();
     }
 }
 
-impl Sessions {
-    /// Has this request's lookup not been answered yet?
-    fn is_waiting(&mut self, request: &str) -> bool {
-        self.get(request).is_some_and(|session| !matches!(session.state, State::Answered(_)))
+/// The namespace in these tables, once all its workers have registered; `known` is what it was at the last lookup.
+fn resolve(link: &Link, fingerprint: &[u64; 4], known: Option<Known>) -> Option<Known> {
+    let engine = &link.engine;
+    let is_it = |known: &Known| known.arena_id == link.arena_id && engine.has_namespace(known.id);
+    if let Some(known) = known.filter(is_it) {
+        return Some(known);
     }
-
-    /// Sends a lookup for which there was no room, as soon as there is some within the caller's patience. Returns the
-    /// patience that is left. `None`: there is still no room.
-    fn send(&mut self, request: &str, patience: Patience) -> Option<Patience> {
-        let began = Instant::now();
-        loop {
-            let asked = self.ask_again(request);
-            let left = patience.after(began.elapsed());
-            match left {
-                left if asked => return Some(left),
-                Patience::Wait(Duration::ZERO) | Patience::WaitShort(Duration::ZERO) => {
-                    self.give_up_asking(request);
-                    return Some(left);
-                }
-                Patience::Look | Patience::Spin(Duration::ZERO) => return None,
-                Patience::Spin(_) => core::hint::spin_loop(),
-                Patience::Wait(_) | Patience::WaitShort(_) => std::thread::sleep(ROOM_EVERY),
-            }
-        }
+    let id = engine.find_namespace(fingerprint)?;
+    let index = namespace_index(id);
+    let namespace = engine.namespaces.get(usize::from(index)).and_then(|namespace| namespace.read(index))?;
+    // Another namespace may have begun at this index while this one was read.
+    let is_same = engine.find_namespace(fingerprint) == Some(id);
+    let is_whole = |it: &NamespaceInfo| it.shard_bytes.len() == it.world as usize;
+    if !is_same || !is_whole(&namespace) {
+        return None;
     }
-
-    /// The answer, as far as it is known.
-    fn answer(&mut self, request: &str) -> &Hit {
-        match self.get(request).map(|session| &session.state) {
-            Some(State::Answered(hit)) => hit,
-            _ => &NOTHING,
-        }
-    }
-
-    /// The answer of a request's current admission; waits for it with `patience`.
-    fn settle(&mut self, request: &str, patience: Patience) -> Lookup<'_> {
-        let Some(patience) = self.send(request, patience) else { return Lookup::Pending };
-        let Some(session) = self.get(request) else { return Lookup::Hit(&NOTHING) };
-        if let State::Waiting(_) = &session.state {
-            let State::Waiting(asked) =
-                core::mem::replace(&mut session.state, State::Answered(Hit::default()))
-            else {
-                return Lookup::Hit(&NOTHING);
-            };
-            let (pending, until, asked) = asked.take_apart();
-            match take(pending, until, patience) {
-                Taken::Not(pending) => {
-                    if let Some(session) = self.get(request) {
-                        session.state = State::Waiting(Asked::again(pending, until, asked));
-                    }
-                    return Lookup::Pending;
-                }
-                Taken::Answer(answer) => match self.accept(request, asked, &answer) {
-                    Ok(hit) => {
-                        self.stats.answered += 1;
-                        if let Some(session) = self.get(request) {
-                            session.state = State::Answered(hit);
-                        }
-                    }
-                    Err(error) => self.count_failure(&error),
-                },
-                Taken::Failed(error) => {
-                    tracing::debug!(request, %error, "lookup answered 0");
-                    self.count_failure(&error);
-                }
-            }
-        }
-        Lookup::Hit(self.answer(request))
-    }
-
-    fn reset_cache(&mut self) -> Result<u64, CallError> {
-        let namespace = self.namespace();
-        match namespace.and_then(|namespace| self.probe.client().clear_namespace(namespace)) {
-            // No worker has registered the namespace, or it has been forgotten, so it is empty.
-            Err(CallError::NotRegistered) => Ok(0),
-            other => other,
-        }
-    }
+    let slot_bytes = |shard: &u64| shard.div_ceil(PAGE_BYTES).saturating_mul(PAGE_BYTES);
+    let chunk_bytes = namespace.shard_bytes.iter().map(slot_bytes).fold(0, u64::saturating_add);
+    Some(Known { arena_id: link.arena_id, id, chunk_tokens: namespace.chunk_tokens, chunk_bytes })
 }
 
-enum Taken {
-    Answer(crate::link::Answer),
-    Not(crate::link::Pending),
-    Failed(CallError),
-}
+/// The answer when nothing is known.
+static NOTHING: Hit = Hit::nothing();
 
-fn take(pending: crate::link::Pending, until: Option<Deadline>, patience: Patience) -> Taken {
-    let waited = |pending: crate::link::Pending, timeout| match pending.wait(timeout) {
-        Ok(answer) => Taken::Answer(answer),
-        Err(error) => Taken::Failed(error),
-    };
-    let looked = match patience {
-        Patience::Wait(timeout) => return waited(pending, timeout),
-        Patience::WaitShort(timeout) => return waited(pending.forgiving(), timeout),
-        Patience::Spin(time) => pending.spin(time),
-        Patience::Look => pending.try_take(),
-    };
-    match looked {
-        Ok(answer) => Taken::Answer(answer),
-        Err(pending) => match pending.hopeless(until.unwrap_or(Deadline::NEVER)) {
-            Some(error) => Taken::Failed(error),
-            None => Taken::Not(pending),
-        },
+impl Drop for PollingSchedulerAdapter {
+    fn drop(&mut self) {
+        // The client may live on, for another adapter: what these sessions hold must not.
+        let open: Vec<Box<str>> = self.sessions.keys().cloned().collect();
+        for request in open {
+            self.end_session(&request);
+        }
     }
 }

@@ -168,7 +168,7 @@ impl Shared {
             Health::ShutDown => tracing::debug!(%engine, role, "client shut down"),
             _ => {
                 let reason = health.explain(engine);
-                tracing::warn!(%engine, role, %reason, "the kvring engine is not available; going on without it");
+                tracing::warn!(%engine, role, %reason, "the kvring engine is not available: nothing is stored until it is");
             }
         }
     }

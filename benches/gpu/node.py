@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,10 +107,11 @@ class Node:
         name = name or self.engine.name
         common = {"name": name, "client": f"torch-{os.getpid()}"}
         worker = self.kvring.WorkerAdapter(fingerprint, world=1, rank=0, chunk_tokens=64, copy=self.copy, **common)
-        scheduler = self.kvring.PollingSchedulerAdapter(fingerprint, lookup_timeout_ms=2_000, **common)
+        scheduler = self.kvring.PollingSchedulerAdapter(fingerprint, **common)
         try:
             device = self.torch.cuda.current_device() if self.on_gpu else None
             worker.register_kv_caches([cache.group(self.kvring)], owner=cache, device=device)
+            assert scheduler.wait_ready(LIMIT_MS), f"the scheduler is not attached: {scheduler.health()}"
             yield Pair(self, cache, worker, scheduler)
         finally:
             worker.shutdown()
@@ -142,14 +142,7 @@ class Pair:
         assert report.done == len(keys), f"expected {len(keys)} chunks stored, got {report}"
 
     def found(self, keys: Sequence[bytes]) -> Any:
-        hit = self.scheduler.lookup("l", next(self.node.counter), keys)
-        # A machine that is busy may leave a lookup no time.
-        for _ in range(20):
-            if hit.chunks == len(keys):
-                break
-            time.sleep(0.01)
-            hit = self.scheduler.lookup("l", next(self.node.counter), keys)
-        return hit
+        return self.scheduler.lookup("l", next(self.node.counter), keys)
 
     def load(self, keys: Sequence[bytes], blocks: Sequence[int], before: Callable[[], None] = lambda: None) -> None:
         """Loads the chunks. `before` puts work on the stream right before the load."""

@@ -81,9 +81,10 @@ pub enum Bench {
     /// Deaths: how soon an engine's is noticed and made good by a successor, how soon a client's is undone.
     ///
     /// Kills engines and clients with SIGKILL, again and again, and prints how long it took until a caller that slept
-    /// for an answer had its error (notice_death), until a client from before the death was served what had been stored
-    /// (restart_to_first_hit), and until nothing of a killed client was left in the engine (client_death_to_reclaim).
-    /// Each beside its limit: what this machine takes for the same without kvring, measured in between.
+    /// for an answer had its error (notice_death), until a store of a client from before the death was through
+    /// (restart_to_first_store), and until nothing of a killed client was left in the engine (client_death_to_reclaim).
+    /// Each beside its limit: what this machine takes for the same without kvring, measured in between. And what lookups
+    /// find and cost while the engine is stopped, dead, or recovering.
     Health(health::HealthArgs),
 }
 

@@ -83,12 +83,6 @@ impl Windows {
         median(&ratios).unwrap_or(f64::NAN)
     }
 
-    /// The median of the differences window by window.
-    pub(crate) fn above(&self, floor: &Windows) -> f64 {
-        let above: Vec<f64> = self.0.iter().zip(&floor.0).map(|(ours, floor)| ours - floor).collect();
-        median(&above).unwrap_or(f64::NAN)
-    }
-
     /// The larger of two numbers in each window.
     pub(crate) fn best(&self, other: &Windows) -> Windows {
         Windows(self.0.iter().zip(&other.0).map(|(a, b)| a.max(*b)).collect())
@@ -143,7 +137,6 @@ mod tests {
         let limit = windows(&[100.0, 100.0, 100.0, 400.0, 400.0]);
         assert_eq!(ours.ratio(&limit), 1.2);
         assert_eq!(ours.median() / limit.median(), 4.8);
-        assert_eq!(ours.above(&limit), 80.0);
         assert_eq!(
             ours.best(&windows(&[500.0, 1.0, 500.0, 1.0, 1.0])).0,
             [500.0, 120.0, 500.0, 480.0, 480.0]

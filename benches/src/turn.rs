@@ -16,8 +16,9 @@ use kvring_shm_abi::engine_segment::{AttachStatus, RANKS_MAX};
 use kvring_shm_abi::futex::monotonic_ns;
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, Lobby};
+use kvring_shm_abi::lookup::Marked;
 use kvring_shm_abi::message::{
-    Completion, DTYPE_BYTES, Ident, KEY_WORDS, KEYS_MAX, Key, MODEL_NAME_BYTES, Record, Records,
+    Completion, DTYPE_BYTES, HOLD_MAX, Ident, KEY_WORDS, KEYS_MAX, Key, MODEL_NAME_BYTES, Record, Records,
     Registration, Request, ReserveAnswer, ReserveOutcome, Round, ShardAnswer, SlotRecord, Status,
 };
 use kvring_shm_abi::park;
@@ -29,8 +30,8 @@ use std::time::{Duration, Instant};
 
 /// Chunks that are there: of the smallest shards, they fill the arena.
 const CHUNKS: usize = 1024;
-/// Those of them that are looked up; the others are evicted to make room for stores.
-const LOOKED_UP: usize = CHUNKS / 2;
+/// Those of them that are held; the others are evicted to make room for stores.
+const HELD: usize = CHUNKS / 2;
 const SHARD_BYTES: u64 = 4096;
 const ARENA: u64 = CHUNKS as u64 * RANKS_MAX as u64 * SHARD_BYTES;
 /// Requests that are always under way of each kind.
@@ -69,10 +70,13 @@ pub(crate) fn worst(clock: &Clock) -> anyhow::Result<Worst> {
     let keys: Vec<Key> = (0..CHUNKS as u64).map(|at| fill::key(0, at)).collect();
     let namespace = worker.fill(&keys)?;
     let mut scheduler = Flooder::attach(&name, Role::Scheduler)?;
-    let asked: Vec<Key> = keys[..LOOKED_UP].iter().cycle().take(KEYS_MAX).copied().collect();
-    scheduler.payload.write(ARGUMENTS, bytemuck::cast_slice(&asked))?;
-
     let segment = worker.view.segment.clone();
+    let mut found = Vec::new();
+    segment.chunks.search(namespace, keys[..HELD].iter().copied(), HELD, Marked::Missing, &mut found);
+    ensure!(found.len() == HELD, "expected {HELD} chunks, found {}", found.len());
+    let held: Vec<u64> = found.iter().cycle().take(HOLD_MAX).map(|word| word.bits()).collect();
+    scheduler.payload.write(ARGUMENTS, &held)?;
+
     let epoch = segment.epoch();
     let (mut beat, mut moved, mut standstill) = (epoch.beat(), monotonic_ns(), 0);
     let (until, mut session) = (Instant::now() + FLOOD, 0u64);
@@ -80,7 +84,7 @@ pub(crate) fn worst(clock: &Clock) -> anyhow::Result<Worst> {
     while Instant::now() < until {
         while scheduler.under_way < 2 * UNDER_WAY {
             session += 1;
-            scheduler.send(lookup(session, namespace));
+            scheduler.send(hold(session, namespace));
             scheduler.send(Request::EndSession { session });
         }
         while scheduler.poll()?.is_some() {}
@@ -111,9 +115,9 @@ pub(crate) fn worst(clock: &Clock) -> anyhow::Result<Worst> {
     })
 }
 
-fn lookup(session: u64, namespace: u32) -> Request {
-    let keys = Records { offset: ARGUMENTS, count: KEYS_MAX as u32 };
-    Request::Lookup { session, admission: 0, namespace, keys, answer: ANSWERS }
+fn hold(session: u64, namespace: u32) -> Request {
+    let chunks = Records { offset: ARGUMENTS, count: HOLD_MAX as u32 };
+    Request::Hold { session, admission: 0, namespace, first: 0, chunks }
 }
 
 /// A pass over as many lines as a turn may touch, each read and written, in an order that no prefetcher knows.

@@ -84,24 +84,33 @@ def turns(count: int, variants: dict[str, Callable[[], Any]]) -> list[dict[str, 
 
 
 def lookups(bench: Bench, count: int) -> Found:
-    """Time of `get_num_new_matched_tokens`, Python included, for 128 chunks that are all there or all missing."""
+    """Time of `get_num_new_matched_tokens`, Python included, for 128 chunks that are all there, while the engine is asleep,
+    stopped or dead, and for as many that are all missing."""
     vllm = bench.kvring(watched=True)
     known = [bench.new_prompt() for _ in range(4)]
     ask(vllm, known)
     bench.stored(vllm)
-    vllm.calls(clear=True)
-    answers = []
-    for _ in range(10 * count):
-        vllm.reset()
-        # Two in one step: the first one has to wake the engine, the second finds it awake.
-        answers += ask(vllm, known[:2], together=True)
-        known.reverse()
-    hit = vllm.calls(clear=True)["lookup_ms"]
-    assert all(answer["cached"] >= LENGTH - 32 for answer in answers), "a lookup that should hit missed"
+
+    def asked(prompts: list[list[int]]) -> list[float]:
+        vllm.calls(clear=True)
+        answers = []
+        for _ in range(10 * count):
+            vllm.reset()
+            answers += ask(vllm, prompts[:2])
+            prompts.reverse()
+        assert all(answer["cached"] >= LENGTH - 32 for answer in answers), "a lookup that should hit missed"
+        return vllm.calls(clear=True)["lookup_ms"]
+
+    times = {"asleep": asked(known)}
+    bench.engine.pause()
+    times["stopped"] = asked(known)
+    bench.engine.resume()
+    bench.engine.kill()
+    times["dead"] = asked(known)
+    bench.engine.start()
     ask(vllm, [bench.new_prompt() for _ in range(count)])
-    miss = vllm.calls(clear=True)["lookup_ms"]
+    times["miss"] = vllm.calls(clear=True)["lookup_ms"]
     bench.end_all()
-    times = {"first": hit[::2], "further": hit[1::2], "miss": miss}
     return {"lookup_us": {name: [ms * 1e3 for ms in values] for name, values in times.items()}}
 
 
@@ -109,9 +118,8 @@ def ttft(bench: Bench, count: int) -> Found:
     """Time to the first token of 4096: cold, from vLLM's own prefix cache, from kvring."""
     none, own = bench.plain(), bench.plain()
     hits = {
-        "poll, async load": bench.kvring(),
-        "poll, sync load": bench.kvring(load="sync"),
-        "async lookup, async load": bench.kvring(lookup="async"),
+        "async load": bench.kvring(),
+        "sync load": bench.kvring(load="sync"),
     }
     known = bench.new_prompt()
     ask(own, [known])
@@ -133,7 +141,7 @@ def ttft(bench: Bench, count: int) -> Found:
 
     variants: dict[str, Callable[[], Any]] = {
         "none cold": lambda: ask(none, [bench.new_prompt()])[0],
-        "kvring cold": lambda: ask(hits["poll, async load"], [bench.new_prompt()])[0],
+        "kvring cold": lambda: ask(hits["async load"], [bench.new_prompt()])[0],
         "prefix cache": hitting(own, own_cache=True),
         **{name: hitting(vllm) for name, vllm in hits.items()},
     }

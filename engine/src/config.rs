@@ -17,6 +17,8 @@ use std::time::Duration;
 const DEFAULT_SLAB_MAX: u64 = 64 << 20;
 /// How many slabs an arena has by default, as far as their size stays within its limits.
 const DEFAULT_SLABS: u64 = 64;
+/// The most leases, and the most pins, that one client may have: the cache counts all pins of a chunk in 24 bits.
+const HELD_MOST: u32 = (1 << 18) - 1;
 /// A default arena that is smaller than this causes a warning.
 const SMALL_ARENA: u64 = 1 << 30;
 
@@ -38,9 +40,9 @@ pub struct EngineConfig {
     /// The largest part of the arena that one client may be charged with at once: for what it is writing, and for
     /// what it was the first to lease.
     pub client_share: f64,
-    /// The most leases at one time.
+    /// The most leases of one client at one time.
     pub max_leases: u32,
-    /// The most pins at one time; a chunk counts once for each lease on it.
+    /// The most pins of one client at one time; a chunk counts once for each lease on it.
     pub max_pins: u32,
     /// The most chunks at one time; `None`: one for each 64 KiB of the arena, and at least 65536.
     pub max_chunks: Option<u32>,
@@ -74,7 +76,7 @@ impl Default for EngineConfig {
             spin_us: 50,
             client_share: 0.5,
             max_leases: 1 << 14,
-            max_pins: 1 << 22,
+            max_pins: HELD_MOST,
             max_chunks: None,
             start_wait_ms: 5000,
             reattach_grace_ms: 5000,
@@ -231,8 +233,18 @@ impl EngineConfig {
         value("spin_us", "0 to 1000", self.spin_us <= 1000, self.spin_us.to_string())?;
         let share = self.client_share > 0.0 && self.client_share <= 1.0;
         value("client_share", "above 0, up to 1", share, self.client_share.to_string())?;
-        value("max_leases", "at least 1", self.max_leases > 0, self.max_leases.to_string())?;
-        value("max_pins", "at least 1", self.max_pins > 0, self.max_pins.to_string())?;
+        value(
+            "max_leases",
+            "1 to 262143",
+            (1..=HELD_MOST).contains(&self.max_leases),
+            self.max_leases.to_string(),
+        )?;
+        value(
+            "max_pins",
+            "1 to 262143",
+            (1..=HELD_MOST).contains(&self.max_pins),
+            self.max_pins.to_string(),
+        )?;
         let chunks = self.max_chunks.unwrap_or(1);
         value("max_chunks", "1 to 16777216", (1..=CHUNK_IDS).contains(&chunks), chunks.to_string())?;
         value("start_wait_ms", "up to 60000", self.start_wait_ms <= 60_000, self.start_wait_ms.to_string())?;

@@ -9,7 +9,6 @@ use crate::recovery::{self, Inherited, NotRecoverable};
 use crate::segments::{self, ColdStart, Segments, Setup, SetupError, Start};
 use crate::service::{Pace, Parts, Placing, Registry, Service, SharedSlots};
 use crate::stop::StopHandle;
-use crate::tier::{LowerTier, NoLowerTier};
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::message::KEYS_MAX;
 use kvring_shm_abi::superblock::{Geometry, random_u64};
@@ -61,8 +60,8 @@ pub struct Engine {
 /// The result of an attempt to start.
 enum Opened {
     Engine(Box<Engine>),
-    /// The predecessor's cache cannot be taken over after all. Gives back the tier, which was not used.
-    NotRecoverable(NotRecoverable, Box<dyn LowerTier>),
+    /// The predecessor's cache cannot be taken over after all.
+    NotRecoverable(NotRecoverable),
 }
 
 /// Ends a start that has failed. New segments are removed; a predecessor's are left as they were.
@@ -83,15 +82,6 @@ impl Engine {
     /// Claims the name, makes or takes over the segments, and allocates the first slab. The calling thread becomes
     /// the service thread. `stop` ends the start, and later the engine.
     pub fn create(config: &EngineConfig, stop: &StopHandle) -> Result<Engine, StartError> {
-        Engine::create_with_tier(config, stop, Box::new(NoLowerTier))
-    }
-
-    /// The same, with a lower tier.
-    pub fn create_with_tier(
-        config: &EngineConfig,
-        stop: &StopHandle,
-        tier: Box<dyn LowerTier>,
-    ) -> Result<Engine, StartError> {
         if !config.core_dumps {
             process::disable_core_dumps();
         }
@@ -110,14 +100,12 @@ impl Engine {
             cold: config.cold.then_some(ColdStart::Asked),
             stop: stop.clone(),
         };
-        let mut tier = tier;
         loop {
-            match Engine::open(config, seed, &setup, tier)? {
+            match Engine::open(config, seed, &setup)? {
                 Opened::Engine(engine) => return Ok(*engine),
-                Opened::NotRecoverable(why, unused) => {
+                Opened::NotRecoverable(why) => {
                     tracing::error!(name = %name, %why, "nothing of the earlier engine's can be kept");
                     setup.cold = Some(ColdStart::Nonsense(why.to_string()));
-                    tier = unused;
                 }
             }
         }
@@ -125,12 +113,7 @@ impl Engine {
 
     /// In this order: claims the name and checks everything for which the start can be refused; then takes over a
     /// predecessor's segments, or sweeps them.
-    fn open(
-        config: &EngineConfig,
-        seed: [u64; 2],
-        setup: &Setup<'_>,
-        tier: Box<dyn LowerTier>,
-    ) -> Result<Opened, StartError> {
+    fn open(config: &EngineConfig, seed: [u64; 2], setup: &Setup<'_>) -> Result<Opened, StartError> {
         let claim = segments::Claim::new(setup)?;
         limits(config, seed, &claim.geometry()).check()?;
         let segments = claim.take()?;
@@ -160,7 +143,7 @@ impl Engine {
                     give_up(segments);
                     return Err(StartError::Recovery(why.to_string()));
                 }
-                Err(why) => return Ok(Opened::NotRecoverable(why, tier)),
+                Err(why) => return Ok(Opened::NotRecoverable(why)),
             }
         }
         if setup.stop.is_requested() {
@@ -170,7 +153,7 @@ impl Engine {
         let progress = allocator.progress();
         let keep = config.keep;
         let stop = setup.stop.clone();
-        let parts = Parts { segments, cache, registry, allocator, tier, inherited, placing, pace, stop };
+        let parts = Parts { segments, cache, registry, allocator, inherited, placing, pace, stop };
         Ok(Opened::Engine(Box::new(Engine { service: Service::new(parts), progress, keep })))
     }
 
@@ -264,16 +247,11 @@ pub struct RunningEngine {
 
 /// Starts an engine on a thread of its own, and returns when it serves.
 pub fn spawn(config: EngineConfig) -> Result<RunningEngine, StartError> {
-    spawn_with_tier(config, Box::new(NoLowerTier))
-}
-
-/// The same, with a lower tier.
-pub fn spawn_with_tier(config: EngineConfig, tier: Box<dyn LowerTier>) -> Result<RunningEngine, StartError> {
     let (started, outcome) = mpsc::channel();
     let stop = StopHandle::default();
     let of_the_thread = stop.clone();
     // The receiver is gone only if `spawn` itself is.
-    let run = move || match Engine::create_with_tier(&config, &of_the_thread, tier) {
+    let run = move || match Engine::create(&config, &of_the_thread) {
         Ok(engine) => engine.run(|| drop(started.send(Ok(())))),
         Err(error) => drop(started.send(Err(error))),
     };

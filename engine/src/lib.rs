@@ -3,7 +3,7 @@
 //! [`Engine`] is the whole of it. Its parts: [`segments`] (start, exclusivity, end), [`allocator`] and
 //! [`preflight`] (memory), `recovery` (what a dead engine left), the service loop (private: rings, lobby,
 //! dispatch), [`cache`] (which chunks there are, and who leases or writes them), [`policy`] (eviction order),
-//! [`stats`], [`config`], [`tier`].
+//! [`stats`], [`config`].
 
 pub mod allocator;
 pub mod cache;
@@ -19,10 +19,9 @@ pub mod segments;
 mod service;
 pub mod stats;
 mod stop;
-pub mod tier;
 
 pub use kvring_shm_abi::byte_size;
 
-pub use engine::{Engine, RunningEngine, StartError, spawn, spawn_with_tier};
+pub use engine::{Engine, RunningEngine, StartError, spawn};
 pub use service::RECORDS_PER_TURN;
 pub use stop::StopHandle;

@@ -5,6 +5,7 @@
 //! another build says so instead of showing numbers under wrong names.
 
 use kvring_shm_abi::engine_segment::{STATS_WORDS, StatWord};
+use kvring_shm_abi::lobby::LookupTotals;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
 /// How a value behaves.
@@ -53,12 +54,15 @@ macro_rules! stats {
 
 stats! {
     Lookups Counter "lookups" "lookups answered";
-    LookupsPending Counter "lookups_pending" "lookups that waited for a lower tier";
-    LookupsBusy Counter "lookups_busy" "lookups refused because the client, or all of them, held too much";
+    LookupsCut Counter "lookups_cut" "lookups cut because the client held as much as it may";
+    LookupsNotServing Counter "lookups_not_serving" "lookups answered while no engine was serving";
     ChunksAsked Counter "chunks_asked" "chunks that lookups asked for";
     ChunksHit Counter "chunks_hit" "chunks that lookups found";
     TokensAsked Counter "tokens_asked" "tokens that lookups asked for";
     TokensHit Counter "tokens_hit" "tokens that lookups found";
+    Holds Counter "holds" "messages of schedulers about what they hold";
+    HoldsCut Counter "holds_cut" "those of which not all was there";
+    ChunksHeld Counter "chunks_held" "chunks pinned for such messages";
     ShardsReserved Counter "shards_reserved" "shards for which a slot was given";
     ShardsSkipped Counter "shards_skipped" "shards not stored again because their chunk was visible";
     ShardsDropped Counter "shards_dropped" "shards for which there was no slot";
@@ -103,8 +107,6 @@ stats! {
     ClientsLingering Gauge "clients_lingering" "dead clients whose processes are waited for: a device may still write for them";
     SlotsDeclared Counter "slots_declared" "slots that clients came back to";
     SlotsUndeclared Counter "slots_undeclared" "slots freed because the client that came back did not name them";
-    LeasesDeclared Counter "leases_declared" "leases that clients came back with";
-    ChunksDeclared Counter "chunks_declared" "chunks in those leases that were still there, and are pinned again";
     LongestTurnNs Gauge "longest_turn_ns" "the longest that the service loop has worked between two looks at the clock, in nanoseconds";
     LongestTurnCpuNs Gauge "longest_turn_cpu_ns" "the most CPU time of that kind, of turns that follow one of 0.1 ms or more: time without a core does not count";
     Wakes Counter "wakes" "sleeping clients woken";
@@ -170,6 +172,19 @@ pub struct OtherTable {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot([u64; Stat::ALL.len()]);
 
+/// The statistics that schedulers count.
+pub(crate) fn of_lookups(totals: &LookupTotals) -> [(Stat, u64); 7] {
+    [
+        (Stat::Lookups, totals.lookups),
+        (Stat::LookupsCut, totals.cut),
+        (Stat::LookupsNotServing, totals.not_serving),
+        (Stat::ChunksAsked, totals.chunks_asked),
+        (Stat::ChunksHit, totals.chunks_hit),
+        (Stat::TokensAsked, totals.tokens_asked),
+        (Stat::TokensHit, totals.tokens_hit),
+    ]
+}
+
 impl Snapshot {
     /// Reads the block.
     ///
@@ -185,6 +200,15 @@ impl Snapshot {
             *to = from.get();
         }
         Ok(Snapshot(values))
+    }
+
+    /// The same with what lookups came to by now: schedulers count them themselves, also while no engine runs.
+    #[must_use]
+    pub fn with_lookups(mut self, totals: &LookupTotals) -> Snapshot {
+        for (stat, value) in of_lookups(totals) {
+            self.0[stat as usize] = value;
+        }
+        self
     }
 
     /// One value.

@@ -8,9 +8,9 @@ mod cache_support;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use cache_support::{VecTable, chain, key};
+use cache_support::{VecTable, chain, key, look_up, look_up_into};
 use kvring_engine::cache::{
-    Cache, CacheConfig, Key, Leaving, NoTable, Owner, Parting, Reservation, Reserve, Round, SlotId,
+    Cache, CacheConfig, Heard, Key, Leaving, NoTable, Owner, Parting, Reservation, Reserve, Round, SlotId,
 };
 use kvring_engine::policy::PolicyKind;
 
@@ -85,6 +85,7 @@ fn no_operation_allocates() {
             (random >> 33) % below
         };
         let mut writes: Vec<(Owner, SlotId, u64, Key)> = Vec::with_capacity(1 << 16);
+        let mut words = Vec::with_capacity(64);
         let chains: Vec<Vec<Key>> = (0..40).map(|at| chain(at, 30)).collect();
         let worlds = [1, 2, 9];
 
@@ -98,11 +99,16 @@ fn no_operation_allocates() {
                     let round = Round { source: next(3) as u32, number: (step / 500) as u32 };
                     let message =
                         Reserve { owner, nonce: 1, namespace, rank, round, parent: Some(key(1, 1)), keys };
-                    let reserved = cache.reserve(message, &mut |i, answer| {
-                        if let Reservation::Write { slot, generation, .. } = answer {
-                            writes.push((owner, slot, generation, keys[i]));
-                        }
-                    });
+                    let heard =
+                        [Heard::All, Heard::NotYet, Heard::Never][(next(30) as usize).saturating_sub(27)];
+                    let mut going = cache.reservation(namespace, keys.len());
+                    // What has to wait is given up here.
+                    let reserved =
+                        cache.reserve_piece(message, &mut going, &mut || heard, &mut |i, answer| {
+                            if let Reservation::Write { slot, generation, .. } = answer {
+                                writes.push((owner, slot, generation, keys[i]));
+                            }
+                        });
                     assert!(reserved.is_ok());
                 }
                 12..24 => {
@@ -120,10 +126,8 @@ fn no_operation_allocates() {
                     }
                 }
                 25..33 => {
-                    let found = cache.find(owner, next(20), next(2) as u32, namespace, keys, &mut |_| {});
-                    if found.is_ok() {
-                        cache.pin_found();
-                    }
+                    let name = (owner, next(20), next(2) as u32);
+                    look_up_into(&mut cache, name, namespace, keys, &mut words);
                 }
                 33..36 => {
                     cache.end_session(owner, next(20));
@@ -131,12 +135,19 @@ fn no_operation_allocates() {
                 36 => {
                     cache.release(owner, next(20), 0, 3);
                 }
+                37 if next(3) == 0 => cache.spare_all(),
+                38 if cache.is_waiting() => {
+                    cache.heard(cache.awaits().unwrap_or_default());
+                    cache.go_on_dropping();
+                }
                 37 if next(20) == 0 => {
                     cache.part(&mut Parting::new(owner, Leaving::Left { nonce: 1 }));
                 }
                 38 if next(200) == 0 => {
                     cache.allow(50);
-                    cache.clear_step(Some(namespace), 0);
+                    // What is marked stays so for a while: nothing is dropped, and searches for room wait.
+                    let heard = if next(2) == 0 { Heard::All } else { Heard::NotYet };
+                    cache.clear_step(Some(namespace), 0, &mut || heard);
                     cache.allow(u64::MAX);
                 }
                 _ => cache.check_step(100).unwrap(),
@@ -147,7 +158,10 @@ fn no_operation_allocates() {
         }
         let stats = cache.stats();
         assert_eq!(allocations(), before, "{policy} allocated");
-        assert!(stats.evicted > 1000 && stats.spans_taken > 10 && stats.leases > 0, "{stats:?}");
+        assert!(
+            stats.evicted > 1000 && stats.cleared > 0 && stats.spans_taken > 10 && stats.leases > 0,
+            "{stats:?}"
+        );
         cache.check_all().unwrap();
     }
 }
@@ -182,8 +196,7 @@ fn ten_thousand_chunks_in_a_large_arena_take_little_memory() {
         for (slot, generation, key) in slots {
             cache.commit(0, slot, generation, key, 0).unwrap();
         }
-        cache.find(0, at, 0, 0, &keys, &mut |_| {}).unwrap();
-        cache.pin_found();
+        assert_eq!(look_up(&mut cache, (0, at, 0), 0, &keys).len(), 500);
     }
     let stats = cache.stats();
     assert_eq!((stats.chunks_visible, stats.pins), (10_000, 10_000));

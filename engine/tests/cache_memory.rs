@@ -16,7 +16,9 @@ fn tables_that_find_no_address_space_are_an_error_at_the_start() {
     for policy in PolicyKind::ALL {
         // The arena has room for 2¹⁸ chunks. That takes between 16 and 60 MiB of tables, which are allocated one
         // after another.
-        let config = CacheConfig { policy, ..CacheConfig::new(1 << 20, 1 << 10) };
+        let limits =
+            CacheConfig { leases_max: 1 << 10, pins_max: 1 << 12, ..CacheConfig::new(1 << 20, 1 << 10) };
+        let config = CacheConfig { policy, ..limits };
         let (mut refused, mut made) = (0, 0);
         for mib in (0..120).step_by(4) {
             let table = VecTable::new(1 << 18);

@@ -8,8 +8,12 @@ use cache_support::small::{
     NONCE, SLAB_BYTES, cache, cache_of, config, message, part, register, reserve, reserve_in,
     reserve_quietly, round, slot_of, store, store_ranks,
 };
-use cache_support::{VecTable, chain, key};
-use kvring_engine::cache::{Cache, CacheConfig, Key, Leaving, Parting, Reservation, Reserve};
+use cache_support::{VecTable, chain, key, search};
+use kvring_engine::cache::{
+    Cache, CacheConfig, Ears, Heard, Held, Hold, Key, Leaving, Parting, Reservation, Reserve,
+};
+use kvring_shm_abi::chunk::ChunkWord;
+use kvring_shm_abi::lookup::Marked;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 
@@ -38,20 +42,15 @@ fn in_pieces(
     unreachable!()
 }
 
-/// Looks up in pieces of this many keys. Returns the number of chunks found.
+/// Says in pieces of this many chunks that a client holds what it has found. Returns the number of chunks.
 fn find_in_pieces(cache: &mut Cache<VecTable>, session: u64, keys: &[Key], piece: usize) -> u32 {
-    let mut lookup = cache.lookup(0, session, 0, 0, keys.len());
-    for part in keys.chunks(piece) {
-        let found = cache.find_piece(&lookup, part, &mut |_| {}).unwrap();
-        assert!(cache.pin_found());
-        lookup.found += found;
-        if (found as usize) < part.len() {
-            break;
-        }
+    let words = search(cache, 0, keys, Marked::Missing);
+    let mut hold = Hold::new(0, session, 0, 0, 0, words.len() as u32);
+    for part in words.chunks(piece) {
+        assert_eq!(cache.hold_piece(&mut hold, part.iter().copied()), Ok(Held::All));
     }
-    assert!(cache.release(0, session, 0, lookup.found));
     cache.check_all().unwrap();
-    lookup.found
+    hold.held
 }
 
 fn reserve_in_pieces(
@@ -67,7 +66,9 @@ fn reserve_in_pieces(
     let calls = in_pieces(cache, allowed, "a reservation", |cache| {
         let keys = &keys[answers.len()..];
         let message = Reserve { namespace, parent, ..message(rank, round(number), keys) };
-        let done = cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+        let done = cache
+            .reserve_piece(message, &mut going, &mut || Heard::All, &mut |_, answer| answers.push(answer))
+            .unwrap();
         parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
         done == keys.len()
     });
@@ -89,15 +90,21 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     }
     // Each key comes 64 times.
     let keys: Vec<Key> = first.iter().cycle().take(8192).copied().collect();
-    let mut lookup = cache.lookup(0, 1, 0, 0, keys.len());
-    let calls = in_pieces(&mut cache, 4096, "a lookup", |cache| {
-        let from = lookup.found as usize;
-        let piece = &keys[from..keys.len().min(from + 21)];
-        lookup.found += cache.find_piece(&lookup, piece, &mut |_| {}).unwrap();
-        assert!(cache.pin_found());
-        lookup.found == 8192
-    });
-    assert!(calls > 300, "{calls} calls");
+    let words = search(&cache, 0, &keys, Marked::Missing);
+    let mut hold = Hold::new(0, 1, 0, 0, 0, 8192);
+    let hold_in_pieces = |cache: &mut Cache<VecTable>, hold: &mut Hold| {
+        in_pieces(cache, 4096, "a hold", |cache| {
+            let rest = words[hold.held as usize..].iter().copied();
+            cache.hold_piece(hold, rest).unwrap() == Held::All
+        })
+    };
+    let calls = hold_in_pieces(&mut cache, &mut hold);
+    assert!(calls > 100, "{calls} calls");
+    // The same again: first what the lease has is unpinned.
+    let mut again = Hold::new(0, 1, 0, 0, 0, 8192);
+    let calls = hold_in_pieces(&mut cache, &mut again);
+    assert!((4..20).contains(&calls), "{calls} calls");
+    assert_eq!((hold.held, again.held, cache.stats().pins), (8192, 8192, 8192));
     assert!(in_pieces(&mut cache, 256, "a release", |cache| cache.release(0, 1, 0, 8000)) == 1);
     let calls = in_pieces(&mut cache, 256, "a session's end", |cache| cache.end_session(0, 1));
     assert!(calls > 16, "{calls} calls");
@@ -113,7 +120,7 @@ fn no_call_does_more_than_it_may_and_what_one_chunk_takes() {
     store_ranks(&mut cache, 0, 0..64, 3, &chain(3, 100));
     let mut at = Some(0);
     let calls = in_pieces(&mut cache, 256, "a clear", |cache| {
-        at = cache.clear_step(None, at.unwrap());
+        at = cache.clear_step(None, at.unwrap(), &mut || Heard::All);
         at.is_none()
     });
     assert!(calls > 16, "{calls} calls");
@@ -147,24 +154,23 @@ fn each_call_counts_what_it_touches() {
             cache.commit(rank as u8, slot_of(answer).0, slot_of(answer).1, *key, 0).unwrap();
         }
     }
-    let find = |cache: &mut Cache<VecTable>, owner, keys: &[Key]| {
-        let mut lookup = cache.lookup(owner, 1, 0, 0, keys.len());
-        let mut each = Vec::new();
-        for piece in keys.chunks(25) {
-            each.push(spent(cache, |cache| {
-                lookup.found += cache.find_piece(&lookup, piece, &mut |_| {}).unwrap()
-            }));
-            each.push(spent(cache, |cache| assert!(cache.pin_found())));
-        }
-        each
+    let words = search(&cache, 0, &keys, Marked::Missing);
+    let find = |cache: &mut Cache<VecTable>, owner| {
+        let mut hold = Hold::new(owner, 1, 0, 0, 0, words.len() as u32);
+        let piece = |words: &[ChunkWord]| {
+            spent(cache, |cache| {
+                assert_eq!(cache.hold_piece(&mut hold, words.iter().copied()), Ok(Held::All));
+            })
+        };
+        words.chunks(25).map(piece).collect::<Vec<_>>()
     };
-    // Chunks are found; then each chunk gets its place in a lease, a pin and a new age. The first pin of a chunk
-    // looks at its slots, and so does an access.
-    let (found, first, again) = (25 + 1, 25 * (2 + 2 * ranks), 25 * (2 + ranks));
-    assert_eq!(find(&mut cache, 0, &keys), [found, first, found, first]);
-    assert_eq!(find(&mut cache, 1, &keys), [found, again, found, again]);
-    // A repetition walks to its place: one block.
-    assert_eq!(find(&mut cache, 1, &keys), [found, 25, found, 25 + 1]);
+    // Each chunk gets its place in a lease, a pin and a new age. The first pin of a chunk looks at its slots, and so does
+    // an access.
+    let (first, again) = (25 * (2 + 2 * ranks), 25 * (2 + ranks));
+    assert_eq!(find(&mut cache, 0), [first, first]);
+    assert_eq!(find(&mut cache, 1), [again, again]);
+    // A repetition takes each of the lease's chunks off it first, and is no access.
+    assert_eq!(find(&mut cache, 1), [n + 25 * 2, 25 * 2]);
     assert_eq!(spent(&mut cache, |cache| cache.release(1, 1, 0, 20)), n - 20);
     assert_eq!(spent(&mut cache, |cache| cache.end_session(1, 1)), 20);
     assert_eq!(spent(&mut cache, |cache| cache.end_session(0, 1)), n * (1 + ranks));
@@ -267,27 +273,38 @@ fn hits_quietly(cache: &Cache<VecTable>, keys: &[Key]) -> usize {
     keys.iter().take_while(is_there).count()
 }
 
-/// While the lookup of an admission is repeated piece by piece, all chunks that the first one found stay leased.
+/// While a hold is under way, not everything has been heard. So what the client had and says again stays, although its lease
+/// is made anew piece by piece.
 #[test]
-fn what_is_looked_up_again_stays_leased_all_the_time() {
+fn what_is_held_again_in_pieces_stays_all_the_time() {
     let mut cache = cache(1, &[SLAB_BYTES / 8]);
     store(&mut cache, 1, &chain(1, 8));
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 8), 8), 8);
-    let mut lookup = cache.lookup(0, 1, 0, 0, 8);
-    for part in chain(1, 8).chunks(3) {
+    let words = search(&cache, 0, &chain(1, 8), Marked::Missing);
+    let mut hold = Hold::new(0, 1, 0, 0, 0, 8);
+    let mut waits = 0;
+    for part in words.chunks(3) {
         // Another client wants room between two pieces.
-        assert_eq!(reserve(&mut cache, 0, round(9), &chain(9, 3)), [Reservation::NoSpace; 3]);
-        lookup.found += cache.find_piece(&lookup, part, &mut |_| {}).unwrap();
-        assert!(cache.pin_found());
+        let (keys, mut going) = ([key(9, 0)], cache.reservation(0, 1));
+        let ears: &mut Ears<'_> = &mut || Heard::NotYet;
+        let message = message(0, round(9), &keys);
+        cache
+            .reserve_piece(message, &mut going, ears, &mut |_, answer| {
+                assert_eq!(answer, Reservation::NoSpace);
+            })
+            .unwrap();
+        waits += u32::from(cache.is_waiting());
+        assert_eq!(cache.hold_piece(&mut hold, part.iter().copied()), Ok(Held::All));
         cache.check_all().unwrap();
-        assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
     }
+    assert!(waits > 0, "it was never unpinned, and nothing is tested");
+    assert!(!cache.is_waiting());
+    cache.heard(cache.awaits().unwrap_or_default());
+    cache.go_on_dropping();
+    assert_eq!(search(&cache, 0, &chain(1, 8), Marked::Missing), words);
+    assert_eq!((cache.stats().leases, cache.stats().pins, cache.stats().evicted), (1, 8, 0));
     // Another chain under the same admission: chunks that it does not need are released.
-    cache.end_session(0, 1);
-    let mut other = chain(1, 8);
-    other.truncate(2);
-    assert_eq!(find_in_pieces(&mut cache, 2, &chain(1, 8), 5), 8);
-    assert_eq!(find_in_pieces(&mut cache, 2, &other, 1), 2);
+    assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 2), 1), 2);
     assert_eq!(cache.stats().pins, 2);
 }
 
@@ -300,8 +317,10 @@ fn a_lookup_takes_the_place_of_an_earlier_one_piece_by_piece() {
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 6), 2), 6);
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(2, 8), 3), 8);
     assert_eq!((cache.stats().leases, cache.stats().pins), (1, 8));
-    assert_eq!(find_in_pieces(&mut cache, 1, &chain(3, 8), 3), 0);
-    assert_eq!((cache.stats().leases, cache.stats().pins), (0, 0));
+    let (held, left) = (search(&cache, 0, &chain(2, 8), Marked::Missing), chain(1, 6));
+    cache.clear(None);
+    assert_eq!(search(&cache, 0, &chain(2, 8), Marked::Missing), held);
+    assert!(search(&cache, 0, &left, Marked::There).is_empty());
 }
 
 /// How many chunks a client's share has room for.
@@ -310,10 +329,10 @@ const SHARE: u64 = 6;
 proptest! {
     #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
-    /// Whatever the clients have leased before, and however many pieces a lookup has: it charges no client beyond
-    /// its share, and finds as much as the client may lease.
+    /// Whatever the clients have leased before, and however many pieces a hold has: it charges no client beyond its share,
+    /// and holds as much as the client may lease.
     #[test]
-    fn a_lookup_charges_nobody_beyond_his_share(
+    fn a_hold_charges_nobody_beyond_his_share(
         steps in prop::collection::vec((0..3_u8, 0..4_u64, 0..4_u64, 1..12_u64, 1..13_usize), 1..60),
     ) {
         let bytes = SLAB_BYTES / 64;
@@ -339,20 +358,16 @@ proptest! {
                 fits
             });
             let expected = expected.count();
-            let mut lookup = cache.lookup(client, session, 0, 0, keys.len());
-            for part in keys.chunks(piece) {
-                let found = cache.find_piece(&lookup, part, &mut |_| {});
-                let Ok(found) = found else {
-                    prop_assert_eq!((lookup.found, expected), (0, 0), "{:?}", found);
-                    break;
-                };
-                prop_assert!(cache.pin_found());
-                lookup.found += found;
-                if (found as usize) < part.len() {
+            let words = search(&cache, 0, &keys, Marked::Missing);
+            prop_assert_eq!(words.len(), keys.len());
+            let mut hold = Hold::new(client, session, 0, 0, 0, words.len() as u32);
+            for part in words.chunks(piece) {
+                let held = cache.hold_piece(&mut hold, part.iter().copied()).unwrap();
+                if held == Held::Cut {
                     break;
                 }
             }
-            prop_assert_eq!(lookup.found as usize, expected);
+            prop_assert_eq!(hold.held as usize, expected);
             if expected > 0 {
                 leases.insert((client, session), keys[..expected].to_vec());
             }
@@ -380,10 +395,21 @@ fn ask_for_large(cache: &mut Cache<VecTable>, allowed: u64) -> Vec<Reservation> 
     let keys = [key(9, 0)];
     let message = Reserve { owner: 1, namespace: 1, ..message(0, round(1), &keys) };
     cache.allow(allowed);
-    cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+    let ears: &mut Ears<'_> = &mut || Heard::All;
+    cache.reserve_piece(message, &mut going, ears, &mut |_, answer| answers.push(answer)).unwrap();
     cache.allow(u64::MAX);
     cache.check_all().unwrap();
     answers
+}
+
+/// Goes on until no slab is being emptied any more: each call drops as many chunks as can be marked at one time.
+fn empty_all(cache: &mut Cache<VecTable>) {
+    while cache.is_emptying() {
+        let before = cache.work();
+        cache.go_on_emptying(&mut || Heard::All);
+        assert!(cache.work() > before, "it comes to no end");
+        cache.check_all().unwrap();
+    }
 }
 
 #[test]
@@ -403,12 +429,13 @@ fn what_is_being_emptied_gives_out_nothing_and_stays_together() {
         let keys = [key(name, 0)];
         let message = Reserve { owner: 2, namespace, ..message(0, round(1), &keys) };
         cache.allow(2);
-        cache.reserve_piece(message, &mut going, &mut |_, answer| answers.push(answer)).unwrap();
+        let ears: &mut Ears<'_> = &mut || Heard::All;
+        cache.reserve_piece(message, &mut going, ears, &mut |_, answer| answers.push(answer)).unwrap();
         assert!(answers.is_empty(), "{answers:?}");
     }
     cache.allow(u64::MAX);
     cache.check_all().unwrap();
-    cache.go_on_emptying();
+    empty_all(&mut cache);
     assert_eq!((cache.is_emptying(), cache.stats().slabs_free, cache.stats().chunks_visible), (false, 2, 0));
     assert!(matches!(ask_for_large(&mut cache, u64::MAX)[0], Reservation::Write { .. }));
 }
@@ -420,7 +447,7 @@ fn one_chunk_that_is_leased_meanwhile_keeps_its_slabs() {
     assert!(cache.is_emptying());
     assert_eq!(hits_quietly(&cache, &chain(1, 500)), 500, "first it only looks");
     assert_eq!(find_in_pieces(&mut cache, 1, &chain(1, 500)[..300], 100), 300);
-    cache.go_on_emptying();
+    empty_all(&mut cache);
     assert!(!cache.is_emptying());
     cache.check_all().unwrap();
     assert_eq!(cache.stats().evicted, 0, "looked first, dropped nothing");
@@ -438,7 +465,7 @@ fn spans_that_are_taken_are_counted_when_they_are() {
     taken.push(cache.stats().spans_taken);
     let last = chain(1, 500).into_iter().rev().find(|key| hits_quietly(&cache, &[*key]) == 1).unwrap();
     assert_eq!(find_in_pieces(&mut cache, 1, &[last], 1), 1);
-    cache.go_on_emptying();
+    empty_all(&mut cache);
     assert!(!cache.is_emptying());
     taken.push(cache.stats().spans_taken);
     cache.end_session(0, 1);

@@ -11,6 +11,7 @@ pub use places::{
     PAYLOAD_WORDS_MIN, SUBMISSIONS_AT,
 };
 
+use crate::lookup::Unpublished;
 use crate::mapping::{Mapping, One, OutOfBounds, View};
 use crate::payload::{Payload, Word};
 use crate::ring::{self, Cell, DEPTH};
@@ -157,6 +158,13 @@ impl Channel {
     #[inline]
     pub fn client_parked(&self) -> &AtomicU32 {
         &self.header.parked
+    }
+
+    /// Whether the client, a scheduler, holds something that it could not publish.
+    #[must_use]
+    #[inline]
+    pub fn unpublished(&self) -> &Unpublished {
+        &self.header.unpublished
     }
 }
 

@@ -23,6 +23,9 @@ abi! {
         Free = 0,
         /// All its shards are committed, and lookups find it.
         Visible = 1,
+        /// As `Visible`, but the engine wants its room: no lookup finds it until the engine has decided. Whoever holds it may
+        /// load it.
+        Evicting = 2,
     }
 
     /// Bits of the word that are the state, from the lowest one on. The next ones are the generation.
@@ -73,8 +76,25 @@ const WORD_MASK: u64 = (1 << (STATE_BITS + GENERATION_BITS)) - 1;
 const _: () = assert!(RANKS_INLINE <= LINES_MAX);
 
 /// The generation in a record's word. The bits above it are not used.
-const fn generation_of(word: u64) -> u64 {
+#[inline(always)]
+pub(crate) const fn generation_of(word: u64) -> u64 {
     (word & WORD_MASK) >> STATE_BITS
+}
+
+/// What a record's word says of its chunk.
+#[inline(always)]
+pub(crate) const fn state_of(word: u64) -> Option<ChunkState> {
+    match word & STATE_MASK {
+        0 => Some(ChunkState::Free),
+        1 => Some(ChunkState::Visible),
+        2 => Some(ChunkState::Evicting),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+const fn is_there(word: u64) -> bool {
+    matches!(state_of(word), Some(ChunkState::Visible | ChunkState::Evicting))
 }
 
 // SAFETY: atomics and padding only.
@@ -178,7 +198,7 @@ impl ChunkRecord {
         }
     }
 
-    /// The chunk, if it is visible.
+    /// The chunk, if there is one: visible, or being evicted.
     #[must_use]
     pub fn read(&self) -> Option<ChunkContent> {
         // SYNC POINT: Acquire; pairs with the Release in `show`, so the fields are at least those of this life.
@@ -207,12 +227,11 @@ impl ChunkRecord {
         // after that, so whoever has read one of them reads here that the record has ended.
         fence(Ordering::Acquire);
         let word = self.word.load(Ordering::Relaxed);
-        let is_visible = word & STATE_MASK == ChunkState::Visible as u64;
-        is_visible && (generation_of(word) == generation || failpoint::broken(Rule::Generation))
+        is_there(word) && (generation_of(word) == generation || failpoint::broken(Rule::Generation))
     }
 
     fn content(&self, word: u64) -> Option<ChunkContent> {
-        if word & STATE_MASK != ChunkState::Visible as u64 {
+        if !is_there(word) {
             return None;
         }
         let key = [self.key[0].load(Ordering::Relaxed), self.key[1].load(Ordering::Relaxed)];
@@ -253,6 +272,27 @@ impl ChunkRecord {
         let word = self.word.load(Ordering::Relaxed) & !STATE_MASK | ChunkState::Visible as u64;
         // SYNC POINT: Release; pairs with the Acquire in `read`.
         self.word.store(word, Ordering::Release);
+    }
+
+    /// Engine: no lookup finds the chunk until the engine has decided ([`ChunkRecord::show`] or [`ChunkRecord::end`]). After it
+    /// has marked chunks in this way, and before it decides, it listens to all schedulers: see [`lookup`](crate::lookup).
+    pub fn mark(&self) {
+        let word = self.word.load(Ordering::Relaxed) & !STATE_MASK | ChunkState::Evicting as u64;
+        // Relaxed: the fence that pairs is the caller's, after the last mark (`lookup::fence`).
+        self.word.store(word, Ordering::Relaxed);
+    }
+
+    /// The word as it is now: see [`lookup`](crate::lookup).
+    #[inline(always)]
+    pub(crate) fn word(&self, order: Ordering) -> u64 {
+        self.word.load(order)
+    }
+
+    /// The key and the namespace: of the life that the caller reads the word of, before and after this.
+    #[inline(always)]
+    pub(crate) fn is_of(&self, namespace: u32, key: [u64; 2]) -> bool {
+        let own = [self.key[0].load(Ordering::Relaxed), self.key[1].load(Ordering::Relaxed)];
+        own == key && self.namespace.load(Ordering::Relaxed) == namespace
     }
 
     /// Engine: the chunk is not visible any more. Only after that it may be taken apart.
@@ -355,11 +395,25 @@ impl ChunkTable {
         &self.directory
     }
 
-    /// The visible chunk of this id, if there is one. The id may be anything: a record without memory is not looked at, because
-    /// that would take memory for it, and would be a SIGBUS where there is none.
+    /// As many records as have memory: nobody looks at one beyond.
+    #[inline(always)]
+    pub(crate) fn records(&self) -> &[ChunkRecord] {
+        let ready = self.ready().0 as usize;
+        self.records.get(..ready).unwrap_or_default()
+    }
+
+    /// The record of this id. The id may be anything: a record without memory is not looked at, because that would take memory
+    /// for it, and would be a SIGBUS where there is none.
+    #[inline(always)]
+    #[must_use]
+    pub(crate) fn record(&self, chunk: u32) -> Option<&ChunkRecord> {
+        if chunk < self.ready().0 { self.records.get(chunk as usize) } else { None }
+    }
+
+    /// The chunk of this id, if there is one, visible or being evicted. The id may be anything.
     #[must_use]
     pub fn read(&self, chunk: u32) -> Option<ChunkContent> {
-        if chunk < self.ready().0 { self.records.get(chunk as usize)?.read() } else { None }
+        self.record(chunk)?.read()
     }
 
     /// The chunk that this word names, if it is still there and visible.
@@ -386,7 +440,21 @@ impl ChunkTable {
     /// Worker, after it has read a slot to which the chunk's record led: was that the chunk's slot then?
     #[must_use]
     pub fn is_still_there(&self, word: ChunkWord) -> bool {
-        self.records.get(word.chunk() as usize).is_some_and(|record| record.is_still(word.generation()))
+        self.record(word.chunk()).is_some_and(|record| record.is_still(word.generation()))
+    }
+
+    /// Engine: no lookup finds this chunk until the engine has decided. See [`ChunkRecord::mark`].
+    pub fn mark(&self, chunk: u32) {
+        self.records[chunk as usize].mark();
+        failpoint::here(Place::ChunkMarked);
+    }
+
+    /// Engine: if a chunk is marked, it stays, and lookups find it again.
+    pub fn spare(&self, chunk: u32) {
+        let record = &self.records[chunk as usize];
+        if state_of(record.word(Ordering::Relaxed)) == Some(ChunkState::Evicting) {
+            record.show();
+        }
     }
 
     /// The slot of a rank's shard of a chunk that was read. `None`: there is no such rank, or its line does not exist.

@@ -148,13 +148,19 @@ impl Directory {
     #[inline(always)]
     pub fn hints(&self, spot: Spot) -> impl Iterator<Item = u32> {
         let tag = spot.tag();
-        let buckets = spot.buckets(self.buckets.len()).into_iter();
-        let hints = buckets.flat_map(|bucket| self.buckets.get(bucket)).flat_map(|bucket| &bucket.hints);
-        // Relaxed: a hint proves nothing.
-        hints
-            .map(|hint| hint.load(Ordering::Relaxed))
-            .filter(move |hint| hint >> CHUNK_ID_BITS == tag)
-            .map(chunk_of)
+        let places = spot.buckets(self.buckets.len()).map(|bucket| &self.buckets[bucket].hints);
+        // Relaxed: a hint proves nothing. All sixteen at once, because usually at most one of them has the tag.
+        let hints: [[u64; WAYS]; 2] =
+            places.map(|hints| core::array::from_fn(|way| hints[way].load(Ordering::Relaxed)));
+        let mut matching = 0_u32;
+        for (at, hint) in hints.iter().flatten().enumerate() {
+            matching |= u32::from(hint >> CHUNK_ID_BITS == tag) << at;
+        }
+        core::iter::from_fn(move || {
+            let at = (matching != 0).then(|| matching.trailing_zeros() as usize)?;
+            matching &= matching - 1;
+            Some(chunk_of(hints[at / WAYS][at % WAYS]))
+        })
     }
 
     /// Engine: enters a hint, in the emptier bucket. If both are full, it takes the place of a stale hint: `spot_of` tells the

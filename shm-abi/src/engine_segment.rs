@@ -41,6 +41,8 @@ abi! {
 
     const CHUNK_COUNTS_AT: usize = INFO_AT + size_of::<EngineInfo>();
 
+    const TERMS_AT: usize = CHUNK_COUNTS_AT + size_of::<ChunkCounts>();
+
     const STATS_AT: usize = 1024;
 
     /// Words of the statistics block.
@@ -89,6 +91,19 @@ abi! {
         /// and left a 0 here has died.
         pub stopped: AtomicU32,
         _pad: Pad<12>,
+    }
+
+    /// What schedulers go by that read the engine's tables: see [`lookup`](crate::lookup).
+    #[repr(C, align(64))]
+    pub struct ReaderTerms {
+        /// The most bytes that one client may hold, in whole slots, each chunk counted once.
+        client_bytes: AtomicU64,
+        /// The most chunks that one client may hold in all its leases together, and the most leases.
+        client_pins: AtomicU32,
+        client_leases: AtomicU32,
+        /// The incarnation of the last engine that was free to evict.
+        evicting: AtomicU32,
+        _pad: Pad<44>,
     }
 
     /// A counter or gauge of the engine's: one word, stored plainly by the service thread.
@@ -171,7 +186,7 @@ const NAMESPACE_STATE_MASK: u32 = NAMESPACE_BEGINS - 1;
 const _: () = {
     // No namespace has that index.
     assert!(namespace_index(ANY_NAMESPACE) as usize >= NAMESPACES_MAX);
-    assert!(CHUNK_COUNTS_AT + size_of::<ChunkCounts>() <= STATS_AT);
+    assert!(TERMS_AT + size_of::<ReaderTerms>() <= STATS_AT);
     assert!(STATS_AT + STATS_WORDS * 8 <= LIFE_WORDS_AT);
     assert!(LIFE_WORDS_AT + LIFE_WORDS * size_of::<LifeWord>() <= ATTACH_AT);
     assert!(ATTACH_AT + CLIENTS_MAX * size_of::<AttachRecord>() <= NAMESPACES_AT);
@@ -181,6 +196,55 @@ const _: () = {
 // SAFETY: atomics and padding.
 unsafe impl Shared for EngineInfo {}
 const _: () = assert!(size_of::<EngineInfo>() == 64);
+
+// SAFETY: atomics and padding.
+unsafe impl Shared for ReaderTerms {}
+const _: () = assert!(size_of::<ReaderTerms>() == 64);
+
+/// How much one client may hold. An engine has room for as much from each of its clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ClientShare {
+    /// Bytes, in whole slots, each chunk counted once.
+    pub bytes: u64,
+    /// Chunks in all leases together.
+    pub pins: u32,
+    /// Leases.
+    pub leases: u32,
+}
+
+impl ReaderTerms {
+    /// Engine: sets what each client may hold, before it serves.
+    pub fn set_share(&self, ClientShare { bytes, pins, leases }: ClientShare) {
+        // Relaxed: the incarnation (Release) tells that the engine serves.
+        self.client_bytes.store(bytes, Ordering::Relaxed);
+        self.client_pins.store(pins, Ordering::Relaxed);
+        self.client_leases.store(leases, Ordering::Relaxed);
+    }
+
+    /// Client: what it may hold.
+    #[must_use]
+    pub fn share(&self) -> ClientShare {
+        ClientShare {
+            bytes: self.client_bytes.load(Ordering::Relaxed),
+            pins: self.client_pins.load(Ordering::Relaxed),
+            leases: self.client_leases.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Engine: from now on it may evict, whether or not all clients of the engine before it have declared what they hold.
+    pub fn set_evicting(&self, incarnation: u32) {
+        // Relaxed: the fence orders it. It comes before the first mark, so that whoever sees a mark of this engine sees this.
+        self.evicting.store(incarnation, Ordering::Relaxed);
+        crate::lookup::fence();
+    }
+
+    /// Scheduler, after the [`fence`](crate::lookup::fence): has an engine begun to evict that is younger than the one with this
+    /// incarnation, to which the scheduler has told what it holds?
+    #[must_use]
+    pub fn is_evicted_without(&self, incarnation: u32) -> bool {
+        (self.evicting.load(Ordering::Relaxed).wrapping_sub(incarnation) as i32) > 0
+    }
+}
 
 // SAFETY: one atomic.
 unsafe impl Shared for StatWord {}
@@ -465,6 +529,7 @@ pub struct EngineSegment {
     pub stats: View<StatWord>,
     epoch: One<Epoch>,
     info: One<EngineInfo>,
+    terms: One<ReaderTerms>,
 }
 
 impl EngineSegment {
@@ -493,6 +558,7 @@ impl EngineSegment {
             stats: View::new(&mapping, STATS_AT, STATS_WORDS)?,
             epoch: One::new(&mapping, EPOCH_AT)?,
             info: One::new(&mapping, INFO_AT)?,
+            terms: One::new(&mapping, TERMS_AT)?,
             mapping,
         })
     }
@@ -514,6 +580,13 @@ impl EngineSegment {
     #[must_use]
     pub fn info(&self) -> &EngineInfo {
         &self.info
+    }
+
+    /// What schedulers go by that read the tables.
+    #[must_use]
+    #[inline]
+    pub fn terms(&self) -> &ReaderTerms {
+        &self.terms
     }
 
     /// A namespace's id by its fingerprint.

@@ -104,8 +104,8 @@ called! {
         AttachAnswered = "attach.answered",
         /// The engine has read which slot a client declares, and has not adopted it.
         DeclareSlot = "declare.slot",
-        /// The engine has found a piece of a lease that a client declares, and has not pinned it.
-        DeclareLease = "declare.lease",
+        /// The engine has read a piece of what a scheduler holds, and has not pinned it.
+        Hold = "hold",
         /// A client has declared everything; what it has not named is not all freed.
         DeclareEnd = "declare.end",
         /// All that a client has not declared is freed, and the client has no answer yet.
@@ -146,7 +146,9 @@ called! {
         ChunkHint = "chunk.hint",
         /// A chunk's record says VISIBLE.
         ChunkShown = "chunk.shown",
-        /// The cache has decided that a chunk ends; its record still says VISIBLE.
+        /// A chunk's record says EVICTING, and the engine has not listened to the schedulers.
+        ChunkMarked = "chunk.marked",
+        /// The cache has decided that a chunk ends; its record still says VISIBLE or EVICTING.
         ChunkEnds = "chunk.ends",
         /// A chunk's record says FREE, with the next generation; a hint still leads to it, and its slots are still COMMITTED.
         ChunkEnded = "chunk.ended",
@@ -269,6 +271,8 @@ called! {
         MarkBeforeBurying = "mark before burying",
         /// The engine resets the life word of an entry that it has cleared.
         ResetTheWord = "reset the word",
+        /// After a scheduler has said what it holds, there is a fence before it looks at the chunks again.
+        FenceAfterAHold = "fence after a hold",
         /// The engine begins a request in the turn in which it reads it.
         BeginAtOnce = "begin at once",
         /// There is memory for what a segment allocates.

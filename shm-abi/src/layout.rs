@@ -17,6 +17,7 @@ const MODULES: &[(&str, &[Item])] = &[
     ("slot", crate::slot::ABI),
     ("chunk", crate::chunk::ABI),
     ("directory", crate::directory::ABI),
+    ("lookup", crate::lookup::ABI),
     ("engine_segment", crate::engine_segment::ABI),
     ("lobby", crate::lobby::ABI),
     ("channel", crate::channel::places::ABI),

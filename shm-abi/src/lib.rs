@@ -17,6 +17,7 @@ pub mod directory;
 pub mod epoch;
 pub mod failpoint;
 pub mod futex;
+pub mod lookup;
 pub mod mapping;
 pub mod namespace;
 pub mod park;

@@ -29,8 +29,14 @@ abi! {
     /// Offset of the entries.
     pub const ENTRIES_AT: usize = LIFE_WORDS_AT + CLIENTS_MAX * size_of::<LifeWord>();
 
+    /// Offset of the schedulers' counts of lookups.
+    pub const LOOKUPS_AT: usize = ENTRIES_AT + CLIENTS_MAX * size_of::<Entry>();
+
     /// Bytes of the segment.
-    pub const LOBBY_BYTES: usize = ENTRIES_AT + CLIENTS_MAX * size_of::<Entry>();
+    pub const LOBBY_BYTES: usize = (LOOKUPS_AT + LOOKUP_LINES * size_of::<LookupCounts>()).next_multiple_of(4096);
+
+    /// One line of counts for each entry, and one for all clients that are gone.
+    const LOOKUP_LINES: usize = CLIENTS_MAX + 1;
 
     /// What a client is.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -80,6 +86,16 @@ abi! {
 
     /// The client's process also holds the lock on [`dma_lock_at`].
     const DMA_LOCKED: u32 = 2;
+
+    /// What a scheduler counts of its lookups, which no engine sees: for people.
+    #[repr(C, align(64))]
+    pub struct LookupCounts {
+        counts: [AtomicU64; LOOKUP_COUNTS],
+        _pad: Pad<8>,
+    }
+
+    /// How many counts a scheduler has.
+    const LOOKUP_COUNTS: usize = 7;
 
     const ENTRY_EMPTY: u32 = 0;
 
@@ -253,6 +269,68 @@ impl Entry {
 unsafe impl Shared for Doorbell {}
 const _: () = assert!(size_of::<Doorbell>() == 128);
 
+// SAFETY: atomics and padding.
+unsafe impl Shared for LookupCounts {}
+const _: () = assert!(size_of::<LookupCounts>() == 64);
+
+/// What lookups came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LookupTotals {
+    /// Lookups that could be answered, also with nothing.
+    pub lookups: u64,
+    /// Chunks that were asked for.
+    pub chunks_asked: u64,
+    /// Chunks that were found, and are held.
+    pub chunks_hit: u64,
+    /// Tokens of the chunks that were asked for.
+    pub tokens_asked: u64,
+    /// Tokens of the chunks that were found.
+    pub tokens_hit: u64,
+    /// Lookups whose answer was cut because the client holds as much as it may.
+    pub cut: u64,
+    /// Lookups that were answered while the engine did not serve.
+    pub not_serving: u64,
+}
+
+impl LookupTotals {
+    fn parts(&mut self) -> [&mut u64; LOOKUP_COUNTS] {
+        let LookupTotals { lookups, chunks_asked, chunks_hit, tokens_asked, tokens_hit, cut, not_serving } =
+            self;
+        [lookups, chunks_asked, chunks_hit, tokens_asked, tokens_hit, cut, not_serving]
+    }
+
+    /// Adds others to these.
+    pub fn add(&mut self, mut other: LookupTotals) {
+        for (to, from) in self.parts().into_iter().zip(other.parts()) {
+            // What clients write is shown and never trusted.
+            *to = to.wrapping_add(*from);
+        }
+    }
+}
+
+impl LookupCounts {
+    fn add(&self, mut more: LookupTotals) {
+        // Relaxed: numbers for people.
+        for (count, more) in self.counts.iter().zip(more.parts()) {
+            count.store(count.load(Ordering::Relaxed).wrapping_add(*more), Ordering::Relaxed);
+        }
+    }
+
+    fn read(&self) -> LookupTotals {
+        let mut totals = LookupTotals::default();
+        for (to, count) in totals.parts().into_iter().zip(&self.counts) {
+            *to = count.load(Ordering::Relaxed);
+        }
+        totals
+    }
+
+    fn clear(&self) {
+        for count in &self.counts {
+            count.store(0, Ordering::Relaxed);
+        }
+    }
+}
+
 /// The mapped lobby.
 #[derive(Clone)]
 pub struct Lobby {
@@ -261,6 +339,7 @@ pub struct Lobby {
     pub life_words: View<LifeWord>,
     /// One per client.
     pub entries: View<Entry>,
+    lookups: View<LookupCounts>,
     doorbell: One<Doorbell>,
 }
 
@@ -270,6 +349,7 @@ impl Lobby {
         Ok(Lobby {
             life_words: View::new(&mapping, LIFE_WORDS_AT, CLIENTS_MAX)?,
             entries: View::new(&mapping, ENTRIES_AT, CLIENTS_MAX)?,
+            lookups: View::new(&mapping, LOOKUPS_AT, LOOKUP_LINES)?,
             doorbell: One::new(&mapping, DOORBELL_AT)?,
             mapping,
         })
@@ -285,6 +365,25 @@ impl Lobby {
     #[inline]
     pub fn doorbell(&self) -> &AtomicU32 {
         &self.doorbell.parked
+    }
+
+    /// The scheduler of this entry: adds to its counts. One thread at a time does that.
+    pub fn count_lookup(&self, entry: usize, more: LookupTotals) {
+        self.lookups[entry].add(more);
+    }
+
+    /// Engine: the client of this entry is gone.
+    pub fn forget_lookups(&self, entry: usize) {
+        self.lookups[CLIENTS_MAX].add(self.lookups[entry].read());
+        self.lookups[entry].clear();
+    }
+
+    /// What the lookups of all clients came to, since the arena was made.
+    #[must_use]
+    pub fn lookup_totals(&self) -> LookupTotals {
+        let mut totals = LookupTotals::default();
+        self.lookups.iter().for_each(|counts| totals.add(counts.read()));
+        totals
     }
 
     /// Client: publishes its entry, and wakes the engine if it sleeps.

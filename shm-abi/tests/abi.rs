@@ -20,12 +20,11 @@ fn examples() -> String {
     };
     for request in [
         Request::Noop,
-        Request::Lookup { session, admission, namespace, keys, answer: 0x12 },
+        Request::Hold { session, admission, namespace, first: 0x12, chunks: keys },
         Request::Release { session, admission, keep: 7 },
         Request::Reserve { round, namespace, rank, keys, answer: 0x12, parent: None },
         Request::Reserve { round, namespace, rank, keys, answer: 0x12, parent: Some(0x14) },
         Request::Commit { slots: keys, answer: 0x12 },
-        Request::DeclareLease { session, admission, namespace, chunks: keys },
         Request::Invalidate { slot: 0x51, generation: 0x6E, key: [0x4E, 0x5E] },
     ] {
         line(&format!("{request:?}"), request.encode(9, ident));

@@ -67,8 +67,9 @@ impl Nonsense {
             0 => Request::Noop,
             1 => Request::Register { record: self.place() },
             2 => Request::Unregister { namespace },
-            3..=6 => {
-                Request::Lookup { session, admission, namespace, keys: self.records(), answer: self.place() }
+            3..=6 | 16 | 17 => {
+                let first = if self.one_in(2) { 0 } else { self.edgy() };
+                Request::Hold { session, admission, namespace, first, chunks: self.records() }
             }
             7 => Request::Release { session, admission, keep: self.edgy() },
             8 => Request::EndSession { session },
@@ -83,7 +84,6 @@ impl Nonsense {
             12 | 13 => Request::Commit { slots: self.records(), answer: self.place() },
             14 => Request::Abort { slots: self.records(), answer: self.place() },
             15 => Request::DeclareSlots { slots: self.records(), answer: self.place() },
-            16 | 17 => Request::DeclareLease { session, admission, namespace, chunks: self.records() },
             18 => Request::DeclareEnd,
             19 => Request::Invalidate {
                 slot: self.edgy(),

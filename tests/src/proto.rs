@@ -110,24 +110,12 @@ impl WorkerSpec {
 pub struct SchedulerSpec {
     pub client: ClientSpec,
     pub namespace: u64,
-    /// The polling adapter, or the one whose lookups may be pending?
-    pub polling: bool,
-    /// How long a synchronous lookup may take.
-    pub lookup_ms: u64,
-    /// How long an asynchronous one may.
-    pub pending_ms: u64,
 }
 
 impl SchedulerSpec {
     /// A patient one of namespace 1.
     pub fn new(engine: &str) -> SchedulerSpec {
-        SchedulerSpec {
-            client: ClientSpec::new(engine),
-            namespace: 1,
-            polling: true,
-            lookup_ms: LIMIT_MS,
-            pending_ms: LIMIT_MS,
-        }
+        SchedulerSpec { client: ClientSpec::new(engine), namespace: 1 }
     }
 
     pub fn fingerprint(&self) -> [u64; 4] {

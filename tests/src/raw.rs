@@ -12,6 +12,7 @@ use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::AttachStatus;
 use kvring_shm_abi::life::RobustList;
 use kvring_shm_abi::lobby::{CLIENTS_MAX, EntryContent, Lobby, Role};
+use kvring_shm_abi::lookup::Marked;
 use kvring_shm_abi::message::{
     Completion, DTYPE_BYTES, Ident, Key, MODEL_NAME_BYTES, Record, Records, Registration, Request,
     ReserveAnswer, ReserveOutcome, Round, SlotOutcome, SlotRecord, Status,
@@ -42,6 +43,7 @@ pub struct RawClient {
     pub submissions: Producer,
     completions: Consumer,
     pub payload: Payload,
+    pub channel: Channel,
     /// Its channel's file, for accesses that the types do not allow.
     pub file: std::fs::File,
     next_operation: u16,
@@ -92,6 +94,7 @@ impl Claimed {
             submissions: Producer::new(channel.submissions.clone()),
             completions: Consumer::new(channel.completions.clone()),
             payload: channel.payload.clone(),
+            channel,
             file,
             next_operation: 0,
             name,
@@ -178,6 +181,7 @@ impl RawClient {
         self.submissions = Producer::new(channel.submissions.clone());
         self.completions = Consumer::new(channel.completions.clone());
         self.payload = channel.payload.clone();
+        self.channel = channel;
         self.lobby.claim(self.entry, &content);
         meanwhile();
         self.status()
@@ -317,32 +321,32 @@ impl RawClient {
         SlotOutcome::from_number(completion.results[0]).expect("an outcome")
     }
 
-    /// A declaration of a lease on these chunks.
-    pub fn declare_request(
+    /// A hold of these chunks, behind the first `first` of the lease.
+    pub fn hold_request(
         &self,
         session: u64,
         admission: u32,
         namespace: u32,
+        first: u32,
         chunks: &[ChunkWord],
     ) -> Request {
         let words: Vec<u64> = chunks.iter().map(|word| word.bits()).collect();
         let _ = self.payload.write(ARGUMENTS_AT, &words);
         let chunks = Records { offset: ARGUMENTS_AT, count: words.len() as u32 };
-        Request::DeclareLease { session, admission, namespace, chunks }
+        Request::Hold { session, admission, namespace, first, chunks }
     }
 
-    /// A lookup of these keys.
-    pub fn lookup_request(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
-        let _ = self.payload.write(ARGUMENTS_AT, bytemuck::cast_slice(keys));
-        let keys = Records { offset: ARGUMENTS_AT, count: keys.len() as u32 };
-        Request::Lookup { session, admission, namespace, keys, answer: ANSWER_AT }
+    /// The longest prefix of these keys that is there now, which nobody holds for that.
+    pub fn search(&self, namespace: u32, keys: &[Key]) -> Vec<ChunkWord> {
+        let mut found = Vec::new();
+        let keys = keys.iter().copied();
+        self.view.segment.chunks.search(namespace, keys, usize::MAX, Marked::Missing, &mut found);
+        found
     }
 
-    /// The chunks that the last lookup answered.
-    pub fn chunks(&self, count: usize) -> Vec<ChunkWord> {
-        let mut words = vec![0; count];
-        self.payload.read(ANSWER_AT, &mut words).expect("room");
-        words.into_iter().map(ChunkWord::from_bits).collect()
+    /// A hold of what is there of these keys.
+    pub fn hold_found(&self, session: u64, admission: u32, namespace: u32, keys: &[Key]) -> Request {
+        self.hold_request(session, admission, namespace, 0, &self.search(namespace, keys))
     }
 
     fn read<T: Record>(&self, offset: u32, count: usize) -> Vec<T> {

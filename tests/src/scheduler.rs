@@ -1,38 +1,24 @@
-//! A scheduler as a test sees it, with either adapter.
+//! A scheduler as a test sees it.
 
 use crate::proto::{Found, SchedulerSpec};
-use crate::wait::{LIMIT, until};
+use crate::wait::LIMIT;
 use crate::worker::client;
-use kvring_adapter::{
-    CallError, Client, Key, Lookup, LookupStats, PollingSchedulerAdapter, Role, SchedulerAdapter,
-    SchedulerApi, SchedulerOptions,
-};
+use kvring_adapter::{CallError, Client, Key, LookupStats, PollingSchedulerAdapter, Role, SchedulerOptions};
 use kvring_rig::wire::Handle;
-use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// A scheduler of one namespace.
 pub struct SchedulerSide {
-    api: Box<dyn SchedulerApi + Send>,
+    api: PollingSchedulerAdapter,
     client: Arc<Client>,
-    /// The keys that were last looked up for each request.
-    asked: HashMap<String, Vec<Key>>,
 }
 
 impl SchedulerSide {
     /// A client and an adapter on it, attached or not.
     pub fn start(spec: &SchedulerSpec) -> SchedulerSide {
         let client = client(Role::Scheduler, &spec.client);
-        let mut options = SchedulerOptions::new(spec.fingerprint());
-        options.lookup_timeout = Duration::from_millis(spec.lookup_ms);
-        options.pending_timeout = Duration::from_millis(spec.pending_ms);
-        let api: Box<dyn SchedulerApi + Send> = if spec.polling {
-            Box::new(PollingSchedulerAdapter::new(&client, options))
-        } else {
-            Box::new(SchedulerAdapter::new(&client, options))
-        };
-        SchedulerSide { api, client, asked: HashMap::new() }
+        let api = PollingSchedulerAdapter::new(&client, SchedulerOptions::new(spec.fingerprint()));
+        SchedulerSide { api, client }
     }
 
     /// The same, and waits until it is attached.
@@ -52,26 +38,19 @@ impl SchedulerSide {
     }
 
     /// The adapter itself.
-    pub fn api(&mut self) -> &mut dyn SchedulerApi {
-        &mut *self.api
+    pub fn api(&mut self) -> &mut PollingSchedulerAdapter {
+        &mut self.api
     }
 
-    /// Looks up and waits for the answer.
+    /// Looks up.
     pub fn lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Found {
-        self.try_lookup(request, admission, keys).expect("a lookup within the limits")
+        self.try_lookup(request, admission, keys).expect("a lookup of this process's own")
     }
 
-    /// The same where the lookup may be refused.
+    /// The same in what may be a forked child.
     pub fn try_lookup(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<Found, CallError> {
-        self.submit(request, admission, keys)?;
-        Ok(until(format_args!("the lookup of {request} is answered"), || self.check(request)))
-    }
-
-    /// Begins a lookup.
-    pub fn submit(&mut self, request: &str, admission: u32, keys: &[Key]) -> Result<(), CallError> {
-        self.api.submit_lookup(request, admission, keys)?;
-        self.asked.insert(request.to_owned(), keys.to_vec());
-        Ok(())
+        let hit = self.api.lookup(request, admission, keys)?;
+        Ok(Found { chunks: hit.chunks, handles: hit.handles().zip(keys).map(Handle::from).collect() })
     }
 
     /// Looks these chunks up, all of which are found.
@@ -85,13 +64,6 @@ impl SchedulerSide {
     /// Ends these sessions.
     pub fn ends(&mut self, requests: &[&str]) {
         requests.iter().for_each(|request| self.api.end_session(request));
-    }
-
-    /// The answer as it stands; `None` while it is pending.
-    pub fn check(&mut self, request: &str) -> Option<Found> {
-        let Lookup::Hit(hit) = self.api.check_lookup(request) else { return None };
-        let keys = self.asked.get(request).map(Vec::as_slice).unwrap_or_default();
-        Some(Found { chunks: hit.chunks, handles: hit.handles().zip(keys).map(Handle::from).collect() })
     }
 
     /// How its lookups have ended so far.

@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
 use kvring_adapter::{
-    Client, PollingSchedulerAdapter, RegisterError, Role, SchedulerApi, SchedulerOptions, StoreChunk,
-    WorkerAdapter, WorkerOptions,
+    Client, PollingSchedulerAdapter, RegisterError, Role, SchedulerOptions, StoreChunk, WorkerAdapter,
+    WorkerOptions,
 };
 use kvring_rig::pages::Pages;
 use kvring_tests::proto::fingerprint;
@@ -14,10 +14,7 @@ use kvring_tests::{
 use std::sync::Arc;
 
 fn scheduler(client: &Arc<Client>) -> PollingSchedulerAdapter {
-    PollingSchedulerAdapter::new(
-        client,
-        SchedulerOptions { lookup_timeout: LIMIT, ..SchedulerOptions::new(fingerprint(1)) },
-    )
+    PollingSchedulerAdapter::new(client, SchedulerOptions::new(fingerprint(1)))
 }
 
 #[test]

@@ -101,11 +101,11 @@ impl Mix {
         worker.finish(&aborted, true);
         let scheduler = &mut self.raw_scheduler;
         for admission in 0..20 {
-            let lookup = scheduler.lookup_request(u64::from(number), admission, self.namespace, &keys);
-            scheduler.call(lookup);
+            let hold = scheduler.hold_found(u64::from(number), admission, self.namespace, &keys);
+            scheduler.call(hold);
         }
         scheduler.call(Request::EndSession { session: u64::from(number) });
-        let unknown = scheduler.lookup_request(1, 1, 60, &keys);
+        let unknown = scheduler.hold_found(1, 1, 60, &keys);
         assert_eq!(scheduler.call(unknown).status, Status::UnknownNamespace);
         scheduler.call(Request::Noop);
         if number.is_multiple_of(16) {

@@ -6,10 +6,13 @@ use kvring_tests::crash::{BREAK, copies, rules};
 use kvring_tests::isolate::isolated_by;
 
 /// Rules whose controls are elsewhere.
-const ELSEWHERE: [Rule; 7] = [
+const ELSEWHERE: [Rule; 8] = [
     // Rules of what stands in for robust lists: their controls are in `standins.rs`.
     Rule::LifeLock,
     Rule::LooksAtLocks,
+    // On x86 nothing can show that it is missing: the client has let its link's lock go, by an exchange, which is such a fence,
+    // too. Its control needs a model.
+    Rule::FenceAfterAHold,
     // Its control is in `lingering.rs`.
     Rule::MarkBeforeBurying,
     // Broken to bring about a rare state: in `hostile_claims.rs`, in `registration.rs` and `turns.rs`, and in `start_errors.rs`.
@@ -65,7 +68,7 @@ controls! {
     a_reservation_combines_no_rounds without_rounds_in_a_reservation:
         RoundsInAReservation, rules::a_round_that_failed, "wrong bytes that were called right";
     a_region_is_its_operations_until_it_is_drained without_regions_until_drained:
-        RegionsUntilDrained, rules::a_lookup_after_one_that_was_given_up, "chunks found that were acknowledged";
+        RegionsUntilDrained, rules::a_hold_behind_one_that_was_not_read, "loads of what is held";
     an_entry_is_free_after_all_of_it_was_reclaimed without_reclaiming_before_the_reset:
         ReclaimBeforeReset, rules::a_newcomer_during_a_reclaim, "a newcomer that is attached";
     a_successor_is_odd_before_it_looks_alive without_odd_before_the_words:

@@ -41,6 +41,8 @@ fn a_damaged_chunk_costs_one_load_and_is_replaced_by_the_next_store() {
     let found = scheduler.lookup("first", 0, &keys);
     // Another session has leased the same chunks.
     assert_eq!(scheduler.lookup("other", 0, &keys).chunks, 8);
+    // The engine has heard of both.
+    scheduler.client().noop().unwrap();
     damage(&engine, &found.handles[5]);
     let one_failed = Loaded { loaded: 7, failed: 1, wrong: 0 };
     assert_eq!(worker.load(&found.handles, 0), one_failed);
@@ -68,6 +70,7 @@ fn what_is_damaged_and_still_leased_is_not_shown_by_the_next_engine() {
     let (mut worker, mut scheduler) = (worker(&engine), engine.scheduler());
     let keys = worker.stores(round(1), chain(1, 8), 0);
     let found = scheduler.lookup("holds", 0, &keys);
+    scheduler.client().noop().unwrap();
     damage(&engine, &found.handles[5]);
     assert_eq!(worker.load(&found.handles, 0).failed, 1);
     engine.stat_becomes("chunks_hidden", 1);

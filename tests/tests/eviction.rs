@@ -60,7 +60,7 @@ fn leased_chunks_stay_and_the_others_go() {
 
 /// How many of these chunks a lookup finds. It leaves no lease.
 fn finds(scheduler: &mut RawClient, namespace: u32, keys: &[Key]) -> u64 {
-    let found = scheduler.call(scheduler.lookup_request(1, 0, namespace, keys));
+    let found = scheduler.call(scheduler.hold_found(1, 0, namespace, keys));
     scheduler.call(Request::EndSession { session: 1 });
     found.results[0]
 }
@@ -133,18 +133,30 @@ fn one_client_cannot_hold_more_than_its_share() {
     for part in keys.chunks(16).skip(2) {
         assert_eq!(worker.store(round(1), part, 1), all_stored(16));
     }
-    // ... and none in leases: a shorter hit, which others share at no cost, and then a refusal that is counted.
-    assert_eq!(scheduler.lookup("a", 0, &keys).chunks, 32);
+    // ... and none in leases: a shorter hit, which others share at no cost, and then none at all. Each is counted.
+    let cut = scheduler.lookup("a", 0, &keys);
+    assert_eq!(cut.chunks, 32);
     for request in 0..40 {
         assert_eq!(scheduler.lookup(&format!("shares {request}"), 0, &keys).chunks, 32);
     }
     assert_eq!(scheduler.lookup("b", 0, &keys[64..]).chunks, 0);
-    assert_eq!(scheduler.tally().refused, 1);
+    assert_eq!((scheduler.tally().answered, scheduler.tally().cut), (42, 42));
+    engine.stat_becomes("pins", 41 * 32);
+    engine.stat_becomes("lookups_cut", 42);
+    // What was answered is held, whatever others store.
+    for number in 2..12 {
+        for part in chain(u64::from(number) + 10, 96).chunks(16) {
+            assert_eq!(worker.store(round(number), part, 1), all_stored(16));
+        }
+    }
+    assert_eq!(worker.load(&cut.handles, 1), all_loaded(32));
+    assert_eq!(engine.stat("holds_cut"), 0, "the client counts no less than the engine");
     for request in 0..40 {
         scheduler.api().end_session(&format!("shares {request}"));
     }
     scheduler.api().end_session("a");
-    assert_eq!(scheduler.lookup("c", 0, &keys[64..]).chunks, 32);
+    let keys = worker.stores(round(20), chain(1000, 32), 1);
+    scheduler.finds("c", 0, &keys);
 }
 
 #[test]

@@ -1,12 +1,8 @@
 //! A child of `fork` does not pass for its parent: every call says so, nothing hangs, and the parent does not notice.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{
-    CallError, Health, Lookup, PagedKv, Plane, RegisterError, Role, StoreChunk, SubmitError,
-};
-use kvring_tests::{
-    EngineProcess, LIMIT, SchedulerSide, SchedulerSpec, all_loaded, chain, client, isolated, round, until,
-};
+use kvring_adapter::{CallError, Health, PagedKv, Plane, RegisterError, Role, StoreChunk, SubmitError};
+use kvring_tests::{EngineProcess, LIMIT, SchedulerSpec, all_loaded, chain, client, isolated, round, until};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, fork};
 
@@ -31,29 +27,29 @@ fn in_a_child(body: impl FnOnce()) {
 }
 
 #[test]
-fn a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer() {
-    isolated("a_child_of_fork_lets_go_of_a_pending_lookup_and_the_parent_gets_its_answer", || {
-        let engine = EngineProcess::start("fork-pending", 16);
+fn a_child_of_fork_holds_nothing_of_its_parents_and_reads_no_tables() {
+    isolated("a_child_of_fork_holds_nothing_of_its_parents_and_reads_no_tables", || {
+        let engine = EngineProcess::start("fork-holds", 16);
         let mut worker = engine.worker();
-        let spec = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
-        let mut sides = [SchedulerSide::started(&spec), SchedulerSide::started(&spec)];
+        let mut sides = [engine.scheduler(), engine.scheduler()];
         let keys = worker.stores(round(1), chain(1, 8), 0);
         engine.stop();
-        for side in &mut sides {
-            side.api().submit_lookup("r", 0, &keys).unwrap();
-        }
+        let found = sides.each_mut().map(|side| side.finds("r", 0, &keys));
         in_a_child(|| {
-            // One looks for its answer and one ends its session. Both would touch memory that the child does not have.
+            // One asks again and one ends its session. Neither tells the engine, whose ring the parent uses.
             let [asks, ends] = &mut sides;
-            assert!(matches!(asks.api().check_lookup("r"), Lookup::Hit(hit) if hit.chunks == 0));
+            assert!(!asks.api().is_current("r"), "in the child nothing is held");
+            assert_eq!(asks.try_lookup("r", 0, &keys), Err(CallError::Forked));
             ends.api().end_session("r");
         });
         let mut dropped = Some(sides);
         in_a_child(|| drop(dropped.take()));
         let mut sides = dropped.unwrap();
         engine.resume();
-        for side in &mut sides {
-            assert_eq!(until("the parent's answer", || side.check("r")).chunks, 8);
+        engine.stat_becomes("pins", 16);
+        for (side, found) in sides.iter_mut().zip(found) {
+            assert!(side.api().is_current("r"));
+            assert_eq!(worker.load(&found.handles, 0), all_loaded(8));
         }
         engine.settles_without((worker, sides));
     });
@@ -64,26 +60,22 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
     isolated("a_child_of_fork_is_told_so_and_the_parent_goes_on", || {
         let (engine, bystander) = EngineProcess::with_bystander("fork");
         let mut worker = engine.worker();
-        let mut polling = engine.scheduler();
-        let pending = SchedulerSpec { polling: false, ..SchedulerSpec::new(&engine.name) };
-        let mut pending = SchedulerSide::started(&pending);
+        let mut scheduler = engine.scheduler();
         let keys = worker.stores(round(1), chain(1, 8), 0);
-        let found = polling.lookup("r", 0, &keys);
+        let found = scheduler.lookup("r", 0, &keys);
 
         in_a_child(|| {
-            for scheduler in [&mut polling, &mut pending] {
-                assert_eq!(scheduler.try_lookup("new", 0, &keys), Err(CallError::Forked));
-                assert_eq!(scheduler.api().reset_cache(), Err(CallError::Forked));
-                scheduler.api().free_lookup_locks("r", 0, 0);
-                scheduler.api().end_session("r");
-                assert!(!scheduler.api().is_healthy());
-                assert_eq!(scheduler.api().health(), Health::ShutDown);
-                let client = scheduler.client();
-                assert_eq!(client.noop(), Err(CallError::Forked));
-                assert_eq!(client.clear(), Err(CallError::Forked));
-                assert_eq!(client.wait_ready(LIMIT), Err(Health::ShutDown));
-                scheduler.api().shutdown();
-            }
+            assert_eq!(scheduler.try_lookup("new", 0, &keys), Err(CallError::Forked));
+            assert_eq!(scheduler.api().reset_cache(), Err(CallError::Forked));
+            scheduler.api().free_lookup_locks("r", 0, 0);
+            scheduler.api().end_session("r");
+            assert!(!scheduler.api().is_healthy());
+            assert_eq!(scheduler.api().health(), Health::ShutDown);
+            let client = scheduler.client();
+            assert_eq!(client.noop(), Err(CallError::Forked));
+            assert_eq!(client.clear(), Err(CallError::Forked));
+            assert_eq!(client.wait_ready(LIMIT), Err(Health::ShutDown));
+            scheduler.api().shutdown();
             let adapter = worker.adapter();
             let store = vec![StoreChunk { key: keys[0], blocks: vec![0, 1, 2, 3] }];
             let submitted = adapter.submit_store("r", round(2), None, store, None);
@@ -102,9 +94,9 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
             adapter.shutdown();
         });
         // A child that drops everything, as Python does at its end.
-        let mut sides = Some((worker, polling, pending));
+        let mut sides = Some((worker, scheduler));
         in_a_child(|| drop(sides.take()));
-        let (mut worker, mut polling, pending) = sides.unwrap();
+        let (mut worker, mut scheduler) = sides.unwrap();
 
         // A child may make a client of its own.
         let name = engine.name.clone();
@@ -116,8 +108,8 @@ fn a_child_of_fork_is_told_so_and_the_parent_goes_on() {
 
         // The parent's lease still holds, and its copies still work.
         assert_eq!(worker.load(&found.handles, 0), all_loaded(8));
-        assert_eq!(polling.lookup("again", 0, &keys).chunks, 8);
+        assert_eq!(scheduler.lookup("again", 0, &keys).chunks, 8);
         assert_eq!(engine.stat("breaches"), 0);
-        engine.settles_beside(bystander, (worker, polling, pending));
+        engine.settles_beside(bystander, (worker, scheduler));
     });
 }

@@ -130,10 +130,11 @@ fn good_messages_in_a_senseless_order() {
                 }
                 5..=7 => {
                     let (session, admission) = (random.below(5), random.below(3) as u32);
-                    let lookup = scheduler.lookup_request(session, admission, namespace, &keys);
-                    if scheduler.call(lookup).results[0] > 0 && random.one_in(2) {
+                    let found = scheduler.search(namespace, &keys);
+                    let hold = scheduler.hold_request(session, admission, namespace, 0, &found);
+                    if scheduler.call(hold).results[0] > 0 && random.one_in(2) {
                         // A rank says that its shard of the first chunk is damaged, or that the other rank's is.
-                        let word = scheduler.chunks(1)[0];
+                        let word = found[0];
                         known.push(word);
                         if let Some((slot, found)) = shard_of(&worker.view, word, 2, random.below(2) as u32) {
                             let (slot, generation) = (u64::from(slot), found.word.generation);
@@ -150,7 +151,8 @@ fn good_messages_in_a_senseless_order() {
                     let nonsense = ChunkWord::from_bits(random.bits());
                     let words = [random.pick(&known), random.pick(&known), nonsense, random.pick(&known)];
                     let words = &words[..random.below(5) as usize];
-                    let declared = scheduler.declare_request(session, admission, namespace, words);
+                    let first = random.below(3) as u32;
+                    let declared = scheduler.hold_request(session, admission, namespace, first, words);
                     scheduler.call(declared);
                     if random.one_in(3) {
                         worker.call(Request::DeclareEnd);

@@ -1,17 +1,14 @@
-//! Several groups of layers in one cache, pages that a load skips, flushing by job, and how long the lookups of a scheduling
-//! step may wait.
+//! Several groups of layers in one cache, pages that a load skips, and flushing by job.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::ChunkWord;
 use kvring_adapter::{
-    BlockError, Checksum, Client, JobId, Key, KvGroup, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter,
-    Role, SKIP, SchedulerApi, SchedulerOptions, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
+    BlockError, Checksum, ChunkWord, JobId, Key, KvGroup, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter,
+    Role, SKIP, SchedulerOptions, StoreChunk, SubmitError, WorkerAdapter, WorkerOptions,
 };
 use kvring_tests::proto::fingerprint;
-use kvring_tests::{ClientSpec, EngineProcess, LIMIT, chain, client, round, within};
+use kvring_tests::{ClientSpec, EngineProcess, LIMIT, chain, client, round};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
-use std::sync::Arc;
 use std::time::Duration;
 
 const POISON: u8 = 0xa5;
@@ -73,7 +70,6 @@ fn byte(chunk: usize, page: usize, at: usize) -> u8 {
 struct Both {
     worker: WorkerAdapter,
     scheduler: PollingSchedulerAdapter,
-    client: Arc<Client>,
     requests: u32,
 }
 
@@ -85,9 +81,8 @@ fn both(engine: &EngineProcess, namespace: u64, checksum: Checksum, cache: &mut 
     workers.wait_ready(LIMIT).unwrap();
     let client = client(Role::Scheduler, &ClientSpec::new(&engine.name));
     client.wait_ready(LIMIT).unwrap();
-    let options = SchedulerOptions { lookup_timeout: LIMIT, ..SchedulerOptions::new(fingerprint(namespace)) };
-    let scheduler = PollingSchedulerAdapter::new(&client, options);
-    Both { worker, scheduler, client, requests: 0 }
+    let scheduler = PollingSchedulerAdapter::new(&client, SchedulerOptions::new(fingerprint(namespace)));
+    Both { worker, scheduler, requests: 0 }
 }
 
 impl Both {
@@ -209,49 +204,4 @@ fn a_failed_load_names_the_blocks_that_it_had_and_a_store_skips_nothing() {
         planes.iter_mut().for_each(|(_, memory)| memory.fill(0));
     }
     both.worker.shutdown();
-}
-
-#[test]
-fn the_lookups_of_a_step_wait_for_one_timeout_together() {
-    const TIMEOUT: Duration = Duration::from_millis(200);
-    const LOOKUPS: u64 = 50;
-    let engine = EngineProcess::start("steps", 16);
-    let mut cache = Cache::new(&[(vec![64], 1)]);
-    let mut both = both(&engine, 1, Checksum::Off, &mut cache);
-    let keys = chain(1, 1);
-    assert_eq!(both.store(&keys, &[vec![0]]), 1);
-    let options =
-        |lookup_timeout| SchedulerOptions { lookup_timeout, ..SchedulerOptions::new(fingerprint(1)) };
-    // With no time at all the engine is not asked, and the admission's answer is 0.
-    let mut none = PollingSchedulerAdapter::new(&both.client, options(Duration::ZERO));
-    none.begin_step();
-    let asked = engine.stat("lookups");
-    assert_eq!(none.lookup("r", 0, &keys).unwrap().chunks, 0);
-    assert_eq!(none.try_lookup("s", 0, &keys, Duration::ZERO).unwrap().unwrap().chunks, 0);
-    assert_eq!(none.lookup_stats().timed_out, 2);
-    assert_eq!(engine.stat("lookups"), asked);
-    let mut steps = PollingSchedulerAdapter::new(&both.client, options(TIMEOUT));
-    steps.begin_step();
-    let found = loop {
-        // Looks without waiting, until the answer is there.
-        if let Some(hit) = steps.try_lookup("r", 0, &keys, Duration::ZERO).unwrap() {
-            break hit.chunks;
-        }
-    };
-    assert_eq!((found, steps.lookup("r", 0, &keys).unwrap().chunks), (1, 1));
-    engine.stop();
-    steps.begin_step();
-    within(TIMEOUT, "all the lookups of a step", || {
-        for request in 0..LOOKUPS {
-            assert_eq!(steps.lookup(&format!("stopped {request}"), 0, &keys).unwrap().chunks, 0);
-        }
-    });
-    let stats = steps.lookup_stats();
-    assert!(stats.timed_out >= 1, "{stats:?}");
-    assert_eq!(stats.timed_out + stats.degraded, LOOKUPS, "{stats:?}");
-    engine.resume();
-    engine.beats(2);
-    steps.begin_step();
-    assert_eq!(steps.lookup("stopped 0", 0, &keys).unwrap().chunks, 0, "that admission has its answer");
-    assert_eq!(steps.lookup("stopped 0", 1, &keys).unwrap().chunks, 1);
 }

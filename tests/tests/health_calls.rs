@@ -1,9 +1,9 @@
 //! Every call returns by its deadline, whether the engine was never there, was killed, is stopped, or is killed in the middle
-//! of the call. Until there is an engine again clients are *degraded*: lookups find nothing, stores are dropped, and loads are
-//! right or refused.
+//! of the call. Until there is an engine again stores are dropped, lookups go on where there are tables to be read, and loads
+//! are right or refused.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::{CallError, Health};
+use kvring_adapter::{CallError, Health, LookupStats};
 use kvring_shm_abi::sync::{AtomicBool, AtomicU64, Ordering};
 use kvring_tests::{
     ClientSpec, EngineProcess, Handle, SchedulerSide, SchedulerSpec, WorkerSide, WorkerSpec, all_dropped,
@@ -11,7 +11,6 @@ use kvring_tests::{
 };
 use std::time::Duration;
 
-const LOOKUP: Duration = Duration::from_millis(150);
 const OPERATION: Duration = Duration::from_millis(200);
 const DRAIN: Duration = Duration::from_millis(250);
 const REGISTER: Duration = Duration::from_millis(300);
@@ -30,53 +29,45 @@ fn hasty(engine: &str) -> ClientSpec {
 
 struct Clients {
     worker: WorkerSide,
-    polling: SchedulerSide,
-    pending: SchedulerSide,
+    scheduler: SchedulerSide,
 }
 
 fn clients(engine: &str) -> Clients {
     let client = hasty(engine);
-    let spec = SchedulerSpec {
-        client: client.clone(),
-        lookup_ms: LOOKUP.as_millis() as u64,
-        pending_ms: LOOKUP.as_millis() as u64,
-        ..SchedulerSpec::new(engine)
-    };
+    let scheduler = SchedulerSpec { client: client.clone(), ..SchedulerSpec::new(engine) };
     let worker = WorkerSpec { client, ..WorkerSpec::new(engine) };
     Clients {
         worker: within(REGISTER, "register_kv_caches", || WorkerSide::start(&worker)).unwrap(),
-        polling: SchedulerSide::start(&spec),
-        pending: SchedulerSide::start(&SchedulerSpec { polling: false, ..spec }),
+        scheduler: SchedulerSide::start(&scheduler),
     }
 }
 
-/// Every call, twice: each returns by its deadline, and with a degraded answer.
-fn every_call_is_degraded(clients: &mut Clients, handles: &[Handle], version: u64) {
-    let Clients { worker, polling, pending } = clients;
+/// Every call, twice: each returns by its deadline, stores and what needs an engine's answer fail, and lookups find `found` of
+/// the chunks that were stored.
+fn no_call_waits(clients: &mut Clients, handles: &[Handle], version: u64, found: u32) {
+    let Clients { worker, scheduler } = clients;
     let keys = chain(1, 8);
     for pass in 0..2 {
         let request = format!("degraded {pass}");
-        for scheduler in [&mut *polling, &mut *pending] {
-            let answered = scheduler.tally().answered;
-            within(LOOKUP, "submit_lookup", || scheduler.api().submit_lookup(&request, 0, &keys)).unwrap();
-            // A pending lookup is looked at until it gives up. No single look waits longer than a lookup may.
-            eventually("the lookup is answered", || {
-                within(LOOKUP, "check_lookup", || scheduler.check(&request))
-                    .is_some_and(|found| found.chunks == 0)
-            });
-            assert_eq!(scheduler.tally().answered, answered, "not by the engine");
-            within(Duration::ZERO, "free_lookup_locks", || scheduler.api().free_lookup_locks(&request, 0, 0));
-            within(Duration::ZERO, "end_session", || scheduler.api().end_session(&request));
-            let reset = within(OPERATION, "reset_cache", || scheduler.api().reset_cache()).unwrap_err();
-            assert!(is_degraded(&reset), "{reset}");
-            for what in [scheduler.client().noop(), scheduler.client().clear().map(|_| ())] {
-                assert!(is_degraded(&what.unwrap_err()));
-            }
-            assert!(within(Duration::ZERO, "is_healthy", || !scheduler.api().is_healthy()));
-            let waited = within(OPERATION, "wait_ready", || scheduler.client().wait_ready(OPERATION));
-            // The client of a stopped engine stays attached.
-            assert!(waited.is_err() || scheduler.client().health() == Health::Stalled, "{waited:?}");
+        let before = scheduler.tally();
+        let hit = within(Duration::ZERO, "a lookup", || scheduler.lookup(&request, 0, &keys));
+        assert_eq!(hit.chunks, found);
+        let LookupStats { answered, not_serving, degraded, .. } = scheduler.tally();
+        let read = u64::from(found > 0);
+        assert_eq!((answered - before.answered, not_serving - before.not_serving), (read, read));
+        assert_eq!(degraded - before.degraded, 1 - read);
+        assert_eq!(worker.load(&hit.handles, version), all_loaded(found as usize));
+        within(Duration::ZERO, "free_lookup_locks", || scheduler.api().free_lookup_locks(&request, 0, 0));
+        within(Duration::ZERO, "end_session", || scheduler.api().end_session(&request));
+        let reset = within(OPERATION, "reset_cache", || scheduler.api().reset_cache()).unwrap_err();
+        assert!(is_degraded(&reset), "{reset}");
+        for what in [scheduler.client().noop(), scheduler.client().clear().map(|_| ())] {
+            assert!(is_degraded(&what.unwrap_err()));
         }
+        assert!(within(Duration::ZERO, "is_healthy", || !scheduler.api().is_healthy()));
+        let waited = within(OPERATION, "wait_ready", || scheduler.client().wait_ready(OPERATION));
+        // The client of a stopped engine stays attached.
+        assert!(waited.is_err() || scheduler.client().health() == Health::Stalled, "{waited:?}");
         let job = within(Duration::ZERO, "submit_store", || {
             worker.submit_store(round(100 + pass), &chain(50, 4), 0)
         });
@@ -98,12 +89,10 @@ fn is_degraded(error: &CallError) -> bool {
 }
 
 fn ends(clients: Clients) {
-    let Clients { mut worker, mut polling, mut pending } = clients;
-    for scheduler in [&mut polling, &mut pending] {
-        within(DRAIN, "shutdown", || scheduler.api().shutdown());
-        within(Duration::ZERO, "a second shutdown", || scheduler.api().shutdown());
-        assert_eq!(scheduler.lookup("late", 0, &chain(1, 1)).chunks, 0, "a call after it");
-    }
+    let Clients { mut worker, mut scheduler } = clients;
+    within(DRAIN, "shutdown", || scheduler.api().shutdown());
+    within(Duration::ZERO, "a second shutdown", || scheduler.api().shutdown());
+    assert_eq!(scheduler.lookup("late", 0, &chain(1, 1)).chunks, 0, "a call after it");
     within(DRAIN * 2, "shutdown", || worker.adapter().shutdown());
     within(Duration::ZERO, "a second shutdown", || worker.adapter().shutdown());
 }
@@ -111,24 +100,16 @@ fn ends(clients: Clients) {
 /// Clients of an engine that have stored something, and its handles.
 fn with_content(engine: &EngineProcess) -> (Clients, Vec<Handle>) {
     let mut clients = clients(&engine.name);
-    let Clients { worker, polling, pending } = &mut clients;
+    let Clients { worker, scheduler } = &mut clients;
     worker.ready();
-    for scheduler in [&*polling, &*pending] {
-        scheduler.ready();
-    }
+    scheduler.ready();
     let keys = chain(1, 8);
     // With such short deadlines, a busy machine may need several attempts.
     eventually("everything is stored", || {
         let stored = worker.store(round(1), &keys, 5);
         stored.stored + stored.skipped == 8
     });
-    let mut found = polling.lookup("r", 0, &keys);
-    for admission in 1.. {
-        if found.chunks == 8 {
-            break;
-        }
-        found = polling.lookup("r", admission, &keys);
-    }
+    let found = scheduler.finds("r", 0, &keys);
     assert_eq!(worker.load(&found.handles, 5), all_loaded(8));
     (clients, found.handles)
 }
@@ -137,7 +118,7 @@ fn with_content(engine: &EngineProcess) -> (Clients, Vec<Handle>) {
 fn with_an_engine_that_was_never_there() {
     let mut clients = clients(&unique_name("never"));
     let nowhere = Handle { arena_id: [1, 2], word: 3, key: [5, 6] };
-    every_call_is_degraded(&mut clients, &[nowhere; 3], 0);
+    no_call_waits(&mut clients, &[nowhere; 3], 0, 0);
     assert_eq!(clients.worker.client().health(), Health::Absent);
     ends(clients);
 }
@@ -147,7 +128,11 @@ fn with_an_engine_that_was_killed() {
     let mut engine = EngineProcess::start("killed", 16);
     let (mut clients, handles) = with_content(&engine);
     engine.kill();
-    every_call_is_degraded(&mut clients, &handles, 5);
+    eventually("the clients know", || {
+        let Clients { worker, scheduler } = &clients;
+        !worker.client().is_healthy() && !scheduler.client().is_healthy()
+    });
+    no_call_waits(&mut clients, &handles, 5, 8);
     eventually("the client knows", || clients.worker.client().health() == Health::Dead);
     ends(clients);
 }
@@ -158,7 +143,7 @@ fn with_an_engine_that_ended_politely() {
     let (mut clients, handles) = with_content(&engine);
     assert_eq!(engine.terminate(), Some(0));
     assert!(segments(&engine.name).is_empty(), "it takes everything away");
-    every_call_is_degraded(&mut clients, &handles, 5);
+    no_call_waits(&mut clients, &handles, 5, 0);
     eventually("the client knows", || clients.worker.client().health() == Health::Absent);
     ends(clients);
 }
@@ -168,14 +153,19 @@ fn with_an_engine_that_is_stopped() {
     let engine = EngineProcess::start("stopped", 16);
     let (mut clients, handles) = with_content(&engine);
     engine.stop();
-    every_call_is_degraded(&mut clients, &handles, 5);
+    eventually("the clients know", || {
+        let Clients { worker, scheduler } = &clients;
+        let asked = [worker.client().noop(), scheduler.client().noop()];
+        asked.iter().all(|answer| answer.is_err())
+    });
+    no_call_waits(&mut clients, &handles, 5, 8);
     // A load needs no answer of the engine's.
     assert_eq!(clients.worker.load(&handles, 5), all_loaded(8));
     // When it goes on the clients do too, by themselves and in the same attachment.
     let attaches = engine.stat("attaches");
     engine.resume();
-    let Clients { worker, polling, pending } = &mut clients;
-    for client in [worker.client(), polling.client(), pending.client()] {
+    let Clients { worker, scheduler } = &mut clients;
+    for client in [worker.client(), scheduler.client()] {
         eventually("the client is well again", || client.health().is_healthy());
     }
     eventually("stores work again", || worker.store(round(500), &chain(9, 4), 7) == all_stored(4));
@@ -210,12 +200,9 @@ fn in_the_middle_of_everything() {
             }
             stored
         });
-        let schedulers = [(true, &finds[0]), (false, &finds[1])].map(|(polling, found)| {
+        let schedulers = [(1, &finds[0]), (2, &finds[1])].map(|(which, found)| {
             scope.spawn(move || {
-                let (lookup_ms, pending_ms) = (150, 150);
-                let client = hasty(name);
-                let spec =
-                    SchedulerSpec { client, polling, lookup_ms, pending_ms, ..SchedulerSpec::new(name) };
+                let spec = SchedulerSpec { client: hasty(name), ..SchedulerSpec::new(name) };
                 let mut scheduler = SchedulerSide::start(&spec);
                 let mut loader =
                     WorkerSide::start(&WorkerSpec { client: hasty(name), ..WorkerSpec::new(name) });
@@ -225,9 +212,9 @@ fn in_the_middle_of_everything() {
                     if ended.load(Ordering::Acquire) {
                         break;
                     }
-                    let request = format!("{polling} {number}");
+                    let request = format!("{which} {number}");
                     let keys = chain(number % 20, 8);
-                    let hit = within(LOOKUP * 2, "a lookup", || scheduler.lookup(&request, 0, &keys));
+                    let hit = within(Duration::ZERO, "a lookup", || scheduler.lookup(&request, 0, &keys));
                     found.fetch_add(u64::from(hit.chunks), Ordering::Relaxed);
                     if hit.chunks > 0 {
                         wrong += within(OPERATION, "a load", || loader.load(&hit.handles, 3)).wrong;

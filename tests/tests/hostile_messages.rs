@@ -2,12 +2,11 @@
 //! Meanwhile the verified traffic of another client goes on.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "test code: a panic is how a test fails")]
 
-use kvring_adapter::CallError;
 use kvring_shm_abi::channel::SUBMISSIONS_AT;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::message::{
-    ANY_NAMESPACE, Ident, KEYS_MAX, Records, Request, SlotOutcome, SlotRecord, Status,
+    ANY_NAMESPACE, HOLD_MAX, Ident, KEYS_MAX, Records, Request, SlotOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::namespace::namespace_index;
 use kvring_shm_abi::ring::{Body, DEPTH};
@@ -22,14 +21,6 @@ fn records(offset: u32, count: u32) -> Records {
 #[test]
 fn more_keys_than_the_limit_is_an_error_with_the_limit() {
     let (engine, bystander) = EngineProcess::with_bystander("keys");
-    let mut scheduler = engine.scheduler();
-    let keys = chain(1, KEYS_MAX + 1);
-    let error = scheduler.try_lookup("r", 0, &keys).unwrap_err();
-    assert_eq!(error, CallError::TooManyKeys { limit: KEYS_MAX, got: KEYS_MAX + 1 });
-    assert!(error.to_string().contains("at most 8192") && error.to_string().contains("got 8193"));
-    assert_eq!(scheduler.api().open_sessions(), 0);
-    drop(scheduler);
-
     let mut worker = RawClient::attach(&engine.name, Role::Worker);
     let namespace = worker.register(1, 1, 0, 65536);
     for count in [KEYS_MAX as u32 + 1, u32::MAX] {
@@ -45,12 +36,12 @@ fn more_keys_than_the_limit_is_an_error_with_the_limit() {
         }
     }
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
-    let many = Request::Lookup { session: 1, admission: 0, namespace, keys: records(0, 8193), answer: 0 };
-    let completion = scheduler.call(many);
-    assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192));
-    let many = Request::DeclareLease { session: 1, admission: 0, namespace, chunks: records(0, 8193) };
-    let completion = scheduler.call(many);
-    assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 8192));
+    for count in [HOLD_MAX as u32 + 1, u32::MAX] {
+        let chunks = records(0, count);
+        let completion =
+            scheduler.call(Request::Hold { session: 1, admission: 0, namespace, first: 0, chunks });
+        assert_eq!((completion.status, completion.results[0]), (Status::TooMany, 1024), "{count} chunks");
+    }
     // None of it was a breach.
     assert_eq!(worker.call(Request::Noop).status, Status::Ok);
     assert_eq!(engine.stat("breaches"), 0);
@@ -78,10 +69,8 @@ fn unknown_namespaces_and_other_roles_are_refused() {
         let reserve = worker.reserve_request(unknown, 0, round(1), &keys);
         assert_eq!(worker.call(reserve).status, Status::UnknownNamespace, "{unknown}");
         assert_eq!(worker.call(Request::Unregister { namespace: unknown }).status, Status::UnknownNamespace);
-        let lookup = scheduler.lookup_request(1, 0, unknown, &keys);
-        assert_eq!(scheduler.call(lookup).status, Status::UnknownNamespace, "{unknown}");
-        let lease = scheduler.declare_request(1, 0, unknown, &[ChunkWord::new(0, 0)]);
-        assert_eq!(scheduler.call(lease).status, Status::UnknownNamespace, "{unknown}");
+        let hold = scheduler.hold_request(1, 0, unknown, 0, &[ChunkWord::new(0, 0)]);
+        assert_eq!(scheduler.call(hold).status, Status::UnknownNamespace, "{unknown}");
         if unknown != ANY_NAMESPACE {
             let clear = Request::Clear { namespace: unknown };
             assert_eq!(scheduler.call(clear).status, Status::UnknownNamespace, "{unknown}");
@@ -100,10 +89,8 @@ fn unknown_namespaces_and_other_roles_are_refused() {
     drop(other);
 
     // Requests of the other role.
-    let lookup = worker.lookup_request(1, 0, namespace, &keys);
-    assert_eq!(worker.call(lookup).status, Status::WrongRole);
-    let lease = worker.declare_request(1, 0, namespace, &[ChunkWord::new(0, 0)]);
-    assert_eq!(worker.call(lease).status, Status::WrongRole);
+    let hold = worker.hold_request(1, 0, namespace, 0, &[ChunkWord::new(0, 0)]);
+    assert_eq!(worker.call(hold).status, Status::WrongRole);
     let slots = records(0, 1);
     for request in [
         scheduler.reserve_request(namespace, 1, round(1), &keys),
@@ -162,8 +149,8 @@ fn nobody_commits_aborts_or_releases_what_is_somebody_elses() {
     // Sessions are numbers of the client that uses them, so a thief can only name its own.
     let mut owner = RawClient::attach(&engine.name, Role::Scheduler);
     let mut prying = RawClient::attach(&engine.name, Role::Scheduler);
-    let lookup = owner.lookup_request(7, 3, namespace, &keys);
-    assert_eq!(owner.call(lookup).results[0], 4);
+    let hold = owner.hold_found(7, 3, namespace, &keys);
+    assert_eq!(owner.call(hold).results[0], 4);
     for client in [&mut prying, &mut thief] {
         for session in 0..20 {
             for request in [
@@ -219,15 +206,16 @@ fn nobody_invalidates_what_it_does_not_read() {
     assert_eq!(engine.stat("chunks_invalidated"), 0);
     // Its own shard, which a scheduler has leased: invalidated once.
     let mut scheduler = RawClient::attach(&engine.name, Role::Scheduler);
-    let lookup = scheduler.lookup_request(1, 0, namespace, &keys);
-    assert_eq!(scheduler.call(lookup).results[0], 2);
+    let hold = scheduler.hold_found(1, 0, namespace, &keys);
+    assert_eq!(scheduler.call(hold).results[0], 2);
     assert_eq!(ranks[0].invalidate(good), SlotOutcome::Done);
     assert_eq!(ranks[0].invalidate(good), SlotOutcome::Gone);
     assert_eq!(ranks[1].invalidate(slots[1][0]), SlotOutcome::Gone);
     assert_eq!((engine.stat("chunks_invalidated"), engine.stat("chunks_hidden")), (1, 1));
-    // The next lookup of the same session replaces the lease.
-    let lookup = scheduler.lookup_request(1, 0, namespace, &keys);
-    assert_eq!(scheduler.call(lookup).results[0], 0);
+    // What was invalidated is held by nobody else from now on. Saying it again, for the chunk that is left, replaces the lease.
+    assert!(scheduler.search(namespace, &keys).is_empty());
+    let hold = scheduler.hold_found(1, 0, namespace, &keys[1..]);
+    assert_eq!(scheduler.call(hold).results[0], 1);
     engine.stat_becomes("chunks_hidden", 0);
     assert_eq!(engine.stat("breaches"), 0);
     engine.settles_beside(bystander, (ranks, stranger, scheduler));
@@ -297,24 +285,20 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
         ]);
         // Half of the area is enough for 8192 keys, but not for as many slots.
         if offset != end / 2 {
-            let lookup = Request::Lookup { session, admission, namespace, keys, answer: 0 };
             let reserve = Request::Reserve { round, namespace, rank, keys, answer: 0, parent };
-            let lease = Request::DeclareLease { session, admission, namespace, chunks };
-            outside.push(("keys of a lookup", Role::Scheduler, lookup));
+            let hold = Request::Hold { session, admission, namespace, first: 0, chunks };
             outside.push(("keys of a reservation", Role::Worker, reserve));
             // A chunk takes one word only.
             if u64::from(offset) + u64::from(count) > u64::from(end) {
-                outside.push(("chunks of a lease", Role::Scheduler, lease));
+                outside.push(("chunks of a hold", Role::Scheduler, hold));
             }
         }
     }
     for answer in [end, u32::MAX, end - 1] {
         let (keys, slots, at) = (records(0, 2), records(0, 2), Some(answer.min(u32::MAX - 1)));
-        let lookup = Request::Lookup { session, admission, namespace, keys, answer };
         let reserve = Request::Reserve { round, namespace, rank, keys, answer, parent };
         let behind = Request::Reserve { round, namespace, rank, keys, answer: 64, parent: at };
         outside.extend([
-            ("the answer of a lookup", Role::Scheduler, lookup),
             ("the answer of a reservation", Role::Worker, reserve),
             ("the parent of a reservation", Role::Worker, behind),
             ("the answer of a commit", Role::Worker, Request::Commit { slots, answer }),
@@ -358,7 +342,7 @@ fn nonsense_ends_the_attachment_of_its_sender_alone() {
     assert_eq!(engine.stat("namespaces"), 2, "nonsense registers nothing");
 }
 
-/// Arguments that overlap their answer, rings that are never drained, floods: these harm at most their sender.
+/// Arguments that change while they are read, rings that are never drained, floods: these harm at most their sender.
 #[test]
 fn what_only_hurts_its_sender_is_let_through() {
     let (engine, bystander) = EngineProcess::with_bystander("flood");
@@ -366,16 +350,19 @@ fn what_only_hurts_its_sender_is_let_through() {
     let keys = worker.stores(round(1), chain(1, 16), 0);
     let namespace = engine.namespace(1);
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
-    let Request::Lookup { session, admission, keys: region, .. } = raw.lookup_request(1, 1, namespace, &keys)
-    else {
-        panic!("a lookup");
-    };
-    for shift in [0, 1, 7, 31] {
-        let answer = region.offset + shift;
-        raw.payload.write(region.offset, bytemuck::cast_slice(&keys)).unwrap();
-        let completion = raw.call(Request::Lookup { session, admission, namespace, keys: region, answer });
-        assert_eq!((completion.status, completion.results[0]), (Status::Ok, 16));
+    let hold = raw.hold_found(1, 1, namespace, &keys);
+    let held = raw.call(hold);
+    assert_eq!((held.status, held.results[0]), (Status::Ok, 16));
+    // Others of the same, whose chunks are overwritten while the engine may be reading them.
+    for noise in 0..100u64 {
+        raw.send(hold);
+        raw.payload.write(noise as u32 % 16, &[noise << 20 | noise]).unwrap();
+        raw.answer();
     }
+    // So many again in one message that are the same chunk.
+    let same = vec![raw.search(namespace, &keys)[0]; HOLD_MAX];
+    let hold = raw.hold_request(1, 2, namespace, 0, &same);
+    assert_eq!(raw.call(hold).results[0], HOLD_MAX as u64);
     // Far more in flight than the completion ring holds, and nothing drained.
     for _ in 0..20 * DEPTH {
         raw.submissions.push(&Request::Noop.encode(0, raw.ident));
@@ -387,8 +374,8 @@ fn what_only_hurts_its_sender_is_let_through() {
     let mut raw = RawClient::attach(&engine.name, Role::Scheduler);
     let mut busy = 0;
     for number in 0..300u32 {
-        let lookup = raw.lookup_request(u64::from(number % 3), number, namespace, &keys[..1]);
-        busy += u32::from(raw.call(lookup).status == Status::Busy);
+        let hold = raw.hold_found(u64::from(number % 3), number, namespace, &keys[..1]);
+        busy += u32::from(raw.call(hold).results[0] == 0);
     }
     assert!(busy > 200, "sixteen admissions a session: {busy}");
     raw.give_up();

@@ -279,15 +279,11 @@ fn an_id_that_is_gone_does_not_lead_to_the_next_namespace_in_its_place() {
     assert_eq!(raw.call(Request::Clear { namespace: gone }).status, Status::UnknownNamespace);
     assert_eq!(raw.reserve(id, 0, round(2), &chain(2, 1)).len(), 1, "it is registered there");
     let mut asking = RawClient::attach(&engine.name, Role::Scheduler);
+    assert!(asking.search(gone, &keys).is_empty());
+    let words = asking.search(id, &keys);
     for (namespace, status, count) in [(gone, Status::UnknownNamespace, 0), (id, Status::Ok, 4)] {
-        let lookup = asking.lookup_request(1, 1, namespace, &keys);
-        let answer = asking.call(lookup);
-        assert_eq!((answer.status, answer.results[0]), (status, count), "{namespace:x}");
-    }
-    let words = asking.chunks(4);
-    for (namespace, status, count) in [(gone, Status::UnknownNamespace, 0), (id, Status::Ok, 4)] {
-        let lease = asking.declare_request(2, 1, namespace, &words);
-        let answer = asking.call(lease);
+        let hold = asking.hold_request(2, 1, namespace, 0, &words);
+        let answer = asking.call(hold);
         assert_eq!((answer.status, answer.results[0]), (status, count), "{namespace:x}");
     }
     // Loads of its chunks. The engine is gone before the sleeper can ask it for the id that its own namespace has by now.
@@ -313,13 +309,8 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
     let ids: Vec<u32> =
         (0..NAMESPACES_MAX as u64).map(|number| worker.register(number, 1, 0, 4096)).collect();
     let mut namespace = ids[5];
-    let keys = chain(1, 1);
-    for (number, declares) in [(100, false), (101, true)] {
-        let asked = if declares {
-            scheduler.declare_request(1, 1, namespace, &[ChunkWord::new(0, 0)])
-        } else {
-            scheduler.lookup_request(1, 1, namespace, &keys)
-        };
+    for number in [100, 101] {
+        let asked = scheduler.hold_request(1, 1, namespace, 0, &[ChunkWord::new(0, 0)]);
         let answer = scheduler.call(asked);
         assert_eq!((answer.status, answer.results[0]), (Status::Ok, 0), "while it is there");
         engine.stop();
@@ -328,7 +319,7 @@ fn a_request_that_waits_for_its_turn_does_not_go_on_in_another_namespace() {
         let founded = worker.register_request(&registration(number, 2, 0, 4096));
         worker.send(founded);
         engine.resume();
-        assert_eq!(scheduler.answer().status, Status::UnknownNamespace, "declares: {declares}");
+        assert_eq!(scheduler.answer().status, Status::UnknownNamespace, "namespace {number}");
         assert_eq!(worker.answer().status, Status::Ok);
         let founded = worker.answer();
         assert_eq!(founded.status, Status::Ok);

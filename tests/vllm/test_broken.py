@@ -5,18 +5,17 @@ from real.scenarios import TWO_RANKS, minimal_preemption, poisoning
 
 
 @pytest.mark.parametrize(
-    ("broken", "lookup", "caught"),
+    ("broken", "caught"),
     [
-        ("prompt_only_lookup", "poll", r"resumed with|no resumed request"),
-        ("prompt_only_lookup", "async", r"resumed with|no resumed request"),
-        ("consumed_lookup", "poll", "changed within an admission"),
-        ("appended_block_ids", "poll", "second pass"),
-        ("stores_late_without_fences", "poll", r"under preemption|second pass"),
+        ("prompt_only_lookup", r"resumed with|no resumed request"),
+        ("consumed_lookup", "changed within an admission"),
+        ("appended_block_ids", "second pass"),
+        ("stores_late_without_fences", r"under preemption|second pass"),
     ],
 )
-def test_a_mistake_is_caught_when_vllm_preempts(scene, broken, lookup, caught):
+def test_a_mistake_is_caught_when_vllm_preempts(scene, broken, caught):
     with pytest.raises(AssertionError, match=caught):
-        minimal_preemption(scene, broken=(broken,), kvring={"lookup": lookup})
+        minimal_preemption(scene, broken=(broken,))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from harness import support
 from harness.driver import Harness, Wanted
 from harness.jobs import Faults
 from harness.support import PROMPT, ends, forget, harness
+from waiting import FOREVER_MS
 
 import kvring
 from kvring.vllm.scheduler import SchedulerSide
@@ -61,7 +62,8 @@ def test_lookups_loads_and_stores_are_counted(engine: kvring.Engine, counted: Co
     run(made, "warm", PROMPT[:40])
     assert counted.of("lookups", "lookup_tokens", "hit_tokens", "load_tokens", "loads") == [2, 73, 32, 32, 1]
     assert counted["load_bytes"] == 8 * chunk_bytes and counted["load_seconds"] > 0
-    assert counted.of("store_chunks", "lookups_degraded", "lookups_timed_out", "loads_failed", "errors") == [10, 0, 0, 0, 0]
+    assert counted.of("store_chunks", "lookups_degraded", "lookups_not_serving", "lookups_cut") == [10, 0, 0, 0]
+    assert counted.of("loads_failed", "errors") == [0, 0]
     run(made, "shorter than a chunk", PROMPT[:3], 1)
     assert counted["lookups"] == 2, "nothing could be found"
     ends(made)
@@ -93,38 +95,53 @@ def test_failed_loads_and_dropped_stores_are_counted(engine: kvring.Engine, coun
     ends(made)
 
 
-def test_lookups_without_an_engine_are_counted(engine: kvring.Engine, counted: Counted) -> None:
+@pytest.mark.parametrize("trouble", ["stopped", "dead"])
+def test_an_engine_that_is_not_serving_costs_no_hit_and_no_load(engine: kvring.Engine, counted: Counted, trouble: str) -> None:
     made = harness(engine, max_batched=64)
-    run(made, "with it", PROMPT[:16])
-    assert counted["lookups_degraded"] == 0
-    engine.kill()
-    made.ledger.forget_stored()
+    run(made, "before", PROMPT[:16])
+    assert engine.pid is not None
+    if trouble == "stopped":
+        os.kill(engine.pid, signal.SIGSTOP)
+    else:
+        engine.kill()
+    try:
+        for index in range(3):
+            forget(made)
+            run(made, f"r{index}", PROMPT[:18])
+    finally:
+        if trouble == "stopped":
+            os.kill(engine.pid, signal.SIGCONT)
+    assert counted.of("lookups", "hit_tokens", "loads", "loads_failed") == [4, 48, 3, 0]
+    # That one is stopped shows only once it is waited for, and lookups wait for nothing.
+    assert counted["lookups_not_serving"] == (3 if trouble == "dead" else 0)
+    assert counted.of("lookups_degraded", "lookups_cut") == [0, 0]
+    ends(made)
+
+
+def test_lookups_where_there_has_never_been_an_engine_are_counted(engine: kvring.Engine, counted: Counted) -> None:
+    made = harness(engine, options={"name": "nobody", "register_timeout_ms": 1.0}, attached=False, max_batched=64)
     for index in range(3):
         run(made, f"r{index}", PROMPT[:16])
-    assert counted.of("lookups", "lookups_degraded", "lookups_timed_out") == [4, 3, 0]
+    assert counted.of("lookups", "lookups_degraded", "lookups_not_serving", "hit_tokens") == [3, 3, 0, 0]
     ends(made)
 
 
-@pytest.mark.parametrize(("lookup", "deadline"), [("poll", "lookup"), ("async", "pending")])
-def test_lookups_that_are_not_answered_in_time_are_counted_and_one_line_says_so(
-    lookup: str, deadline: str, engine: kvring.Engine, counted: Counted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    monkeypatch.setattr("kvring.vllm.scheduler.logger.warning", lambda text, *values: said.append(text % values))
-    options = {"lookup": lookup, "lookup_timeout_ms": 1.0, "pending_timeout_ms": 1.0, "stall_after_ms": 600_000.0}
-    made = harness(engine, options=options, max_batched=64)
-    assert engine.pid is not None
-    os.kill(engine.pid, signal.SIGSTOP)
-    try:
-        for index in range(2):
-            run(made, f"r{index}", PROMPT[:16])
-    finally:
-        os.kill(engine.pid, signal.SIGCONT)
-    # The first one that gets no answer while the beat stands still tells that the engine hangs: from then on it is not asked.
-    late, absent = counted.of("lookups_timed_out", "lookups_degraded")
-    assert late >= 1 and late + absent == 2 == counted["lookups"]
-    assert len(said) == 1 and f"kvring.{deadline}_timeout_ms (1 ms)" in said[0]
-    ends(made)
+def test_lookups_that_are_cut_because_one_client_holds_enough_are_counted(counted: Counted) -> None:
+    # A client may hold one slab at least; a chunk takes a page, so that is 256 of them.
+    options = ["--slab", "1MiB", "--client-share", "0.001"]
+    prompt = [3 + n % 900 for n in range(300 * 4 + 1)]
+    with kvring.Engine(f"cut-{os.getpid()}", "8MiB", extra_args=options, start_timeout_s=FOREVER_MS / 1000) as engine:
+        made = harness(engine, num_blocks=400, max_model_len=len(prompt) + 1, max_batched=2048)
+        # Nor does a worker store more than that at once.
+        for length in (150 * 4, len(prompt)):
+            run(made, f"cold {length}", prompt[:length], 1)
+        assert counted["store_chunks"] == 300
+        forget(made)
+        # Not all is found that was stored.
+        made.calls.strict = False
+        run(made, "warm", prompt, 1)
+        assert counted.of("lookups_cut", "hit_tokens", "loads", "loads_failed") == [1, (150 + 256) * 4, 1, 0]
+        ends(made)
 
 
 def test_errors_are_counted(engine: kvring.Engine, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The engine dies, hangs, comes late, comes back: vLLM serves at its own speed, and uses the cache again when it is there."""
+"""The engine dies, hangs, comes late, comes back: vLLM serves at its own speed, and finds and loads what was stored before."""
+
+import threading
+import time
 
 import pytest
 from real import actions
@@ -28,17 +31,15 @@ def warmed(scene, prompts, **options):
     return vllm
 
 
-def restarted_warm(scene, vllm, ask, about):
-    """The engine is started again, and has what was stored before."""
-    scene.engine.reap()
-    scene.engine.start()
-    scene.hits_are_back(vllm, ask, about)
+def asked_for_what_is_there(scene, vllm, prompts, about, **params):
+    """All of it is found and loaded, whatever the engine is doing."""
+    vllm.reset()
+    assert_loaded(prompts, scene.ask(vllm, prompts, about, **params))
 
 
-@pytest.mark.parametrize("lookup", ["poll", "async"])
 @pytest.mark.parametrize("place", PLACES)
-def test_an_engine_that_is_killed_is_done_without_until_it_is_back(scene, place, lookup):
-    vllm = warmed(scene, LONG[:2], kvring={"lookup": lookup}, hasty=True)
+def test_an_engine_that_is_killed_costs_no_hit(scene, place):
+    vllm = warmed(scene, LONG[:2], hasty=True)
     # One request that hits, one that is new: so that there are a load and a save.
     expected = scene.right(vllm.model, LONG[1:])
     if PLACES[place] is None:
@@ -48,13 +49,15 @@ def test_an_engine_that_is_killed_is_done_without_until_it_is_back(scene, place,
     assert_same(vllm.generate(LONG[1:], max_tokens=8, together=True), expected, "while it dies")
     assert vllm.calls()["hooks_left"] == 0, "the engine was not killed"
     assert scene.engine.state() == "dead"
-    # vLLM goes on without it, at its own speed.
-    dead = scene.ask(vllm, LONG, "without an engine")
-    assert not any(answer["cached"] for answer in dead[:1]), "a hit without an engine"
+    # vLLM goes on without it: only stores need an engine that lives.
+    asked_for_what_is_there(scene, vllm, LONG[:2], "while it is dead")
+    scene.ask(vllm, LONG[2:], "while it is dead")
 
-    restarted_warm(scene, vllm, LONG[0], "after the restart")
+    scene.engine.reap()
+    scene.engine.start()
+    asked_for_what_is_there(scene, vllm, LONG[:2], "after the restart")
     assert scene.engine.counters()["warm_start"] == 1
-    scene.ask(vllm, LONG, "all after the restart")
+    scene.hits_are_back(vllm, LONG[2], "what could not be stored meanwhile")
 
     # Scheduler and worker have each said it once. (On a busy machine a beat may stand still as well.)
     said = transitions(vllm.log_since_ready())
@@ -70,18 +73,50 @@ def test_an_engine_may_be_killed_again_and_again(scene):
     for life in range(10):
         method, nth = [("start_load_kv", 2), ("wait_for_save", 3), ("build_connector_meta", 5)][life % 3]
         vllm.hook(action="kill", pid=scene.engine.pid, method=method, nth=nth)
-        scene.ask(vllm, PROMPTS, f"life {life}", together=True)
-        restarted_warm(scene, vllm, PROMPTS[-1], f"after life {life}")
+        asked_for_what_is_there(scene, vllm, PROMPTS, f"life {life}", together=True)
+        scene.engine.reap()
+        scene.engine.start()
+        asked_for_what_is_there(scene, vllm, PROMPTS, f"after life {life}")
 
 
-def test_no_call_waits_longer_than_its_deadline_for_an_engine_that_is_stopped(scene):
+def test_an_engine_that_is_restarted_ten_times_a_second_costs_no_hit(scene):
+    """It is dead, or recovers, or serves and nobody has attached to it yet. So long as it lives so shortly, little is stored."""
+    vllm = warmed(scene, PROMPTS, hasty=True)
+    scene.right(vllm.model, PROMPTS)
+    wrong, is_over = [], threading.Event()
+
+    def restart():
+        try:
+            while not is_over.is_set():
+                scene.engine.kill()
+                scene.engine.start()
+                time.sleep(0.05)
+        except BaseException as error:
+            wrong.append(error)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        for turn in range(5):
+            asked_for_what_is_there(scene, vllm, PROMPTS, f"turn {turn}")
+            asked_for_what_is_there(scene, vllm, PROMPTS, f"turn {turn}, together", together=True)
+    finally:
+        is_over.set()
+        thread.join()
+    assert not wrong
+    asked_for_what_is_there(scene, vllm, PROMPTS, "after all of that")
+
+
+def test_an_engine_that_is_stopped_costs_no_hit_and_no_call_waits_for_it(scene):
     """SIGSTOP. `scene` checks the deadlines at the end."""
     vllm = warmed(scene, PROMPTS, hasty=True)
     scene.engine.pause()
-    scene.ask(vllm, PROMPTS, "while it is stopped")
-    scene.ask(vllm, PROMPTS, "while it is stopped, together", together=True)
+    asked_for_what_is_there(scene, vllm, PROMPTS, "while it is stopped")
+    asked_for_what_is_there(scene, vllm, PROMPTS, "while it is stopped, together", together=True)
+    scene.ask(vllm, LONG[:1], "while it is stopped")
     scene.engine.resume()
-    scene.hits_are_back(vllm, PROMPTS[-1], "after it goes on")
+    asked_for_what_is_there(scene, vllm, PROMPTS, "after it goes on")
+    scene.hits_are_back(vllm, LONG[0], "what could not be stored meanwhile")
 
 
 def test_an_engine_may_be_stopped_in_the_middle_of_a_step(scene):
@@ -89,9 +124,10 @@ def test_an_engine_may_be_stopped_in_the_middle_of_a_step(scene):
     scene.right(vllm.model, LONG)
     for method in ("get_num_new_matched_tokens", "start_load_kv", "wait_for_save"):
         vllm.hook(action="stop", pid=scene.engine.pid, method=method)
-        scene.ask(vllm, LONG, f"stopped in {method}", together=True)
+        answers = scene.ask(vllm, LONG, f"stopped in {method}", together=True)
+        assert_loaded(LONG[:2], answers[:2])
         scene.engine.resume()
-        scene.hits_are_back(vllm, LONG[0], f"after {method}")
+        asked_for_what_is_there(scene, vllm, LONG[:2], f"after {method}")
         scene.settle(vllm)
 
 

@@ -12,9 +12,8 @@ LOADS = pytest.mark.parametrize("load", ["async", "sync"])
 
 @pytest.mark.parametrize("prefix_caching", [False, True], ids=["alone", "prefix-caching"])
 @LOADS
-@pytest.mark.parametrize("lookup", ["poll", "async"])
-def test_cold_warm_and_the_next_turn_are_answered_alike(scene, lookup, load, prefix_caching):
-    vllm = scene.vllm(kvring={"lookup": lookup, "load": load}, enable_prefix_caching=prefix_caching)
+def test_cold_warm_and_the_next_turn_are_answered_alike(scene, load, prefix_caching):
+    vllm = scene.vllm(kvring={"load": load}, enable_prefix_caching=prefix_caching)
     scene.cold_and_warm(vllm, PROMPTS)
     assert not vllm.calls()["failed_blocks"]
 

@@ -39,13 +39,12 @@ def test_with_the_policy_to_fail_only_the_request_whose_load_fails_ends_with_an_
     assert_loaded([ask], scene.ask(vllm, [ask], "after the failed one"))
 
 
-@pytest.mark.parametrize("lookup", ["poll", "async"])
 @pytest.mark.parametrize("steps", [0, 1, 2])
-def test_an_abort_around_a_load_costs_nobody_else_anything(scene, lookup, steps):
+def test_an_abort_around_a_load_costs_nobody_else_anything(scene, steps):
     """Aborted before its lookup, in the step that starts its load, or after: blocks, leases and sessions are given back, as
     `scene` checks at the end."""
     asks = [prompt(51, 4096), prompt(52, 4096)]
-    vllm = scene.vllm(kvring={"lookup": lookup})
+    vllm = scene.vllm()
     scene.ask(vllm, asks, "cold", max_tokens=4)
     scene.settle(vllm)
     names = vllm.add(asks, max_tokens=4)

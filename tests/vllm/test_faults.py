@@ -39,7 +39,7 @@ PLACES: dict[type, list[str]] = {
     RecordingWorkerAdapter: [
         "submit_store", "submit_load", "get_finished", "get_block_ids_with_load_errors", "flush", "wait_job", "wait_some",
     ],
-    RecordingSchedulerAdapter: ["end_session", "free_lookup_locks", "is_healthy", "begin_step"],
+    RecordingSchedulerAdapter: ["lookup", "is_current", "end_session", "free_lookup_locks", "is_healthy", "lookup_stats"],
 }  # fmt: skip
 
 AFTER_IS_IMPOSSIBLE = {
@@ -98,7 +98,7 @@ def test_an_error_inside_costs_nobody_anything(
         allowed = ("was ended 2 times", " were stored in admission ")
         wrong = [one for one in report.violations if one.rule != "P5" and not any(text in str(one) for text in allowed)]
         if wrong:
-            where = f"seed {seed} ({report.choices['load']}, {report.choices['lookup']}, window {report.choices['window']})"
+            where = f"seed {seed} ({report.choices['load']}, window {report.choices['window']})"
             bad.append(f"{where}: " + "; ".join(str(one) for one in wrong[:3]))
     if not hit:
         pytest.skip("never called in these scenarios")

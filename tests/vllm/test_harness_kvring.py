@@ -50,6 +50,15 @@ def test_failed_loads_of_a_model_whose_only_kv_group_is_a_window_are_computed_ag
     assert passes(judged, range(4), ONE_WINDOW_FAILS)["failed_loads"], "no load has failed: this test tests nothing"
 
 
+ENGINE_DIES = PLAIN | {"theme": "engine", "kill_at": 12, "down_for": 12}
+
+
+def test_an_engine_that_is_killed_and_started_again_costs_no_hit(judged: Callable[[], Target]) -> None:
+    """In every admission all is found that was stored, and no load fails, while there is an engine and while there is none."""
+    totals = passes(judged, range(100, 110), ENGINE_DIES)
+    assert totals["hits"] and not totals["requests_whose_load_failed"], totals
+
+
 def _no_fence(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenStores, "fence", lambda self, preempted: [])
 

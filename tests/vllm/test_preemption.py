@@ -7,9 +7,8 @@ LOADS = pytest.mark.parametrize("load", ["async", "sync"])
 
 
 @LOADS
-@pytest.mark.parametrize("lookup", ["poll", "async"])
-def test_the_minimal_case_is_right(scene, lookup, load):
-    minimal_preemption(scene, kvring={"lookup": lookup, "load": load})
+def test_the_minimal_case_is_right(scene, load):
+    minimal_preemption(scene, kvring={"load": load})
 
 
 @LOADS

@@ -86,11 +86,10 @@ def test_a_store_path_slower_than_the_model_does_not_slow_it_down(scene, zygote)
     assert steps <= 1.5 * without, f"{steps} steps, {without} without kvring"
 
 
-@pytest.mark.parametrize("lookup", ["poll", "async"])
-def test_the_engine_is_restarted_cold_while_a_request_with_its_hit_waits_for_room(scene, lookup):
+def test_the_engine_is_restarted_cold_while_a_request_with_its_hit_waits_for_room(scene):
     """With vLLM's default policy a load that fails ends its request."""
     waits, runs = prompt(960, 5 * BLOCK + 3), prompt(961, 7 * BLOCK)
-    vllm = scene.vllm(policy="fail", kvring={"lookup": lookup}, num_gpu_blocks_override=13, max_model_len=320)
+    vllm = scene.vllm(policy="fail", num_gpu_blocks_override=13, max_model_len=320)
     expected = scene.right(vllm.model, [waits]) + scene.right(vllm.model, [runs], 40)
     vllm.generate([waits], max_tokens=8)
     scene.settle(vllm)
@@ -125,9 +124,10 @@ def test_the_counters_of_metrics_are_what_requests_got_and_what_the_engine_has(s
     scene.settle(vllm)
     assert counted("lookups", "hit_tokens", "loads", "loads_failed") == [4, 9 * BLOCK, 2, 0]
     assert counted("load_tokens") == [sum(sum(answer["external"]) for answer in warm)] != [0]
-    assert counted("lookups_degraded", "lookups_timed_out", "errors") == [0, 0, 0]
+    assert counted("lookups_not_serving", "lookups_cut", "lookups_degraded", "errors") == [0, 0, 0, 0]
     scene.engine.kill()
     vllm.reset()
-    scene.ask(vllm, asks, "without an engine", max_tokens=4)
-    assert counted("lookups", "lookups_degraded") == [6, 2]
+    scene.ask(vllm, asks, "while the engine is dead", max_tokens=4)
+    assert counted("lookups", "lookups_not_serving", "lookups_degraded") == [6, 2, 0]
+    assert counted("hit_tokens", "loads", "loads_failed") == [18 * BLOCK, 4, 0]
     scene.engine.start()

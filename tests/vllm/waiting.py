@@ -13,15 +13,13 @@ PATIENT = {
     for option in (
         "attach_timeout_ms",
         "flush_timeout_ms",
-        "lookup_timeout_ms",
         "operation_timeout_ms",
-        "pending_timeout_ms",
         "register_timeout_ms",
         "stall_after_ms",
     )
 }
 """kvring's options for tests that expect hits. Where the engine has to wait for a core, an answer may take longer than users
-would wait, and with their deadlines it would come too late: a chunk would not be found, or not be stored."""
+would wait, and with their deadlines it would come too late: a chunk would not be stored, or an engine would count as stalled."""
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:

@@ -4,14 +4,15 @@ Words: a *chunk* is the KV of some tokens, named by a *key* that covers its whol
 count); a *shard* is one rank's part of a chunk; an *admission* is one life of a request in the scheduler; a *fingerprint* (32
 bytes) names a namespace: a digest of everything that keys do not cover.
 
-* `SchedulerAdapter`, `PollingSchedulerAdapter`: which chunks of a prompt are there?
+* `PollingSchedulerAdapter`: which chunks of a prompt are there?
 * `WorkerAdapter`: stores and loads one rank's paged KV cache, described by `KvGroup`.
 * `ClientOptions`: the options that all of these take.
 * `Engine`: starts and stops an engine; `engine_state`: an engine's state; `engine_name` checks a name, and `byte_size` reads a
   size, as `kvring serve` does.
 
-No engine, a dead one or a stopped one is never an exception: lookups answer 0 chunks, and stores are dropped. The adapters log
-to `logging`, below the logger `kvring`, from the level on that `set_log_level` sets.
+No engine, a dead one or a stopped one is never an exception. Lookups and loads need shared memory alone, so they go on while an
+engine is stopped, dead or starting again; stores are dropped meanwhile. Without any engine lookups find 0 chunks. The adapters
+log to `logging`, below the logger `kvring`, from the level on that `set_log_level` sets.
 """
 
 from importlib.metadata import PackageNotFoundError as _NotFound
@@ -19,7 +20,6 @@ from importlib.metadata import version as _version
 
 from ._native import (
     KEY_BYTES,
-    KEYS_MAX,
     SKIP,
     ConfigError,
     DeviceError,
@@ -31,7 +31,6 @@ from ._native import (
     LayoutError,
     PollingSchedulerAdapter,
     RegisterError,
-    SchedulerAdapter,
     WorkerAdapter,
     byte_size,
     engine_name,
@@ -48,7 +47,6 @@ except _NotFound:  # The directory alone, without its installation.
 
 __all__ = [
     "KEY_BYTES",
-    "KEYS_MAX",
     "SKIP",
     "ClientOptions",
     "ConfigError",
@@ -62,7 +60,6 @@ __all__ = [
     "LayoutError",
     "PollingSchedulerAdapter",
     "RegisterError",
-    "SchedulerAdapter",
     "WorkerAdapter",
     "__version__",
     "binary_path",

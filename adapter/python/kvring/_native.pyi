@@ -13,8 +13,6 @@ SKIP: int
 "As a block id of a load: this page is not written (vLLM holds it already, or has no block for it)."
 KEY_BYTES: int
 "Bytes of a chunk's key: 16. Longer hashes count by their first 16 bytes."
-KEYS_MAX: int
-"The most keys of one lookup; of a longer list the first ones are looked up, which is a right answer too."
 
 class KvringError(Exception):
     """The base of all errors of this package."""
@@ -67,11 +65,11 @@ def set_log_level(level: int) -> None:
 
 @final
 class Hit:
-    """What a lookup found: the longest visible prefix of its keys, pinned for its request and admission."""
+    """What a lookup found: the longest visible prefix of its keys, held for its request and admission."""
 
     @property
     def chunks(self) -> int:
-        """The number of chunks found, from the first key on; 0 also if the engine could not be asked."""
+        """The number of chunks found, from the first key on; 0 also if there is no engine whose tables may be read."""
 
     def handles(self, start: int, stop: int) -> bytes:
         """Returns the chunks from `start` up to `stop` (exclusive) as opaque bytes, which the scheduler sends to the processes of
@@ -80,126 +78,42 @@ class Hit:
         Raises `ConfigError` for a chunk that the hit does not have."""
 
 @final
-class SchedulerAdapter:
-    """A scheduler's adapter for lookups that are asked now and answered later.
-
-    `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `pending_timeout_ms`: how long a lookup may
-    stay pending; after that its answer is 0 chunks. `options`: see `ClientOptions`.
-
-    Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error."""
-
-    def __init__(self, fingerprint: bytes, *, pending_timeout_ms: float = 30000, **options: Unpack[ClientOptions]) -> None: ...
-    def submit_lookup(
-        self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None
-    ) -> None:
-        """Asks for the longest visible prefix of `keys[every - 1::every]`, once for each request and admission. `check_lookup`
-        gives the answer.
-
-        `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
-        least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
-        `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
-        with, as what was stored under them must have been.
-
-        Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child."""
-
-    def check_lookup(self, request: str) -> Hit | None:
-        """Returns the answer of the request's lookup; `None` while it is pending. A request that was never submitted has 0
-        chunks."""
-
-    def is_current(self, request: str) -> bool:
-        """Says whether the answer of this request's admission still holds. It does not once the engine that gave it is gone:
-        then the next lookup of the same admission asks again. Takes a few loads."""
-
-    def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
-        """Gives up the pins of this request's admission beyond its first `keep` chunks. To be called when all ranks have
-        reported the load (`keep` 0), or when less is loaded than was found. An unknown request is ignored."""
-
-    def end_session(self, request: str) -> None:
-        """Ends a request: its answer, its pending lookup and its pins. An unknown request is ignored."""
-
-    def reset_cache(self) -> int:
-        """Drops the chunks of this namespace that nobody has pinned, and returns their number. Waits for the engine, without
-        the GIL, for up to `operation_timeout_ms`.
-
-        Raises `EngineError` where no engine can be asked, or none answers in time."""
-
-    def wait_ready(self, timeout_ms: float) -> bool:
-        """Waits, without the GIL, until the engine is there and has accepted this client. Returns false after `timeout_ms`
-        milliseconds, and after `shutdown`; `health` then says why. For tools and tests: vLLM goes on without an engine."""
-
-    def is_healthy(self) -> bool:
-        """Says whether the engine is there and well. Takes a few loads."""
-
-    def health(self) -> str:
-        """Returns "healthy", or what the engine is instead: "absent", "dead", "recovering", "attaching", "stalled", "unhealthy",
-        "refused: " or "incompatible: " and the reason, or "shut down"."""
-
-    def lookup_stats(self) -> dict[str, int]:
-        """Returns how many lookups there were by their outcome: "answered" by the engine; and answered with 0 chunks, because
-        the engine was not well ("degraded"), did not answer in time ("timed_out"), or because no worker has registered the
-        namespace or too much is pinned ("refused")."""
-
-    def client_stats(self) -> dict[str, int]:
-        """Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more."""
-
-    def open_sessions(self) -> int:
-        """Returns the number of requests that have looked something up and have not ended."""
-
-    def shutdown(self) -> None:
-        """Detaches from the engine, and gives up all pins. Waits, without the GIL, for up to `drain_timeout_ms`. Lookups find
-        nothing from then on. A second call does nothing."""
-
-@final
 class PollingSchedulerAdapter:
-    """A scheduler's adapter for lookups that have a definite answer at once.
+    """A scheduler's adapter: lookups that have a definite answer at once, in microseconds. They read the engine's tables in
+    shared memory, so they wait for nobody, and go on while the engine sleeps, is stopped, dead, or recovering.
 
-    `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `lookup_timeout_ms`: how long a lookup may
-    take, or all lookups of a step together (see `begin_step`); after that the answer is 0 chunks. `poll_interval_us`: how
-    long a lookup spins, with the GIL, before it waits without it. By default 200, or 0 on a single CPU: an engine that is
-    awake answers in a few microseconds, one that sleeps in some 80. While spinning brings no answer, most lookups wait at
-    once. `options`: see `ClientOptions`.
+    `fingerprint`: 32 bytes that name the namespace, the same as the workers'. `options`: see `ClientOptions`.
 
     Raises `ConfigError`, which names the option, for a value that cannot work. An engine that is not there is no error."""
 
-    def __init__(
-        self,
-        fingerprint: bytes,
-        *,
-        lookup_timeout_ms: float = 5.0,
-        poll_interval_us: float | None = None,
-        **options: Unpack[ClientOptions],
-    ) -> None: ...
-    def begin_step(self) -> None:
-        """Begins a scheduling step: from here on all lookups together may wait for `lookup_timeout_ms`. So an engine in trouble
-        slows a step down by that much at most, however many requests ask. If this is never called, each lookup may wait that
-        long."""
-
+    def __init__(self, fingerprint: bytes, **options: Unpack[ClientOptions]) -> None: ...
     def lookup(self, request: str, admission: int, keys: Sequence[bytes], every: int = 1, salt: bytes | None = None) -> Hit:
-        """Returns the longest visible prefix of `keys[every - 1::every]`, pinned for this request and admission until
-        `free_lookup_locks` or `end_session`. Asked again for the same admission, it gives the same answer and does no work; 0
-        chunks after a timeout are an answer, too.
+        """Returns the longest visible prefix of `keys[every - 1::every]`, held for this request and admission until
+        `free_lookup_locks` or `end_session`. Asked again for the same admission, it gives the same answer and does no work, as
+        long as that holds (`is_current`).
 
         `request`: its name. `admission`: a number that grows each time that the request is preempted. `keys`: bytes of at
-        least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; at most `KEYS_MAX` of them are looked up.
-        `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that every key is XORed
-        with, as what was stored under them must have been.
+        least `KEY_BYTES` each, of which the first `KEY_BYTES` count, in chain order; of a list only a few are read beyond the
+        first miss. `every`: the number of keys for each chunk, of which the last one names it. `salt`: 16 bytes that
+        every key is XORed with, as what was stored under them must have been.
 
         Raises `ConfigError` for a key or a salt of wrong length, and `KvringError` in a forked child."""
 
     def is_current(self, request: str) -> bool:
-        """Says whether the answer of this request's admission still holds. It does not once the engine that gave it is gone:
-        then the next lookup of the same admission asks again. Takes a few loads."""
+        """Says whether the answer of this request's admission still holds. It does not once its arena has been replaced, or an
+        engine that could not wait for this client after a restart has evicted some of it: then the next lookup of the same
+        admission looks again. Takes a load for each chunk."""
 
     def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
-        """Gives up the pins of this request's admission beyond its first `keep` chunks. To be called when all ranks have
+        """Gives up what this request's admission holds beyond its first `keep` chunks. To be called when all ranks have
         reported the load (`keep` 0), or when less is loaded than was found. An unknown request is ignored."""
 
     def end_session(self, request: str) -> None:
-        """Ends a request: its answer, its pending lookup and its pins. An unknown request is ignored."""
+        """Ends a request: its answer, and all that it holds. An unknown request is ignored."""
 
     def reset_cache(self) -> int:
-        """Drops the chunks of this namespace that nobody has pinned, and returns their number. Waits for the engine, without
-        the GIL, for up to `operation_timeout_ms`.
+        """Drops the chunks of this namespace that nobody holds, and returns their number. Waits for the engine, without the GIL,
+        for up to `operation_timeout_ms`.
 
         Raises `EngineError` where no engine can be asked, or none answers in time."""
 
@@ -215,9 +129,10 @@ class PollingSchedulerAdapter:
         "refused: " or "incompatible: " and the reason, or "shut down"."""
 
     def lookup_stats(self) -> dict[str, int]:
-        """Returns how many lookups there were by their outcome: "answered" by the engine; and answered with 0 chunks, because
-        the engine was not well ("degraded"), did not answer in time ("timed_out"), or because no worker has registered the
-        namespace or too much is pinned ("refused")."""
+        """Returns how many lookups there were by their outcome: "answered" from the engine's tables, of these "not_serving" while
+        the engine was stopped, dead or recovering, and "cut" because this client holds as much as it may; and answered with 0
+        chunks, because there were no tables that may be read ("degraded"), or because not all workers have registered the
+        namespace ("refused")."""
 
     def client_stats(self) -> dict[str, int]:
         """Returns counts of what this client has seen of its engine, by name: attachments, deaths, restarts, stalls, and more."""
@@ -226,8 +141,8 @@ class PollingSchedulerAdapter:
         """Returns the number of requests that have looked something up and have not ended."""
 
     def shutdown(self) -> None:
-        """Detaches from the engine, and gives up all pins. Waits, without the GIL, for up to `drain_timeout_ms`. Lookups find
-        nothing from then on. A second call does nothing."""
+        """Detaches from the engine, and gives up everything that is held. Waits, without the GIL, for up to `drain_timeout_ms`.
+        Lookups find nothing from then on. A second call does nothing."""
 
 @final
 class KvGroup:

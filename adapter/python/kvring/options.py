@@ -14,8 +14,8 @@ class ClientOptions(TypedDict, total=False):
     * `drain_timeout_ms`: how long `shutdown` waits for open jobs, and then for the engine's answer; 5000.
     * `flush_timeout_ms`: how long after its submission a store's copies may still begin, once its blocks are wanted; 200.
     * `stall_after_ms`: an engine that does not move for this long counts as stalled; 2000.
-    * `spin_us`: how long a thread that waits for an answer spins before it sleeps; by default 20, and 0 on a single CPU and in
-      `PollingSchedulerAdapter`, which has `poll_interval_us`.
+    * `spin_us`: how long a thread that waits for an answer of the engine spins before it sleeps; by default 20, and 0 on a single
+      CPU. Lookups wait for no answer.
     """
 
     name: str

@@ -27,35 +27,90 @@ fn key(py: Python<'_>, item: &Bound<'_, PyAny>, name: impl Fn() -> String) -> Py
     }
 }
 
-/// The keys `keys[every - 1::every]`, at most `limit` of them.
-pub(crate) fn every(keys: &Bound<'_, PyAny>, every: usize, limit: usize) -> PyResult<Vec<Key>> {
-    let py = keys.py();
-    if every == 0 {
-        return Err(errors::config(py, "every: expected at least 1, got 0"));
-    }
-    let at = |index: usize| move || format!("keys[{index}]");
-    if let Ok(list) = keys.cast::<PyList>() {
-        let count = (list.len() / every).min(limit);
-        let places = (1..=count).map(|nth| nth * every - 1);
-        return places.map(|index| key(py, &list.get_item(index)?, at(index))).collect();
-    }
-    let sequence = sequence(keys, "keys")?;
-    let count = (sequence.len()? / every).min(limit);
-    let places = (1..=count).map(|nth| nth * every - 1);
-    places.map(|index| key(py, &sequence.get_item(index)?, at(index))).collect()
+/// The keys `keys[every - 1::every]` of a sequence, salted, read one by one as they are asked for.
+///
+/// A salt makes sure that only users of the same salt find or store under the keys. Keys are digests, so XOR with a fixed value
+/// keeps them distinct.
+pub(crate) struct Every<'a, 'py> {
+    keys: &'a Bound<'py, PyAny>,
+    every: usize,
+    count: usize,
+    at: usize,
+    salt: Key,
+    error: Option<PyErr>,
 }
 
-/// Salts the keys, so that only users of the same salt find or store under them. Keys are digests, so XOR with a fixed
-/// value keeps them distinct.
-pub(crate) fn salt(py: Python<'_>, keys: &mut [Key], salt: Option<&[u8]>) -> PyResult<()> {
-    let Some(salt) = salt else { return Ok(()) };
-    match salt.as_chunks::<8>() {
-        ([low, high], []) => {
-            let (low, high) = (u64::from_le_bytes(*low), u64::from_le_bytes(*high));
-            keys.iter_mut().for_each(|key| *key = [key[0] ^ low, key[1] ^ high]);
-            Ok(())
+impl<'a, 'py> Every<'a, 'py> {
+    pub(crate) fn new(
+        keys: &'a Bound<'py, PyAny>,
+        every: usize,
+        salt: Option<&[u8]>,
+    ) -> PyResult<Every<'a, 'py>> {
+        let py = keys.py();
+        if every == 0 {
+            return Err(errors::config(py, "every: expected at least 1, got 0"));
         }
-        _ => Err(errors::config(py, format_args!("salt: expected {KEY_BYTES} bytes, got {}", salt.len()))),
+        let salt = match salt.map(<[u8]>::as_chunks::<8>) {
+            None => [0; 2],
+            Some(([low, high], [])) => [u64::from_le_bytes(*low), u64::from_le_bytes(*high)],
+            Some((words, rest)) => {
+                let got = words.len() * 8 + rest.len();
+                return Err(errors::config(py, format_args!("salt: expected {KEY_BYTES} bytes, got {got}")));
+            }
+        };
+        let len = match keys.cast::<PyList>() {
+            Ok(list) => list.len(),
+            Err(_) => sequence(keys, "keys")?.len()?,
+        };
+        Ok(Every { keys, every, count: len / every, at: 0, salt, error: None })
+    }
+
+    /// How many keys there are.
+    pub(crate) fn total(&self) -> usize {
+        self.count
+    }
+
+    /// All keys.
+    pub(crate) fn all(mut self) -> PyResult<Vec<Key>> {
+        let keys = self.by_ref().collect();
+        self.check()?;
+        Ok(keys)
+    }
+
+    /// Does reading them run no code of Python's? Only then may a lock be held meanwhile.
+    pub(crate) fn are_in_a_list(&self) -> bool {
+        self.keys.cast::<PyList>().is_ok()
+    }
+
+    /// Has an error ended the keys?
+    pub(crate) fn is_wrong(&self) -> bool {
+        self.error.is_some()
+    }
+
+    /// The error that has ended the keys, if one has.
+    pub(crate) fn check(self) -> PyResult<()> {
+        self.error.map_or(Ok(()), Err)
+    }
+
+    fn read(&self, index: usize) -> PyResult<Key> {
+        let item = match self.keys.cast::<PyList>() {
+            Ok(list) => list.get_item(index)?,
+            Err(_) => sequence(self.keys, "keys")?.get_item(index)?,
+        };
+        let [low, high] = key(self.keys.py(), &item, || format!("keys[{index}]"))?;
+        Ok([low ^ self.salt[0], high ^ self.salt[1]])
+    }
+}
+
+impl Iterator for Every<'_, '_> {
+    type Item = Key;
+
+    fn next(&mut self) -> Option<Key> {
+        if self.at == self.count || self.error.is_some() {
+            return None;
+        }
+        self.at += 1;
+        self.read(self.at * self.every - 1).map_err(|error| self.error = Some(error)).ok()
     }
 }
 

@@ -69,7 +69,6 @@ fn engine_state(py: Python<'_>, name: &str) -> PyResult<String> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("SKIP", kvring_adapter::SKIP)?;
     module.add("KEY_BYTES", keys::KEY_BYTES)?;
-    module.add("KEYS_MAX", kvring_adapter::KEYS_MAX)?;
     errors::add_to(module)?;
     module.add_function(wrap_pyfunction!(byte_size, module)?)?;
     module.add_function(wrap_pyfunction!(engine_name, module)?)?;
@@ -79,7 +78,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(logs::close_logs, module)?)?;
     module.add_function(wrap_pyfunction!(logs::set_log_level, module)?)?;
     module.add_class::<scheduler::Hit>()?;
-    module.add_class::<scheduler::SchedulerAdapter>()?;
     module.add_class::<scheduler::PollingSchedulerAdapter>()?;
     module.add_class::<group::KvGroup>()?;
     module.add_class::<worker::Finished>()?;

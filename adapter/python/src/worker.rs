@@ -350,7 +350,7 @@ impl WorkerAdapter {
     ) -> PyResult<u64> {
         guarded(py, || {
             let stream = stream.map(ComputeStream);
-            let keys = keys::every(keys, 1, usize::MAX)?;
+            let keys = keys::Every::new(keys, 1, None)?.all()?;
             let blocks = keys::blocks(blocks)?;
             let parent = parent.map(|parent| keys::one(parent, "parent")).transpose()?;
             let round = Round { source: round.0, number: round.1 };

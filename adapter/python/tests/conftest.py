@@ -80,16 +80,10 @@ def load(worker, handles, blocks, **more):
 
 
 def found(scheduler, request, wanted, chunks, every=1):
-    """Looks up until so many chunks are found: on a busy machine the first answers may come too late."""
-    hits = []
-
-    def finds():
-        scheduler.begin_step()
-        hits.append(scheduler.lookup(request, next(_admissions), wanted, every))
-        return hits[-1].chunks == chunks
-
-    wait_for(finds, f"a lookup finds {chunks} chunks")
-    return hits[-1]
+    """Looks up, in the request's next admission: so many chunks are found."""
+    hit = scheduler.lookup(request, next(_admissions), wanted, every)
+    assert hit.chunks == chunks, (hit, scheduler.health(), scheduler.lookup_stats())
+    return hit
 
 
 @pytest.fixture
@@ -119,15 +113,11 @@ def make(engine):
             memory = Memory(blocks, page)
             return self.worker(KvGroup(blocks, 1, [memory.tensor()]), owner=memory, **options), memory
 
-        def scheduler(self, fingerprint=FINGERPRINT, kind=kvring.SchedulerAdapter, **options):
-            scheduler = kind(fingerprint, **{"name": engine.name} | PATIENT | options)
+        def scheduler(self, fingerprint=FINGERPRINT, **options):
+            scheduler = kvring.PollingSchedulerAdapter(fingerprint, **{"name": engine.name} | PATIENT | options)
             made.append(scheduler)
             wait_for(scheduler.is_healthy, "the scheduler is attached")
             return scheduler
-
-        def polling(self, fingerprint=FINGERPRINT, **options):
-            options = {"lookup_timeout_ms": FOREVER_MS} | options
-            return self.scheduler(fingerprint, kvring.PollingSchedulerAdapter, **options)
 
     yield Make()
     for adapter in made:

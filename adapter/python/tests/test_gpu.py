@@ -82,7 +82,7 @@ def test_what_is_stored_is_loaded(request, copy):
         before = [cache.read(block) for block in range(24)]
         report = store(worker, keys("a", 4), range(8), stream=cuda.stream)
         assert (report.done, report.failed, report.why) == (4, 0, {})
-        hit = found(request.getfixturevalue("make").polling(options["fingerprint"]), "q", keys("a", 4), 4)
+        hit = found(request.getfixturevalue("make").scheduler(options["fingerprint"]), "q", keys("a", 4), 4)
         # Without a stream: after the default one.
         blocks = [20, 9, kvring.SKIP, 11, 23, 10, 8, 22]
         report = load(worker, hit.handles(0, 4), blocks)
@@ -99,7 +99,7 @@ def random_rounds(request, rounds):
     cuda = Cuda()
     cache = Cache(cuda, "LBNHC")
     worker = on_gpu(request, cache, copy=MODES[1 + rounds % 3])
-    scheduler = request.getfixturevalue("make").polling()
+    scheduler = request.getfixturevalue("make").scheduler()
     rng = random.Random(rounds)
     seeds = {}
     wrong = []
@@ -150,7 +150,7 @@ def test_a_stream_that_is_captured_takes_no_copy(request):
     worker = on_gpu(request, cache)
     stream, graph = ctypes.c_void_p(cuda.stream), ctypes.c_void_p()
     assert store(worker, keys("a", 1), [0], stream=cuda.stream).done == 1
-    hit = found(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    hit = found(request.getfixturevalue("make").scheduler(), "q", keys("a", 1), 1)
     cuda.call("cuStreamBeginCapture_v2", stream, 0)
     with pytest.raises(kvring.KvringError, match="captured into a CUDA graph"):
         worker.submit_store("r", (1, 2), keys("b", 1), [0], stream=cuda.stream)
@@ -229,7 +229,7 @@ def test_a_load_whose_end_the_driver_does_not_tell_ends_its_worker(request):
     worker = on_gpu(request, cache)
     cache.write(0, 0)
     assert store(worker, keys("a", 1), [0], stream=cuda.stream).done == 1
-    hit = found(request.getfixturevalue("make").polling(), "q", keys("a", 1), 1)
+    hit = found(request.getfixturevalue("make").scheduler(), "q", keys("a", 1), 1)
     for call in (b"cuEventQuery", b"cuEventSynchronize", b"cuStreamSynchronize"):
         cuda.library.fake_cuda_fail(call, 999, 1)
     job = worker.submit_load("q", hit.handles(0, 1), [1], stream=cuda.stream)

@@ -20,12 +20,14 @@ use crate::error::CallError;
 use crate::fork::ForkGuard;
 use crate::health::{Health, StallClock};
 use kvring_shm_abi::channel::Channel;
+use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::claims::Locks;
 use kvring_shm_abi::engine_segment::{AttachStatus, EngineSegment, LIFE_WORDS_AT};
 use kvring_shm_abi::epoch::Epoch;
 use kvring_shm_abi::futex;
 use kvring_shm_abi::life::{Life, LifeWord};
-use kvring_shm_abi::lobby::Lobby;
+use kvring_shm_abi::lobby::{Lobby, LookupTotals};
+use kvring_shm_abi::lookup::{Marked, Unpublished};
 use kvring_shm_abi::mapping::One;
 use kvring_shm_abi::message::{Ident, Record, Records, Request, SlotRecord};
 use kvring_shm_abi::payload::{Payload, Region};
@@ -34,7 +36,7 @@ use kvring_shm_abi::segment::SegmentFile;
 use kvring_shm_abi::sync::{AtomicU32, AtomicU64, Ordering};
 use operations::Operations;
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 /// The shortest time between two looks at the engine's file lock, if it has one: a look costs half a microsecond.
@@ -45,12 +47,19 @@ const LOCK_EVERY_NS: u64 = 40_000_000;
 pub(crate) enum Undo {
     /// The operation gains nothing.
     Nothing,
-    /// Release the lease that the lookup got.
-    ReleaseLease { session: u64, admission: u32 },
     /// Abort the slots that the reservation got. Its keys and its answers lie at these places of the payload area.
     AbortSlots { keys: Records, answer: u32 },
     /// Tell the ledger what became of this batch's commit, so that it is not made again.
     Settle { batch: BatchId },
+}
+
+/// How an engine's tables may be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    /// What to make of chunks that are marked.
+    pub(crate) marked: Marked,
+    /// Does the engine serve, and listen to us?
+    pub(crate) is_serving: bool,
 }
 
 /// A message that gives something back, and that is delivered later if it cannot be delivered now.
@@ -76,6 +85,7 @@ pub(crate) struct Link {
     pub(crate) lobby: Lobby,
     pub(crate) engine: EngineSegment,
     pub(crate) entry: usize,
+    pub(crate) arena_id: [u64; 2],
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
     pub(crate) stall: StallClock,
@@ -99,6 +109,7 @@ pub(crate) struct LinkParts {
     /// The engine's file, if only a file lock shows the engine's death.
     pub(crate) lock: Option<Arc<SegmentFile>>,
     pub(crate) entry: usize,
+    pub(crate) arena_id: [u64; 2],
     pub(crate) incarnation: u32,
     pub(crate) nonce: u64,
     pub(crate) stall_after: Duration,
@@ -131,6 +142,7 @@ impl Link {
             lobby: parts.lobby,
             engine: parts.engine,
             entry: parts.entry,
+            arena_id: parts.arena_id,
             incarnation: parts.incarnation,
             nonce: parts.nonce,
             left: AtomicU32::new(0),
@@ -317,7 +329,84 @@ impl Link {
     pub(crate) fn post(&self, request: Request) {
         let mut inner = self.lock();
         inner.outbox.push_back(Deferred::Plain(request));
-        self.deliver_outbox(inner);
+        self.deliver_outbox(inner, true);
+    }
+
+    /// As [`Link::post`], for what is not urgent: an engine that sleeps is woken only if its ring is half full. So it costs no
+    /// system call.
+    pub(crate) fn post_quietly(&self, request: Request) {
+        let mut inner = self.lock();
+        inner.outbox.push_back(Deferred::Plain(request));
+        self.deliver_outbox(inner, false);
+    }
+
+    /// Tells the engine that (session, admission) holds these chunks, after the first `first` of its lease; waits for nothing,
+    /// and wakes an engine that sleeps only if its ring is half full. False: there is no room now, something else waits for
+    /// room already, or another thread is at the ring.
+    pub(crate) fn publish_hold(
+        &self,
+        session: u64,
+        admission: u32,
+        namespace: u32,
+        first: u32,
+        words: &[ChunkWord],
+    ) -> bool {
+        let mut inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return false,
+        };
+        let others = self.drain(&mut inner);
+        self.flush(&mut inner);
+        let fill = |payload: &Payload, region: Region| {
+            // The region was taken with this length.
+            if let Ok(mut writer) = payload.writer(region.offset, words.len()) {
+                words.iter().for_each(|word| {
+                    writer.push(word.bits());
+                });
+            }
+            let chunks = Records { offset: region.offset, count: words.len() as u32 };
+            Request::Hold { session, admission, namespace, first, chunks }
+        };
+        // Whatever waits in the outbox was decided before this.
+        let operation = if inner.outbox.is_empty() {
+            self.start(&mut inner, words.len(), |_| Undo::Nothing, fill).ok()
+        } else {
+            None
+        };
+        if let Some(operation) = operation {
+            let arrived = inner.operations.abandon(operation);
+            debug_assert!(arrived.is_none());
+        }
+        let is_half_full = inner.operations.is_half_full();
+        self.unlock(inner, others, is_half_full);
+        operation.is_some()
+    }
+
+    /// Whether this client holds something that it could not publish.
+    pub(crate) fn unpublished(&self) -> &Unpublished {
+        self.channel.unpublished()
+    }
+
+    /// May the tables of this engine be read, and how? `None` for an engine that was removed, has found itself broken, has sent
+    /// answers that make no sense, or lives and does not listen to this client. It may sleep, be stopped, dead or recovering.
+    pub(crate) fn reading(&self) -> Option<Reading> {
+        let engine = &self.engine;
+        let is_broken = engine.info().unhealthy.load(Ordering::Relaxed) != 0 || self.is_broken();
+        if is_broken || engine.superblock().is_retired() {
+            return None;
+        }
+        let lives = self.alive().is_ok();
+        if lives && self.detached().is_some() {
+            return None;
+        }
+        let marked = if lives { Marked::Missing } else { Marked::There };
+        Some(Reading { marked, is_serving: lives && self.is_healthy() })
+    }
+
+    /// Counts a lookup, for people.
+    pub(crate) fn count_lookup(&self, totals: LookupTotals) {
+        self.lobby.count_lookup(self.entry, totals);
     }
 
     /// As [`Link::post`], to abort slots that will not be written.
@@ -327,15 +416,16 @@ impl Link {
         }
         let mut inner = self.lock();
         inner.outbox.push_back(Deferred::Abort(slots));
-        self.deliver_outbox(inner);
+        self.deliver_outbox(inner, true);
     }
 
     /// Sends as much of the outbox as there is room for, and leaves the rest to the keeper.
-    fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>) {
+    fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>, is_urgent: bool) {
         let others = self.drain(&mut inner);
         self.flush(&mut inner);
         let rest = !inner.outbox.is_empty();
-        self.unlock(inner, others, true);
+        let wakes = is_urgent || inner.operations.is_half_full();
+        self.unlock(inner, others, wakes);
         if rest {
             self.leave_to_keeper();
         }
@@ -343,7 +433,7 @@ impl Link {
 
     /// Wakes the keeper because a caller has left something behind: an answer that will come late and must be undone,
     /// or a message without room. No other call may come for a long time, so the keeper looks from now on.
-    fn leave_to_keeper(&self) {
+    pub(crate) fn leave_to_keeper(&self) {
         // SYNC POINT: Release; pairs with the Acquire in `left`, whose value the keeper takes before it tends.
         self.left.fetch_add(1, Ordering::Release);
         futex::wake_all(&self.left);

@@ -172,6 +172,11 @@ impl Operations {
         self.free.len() == DEPTH
     }
 
+    /// Are half of all operation ids in use?
+    pub(super) fn is_half_full(&self) -> bool {
+        self.free.len() <= DEPTH / 2
+    }
+
     #[cfg(test)]
     pub(super) fn all_regions_free(&self) -> bool {
         self.regions.all_free()

@@ -4,7 +4,6 @@
 use super::Link;
 use super::operations::Done;
 use crate::error::CallError;
-use kvring_shm_abi::futex::Deadline;
 use kvring_shm_abi::message::Completion;
 use kvring_shm_abi::payload::Payload;
 use std::sync::Arc;
@@ -57,43 +56,6 @@ impl Pending {
             Some(done) => Ok(self.answer(done)),
             None => Err(self),
         }
-    }
-
-    /// The answer, if it arrives within `patience`. It looks at least once, and spins instead of sleeping.
-    pub(crate) fn spin(self, patience: Duration) -> Result<Answer, Pending> {
-        if !self.held.link.fork.is_ours() {
-            return Err(self);
-        }
-        match self.held.link.spin(self.held.operation, patience) {
-            Some(done) => Ok(self.answer(done)),
-            None => Err(self),
-        }
-    }
-
-    /// Why no answer can be expected any more, if so. It does not wait.
-    pub(crate) fn hopeless(&self, deadline: Deadline) -> Option<CallError> {
-        let link = &self.held.link;
-        if !link.fork.is_ours() {
-            return Some(CallError::Forked);
-        }
-        if let Err(gone) = link.alive() {
-            return Some(gone);
-        }
-        if !link.is_healthy() || link.detached().is_some() {
-            return Some(CallError::Degraded(link.health()));
-        }
-        deadline.passed().then(|| {
-            link.stall.deadline_missed(self.beat, link.engine.epoch().beat());
-            CallError::TimedOut { waited_ms: 0 }
-        })
-    }
-
-    /// Marks an operation that gets less time than others: if it reaches its deadline, that does not count as a stall
-    /// of the engine.
-    pub(crate) fn forgiving(mut self) -> Pending {
-        // With a beat that is not the present one the engine counts as having moved since.
-        self.beat = self.beat.wrapping_sub(1);
-        self
     }
 
     /// Waits for the answer for at most `timeout`, or until the engine is seen dead or restarted.

@@ -11,7 +11,7 @@ use crate::health::Health;
 use kvring_shm_abi::futex::{self, Deadline, monotonic_ns};
 use kvring_shm_abi::life::{Life, LifeWord};
 use kvring_shm_abi::message::{
-    Completion, Key, Record, Records, Request, ReserveAnswer, ReserveOutcome, SlotRecord, Status,
+    Completion, Key, Record, Records, ReserveAnswer, ReserveOutcome, SlotRecord, Status,
 };
 use kvring_shm_abi::park;
 use kvring_shm_abi::ring::DEPTH;
@@ -111,12 +111,6 @@ impl Link {
         match undo {
             Undo::Nothing => {}
             Undo::Settle { batch } => inner.settled.push((batch, Settled::by(completion))),
-            Undo::ReleaseLease { session, admission } => {
-                if completion.results[0] > 0 {
-                    let release = Request::Release { session, admission, keep: 0 };
-                    inner.outbox.push_back(Deferred::Plain(release));
-                }
-            }
             Undo::AbortSlots { keys, answer } => {
                 let slots = self.granted(keys, answer);
                 if !slots.is_empty() {
@@ -183,22 +177,6 @@ impl Link {
         let sent = self.flush(&mut inner);
         self.unlock(inner, others, sent);
         found
-    }
-
-    /// Looks for the completion of `operation` for as long as `patience`, without sleeping.
-    pub(super) fn spin(&self, operation: u16, patience: Duration) -> Option<Done> {
-        let mut until = None;
-        loop {
-            let looks = if patience.is_zero() { 1 } else { BURST };
-            let found = self.poll(operation, looks);
-            if found.is_some() || patience.is_zero() {
-                return found;
-            }
-            let now = monotonic_ns();
-            if now >= until.get_or_insert(Deadline::after_ns(now, patience)).0 {
-                return None;
-            }
-        }
     }
 
     /// Waits at most `timeout` for the completion of `operation`, which was submitted under the engine's beat `beat`.

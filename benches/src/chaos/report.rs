@@ -49,7 +49,9 @@ pub(super) struct Report {
     requests: u64,
     lookups_answered: u64,
     lookups_degraded: u64,
-    lookups_timed_out: u64,
+    /// Lookups while no engine was serving, and those of them that found something.
+    lookups_while_dead: u64,
+    hits_while_dead: u64,
     lookups_refused: u64,
     /// Shards.
     shards_stored: u64,
@@ -94,7 +96,8 @@ impl Report {
             requests: tally.requests,
             lookups_answered: tally.lookups.answered,
             lookups_degraded: tally.lookups.degraded,
-            lookups_timed_out: tally.lookups.timed_out,
+            lookups_while_dead: tally.lookups.not_serving,
+            hits_while_dead: tally.hits_while_dead,
             lookups_refused: tally.lookups.refused,
             shards_stored: tally.stored,
             shards_skipped: tally.skipped,
@@ -170,11 +173,12 @@ impl Report {
         );
         row("clears", self.counts.clears, format!("and {} preemptions", self.preemptions));
         row("operations", self.operations, format!("{} requests", self.requests));
-        let (degraded, late, refused) = (self.lookups_degraded, self.lookups_timed_out, self.lookups_refused);
+        let (degraded, refused) = (self.lookups_degraded, self.lookups_refused);
+        row("lookups answered", self.lookups_answered, format!("{degraded} degraded, {refused} refused"));
         row(
-            "lookups answered",
-            self.lookups_answered,
-            format!("{degraded} degraded, {late} timed out, {refused} refused"),
+            "lookups without an engine",
+            self.lookups_while_dead,
+            format!("{} of them found something", self.hits_while_dead),
         );
         row(
             "shards stored",

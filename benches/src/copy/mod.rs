@@ -12,8 +12,8 @@ use crate::report::{How, Sheet, bytes as show_bytes, number, rounded};
 use crate::stats::Windows;
 use anyhow::{Context, ensure};
 use kvring_adapter::{
-    Checksum, Client, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
-    SchedulerOptions, StoreChunk, WorkerAdapter, WorkerOptions,
+    Checksum, Client, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerOptions,
+    StoreChunk, WorkerAdapter, WorkerOptions,
 };
 use kvring_engine::byte_size::ByteSize;
 use kvring_engine::config::EngineConfig;
@@ -212,11 +212,7 @@ impl<'a> Mover<'a> {
         worker.register_kv_caches(paged)?;
         Ok(Mover {
             worker,
-            scheduler: PollingSchedulerAdapter::new(
-                scheduler,
-                // Lookups are not measured here: on a busy machine they may take their time.
-                SchedulerOptions { lookup_timeout: PATIENCE, ..SchedulerOptions::new(fingerprint) },
-            ),
+            scheduler: PollingSchedulerAdapter::new(scheduler, SchedulerOptions::new(fingerprint)),
             clock,
             shard,
             next_block: 0,

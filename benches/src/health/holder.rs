@@ -39,11 +39,8 @@ impl Job for HolderJob {
         worker.register_kv_caches(paged)?;
 
         let scheduler = client(&self.engine, Role::Scheduler, None)?;
-        let options = SchedulerOptions {
-            lookup_timeout: super::restart::PATIENT,
-            ..SchedulerOptions::new(fill::FINGERPRINT)
-        };
-        let mut scheduler = PollingSchedulerAdapter::new(&scheduler, options);
+        let mut scheduler =
+            PollingSchedulerAdapter::new(&scheduler, SchedulerOptions::new(fill::FINGERPRINT));
         for chain in 0..LEASES {
             let keys: Vec<Key> = (0..CHAIN as u64).map(|at| fill::key(chain, at)).collect();
             let found = scheduler.lookup(&format!("held-{chain}"), 1, &keys)?.chunks;

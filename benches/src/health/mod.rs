@@ -28,8 +28,8 @@ use std::time::Duration;
   kvring bench health --only restart        how soon a successor serves, and nothing else
   kvring bench health --arena 64GiB         is a large engine's death noticed later? (no)
 
-Numbers without a value (-, null) could not be measured: no chunk was found again, so
-there was no first hit (warm_fraction says how many are), or --only left them out.
+Numbers without a value (-, null) could not be measured: no store was through after a
+restart, or --only left them out.
 It needs room in /dev/shm for one arena of 5 GiB; with less the arenas are smaller,
 or a part is left out, and the output says so.")]
 pub struct HealthArgs {

@@ -1,4 +1,4 @@
-//! How soon a successor serves the chunks that were stored before it, to a client that was there before it as well.
+//! How soon a successor takes stores, and what lookups find and cost meanwhile, for clients that were there before it as well.
 
 use super::Times;
 use super::life::Life;
@@ -8,7 +8,8 @@ use crate::lookup::fill::{self, CHAIN, Chains, SHARD_BYTES};
 use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
 use kvring_adapter::{
-    Client, ClientOptions, EngineView, Key, PollingSchedulerAdapter, Role, SchedulerApi, SchedulerOptions,
+    Client, ClientOptions, EngineView, Key, PagedKv, Plane, PollingSchedulerAdapter, Role, Round,
+    SchedulerOptions, StoreChunk, WorkerAdapter, WorkerOptions,
 };
 use kvring_engine::preflight::Room;
 use kvring_engine::stats::Stat;
@@ -23,22 +24,29 @@ use kvring_shm_abi::superblock::ARENA_TRAILER;
 use kvring_shm_abi::sync::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A lookup that counts chunks is not hurried.
-pub(super) const PATIENT: Duration = Duration::from_secs(2);
-/// A successor that has not served a full hit by then has forgotten the chunks.
-const FIRST_HIT_MAX: Duration = Duration::from_secs(5);
-/// The pause between two polls: short beside the time that is measured. The engine has the CPU meanwhile.
+/// A successor that has taken no store by then does not serve.
+const FIRST_STORE_MAX: Duration = Duration::from_secs(5);
+/// The pause between two attempts: short beside the time that is measured. The engine has the CPU meanwhile.
 const POLL_EVERY: Duration = Duration::from_micros(100);
-/// The request that is polled for.
-const REQUEST: &str = "first-hit";
+/// Lookups of an engine that is stopped, and of one that is dead, in each restart.
+const LOOKUPS: u32 = 200;
+/// The request that looks up.
+const REQUEST: &str = "lookup";
 
 /// The times of restarts with one number of chunks.
 #[derive(Default)]
 pub(super) struct Restarts {
-    /// From the making of the successor's process to an earlier client's first full hit.
-    pub(super) to_hit: Times,
+    /// From the making of the successor's process to the first store of an earlier client that is through.
+    pub(super) to_store: Times,
     /// Restarts after which there was none.
     pub(super) without: usize,
+    /// Lookups of a whole chain while the engine was stopped, dead, and recovering.
+    pub(super) stopped: Times,
+    pub(super) dead: Times,
+    pub(super) recovering: Times,
+    /// Of all of these, those that found the whole chain, and how many there were.
+    pub(super) found: u64,
+    pub(super) looked_up: u64,
     /// An empty process from its making to its end.
     pub(super) process: Times,
     /// A plain read of as many chunk records and slot headers, through a fresh mapping.
@@ -75,7 +83,8 @@ pub(super) fn measure(
     let options = ClientOptions { engine: life.name().to_string(), ..ClientOptions::default() };
     let client = child::attached(Role::Scheduler, options)?;
     let mut poller = Poller::new(&client, &chains);
-    ensure!(poller.poll()?, "a lookup before the death found less than was stored");
+    ensure!(poller.poll()?.1, "a lookup before the death found less than was stored");
+    let mut storer = Storer::new(life.name())?;
     let found = count(&client, &chains)?;
     ensure!(found == u64::from(chunks), "expected {chunks} chunks before the death, found {found}");
     bar.inc(1);
@@ -89,16 +98,29 @@ pub(super) fn measure(
         bar.set_message(format!("restarting with {chunks} chunks"));
         measured.process.push(start_nothing()? as u64);
         measured.read.push(read_tables(life.name(), chunks)?);
+        life.freeze()?;
+        let Restarts { stopped, dead, recovering, found: hits, looked_up, .. } = &mut measured;
+        poller.polls(LOOKUPS, stopped, hits, looked_up)?;
         life.kill()?;
         life.bury();
+        poller.polls(LOOKUPS, dead, hits, looked_up)?;
         let began = life.restart()?;
-        let hit = poller.until_hit(began)?;
+        let stored = loop {
+            poller.polls(1, recovering, hits, looked_up)?;
+            if let Some(ns) = storer.store(began)? {
+                break Some(ns);
+            }
+            if Deadline::after_ns(began, FIRST_STORE_MAX).passed() {
+                break None;
+            }
+            std::thread::sleep(POLL_EVERY);
+        };
         life.settle(&client)?;
         let found = count(&client, &chains)?;
         measured.warm = measured.warm.min(found as f64 / f64::from(chunks));
         bar.inc(1);
-        match hit {
-            Some(ns) => measured.to_hit.push(ns),
+        match stored {
+            Some(ns) => measured.to_store.push(ns),
             None => {
                 measured.without += 1;
                 break;
@@ -106,6 +128,7 @@ pub(super) fn measure(
         }
     }
     bar.set_position(steps);
+    storer.worker.shutdown();
     client.shutdown();
     life.stop()?;
     Ok(Some(measured))
@@ -124,31 +147,66 @@ impl Poller {
         Poller { adapter, keys: chains.keys(0).collect(), admission: 0 }
     }
 
-    /// One lookup. True when all of the chain was found.
-    fn poll(&mut self) -> anyhow::Result<bool> {
+    /// One lookup: how long it took, and whether all of the chain was found.
+    fn poll(&mut self) -> anyhow::Result<(u64, bool)> {
         self.admission += 1;
+        let before = monotonic_ns();
         let found = self.adapter.lookup(REQUEST, self.admission, &self.keys)?.chunks;
+        let took = monotonic_ns() - before;
         self.adapter.free_lookup_locks(REQUEST, self.admission, 0);
-        Ok(found as usize == self.keys.len())
+        Ok((took, found as usize == self.keys.len()))
     }
 
-    /// Nanoseconds from `began` to the first full hit; `None` when there is none.
-    fn until_hit(&mut self, began: u64) -> anyhow::Result<Option<u64>> {
-        let deadline = Deadline::after_ns(began, FIRST_HIT_MAX);
-        while !deadline.passed() {
-            if self.poll()? {
-                return Ok(Some(monotonic_ns().saturating_sub(began)));
-            }
-            std::thread::sleep(POLL_EVERY);
+    /// So many lookups, and how many of them found all of the chain.
+    fn polls(&mut self, count: u32, times: &mut Times, hits: &mut u64, all: &mut u64) -> anyhow::Result<()> {
+        for _ in 0..count {
+            let (took, is_hit) = self.poll()?;
+            times.push(took);
+            *hits += u64::from(is_hit);
+            *all += 1;
         }
-        Ok(None)
+        Ok(())
+    }
+}
+
+/// A worker that tries to store one chunk more, again and again.
+struct Storer {
+    worker: WorkerAdapter,
+    /// The worker's cache: one block.
+    _page: Box<[u8]>,
+    round: u32,
+}
+
+impl Storer {
+    fn new(engine: &EngineName) -> anyhow::Result<Storer> {
+        let mut page = vec![0u8; SHARD_BYTES].into_boxed_slice();
+        let plane = Plane { base: page.as_mut_ptr(), block_stride: SHARD_BYTES, page_bytes: SHARD_BYTES };
+        // SAFETY: one block, which lives as long as the worker, and which nobody writes.
+        let paged = unsafe { PagedKv::new(vec![plane], 1, 1) }?;
+        let options = ClientOptions { engine: engine.to_string(), ..ClientOptions::default() };
+        let client = child::attached(Role::Worker, options)?;
+        let options = WorkerOptions::new(fill::FINGERPRINT, 1, 0, fill::CHUNK_TOKENS);
+        let mut worker = WorkerAdapter::new(&client, options)?;
+        worker.register_kv_caches(paged)?;
+        Ok(Storer { worker, _page: page, round: 0 })
+    }
+
+    /// One attempt. Nanoseconds since `began` if it was through.
+    fn store(&mut self, began: u64) -> anyhow::Result<Option<u64>> {
+        self.round += 1;
+        // Chains that nobody looks up.
+        let key = fill::key(u64::MAX, self.round.into());
+        let round = Round { source: 2, number: self.round };
+        self.worker.submit_store("store", round, None, vec![StoreChunk { key, blocks: vec![0] }], None)?;
+        ensure!(self.worker.wait_idle(FIRST_STORE_MAX), "a store of one chunk did not end");
+        let stored = self.worker.get_finished().stores.iter().any(|(_, _, report)| report.stored > 0);
+        Ok(stored.then(|| monotonic_ns().saturating_sub(began)))
     }
 }
 
 /// How many chunks lookups find.
 fn count(client: &std::sync::Arc<Client>, chains: &Chains) -> anyhow::Result<u64> {
-    let options = SchedulerOptions { lookup_timeout: PATIENT, ..SchedulerOptions::new(fill::FINGERPRINT) };
-    let mut adapter = PollingSchedulerAdapter::new(client, options);
+    let mut adapter = PollingSchedulerAdapter::new(client, SchedulerOptions::new(fill::FINGERPRINT));
     let mut found = 0;
     let mut keys = Vec::with_capacity(CHAIN);
     for chain in 0..chains.count() {

@@ -326,6 +326,8 @@ pub(crate) struct Tally {
     pub(crate) preemptions: u64,
     /// Lookups, by their results.
     pub(crate) lookups: Lookups,
+    /// Lookups that found something while the engine was not serving.
+    pub(crate) hits_while_dead: u64,
     /// Shards that were stored.
     pub(crate) stored: u64,
     /// Their bytes.
@@ -359,6 +361,7 @@ impl Tally {
         self.requests += other.requests;
         self.preemptions += other.preemptions;
         self.lookups.add(&other.lookups);
+        self.hits_while_dead += other.hits_while_dead;
         self.stored += other.stored;
         self.stored_bytes += other.stored_bytes;
         self.store_ns += other.store_ns;

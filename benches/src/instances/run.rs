@@ -8,7 +8,7 @@ use super::{LOOK, WAIT_MAX};
 use crate::child::operator;
 use crate::console::Console;
 use anyhow::{Context, bail};
-use kvring_adapter::{Client, Key, PollingSchedulerAdapter, SchedulerApi, SchedulerOptions};
+use kvring_adapter::{Client, Key, PollingSchedulerAdapter, SchedulerOptions};
 use kvring_engine::stats::{Snapshot, Stat};
 use kvring_rig::pipe::Abort;
 use kvring_rig::shm;
@@ -312,8 +312,7 @@ pub(crate) fn hold_lease(
     fingerprint: [u64; 4],
     prompts: impl Iterator<Item = Vec<Key>>,
 ) -> anyhow::Result<PollingSchedulerAdapter> {
-    let options = SchedulerOptions { lookup_timeout: ANSWER_MAX, ..SchedulerOptions::new(fingerprint) };
-    let mut adapter = PollingSchedulerAdapter::new(client, options);
+    let mut adapter = PollingSchedulerAdapter::new(client, SchedulerOptions::new(fingerprint));
     for (number, keys) in prompts.enumerate() {
         if adapter.lookup(&format!("sabotage {number}"), 0, &keys)?.chunks > 0 {
             return Ok(adapter);

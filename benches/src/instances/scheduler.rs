@@ -12,9 +12,7 @@ use super::{BEAT, TELL};
 use crate::chaos::Turn;
 use crate::child::ready;
 use anyhow::{Context, bail};
-use kvring_adapter::{
-    Client, Hit, Key, PollingSchedulerAdapter, Role, SchedulerAdapter, SchedulerApi, SchedulerOptions,
-};
+use kvring_adapter::{Client, Hit, Key, PollingSchedulerAdapter, Role, SchedulerOptions};
 use kvring_rig::pipe::Pipe;
 use kvring_rig::random::Random;
 use kvring_rig::wire::Lookups;
@@ -24,10 +22,6 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The deadline of a wild scheduler's lookup.
-const LOOKUP: Duration = Duration::from_millis(5);
-/// How long an asynchronous lookup may be pending.
-const PENDING: Duration = Duration::from_millis(100);
 /// How long a wild scheduler's request may wait for a worker that stands still.
 const PATIENCE: Duration = Duration::from_secs(4);
 /// The same of a calm one: far above anything real, so that only a hang reaches it.
@@ -52,9 +46,8 @@ enum Mode {
 }
 
 struct Scheduler {
-    adapter: Box<dyn SchedulerApi>,
+    adapter: PollingSchedulerAdapter,
     /// A lookup may be pending.
-    asynchronous: bool,
     /// The hits that requests in the state `Stale` will load.
     stale: HashMap<Job, (Hit, Vec<Key>)>,
     client: Arc<Client>,
@@ -86,19 +79,9 @@ impl Scheduler {
         let options = SchedulerOptions::new(start.fingerprint);
         let (seed, options, watch) = match start.manner {
             Manner::Calm { .. } => (random_u64().context("a random number")?, options, Watch::that_counts()),
-            Manner::Wild { seed, .. } => {
-                let options =
-                    SchedulerOptions { lookup_timeout: LOOKUP, pending_timeout: PENDING, ..options };
-                (seed, options, Watch::start()?)
-            }
+            Manner::Wild { seed, .. } => (seed, options, Watch::start()?),
         };
-        // Every third life of a wild one looks up asynchronously.
-        let asynchronous = !start.is_calm() && start.life.is_multiple_of(3);
-        let adapter: Box<dyn SchedulerApi> = if asynchronous {
-            Box::new(SchedulerAdapter::new(&client, options))
-        } else {
-            Box::new(PollingSchedulerAdapter::new(&client, options))
-        };
+        let adapter = PollingSchedulerAdapter::new(&client, options);
         if start.is_calm() {
             ready(&client)?;
         }
@@ -107,7 +90,6 @@ impl Scheduler {
         let now = Instant::now();
         Ok(Scheduler {
             adapter,
-            asynchronous,
             stale: HashMap::new(),
             client,
             start: start.clone(),

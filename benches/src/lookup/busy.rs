@@ -7,8 +7,8 @@ use super::fill;
 use crate::child::{self, Job};
 use anyhow::{Context, ensure};
 use kvring_adapter::{
-    CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerApi,
-    SchedulerOptions, StoreChunk, WorkerAdapter,
+    CallError, Key, LoadChunk, PagedKv, Plane, PollingSchedulerAdapter, Role, Round, SchedulerOptions,
+    StoreChunk, WorkerAdapter,
 };
 use kvring_rig::pipe::Pipe;
 use kvring_rig::random::Random;

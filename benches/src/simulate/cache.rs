@@ -1,9 +1,12 @@
 //! The engine's own cache, without an arena: each chunk is a page of nothing.
 
 use anyhow::Result;
-use kvring_engine::cache::{Cache, CacheConfig, Key, NoTable, PAGE_BYTES, Reservation, Reserve, Round};
+use kvring_engine::cache::{
+    Cache, CacheConfig, Hold, Key, NoTable, PAGE_BYTES, Reservation, Reserve, Round, SlotTable,
+};
 use kvring_engine::policy::PolicyKind;
 use kvring_rig::content::key_of;
+use kvring_shm_abi::lookup::Marked;
 
 use crate::trace::Trace;
 
@@ -82,8 +85,12 @@ fn new_cache(policy: PolicyKind, capacity: usize, longest: usize) -> Result<Cach
 /// Looks the prompt of request `number` up, then stores the blocks that are missing. Returns how many of its blocks hit.
 fn serve(cache: &mut Cache<NoTable>, number: u32, blocks: &[u64]) -> Result<u64> {
     let keys: Vec<Key> = blocks.iter().map(|block| key_of(*block)).collect();
-    let hit = cache.find(0, 0, 0, 0, &keys, &mut |_| {})?;
-    cache.pin_found();
+    let mut words = Vec::new();
+    let most = keys.len();
+    cache.table().chunks().search(0, keys.iter().copied(), most, Marked::Missing, &mut words);
+    let mut hold = Hold::new(0, 0, 0, 0, 0, u32::try_from(words.len())?);
+    cache.hold_piece(&mut hold, words)?;
+    let hit = hold.held;
     let (prefix, rest) = keys.split_at(hit as usize);
     let (parent, round) = (prefix.last().copied(), Round { source: 0, number });
     let store = Reserve { owner: 0, nonce: 1, namespace: 0, rank: 0, round, parent, keys: rest };

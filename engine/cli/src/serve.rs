@@ -99,10 +99,10 @@ struct Settings {
         help = with_default("The part of the arena that one client may hold at once", |c| c.client_share))]
     client_share: Option<f64>,
 
-    #[arg(long, value_name = "N", help = with_default("Leases that can exist at once", |c| c.max_leases))]
+    #[arg(long, value_name = "N", help = with_default("Leases that one client can hold at once", |c| c.max_leases))]
     max_leases: Option<u32>,
 
-    #[arg(long, value_name = "N", help = with_default("Chunks that leases can pin at once", |c| c.max_pins))]
+    #[arg(long, value_name = "N", help = with_default("Chunks that one client's leases can pin at once", |c| c.max_pins))]
     max_pins: Option<u32>,
 
     /// The most chunks at one time [default: one for each 64 KiB of the arena, and at least 65536]

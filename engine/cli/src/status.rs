@@ -190,6 +190,11 @@ fn read(name: &EngineName, view: &EngineView) -> Status {
     let (state, detail) = judge(name, view);
     let counters =
         Snapshot::read(&segment.stats).inspect_err(|error| tracing::warn!(%error, "no counters")).ok();
+    let counters = counters.map(|counters| match view.open_lobby(name) {
+        Ok(lobby) => counters.with_lookups(&lobby.lookup_totals()),
+        // The engine's last word, then; the list of clients says what is wrong.
+        Err(_) => counters,
+    });
     Status {
         name: name.to_string(),
         state,

@@ -47,10 +47,8 @@ fn a_verified_replay_with_evictions_is_right_and_hits_as_simulated() {
         assert!(number(&json, "dropped_stores") >= 0.0);
         // 16 MiB by 512 tokens of 16 bytes.
         assert_eq!(number(&json, "capacity_chunks"), 2048.0);
-        // A lookup that found no time on a busy machine answers 0: so much may be missing for it.
-        let missed = number(&json, "lookups_timed_out") / 150.0;
         let (hit_rate, simulated) = (number(&json, "hit_rate"), number(&json, "simulated_hit_rate"));
-        assert!((hit_rate - simulated).abs() <= 0.01 + missed, "{hit_rate} against {simulated}: {json}");
+        assert!((hit_rate - simulated).abs() <= 0.01, "{hit_rate} against {simulated}: {json}");
         assert_eq!(json["config"]["policy"], policy);
     }
 }
@@ -135,9 +133,9 @@ fn slow_replay() -> (Running, String) {
     let clients = || {
         let status = run(&["status", "--json", "--name", &name]);
         let json: Value = serde_json::from_str(&status.stdout).unwrap_or_default();
-        json["counters"]["clients"].as_u64()
+        ["clients", "registrations"].map(|counter| json["counters"][counter].as_u64())
     };
-    eventually("all clients are attached", || clients() == Some(6));
+    eventually("all clients are attached, and all workers registered", || clients() == [Some(6), Some(4)]);
     (replay, name)
 }
 

@@ -5,6 +5,7 @@ use super::lease::Leases;
 use super::slot::State;
 use super::{Cache, InvariantBroken, NAMESPACES, SlotId, SlotTable};
 use crate::policy::ChunkId;
+use kvring_shm_abi::lookup;
 
 /// How many chunks of a lease are checked together.
 const LEASE_PART: u32 = 16;
@@ -38,6 +39,7 @@ struct Sums {
     visible: u64,
     forming: u64,
     hidden: u64,
+    marked: u64,
     chunk_pins: u64,
     leases: u64,
     lease_pins: u64,
@@ -200,6 +202,10 @@ impl<T: SlotTable> Cache<T> {
         let world = self.world_of(id);
         let is_published = self.is_published(id, world)?;
         link("chunks and records", is_published == (chunk.life() == Life::Visible), id, world)?;
+        let is_marked = self.marked.has(id);
+        link("marks and records", is_marked == (is_published && !self.is_shown(id)), id, chunk.hash)?;
+        link("marks and leases", !(is_marked && chunk.pins.any()), id, chunk.pins.count())?;
+        sums.marked += u64::from(is_marked);
         let (mut writing, mut committed) = (0_u32, 0_u32);
         for rank in 0..world {
             let Some(slot) = self.chunks.shard(id, world, rank) else { continue };
@@ -240,6 +246,12 @@ impl<T: SlotTable> Cache<T> {
         Ok(true)
     }
 
+    /// Whether lookups find the chunk of this record: it is there and not marked.
+    fn is_shown(&self, id: ChunkId) -> bool {
+        let table = self.table.chunks();
+        table.word(id).is_some_and(|word| table.still(&[word], lookup::Marked::Missing) == 1)
+    }
+
     fn check_sums(&self, sums: &Sums) -> Result<(), InvariantBroken> {
         let stats = self.stats();
         let slots: u64 = self.slabs.classes().iter().map(|class| class.slots).sum();
@@ -251,6 +263,7 @@ impl<T: SlotTable> Cache<T> {
         count("visible chunks", sums.visible, stats.chunks_visible)?;
         count("forming chunks", sums.forming, stats.chunks_forming)?;
         count("hidden chunks", sums.hidden, stats.chunks_hidden)?;
+        count("marked chunks", sums.marked, self.marked.len())?;
         count("chunks in the index", sums.forming, self.index.len)?;
         let placed: usize = (0..NAMESPACES).map(|namespace| self.policy.len(namespace)).sum();
         count("chunks in the eviction orders", placed as u64 + self.unplaced, sums.visible)?;

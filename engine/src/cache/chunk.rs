@@ -409,11 +409,10 @@ impl Chunks {
         self.published(id).filter(|_| self.get(id).life() == Life::Visible)
     }
 
-    /// Whether this id is that of a visible chunk of this namespace and key. The id may be a guess.
+    /// The chunk of this id, if it has this namespace and key. The id may be a guess.
     #[inline(always)]
-    pub(super) fn is_visible(&self, id: ChunkId, namespace: u8, key: Key) -> bool {
-        let Some(chunk) = self.chunks.get(id as usize) else { return false };
-        chunk.key == key && chunk.namespace == namespace && chunk.life() == Life::Visible
+    pub(super) fn published_as(&self, id: ChunkId, namespace: u8, key: Key) -> Option<&Chunk> {
+        self.chunks.get(id as usize).filter(|chunk| chunk.key == key && chunk.namespace == namespace)
     }
 
     /// Keeps the current reservation from evicting this chunk.

@@ -1,7 +1,7 @@
 //! The cache's limits, which are fixed when it is made.
 
 use super::error::ConfigError;
-use super::{Key, PAGE_BYTES};
+use super::{Key, OWNERS, PAGE_BYTES};
 use crate::policy::{MAX_CHUNKS, PolicyKind};
 
 /// Limits and choices. Address space for all of it is taken at once; memory is used as the tables fill.
@@ -13,11 +13,11 @@ pub struct CacheConfig {
     pub slab_count: u32,
     /// The most chunks at one time, forming ones included; never more than there are slot ids.
     pub chunks_max: u32,
-    /// The most leases at one time.
+    /// The most leases of one client at one time.
     pub leases_max: u32,
-    /// The most pins in all leases together.
+    /// The most pins in all leases of one client together.
     pub pins_max: u32,
-    /// The most keys in one lookup or reservation.
+    /// The most keys in one reservation.
     pub keys_max: u32,
     /// The most bytes that one client may be charged, in whole slots: for what it is writing, and for what it
     /// pinned first.
@@ -37,7 +37,7 @@ impl CacheConfig {
             slab_count,
             chunks_max: 1 << 24,
             leases_max: 1 << 14,
-            pins_max: 1 << 22,
+            pins_max: super::pins::PINS_MAX / OWNERS as u32,
             keys_max: 1 << 15,
             client_bytes_max: u64::MAX,
             seed: [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344],
@@ -58,13 +58,10 @@ impl CacheConfig {
         if slots == 0 || slots > most {
             return Err(ConfigError::Slots { slab_count: self.slab_count, slab_bytes: bytes, slots, most });
         }
-        // A lookup pins a chunk before it unpins the one whose place that takes in its lease: `keys_max` pins of
-        // slack.
-        let pins_most = u64::from(super::pins::PINS_MAX.saturating_sub(self.keys_max));
         let limits = [
             ("max_chunks", self.chunks_max, MAX_CHUNKS as u64 / 2),
-            ("max_leases", self.leases_max, 1 << 24),
-            ("max_pins", self.pins_max, pins_most),
+            ("max_leases", self.leases_max, 1 << 18),
+            ("max_pins", self.pins_max, u64::from(super::pins::PINS_MAX) / OWNERS as u64),
             ("keys_max", self.keys_max, 1 << 24),
         ];
         for (name, value, most) in limits {

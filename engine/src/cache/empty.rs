@@ -1,6 +1,8 @@
 //! Emptying slabs of other classes' spans for a class that needs them, over as many turns as it takes.
 
+use super::chunk::Life;
 use super::evict::Search;
+use super::mark::{Ears, For, Heard};
 use super::slab::Class;
 use super::{Cache, SlotTable};
 
@@ -21,6 +23,8 @@ pub(super) struct Emptying {
     /// First all chunks are looked at (false), and only then dropped (true). Otherwise a span with one chunk that
     /// must stay would be emptied for nothing.
     drops: bool,
+    /// A chunk in them was held or used after it had been marked.
+    is_spoilt: bool,
 }
 
 impl<T: SlotTable> Cache<T> {
@@ -29,9 +33,22 @@ impl<T: SlotTable> Cache<T> {
         self.emptying.is_some()
     }
 
+    /// A chunk that is in the way stays, so all of them do.
+    pub(super) fn spoil_emptying(&mut self) {
+        if let Some(emptying) = &mut self.emptying {
+            emptying.is_spoilt = true;
+        }
+    }
+
     /// Begins to empty spans of other classes whose chunks are all colder than `colder_than` (`None`: of any age),
     /// so that the class can have their slabs, and does the first piece of it. False: it found none.
-    pub(super) fn steal(&mut self, class: u16, colder_than: Option<u64>, search: &mut Search) -> bool {
+    pub(super) fn steal(
+        &mut self,
+        class: u16,
+        colder_than: Option<u64>,
+        search: &mut Search,
+        ears: &mut Ears<'_>,
+    ) -> bool {
         // If there are free slabs, the class has not taken them because there was no memory for their headers; more
         // slabs would not help.
         if self.slabs.has_run(class) {
@@ -56,8 +73,8 @@ impl<T: SlotTable> Cache<T> {
             return false;
         }
         self.slabs.close(start..start + len);
-        self.emptying = Some(Emptying { slab: start, slot: 0, drops: false });
-        self.go_on_emptying();
+        self.emptying = Some(Emptying { slab: start, slot: 0, drops: false, is_spoilt: false });
+        self.go_on_emptying(ears);
         true
     }
 
@@ -66,22 +83,26 @@ impl<T: SlotTable> Cache<T> {
         search.slabs < self.slabs.count().min(LOOK_STARVED)
     }
 
-    /// Does the next piece of emptying slabs, at least one step.
-    pub fn go_on_emptying(&mut self) {
+    /// Does the next piece of emptying slabs, at least one step, unless the service has to listen first.
+    pub fn go_on_emptying(&mut self, ears: &mut Ears<'_>) {
         let Some(mut emptying) = self.emptying else { return };
+        if self.is_waiting() {
+            return;
+        }
         self.change();
+        let mut is_over = emptying.is_spoilt;
+        let mut is_room_for_marks = true;
         for step in 0_u64.. {
-            if step > 0 && self.is_spent() {
-                self.emptying = Some(emptying);
-                return;
+            if is_over || !is_room_for_marks || step > 0 && self.is_spent() {
+                break;
             }
             self.work += 1;
             let closed = self.slabs.closed();
             if emptying.slab >= closed.end {
-                if emptying.drops {
-                    break;
+                is_over = emptying.drops;
+                if !is_over {
+                    emptying = Emptying { slab: closed.start, slot: 0, drops: true, ..emptying };
                 }
-                emptying = Emptying { slab: closed.start, slot: 0, drops: true };
                 continue;
             }
             let Some(head) = self.slabs.head_of_slab(emptying.slab) else {
@@ -93,20 +114,31 @@ impl<T: SlotTable> Cache<T> {
                 emptying = Emptying { slab: head + span.len, slot: 0, ..emptying };
                 continue;
             }
-            if let Some(id) = self.slots.get(first + emptying.slot).chunk() {
+            let id = self.slots.get(first + emptying.slot).chunk().filter(|id| !self.marked.has(*id));
+            if let Some(id) = id {
                 if !self.chunks.is_evictable(id) {
-                    break;
-                }
-                if emptying.drops {
+                    self.spare_all();
+                    is_over = true;
+                } else if emptying.drops && self.chunks.get(id).life() == Life::Visible {
+                    is_room_for_marks = self.mark(id, For::Slabs);
+                } else if emptying.drops {
                     // The span goes back to the pool with its last slot.
                     self.evict(id);
                 }
             }
             emptying.slot += 1;
         }
-        self.emptying = None;
-        self.work += self.slabs.records(self.slabs.closed().len() as u32);
-        self.slabs.open();
+        self.emptying = Some(emptying);
+        match self.decide(ears) {
+            Heard::NotYet => return,
+            Heard::Never => is_over = true,
+            Heard::All => {}
+        }
+        if is_over {
+            self.emptying = None;
+            self.work += self.slabs.records(self.slabs.closed().len() as u32);
+            self.slabs.open();
+        }
     }
 
     /// Searches, from slab `from` on, for the coldest run of `len` slabs that are free or in idle spans of other

@@ -129,30 +129,22 @@ pub enum RegisterError {
     },
 }
 
-/// Why a lookup has no answer.
+/// Why nothing of a hold is pinned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum FindError {
-    /// There is a hit, but not even its first chunk can be pinned: the client's share or the lease tables are full.
-    #[error("client {owner} has {bytes} bytes leased or reserved, and cannot lease more")]
-    Busy {
-        /// Who asked.
-        owner: Owner,
-        /// What it holds.
-        bytes: u64,
-    },
+pub enum HoldError {
     /// The namespace is not registered.
     #[error("namespace {namespace} is not registered")]
     UnknownNamespace {
         /// What was given.
         namespace: NamespaceId,
     },
-    /// The message is longer than it may be.
-    #[error("{keys} keys in one message: expected at most {most}")]
-    TooManyKeys {
-        /// What was given.
-        keys: usize,
-        /// What is allowed.
-        most: usize,
+    /// The lease does not have the chunks in front of these.
+    #[error("chunks from number {first} on, of a lease of {len}")]
+    Gap {
+        /// How many chunks the message says that the lease has.
+        first: u32,
+        /// How many it has.
+        len: u32,
     },
     /// There is no such client entry.
     #[error("client entry {owner}: entries are below {OWNERS}")]

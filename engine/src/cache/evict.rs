@@ -2,14 +2,13 @@
 //! search goes on in steps: see `Cache::allow`.
 
 use super::chunk::{Chunks, Lack, Life};
+use super::mark::{Ears, For, Heard};
 use super::slab::Class;
 use super::slot::State;
 use super::{Cache, NAMESPACES, NamespaceId, SlotId, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::namespace::namespace_index;
 
-/// The most chunks that one step of a search for room evicts.
-const EVICTIONS_MAX: u32 = 64;
 /// How many free slots a search aims at: one in this many slots of its class, and at most `SPARE_MAX`.
 const SPARE_PARTS: u64 = 64;
 const SPARE_MAX: u64 = 32;
@@ -17,6 +16,9 @@ const SPARE_MAX: u64 = 32;
 /// looks at in each namespace.
 const IDLE_LOOK: u32 = 8;
 const VICTIM_LOOK: u32 = 16;
+
+/// How often the service may have to listen before a search that has found nothing in between is in vain.
+const WAITS_MAX: u32 = 16;
 
 /// How many slot headers, and how many chunk records or lines, can be given zeroed memory in the time that touching one
 /// record takes.
@@ -44,6 +46,11 @@ pub(super) struct Search {
     /// How many chunks were refused since the last success, and how many slabs were looked at.
     refused: u64,
     pub(super) slabs: u32,
+    /// How many slots the rest of the message needs at most.
+    pub(super) wanted: u64,
+    /// How often the service had to listen since the last success. A scheduler that holds whatever is marked must not keep a
+    /// store waiting for ever.
+    waits: u32,
     /// The slab with which the search goes on. Each message has its own, because other searches look for other
     /// sizes.
     pub(super) slab: Option<u32>,
@@ -72,20 +79,20 @@ enum Coldest {
 impl<T: SlotTable> Cache<T> {
     /// Takes a free slot of the class; makes room for it if necessary, and does at least one step of that, whatever
     /// is allowed.
-    pub(super) fn take_slot(&mut self, class: u16, search: &mut Search) -> Room {
+    pub(super) fn take_slot(&mut self, class: u16, search: &mut Search, ears: &mut Ears<'_>) -> Room {
         let mut may_go_on = true;
         while self.slabs.class(class).free == 0 && (search.in_vain || !self.assign(class)) {
             if search.in_vain {
                 return Room::None;
             }
-            if !may_go_on {
+            if !may_go_on || self.is_waiting() {
                 return Room::Later;
             }
-            search.in_vain = !self.make_room(class, search);
+            search.in_vain = !self.make_room(class, search, ears);
             may_go_on = !self.is_spent();
         }
         let Some((slot, fresh)) = self.slabs.take(class, &self.slots) else { return Room::None };
-        (search.refused, search.slabs) = (0, 0);
+        (search.refused, search.slabs, search.waits) = (0, 0, 0);
         if fresh {
             self.slots.raise_generation(slot, self.table.generation(slot));
         }
@@ -123,41 +130,76 @@ impl<T: SlotTable> Cache<T> {
     }
 
     /// Does one step of the search for room: evicts until the class has a few free slots, so that the message's
-    /// next keys find some. False: there is nothing left to try.
-    fn make_room(&mut self, class: u16, search: &mut Search) -> bool {
+    /// next keys find some; or marks what it would evict. False: there is nothing left to try.
+    fn make_room(&mut self, class: u16, search: &mut Search, ears: &mut Ears<'_>) -> bool {
         if !self.may_evict() {
             return false;
         }
         if self.emptying.is_some() {
-            self.go_on_emptying();
+            self.go_on_emptying(ears);
             return true;
         }
         let Class { slots, namespaces, .. } = *self.slabs.class(class);
         let spare = (slots / SPARE_PARTS).clamp(1, SPARE_MAX);
-        let mut may_steal = true;
-        for _ in 0..EVICTIONS_MAX {
+        let (mut may_steal, mut marked) = (true, 0);
+        loop {
             let coldest = match self.coldest(namespaces, Some(class)) {
                 Coldest::Chunk(tick, id) => Some((tick, id)),
-                Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => return true,
+                Coldest::Refused(refused) if self.goes_on(namespaces, refused, search) => break,
                 Coldest::Refused(_) | Coldest::None => None,
             };
             let may_steal = std::mem::take(&mut may_steal) && self.may_steal(search);
-            if may_steal && self.steal(class, coldest.map(|(tick, _)| tick), search) {
+            if may_steal && self.steal(class, coldest.map(|(tick, _)| tick), search, ears) {
                 return true;
             }
             let Some((_, id)) = coldest else {
+                if marked > 0 {
+                    break;
+                }
                 return self.slabs.class(class).free > 0 || self.may_steal(search);
             };
-            self.evict(id);
+            let is_room_for_marks = if self.chunks.get(id).life() == Life::Visible {
+                marked += self.slots_of(id, class);
+                self.mark(id, For::Room)
+            } else {
+                self.evict(id);
+                true
+            };
             // The chunk's span may have become wholly free and have gone back to the pool.
-            if self.slabs.class(class).free == 0 {
+            if self.slabs.class(class).free == 0 && marked == 0 {
                 self.assign(class);
             }
-            if self.slabs.class(class).free >= spare || self.is_spent() {
+            if self.slabs.class(class).free + marked >= spare || self.is_spent() || !is_room_for_marks {
                 break;
             }
         }
-        true
+        let mut heard = self.decide(ears);
+        // If the service has to listen first, then once for all that the message still needs.
+        if heard == Heard::NotYet && marked < search.wanted {
+            while marked < search.wanted {
+                let Coldest::Chunk(_, id) = self.coldest(namespaces, Some(class)) else { break };
+                if self.chunks.get(id).life() != Life::Visible || !self.mark(id, For::Room) {
+                    break;
+                }
+                marked += self.slots_of(id, class);
+            }
+            heard = self.decide(ears);
+        }
+        self.decided(heard, search)
+    }
+
+    /// After a search has marked chunks. False: the search is in vain.
+    fn decided(&mut self, heard: Heard, search: &mut Search) -> bool {
+        search.waits += u32::from(heard == Heard::NotYet);
+        heard != Heard::Never && search.waits <= WAITS_MAX
+    }
+
+    /// How many slots of this class a visible chunk has: one for each rank whose shards have that size.
+    fn slots_of(&self, id: ChunkId, class: u16) -> u64 {
+        self.namespace_of(id).map_or(0, |registered| {
+            let layouts = &registered.layouts[..registered.world as usize];
+            layouts.iter().filter(|layout| layout.class == class).count() as u64
+        })
     }
 
     /// Notes that this many more chunks were refused. False: all chunks have been looked at, and none of them may
@@ -233,17 +275,17 @@ impl<T: SlotTable> Cache<T> {
     /// The coldest visible chunk that may be evicted. If all are leased, the search is skipped: it would take long
     /// and find nothing.
     fn visible_victim(&mut self, namespace: usize, looks: &mut u32) -> Option<ChunkId> {
-        let Self { policy, chunks, namespaces, .. } = self;
+        let Self { policy, chunks, namespaces, marked, .. } = self;
         let pinned = namespaces[namespace].as_ref().map_or(0, |registered| registered.pinned);
         if policy.len(namespace) <= pinned {
             return None;
         }
-        policy.victim(namespace, looks, &mut |id| chunks.is_evictable(id))
+        policy.victim(namespace, looks, &mut |id| chunks.is_evictable(id) && !marked.has(id))
     }
 
     /// Makes room for the record of one more chunk of this world. Nothing is evicted in vain: each evicted chunk
     /// gives back some of what is missing, and that stays free until the next chunk needs it.
-    pub(super) fn make_record(&mut self, world: u32, search: &mut Search) -> Record {
+    pub(super) fn make_record(&mut self, world: u32, search: &mut Search, ears: &mut Ears<'_>) -> Record {
         loop {
             let Some(lack) = self.chunks.lack(world) else { return Record::There };
             if self.more_records(lack) {
@@ -256,7 +298,16 @@ impl<T: SlotTable> Cache<T> {
             if !self.may_evict() || search.no_record {
                 return Record::None;
             }
+            if self.is_waiting() {
+                return Record::Later;
+            }
             match self.coldest(namespaces, None) {
+                Coldest::Chunk(_, id) if self.chunks.get(id).life() == Life::Visible => {
+                    search.refused = 0;
+                    self.mark(id, For::Room);
+                    let heard = self.decide(ears);
+                    search.no_record = !self.decided(heard, search);
+                }
                 Coldest::Chunk(_, id) => {
                     search.refused = 0;
                     self.evict(id);
@@ -292,9 +343,9 @@ impl<T: SlotTable> Cache<T> {
         wide.fold(0, |bits, (number, _): (u32, _)| bits | 1 << number)
     }
 
-    /// Drops a chunk because its room is needed.
+    /// Drops a forming chunk because its room is needed. (A visible one is marked first.)
     pub(super) fn evict(&mut self, id: ChunkId) {
-        debug_assert!(self.chunks.is_evictable(id));
+        debug_assert!(self.chunks.is_evictable(id) && self.chunks.get(id).life() == Life::Forming);
         self.counters.evicted += 1;
         self.drop_chunk(id, true);
     }
@@ -325,6 +376,7 @@ impl<T: SlotTable> Cache<T> {
     /// index and the idle list do.
     pub(super) fn unlist(&mut self, id: ChunkId, evicted: bool) {
         if self.chunks.get(id).life() == Life::Visible {
+            self.marked.forget(id);
             self.table.chunks().end(id, self.identity(id));
             if self.policy.has(id) {
                 self.policy.remove(id, evicted);
@@ -359,33 +411,55 @@ impl<T: SlotTable> Cache<T> {
     }
 
     /// Drops all chunks that are not leased, of one namespace or of all: visible ones and forming ones, whose
-    /// writers then find them gone. Begins at chunk `from`. Returns where to go on if what is allowed is spent, and
-    /// `None` at the end.
-    pub fn clear_step(&mut self, namespace: Option<NamespaceId>, from: ChunkId) -> Option<ChunkId> {
+    /// writers then find them gone. Begins at chunk `from`. Returns where to go on if what is allowed is spent or the
+    /// service has to listen first, and `None` at the end.
+    pub fn clear_step(
+        &mut self,
+        namespace: Option<NamespaceId>,
+        from: ChunkId,
+        ears: &mut Ears<'_>,
+    ) -> Option<ChunkId> {
+        if self.is_waiting() {
+            return Some(from);
+        }
         self.change();
         // Between two steps it may have been forgotten.
         if namespace.is_some_and(|id| self.namespace(id).is_none()) {
             return None;
         }
         let index = namespace.map(namespace_index);
-        for id in from..self.chunks.fresh {
-            if self.is_spent() {
-                return Some(id);
-            }
+        let (mut id, mut is_room_for_marks) = (from, true);
+        while id < self.chunks.fresh && is_room_for_marks && !self.is_spent() {
             self.work += 1;
             let chunk = self.chunks.get(id);
             let is_meant = index.is_none_or(|index| index == chunk.namespace);
-            if is_meant && chunk.life() != Life::Free && !chunk.pins.any() {
-                self.drop_chunk(id, false);
+            match chunk.life() {
+                Life::Visible if is_meant && !chunk.pins.any() => {
+                    is_room_for_marks = self.mark(id, For::Clear)
+                }
+                Life::Forming if is_meant => {
+                    self.counters.cleared += 1;
+                    self.drop_chunk(id, false);
+                }
+                // A hidden chunk goes with its last lease.
+                _ => {}
             }
+            id += 1;
         }
-        None
+        match self.decide(ears) {
+            Heard::All if id == self.chunks.fresh => None,
+            Heard::All | Heard::NotYet => Some(id),
+            Heard::Never => Some(from),
+        }
     }
 
-    /// As [`Cache::clear_step`], all at once: O(chunks).
+    /// As [`Cache::clear_step`], all at once, where nobody holds anything that the cache has not been told: O(chunks).
     pub fn clear(&mut self, namespace: Option<NamespaceId>) {
         let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
-        self.clear_step(namespace, 0);
+        let mut from = Some(0);
+        while let Some(chunk) = from {
+            from = self.clear_step(namespace, chunk, &mut || Heard::All);
+        }
         self.allowed = allowed;
     }
 }

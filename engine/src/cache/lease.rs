@@ -52,6 +52,13 @@ pub(super) struct Place {
     at: usize,
 }
 
+/// How much a client holds.
+#[derive(Clone, Copy, Default)]
+struct Holdings {
+    leases: u32,
+    pins: u64,
+}
+
 /// All leases.
 pub(super) struct Leases {
     leases: Lazy<Lease>,
@@ -69,30 +76,35 @@ pub(super) struct Leases {
     pub(super) len: u32,
     /// Pins: the chunks of all leases.
     pub(super) pins: u64,
-    pins_max: u64,
+    /// What each client holds, and the most that it may.
+    held: [Holdings; OWNERS],
+    most: Holdings,
     /// How many blocks were passed on the way to places.
     #[cfg(test)]
     pub(super) passed: std::cell::Cell<u64>,
 }
 
 impl Leases {
+    /// There is room for so many leases and pins of each client.
     pub(super) fn new(leases_max: u32, pins_max: u32, seed: u64) -> Result<Self, NoMemory> {
+        let (leases, pins) = (leases_max as usize * OWNERS, pins_max as usize * OWNERS);
         // Each lease may leave its last block partly empty.
-        let blocks = (pins_max as usize).div_ceil(BLOCK) + leases_max as usize;
+        let blocks = pins.div_ceil(BLOCK) + leases;
         Ok(Self {
-            leases: Lazy::new(leases_max as usize)?,
+            leases: Lazy::new(leases)?,
             free: 0,
             fresh: 0,
             blocks: Lazy::new(blocks)?,
             blocks_free: 0,
             blocks_fresh: 0,
             blocks_used: 0,
-            buckets: Lazy::new((leases_max as usize).next_power_of_two())?,
+            buckets: Lazy::new(leases.next_power_of_two())?,
             seed,
             owners: [0; OWNERS],
             len: 0,
             pins: 0,
-            pins_max: u64::from(pins_max),
+            held: [Holdings::default(); OWNERS],
+            most: Holdings { leases: leases_max, pins: u64::from(pins_max) },
             #[cfg(test)]
             passed: std::cell::Cell::default(),
         })
@@ -143,11 +155,11 @@ impl Leases {
         self.owners[owner as usize].checked_sub(1)
     }
 
-    /// How many chunks the lease could hold from place `from` on. Without a lease: how many a new one could hold.
-    pub(super) fn room(&self, lease: Option<LeaseId>, from: u32, admissions: usize) -> u64 {
-        let has_record = self.len < self.leases.len() as u32 && admissions < ADMISSIONS_MAX;
-        let held = lease.map_or(0, |id| u64::from(self.get(id).len.saturating_sub(from)));
-        if lease.is_some() || has_record { self.pins_max - self.pins + held } else { 0 }
+    /// How many more chunks this lease of a client's could hold. Without a lease: how many a new one could hold.
+    pub(super) fn room(&self, owner: Owner, lease: Option<LeaseId>, admissions: usize) -> u64 {
+        let held = self.held[usize::from(owner)];
+        let has_record = held.leases < self.most.leases && admissions < ADMISSIONS_MAX;
+        if lease.is_some() || has_record { self.most.pins - held.pins } else { 0 }
     }
 
     /// Makes a lease with its first chunk. The caller has checked `room`.
@@ -171,6 +183,7 @@ impl Leases {
         let lease = Lease { session, admission, chain, next, owner, ..Lease::zeroed() };
         self.leases[id as usize] = lease;
         self.len += 1;
+        self.held[usize::from(owner)].leases += 1;
         self.push(id, first);
         id
     }
@@ -195,15 +208,17 @@ impl Leases {
         self.blocks[block as usize].chunks[at] = chunk;
         self.leases[id as usize].len += 1;
         self.pins += 1;
+        self.held[usize::from(self.get(id).owner)].pins += 1;
     }
 
     /// Takes the last chunk off a lease. The lease ends with its only chunk.
     pub(super) fn pop(&mut self, id: LeaseId) -> Option<ChunkId> {
-        let Lease { len, last, .. } = *self.get(id);
+        let Lease { len, last, owner, .. } = *self.get(id);
         let (at, block) = (len.checked_sub(1)? as usize, last.checked_sub(1)?);
         let Block { chunks, before, .. } = self.blocks[block as usize];
         self.leases[id as usize].len -= 1;
         self.pins -= 1;
+        self.held[usize::from(owner)].pins -= 1;
         if at.is_multiple_of(BLOCK) {
             self.blocks[block as usize].next = std::mem::replace(&mut self.blocks_free, block + 1);
             self.blocks_used -= 1;
@@ -239,14 +254,16 @@ impl Leases {
         if at < len / 2 { at / block } else { (len.saturating_sub(1) / block).saturating_sub(at / block) }
     }
 
+    /// The lease's last chunk.
+    pub(super) fn last(&self, id: LeaseId) -> Option<ChunkId> {
+        let Lease { len, last, .. } = *self.get(id);
+        let (at, block) = (len.checked_sub(1)? as usize, last.checked_sub(1)?);
+        Some(self.blocks[block as usize].chunks[at % BLOCK])
+    }
+
     /// The chunk at a place.
     pub(super) fn chunk_at(&self, place: Place) -> ChunkId {
         self.blocks[place.block as usize].chunks[place.at]
-    }
-
-    /// Puts `chunk` in this place and returns the chunk that was there.
-    pub(super) fn replace(&mut self, place: Place, chunk: ChunkId) -> ChunkId {
-        std::mem::replace(&mut self.blocks[place.block as usize].chunks[place.at], chunk)
     }
 
     /// The place behind this one, if the lease has a block for it.
@@ -308,6 +325,7 @@ impl Leases {
         let chain = std::mem::replace(&mut self.free, id + 1);
         self.leases[id as usize] = Lease { chain, ..Lease::zeroed() };
         self.len -= 1;
+        self.held[usize::from(owner)].leases -= 1;
     }
 
     /// How many records were ever used; their ids are below this number.

@@ -5,14 +5,14 @@
 //! So no request of a client can fail for want of memory. The cache decides; a [`SlotTable`] publishes each
 //! transition of a slot and of a visible chunk.
 //!
-//! * A **lookup** is two calls: [`Cache::find`] only reads, so that the answer can leave at once, and then
-//!   [`Cache::pin_found`] pins what was found. `pin_found` cannot fail, because `find` has checked that there is
-//!   room.
+//! * A **lookup** is the client's own: it reads the records of visible chunks, and then says what it holds. The cache pins
+//!   that ([`Cache::hold_piece`]).
 //! * A **store** is [`Cache::reserve`], then [`Cache::commit`] or [`Cache::abort`] for each slot. A chunk becomes
 //!   visible when all ranks have committed in one round; the other rounds of it that were forming are dropped then.
 //! * **Dropping** a chunk (because of an eviction, a newer round or an abort) frees its COMMITTED slots and
 //!   *orphans* its WRITING ones: an orphan belongs to no chunk and stays WRITING until its writer commits it,
 //!   aborts it, or is gone.
+//! * A visible chunk is dropped in two halves, because schedulers say only afterwards what they have found: see [`mark`].
 //! * A chunk that is **leased** or being written is never evicted. A leased chunk that turns out to be damaged is
 //!   *hidden* at once, and dropped when its last lease ends.
 
@@ -24,12 +24,13 @@ mod config;
 mod empty;
 mod error;
 mod evict;
-mod find;
 mod forget;
 mod hash;
+mod hold;
 mod index;
 mod invalidate;
 mod lease;
+mod mark;
 mod part;
 mod pins;
 mod place;
@@ -44,10 +45,11 @@ pub use client::Aborted;
 pub use commit::Committed;
 pub use config::CacheConfig;
 pub use error::{
-    AddSlabError, CommitError, ConfigError, FindError, InvariantBroken, RegisterError, ReserveError,
+    AddSlabError, CommitError, ConfigError, HoldError, InvariantBroken, RegisterError, ReserveError,
 };
-pub use find::Lookup;
+pub use hold::{Held, Hold};
 pub use invalidate::Invalidated;
+pub use mark::{Ears, Heard};
 pub use part::{Leaving, Parting};
 pub use place::{Sorted, Unplaced};
 pub use reserve::{Going, Reservation, Reserve};
@@ -61,10 +63,10 @@ pub use table::{
 use check::Check;
 use chunk::{Chunks, Life};
 use empty::Emptying;
-use find::Found as FoundFor;
 use hash::Hash;
 use index::Index;
 use lease::Leases;
+use mark::Marked;
 use slab::Slabs;
 use slot::Slots;
 
@@ -100,9 +102,7 @@ pub struct Cache<T> {
     /// Visible chunks that a recovery has found and that have no place in the eviction order yet. While there are
     /// any, nothing is evicted.
     unplaced: u64,
-    /// The chunks that the last `find` found.
-    found: Vec<ChunkId>,
-    found_for: Option<FoundFor>,
+    marked: Marked,
     /// What a recovery puts off until its end.
     restored: restore::Unfinished,
     /// Slabs that are being emptied for another size.
@@ -122,6 +122,7 @@ pub struct Cache<T> {
 #[derive(Clone, Copy, Default)]
 struct Counters {
     evicted: u64,
+    cleared: u64,
     no_space: u64,
 }
 
@@ -189,8 +190,7 @@ impl<T: SlotTable> Cache<T> {
             steal_cursor: 0,
             evictions_held: false,
             unplaced: 0,
-            found: Vec::with_capacity(config.keys_max as usize),
-            found_for: None,
+            marked: Marked::new(),
             restored: restore::Unfinished::default(),
             emptying: None,
             work: 0,
@@ -317,9 +317,8 @@ impl<T: SlotTable> Cache<T> {
         (self.slabs.sizes(), slab::CLASSES_MAX)
     }
 
-    /// Every call that changes something begins with this: what `find` promised no longer holds.
+    /// Every call that changes something begins with this.
     fn change(&mut self) {
-        self.found_for = None;
         self.version += 1;
     }
 
@@ -355,12 +354,6 @@ impl<T: SlotTable> Cache<T> {
         self.table.chunks().directory().spot(namespace, key)
     }
 
-    /// The visible chunk.
-    fn visible(&self, namespace: u8, key: Key) -> Option<ChunkId> {
-        let directory = self.table.chunks().directory();
-        find::visible(directory, &self.chunks, directory.spot(namespace, key), namespace, key)
-    }
-
     /// The number of ranks in a chunk's world.
     fn world_of(&self, id: ChunkId) -> u32 {
         self.namespace_of(id).map_or(0, |namespace| namespace.world)
@@ -380,6 +373,7 @@ impl<T: SlotTable> Cache<T> {
     /// Notes that the chunk was used at `tick`. `front` is the chunk in front of it in its chain, if the same
     /// access used it too.
     fn touch(&mut self, id: ChunkId, tick: u64, front: Option<ChunkId>) {
+        self.spare(id);
         self.chunks.get_mut(id).tick = tick;
         self.place(id);
         self.policy.touch(id, front);
@@ -389,7 +383,7 @@ impl<T: SlotTable> Cache<T> {
         });
     }
 
-    /// Adds one pin of `owner`'s to a chunk. `to_come` is how many chunks may follow it in the same lookup: the
+    /// Adds one pin of `owner`'s to a chunk. `to_come` is how many chunks may follow it in the same message: the
     /// client takes over the charge for a chunk that nobody pays for only if its share also has room for all of
     /// those.
     fn pin(&mut self, id: ChunkId, owner: Owner, to_come: u64) {

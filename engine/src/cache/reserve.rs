@@ -4,6 +4,7 @@ use super::chunk::Life;
 use super::error::ReserveError;
 use super::evict::{Record, Room, Search};
 use super::index::FORMING_MAX;
+use super::mark::{Ears, Heard};
 use super::slot::State;
 use super::{Cache, Key, NamespaceId, OWNERS, Owner, Round, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
@@ -90,7 +91,7 @@ impl<T: SlotTable> Cache<T> {
         Going { time: self.tick, front: None, search: Search::default() }
     }
 
-    /// As [`Cache::reserve_piece`], for all keys at once.
+    /// As [`Cache::reserve_piece`], for all keys at once, where nobody holds anything that the cache has not been told.
     ///
     /// # Errors
     ///
@@ -102,13 +103,13 @@ impl<T: SlotTable> Cache<T> {
     ) -> Result<(), ReserveError> {
         let mut going = self.reservation(message.namespace, message.keys.len());
         let allowed = std::mem::replace(&mut self.allowed, u64::MAX);
-        let done = self.reserve_piece(message, &mut going, sink);
+        let done = self.reserve_piece(message, &mut going, &mut || Heard::All, sink);
         self.allowed = allowed;
         done.map(|done| debug_assert_eq!(done, message.keys.len()))
     }
 
-    /// Reserves slots for one rank's shards, key by key, until what is allowed is spent. Returns how many keys were
-    /// answered. Calls `sink` once for each of them, in order, with its index. The next piece begins at the key
+    /// Reserves slots for one rank's shards, key by key, until what is allowed is spent, or the service has to listen before
+    /// there can be room ([`Cache::is_waiting`]). Returns how many keys were answered. Calls `sink` once for each of them, in order, with its index. The next piece begins at the key
     /// behind the last of them, and has that last key as its `parent`.
     ///
     /// Only *visible* chunks are skipped, and that counts as an access, once for each round. A newer round replaces
@@ -122,6 +123,7 @@ impl<T: SlotTable> Cache<T> {
         &mut self,
         message: Reserve<'_>,
         going: &mut Going,
+        ears: &mut Ears<'_>,
         sink: &mut impl FnMut(usize, Reservation),
     ) -> Result<usize, ReserveError> {
         self.change();
@@ -155,7 +157,8 @@ impl<T: SlotTable> Cache<T> {
             if done > 0 && self.is_spent() {
                 break;
             }
-            let Some(answer) = self.reserve_one(&context, *key, before, going) else { break };
+            going.search.wanted = (keys.len() - done) as u64;
+            let Some(answer) = self.reserve_one(&context, *key, before, going, ears) else { break };
             before = Some(self.spot(index, *key));
             sink(done, answer);
             done += 1;
@@ -179,17 +182,19 @@ impl<T: SlotTable> Cache<T> {
             let forming = self.index.forming(&self.chunks, self.hash(namespace, *key), namespace, *key);
             for id in self.visible(namespace, *key).iter().chain(forming.iter()) {
                 self.chunks.guard(*id);
+                self.spare(*id);
             }
         }
     }
 
-    /// The answer for one key; `None` if what is allowed was spent before there was one.
+    /// The answer for one key; `None` if there cannot be one yet.
     fn reserve_one(
         &mut self,
         context: &Context<'_>,
         key: Key,
         before: Option<Spot>,
         going: &mut Going,
+        ears: &mut Ears<'_>,
     ) -> Option<Reservation> {
         let Reserve { owner, namespace, rank, round, .. } = context.message;
         let namespace = namespace_index(namespace);
@@ -240,13 +245,13 @@ impl<T: SlotTable> Cache<T> {
         // The chunks of this key are guarded, so making room does not evict them. The record comes first: without
         // a record, a slot is of no use.
         if same.is_none() && replaced.is_none() {
-            match self.make_record(context.world, &mut going.search) {
+            match self.make_record(context.world, &mut going.search, ears) {
                 Record::There => {}
                 Record::None => return Some(self.no_space()),
                 Record::Later => return None,
             }
         }
-        let slot = match self.take_slot(context.class, &mut going.search) {
+        let slot = match self.take_slot(context.class, &mut going.search, ears) {
             Room::Slot(slot) => slot,
             Room::None => return Some(self.no_space()),
             Room::Later => return None,

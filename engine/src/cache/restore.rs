@@ -157,6 +157,8 @@ impl<T: SlotTable> Cache<T> {
         for id in 0..ready.0 {
             let Some(content) = self.table.chunks().read(id) else { continue };
             if id < self.chunks.fresh && self.expect(id, &content, &mut lines) {
+                // The dead engine had not decided about what it had marked.
+                self.table.chunks().spare(id);
                 self.restored.expected += 1;
             } else {
                 self.table.chunks().end(id, content.identity);

@@ -33,6 +33,8 @@ pub struct Stats {
     pub bytes_usable: u64,
     /// Chunks evicted so far.
     pub evicted: u64,
+    /// Chunks dropped by clears so far.
+    pub cleared: u64,
     /// Keys for which there was no space so far.
     pub no_space: u64,
     /// Spans taken from another size so far.
@@ -59,6 +61,7 @@ impl<T: SlotTable> Cache<T> {
             bytes_used: self.slabs.bytes_used,
             bytes_usable: u64::from(self.slabs.usable) * self.config.slab_bytes,
             evicted: self.counters.evicted,
+            cleared: self.counters.cleared,
             no_space: self.counters.no_space,
             spans_taken: self.slabs.spans_taken,
         }

@@ -8,11 +8,13 @@ use super::chunk::Chunks;
 use super::hash::Hash;
 use super::index::{FORMING_MAX, Index};
 use super::lease::{ADMISSIONS_MAX, Leases};
+use super::mark::For;
 use super::slab::Slabs;
 use super::slot::Slots;
 use super::*;
 use crate::policy::PolicyKind;
-use kvring_shm_abi::chunk::ChunkIdentity;
+use kvring_shm_abi::chunk::{ChunkIdentity, ChunkWord};
+use kvring_shm_abi::lookup;
 
 const SEED: [u64; 2] = [3, 5];
 
@@ -142,19 +144,17 @@ fn leases_keep_the_order_of_their_chunks_and_lose_their_tails() {
     make(&mut leases, 1, &chunks[..15]);
     let (first, admissions) = leases.find(1, 7, 0);
     let first = first.unwrap();
-    assert_eq!((admissions, leases.pins, leases.room(None, 0, 0)), (2, 55, 45));
+    assert_eq!((admissions, leases.pins, leases.room(1, None, 0)), (2, 55, 45));
     for from in 0..=40 {
         assert!(leases.chunks(first, from).eq(chunks[from as usize..].iter().copied()), "from {from}");
     }
     let dropped: Vec<_> = (0..25).map(|_| leases.pop(first).unwrap()).collect();
     assert!(dropped.iter().eq(chunks[15..].iter().rev()));
     assert_eq!(leases.chunks(first, 0).collect::<Vec<_>>(), chunks[..15]);
-    let [last, head] = [14, 0].map(|at| leases.place(first, at).unwrap());
-    assert_eq!((leases.replace(last, 7), leases.replace(head, 8)), (114, 100));
-    assert_eq!((leases.place(first, 15), leases.chunks(first, 13).collect()), (None, vec![113, 7]));
+    assert_eq!((leases.place(first, 15), leases.chunks(first, 13).collect()), (None, vec![113, 114]));
     assert_eq!(leases.blocks_used(), 4);
-    assert_eq!(leases.room(Some(first), 5, ADMISSIONS_MAX), 80, "its own places are room too");
-    assert_eq!(leases.room(None, 0, ADMISSIONS_MAX), 0);
+    assert_eq!(leases.room(1, Some(first), ADMISSIONS_MAX), 70);
+    assert_eq!((leases.room(1, None, ADMISSIONS_MAX - 1), leases.room(1, None, ADMISSIONS_MAX)), (70, 0));
     (0..15).for_each(|_| assert!(leases.pop(first).is_some()));
     assert_eq!((leases.find(1, 7, 0), leases.find(2, 7, 1)), ((None, 1), (None, 0)));
     let other = leases.any_of(1, 7).unwrap();
@@ -186,21 +186,36 @@ fn small() -> Cache<NoTable> {
     cache
 }
 
+/// The words of the chunks with these keys, up to the first that is missing.
+fn search(cache: &Cache<NoTable>, namespace: NamespaceId, keys: &[Key]) -> Vec<ChunkWord> {
+    let mut words = Vec::new();
+    let table = cache.table.chunks();
+    table.search(namespace, keys.iter().copied(), keys.len(), lookup::Marked::Missing, &mut words);
+    words
+}
+
 #[test]
-fn what_a_lookup_walks_is_counted_and_grows_with_its_keys_alone() {
+fn what_a_hold_does_is_counted_and_grows_with_its_chunks_alone() {
     let mut cache = small();
+    let keys: Vec<Key> = [[1, 1], [2, 2]].into_iter().cycle().take(8192).collect();
+    let words = search(&cache, 0, &keys);
     for again in [false, true, true] {
-        let keys: Vec<Key> = [[1, 1], [2, 2]].into_iter().cycle().take(8192).collect();
-        let mut lookup = cache.lookup(1, 1, 1, 0, keys.len());
-        assert_eq!(lookup.is_repeated(), again);
-        for piece in keys.chunks(512) {
+        let mut hold = Hold::new(1, 1, 1, 0, 0, 8192);
+        for (at, piece) in words.chunks(512).enumerate() {
             let (work, passed) = (cache.work(), cache.leases.passed.get());
-            lookup.found += cache.find_piece(&lookup, piece, &mut |_| {}).unwrap();
-            assert!(cache.pin_found());
-            let (work, passed) = (cache.work() - work, cache.leases.passed.get() - passed);
-            assert!(passed <= work && passed < 512, "{passed} blocks in {work} records, again: {again}");
+            assert_eq!(cache.hold_piece(&mut hold, piece.iter().copied()), Ok(Held::All));
+            // Each chunk is looked at and pinned, and used by the first message, on both of its ranks. Two chunks are pinned
+            // for the first time.
+            let first = if at == 0 { 4 } else { 0 };
+            let expected = match (again, at) {
+                (false, _) => 512 * (2 + 2) + first,
+                // The lease is taken apart before that.
+                (true, 0) => 8192 + 4 + 512 * 2 + first,
+                (true, _) => 512 * 2,
+            };
+            assert_eq!((cache.work() - work, cache.leases.passed.get() - passed), (expected, 0));
         }
-        assert_eq!(lookup.found, 8192);
+        assert_eq!(hold.held, 8192);
     }
 }
 
@@ -208,7 +223,7 @@ type Breakage = fn(&mut Cache<NoTable>);
 
 #[test]
 fn the_self_check_notices_what_disagrees() {
-    let breakages: [(&str, Breakage); 12] = [
+    let breakages: [(&str, Breakage); 16] = [
         ("a pin too many", |cache| {
             cache.chunks.get_mut(0).pins.add();
         }),
@@ -240,6 +255,23 @@ fn the_self_check_notices_what_disagrees() {
         ("an orphan counted that is not", |cache| cache.slots.counts.orphans += 1),
         ("a chunk without its place in the eviction order", |cache| cache.policy.remove(1, false)),
         ("a chunk counted that is said to have no place", |cache| cache.unplaced += 1),
+        ("a record marked that nobody decides about", |cache| cache.table.chunks().mark(0)),
+        ("a marked chunk that lookups find", |cache| {
+            cache.mark(0, For::Room);
+            cache.table.chunks().spare(0);
+        }),
+        ("a marked chunk that is held", |cache| {
+            cache.mark(0, For::Room);
+            cache.pin(0, 0, 0);
+        }),
+        ("a free record on the list of marked chunks", |cache| {
+            let word = cache.table.chunks().word(0);
+            cache.mark(0, For::Room);
+            cache.marked.forget(0);
+            cache.drop_chunk(0, false);
+            assert!(cache.table.chunks().word(0) != word);
+            cache.marked.remember(0);
+        }),
     ];
     for (what, breakage) in breakages {
         let mut cache = small();
@@ -294,8 +326,9 @@ fn use_or_drop(cache: &mut Cache<NoTable>, number: u32, (what, at, len): (u8, u6
     match what {
         // A lookup; its lease stays for a while.
         0..8 => {
-            cache.find(1, u64::from(number), 0, namespace, &keys, &mut |_| {}).unwrap();
-            assert!(cache.pin_found());
+            let words = search(cache, namespace, &keys);
+            let mut hold = Hold::new(1, u64::from(number), 0, namespace, 0, words.len() as u32);
+            assert_eq!(cache.hold_piece(&mut hold, words), Ok(Held::All));
         }
         // A store. Chunks that are there already are in front of the new ones, and count as used.
         8..16 => store(cache, number, namespace, &keys),
@@ -364,17 +397,6 @@ fn restored_chunks_are_in_the_order_of_their_last_access() {
 }
 
 #[test]
-fn what_was_found_is_pinned_at_once_or_never() {
-    let mut cache = small();
-    assert_eq!(cache.find(0, 1, 1, 0, &[[1, 1]], &mut |_| {}), Ok(1));
-    cache.clear(None);
-    let late = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cache.pin_found()));
-    assert!(if cfg!(debug_assertions) { late.is_err() } else { late.is_ok_and(|pinned| !pinned) });
-    assert_eq!(cache.stats().leases, 0);
-    cache.check_all().unwrap();
-}
-
-#[test]
 fn limits_out_of_range_are_errors() {
     let config = CacheConfig::new(1 << 20, 16);
     let wrong = [
@@ -398,7 +420,6 @@ fn limits_out_of_range_are_errors() {
     cache.register(0, 2, 1, 4096).unwrap();
     cache.register(0, 2, 1, 4096).unwrap();
     assert!(cache.register(0, 2, 1, 4097).is_err() && cache.register(0, 3, 0, 4096).is_err());
-    assert_eq!(cache.find(0, 0, 0, 0, &[[0; 2]], &mut |_| {}), Ok(0), "a rank is missing still");
 }
 
 /// A message of records that make no sense counts as work all the same, because each record is looked at.

@@ -214,6 +214,12 @@ impl Policy for Arc {
         None
     }
 
+    fn put_back(&mut self, id: ChunkId) {
+        if let Some(list) = self.residents.unlink(id) {
+            self.residents.push_cold(list, id);
+        }
+    }
+
     fn forget(&mut self, order: usize) {
         // Its ghosts belong to nobody now: no chunk has their hashes, and other ghosts take their places.
         self.orders[order] = Order::default();
@@ -372,6 +378,16 @@ mod tests {
                             prop_assert_eq!(&ghosts, &now);
                         }
                         ghosts = now;
+                    }
+                    Op::PutBack { id } if resident[id as usize].is_some() => {
+                        let (before, list) = (arc.dump(0), arc.residents.list_of(id));
+                        arc.put_back(id);
+                        prop_assert_eq!(arc.residents.list_of(id), list);
+                        prop_assert_eq!(list.and_then(|list| arc.residents.coldest(list)), Some(id));
+                        let others = |dump: Vec<ChunkId>| -> Vec<ChunkId> {
+                            dump.into_iter().filter(|other| *other != id).collect()
+                        };
+                        prop_assert_eq!(others(arc.dump(0)), others(before));
                     }
                     Op::Victim { refused } => {
                         let before = arc.dump(0);

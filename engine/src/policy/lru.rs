@@ -86,6 +86,12 @@ impl Policy for Lru {
         None
     }
 
+    fn put_back(&mut self, id: ChunkId) {
+        if let Some(order) = self.orders.unlink(id) {
+            self.orders.push_cold(order, id);
+        }
+    }
+
     fn forget(&mut self, _order: usize) {}
 
     fn len(&self, order: usize) -> usize {
@@ -161,6 +167,11 @@ mod tests {
                     Op::Remove { id, evicted } if resident(&id) => {
                         lru.remove(id, evicted);
                         model.remove(id);
+                    }
+                    Op::PutBack { id } if resident(&id) => {
+                        lru.put_back(id);
+                        model.remove(id);
+                        model.0.insert(0, id);
                     }
                     Op::Victim { refused } => {
                         let victim = lru.victim(5, &mut u32::MAX.clone(), &mut |id| refused & 1 << id == 0);

@@ -76,6 +76,10 @@ pub trait Policy: Send {
         evictable: &mut dyn FnMut(ChunkId) -> bool,
     ) -> Option<ChunkId>;
 
+    /// A resident chunk was chosen as [`victim`](Policy::victim), and stays after all, although nobody has used it: it is the
+    /// coldest again, in arc of those of its list.
+    fn put_back(&mut self, id: ChunkId);
+
     /// This order, in which no chunk is resident, is given to another namespace.
     fn forget(&mut self, order: usize);
 

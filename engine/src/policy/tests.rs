@@ -29,6 +29,9 @@ pub(super) enum Op {
     Victim {
         refused: u32,
     },
+    PutBack {
+        id: ChunkId,
+    },
 }
 
 /// Up to 300 random calls.
@@ -39,6 +42,7 @@ pub(super) fn ops() -> impl Strategy<Value = Vec<Op>> {
             .prop_map(|(id, hash, parent)| Op::Insert { id, hash, parent }),
         1 => (id.clone(), 0..32_u64).prop_map(|(id, hash)| Op::InsertColdest { id, hash }),
         2 => (id.clone(), proptest::option::of(id.clone())).prop_map(|(id, front)| Op::Touch { id, front }),
+        1 => id.clone().prop_map(|id| Op::PutBack { id }),
         2 => (id, any::<bool>()).prop_map(|(id, evicted)| Op::Remove { id, evicted }),
         1 => (any::<u32>(), any::<u32>()).prop_map(|(a, b)| Op::Victim { refused: a & b }),
         1 => Just(Op::Victim { refused: u32::MAX }),

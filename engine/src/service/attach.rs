@@ -184,7 +184,6 @@ impl Service {
 
     /// Forgets the pending lookups of this entry's client and takes its connection away, if it has one.
     fn disconnect(&mut self, entry: usize) -> Option<Connection> {
-        self.pending.forget(entry);
         self.entries[entry].connection()?;
         match self.becomes(entry, Entry::Over) {
             Entry::Attached(connection) => Some(connection),
@@ -208,6 +207,7 @@ impl Service {
     pub(super) fn reclaimed(&mut self, entry: usize) {
         self.no_longer_awaited(entry);
         failpoint::here(Place::ReclaimEntry);
+        self.segments.lobby.forget_lookups(entry);
         self.segments.lobby.entries[entry].clear();
         failpoint::here(Place::ReclaimWord);
         // Last: from here on another client may claim it.

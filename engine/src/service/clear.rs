@@ -18,7 +18,8 @@ pub(super) struct Clearing {
     namespace: Option<u32>,
     /// The chunk to go on with.
     from: u32,
-    dropped: u64,
+    /// How many chunks clears had dropped before this one.
+    before: u64,
 }
 
 impl Service {
@@ -35,7 +36,7 @@ impl Service {
         if free {
             self.stat(Stat::Clears, 1);
             let asker = Some(Asker { entry, operation, ident });
-            self.clearing = Some(Clearing { asker, namespace, from: 0, dropped: 0 });
+            self.clearing = Some(self.clearing_of(asker, namespace));
         }
         free
     }
@@ -43,21 +44,27 @@ impl Service {
     /// Begins to clear a namespace that nobody uses, so that it can be forgotten; not while another clear is under way.
     pub(super) fn begin_retiring(&mut self, namespace: u32) {
         if self.clearing.is_none() {
-            self.clearing = Some(Clearing { asker: None, namespace: Some(namespace), from: 0, dropped: 0 });
+            self.clearing = Some(self.clearing_of(None, Some(namespace)));
         }
+    }
+
+    fn clearing_of(&self, asker: Option<Asker>, namespace: Option<u32>) -> Clearing {
+        Clearing { asker, namespace, from: 0, before: self.cache.stats().cleared }
     }
 
     /// Does the next piece, and answers the request after the last one.
     pub(super) fn go_on_clearing(&mut self) {
-        let Some(mut clearing) = self.clearing.take() else { return };
-        let visible = |service: &Service| service.cache.stats().chunks_visible;
-        let before = visible(self);
-        let next = self.cache.clear_step(clearing.namespace, clearing.from);
-        clearing.dropped += before.saturating_sub(visible(self));
+        let Some(clearing) = self.clearing.take() else { return };
+        let (entries, schedulers) = (&self.entries, self.schedulers);
+        let next = self
+            .cache
+            .clear_step(clearing.namespace, clearing.from, &mut || Service::heard(entries, schedulers));
+        self.listen();
         match next {
             Some(from) => self.clearing = Some(Clearing { from, ..clearing }),
             None => {
-                let Clearing { asker, dropped, namespace, .. } = clearing;
+                let Clearing { asker, before, namespace, .. } = clearing;
+                let dropped = self.cache.stats().cleared - before;
                 let Some(Asker { entry, operation, ident }) = asker else {
                     return self.retire(namespace, dropped);
                 };

@@ -11,6 +11,9 @@ use kvring_shm_abi::payload::Payload;
 use kvring_shm_abi::ring::{Body, Consumer, Producer, RingJump};
 use kvring_shm_abi::segment::EngineName;
 
+/// The longest time between two looks at a client that counts as such.
+const GAP_MAX_NS: u64 = 100_000_000;
+
 pub(super) struct Connection {
     channel: Channel,
     submissions: Consumer,
@@ -25,6 +28,11 @@ pub(super) struct Connection {
     pub(super) doing: Option<Doing>,
     /// A completion was pushed since the last [`Self::announce`].
     unannounced: bool,
+    /// For how long the client has held something that it could not publish, and when that was looked at last.
+    unpublished_ns: u64,
+    unpublished_looked_ns: u64,
+    /// It has said so for too long.
+    is_doubted: bool,
 }
 
 /// A lobby entry's claim, checked.
@@ -51,6 +59,9 @@ impl Connection {
             ranks: [None; NAMESPACES_MAX],
             doing: None,
             unannounced: false,
+            unpublished_ns: 0,
+            unpublished_looked_ns: 0,
+            is_doubted: false,
         })
     }
 
@@ -63,6 +74,26 @@ impl Connection {
     #[inline]
     pub(super) fn has_news(&self) -> bool {
         self.doing.is_some() || self.submissions.has_news()
+    }
+
+    /// Does this scheduler hold something that it could not publish?
+    #[inline]
+    pub(super) fn has_unpublished(&self) -> bool {
+        !self.is_doubted && self.channel.unpublished().is_set()
+    }
+
+    /// Takes in a look at what it says of that. True when it has said so for longer than `grace_ns`, once.
+    pub(super) fn doubts_unpublished(&mut self, now_ns: u64, grace_ns: u64) -> bool {
+        let gap = now_ns.saturating_sub(core::mem::replace(&mut self.unpublished_looked_ns, now_ns));
+        if !self.channel.unpublished().is_set() {
+            (self.unpublished_ns, self.is_doubted) = (0, false);
+            return false;
+        }
+        // After a longer gap it was this engine that stood still.
+        self.unpublished_ns += gap.min(GAP_MAX_NS);
+        let doubted_before = self.is_doubted;
+        self.is_doubted |= self.unpublished_ns > grace_ns;
+        self.is_doubted && !doubted_before
     }
 
     pub(super) fn payload(&self) -> &Payload {

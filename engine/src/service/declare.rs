@@ -6,16 +6,11 @@
 //! passed, nothing is evicted, cleared or forgotten.
 
 use super::Service;
-use super::done::{Done, refuse, too_many};
-use super::lookup::piece_of;
-use crate::cache::{FindError, Lookup};
+use super::done::Done;
 use crate::stats::Stat;
-use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::futex::monotonic_ns;
-use kvring_shm_abi::lobby::Role;
-use kvring_shm_abi::message::{KEYS_MAX, Records, Status};
-use kvring_shm_abi::payload::OutOfArea;
+use kvring_shm_abi::message::Status;
 
 impl Service {
     /// Begins the grace, when serving begins and clients are awaited.
@@ -23,7 +18,18 @@ impl Service {
         if self.awaited.entries != 0 {
             self.awaited.until_ns = monotonic_ns().saturating_add(self.awaited.grace_ns);
             self.cache.hold_evictions(true);
+        } else {
+            self.evict_from_now_on();
         }
+    }
+
+    /// Nobody is waited for any more: evicting and clearing may begin. Schedulers that have not come back are told first that
+    /// what they find now is not held for them.
+    fn evict_from_now_on(&mut self) {
+        let engine = &self.segments.engine;
+        // Even: this may be called just before serving begins.
+        engine.terms().set_evicting(engine.epoch().incarnation().wrapping_add(1) & !1);
+        self.cache.hold_evictions(false);
     }
 
     /// Are clients of the earlier engine awaited? Until they are back, or the grace is over, nothing is evicted, cleared or
@@ -37,7 +43,7 @@ impl Service {
         let before = self.awaited.entries;
         self.awaited.entries &= !(1 << entry);
         if before != 0 && self.awaited.entries == 0 {
-            self.cache.hold_evictions(false);
+            self.evict_from_now_on();
             tracing::info!("every client of the earlier engine has come back, or is gone");
         }
     }
@@ -48,78 +54,12 @@ impl Service {
     pub(super) fn look_at_grace(&mut self, now: u64) {
         if self.awaited.entries != 0 && now >= self.awaited.until_ns {
             self.awaited.until_ns = u64::MAX;
-            self.cache.hold_evictions(false);
+            self.evict_from_now_on();
             let missing = self.awaited.entries.count_ones();
             tracing::warn!(
                 missing,
                 "clients of the earlier engine have not come back; evicting and clearing go on without them"
             );
-        }
-    }
-
-    pub(super) fn begin_lease(
-        &mut self,
-        entry: usize,
-        session: u64,
-        admission: u32,
-        namespace: u32,
-        chunks: Records,
-    ) -> Result<DeclareLease, Result<Done, OutOfArea>> {
-        let Some(connection) = self.entries[entry].connection() else { return Err(Ok(Done::Answered)) };
-        if connection.role != Role::Scheduler {
-            return Err(Ok(refuse(Status::WrongRole)));
-        }
-        if chunks.count as usize > KEYS_MAX {
-            return Err(Ok(too_many()));
-        }
-        let Some(world) = self.registry.get(namespace).map(|known| known.shape.world) else {
-            return Err(Ok(refuse(Status::UnknownNamespace)));
-        };
-        connection.payload().check(chunks.offset, chunks.count as usize).map_err(Err)?;
-        let lookup = self.cache.lookup(entry as u8, session, admission, namespace, chunks.count as usize);
-        Ok(DeclareLease { lookup, chunks, world })
-    }
-
-    /// Goes on with the declaration of a lease: pins its chunks again, piece by piece, up to the first that is not the same.
-    pub(super) fn declare_lease(
-        &mut self,
-        entry: usize,
-        operation: u16,
-        request: &mut DeclareLease,
-    ) -> Result<Done, OutOfArea> {
-        let DeclareLease { chunks, world, .. } = *request;
-        loop {
-            if self.cache.is_spent() {
-                return Ok(Done::More);
-            }
-            let before = request.lookup.found;
-            let piece = piece_of(self.cache.left(), world, chunks.count - before);
-            let Some(connection) = self.entries[entry].connection() else { return Ok(Done::Answered) };
-            let words = &mut self.scratch.words[..piece];
-            connection.payload().read(chunks.offset + before, words)?;
-            let words = words.iter().map(|word| ChunkWord::from_bits(*word));
-            let found = self.cache.hold_piece(&request.lookup, words);
-            match found {
-                Ok(found) => {
-                    failpoint::here(Place::DeclareLease);
-                    self.cache.pin_found();
-                    request.lookup.found += found;
-                    if found as usize == piece && request.lookup.found < chunks.count {
-                        continue;
-                    }
-                }
-                Err(FindError::UnknownNamespace { .. }) => return Ok(refuse(Status::UnknownNamespace)),
-                Err(
-                    FindError::Busy { .. } | FindError::NoSuchOwner { .. } | FindError::TooManyKeys { .. },
-                ) => {
-                    return Ok(refuse(Status::Busy));
-                }
-            }
-            let Lookup { session, admission, found, .. } = request.lookup;
-            self.stat(Stat::LeasesDeclared, 1);
-            self.stat(Stat::ChunksDeclared, u64::from(found));
-            self.complete(entry, operation, Status::Ok, [u64::from(found), 0, 0, 0]);
-            return Ok(Done::Trim { session, admission, keep: found });
         }
     }
 
@@ -136,13 +76,4 @@ impl Service {
         self.no_longer_awaited(entry);
         Done::Answer(Status::Ok, [u64::from(*freed), 0, 0, 0])
     }
-}
-
-/// A lease as its client remembers it, and how much of it has been pinned again.
-#[derive(Clone, Copy)]
-pub(super) struct DeclareLease {
-    lookup: Lookup,
-    chunks: Records,
-    /// How many ranks its chunks have.
-    world: u32,
 }

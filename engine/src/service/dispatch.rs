@@ -7,13 +7,11 @@
 //! A request of many keys is done in pieces, a slice of work each time it is this client's turn. Its arguments are copied
 //! out piece by piece, each piece once. Meanwhile no other request of its client is taken, so none can overtake it.
 
-use super::declare::DeclareLease;
 use super::done::{Done, OK, PIECE, refuse};
-use super::lookup::LookupRequest;
+use super::hold::HoldRequest;
 use super::store::{Finish, FinishSlots, ReserveMessage, ReserveRequest};
 use super::{BATCH, SLICE, Service};
 use crate::stats::Stat;
-use crate::tier::AskedLookup;
 use kvring_shm_abi::failpoint::{self, Place, Rule};
 use kvring_shm_abi::message::{ANY_NAMESPACE, Completion, Ident, Key, Request, SlotRecord, Status};
 use kvring_shm_abi::payload::OutOfArea;
@@ -42,33 +40,29 @@ pub(super) struct Doing {
     what: What,
 }
 
+impl Doing {
+    /// Does it wait for room, as long as the cache waits until the engine has listened to all schedulers?
+    fn waits(&self) -> bool {
+        matches!(self.what, What::Reserve(_))
+    }
+}
+
 /// The requests that take more than a moment.
 #[derive(Clone, Copy)]
 enum What {
-    Lookup(LookupRequest),
-    /// Unpins the chunks of a lease beyond its first `keep`. `answered`: the request has had its answer already.
-    Release {
-        session: u64,
-        admission: u32,
-        keep: u32,
-        answered: bool,
-    },
-    EndSession {
-        session: u64,
-    },
+    Hold(HoldRequest),
+    Release { session: u64, admission: u32, keep: u32 },
+    EndSession { session: u64 },
     Reserve(ReserveRequest),
     Finish(FinishSlots),
-    DeclareLease(DeclareLease),
-    DeclareEnd {
-        freed: u32,
-    },
+    DeclareEnd { freed: u32 },
 }
 
 impl Service {
     /// One client's turn: a slice of work, and at most [`BATCH`] requests. True when there was something to do.
     #[inline]
     pub(super) fn serve(&mut self, entry: usize) -> bool {
-        let mut worked = false;
+        let (mut worked, mut taken) = (false, 0);
         self.cache.allow(SLICE);
         for _ in 0..BATCH {
             if self.cache.is_spent() {
@@ -76,23 +70,12 @@ impl Service {
             }
             let Some(connection) = self.entries[entry].connection_mut() else { break };
             if let Some(doing) = connection.doing.take() {
+                if doing.waits() && self.cache.is_waiting() {
+                    connection.doing = Some(doing);
+                    break;
+                }
                 worked = true;
                 self.go_on(entry, doing);
-                continue;
-            }
-            if !self.pending.is_empty()
-                && let Some(asked) = self.pending.take_ready(entry, &mut *self.tier)
-            {
-                worked = true;
-                // The tier has brought up what it had: the lookup begins again, at its first key.
-                match self.begin_lookup(asked) {
-                    Ok(mut lookup) => {
-                        lookup.asked_tier = true;
-                        let doing = Doing { operation: asked.operation, what: What::Lookup(lookup) };
-                        self.go_on(entry, doing);
-                    }
-                    Err(ended) => self.ended(entry, asked.operation, ended),
-                }
                 continue;
             }
             let Some(connection) = self.entries[entry].connection_mut() else { break };
@@ -105,6 +88,7 @@ impl Service {
                 }
             };
             worked = true;
+            taken += 1;
             let expected = connection.ident;
             match Request::decode(&body) {
                 Ok((operation, ident, request)) if ident == expected => {
@@ -118,6 +102,7 @@ impl Service {
         if worked && self.entries[entry].connection_mut().is_some_and(|connection| connection.announce()) {
             self.stat(Stat::Wakes, 1);
         }
+        self.heard_from(entry, taken);
         worked
     }
 
@@ -138,18 +123,11 @@ impl Service {
                 self.leave(entry);
                 return;
             }
-            Request::Lookup { session, admission, namespace, keys, answer } => {
-                let asked = AskedLookup { entry, operation, session, admission, namespace, keys, answer };
-                self.begin_lookup(asked).map(What::Lookup)
+            Request::Hold { session, admission, namespace, first, chunks } => {
+                self.begin_hold(entry, session, admission, namespace, first, chunks).map(What::Hold)
             }
-            Request::Release { session, admission, keep } => {
-                self.pending_cancel(entry, session, Some(admission));
-                Ok(What::Release { session, admission, keep, answered: false })
-            }
-            Request::EndSession { session } => {
-                self.pending_cancel(entry, session, None);
-                Ok(What::EndSession { session })
-            }
+            Request::Release { session, admission, keep } => Ok(What::Release { session, admission, keep }),
+            Request::EndSession { session } => Ok(What::EndSession { session }),
             Request::Register { record } => {
                 Err(self.register(entry, record).map(|(s, r)| Done::Answer(s, r)))
             }
@@ -177,9 +155,6 @@ impl Service {
                     refuse(Status::Busy)
                 }))
             }
-            Request::DeclareLease { session, admission, namespace, chunks } => {
-                self.begin_lease(entry, session, admission, namespace, chunks).map(What::DeclareLease)
-            }
             Request::DeclareEnd => Ok(What::DeclareEnd { freed: 0 }),
             Request::Invalidate { slot, generation, key } => {
                 Err(Ok(self.invalidate(entry, slot, generation, key)))
@@ -201,31 +176,20 @@ impl Service {
     fn go_on(&mut self, entry: usize, mut doing: Doing) {
         let operation = doing.operation;
         let done = match &mut doing.what {
-            What::Lookup(lookup) => self.lookup(lookup),
-            What::Release { session, admission, keep, answered } => {
+            What::Hold(hold) => self.hold(entry, hold),
+            What::Release { session, admission, keep } => {
                 let done = self.cache.release(entry as u8, *session, *admission, *keep);
-                Ok(match (done, *answered) {
-                    (false, _) => Done::More,
-                    (true, true) => Done::Answered,
-                    (true, false) => OK,
-                })
+                Ok(if done { OK } else { Done::More })
             }
             What::EndSession { session } => {
                 Ok(if self.cache.end_session(entry as u8, *session) { OK } else { Done::More })
             }
             What::Reserve(reserve) => self.reserve(entry, reserve),
             What::Finish(finish) => self.finish_slots(entry, finish),
-            What::DeclareLease(lease) => self.declare_lease(entry, operation, lease),
             What::DeclareEnd { freed } => Ok(self.declare_end(entry, freed)),
         };
         match done {
             Ok(Done::More) => self.put_off(entry, doing),
-            Ok(Done::Trim { session, admission, keep }) => {
-                let what = What::Release { session, admission, keep, answered: true };
-                if !self.cache.release(entry as u8, session, admission, keep) {
-                    self.put_off(entry, Doing { operation, what });
-                }
-            }
             ended => self.ended(entry, operation, ended),
         }
     }
@@ -241,7 +205,7 @@ impl Service {
     fn ended(&mut self, entry: usize, operation: u16, done: Result<Done, OutOfArea>) {
         match done {
             Ok(Done::Answer(status, results)) => self.complete(entry, operation, status, results),
-            Ok(Done::Later | Done::Answered | Done::More | Done::Trim { .. }) => {}
+            Ok(Done::Later | Done::Answered | Done::More) => {}
             Err(breach) => self.breach(entry, &breach),
         }
     }

@@ -15,8 +15,6 @@ pub(super) enum Done {
     Answered,
     /// The allowed work is spent: the request goes on when it is its client's turn again.
     More,
-    /// The answer has been given; the chunks of its lease beyond the first `keep` are to be unpinned.
-    Trim { session: u64, admission: u32, keep: u32 },
 }
 
 pub(super) const OK: Done = Done::Answer(Status::Ok, [0; 4]);

@@ -14,6 +14,7 @@ use super::connection::Connection;
 use super::linger::Lingering;
 use crate::cache::Parting;
 use kvring_shm_abi::engine_segment::AttachStatus;
+use kvring_shm_abi::lobby::Role;
 
 /// An entry's state.
 #[allow(
@@ -79,7 +80,12 @@ impl Service {
         let bit = 1 << entry;
         let set = |bits: &mut u64, is_set| *bits = if is_set { *bits | bit } else { *bits & !bit };
         set(&mut self.active, matches!(state, Entry::Attached(_)));
+        let is_scheduler = state.connection().is_some_and(|connection| connection.role == Role::Scheduler);
+        set(&mut self.schedulers, is_scheduler);
         set(&mut self.parting, matches!(state, Entry::Parting(_)));
-        core::mem::replace(&mut self.entries[entry], state)
+        let before = core::mem::replace(&mut self.entries[entry], state);
+        // Whoever is gone need not be heard.
+        self.heard_some();
+        before
     }
 }

@@ -1,7 +1,7 @@
 //! Statistics that are read off the cache rather than counted as things happen.
 
 use super::Service;
-use crate::stats::Stat;
+use crate::stats::{self, Stat};
 
 impl Service {
     /// Called with each tick.
@@ -34,6 +34,9 @@ impl Service {
             (Stat::LongestTurnCpuNs, self.longest_cpu_ns),
             (Stat::AllocationStalled, u64::from(self.allocator.is_stalled())),
         ] {
+            stat.of(block).set(value);
+        }
+        for (stat, value) in stats::of_lookups(&self.segments.lobby.lookup_totals()) {
             stat.of(block).set(value);
         }
     }

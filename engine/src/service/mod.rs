@@ -19,8 +19,9 @@ mod dispatch;
 mod done;
 mod entry;
 mod gauges;
+mod hold;
 mod linger;
-mod lookup;
+mod listen;
 mod parting;
 mod placing;
 mod register;
@@ -34,7 +35,6 @@ use crate::recovery::Inherited;
 use crate::segments::Segments;
 use crate::stats::Stat;
 use crate::stop::StopHandle;
-use crate::tier::{LowerTier, PendingLookups};
 use clear::Clearing;
 use connection::Connection;
 use dispatch::Scratch;
@@ -46,6 +46,7 @@ use kvring_shm_abi::lobby::CLIENTS_MAX;
 use kvring_shm_abi::park;
 use kvring_shm_abi::process::ProcessIdentity;
 use kvring_shm_abi::sync::{Ordering, spin_loop};
+use listen::Listening;
 pub(crate) use placing::Placing;
 pub(crate) use registry::Registry;
 pub(crate) use slot_table::SharedSlots;
@@ -101,7 +102,6 @@ pub(crate) struct Parts {
     pub(crate) cache: Cache<SharedSlots>,
     pub(crate) registry: Registry,
     pub(crate) allocator: Allocator,
-    pub(crate) tier: Box<dyn LowerTier>,
     pub(crate) inherited: Inherited,
     pub(crate) placing: Placing,
     pub(crate) pace: Pace,
@@ -122,6 +122,8 @@ pub(crate) struct Service {
     entries: Vec<Entry>,
     /// A bit for each attached entry: a turn looks at their rings.
     active: u64,
+    /// A bit for each of those whose client is a scheduler.
+    schedulers: u64,
     /// This process, to be compared with the processes that clients name as theirs.
     own: ProcessIdentity,
     awaited: Awaited,
@@ -132,8 +134,7 @@ pub(crate) struct Service {
     /// The entry at which the next look begins.
     look_from: usize,
     allocator: Allocator,
-    tier: Box<dyn LowerTier>,
-    pending: PendingLookups,
+    listening: Option<Listening>,
     clearing: Option<Clearing>,
     placing: Placing,
     /// A bit for each entry that is parting, and the entry at which the next one is looked for.
@@ -200,7 +201,7 @@ fn thread_cpu_ns() -> u64 {
 
 impl Service {
     pub(crate) fn new(parts: Parts) -> Service {
-        let Parts { segments, cache, registry, allocator, tier, inherited, placing, pace, stop } = parts;
+        let Parts { segments, cache, registry, allocator, inherited, placing, pace, stop } = parts;
         stop.wakes(segments.lobby.clone());
         let awaited =
             Awaited { entries: inherited.living, until_ns: u64::MAX, grace_ns: pace.reattach_grace_ns };
@@ -211,14 +212,14 @@ impl Service {
             registry,
             entries,
             active: 0,
+            schedulers: 0,
             own: ProcessIdentity::own(),
             awaited,
             watched: Vec::with_capacity(CLIENTS_MAX),
             claims: 0,
             look_from: 0,
             allocator,
-            tier,
-            pending: PendingLookups::new(),
+            listening: None,
             clearing: None,
             placing,
             parting: 0,
@@ -252,6 +253,7 @@ impl Service {
     pub(crate) fn run(mut self, ready: impl FnOnce()) -> Segments {
         // The engine is ready with its first slab: ticks take over the others as the allocator finishes them.
         self.take_slabs();
+        self.segments.engine.terms().set_share(self.cache.share());
         self.await_clients();
         self.publish_gauges();
         // The recovery has succeeded, if there was one.
@@ -324,21 +326,31 @@ impl Service {
         worked
     }
 
-    /// Does a piece of one job in the background (a parting, slabs being emptied, restored chunks that get their places in the
-    /// eviction order, a clear), each kind in turn. True when there was one.
+    /// Does a piece of one job in the background (a parting, marked chunks that are dropped, slabs being emptied, restored chunks
+    /// that get their places in the eviction order, a clear), each kind in turn. True when there was one.
     #[inline]
     fn go_on_in_the_background(&mut self) -> bool {
         let has_work = self.has_background_work();
         if has_work {
             self.cache.allow(BACKGROUND);
-            let due =
-                [self.parting != 0, self.cache.is_emptying(), self.is_placing(), self.clearing.is_some()];
+            let due = [
+                self.parting != 0,
+                self.cache.is_dropping(),
+                self.cache.is_emptying(),
+                self.is_placing(),
+                self.clearing.is_some(),
+            ];
             let next = (self.job + 1..).map(|job| job % due.len()).find(|job| due[*job]);
             self.job = next.unwrap_or_default();
             match self.job {
                 0 => self.go_on_parting(),
-                1 => self.cache.go_on_emptying(),
-                2 => self.go_on_placing(),
+                1 => self.cache.go_on_dropping(),
+                2 => {
+                    let (entries, schedulers) = (&self.entries, self.schedulers);
+                    self.cache.go_on_emptying(&mut || Service::heard(entries, schedulers));
+                    self.listen();
+                }
+                3 => self.go_on_placing(),
                 _ => self.go_on_clearing(),
             }
         }
@@ -347,7 +359,11 @@ impl Service {
 
     #[inline]
     fn has_background_work(&self) -> bool {
-        self.parting != 0 || self.clearing.is_some() || self.cache.is_emptying() || self.is_placing()
+        self.parting != 0
+            || self.cache.is_dropping()
+            || self.clearing.is_some()
+            || self.cache.is_emptying()
+            || self.is_placing()
     }
 
     /// Does everything that is due now and then rather than on request.
@@ -360,6 +376,7 @@ impl Service {
         }
         self.look_around();
         self.look_at_grace(now);
+        self.look_at_unpublished(now);
         self.look_at_sorting();
         if self.segments.is_retired() {
             // Somebody removed our segments: new clients cannot find us, and a successor may run already.
@@ -416,7 +433,6 @@ impl Service {
         // From here on a client that publishes something also rings the doorbell. So one more look, then sleep.
         let work = self.lobby_has_news()
             || self.rings_have_news()
-            || !self.pending.is_empty()
             || self.has_background_work()
             || self.allocator.has_news()
             || self.stop.is_requested();

@@ -2,7 +2,7 @@
 
 use super::Service;
 use super::done::{Done, PIECE, refuse, too_many};
-use crate::cache::{self, Aborted, CommitError, Committed, Going, Invalidated, Reservation, Reserve};
+use crate::cache::{self, Aborted, CommitError, Committed, Ears, Going, Invalidated, Reservation, Reserve};
 use crate::stats::Stat;
 use kvring_shm_abi::failpoint::{self, Place};
 use kvring_shm_abi::lobby::Role;
@@ -111,37 +111,40 @@ impl Service {
                 parent: request.parent,
                 keys,
             };
-            let reserved = self.cache.reserve_piece(reserve, &mut request.going, &mut |_, reservation| {
-                let answer = match reservation {
-                    Reservation::Write { slot, generation, offset } => {
-                        granted += 1;
-                        ReserveAnswer::write(ShardAnswer::new(slot, offset, generation))
+            let (entries, schedulers) = (&self.entries, self.schedulers);
+            let ears: &mut Ears<'_> = &mut || Service::heard(entries, schedulers);
+            let reserved =
+                self.cache.reserve_piece(reserve, &mut request.going, ears, &mut |_, reservation| {
+                    let answer = match reservation {
+                        Reservation::Write { slot, generation, offset } => {
+                            granted += 1;
+                            ReserveAnswer::write(ShardAnswer::new(slot, offset, generation))
+                        }
+                        Reservation::Present => {
+                            skipped += 1;
+                            ReserveAnswer::skip(ReserveOutcome::Present)
+                        }
+                        Reservation::Pending { .. } => {
+                            skipped += 1;
+                            ReserveAnswer::skip(ReserveOutcome::Held)
+                        }
+                        Reservation::Superseded => {
+                            skipped += 1;
+                            ReserveAnswer::skip(ReserveOutcome::Superseded)
+                        }
+                        Reservation::NoSpace => {
+                            dropped += 1;
+                            ReserveAnswer::skip(ReserveOutcome::NoSpace)
+                        }
+                        Reservation::Busy => {
+                            dropped += 1;
+                            ReserveAnswer::skip(ReserveOutcome::Busy)
+                        }
+                    };
+                    for word in answer.words() {
+                        writer.push(word);
                     }
-                    Reservation::Present => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Present)
-                    }
-                    Reservation::Pending { .. } => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Held)
-                    }
-                    Reservation::Superseded => {
-                        skipped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Superseded)
-                    }
-                    Reservation::NoSpace => {
-                        dropped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::NoSpace)
-                    }
-                    Reservation::Busy => {
-                        dropped += 1;
-                        ReserveAnswer::skip(ReserveOutcome::Busy)
-                    }
-                };
-                for word in answer.words() {
-                    writer.push(word);
-                }
-            });
+                });
             self.stat(Stat::ShardsReserved, granted);
             self.stat(Stat::ShardsSkipped, skipped);
             self.stat(Stat::ShardsDropped, dropped);
@@ -153,6 +156,10 @@ impl Service {
             request.done += done as u32;
             if let Some(last) = done.checked_sub(1) {
                 request.parent = Some(self.scratch.keys[last]);
+            }
+            if self.cache.is_waiting() {
+                self.listen();
+                return Ok(Done::More);
             }
         }
         Ok(Done::Answer(Status::Ok, [request.granted, request.dropped, 0, 0]))

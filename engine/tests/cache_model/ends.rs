@@ -19,7 +19,11 @@ impl Model {
         restore(&mut self.cache);
         let (restored, unplaced) = self.cache.restore_end();
         self.sorted = Some(unplaced.sort());
+        // What was in the rings is lost, and who waited gets no answer.
         self.leases.clear();
+        self.said.clear();
+        self.waiting.clear();
+        self.marked.clear();
         let freed = self.take_freed();
         assert!(freed.is_empty() && restored.dropped == 0);
         assert_eq!(restored.visible as usize, self.chunks.iter().filter(|chunk| chunk.visible).count());
@@ -57,6 +61,7 @@ impl Model {
     }
 
     pub(crate) fn gone(&mut self, owner: u8, quarantine: bool) {
+        self.said.retain(|said| said.name.0 != owner);
         let nonce = std::mem::replace(&mut self.nonces[usize::from(owner)], 0);
         self.nonces[usize::from(owner)] = nonce + 1;
         let how = if quarantine { Leaving::Detached { nonce } } else { Leaving::Left { nonce } };

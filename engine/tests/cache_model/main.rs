@@ -9,23 +9,36 @@ mod cache_support;
 mod ends;
 mod model;
 mod ops;
+mod waits;
 
-use kvring_engine::cache::{Invalidated, Key, Leaving, Parting};
+use kvring_engine::cache::{Heard, Invalidated, Key, Leaving, Parting};
 use kvring_engine::policy::PolicyKind;
 use proptest::prelude::*;
 
 use cache_support::{State, key};
 use model::{Model, SLABS, WORLDS};
-use ops::{OWNERS, Op, op};
+use ops::{Listen, OWNERS, Op, op};
 
 impl Model {
     fn step(&mut self, op: &Op) {
         match *op {
             Op::Invalidate { which, how } => self.invalidate(which, how),
-            Op::Find { owner, session, admission, namespace, chain, len } => {
-                self.find((owner, session, admission), namespace, chain, len);
+            Op::Find { owner, session, admission, namespace, chain, len, split, later } => {
+                self.find((owner, session, admission), namespace, chain, len, split);
+                if !later {
+                    self.read_rings(Some(owner));
+                }
             }
+            Op::Listen(listen) => self.listen = listen,
+            Op::Hear => self.hear(),
+            Op::GoOnDropping => self.go_on_dropping(),
+            Op::SpareAll => {
+                self.cache.spare_all();
+                assert!(!self.cache.is_waiting() && self.check_words().is_empty());
+            }
+            Op::GoOnWaiting { which } => self.go_on_waiting(which),
             Op::Release { owner, session, admission, keep } => {
+                self.read_rings(Some(owner));
                 self.in_pieces(|model| model.cache.release(owner, session, admission, keep));
                 if let Some(chunks) = self.leases.get_mut(&(owner, session, admission)) {
                     chunks.truncate(keep as usize);
@@ -33,6 +46,7 @@ impl Model {
                 self.leases.retain(|_, chunks| !chunks.is_empty());
             }
             Op::EndSession { owner, session } => {
+                self.read_rings(Some(owner));
                 self.leases.retain(|(o, s, _), _| (*o, *s) != (owner, session));
                 self.in_pieces(|model| model.cache.end_session(owner, session));
             }
@@ -60,7 +74,7 @@ impl Model {
             Op::Forge { which, how } => self.forge(which, how),
             Op::Gone { owner, quarantine } => self.gone(owner, quarantine),
             Op::QuarantineOver { owner } => self.quarantine_over(owner),
-            Op::Clear { namespace } => self.clear(namespace),
+            Op::Clear { namespace } => self.clear(namespace, 0, false),
             Op::OutOfSpace(out) => self.cache.table_mut().out_of_space = out,
             Op::Hostile { slot, generation } => {
                 for owner in [0, 63, 64, 255] {
@@ -77,12 +91,12 @@ impl Model {
             }
             Op::Allow(records) => self.allowed = records,
             Op::GoOnEmptying => {
+                let ears = self.ears();
                 self.in_pieces(|model| {
-                    model.cache.go_on_emptying();
+                    model.cache.go_on_emptying(&mut || ears);
                     true
                 });
-                let freed = self.take_freed();
-                self.evicted(&freed, u32::MAX, &[]);
+                self.marked_went();
             }
             Op::GoOnPlacing => self.go_on_placing(),
             Op::Restart { dead, named } => self.restart(dead, named),
@@ -98,8 +112,21 @@ impl Model {
         assert!(rest.is_empty(), "{op:?} freed slots {rest:?} that nothing allows");
     }
 
-    fn check(&mut self) {
+    fn check(&mut self, op: &Op) {
         self.cache.check_all().unwrap();
+        let marked = self.check_words();
+        assert_eq!(self.cache.is_waiting(), !marked.is_empty());
+        // Whoever may make room marks chunks, if not everything was heard. What is marked stays so until it is spared or goes.
+        let may_mark = matches!(
+            op,
+            Op::Reserve { .. }
+                | Op::Store { .. }
+                | Op::Clear { .. }
+                | Op::GoOnEmptying
+                | Op::GoOnWaiting { .. }
+        );
+        assert!(may_mark && self.ears() == Heard::NotYet || marked.is_subset(&self.marked), "{op:?}");
+        self.marked = marked;
         self.cache.check_step(37).unwrap();
         self.cache.table().assert_disjoint();
         let stats = self.cache.stats();
@@ -135,8 +162,23 @@ proptest! {
         let mut model = Model::new(policy);
         for op in &ops {
             model.step(op);
-            model.check();
+            model.check(op);
         }
+        // Everything that was said is heard, and then everything that waits is answered.
+        model.listen = Listen::Truly;
+        for _ in 0..10_000 {
+            model.hear();
+            model.check(&Op::Hear);
+            model.go_on_dropping();
+            model.check(&Op::GoOnDropping);
+            if model.waiting.is_empty() && !model.cache.is_waiting() {
+                break;
+            }
+            let op = Op::GoOnWaiting { which: 0 };
+            model.step(&op);
+            model.check(&op);
+        }
+        prop_assert!(model.waiting.is_empty() && !model.cache.is_waiting(), "somebody waits for ever");
         // Whatever happened, everything can be given back.
         for owner in 0..OWNERS {
             model.gone(owner, false);
@@ -144,12 +186,12 @@ proptest! {
         for owner in 0..OWNERS {
             model.quarantine_over(owner);
         }
-        model.clear(None);
+        model.clear(None, 0, false);
         model.in_pieces(|model| {
-            model.cache.go_on_emptying();
+            model.cache.go_on_emptying(&mut || Heard::All);
             !model.cache.is_emptying()
         });
-        model.check();
+        model.check(&Op::GoOnEmptying);
         let stats = model.cache.stats();
         prop_assert_eq!(stats.slabs_free, stats.slabs_usable);
         prop_assert_eq!((stats.bytes_used, stats.pins), (0, 0));

@@ -1,16 +1,18 @@
 //! A model of the cache, made of plain vectors, with which the cache is compared after each operation.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kvring_engine::cache::{
     Aborted, Cache, CacheConfig, CommitError, Committed, Going, Invalidated, Key, Reservation, Reserve,
-    Round, SlotId, SlotTable, Sorted,
+    Round, SlotId, Sorted,
 };
 use kvring_engine::policy::PolicyKind;
+use kvring_shm_abi::chunk::ChunkWord;
 
-use crate::cache_support::{State, VecTable, key};
-use crate::ops::{NAMESPACES, OWNERS};
+use crate::cache_support::{LeaseName, State, VecTable};
+use crate::ops::{Listen, NAMESPACES, OWNERS};
+use crate::waits::{Asked, Said, Waiting};
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
 pub(crate) const SLABS: u32 = 7;
@@ -38,6 +40,8 @@ pub(crate) struct Chunk {
     pub(crate) round: Round,
     pub(crate) shards: BTreeMap<u32, Shard>,
     pub(crate) visible: bool,
+    /// The word by which clients found it first.
+    pub(crate) word: Option<ChunkWord>,
 }
 
 impl Chunk {
@@ -56,8 +60,6 @@ pub(crate) struct Write {
     pub(crate) key: Key,
 }
 
-pub(crate) type LeaseName = (u8, u64, u32);
-
 pub(crate) struct Model {
     pub(crate) policy: PolicyKind,
     pub(crate) cache: Cache<VecTable>,
@@ -67,6 +69,14 @@ pub(crate) struct Model {
     chunks_made: u64,
     pub(crate) writes: Vec<Write>,
     pub(crate) done: Vec<Write>,
+    /// What schedulers have published and nobody has read: the oldest message first.
+    pub(crate) said: Vec<Said>,
+    /// What the ears say.
+    pub(crate) listen: Listen,
+    /// Reservations and clears that had to wait.
+    pub(crate) waiting: Vec<Waiting>,
+    /// The chunks that were marked after the last operation.
+    pub(crate) marked: BTreeSet<u64>,
     /// The ids of the chunks of each lease.
     pub(crate) leases: BTreeMap<LeaseName, Vec<u64>>,
     pub(crate) nonces: [u64; OWNERS as usize],
@@ -114,6 +124,10 @@ impl Model {
             chunks_made: 0,
             writes,
             done,
+            said: Vec::new(),
+            listen: Listen::Truly,
+            waiting: Vec::new(),
+            marked: BTreeSet::new(),
             leases: BTreeMap::new(),
             nonces: [1; 3],
             quarantined,
@@ -156,6 +170,11 @@ impl Model {
         self.leases.values().any(|chunks| chunks.contains(&chunk.id))
     }
 
+    /// Whether anybody holds it, whether the engine has heard of it or not.
+    pub(crate) fn is_held(&self, chunk: &Chunk) -> bool {
+        self.is_leased(chunk) || self.said.iter().any(|said| said.ids.contains(&chunk.id))
+    }
+
     pub(crate) fn visible(&self, namespace: u32, key: Key) -> Option<&Chunk> {
         self.chunks.iter().find(|chunk| chunk.visible && chunk.namespace == namespace && chunk.key == key)
     }
@@ -180,7 +199,8 @@ impl Model {
                 continue;
             }
             assert!(!chunk.is_written(), "evicted while it was written: {chunk:?}");
-            assert!(!self.is_leased(chunk), "evicted while it was leased: {chunk:?}");
+            assert!(!self.is_held(chunk), "evicted while it was held: {chunk:?}");
+            assert!(!chunk.visible || self.listen != Listen::Never || self.marked.contains(&chunk.id));
             self.dropped(at, freed);
         }
     }
@@ -235,56 +255,6 @@ impl Model {
         }
     }
 
-    pub(crate) fn find(&mut self, name: LeaseName, namespace: u32, chain: u64, len: u64) {
-        let keys: Vec<Key> = (0..len).map(|place| key(chain, place)).collect();
-        let expected: Vec<Key> =
-            keys.iter().copied().take_while(|key| self.visible(namespace, *key).is_some()).collect();
-        let (owner, session, admission) = name;
-        let known = self.leases.contains_key(&name);
-        let mut lookup = self.cache.lookup(owner, session, admission, namespace, keys.len());
-        let (mut touches, world) = (0, WORLDS[namespace as usize].len());
-        // The lookup goes on piece by piece, or all at once.
-        let piece = if self.allowed == 0 { 64 } else { 1 + self.allowed as usize % 3 };
-        loop {
-            let from = lookup.found as usize;
-            let rest = &keys[from..keys.len().min(from + piece)];
-            let mut words = Vec::new();
-            let found = self.cache.find_piece(&lookup, rest, &mut |word| words.push(word)).unwrap();
-            let visible = expected.len().min(from + rest.len());
-            assert_eq!(found as usize, visible - from);
-            assert_eq!(words.len(), found as usize);
-            for (key, word) in expected[from..visible].iter().zip(words) {
-                let identity = self.cache.table().chunks().find(word).unwrap().identity;
-                assert_eq!((identity.key, identity.namespace), (*key, namespace));
-                let shards = self.cache.table().shards(word);
-                let found = shards.iter().map(|shard| (shard.slot, shard.generation));
-                let expected = &self.visible(namespace, *key).unwrap().shards;
-                assert!(
-                    found.eq(expected.values().map(|shard| (shard.slot, shard.generation))),
-                    "{shards:?}, {expected:?}"
-                );
-            }
-            self.cache.table_mut().touches.clear();
-            assert!(self.cache.pin_found());
-            touches += self.cache.table().touches.len();
-            self.cache.check_all().unwrap();
-            lookup.found += found;
-            if (found as usize) < rest.len() || lookup.found as usize == keys.len() {
-                break;
-            }
-        }
-        assert_eq!(touches, if known { 0 } else { expected.len() * world }, "retries are not accesses");
-        let ids: Vec<u64> =
-            expected.iter().filter_map(|key| Some(self.visible(namespace, *key)?.id)).collect();
-        self.leases.remove(&name);
-        if !ids.is_empty() {
-            self.leases.insert(name, ids);
-        }
-        // Chunks that an earlier lookup of the admission had leased beyond that are released.
-        let keep = expected.len() as u32;
-        self.in_pieces(|model| model.cache.release(owner, session, admission, keep));
-    }
-
     pub(crate) fn reserve(
         &mut self,
         owner: u8,
@@ -294,23 +264,38 @@ impl Model {
         parent: Option<Key>,
         keys: &[Key],
     ) {
-        let mut going = self.cache.reservation(namespace, keys.len());
-        let (first, mut parent, mut done) = (parent, parent, 0);
+        let going = self.cache.reservation(namespace, keys.len());
+        let (keys, was_waiting, nonce) = (keys.to_vec(), false, self.nonces[usize::from(owner)]);
+        let asked = Asked { owner, nonce, namespace, rank, round, parent, keys, going, done: 0, was_waiting };
+        self.go_on_reserving(asked);
+    }
+
+    /// Goes on with a reservation, until everything is answered or it has to wait.
+    pub(crate) fn go_on_reserving(&mut self, mut asked: Asked) {
+        let mut is_over = false;
         self.in_pieces(|model| {
-            let rest = &keys[done..];
+            let Asked { owner, namespace, rank, round, done, .. } = asked;
             let refused = model.refused;
+            let before = asked.done.checked_sub(1).map(|last| asked.keys[last]).or(asked.parent);
+            let rest = asked.keys[done..].to_vec();
             let Some(answered) =
-                model.reserve_piece(owner, (namespace, rank), round, parent, rest, &mut going)
+                model.reserve_piece(owner, (namespace, rank), round, before, &rest, &mut asked.going)
             else {
+                is_over = true;
                 return true;
             };
-            if model.refused > refused {
-                model.assert_no_room(namespace, rank, keys, first);
+            // Chunks may have been released since a reservation that waited has looked at them.
+            if model.refused > refused && !asked.was_waiting && model.listen != Listen::Never {
+                model.assert_no_room(namespace, rank, &asked.keys, asked.parent);
             }
-            done += answered;
-            parent = done.checked_sub(1).map(|last| keys[last]).or(parent);
-            done == keys.len()
+            asked.done += answered;
+            is_over = asked.done == asked.keys.len();
+            is_over || model.cache.is_waiting()
         });
+        if !is_over {
+            asked.was_waiting = true;
+            self.waiting.push(Waiting::Reserve(asked));
+        }
     }
 
     /// A client was told that there is no space. Then no chunk may be evictable that would give back a slot of the
@@ -322,7 +307,7 @@ impl Model {
             let is_named =
                 chunk.namespace == namespace && (keys.contains(&chunk.key) || parent == Some(chunk.key));
             let gives = chunk.shards.keys().any(|rank| pages(chunk.namespace, *rank) == wanted);
-            let may_go = !chunk.is_written() && !self.is_leased(chunk);
+            let may_go = !chunk.is_written() && !self.is_held(chunk);
             assert!(is_named || !gives || !may_go, "no space, and this may go: {chunk:?}");
         }
     }
@@ -340,7 +325,8 @@ impl Model {
         let nonce = self.nonces[usize::from(owner)];
         let mut answers = Vec::new();
         let message = Reserve { owner, nonce, namespace, rank, round, parent, keys };
-        let result = self.cache.reserve_piece(message, going, &mut |i, answer| {
+        let ears = self.ears();
+        let result = self.cache.reserve_piece(message, going, &mut || ears, &mut |i, answer| {
             assert_eq!(i, answers.len());
             answers.push(answer);
         });
@@ -409,7 +395,8 @@ impl Model {
                     let shards = BTreeMap::from([(rank, shard)]);
                     self.chunks_made += 1;
                     let id = self.chunks_made;
-                    self.chunks.push(Chunk { id, namespace, key: *key, round, shards, visible: false });
+                    let (visible, word) = (false, None);
+                    self.chunks.push(Chunk { id, namespace, key: *key, round, shards, visible, word });
                 }
             }
             self.writes.push(Write { owner, nonce, slot, generation, key: *key });
@@ -497,25 +484,6 @@ impl Model {
             let shards = &mut self.chunks[at].shards;
             shards.retain(|_, shard| shard.slot != write.slot);
             self.dropped(at, freed);
-        }
-    }
-
-    pub(crate) fn clear(&mut self, namespace: Option<u32>) {
-        let mut from = Some(0);
-        self.in_pieces(|model| {
-            from = model.cache.clear_step(namespace, from.unwrap());
-            from.is_none()
-        });
-        let freed = self.take_freed();
-        let mut at = 0;
-        while at < self.chunks.len() {
-            let chunk = &self.chunks[at];
-            let meant = namespace.is_none_or(|namespace| namespace == chunk.namespace);
-            if meant && !(chunk.visible && self.is_leased(chunk)) {
-                self.dropped(at, &freed);
-            } else {
-                at += 1;
-            }
         }
     }
 

@@ -8,9 +8,22 @@ pub(crate) const OWNERS: u8 = 3;
 /// How many namespaces there are.
 pub(crate) const NAMESPACES: u32 = 4;
 
+/// What the engine's ears say after chunks were marked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Listen {
+    /// Whether there is anything in the rings.
+    Truly,
+    /// That there is, even if there is not.
+    Slowly,
+    /// That a scheduler cannot say what it holds.
+    Never,
+}
+
 /// One operation. It may name something that does not exist.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
+    /// A scheduler looks up, and publishes that it holds what it has found, in two messages if `split` is not 0. They stay
+    /// in its ring for a while if `later`.
     Find {
         owner: u8,
         session: u64,
@@ -18,6 +31,20 @@ pub(crate) enum Op {
         namespace: u32,
         chain: u64,
         len: u64,
+        split: u64,
+        later: bool,
+    },
+    /// What the engine's ears say from now on.
+    Listen(Listen),
+    /// All schedulers are heard, and the cache may decide about what is marked.
+    Hear,
+    /// The next piece of what follows from the decision.
+    GoOnDropping,
+    /// The cache shows everything again that is marked.
+    SpareAll,
+    /// A request that had to wait goes on.
+    GoOnWaiting {
+        which: usize,
     },
     Release {
         owner: u8,
@@ -101,7 +128,15 @@ pub(crate) enum Op {
 pub(crate) fn op() -> impl Strategy<Value = Op> {
     let owner = 0..OWNERS;
     let namespace = 0..NAMESPACES;
-    let find = (owner.clone(), 0..3_u64, 0..2_u32, namespace.clone(), 0..5_u64, 0..6_u64);
+    let find = (
+        (owner.clone(), 0..3_u64, 0..2_u32),
+        namespace.clone(),
+        0..5_u64,
+        0..6_u64,
+        prop_oneof![2 => Just(0), 1 => 1..4_u64],
+        prop::bool::weighted(0.4),
+    );
+    let listen = prop_oneof![3 => Just(Listen::Truly), 2 => Just(Listen::Slowly), 1 => Just(Listen::Never)];
     let round = (prop_oneof![3 => Just(0), 1 => 1..6_u32], 0..4_u32);
     let round = round.prop_map(|(source, number)| Round { source, number });
     let store = (namespace.clone(), round.clone(), 0..5_u64, 1..4_u64);
@@ -116,8 +151,13 @@ pub(crate) fn op() -> impl Strategy<Value = Op> {
         prop::bool::weighted(0.1),
     );
     prop_oneof![
-        10 => find.prop_map(|(owner, session, admission, namespace, chain, len)|
-            Op::Find { owner, session, admission, namespace, chain, len }),
+        12 => find.prop_map(|((owner, session, admission), namespace, chain, len, split, later)|
+            Op::Find { owner, session, admission, namespace, chain, len, split, later }),
+        2 => listen.prop_map(Op::Listen),
+        3 => Just(Op::Hear),
+        2 => Just(Op::GoOnDropping),
+        1 => Just(Op::SpareAll),
+        4 => any::<usize>().prop_map(|which| Op::GoOnWaiting { which }),
         5 => store.prop_map(|(namespace, round, chain, len)| Op::Store { namespace, round, chain, len }),
         2 => (owner.clone(), 0..3_u64, 0..2_u32, 0..3_u32).prop_map(|(owner, session, admission, keep)|
             Op::Release { owner, session, admission, keep }),

@@ -4,9 +4,12 @@
 
 pub(crate) mod small;
 
-use kvring_engine::cache::{Cache, Found, Key, Owner, Restored, Shard, ShardHeader, SlotId, SlotTable};
+use kvring_engine::cache::{
+    Cache, Found, Held, Hold, HoldError, Key, Owner, Restored, Shard, ShardHeader, SlotId, SlotTable,
+};
 use kvring_shm_abi::chunk::{ChunkTable, ChunkWord};
 use kvring_shm_abi::engine_segment::StatWord as Word;
+use kvring_shm_abi::lookup::Marked;
 use kvring_shm_abi::mapping::Mapping;
 use std::sync::Arc;
 
@@ -255,6 +258,73 @@ impl SlotTable for VecTable {
     fn generation(&self, slot: SlotId) -> u64 {
         self.entries[slot as usize].generation
     }
+}
+
+/// A lease's name: client, session and admission.
+pub(crate) type LeaseName = (Owner, u64, u32);
+
+/// What a client finds by itself in the published records. Nobody is told.
+pub(crate) fn search<T: SlotTable>(
+    cache: &Cache<T>,
+    namespace: u32,
+    keys: &[Key],
+    marked: Marked,
+) -> Vec<ChunkWord> {
+    let mut words = Vec::new();
+    cache.table().chunks().search(namespace, keys.iter().copied(), usize::MAX, marked, &mut words);
+    words
+}
+
+/// A message about chunks that a client holds, done in full. Returns how many of them are held.
+pub(crate) fn hold<T: SlotTable>(
+    cache: &mut Cache<T>,
+    (owner, session, admission): LeaseName,
+    namespace: u32,
+    first: u32,
+    words: &[ChunkWord],
+) -> Result<u32, HoldError> {
+    let mut hold = Hold::new(owner, session, admission, namespace, first, words.len() as u32);
+    loop {
+        let rest = words[hold.held as usize..].iter().copied();
+        match cache.hold_piece(&mut hold, rest)? {
+            Held::Later => {}
+            Held::All => {
+                assert_eq!(hold.held as usize, words.len(), "not all of them, and nothing cut it");
+                return Ok(hold.held);
+            }
+            Held::Cut => return Ok(hold.held),
+        }
+    }
+}
+
+/// Looks up as a client does: it searches, says what it holds, and has what was held in the end. A miss is not worth a word.
+/// `words` is emptied first; it is the caller's so that a counting allocator sees the cache alone.
+pub(crate) fn look_up_into<T: SlotTable>(
+    cache: &mut Cache<T>,
+    name: LeaseName,
+    namespace: u32,
+    keys: &[Key],
+    words: &mut Vec<ChunkWord>,
+) {
+    words.clear();
+    let table = cache.table().chunks();
+    table.search(namespace, keys.iter().copied(), usize::MAX, Marked::Missing, words);
+    if !words.is_empty() {
+        let held = hold(cache, name, namespace, 0, words).unwrap();
+        words.truncate(held as usize);
+    }
+}
+
+/// As [`look_up_into`]. Returns the words of the chunks that are held.
+pub(crate) fn look_up<T: SlotTable>(
+    cache: &mut Cache<T>,
+    name: LeaseName,
+    namespace: u32,
+    keys: &[Key],
+) -> Vec<ChunkWord> {
+    let mut words = Vec::new();
+    look_up_into(cache, name, namespace, keys, &mut words);
+    words
 }
 
 /// Restores all that the cache's table holds, as an engine's successor does.

@@ -2,11 +2,10 @@
 //! same number.
 
 use kvring_engine::cache::{
-    Cache, CacheConfig, Committed, FindError, Key, Leaving, Owner, Parting, Reservation, Reserve, Round,
-    SlotId,
+    Cache, CacheConfig, Committed, Key, Leaving, Owner, Parting, Reservation, Reserve, Round, SlotId,
 };
 
-use super::{ShardRef, VecTable};
+use super::{ShardRef, VecTable, look_up};
 use std::ops::Range;
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
@@ -121,38 +120,25 @@ pub(crate) fn store_ranks(
     }
 }
 
-pub(crate) fn find(
-    cache: &mut Cache<VecTable>,
-    session: u64,
-    keys: &[Key],
-) -> Result<Vec<ShardRef>, FindError> {
-    let mut words = Vec::new();
-    let found = cache.find(0, session, 0, 0, keys, &mut |word| words.push(word))?;
-    cache.pin_found();
-    cache.release(0, session, 0, found);
+/// Looks up in namespace 0 as client 0. Returns the shards of the chunks that are held.
+pub(crate) fn find(cache: &mut Cache<VecTable>, session: u64, keys: &[Key]) -> Vec<ShardRef> {
+    let words = look_up(cache, (0, session, 0), 0, keys);
     cache.check_all().unwrap();
-    Ok(words.into_iter().take(found as usize).flat_map(|word| cache.table().shards(word)).collect())
+    words.into_iter().flat_map(|word| cache.table().shards(word)).collect()
 }
 
-/// Does a lookup of `client`'s. Returns how many chunks it has leased.
-pub(crate) fn leased(
-    cache: &mut Cache<VecTable>,
-    client: u8,
-    session: u64,
-    keys: &[Key],
-) -> Result<u32, FindError> {
-    let chunks = cache.find(client, session, 0, 0, keys, &mut |_| {})?;
-    assert!(cache.pin_found());
+/// Does a lookup of `client`'s. Returns how many chunks are held.
+pub(crate) fn leased(cache: &mut Cache<VecTable>, client: Owner, session: u64, keys: &[Key]) -> usize {
+    let words = look_up(cache, (client, session, 0), 0, keys);
     cache.check_all().unwrap();
-    Ok(chunks)
+    words.len()
 }
 
 /// How many of the keys a lookup finds. Leaves no lease, but counts as an access.
 pub(crate) fn hits(cache: &mut Cache<VecTable>, keys: &[Key]) -> u32 {
-    let found = cache.find(9, 999, 9, 0, keys, &mut |_| {}).unwrap();
-    cache.pin_found();
+    let found = look_up(cache, (9, 999, 9), 0, keys);
     cache.end_session(9, 999);
-    found
+    found.len() as u32
 }
 
 /// A client parts, all at once.

@@ -1,6 +1,7 @@
 //! Where everything lies in a channel.
 
 use crate::abi;
+use crate::lookup::Unpublished;
 use crate::mapping::{Pad, Shared};
 use crate::ring::{Cell, DEPTH};
 use crate::superblock::SUPERBLOCK_BYTES;
@@ -27,7 +28,10 @@ abi! {
     #[repr(C, align(128))]
     pub(super) struct Header {
         pub(super) parked: AtomicU32,
-        _pad0: Pad<124>,
+        _pad0: Pad<60>,
+        /// Schedulers.
+        pub(super) unpublished: Unpublished,
+        _pad2: Pad<60>,
         pub(super) nonce: AtomicU64,
         pub(super) payload_words: AtomicU32,
         pub(super) entry: AtomicU32,

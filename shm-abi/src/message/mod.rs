@@ -30,6 +30,9 @@ abi! {
 
     /// The most keys that one request may name: 8192 chunks are two million tokens at 256 a chunk.
     pub const KEYS_MAX: usize = 8192;
+
+    /// The most chunks that one `Hold` may name. A scheduler that holds more sends several.
+    pub const HOLD_MAX: usize = 1024;
 }
 
 /// The attachment that sent a message. A message of another incarnation or another attachment is stale, and ignored.
@@ -102,13 +105,13 @@ mod tests {
             Just(Request::Detach),
             any::<u32>().prop_map(|record| Request::Register { record }),
             any::<u32>().prop_map(|namespace| Request::Unregister { namespace }),
-            (any::<u64>(), any::<u32>(), any::<u32>(), records(), any::<u32>()).prop_map(
-                |(session, admission, namespace, keys, answer)| Request::Lookup {
+            (any::<u64>(), any::<u32>(), any::<u32>(), any::<u32>(), records()).prop_map(
+                |(session, admission, namespace, first, chunks)| Request::Hold {
                     session,
                     admission,
                     namespace,
-                    keys,
-                    answer
+                    first,
+                    chunks
                 }
             ),
             (any::<u64>(), any::<u32>(), any::<u32>())
@@ -134,14 +137,6 @@ mod tests {
             (records(), any::<u32>()).prop_map(|(slots, answer)| Request::Abort { slots, answer }),
             any::<u32>().prop_map(|namespace| Request::Clear { namespace }),
             (records(), any::<u32>()).prop_map(|(slots, answer)| Request::DeclareSlots { slots, answer }),
-            (any::<u64>(), any::<u32>(), any::<u32>(), records()).prop_map(
-                |(session, admission, namespace, chunks)| Request::DeclareLease {
-                    session,
-                    admission,
-                    namespace,
-                    chunks
-                }
-            ),
             Just(Request::DeclareEnd),
             (any::<u32>(), any::<u64>(), any::<[u64; 2]>())
                 .prop_map(|(slot, generation, key)| Request::Invalidate { slot, generation, key }),

@@ -77,19 +77,21 @@ requests! {
         /// The namespace.
         namespace: u32,
     },
-    /// Scheduler: finds the longest visible prefix of `keys`, and leases it to (session, admission). Answers the number of
-    /// chunks, and the [`ChunkWord`](crate::chunk::ChunkWord) of each.
-    Lookup = 5 {
+    /// Scheduler: it holds these chunks for (session, admission), which it has found by itself, or has held before a restart.
+    /// The engine pins them: `first` is the number of chunks of that lease in front of them. The lease is cut to that, and if
+    /// it is shorter, the message is ignored. So a message may be repeated. Result 1 is how many of the chunks, from the first
+    /// one on, are there and pinned now.
+    Hold = 5 {
         /// The session: an id that the client has chosen.
         session: u64,
         /// The admission.
         admission: u32,
         /// The namespace.
         namespace: u32,
-        /// [`Key`]s, in chain order.
-        keys: Records,
-        /// Where the answer goes: one word for each key.
-        answer: u32,
+        /// How many chunks of the lease come before these.
+        first: u32,
+        /// [`ChunkWord`](crate::chunk::ChunkWord)s, in chain order, at most [`HOLD_MAX`](super::HOLD_MAX).
+        chunks: Records,
     },
     /// Scheduler: cuts the lease of (session, admission) to its first `keep` chunks. An unknown one is no error.
     Release = 6 {
@@ -149,24 +151,12 @@ requests! {
         /// Where the answer goes: one word for each.
         answer: u32,
     },
-    /// Scheduler, after a restart: it still holds this lease. Result 1 is how many of its chunks, from the first one on, are
-    /// still there; these are pinned again.
-    DeclareLease = 13 {
-        /// The session.
-        session: u64,
-        /// The admission.
-        admission: u32,
-        /// The namespace.
-        namespace: u32,
-        /// [`ChunkWord`](crate::chunk::ChunkWord)s, in chain order.
-        chunks: Records,
-    },
     /// After a restart: the client has declared everything. The engine frees the slots that this entry was writing under
     /// earlier attachments and has not declared.
-    DeclareEnd = 14,
+    DeclareEnd = 13,
     /// Worker: the bytes of this shard, one of its own rank's, are not those that were stored. The engine hides the chunk, and
     /// the next store of it replaces it. Answers a [`SlotOutcome`](super::SlotOutcome).
-    Invalidate = 15 {
+    Invalidate = 14 {
         /// The slot.
         slot: u32,
         /// Its generation.

@@ -17,6 +17,7 @@
 mod chunk;
 mod completion;
 mod harness;
+mod hold;
 mod park;
 mod ring;
 mod slot;

@@ -6,20 +6,22 @@ use serde::{Deserialize, Serialize};
 /// [`LookupStats`] that can be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lookups {
-    /// Lookups that the engine answered.
+    /// Lookups that were answered from an engine's tables.
     pub answered: u64,
-    /// Lookups that were answered with 0 because the engine was not fit to be asked.
+    /// Of those: while the engine was not serving.
+    pub not_serving: u64,
+    /// Of those: cut, because the client holds as much as it may.
+    pub cut: u64,
+    /// Lookups that were answered with 0 because there were no tables that may be read.
     pub degraded: u64,
-    /// Lookups that were answered with 0 because no answer came in time.
-    pub timed_out: u64,
-    /// Lookups that were answered with 0 because the engine refused them.
+    /// Lookups that were answered with 0 because not all workers had registered the namespace.
     pub refused: u64,
 }
 
 impl From<LookupStats> for Lookups {
     fn from(stats: LookupStats) -> Lookups {
-        let LookupStats { answered, degraded, timed_out, refused } = stats;
-        Lookups { answered, degraded, timed_out, refused }
+        let LookupStats { answered, not_serving, cut, degraded, refused } = stats;
+        Lookups { answered, not_serving, cut, degraded, refused }
     }
 }
 
@@ -29,18 +31,20 @@ impl Lookups {
     pub fn since(&self, before: &Lookups) -> Lookups {
         Lookups {
             answered: self.answered - before.answered,
+            not_serving: self.not_serving - before.not_serving,
+            cut: self.cut - before.cut,
             degraded: self.degraded - before.degraded,
-            timed_out: self.timed_out - before.timed_out,
             refused: self.refused - before.refused,
         }
     }
 
     /// Adds others.
     pub fn add(&mut self, other: &Lookups) {
-        let Lookups { answered, degraded, timed_out, refused } = other;
+        let Lookups { answered, not_serving, cut, degraded, refused } = other;
         self.answered += answered;
+        self.not_serving += not_serving;
+        self.cut += cut;
         self.degraded += degraded;
-        self.timed_out += timed_out;
         self.refused += refused;
     }
 }

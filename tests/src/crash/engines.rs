@@ -45,6 +45,7 @@ pub fn dies_at(place: Place, way: Way, time: u32, twice: bool) -> Vec<String> {
     };
     if is_kept {
         cast.loads_what_is_leased(&mut checks, "without an engine");
+        cast.finds_everything(&mut checks, "without an engine");
     }
     for scheduler in [&mut cast.scheduler, &mut cast.planner] {
         let found = checks.within(Duration::ZERO, "a lookup without an engine", || {

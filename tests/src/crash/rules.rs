@@ -100,31 +100,29 @@ pub fn a_round_that_failed() -> Vec<String> {
     scene.ends_without((pair, scheduler))
 }
 
-/// A lookup is given up while the engine has not looked at it. The next one must not share its memory.
-pub fn a_lookup_after_one_that_was_given_up() -> Vec<String> {
+/// A scheduler says that it holds some chunks, and then others, while the engine has not looked. Nobody waits for the answers;
+/// still the messages must not share their memory, or the engine knows of the later chunks alone, and evicts the others.
+pub fn a_hold_behind_one_that_was_not_read() -> Vec<String> {
     let mut scene = Scene::new("region", 2);
     let mut worker = scene.worker(SOLO, 1, 0);
-    let mut spec = scheduler_spec(&scene.engine.name, SOLO);
-    spec.polling = false;
-    let mut scheduler = SchedulerSide::start(&spec);
-    scene.checks.is_attached(&scheduler);
+    let mut scheduler = scene.scheduler(SOLO);
     let keys = chain(1, 8);
     scene.checks.same("a store", all_stored(8), worker.store(round(1), &keys, 1));
     scene.engine.stop();
-    scheduler.api().submit_lookup("given up", 0, &chain(2, 1)).expect("a lookup within the limits");
-    scheduler.api().end_session("given up");
-    scheduler.submit("r", 0, &keys).expect("a lookup within the limits");
-    scene.engine.resume();
-    let mut found = None;
-    scene.checks.becomes("a lookup that is answered", true, || {
-        found = scheduler.check("r");
-        found.is_some()
+    let found = [("first", &keys[..4]), ("second", &keys[4..])].map(|(request, keys)| {
+        let found = scheduler.lookup(request, 0, keys);
+        scene.checks.same("chunks found that were acknowledged", 4, found.chunks);
+        found
     });
-    let found = found.unwrap_or_default();
-    scene.checks.same("chunks found that were acknowledged", 8, found.chunks);
-    let handles = found.handles.clone();
-    scene.checks.same("loads", all_loaded(handles.len()), worker.load(&handles, 1));
-    scheduler.api().end_session("r");
+    scene.engine.resume();
+    // More than twice what the arena has room for.
+    for number in 2..12 {
+        worker.store(round(number), &chain(number.into(), 8), 1);
+    }
+    for found in found {
+        scene.checks.same("loads of what is held", all_loaded(4), worker.load(&found.handles, 1));
+    }
+    scheduler.ends(&["first", "second"]);
     scene.ends_without((worker, scheduler))
 }
 

@@ -40,7 +40,7 @@ pub fn solo_spec(engine: &str) -> WorkerSpec {
 
 /// A scheduler of the crash suite.
 pub fn scheduler_spec(engine: &str, namespace: u64) -> SchedulerSpec {
-    SchedulerSpec { client: client_spec(engine), namespace, ..SchedulerSpec::new(engine) }
+    SchedulerSpec { client: client_spec(engine), namespace }
 }
 
 /// How an engine of the crash suite is configured: slabs of 1 MiB, a fast beat, and patience with clients that come back.

@@ -44,10 +44,10 @@ class CallMonitor:
         "get_external_cache_hit_sources",
     )
 
-    def __init__(self, connector: Any, ledger: Ledger, *, strict: bool, slack: int) -> None:
+    def __init__(self, connector: Any, ledger: Ledger, *, slack: int) -> None:
         self.ledger = ledger
-        self.strict = strict
-        """No engine faults in this scenario: an answer must not change, and what was stored must be found."""
+        self.strict = True
+        """An answer must not change, and what was stored must be found: also while the engine is dead."""
         self.slack = slack
         """Steps after which a store that was reported must be visible."""
         self.asked: dict[str, Asked] = {}
@@ -92,7 +92,7 @@ class CallMonitor:
         asked = self.asked.setdefault(name, Asked())
         self.ledger.learn_salt(name, self.salt(name))
         if tokens is None:
-            self.ledger.count("pending_lookups")
+            self.ledger.count("waits_for_another_load")
             if asked.expected is None:
                 asked.expected = self._expected(name, total)
             return answer

@@ -73,7 +73,6 @@ def choose(seed: int, overrides: Mapping[str, Any] | None = None) -> dict[str, A
         "theme": theme,
         "window": window,
         "load": "sync" if sync and window is None else "async",
-        "lookup": dice.choice(["poll", "poll", "async"]),
         "chunk_blocks": dice.choice([1, 1, 2, 3]),
         "parallel": dice.choice([(1, 1), (1, 1), (2, 1), (2, 2)]),
         "layout": dice.choice(["LBHNC", "LBHNC", "BLHNC"]),
@@ -174,7 +173,6 @@ def run_scenario(target: Target, seed: int, overrides: Mapping[str, Any] | None 
         chunk_blocks=choices["chunk_blocks"],
         faults=faults,
         seed=seed,
-        strict=not engine_faults,
         late_workers=choices["late_workers"] and choices["async_scheduling"],
     )
     target.watch(harness)

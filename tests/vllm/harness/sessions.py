@@ -6,7 +6,7 @@ from .ledger import Ledger
 
 
 class RecordingSchedulerAdapter:
-    """Looks like `kvring.PollingSchedulerAdapter` and `kvring.SchedulerAdapter`."""
+    """Looks like `kvring.PollingSchedulerAdapter`."""
 
     def __init__(self, inner: Any, ledger: Ledger) -> None:
         self._inner = inner
@@ -17,11 +17,6 @@ class RecordingSchedulerAdapter:
         self._asked: dict[str, tuple[int, int]] = {}
         """Request -> (our admission, the connector's)."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """A connector may ask which of the two it has."""
-        return type(self._inner)
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
@@ -29,11 +24,6 @@ class RecordingSchedulerAdapter:
         """See `PollingSchedulerAdapter.lookup`."""
         self._begin(request, admission)
         return self._inner.lookup(request, admission, keys, *more, **options)
-
-    def submit_lookup(self, request: str, admission: int, keys: Any, *more: Any, **options: Any) -> Any:
-        """See `SchedulerAdapter.submit_lookup`."""
-        self._begin(request, admission)
-        return self._inner.submit_lookup(request, admission, keys, *more, **options)
 
     def end_session(self, request: str) -> None:
         """See `end_session`."""

@@ -54,9 +54,10 @@ def harness(
     options: Mapping[str, Any] | None = None,
     connector: tuple[str, str] = ("kvring.vllm", "KvringConnector"),
     num_blocks: int = 60,
+    attached: bool = True,
     **setup: Any,
 ) -> Harness:
-    """A harness whose requests are added by hand."""
+    """A harness whose requests are added by hand. Not `attached`: there need not be an engine."""
     made = configs.Setup(
         connector=connector[1],
         connector_module=connector[0],
@@ -66,7 +67,8 @@ def harness(
         **setup,
     )
     ready = Harness(made, PLUG, chunk_blocks=chunk_blocks, faults=faults, seed=1)
-    wait_for(ready.scheduler.connector.scheduler.adapter.is_healthy, "the scheduler is attached")
+    if attached:
+        wait_for(ready.scheduler.connector.scheduler.adapter.is_healthy, "the scheduler is attached")
     return ready
 
 
@@ -102,7 +104,7 @@ def target(
     again."""
 
     def of(choices: dict[str, Any]) -> dict[str, Any]:
-        chosen = {name: choices[name] for name in ("chunk_blocks", "load", "lookup")}
+        chosen = {name: choices[name] for name in ("chunk_blocks", "load")}
         return extra(engine, **chosen, **(options or {}))
 
     def restart() -> None:

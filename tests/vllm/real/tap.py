@@ -30,7 +30,7 @@ class Lookup(NamedTuple):
     local: int
     """Of these, that vLLM had itself."""
     found: int | None
-    """The answer; `None` is "not known yet"."""
+    """The answer; `None` is "ask again": another request is loading what this one lacks."""
     seconds: float
 
 

@@ -84,9 +84,15 @@ def _size(key: str, value: Any) -> str:
     return str(value)
 
 
-def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str, only: tuple[str, object] | None = None) -> Any:
-    """One option. `only`: another option and the value of it without which this one has no effect."""
-    return field(default=default, metadata={"parse": parse, "meaning": meaning, "only": only})
+def _option(default: Any, parse: Callable[[str, Any], Any], meaning: str) -> Any:
+    """One option."""
+    return field(default=default, metadata={"parse": parse, "meaning": meaning, "obsolete": False})
+
+
+def _obsolete(parse: Callable[[str, Any], Any]) -> Any:
+    """An option of earlier releases about waiting for a lookup's answer. Its value is checked as before, and has no effect."""
+    meaning = "no effect: a lookup waits for nothing; accepted for the sake of old configurations"
+    return field(default=None, metadata={"parse": parse, "meaning": meaning, "obsolete": True})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,28 +102,15 @@ class Config:
     name: str = _option(_CLIENT["name"], _name, "the engine's name, as in `kvring serve --name`")
     chunk_blocks: int = _option(1, _count(1, 1024), "vLLM blocks that make a chunk, the unit of looking up and storing")
     lookup: str = _option(
-        "poll", _choice("poll", "async"), "`poll`: an answer in the same scheduling step; `async`: in a later one"
+        "poll",
+        _choice("poll", "async"),
+        "`poll`: a lookup is answered at once; `async`: the same, accepted for the sake of old configurations",
     )
     load: str = _option(
         "async",
         _choice("async", "sync"),
         "`async`: between steps, beside other requests; `sync`: before the forward pass, where a failure can be taken back: one "
         "KV group without a sliding window, no asynchronous scheduling, no pipeline",
-    )
-    lookup_timeout_ms: float = _option(
-        5.0,
-        _above_zero,
-        "how long the lookups of one scheduling step may wait for the engine, all together (`poll`)",
-        ("lookup", "poll"),
-    )
-    poll_interval_us: float | None = _option(
-        None,
-        _zero_or_more,
-        "how long a lookup spins before it sleeps (`poll`); unset: 200, or 0 on a single CPU",
-        ("lookup", "poll"),
-    )
-    pending_timeout_ms: float = _option(
-        30_000.0, _above_zero, "how long a lookup may stay pending (`async`)", ("lookup", "async")
     )
     attach_timeout_ms: float = _option(_CLIENT["attach_timeout_ms"], _above_zero, "one attempt to attach to an engine")
     register_timeout_ms: float = _option(
@@ -164,6 +157,9 @@ class Config:
     )
     autostart: bool = _option(False, _flag, "start an engine where none runs when vLLM starts, and again when it has died")
     arena: str | None = _option(None, _size, "the size of an engine that is started by `autostart`")
+    lookup_timeout_ms: float | None = _obsolete(_above_zero)
+    poll_interval_us: float | None = _obsolete(_zero_or_more)
+    pending_timeout_ms: float | None = _obsolete(_above_zero)
 
     @classmethod
     def parse(cls, extra: Mapping[str, Any]) -> Config:
@@ -186,15 +182,17 @@ class Config:
             raise ConfigError(f"{PREFIX}arena: expected {PREFIX}autostart with it: an engine that runs has its own size")
         return config
 
-    def without_effect(self, extra: Mapping[str, Any]) -> list[str]:
-        """A line for each option in `kv_connector_extra_config` that has no effect, with the reason."""
-        told = [option for option in fields(self) if extra.get(PREFIX + option.name) is not None and option.metadata["only"]]
-        needs = [(option.name, *option.metadata["only"]) for option in told]
-        return [
-            f'{PREFIX}{name} has no effect: it needs {PREFIX}{other} = "{value}", which is "{getattr(self, other)}"'
-            for name, other, value in needs
-            if getattr(self, other) != value
-        ]
+    def without_effect(self) -> str | None:
+        """One line about the options in `kv_connector_extra_config` that have no effect any more; `None` where there are none."""
+        named = [f'{PREFIX}lookup = "async"'] if self.lookup == "async" else []
+        given = (option for option in fields(self) if option.metadata["obsolete"] and getattr(self, option.name) is not None)
+        named += [PREFIX + option.name for option in given]
+        if not named:
+            return None
+        return (
+            f"without effect in kv_connector_extra_config: {', '.join(named)}; a lookup is answered at once now and waits for "
+            "nothing, so this can be removed"
+        )
 
     @property
     def client(self) -> dict[str, Any]:

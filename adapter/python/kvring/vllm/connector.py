@@ -70,7 +70,7 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
             self._autostart.ensure()
             self._autostart.watch()
         if role == KVConnectorRole.SCHEDULER:
-            for line in config.without_effect(self._kv_transfer_config.kv_connector_extra_config):
+            if (line := config.without_effect()) is not None:
                 logger.warning("%s", line)
             wants_events = vllm_config.kv_events_config is not None and vllm_config.kv_events_config.enable_kv_cache_events
             events = Events(geometry) if wants_events else None
@@ -78,7 +78,6 @@ class KvringConnector(KVConnectorBase_V1, SupportsHMA):
                 config,
                 geometry,
                 name,
-                vllm_config.model_config.max_model_len,
                 events,
                 loads=self._kv_transfer_config.is_kv_consumer,
                 stores=self._kv_transfer_config.is_kv_producer,

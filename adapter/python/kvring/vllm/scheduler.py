@@ -2,9 +2,11 @@
 
 Invariants (the harness under `tests/vllm` checks them):
 
-* Each admission has one lookup, over *all* its tokens. When vLLM asks again it gets the same answer at no cost, unless the engine
-  that gave it has died meanwhile: then the lookup is repeated. The chunks that it found stay leased until vLLM has decided
-  whether to load them, and then until every rank has reported the load.
+* Each admission has one lookup, over *all* its tokens, which is answered at once. When vLLM asks again it gets the same answer,
+  unless what was found is not there any more (an engine that started empty has replaced the one before it): then the lookup is
+  repeated. The chunks that it found stay leased until vLLM has decided whether to load them, and then until every rank has
+  reported the load.
+* Lookups and loads need no engine that lives, only what it has left in shared memory. Stores do.
 * Positions and block ids come from vLLM's `SchedulerOutput` and block tables of the very step, never from sums of our own.
 * A store is announced for whole chunks that are computed once the step's forward pass has ended, in order, and once per
   admission, except for chunks that could not be stored.
@@ -22,11 +24,10 @@ import itertools
 import logging
 import os
 import random
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from kvring import KEYS_MAX, EngineError, Hit, PollingSchedulerAdapter, SchedulerAdapter
+from kvring import EngineError, Hit, PollingSchedulerAdapter
 from kvring._logs import get_logger
 
 from .adapters import NOT_KNOWN, SALT_BYTES, Adapters, joined, salted
@@ -52,20 +53,24 @@ NOTHING = (0, False)
 NOTHING_TO_DO, NOTHING_TO_DO_IDLE = KvringMetadata(), KvringMetadata(idle=True)
 """A step without work for the workers. Shared: nobody changes metadata once it has been built."""
 
-LATE_EVERY_S = 600
-"""Seconds between two lines about lookups that were not answered in time."""
+COUNTED = {
+    "not_serving": "lookups_not_serving",
+    "cut": "lookups_cut",
+    "degraded": "lookups_degraded",
+    "refused": "lookups_degraded",
+}
+"""The adapter's counts of lookups by their outcome, and the counters that users see."""
 
 
 class SchedulerSide:
-    """Makes all decisions. Every method is called from vLLM's scheduler thread and waits for nothing, except in `poll` mode for
-    the engine, `lookup_timeout_ms` per step at most."""
+    """Makes all decisions. Every method is called from vLLM's scheduler thread. None waits for anything but `reset_cache`, which
+    waits for the engine."""
 
     def __init__(
         self,
         config: Config,
         geometry: Geometry,
         fingerprint: bytes,
-        max_tokens: int,
         events: Events | None = None,
         *,
         loads: bool = True,
@@ -85,23 +90,8 @@ class SchedulerSide:
         self._batches = batches
         self._unproven = 0
         """How many steps it takes, from this one on, until all synchronous loads are known to be good."""
-        if max_tokens > KEYS_MAX * geometry.chunk_tokens:
-            logger.warning(
-                "of a prompt only the first %d chunks (%d tokens) can be found, and it may have %d: raise kvring.chunk_blocks",
-                KEYS_MAX, KEYS_MAX * geometry.chunk_tokens, max_tokens,
-            )  # fmt: skip
         client = config.client | {"client": f"vllm-scheduler:{os.getpid()}"}
-        self.adapter: PollingSchedulerAdapter | SchedulerAdapter
-        if config.lookup == "poll":
-            self.adapter = PollingSchedulerAdapter(
-                fingerprint,
-                lookup_timeout_ms=config.lookup_timeout_ms,
-                poll_interval_us=config.poll_interval_us,
-                **client,
-            )
-            self.adapter.begin_step()
-        else:
-            self.adapter = SchedulerAdapter(fingerprint, pending_timeout_ms=config.pending_timeout_ms, **client)
+        self.adapter = PollingSchedulerAdapter(fingerprint, **client)
         self._source = random.SystemRandom().getrandbits(32)
         self._next_job = 0
         self._salt: bytes | None = None
@@ -111,7 +101,7 @@ class SchedulerSide:
         """Does vLLM's prefix cache hold blocks from before our last reset? They could be stored as if they had been computed
         since."""
         self._asked = False
-        """Has anything been looked up since the last step?"""
+        """Has anything been looked up since the adapter's counts were read last?"""
         self._announced: list[Store] = []
         """This step's stores."""
         self._loads: list[Load] = []
@@ -123,7 +113,6 @@ class SchedulerSide:
         self._adapters = Adapters()
         self._lookups: dict[str, int] = {}
         """The adapter's own counts, when they were read last."""
-        self._say_late_after = 0.0
 
     @property
     def kv_cache_manager(self) -> KVCacheManager | None:
@@ -137,15 +126,13 @@ class SchedulerSide:
     # Lookups and loads.
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens beyond `num_computed_tokens` the cache can bring (`None`: not known yet, vLLM asks again), and whether
-        it loads them between steps."""
+        """How many tokens beyond `num_computed_tokens` the cache can bring, and whether it loads them between steps. `None`:
+        another request loads what this one lacks, and vLLM asks again."""
         tracker = self._track(request)
         tracker.local_tokens = num_computed_tokens
         if tracker.settled or request.skip_reading_prefix_cache or not self.loads:
             return NOTHING
         hit_tokens = self._lookup(tracker, request)
-        if hit_tokens is None:
-            return None, False
         external = hit_tokens - num_computed_tokens
         if (self.load_waits or self.geometry.has_windows) and hit_tokens >= request.num_tokens:
             # The last token must be computed, or there is nothing to sample from. After an asynchronous load vLLM does that
@@ -180,62 +167,31 @@ class SchedulerSide:
             tracker.settled = tracker.has_hole = True
         return tracker
 
-    def _lookup(self, tracker: Tracker, request: Request) -> int | None:
-        """How many tokens the longest prefix has that is in the cache; `None`: not known yet."""
+    def _lookup(self, tracker: Tracker, request: Request) -> int:
+        """How many tokens the longest prefix has that is in the cache."""
         geometry = self.geometry
         if tracker.hit is not None and not self.adapter.is_current(tracker.request):
-            tracker.hit, tracker.asked = None, False
+            tracker.hit = None
         if tracker.hit is None:
             if len(tracker.hashes) < geometry.hashes_per_chunk:
                 return 0
             # Looked up also where vLLM has all of it: so chunks in use are not evicted, and those that are missing are stored.
             tracker.hit = self._ask(tracker)
-            if tracker.hit is None:
-                return None
             tracker.stored_chunks = tracker.hit.chunks
-            found = tracker.hit.chunks * geometry.chunk_tokens
-            if not found:
-                self._count_unanswered()
             if logger.isEnabledFor(logging.DEBUG):
+                found = tracker.hit.chunks * geometry.chunk_tokens
                 logger.debug(
                     "lookup %s: tokens %d, hit %d, local %d, to load %d",
                     request.request_id, request.num_tokens, found, tracker.local_tokens, max(0, found - tracker.local_tokens),
                 )  # fmt: skip
         return tracker.hit.chunks * geometry.chunk_tokens
 
-    def _ask(self, tracker: Tracker) -> Hit | None:
+    def _ask(self, tracker: Tracker) -> Hit:
         self._asked = True
-        if isinstance(self.adapter, SchedulerAdapter):
-            if not tracker.asked:
-                self.adapter.submit_lookup(*self._question(tracker))
-                tracker.asked = True
-            return self.adapter.check_lookup(tracker.request)
-        return self.adapter.lookup(*self._question(tracker))
-
-    def _count_unanswered(self) -> None:
-        """Called where nothing was found: counts the lookup if that was not the engine's answer."""
-        before, self._lookups = self._lookups, self.adapter.lookup_stats()
-        new = {why: self._lookups[why] - before.get(why, 0) for why in ("degraded", "refused", "timed_out")}
-        if absent := new["degraded"] + new["refused"]:
-            self.stats.add("lookups_degraded", absent)
-        if late := new["timed_out"]:
-            self.stats.add("lookups_timed_out", late)
-            self._say_late()
-
-    def _say_late(self) -> None:
-        now = time.monotonic()
-        if now < self._say_late_after:
-            return
-        self._say_late_after = now + LATE_EVERY_S
-        key = "lookup_timeout_ms" if self.config.lookup == "poll" else "pending_timeout_ms"
-        logger.warning(
-            "kvring's engine did not answer a lookup within kvring.%s (%g ms); the request is computed as if nothing were cached "
-            "(all such lookups are counted as vllm:kvring_lookups_timed_out; the next line like this comes in %d minutes at the "
-            "earliest)", key, getattr(self.config, key), LATE_EVERY_S // 60,
-        )  # fmt: skip
-
-    def _question(self, tracker: Tracker) -> tuple[str, int, Sequence[bytes], int, bytes | None]:
-        return tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt
+        # The adapter reads vLLM's own list of hashes as it needs them: no copy of them is made here.
+        return self.adapter.lookup(
+            tracker.request, tracker.admission, tracker.hashes, self.geometry.hashes_per_chunk, tracker.salt
+        )
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """vLLM has allocated a request's blocks, also for the `num_external_tokens` that the cache is to bring: prepares that
@@ -317,9 +273,6 @@ class SchedulerSide:
                 # The workers never get this store, so none will report it.
                 self._store_ended(store.job)
             raise
-        if self._asked and isinstance(self.adapter, PollingSchedulerAdapter):
-            self.adapter.begin_step()
-            self._asked = False
         if not (self._loads or self._announced or flush or self._flush_all):
             return NOTHING_TO_DO_IDLE if idle else NOTHING_TO_DO
         meta = KvringMetadata(self._loads, self._announced, list(flush), self._flush_all, idle)
@@ -568,7 +521,17 @@ class SchedulerSide:
 
     def take_stats(self) -> KvringStats | None:
         """Counts since the last call."""
+        if self._asked:
+            self._asked = False
+            self._count_outcomes()
         return self.stats.take()
+
+    def _count_outcomes(self) -> None:
+        """Counts the lookups since the last call of this by their outcomes."""
+        before, self._lookups = self._lookups, self.adapter.lookup_stats()
+        for outcome, counter in COUNTED.items():
+            if new := self._lookups[outcome] - before.get(outcome, 0):
+                self.stats.add(counter, new)
 
     def open_jobs(self) -> int:
         """Loads and stores that not every rank has reported."""

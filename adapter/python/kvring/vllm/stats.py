@@ -9,8 +9,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 COUNTERS = {
     "lookups": "requests that were looked up, each once, however often vLLM preempts it",
-    "lookups_degraded": "lookups without an answer because the engine was not there, or refused them",
-    "lookups_timed_out": "lookups without an answer because it did not come in time",
+    "lookups_not_serving": "lookups that were answered while the engine was stopped, dead or starting again",
+    "lookups_cut": "lookups whose answer was cut because this vLLM holds as much as one client of the engine may",
+    "lookups_degraded": "lookups that found nothing because there was no engine, or not all workers were known to it yet",
     "lookup_tokens": "tokens of the requests that were looked up",
     "hit_tokens": "tokens that were found for them, also of those that vLLM had itself",
     "load_tokens": "tokens that vLLM was told to take from the cache",

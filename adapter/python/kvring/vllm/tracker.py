@@ -46,8 +46,6 @@ class Tracker:
     admission: int = -1
     """How often vLLM has preempted it: a lookup, a lease and a load belong to one admission."""
 
-    asked: bool = False
-    """The lookup is on its way, or has been answered."""
     hit: Hit | None = None
     """The answer to this admission's lookup, given again when vLLM asks again."""
     local_tokens: int = 0
@@ -69,7 +67,6 @@ class Tracker:
         self.admission = admission
         self.salt = salt
         self.adapter = adapter
-        self.asked = False
         self.hit = None
         self.local_tokens = 0
         self.settled = False

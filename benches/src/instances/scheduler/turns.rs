@@ -1,19 +1,16 @@
 //! A request, from its lookup through loads and stores to the end of its session, or to an end before that.
 
-use super::{Done, LOOKUP, PENDING, Scheduler};
+use super::{Done, Scheduler};
 use crate::chaos::Turn;
 use crate::instances::message::{FromScheduler, Job, Outcome, ToWorker};
 use crate::instances::requests::{Request, State};
-use anyhow::bail;
-use kvring_adapter::{Hit, Key, Lookup};
+use kvring_adapter::{Hit, Key};
 use kvring_rig::wire::Handle;
 use kvring_shm_abi::futex::monotonic_ns;
 use std::time::{Duration, Instant};
 
 /// Requests under way at once.
 pub(super) const AT_ONCE: usize = 4;
-/// How long it is left alone meanwhile.
-const ASK_AGAIN: Duration = Duration::from_micros(200);
 
 impl Scheduler {
     pub(super) fn work(&mut self) -> anyhow::Result<()> {
@@ -92,17 +89,12 @@ impl Scheduler {
         let (adapter, name) = (&mut self.adapter, job.name());
         let answered = adapter.lookup_stats().answered;
         let began_ns = monotonic_ns();
-        let (deadline, pending) =
-            if self.asynchronous { (Duration::ZERO, PENDING) } else { (LOOKUP, Duration::ZERO) };
-        self.watch.call("submit_lookup", deadline, || adapter.submit_lookup(&name, admission, keys))?;
-        let found = self.watch.call("check_lookup", pending, || {
-            loop {
-                match adapter.check_lookup(&name) {
-                    Lookup::Hit(hit) => return hit.chunks,
-                    Lookup::Pending => std::thread::sleep(ASK_AGAIN),
-                }
-            }
-        });
+        let not_serving = adapter.lookup_stats().not_serving;
+        let found = self.watch.call("lookup", Duration::ZERO, || {
+            adapter.lookup(&name, admission, keys).map(|hit| hit.chunks)
+        })?;
+        let is_dead = adapter.lookup_stats().not_serving > not_serving;
+        self.watch.tally().hits_while_dead += u64::from(is_dead && found > 0);
         let answered = adapter.lookup_stats().answered > answered;
         if let Some(turn) = turn.filter(|_| answered) {
             self.say(FromScheduler::Looked { turn, began_ns, found })?;
@@ -121,11 +113,7 @@ impl Scheduler {
             return self.store(request);
         }
         // A known admission: its answer again, and no work.
-        self.adapter.submit_lookup(&job.name(), admission, &request.keys)?;
-        let Lookup::Hit(hit) = self.adapter.check_lookup(&job.name()) else {
-            bail!("an answer was forgotten")
-        };
-        let hit = hit.clone();
+        let hit = self.adapter.lookup(&job.name(), admission, &request.keys)?.clone();
         let good = request.audit || self.start.is_calm();
         match self.random.of(0..100) {
             // Aborted with its load under way: the chunks may be evicted while they are loaded.

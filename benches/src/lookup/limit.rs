@@ -1,0 +1,70 @@
+//! The limit of a lookup: as many plain loads of private memory as it reads cache lines, prefetched as far ahead.
+
+use super::fill::CHAIN;
+use super::{PER_WINDOW, Samples};
+use crate::clock::Clock;
+use core::hint::black_box;
+use kvring_rig::random::Random;
+
+/// A cache line.
+#[repr(align(64))]
+#[derive(Clone, Copy)]
+struct Line([u64; 8]);
+
+/// How many lines ahead are prefetched.
+const AHEAD: usize = 8;
+
+/// Private memory as large as the records and the directory of an index.
+pub(super) struct Limit {
+    records: Vec<Line>,
+    buckets: Vec<Line>,
+    random: Random,
+}
+
+impl Limit {
+    pub(super) fn new(index: u32) -> Limit {
+        let records = (0..u64::from(index)).map(|at| Line([at; 8])).collect();
+        let buckets = vec![Line([1; 8]); index as usize / 4 + 1];
+        Limit { records, buckets, random: Random::new(11, 0) }
+    }
+
+    /// The loads of so many lookups: of a directory's two lines, and of each record twice, the second time when all have been
+    /// read. A miss reads the two lines only.
+    pub(super) fn window(&mut self, asked: usize, present: bool, clock: &Clock) -> Samples {
+        let mut samples = Samples::with_capacity(PER_WINDOW as usize);
+        for _ in 0..PER_WINDOW {
+            let spots = [(); 2].map(|()| self.random.below(self.buckets.len() as u64) as usize);
+            let chain = self.random.below(self.records.len() as u64 / CHAIN as u64) as usize * CHAIN;
+            let before = clock.ticks();
+            let mut sum = spots.iter().fold(0u64, |sum, spot| sum.wrapping_add(self.buckets[*spot].0[3]));
+            if present {
+                // The place of the first record is known only when the directory's lines have been read.
+                let first = black_box(chain + usize::from(sum == u64::MAX));
+                let lines = &self.records[first..first + asked];
+                for (at, line) in lines.iter().enumerate() {
+                    if let Some(ahead) = lines.get(at + AHEAD) {
+                        prefetch(ahead);
+                    }
+                    sum = sum.wrapping_add(line.0[0] ^ line.0[1] ^ line.0[2]);
+                }
+                sum = lines.iter().fold(sum, |sum, line| sum.wrapping_add(line.0[0]));
+            }
+            black_box(sum);
+            samples.push(clock.ticks() - before);
+        }
+        samples
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn prefetch(line: &Line) {
+    // SAFETY: the intrinsic needs SSE, which every x86-64 processor has; it reads nothing.
+    unsafe {
+        core::arch::x86_64::_mm_prefetch::<{ core::arch::x86_64::_MM_HINT_T0 }>(
+            core::ptr::from_ref(line).cast(),
+        )
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn prefetch(_: &Line) {}
