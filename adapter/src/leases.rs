@@ -35,8 +35,8 @@ pub(crate) struct Kept {
     pub(crate) words: Arc<[ChunkWord]>,
     /// There was more, but the client holds as much as it may.
     pub(crate) is_cut: bool,
-    /// The incarnation of the engine that has been told, or is to be.
-    pub(crate) told: u32,
+    /// The nonce of the attachment by which the engine has been told, or is to be.
+    pub(crate) told: u64,
 }
 
 /// A piece of a lease that is to be declared to a new engine.
@@ -77,9 +77,8 @@ struct State {
     untold: VecDeque<Name>,
     /// The engine has been told that it has not been told everything.
     is_unpublished: bool,
-    /// The incarnation of the last engine to which leases were declared, and the releases that are due there once everything has
-    /// been.
-    declared_to: u32,
+    /// The nonce of the last attachment by which leases were declared, and the releases that are due there.
+    declared_to: u64,
     owed: Vec<Request>,
     counts: Counts,
 }
@@ -114,17 +113,19 @@ impl Leases {
     pub(crate) fn hold(&self, link: &Link, found: Found<'_>) -> Kept {
         let Found { name, namespace, chunk_bytes, words } = found;
         let mut state = self.state();
-        let mut kept = Kept { words: Arc::default(), is_cut: false, told: link.incarnation };
+        let mut kept = Kept { words: Arc::default(), is_cut: false, told: link.nonce };
         // Which engine knows what is held, and what its marks mean: an engine that lives may have decided already about what
         // it has marked. The tables that were read may also be those of an arena that the keeper has let go of meanwhile.
         let (told, marked) = match &state.at {
-            At::Attached(at) if at.arena_id == link.arena_id => {
-                (at.incarnation, if at.alive().is_ok() { Marked::Missing } else { Marked::There })
-            }
-            At::Declaring => (link.incarnation, Marked::There),
+            At::Attached(at) if at.arena_id == link.arena_id => match at.reading() {
+                Some(reading) => (&**at, reading.marked),
+                None => return kept,
+            },
+            At::Declaring => (link, Marked::There),
             At::Attached(_) | At::Nowhere => return kept,
         };
-        kept.told = told;
+        kept.told = told.nonce;
+        let told = told.incarnation;
         let terms = link.engine.terms();
         let most = state.room(&terms.share(), link.engine.chunks.len(), words, chunk_bytes);
         kept.is_cut = most < words.len();
@@ -156,8 +157,7 @@ impl Leases {
     /// Gives up these leases, which are all that a session has.
     pub(crate) fn end_session(&self, session: u64, admissions: &[u32]) {
         let mut state = self.state();
-        // The keeper may be declaring a piece of one of them just now.
-        let mut is_told = matches!(state.at, At::Declaring);
+        let mut is_told = false;
         for admission in admissions {
             is_told |= state.cut((session, *admission), 0) > 0;
         }
@@ -175,21 +175,23 @@ impl Leases {
         !state.is_unpublished
     }
 
-    /// Keeper: takes stock for the engine of this incarnation, if there is one yet, to which everything is to be declared. Releases
-    /// stay due if an earlier attempt has declared leases to the same engine.
-    pub(crate) fn begin_declaring(&self, incarnation: Option<u32>) {
+    /// Keeper: takes stock for the attachment with this nonce, if there is one yet, by which everything is to be declared. What an
+    /// earlier attempt has declared by the same attachment stays declared, and its releases stay due: to declare it again would
+    /// unpin it for a moment.
+    pub(crate) fn begin_declaring(&self, nonce: Option<u64>) {
         let mut state = self.state();
         let before = core::mem::replace(&mut state.at, At::Declaring);
         let State { held, untold, owed, declared_to, .. } = &mut *state;
-        if let Some(incarnation) = incarnation
-            && core::mem::replace(declared_to, incarnation) != incarnation
-        {
+        let is_another = nonce.is_some_and(|nonce| core::mem::replace(declared_to, nonce) != nonce);
+        if is_another {
             owed.clear();
         }
         untold.clear();
         for (name, lease) in held {
-            lease.told = 0;
-            untold.push_back(*name);
+            lease.told = if is_another { 0 } else { lease.told };
+            if lease.told < lease.keep {
+                untold.push_back(*name);
+            }
         }
         drop(state);
         // Dropped outside the lock, because this may unmap a channel.
@@ -210,6 +212,22 @@ impl Leases {
             }
             untold.pop_front();
         }
+    }
+
+    /// Keeper: this piece could not be sent after all.
+    pub(crate) fn not_declared(&self, piece: &Piece) {
+        if let Some(lease) = self.state().held.get_mut(&piece.name)
+            && lease.told == piece.first + piece.words.len()
+        {
+            lease.told = piece.first;
+        }
+    }
+
+    /// Keeper: sends the releases that are due by the attachment by which leases are being declared, before the next ones are:
+    /// what has been released must not stand in their way.
+    pub(crate) fn send_owed(&self, link: &Link) {
+        let owed = core::mem::take(&mut self.state().owed);
+        owed.into_iter().for_each(|request| link.post_quietly(request));
     }
 
     /// Keeper: the engine does not have all chunks of this piece, so it takes none of those behind it either.
@@ -262,6 +280,7 @@ impl State {
         // A release of an earlier lease of this name: the message about this one cuts that to nothing.
         let is_its = |owed: &Request| matches!(owed, Request::Release { session, admission, .. } if (*session, *admission) == name);
         self.owed.retain(|owed| !is_its(owed));
+        self.cut(name, 0);
         self.held.insert(name, lease);
         // An engine that does not read may leave the names of leases here that have been released since.
         if self.untold.len() > 2 * self.held.len() {
@@ -277,7 +296,10 @@ impl State {
             return 0;
         }
         let Counts { leases_of, bytes, pins } = &mut self.counts;
-        leases_of.resize(leases_of.len().max(ids as usize), 0);
+        if leases_of.len() < ids as usize {
+            // Zeroed memory, of which only what is used is touched. The arena is the first one, or another one.
+            *leases_of = vec![0; ids as usize];
+        }
         let mut most = 0;
         for word in words {
             let Some(leases) = leases_of.get_mut(word.chunk() as usize) else { break };
@@ -362,5 +384,114 @@ impl State {
             link.post_quietly(request);
         }
         self.tell();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::tests::{FakeEngine, pair};
+    use kvring_shm_abi::chunk::ChunkIdentity;
+
+    const NAMESPACE: u32 = 256;
+    const CHUNK_BYTES: u64 = 4096;
+
+    /// An engine that the test plays, with eight visible chunks, of which one client may hold `bytes`.
+    fn engine(tag: &str, bytes: u64) -> (Arc<Link>, FakeEngine, Vec<ChunkWord>) {
+        let (link, engine) = pair(tag);
+        let chunks = &link.engine.chunks;
+        chunks.set_ready(8, 0);
+        for id in 0..8 {
+            let identity = ChunkIdentity { key: [u64::from(id), 7], namespace: NAMESPACE };
+            assert!(chunks.show(id, identity, &[id], &[], |_| None));
+        }
+        link.engine.terms().set_share(ClientShare { bytes, pins: 100, leases: 10 });
+        let words = (0..8).map(|id| chunks.word(id).unwrap()).collect();
+        (link, engine, words)
+    }
+
+    fn hold(leases: &Leases, link: &Link, name: Name, words: &[ChunkWord]) -> (usize, bool) {
+        let found = Found { name, namespace: NAMESPACE, chunk_bytes: CHUNK_BYTES, words };
+        let kept = leases.hold(link, found);
+        (kept.words.len(), kept.is_cut)
+    }
+
+    /// What the engine has been sent since the last call.
+    fn sent(engine: &mut FakeEngine) -> Vec<Request> {
+        core::iter::from_fn(|| engine.next()).map(|(_, request)| request).collect()
+    }
+
+    #[test]
+    fn what_was_declared_by_an_attachment_is_not_declared_by_it_again_and_its_release_is_due() {
+        let (link, mut engine, words) = engine("ledger-declares", u64::MAX);
+        let leases = Leases::default();
+        leases.begin_declaring(Some(link.nonce));
+        assert_eq!(hold(&leases, &link, (1, 0), &words[..4]), (4, false));
+        assert_eq!(hold(&leases, &link, (2, 0), &words[4..]), (4, false));
+        assert_eq!(sent(&mut engine), [], "nothing is sent past the declaration");
+        let piece = leases.next_to_declare().unwrap();
+        assert_eq!((piece.name, piece.first, piece.words.len()), ((1, 0), 0, 4));
+        // The attempt fails. Meanwhile one that is declared, and one that is not, are released.
+        leases.begin_declaring(Some(link.nonce));
+        leases.release((1, 0), 0);
+        leases.release((2, 0), 0);
+        assert!(leases.next_to_declare().is_none());
+        leases.send_owed(&link);
+        assert_eq!(sent(&mut engine), [Request::Release { session: 1, admission: 0, keep: 0 }]);
+        // By another attachment everything is declared anew.
+        assert_eq!(hold(&leases, &link, (3, 0), &words), (8, false));
+        assert_eq!(leases.next_to_declare().unwrap().name, (3, 0));
+        leases.begin_declaring(Some(link.nonce));
+        assert!(leases.next_to_declare().is_none());
+        leases.begin_declaring(Some(link.nonce + 1));
+        assert_eq!(leases.next_to_declare().unwrap().name, (3, 0));
+    }
+
+    #[test]
+    fn a_piece_that_could_not_be_sent_is_declared_later() {
+        let (link, _engine, words) = engine("ledger-later", u64::MAX);
+        let leases = Leases::default();
+        leases.begin_declaring(Some(link.nonce));
+        hold(&leases, &link, (1, 0), &words);
+        let piece = leases.next_to_declare().unwrap();
+        leases.not_declared(&piece);
+        leases.begin_declaring(Some(link.nonce));
+        assert_eq!(leases.next_to_declare().unwrap().words, words);
+    }
+
+    #[test]
+    fn each_chunk_counts_once_and_no_longer_than_it_is_held() {
+        let (link, mut engine, words) = engine("ledger-share", 4 * CHUNK_BYTES);
+        let leases = Leases::default();
+        leases.attached(&link);
+        for session in 0..3 {
+            assert_eq!(hold(&leases, &link, (session, 0), &words), (4, true), "session {session}");
+        }
+        assert_eq!(hold(&leases, &link, (9, 0), &words[4..]), (0, true));
+        leases.release((0, 0), 2);
+        assert_eq!(hold(&leases, &link, (9, 0), &words[4..]), (0, true), "others hold them");
+        leases.end_session(1, &[0]);
+        leases.end_session(2, &[0]);
+        assert_eq!(hold(&leases, &link, (9, 0), &words[4..]), (2, true));
+        // The same name again: what it had is not counted twice.
+        assert_eq!(hold(&leases, &link, (9, 0), &words[4..6]), (2, false));
+        assert_eq!(hold(&leases, &link, (10, 0), &words[6..]), (0, true));
+        leases.end_session(9, &[0]);
+        assert_eq!(hold(&leases, &link, (10, 0), &words[6..]), (2, false));
+        let is_hold = |request: &&Request| matches!(request, Request::Hold { .. });
+        assert_eq!(sent(&mut engine).iter().filter(is_hold).count(), 6);
+    }
+
+    #[test]
+    fn a_chunk_that_is_marked_or_gone_by_the_second_look_cuts_the_answer() {
+        let (link, mut engine, words) = engine("ledger-second", u64::MAX);
+        let leases = Leases::default();
+        leases.attached(&link);
+        link.engine.chunks.mark(5);
+        assert_eq!(hold(&leases, &link, (1, 0), &words), (5, false));
+        assert!(matches!(sent(&mut engine)[..], [Request::Hold { .. }, Request::Release { keep: 5, .. }]));
+        // An engine that evicts without this client: nothing that is found now is held.
+        link.engine.terms().set_evicting(link.incarnation + 2);
+        assert_eq!(hold(&leases, &link, (2, 0), &words[..5]), (0, false));
     }
 }

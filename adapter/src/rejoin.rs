@@ -30,7 +30,7 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     let timeout = shared.checked.options.operation_timeout;
     // From here on no answer of an earlier engine counts any more.
     let slots = shared.ledger.begin_declaring();
-    shared.leases.begin_declaring(Some(link.incarnation));
+    shared.leases.begin_declaring(Some(link.nonce));
     failpoint::here(Place::ClientTookStock);
     if shared.role == Role::Worker {
         for part in slots.chunks(slots_per_message(link)) {
@@ -40,6 +40,7 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     // Lookups go on meanwhile: what they hold joins what is still to be declared.
     let ended = loop {
         while let Some(piece) = shared.leases.next_to_declare() {
+            shared.leases.send_owed(link);
             declare_piece(shared, link, &piece, timeout)?;
         }
         failpoint::here(Place::ClientDeclared);
@@ -96,7 +97,8 @@ fn declare_piece(
             let (session, admission, namespace, first) = (*session, *admission, *namespace, *first as u32);
             Request::Hold { session, admission, namespace, first, chunks }
         },
-    )?;
+    );
+    let pending = pending.inspect_err(|_| shared.leases.not_declared(piece))?;
     let answer = pending.wait(timeout)?;
     let there = match status::check(&answer.completion) {
         Ok(()) => usize::try_from(answer.completion.results[0]).unwrap_or(usize::MAX),

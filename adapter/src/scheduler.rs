@@ -56,8 +56,8 @@ struct Session {
     hit: Hit,
     /// How many chunks of the hit are still wanted.
     keep: usize,
-    /// The incarnation of the engine that knows that they are held.
-    told: u32,
+    /// The nonce of the attachment whose engine knows that they are held.
+    told: u64,
     /// The admissions that may hold something.
     holding: Vec<u32>,
 }
@@ -173,13 +173,13 @@ impl PollingSchedulerAdapter {
         Ok(self.sessions.get(request).map_or(&NOTHING, |session| &session.hit))
     }
 
-    /// Reads the tables, and holds what they have. Returns the answer, and the incarnation of the engine that knows of it.
+    /// Reads the tables, and holds what they have. Returns the answer, and by which attachment the engine knows of it.
     fn find(
         &mut self,
         name: (u64, u32),
         count: usize,
         keys: impl Iterator<Item = Key>,
-    ) -> Result<(Hit, u32), CallError> {
+    ) -> Result<(Hit, u64), CallError> {
         let link = self.probe.tables()?.clone();
         let client = self.probe.client();
         let Some(reading) = link.reading() else { return Err(CallError::Degraded(client.health())) };
@@ -228,9 +228,9 @@ impl PollingSchedulerAdapter {
         // An engine that knows what is held does not evict it, and a dead one evicts nothing.
         let words = &words[..session.keep];
         let holds =
-            session.told == link.incarnation || link.engine.chunks.still(words, Marked::There) == words.len();
+            session.told == link.nonce || link.engine.chunks.still(words, Marked::There) == words.len();
         if holds {
-            session.told = link.incarnation;
+            session.told = link.nonce;
         }
         holds
     }

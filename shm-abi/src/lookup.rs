@@ -18,8 +18,8 @@
 //! sees the message, or that it is unpublished; if it is the engine's, the scheduler sees the mark. So a chunk that a scheduler
 //! has kept in its answer is never evicted before the scheduler has released it.
 //!
-//! There are two exceptions, and in both a load of the chunk fails: a client that has not come back within the grace after a
-//! restart, and one that has not published what it holds for as long.
+//! There are exceptions, and in each a load of the chunk fails its check: a client that has not come back within the grace after
+//! a restart; one that has not published what it holds for as long; one that was thrown out; and a chunk that is damaged.
 //!
 //! The second look at the words also makes sure that the keys and namespaces that were read belong to the words: see
 //! [`ChunkRecord::read`](crate::chunk::ChunkRecord::read).

@@ -327,17 +327,13 @@ impl Link {
 
     /// Delivers a message that gives something back, now or later, and does not wait for its completion.
     pub(crate) fn post(&self, request: Request) {
-        let mut inner = self.lock();
-        inner.outbox.push_back(Deferred::Plain(request));
-        self.deliver_outbox(inner, true);
+        self.deliver_message(Deferred::Plain(request), true);
     }
 
     /// As [`Link::post`], for what is not urgent: an engine that sleeps is woken only if its ring is half full. So it costs no
     /// system call.
     pub(crate) fn post_quietly(&self, request: Request) {
-        let mut inner = self.lock();
-        inner.outbox.push_back(Deferred::Plain(request));
-        self.deliver_outbox(inner, false);
+        self.deliver_message(Deferred::Plain(request), false);
     }
 
     /// Tells the engine that (session, admission) holds these chunks, after the first `first` of its lease; waits for nothing,
@@ -411,22 +407,23 @@ impl Link {
 
     /// As [`Link::post`], to abort slots that will not be written.
     pub(crate) fn post_abort(&self, slots: Vec<SlotRecord>) {
-        if slots.is_empty() {
-            return;
+        if !slots.is_empty() {
+            self.deliver_message(Deferred::Abort(slots), true);
         }
-        let mut inner = self.lock();
-        inner.outbox.push_back(Deferred::Abort(slots));
-        self.deliver_outbox(inner, true);
     }
 
-    /// Sends as much of the outbox as there is room for, and leaves the rest to the keeper.
-    fn deliver_outbox(&self, mut inner: MutexGuard<'_, Inner>, is_urgent: bool) {
+    /// Sends as much of the outbox as there is room for, this message last, and leaves the rest to the keeper.
+    fn deliver_message(&self, message: Deferred, is_urgent: bool) {
+        let mut inner = self.lock();
+        let had_rest = !inner.outbox.is_empty();
+        inner.outbox.push_back(message);
         let others = self.drain(&mut inner);
         self.flush(&mut inner);
-        let rest = !inner.outbox.is_empty();
+        let has_rest = !inner.outbox.is_empty();
         let wakes = is_urgent || inner.operations.is_half_full();
         self.unlock(inner, others, wakes);
-        if rest {
+        // Once: the keeper comes back by itself until nothing is left.
+        if has_rest && !had_rest {
             self.leave_to_keeper();
         }
     }

@@ -182,7 +182,7 @@ impl Service {
         );
     }
 
-    /// Forgets the pending lookups of this entry's client and takes its connection away, if it has one.
+    /// Takes the connection of this entry's client away, if it has one.
     fn disconnect(&mut self, entry: usize) -> Option<Connection> {
         self.entries[entry].connection()?;
         match self.becomes(entry, Entry::Over) {

@@ -1,6 +1,7 @@
 //! Clearing, a piece per turn: a million chunks take longer than anybody's lookup may wait.
 
 use super::Service;
+use crate::cache::Heard;
 use crate::stats::Stat;
 use kvring_shm_abi::message::{Ident, Status};
 
@@ -20,6 +21,8 @@ pub(super) struct Clearing {
     from: u32,
     /// How many chunks clears had dropped before this one.
     before: u64,
+    /// A scheduler holds something that it cannot say now: the clear goes on with the next tick.
+    pub(super) is_put_off: bool,
 }
 
 impl Service {
@@ -49,19 +52,23 @@ impl Service {
     }
 
     fn clearing_of(&self, asker: Option<Asker>, namespace: Option<u32>) -> Clearing {
-        Clearing { asker, namespace, from: 0, before: self.cache.stats().cleared }
+        Clearing { asker, namespace, from: 0, before: self.cache.stats().cleared, is_put_off: false }
     }
 
     /// Does the next piece, and answers the request after the last one.
     pub(super) fn go_on_clearing(&mut self) {
         let Some(clearing) = self.clearing.take() else { return };
         let (entries, schedulers) = (&self.entries, self.schedulers);
-        let next = self
-            .cache
-            .clear_step(clearing.namespace, clearing.from, &mut || Service::heard(entries, schedulers));
+        let mut is_put_off = false;
+        let mut ears = || {
+            let heard = Service::heard(entries, schedulers);
+            is_put_off |= heard == Heard::Never;
+            heard
+        };
+        let next = self.cache.clear_step(clearing.namespace, clearing.from, &mut ears);
         self.listen();
         match next {
-            Some(from) => self.clearing = Some(Clearing { from, ..clearing }),
+            Some(from) => self.clearing = Some(Clearing { from, is_put_off, ..clearing }),
             None => {
                 let Clearing { asker, before, namespace, .. } = clearing;
                 let dropped = self.cache.stats().cleared - before;

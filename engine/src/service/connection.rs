@@ -86,7 +86,9 @@ impl Connection {
     pub(super) fn doubts_unpublished(&mut self, now_ns: u64, grace_ns: u64) -> bool {
         let gap = now_ns.saturating_sub(core::mem::replace(&mut self.unpublished_looked_ns, now_ns));
         if !self.channel.unpublished().is_set() {
-            (self.unpublished_ns, self.is_doubted) = (0, false);
+            // Whoever says so now and then, again and again, is not believed each time anew.
+            self.unpublished_ns = self.unpublished_ns.saturating_sub(gap);
+            self.is_doubted &= self.unpublished_ns > 0;
             return false;
         }
         // After a longer gap it was this engine that stood still.

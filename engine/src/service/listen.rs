@@ -70,8 +70,9 @@ impl Service {
         let taken = &mut listening.taken[entry];
         *taken = taken.saturating_add(messages as u16);
         let is_done = self.entries[entry].connection().is_none_or(|connection| {
-            // The last message that was taken may not have been done yet.
-            !connection.has_news() || usize::from(*taken) >= DEPTH && connection.doing.is_none()
+            // The last message that was taken may not have been done yet; when there is one more, it has.
+            let enough = DEPTH + usize::from(connection.doing.is_some());
+            !connection.has_news() || usize::from(*taken) >= enough
         });
         if is_done {
             listening.unheard &= !bit;

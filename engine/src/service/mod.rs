@@ -333,12 +333,13 @@ impl Service {
         let has_work = self.has_background_work();
         if has_work {
             self.cache.allow(BACKGROUND);
+            let is_well = !self.unhealthy;
             let due = [
                 self.parting != 0,
-                self.cache.is_dropping(),
-                self.cache.is_emptying(),
-                self.is_placing(),
-                self.clearing.is_some(),
+                is_well && self.cache.is_dropping(),
+                is_well && self.cache.is_emptying(),
+                is_well && self.is_placing(),
+                is_well && self.is_clearing(),
             ];
             let next = (self.job + 1..).map(|job| job % due.len()).find(|job| due[*job]);
             self.job = next.unwrap_or_default();
@@ -358,12 +359,14 @@ impl Service {
     }
 
     #[inline]
+    fn is_clearing(&self) -> bool {
+        self.clearing.as_ref().is_some_and(|clearing| !clearing.is_put_off)
+    }
+
+    #[inline]
     fn has_background_work(&self) -> bool {
-        self.parting != 0
-            || self.cache.is_dropping()
-            || self.clearing.is_some()
-            || self.cache.is_emptying()
-            || self.is_placing()
+        let drops = || self.cache.is_dropping() || self.is_clearing() || self.cache.is_emptying();
+        self.parting != 0 || !self.unhealthy && (drops() || self.is_placing())
     }
 
     /// Does everything that is due now and then rather than on request.
@@ -377,6 +380,9 @@ impl Service {
         self.look_around();
         self.look_at_grace(now);
         self.look_at_unpublished(now);
+        if let Some(clearing) = &mut self.clearing {
+            clearing.is_put_off = false;
+        }
         self.look_at_sorting();
         if self.segments.is_retired() {
             // Somebody removed our segments: new clients cannot find us, and a successor may run already.

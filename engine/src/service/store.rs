@@ -159,7 +159,9 @@ impl Service {
             }
             if self.cache.is_waiting() {
                 self.listen();
-                return Ok(Done::More);
+                if request.done < message.keys.count {
+                    return Ok(Done::More);
+                }
             }
         }
         Ok(Done::Answer(Status::Ok, [request.granted, request.dropped, 0, 0]))
