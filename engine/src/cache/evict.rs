@@ -46,8 +46,6 @@ pub(super) struct Search {
     /// How many chunks were refused since the last success, and how many slabs were looked at.
     refused: u64,
     pub(super) slabs: u32,
-    /// How many slots the rest of the message needs at most.
-    pub(super) wanted: u64,
     /// How often the service had to listen since the last success. A scheduler that holds whatever is marked must not keep a
     /// store waiting for ever.
     waits: u32,
@@ -173,18 +171,7 @@ impl<T: SlotTable> Cache<T> {
                 break;
             }
         }
-        let mut heard = self.decide(ears);
-        // If the service has to listen first, then once for all that the message still needs.
-        if heard == Heard::NotYet && marked < search.wanted {
-            while marked < search.wanted {
-                let Coldest::Chunk(_, id) = self.coldest(namespaces, Some(class)) else { break };
-                if self.chunks.get(id).life() != Life::Visible || !self.mark(id, For::Room) {
-                    break;
-                }
-                marked += self.slots_of(id, class);
-            }
-            heard = self.decide(ears);
-        }
+        let heard = self.decide(ears);
         self.decided(heard, search)
     }
 

@@ -157,7 +157,6 @@ impl<T: SlotTable> Cache<T> {
             if done > 0 && self.is_spent() {
                 break;
             }
-            going.search.wanted = (keys.len() - done) as u64;
             let Some(answer) = self.reserve_one(&context, *key, before, going, ears) else { break };
             before = Some(self.spot(index, *key));
             sink(done, answer);

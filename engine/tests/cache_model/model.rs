@@ -16,9 +16,10 @@ use crate::waits::{Asked, Said, Waiting};
 
 pub(crate) const SLAB_BYTES: u64 = 1 << 20;
 pub(crate) const SLABS: u32 = 7;
-/// The most records that a call may touch beyond what is allowed: those of one chunk, and of one step of a search
-/// for room.
-const CHUNK: u64 = 160;
+/// The most records that a call may touch beyond what is allowed. One step of a search for room looks at 25 chunks in each of the
+/// four namespaces. Then it drops one more chunk of the most ranks than it has reckoned with, and the spans that go with it; and
+/// the message's keys have been looked at before.
+const CHUNK: u64 = 256;
 /// Shard bytes of each rank, by namespace: one rank; pipeline stages of two sizes; more ranks than a chunk's own
 /// line has room for; shards longer than a slab.
 pub(crate) const WORLDS: [&[u64]; NAMESPACES as usize] =

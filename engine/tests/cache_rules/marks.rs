@@ -115,17 +115,6 @@ fn what_was_heard_for_an_earlier_batch_decides_nothing() {
     assert!(cache.is_dropping());
 }
 
-#[test]
-fn a_message_that_has_to_wait_does_so_once_for_all_its_keys() {
-    let (mut cache, words) = full();
-    let mut waiting = Waiting::new(&mut cache, 0, vec![key(9, 0), key(9, 1), key(9, 2)]);
-    assert!(!waiting.go_on(&mut cache, &mut || Heard::NotYet));
-    assert_eq!(found(&cache, 4), words[..1]);
-    decide(&mut cache);
-    assert!(waiting.go_on(&mut cache, &mut || panic!("there is room")));
-    assert_eq!(waiting.written(), 3);
-}
-
 /// A scheduler that holds whatever is marked, and lets go of it at once, keeps no store waiting for ever.
 #[test]
 fn a_search_does_not_wait_for_ever_for_what_is_held_again_and_again() {
