@@ -87,8 +87,8 @@ fn declare_piece(
     let words: Vec<u64> = words.iter().map(|word| word.bits()).collect();
     let pending = link.submit(
         words.len(),
-        // Nothing is undone if the answer comes too late: the next attempt declares the lease again, and a release that
-        // is made meanwhile stays due until then.
+        // Nothing is undone if the answer comes too late: what was sent counts as declared to this attachment, and its
+        // release is due as usual.
         |_| Undo::Nothing,
         |payload, region| {
             let written = payload.write(region.offset, &words);
