@@ -46,6 +46,43 @@ fn a_lease_that_ends_between_two_attempts_to_declare_does_not_stay() {
     assert_eq!((engine.stat("leases"), engine.stat("pins")), (0, 0), "every session has ended");
 }
 
+/// An engine stops when it hears that everything is declared, so the client declares again, by the same attachment. What it
+/// finds meanwhile is told by that attachment too, and as soon as all is told the engine evicts again.
+#[test]
+fn what_is_found_after_an_unanswered_declaration_is_told_by_the_same_attachment() {
+    let settings = json!({ "client_share": 1.0, "reattach_grace_ms": 600_000 });
+    let mut engine = EngineProcess::configured("rj-end", 4, &settings);
+    let mut worker = engine.worker();
+    let spec = SchedulerSpec { client: impatient(&engine.name), ..SchedulerSpec::new(&engine.name) };
+    let mut scheduler = SchedulerSide::start(&spec);
+    scheduler.ready();
+    let keys = worker.stores(round(0), chain(1, 64), 7);
+    drop(worker);
+    engine.kill();
+    engine.restart_with(&[(FAIL_POINT, &format!("{}:1:stop", Place::DeclareEnd))]).unwrap();
+    engine.has_stopped();
+    // More of them than the ring has places.
+    let requests: Vec<_> = (0..300).map(|number| format!("r{number}")).collect();
+    for request in &requests {
+        assert_eq!(scheduler.lookup(request, 0, &keys[..2]).chunks, 2);
+    }
+    // This attempt and further ones fail at their deadlines.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(scheduler.lookup("late", 0, &keys[2..4]).chunks, 2);
+    engine.resume();
+    scheduler.ready();
+    engine.stat_becomes("leases", 301);
+    let mut worker = engine.worker();
+    worker.stores(round(1), chain(2, 60), 7);
+    assert_eq!(scheduler.lookup("again", 0, &keys[..4]).chunks, 4, "what is held stays");
+    let requests: Vec<_> = requests.iter().map(String::as_str).chain(["late", "again"]).collect();
+    scheduler.ends(&requests);
+    engine.stat_becomes("leases", 0);
+    worker.stores(round(2), chain(3, 64), 7);
+    assert_eq!(engine.stat("holds_cut"), 0);
+    engine.settles_without((worker, scheduler));
+}
+
 /// A client that has not come back yet is not gone: its namespace is not forgotten, and what it has leased is not cleared.
 #[test]
 fn what_awaited_clients_may_hold_is_neither_forgotten_nor_cleared() {
