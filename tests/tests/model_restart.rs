@@ -74,13 +74,39 @@ const TWO_SLOTS: Bounds = Bounds {
     ..Bounds::LEAST
 };
 
+/// One client looks up and loads what is there, while it is evicted. Every step of it.
+const HOLD: Bounds = Bounds {
+    attached: true,
+    stored: true,
+    loads: [1, 0],
+    left: Left { engine_deaths: 2, client_deaths: 1, evictions: 1, full_rings: 1, timeouts: 1, ..NOTHING },
+    ..Bounds::LEAST
+};
+
+/// Two clients look up and load the same, while it is evicted.
+const HOLD_TWO: Bounds = Bounds {
+    clients: 2,
+    entries: 2,
+    coarse: true,
+    loads: [1, 1],
+    left: Left { engine_deaths: 1, evictions: 1, ..NOTHING },
+    ..HOLD
+};
+
+/// Lookups over a start on new inodes, by a client that leaves.
+const HOLD_COLD: Bounds = Bounds {
+    loads: [2, 0],
+    left: Left { engine_deaths: 1, evictions: 1, cold_starts: 1, leaves: 1, ..NOTHING },
+    ..HOLD
+};
+
 /// One client loads what it has stored, while its slot is evicted and stored into again.
 const LOAD: Bounds = Bounds {
     keys: 2,
     attached: true,
     stores: [2, 0],
     loads: [1, 0],
-    left: Left { engine_deaths: 2, client_deaths: 1, evictions: 1, ..NOTHING },
+    left: Left { engine_deaths: 1, client_deaths: 1, evictions: 1, ..NOTHING },
     ..Bounds::LEAST
 };
 
@@ -104,7 +130,7 @@ const COLD: Bounds =
 
 /// A load over a start on new inodes.
 const COLD_LOAD: Bounds =
-    Bounds { left: Left { engine_deaths: 2, evictions: 1, cold_starts: 1, ..NOTHING }, ..LOAD };
+    Bounds { left: Left { engine_deaths: 1, evictions: 1, cold_starts: 1, ..NOTHING }, ..LOAD };
 
 /// A client that says that it writes every slot.
 const LIAR: Bounds =
@@ -162,6 +188,13 @@ fn an_entry_and_a_slot_change_hands() {
 }
 
 #[test]
+fn what_is_held_stays() {
+    holds(HOLD);
+    holds(HOLD_TWO);
+    holds(HOLD_COLD);
+}
+
+#[test]
 fn loads_bring_their_keys_bytes() {
     holds(LOAD);
     holds(LOAD_IMPATIENT);
@@ -203,9 +236,28 @@ fn controls_of_declaring() {
     control(Break::EarlyChannel, STORE, "S4");
     control(Break::ForgetsOwedCommits, STORE, "S4");
     control(Break::AdoptsOthers, LIAR, "S1");
-    control(Break::NoLeaseFence, LOAD_OTHERS, "S3");
     control(Break::OmitsLeases, LOAD_OTHERS, "S3");
     control(Break::EvictsInGrace, LOAD_OTHERS, "S3");
+}
+
+#[test]
+fn controls_of_reads() {
+    control(Break::NoSecondLook, HOLD, "S3");
+    control(Break::RingsBeforeTheMark, HOLD, "S3");
+    control(Break::IgnoresUnpublished, HOLD, "S3");
+    control(Break::JudgesMarksOnce, HOLD, "S3");
+    control(Break::EntersLate, HOLD, "S3");
+    control(Break::IgnoresEvicting, HOLD, "S3");
+    control(Break::EarlyDeclareEnd, HOLD, "S3");
+    control(Break::DeclaresAfterTheEnd, HOLD, "S3");
+    control(Break::ForgetsOwedReleases, HOLD, "S4");
+    control(Break::KeepsMarks, HOLD, "S4");
+    control(Break::SaysAfterTheLook, HOLD, "S3");
+    control(Break::DropsWhatIsHeld, HOLD, "S3");
+    control(Break::FreesTheSlotFirst, HOLD, "S3");
+    control(Break::AnnouncesAfterTheMark, HOLD, "S3");
+    control(Break::StaysUnpublished, HOLD, "S4");
+    control(Break::ForgetsAtASecondAttempt, HOLD, "S4");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub struct Bounds {
     pub keys: u8,
     /// Stores that each client may begin.
     pub stores: [u8; CLIENTS],
-    /// Loads that each client may begin.
+    /// Lookups that each client may begin, each with a load.
     pub loads: [u8; CLIENTS],
     /// How often each event of the environment may happen.
     pub left: Left,
@@ -26,6 +26,8 @@ pub struct Bounds {
     pub liar: bool,
     /// The clients are attached in the beginning.
     pub attached: bool,
+    /// A chunk of the first key is in the first slot in the beginning.
+    pub stored: bool,
     /// Some steps are taken together with the next one, so that checks with more clients are small enough: in the start of an
     /// engine, a publication, a declaration, a commit. Smaller checks take each of them alone.
     pub coarse: bool,
@@ -56,11 +58,13 @@ impl Bounds {
             client_deaths: 0,
             cold_starts: 0,
             evictions: 0,
+            full_rings: 0,
             timeouts: 0,
             leaves: 0,
         },
         liar: false,
         attached: false,
+        stored: false,
         coarse: false,
         health: false,
         threads_linger: false,
@@ -93,7 +97,7 @@ pub enum Break {
     AdoptsOthers,
     /// A cold start zeroes the slot table in place.
     ZeroesInPlace,
-    /// A load looks at the slot's state and key alone.
+    /// A load looks at the slot's state and key alone, and not at generations.
     NoGenerationCheck,
     /// A claim is not announced by `list_op_pending`.
     NoPending,
@@ -109,8 +113,6 @@ pub enum Break {
     LeavesWhileCopying,
     /// `declare_end` frees no slot that the last engine granted and no client took.
     NeverFreesUndeclared,
-    /// Leases are taken from an old channel after the ledger has been read.
-    NoLeaseFence,
     /// Leases are not declared.
     OmitsLeases,
     /// The engine evicts before all clients had the time to declare.
@@ -121,4 +123,36 @@ pub enum Break {
     OwnerMarkedFirst,
     /// A freed slot keeps its generation.
     RecyclesGenerations,
+    /// A lookup is answered without a second look.
+    NoSecondLook,
+    /// The engine hears the rings first, and marks what it evicts after that.
+    RingsBeforeTheMark,
+    /// The engine does not look whether something is unpublished.
+    IgnoresUnpublished,
+    /// What marks mean is not decided again when a hold is entered.
+    JudgesMarksOnce,
+    /// A hold is entered after the second look, as what has been told already.
+    EntersLate,
+    /// A client that is not attached does not look whether it is evicted without it.
+    IgnoresEvicting,
+    /// `DeclareEnd` is sent while a hold is still to be declared.
+    EarlyDeclareEnd,
+    /// A client that gets no answer to `DeclareEnd` goes back to declaring, so that what it holds from then on is not told.
+    DeclaresAfterTheEnd,
+    /// A release during a declaration is not sent.
+    ForgetsOwedReleases,
+    /// A recovery leaves marks as they are.
+    KeepsMarks,
+    /// A hold is published after the second look.
+    SaysAfterTheLook,
+    /// The engine pins what is held, and drops it all the same if it is marked.
+    DropsWhatIsHeld,
+    /// The slot of an evicted chunk is freed before the record ends.
+    FreesTheSlotFirst,
+    /// The engine says that it evicts without clients that have not come back after it has marked the first chunk.
+    AnnouncesAfterTheMark,
+    /// `unpublished` stays set when everything has been told.
+    StaysUnpublished,
+    /// A client that declares again by the same attachment forgets what it owes there.
+    ForgetsAtASecondAttempt,
 }

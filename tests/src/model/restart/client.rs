@@ -1,7 +1,7 @@
 //! A client's keeper: it claims, attaches, notices deaths, declares, and gives up.
 
 use super::bounds::Break;
-use super::state::{Client, Entry, Keeper, Loader, Mover, NONE, Process, State, Word};
+use super::state::{Client, Entry, Keeper, Mover, NONE, Process, State, Word};
 use super::{Restart, Steps, name_of};
 
 /// Does this client see its engine, alive and of the incarnation that it knows?
@@ -62,16 +62,24 @@ impl Restart {
             }),
             Keeper::Waiting => self.wait(steps, client),
             Keeper::Attached => {
-                steps.progress(name, "reads its ledger", |state| self.read_ledger(state, client))
+                if self.unlocked(&who) {
+                    steps.progress(name, "takes stock", |state| self.read_ledger(state, client));
+                }
             }
             Keeper::DeclareSlots | Keeper::DeclareLeases | Keeper::DeclareEnd => {
                 if state.left.timeouts > 0 {
-                    steps.may(name, "is tired of waiting", |state| {
+                    steps.may(name, "is tired of waiting, and declares everything again", |state| {
                         state.left.timeouts -= 1;
-                        state.clients[client].keeper = Keeper::Owner;
+                        state.clients[client].keeper = Keeper::Attached;
                     });
                 }
                 notice(steps, client);
+                let declares = who.keeper == Keeper::DeclareLeases && self.unlocked(&who);
+                if declares && !self.declare_lease(steps, client) && who.said.is_none() {
+                    steps.progress(name, "has declared everything: says so", |state| {
+                        self.end_declaring(state, client);
+                    });
+                }
             }
             Keeper::Ready => {
                 if self.bounds.health {
@@ -81,7 +89,7 @@ impl Restart {
             }
             Keeper::Leaving => {
                 let copies = matches!(who.mover, Mover::Copying(_));
-                if !copies || self.breaks(Break::LeavesWhileCopying) {
+                if (!copies || self.breaks(Break::LeavesWhileCopying)) && self.unlocked(&who) {
                     steps.progress(name, "gives its entry up", |state| {
                         if state.is_current(client) {
                             state.words[entry] = Word::Dead;
@@ -158,10 +166,9 @@ impl Restart {
 
     /// From here on nothing enters the ledger through an older channel.
     fn read_ledger(&self, state: &mut State, client: usize) {
+        self.take_stock(state, client);
         let who = &mut state.clients[client];
-        who.accepts = who.nonce;
         who.wrote = who.ledger();
-        who.pinned = who.lease().filter(|_| !self.breaks(Break::OmitsLeases));
         if self.breaks(Break::OmitsRunningCopy) && matches!(who.mover, Mover::Copying(_)) {
             who.wrote = None;
         }
@@ -202,7 +209,7 @@ fn notice(steps: &mut Steps, client: usize) {
         steps.progress(name_of(client), "notices death or restart", |state| {
             let who = &mut state.clients[client];
             (who.keeper, who.look) = (Keeper::Owner, 0);
-            (who.wrote, who.pinned) = (None, None);
+            who.wrote = None;
         });
     }
 }
@@ -234,9 +241,6 @@ fn fresh_nonce(state: &State) -> u8 {
             Mover::Reserving(_, channel) | Mover::Answered(_, channel) => used |= 1 << channel,
             Mover::Sent(_, _, channel) | Mover::Acknowledged(_, _, channel) => used |= 1 << channel,
             Mover::Idle | Mover::Granted(_) | Mover::Copying(_) | Mover::Owing(..) => {}
-        }
-        if let Loader::Answered(_, channel) = client.loader {
-            used |= 1 << channel;
         }
     }
     for entry in 0..state.entries.len() {

@@ -1,12 +1,12 @@
 //! The engine: its start, its recovery, and the work of its only thread.
 
-use super::bounds::{Break, ENTRIES, SLOTS};
+use super::bounds::{Break, SLOTS};
 use super::state::{
-    Answer, Busy, Engine, Entry, Grant, Keeper, Loader, Mover, NONE, Phase, Process, Slot, State, Use, Word,
+    Answer, Busy, Engine, Entry, Grant, Keeper, Mover, NONE, Phase, Process, Record, Slot, State, Use, Word,
 };
 use super::{Restart, Steps};
 
-const ENGINE: &str = "engine";
+pub(super) const ENGINE: &str = "engine";
 
 /// Steps of a reclaim: leases and attachment; each slot; channel and entry; the word.
 const RECLAIM_SLOTS: u8 = 1;
@@ -65,10 +65,17 @@ impl Restart {
         if self.breaks(Break::PlusOne) { state.incarnation + 1 } else { (state.incarnation + 1) | 1 }
     }
 
-    /// Recovery: the next slot that is WRITING, or the end.
+    /// Recovery: the next slot that is WRITING, or whose chunk has to be shown, or the end.
     fn scan(&self, steps: &mut Steps, from: u8) {
         let state = steps.from;
         for slot in from as usize..self.bounds.slots {
+            if self.must_be_shown(state, slot) {
+                steps.progress(ENGINE, "recovery: shows a chunk again", |state| {
+                    state.slots[slot].record = Record::Visible;
+                    state.engine.phase = Phase::Scan(slot as u8 + 1);
+                });
+                return;
+            }
             let Use::Writing(owner) = state.slots[slot].used else { continue };
             let lives = matches!(state.words[owner as usize], Word::Alive(_));
             let lingers = self.bounds.waits_for_process && self.lingers(state, owner as usize);
@@ -83,18 +90,10 @@ impl Restart {
             });
             return;
         }
-        steps.progress(ENGINE, "recovery is complete", |state| {
-            state.incarnation += 1;
-            state.engine.phase = Phase::Serving;
-            for entry in 0..ENTRIES {
-                if matches!(state.words[entry], Word::Alive(_)) {
-                    state.engine.awaited |= 1 << entry;
-                }
-            }
-        });
+        steps.progress(ENGINE, "recovery is complete", |state| self.await_clients(state));
     }
 
-    fn free(&self, state: &mut State, slot: usize) {
+    pub(super) fn free(&self, state: &mut State, slot: usize) {
         state.free(slot);
         if self.breaks(Break::RecyclesGenerations) {
             state.slots[slot].generation -= 1;
@@ -112,6 +111,9 @@ impl Restart {
                 steps.progress(ENGINE, "goes on with declare_end", |state| {
                     self.declare_end(state, entry, from)
                 });
+            }
+            Busy::Free(slot) => {
+                steps.progress(ENGINE, "frees the slot of what it evicts", |state| self.evicted(state, slot));
             }
             Busy::Acknowledge(client) => {
                 steps.progress(ENGINE, "answers the commit or abort", |state| {
@@ -159,25 +161,14 @@ impl Restart {
             if state.engine.connected[entry] == who.nonce {
                 self.hear(steps, client, entry);
             }
-        }
-        if state.engine.awaited != 0 {
-            steps.progress(ENGINE, "the grace time is over", |state| state.engine.awaited = 0);
-        }
-        for slot in 0..self.bounds.slots {
-            let leased = state.engine.leases.iter().any(|leases| leases & (1 << slot) != 0);
-            let grace = state.engine.awaited != 0 && !self.breaks(Break::EvictsInGrace);
-            if state.slots[slot].used == Use::Committed && !leased && !grace && state.left.evictions > 0 {
-                steps.may(ENGINE, "evicts", |state| {
-                    state.left.evictions -= 1;
-                    if is_lease_of_awaited(state, slot) {
-                        state.failed =
-                            Some("S3: evicted what a client holds that has not had time to say so");
-                    }
-                    state.slots[slot].acknowledged = false;
-                    self.free(state, slot);
-                });
+            if state.engine.connected[entry] == who.accepts {
+                self.hear_leases(steps, client, entry);
             }
         }
+        if state.engine.awaited != 0 {
+            steps.progress(ENGINE, "the grace time is over", |state| self.grace_is_over(state));
+        }
+        self.evict_steps(steps);
     }
 
     /// Does a thread of the entry's dead owner still run?
@@ -214,11 +205,11 @@ impl Restart {
         });
     }
 
-    /// Takes the messages of a connected client's keeper and loader.
+    /// Takes the messages of a connected client's keeper.
     fn hear(&self, steps: &mut Steps, client: usize, entry: usize) {
         let who = steps.from.clients[client];
-        match who.keeper {
-            Keeper::DeclareSlots => steps.progress(ENGINE, "hears which slots are being written", |state| {
+        if who.keeper == Keeper::DeclareSlots {
+            steps.progress(ENGINE, "hears which slots are being written", |state| {
                 if let Some(grant) = who.wrote {
                     adopt(state, entry, grant, false);
                 }
@@ -230,25 +221,16 @@ impl Restart {
                     }
                 }
                 state.clients[client].keeper = Keeper::DeclareLeases;
-                if self.bounds.coarse {
-                    pin(state, client, entry);
+                if self.bounds.coarse && who.hold().is_none() && who.said.is_none() {
+                    self.end_declaring(state, client);
                 }
-            }),
-            Keeper::DeclareLeases => {
-                steps.progress(ENGINE, "hears which leases are held", |state| pin(state, client, entry));
-            }
-            Keeper::DeclareEnd => {
-                steps.progress(ENGINE, "hears declare_end", |state| self.declare_end(state, entry as u8, 0));
-            }
-            Keeper::Ready => {
-                if let Loader::Releasing(slot) = who.loader {
-                    steps.progress(ENGINE, "ends a lease", |state| {
-                        state.engine.leases[entry] &= !(1 << slot);
-                        state.clients[client].loader = Loader::Idle;
-                    });
-                }
-            }
-            _ => {}
+            });
+        }
+        if who.ends {
+            steps.progress(ENGINE, "hears declare_end", |state| {
+                state.clients[client].ends = false;
+                self.declare_end(state, entry as u8, 0);
+            });
         }
     }
 
@@ -267,14 +249,15 @@ impl Restart {
             }
         }
         state.engine.busy = Busy::Idle;
-        state.engine.awaited &= !(1 << entry);
+        self.no_longer_awaited(state, entry);
         let nonce = state.engine.connected[entry as usize];
         for client in &mut state.clients {
             let asked = client.process == Process::Alive && client.keeper == Keeper::DeclareEnd;
-            if asked && client.nonce == nonce {
+            // It may have asked once more meanwhile.
+            if asked && client.nonce == nonce && !client.ends {
                 client.keeper = Keeper::Ready;
                 client.wrote = None;
-                client.pinned = None;
+                client.reads = client.incarnation;
             }
         }
     }
@@ -329,7 +312,7 @@ impl Restart {
                 state.files[entry] = NONE;
                 state.entries[entry] = Entry::EMPTY;
                 state.engine.judged[entry] = NONE;
-                state.engine.awaited &= !(1 << entry);
+                self.no_longer_awaited(state, entry as u8);
             }
             RECLAIM_WORD => {
                 if state.words[entry] == Word::Dead {
@@ -362,41 +345,25 @@ fn reclaim_name(at: u8) -> &'static str {
     }
 }
 
-/// Does a client that has not declared since the restart hold this slot?
-fn is_lease_of_awaited(state: &State, slot: usize) -> bool {
-    (0..state.clients.len()).any(|client| {
-        let who = &state.clients[client];
-        let awaited = who.owns() && state.is_current(client) && state.engine.awaited & (1 << who.entry) != 0;
-        let handle = who.lease().filter(|handle| handle.slot as usize == slot && state.is(*handle));
-        awaited && who.process == Process::Alive && handle.is_some()
-    })
-}
-
 /// The kernel has walked the engine's list.
 pub(super) fn mark(state: &mut State) {
     (state.owner_alive, state.words_alive) = (false, false);
     state.engine.phase = Phase::Down;
 }
 
-/// The answer to a commit or an abort.
+/// The chunk is shown, and the commit or abort is answered.
 fn acknowledge(state: &mut State, client: usize) {
     state.engine.busy = Busy::Idle;
+    // Only the chunk that has been committed just now is not shown yet.
+    for slot in &mut state.slots {
+        if slot.used == Use::Committed && slot.record == Record::Free {
+            slot.record = Record::Visible;
+        }
+    }
     if let Mover::Sent(grant, committed, channel) = state.clients[client].mover {
         let slot = &mut state.slots[grant.slot as usize];
         slot.acknowledged |= committed && slot.used == Use::Committed && slot.generation == grant.generation;
         state.clients[client].mover = Mover::Acknowledged(grant, committed, channel);
-    }
-}
-
-/// The client declares its lease, and the engine pins the chunk again if it is still there.
-fn pin(state: &mut State, client: usize, entry: usize) {
-    let who = &mut state.clients[client];
-    who.keeper = Keeper::DeclareEnd;
-    if let Some(handle) = who.pinned
-        && state.is(handle)
-        && state.slots[handle.slot as usize].used == Use::Committed
-    {
-        state.engine.leases[entry] |= 1 << handle.slot;
     }
 }
 

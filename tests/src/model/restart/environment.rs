@@ -1,10 +1,8 @@
 //! Events that happen to the processes: deaths, the kernel's marks, cold starts, new work.
 
 use super::bounds::{Break, ENTRIES, SLOTS};
-use super::state::{
-    Answer, Busy, Engine, Entry, Keeper, Loader, Mover, NONE, Phase, Process, Slot, State, Word,
-};
-use super::{Restart, Steps, engine, name_of};
+use super::state::{Answer, Engine, Entry, Keeper, Mover, NONE, Phase, Process, Reader, Slot, State, Word};
+use super::{Restart, Steps, engine, evict, name_of};
 
 impl Restart {
     /// What can happen.
@@ -15,6 +13,7 @@ impl Restart {
             steps.may("engine", "DIES", |state| {
                 state.left.engine_deaths -= 1;
                 state.engine = Engine::ended();
+                evict::forget_rings(state);
                 if self.bounds.coarse {
                     engine::mark(state);
                 }
@@ -46,9 +45,6 @@ impl Restart {
                 }
                 Process::Alive | Process::Gone => {}
             }
-            if phase == Phase::Serving && state.engine.busy == Busy::Idle && state.is_current(client) {
-                self.lookup_steps(steps, client);
-            }
         }
     }
 
@@ -63,7 +59,7 @@ impl Restart {
         }
         state.arena += 1;
         state.incarnation = 1;
-        (state.words_alive, state.words_by) = (true, 1);
+        (state.words_alive, state.words_by, state.evicting) = (true, 1, 0);
         state.words = [Word::Unclaimed; ENTRIES];
         state.entries = [Entry::EMPTY; ENTRIES];
         state.answers = [Answer::EMPTY; ENTRIES];
@@ -75,7 +71,7 @@ impl Restart {
     fn die(&self, state: &mut State, client: usize) {
         let who = &mut state.clients[client];
         who.process = Process::Ended;
-        who.loader = Loader::Idle;
+        who.reader = Reader::Idle;
         let lingers = self.bounds.threads_linger && matches!(who.mover, Mover::Copying(_));
         if !lingers && !matches!(who.mover, Mover::Reserving(..) | Mover::Sent(..)) {
             who.mover = Mover::Idle;

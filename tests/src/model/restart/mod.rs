@@ -17,7 +17,9 @@ mod bounds;
 mod client;
 mod engine;
 mod environment;
+mod evict;
 mod properties;
+mod reader;
 mod state;
 mod threads;
 
@@ -25,7 +27,7 @@ pub use bounds::{Bounds, Break, CLIENTS, ENTRIES, SLOTS};
 pub use state::{Left, State};
 
 use super::{Kind, Model, Step};
-use state::{Answer, Client, Engine, Entry, NONE, Slot, Word};
+use state::{Answer, At, Client, Engine, Entry, NONE, Reader, Slot, Word};
 
 /// A client's name in traces.
 fn name_of(client: usize) -> &'static str {
@@ -51,6 +53,7 @@ impl Steps<'_> {
     fn add(&mut self, kind: Kind, who: &'static str, what: &'static str, change: impl FnOnce(&mut State)) {
         let mut next = *self.from;
         change(&mut next);
+        next.tidy();
         self.out.push(Step { who, what, kind, next });
     }
 
@@ -68,7 +71,7 @@ impl Steps<'_> {
 /// The state after a first start, with every client attached in the entry of its own number.
 fn begin_attached(state: &mut State, clients: usize) {
     (state.incarnation, state.owner_alive, state.words_alive, state.words_by) = (2, true, true, 1);
-    state.engine.phase = state::Phase::Serving;
+    (state.engine.phase, state.evicting) = (state::Phase::Serving, 2);
     for at in 0..clients {
         let nonce = at as u8 + 1;
         state.words[at] = Word::Alive(at as u8);
@@ -78,6 +81,7 @@ fn begin_attached(state: &mut State, clients: usize) {
         let who = &mut state.clients[at];
         (who.keeper, who.entry, who.incarnation) = (state::Keeper::Ready, at as u8, 2);
         (who.nonce, who.accepts) = (nonce, nonce);
+        (who.at, who.knows, who.reads) = (At::Attached, 2, 2);
     }
 }
 
@@ -107,6 +111,7 @@ impl Model for Restart {
             words_alive: false,
             words_by: 0,
             marking: 0,
+            evicting: 0,
             words: [Word::Unclaimed; ENTRIES],
             entries: [Entry::EMPTY; ENTRIES],
             answers: [Answer::EMPTY; ENTRIES],
@@ -117,6 +122,16 @@ impl Model for Restart {
             left,
             failed: None,
         };
+        if self.bounds.stored {
+            state.slots[0] = Slot {
+                used: state::Use::Committed,
+                key: 1,
+                bytes: state::Bytes::Of(1),
+                acknowledged: true,
+                record: state::Record::Visible,
+                ..Slot::FRESH
+            };
+        }
         if self.bounds.attached {
             begin_attached(&mut state, clients);
         }
@@ -129,7 +144,7 @@ impl Model for Restart {
         for client in 0..self.bounds.clients {
             self.keeper_steps(&mut steps, client);
             self.mover_steps(&mut steps, client);
-            self.loader_steps(&mut steps, client);
+            self.reader_steps(&mut steps, client);
         }
         self.environment_steps(&mut steps);
     }
@@ -154,15 +169,23 @@ impl Model for Restart {
             text += &format!(" | e{entry} {:?}", state.words[entry]);
         }
         for slot in &state.slots[..self.bounds.slots] {
-            text += &format!(" | {:?} g{} k{} {:?}", slot.used, slot.generation, slot.key, slot.bytes);
+            let record = format!("{:?} l{}", slot.record, slot.life);
+            text +=
+                &format!(" | {record} {:?} g{} k{} {:?}", slot.used, slot.generation, slot.key, slot.bytes);
         }
         for client in &state.clients[..self.bounds.clients] {
             text += &format!(" | {:?} {:?} n{}", client.process, client.keeper, client.nonce);
             if client.mover != state::Mover::Idle {
                 text += &format!(" {:?}", client.mover);
             }
-            if client.loader != state::Loader::Idle {
-                text += &format!(" {:?}", client.loader);
+            if client.reader != Reader::Idle {
+                text += &format!(" {:?} {:?}", client.at, client.reader);
+            }
+            if let Some(handle) = client.said {
+                text += &format!(" said {handle:?}");
+            }
+            if client.unpublished {
+                text += " unpublished";
             }
         }
         text.replace("Grant { slot: ", "(s")

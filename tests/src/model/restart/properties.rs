@@ -1,7 +1,7 @@
 //! The properties that must hold: see the module above.
 
 use super::bounds::Bounds;
-use super::state::{Busy, Bytes, Keeper, Loader, Mover, NONE, Phase, Process, State, Use, Word};
+use super::state::{At, Busy, Bytes, Keeper, Mover, NONE, Phase, Process, Reader, Record, State, Use, Word};
 
 /// What is wrong with a state.
 pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> {
@@ -31,8 +31,8 @@ pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> 
                 Use::Writing(_) => {}
             }
         }
-        if is_unknown_lease(state, client) {
-            return Some("S3: a client holds a lease that its engine does not know");
+        if let Some(wrong) = hold_violation(state, client) {
+            return Some(wrong);
         }
         let owns = who.process == Process::Alive && who.owns() && state.is_current(client);
         if owns && state.words[who.entry as usize] != Word::Alive(client as u8) {
@@ -43,17 +43,23 @@ pub(super) fn violation(bounds: &Bounds, state: &State) -> Option<&'static str> 
     state.slots.iter().find(torn).map(|_| "S2: committed, and not its key's bytes")
 }
 
-/// Does it hold a handle that is good, with an engine that does not pin it?
-fn is_unknown_lease(state: &State, client: usize) -> bool {
+/// What is wrong with what a client holds by a lookup that has been answered.
+fn hold_violation(state: &State, client: usize) -> Option<&'static str> {
     let who = &state.clients[client];
+    let handle = who.answered().filter(|_| who.process == Process::Alive && state.is_current(client))?;
+    let slot = &state.slots[handle.slot as usize];
+    let is_there = slot.has(handle) && slot.used == Use::Committed;
+    if !is_there {
+        return (!who.late).then_some("S3: what a client holds is gone");
+    }
     let entry = who.entry as usize;
-    let attached = who.process == Process::Alive
-        && who.keeper == Keeper::Ready
-        && state.is_current(client)
-        && state.engine.connected[entry] == who.nonce;
-    let Some(handle) = who.lease().filter(|_| attached) else { return false };
-    let good = state.slots[handle.slot as usize].used == Use::Committed && state.is(handle);
-    good && state.engine.leases[entry] & (1 << handle.slot) == 0
+    let is_heard = who.keeper == Keeper::Ready
+        && who.at == At::Attached
+        && state.engine.connected[entry] == who.accepts
+        && who.told
+        && who.said.is_none();
+    let is_known = state.engine.leases[entry] & (1 << handle.slot) != 0;
+    (is_heard && !is_known).then_some("S3: an engine has heard what a client holds, and does not know it")
 }
 
 /// What is wrong with a state at rest.
@@ -79,7 +85,7 @@ pub(super) fn at_rest(bounds: &Bounds, state: &State) -> Option<&'static str> {
         if client.incarnation != state.incarnation {
             return Some("S6: at rest, and a client means another incarnation");
         }
-        if client.mover != Mover::Idle || client.loader != Loader::Idle {
+        if client.mover != Mover::Idle || client.reader != Reader::Idle {
             return Some("S4: at rest, and a client still owes or holds something");
         }
     }
@@ -100,6 +106,12 @@ pub(super) fn at_rest(bounds: &Bounds, state: &State) -> Option<&'static str> {
     }
     if engine.leases.iter().any(|leases| *leases != 0) {
         return Some("S4: at rest, and a lease is nobody's");
+    }
+    if state.slots.iter().any(|slot| (slot.record == Record::Visible) != (slot.used == Use::Committed)) {
+        return Some("S4: at rest, and a chunk is marked, or not shown");
+    }
+    if state.clients.iter().any(|client| client.unpublished || client.said.is_some() || client.ends) {
+        return Some("S4: at rest, and something is unpublished or unheard");
     }
     if state.files.iter().any(|file| *file != NONE) {
         return Some("S4: at rest, and a channel was left behind");

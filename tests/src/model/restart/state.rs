@@ -55,7 +55,16 @@ pub enum Bytes {
     Of(u8),
 }
 
-/// A slot's header, and its bytes.
+/// What the record of a chunk says. A chunk has one shard here, and its record leads to the slot of the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Record {
+    Free,
+    Visible,
+    /// Marked: it may be evicted, and that is not decided yet.
+    Evicting,
+}
+
+/// A slot's header, and its bytes; and the record of its chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Slot {
     /// State and owner.
@@ -68,6 +77,9 @@ pub struct Slot {
     pub bytes: Bytes,
     /// Ghost: a commit of this generation has been acknowledged.
     pub acknowledged: bool,
+    pub record: Record,
+    /// The record's generation: it grows when the record ends.
+    pub life: u8,
 }
 
 /// How far the engine is.
@@ -96,6 +108,20 @@ pub enum Busy {
     DeclareEnd(u8, u8),
     /// It has done what the mover of this client asked for, and has not answered yet.
     Acknowledge(u8),
+    /// It evicts the chunk in this slot, whose record has ended.
+    Free(u8),
+}
+
+/// What the engine is about to evict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Batch {
+    None,
+    /// It has marked the record of this number, and decides when it has heard all rings.
+    Marked(u8),
+    /// It has heard them, and drops the chunk if nobody says meanwhile that it holds it.
+    Heard(u8),
+    /// In the wrong order: it has heard all rings, and marks the record of this number next.
+    Listened(u8),
 }
 
 /// The engine's private memory, which is lost with it.
@@ -113,6 +139,7 @@ pub struct Engine {
     pub awaited: u8,
     /// Slots (bits) pinned for each entry.
     pub leases: [u8; ENTRIES],
+    pub batch: Batch,
 }
 
 /// A slot as the client knows it that writes or loads it.
@@ -143,20 +170,38 @@ pub enum Mover {
     Acknowledged(Grant, bool, u8),
 }
 
-/// The thread of a client that loads.
+/// A chunk as a lookup has found it: the number of its record, and the generation of that.
+pub(super) type Handle = Grant;
+
+/// The thread of a client that looks up and loads. From `Entered` to `Copied` the hold is in the client's list of leases. Under
+/// `Entered` and `Published` the thread has that list's lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Loader {
+pub enum Reader {
     Idle,
-    /// The answer of a lookup lies in that channel.
-    Answered(Grant, u8),
-    /// It has a handle and, as far as it knows, a lease.
-    Holding(Grant),
-    /// It has found the slot as the handle says.
-    Validated(Grant),
+    /// The first look has found this. (Only for a control: marks counted as there.)
+    Found(Handle, bool),
+    /// It is held, as the engine of this incarnation knows or will know. True: marked chunks count as there.
+    Entered(Handle, u8, bool),
+    /// That engine has been told, or cannot be told now.
+    Published(Handle, u8, bool),
+    /// The second look has confirmed it: the lookup is answered.
+    Holding(Handle),
+    /// The load has found the record as the handle says, and in its slot the key and this generation.
+    Validated(Handle, u8),
     /// It has copied these bytes.
-    Copied(Grant, Bytes),
+    Copied(Handle, u8, Bytes),
     /// It owes the engine the release of its lease.
     Releasing(u8),
+}
+
+/// Which engine knows of the leases.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum At {
+    Nowhere,
+    /// The keeper is declaring them.
+    Declaring,
+    /// The engine of the attachment `accepts`.
+    Attached,
 }
 
 /// How far the keeper is.
@@ -177,9 +222,9 @@ pub enum Keeper {
     Attached,
     /// It declares its slots.
     DeclareSlots,
-    /// It declares its leases.
+    /// It declares its leases, until none is left.
     DeclareLeases,
-    /// It says that the declaration is complete.
+    /// It has said that the declaration is complete, and waits for the answer.
     DeclareEnd,
     /// The other threads may use the new channel.
     Ready,
@@ -207,19 +252,32 @@ pub struct Client {
     pub nonce: u8,
     /// The incarnation of the engine that it is, or wants to be, attached to.
     pub incarnation: u8,
-    /// The channel from which grants and leases are accepted: set when the ledger is read.
+    /// The channel from which grants are accepted, and by which leases are told: set when the ledger is read.
     pub accepts: u8,
     /// The ledger as it was read: the slot being written.
     pub wrote: Option<Grant>,
-    /// The ledger as it was read: the lease.
-    pub pinned: Option<Grant>,
+    pub at: At,
+    /// The incarnation of the engine to which the leases were moved last.
+    pub knows: u8,
+    /// The incarnation of the engine by whose attachment lookups read the tables. 0: there is none yet.
+    pub reads: u8,
+    /// The hold has been published through the channel `accepts`.
+    pub told: bool,
+    /// Ghost: an engine has waited for this client in vain, so it need not know of what the client held then.
+    pub late: bool,
+    /// In the channel `accepts`, as far as its engine lives: a `Hold`.
+    pub said: Option<Handle>,
+    /// A `DeclareEnd`.
+    pub ends: bool,
+    /// The word that says that something is held which the ring had no room for.
+    pub unpublished: bool,
     /// In the middle of a look at the engine's health: what its first load saw, plus 1. Else 0.
     pub look: u8,
     pub mover: Mover,
-    pub loader: Loader,
+    pub reader: Reader,
     /// Stores that it may still begin.
     pub stores: u8,
-    /// Loads that it may still begin.
+    /// Lookups, each with a load, that it may still begin.
     pub loads: u8,
 }
 
@@ -230,6 +288,8 @@ pub struct Left {
     pub client_deaths: u8,
     pub cold_starts: u8,
     pub evictions: u8,
+    /// Holds for which there is no room in the ring.
+    pub full_rings: u8,
     /// Attachments that stop waiting for an answer.
     pub timeouts: u8,
     /// Clients that leave.
@@ -250,6 +310,8 @@ pub struct State {
     pub words_by: u8,
     /// The kernel has still to mark the words of the engine with this odd incarnation, although its successor may run.
     pub marking: u8,
+    /// The incarnation of the engine that evicts without clients that have not come back (`ReaderTerms`).
+    pub evicting: u8,
     pub words: [Word; ENTRIES],
     pub entries: [Entry; ENTRIES],
     pub answers: [Answer; ENTRIES],
@@ -266,8 +328,25 @@ pub struct State {
 
 impl Slot {
     /// As in a new arena.
-    pub(super) const FRESH: Slot =
-        Slot { used: Use::Free, generation: 0, key: 0, bytes: Bytes::Torn, acknowledged: false };
+    pub(super) const FRESH: Slot = Slot {
+        used: Use::Free,
+        generation: 0,
+        key: 0,
+        bytes: Bytes::Torn,
+        acknowledged: false,
+        record: Record::Free,
+        life: 0,
+    };
+
+    /// The record leaves its generation.
+    pub(super) fn end(&mut self) {
+        (self.record, self.life) = (Record::Free, self.life + 1);
+    }
+
+    /// Is the chunk of this generation there, marked or not?
+    pub(super) fn has(&self, handle: Handle) -> bool {
+        self.record != Record::Free && self.life == handle.generation
+    }
 }
 
 impl Entry {
@@ -288,6 +367,7 @@ impl Engine {
         adopted: 0,
         awaited: 0,
         leases: [0; ENTRIES],
+        batch: Batch::None,
     };
 }
 
@@ -303,10 +383,17 @@ impl Client {
             incarnation: 0,
             accepts: NONE,
             wrote: None,
-            pinned: None,
+            at: At::Nowhere,
+            knows: 0,
+            reads: 0,
+            told: false,
+            late: false,
+            said: None,
+            ends: false,
+            unpublished: false,
             look: 0,
             mover: Mover::Idle,
-            loader: Loader::Idle,
+            reader: Reader::Idle,
             stores,
             loads,
         }
@@ -331,12 +418,32 @@ impl Client {
         }
     }
 
-    /// The lease that it holds, as far as it knows.
-    pub(super) fn lease(&self) -> Option<Grant> {
-        match self.loader {
-            Loader::Holding(handle) | Loader::Validated(handle) | Loader::Copied(handle, _) => Some(handle),
-            Loader::Idle | Loader::Answered(..) | Loader::Releasing(_) => None,
+    /// What is in its list of leases.
+    pub(super) fn hold(&self) -> Option<Handle> {
+        match self.reader {
+            Reader::Entered(handle, ..) | Reader::Published(handle, ..) => Some(handle),
+            _ => self.answered(),
         }
+    }
+
+    /// What it holds by a lookup that has been answered.
+    pub(super) fn answered(&self) -> Option<Handle> {
+        match self.reader {
+            Reader::Holding(handle) | Reader::Validated(handle, _) | Reader::Copied(handle, ..) => {
+                Some(handle)
+            }
+            _ => None,
+        }
+    }
+
+    /// Does its reading thread have the lock of the list of leases?
+    pub(super) fn is_locked(&self) -> bool {
+        matches!(self.reader, Reader::Entered(..) | Reader::Published(..))
+    }
+
+    /// Does it read, or may it begin to?
+    fn may_read(&self) -> bool {
+        self.loads > 0 || self.reader != Reader::Idle
     }
 }
 
@@ -350,6 +457,25 @@ impl State {
     /// Does the client map the segments that have the name now?
     pub(super) fn is_current(&self, client: usize) -> bool {
         self.clients[client].arena == self.arena
+    }
+
+    /// Forgets what nothing can depend on any more, so that equal states are equal.
+    pub(super) fn tidy(&mut self) {
+        let mut any_reads = false;
+        for who in &mut self.clients {
+            any_reads |= who.may_read();
+            if !who.may_read() {
+                (who.at, who.knows, who.reads) = (At::Nowhere, 0, 0);
+            }
+            if who.hold().is_none() {
+                who.late = false;
+                who.told = false;
+            }
+        }
+        if !any_reads {
+            self.evicting = 0;
+            self.slots.iter_mut().for_each(|slot| slot.life = 0);
+        }
     }
 
     /// The slot becomes free, with the next generation.
