@@ -147,6 +147,11 @@ impl Leases {
         kept
     }
 
+    /// Is the lease of this name, as long as that, one that is known to an engine or declared to the next?
+    pub(crate) fn holds(&self, name: Name, keep: usize) -> bool {
+        keep == 0 || self.state().held.get(&name).is_some_and(|lease| lease.keep >= keep)
+    }
+
     /// Gives a lease up beyond its first `keep` chunks.
     pub(crate) fn release(&self, name: Name, keep: usize) {
         let mut state = self.state();

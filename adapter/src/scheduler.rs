@@ -216,8 +216,8 @@ impl PollingSchedulerAdapter {
     }
 
     /// Does the answer of the request's present admission still hold? It does not if the arena has been replaced, or if the
-    /// engine could not wait for this client after a restart and has evicted what it held: then the next lookup of this
-    /// admission looks again. Costs a few loads; after a restart, once, a load for each chunk.
+    /// engine could not wait for this client after a restart and has evicted what it held, or has thrown it out: then the next
+    /// lookup of this admission looks again. Costs a few loads; after a restart, once, a load for each chunk.
     pub fn is_current(&mut self, request: &str) -> bool {
         let Some(session) = self.sessions.get_mut(request) else { return true };
         let Hit { arena_id, found: Some(words), .. } = &session.hit else { return true };
@@ -226,9 +226,14 @@ impl PollingSchedulerAdapter {
             return false;
         }
         // An engine that knows what is held does not evict it, and a dead one evicts nothing.
-        let words = &words[..session.keep];
-        let holds =
-            session.told == link.nonce || link.engine.chunks.still(words, Marked::There) == words.len();
+        if session.told == link.nonce {
+            return true;
+        }
+        let (link, words) = (link.clone(), &words[..session.keep]);
+        // A client that was thrown out has declared nothing to the engine that it is attached to now.
+        let leases = &self.probe.client().shared.leases;
+        let holds = leases.holds((session.id, session.admission), session.keep)
+            && link.engine.chunks.still(words, Marked::There) == words.len();
         if holds {
             session.told = link.nonce;
         }

@@ -256,6 +256,30 @@ fn a_client_that_was_only_just_attached_is_not_awaited_for_ever() {
     engine.stat_becomes("clients_awaited", 0);
 }
 
+/// A client that was thrown out attaches again, to the same tables. It does not hold any more what it held, also where that is
+/// still there.
+#[test]
+fn what_was_held_before_a_client_was_thrown_out_is_looked_up_again() {
+    let engine = EngineProcess::configured("rj-out", 4, &json!({ "client_share": 1.0 }));
+    let mut scheduler = engine.scheduler();
+    let mut worker = engine.worker();
+    let keys = worker.stores(round(0), chain(1, 16), 7);
+    assert_eq!(scheduler.lookup("r", 0, &keys).chunks, 16);
+    engine.stat_becomes("leases", 1);
+    engine.lobby().life_words[0].futex().store(0, Ordering::Release);
+    engine.stat_becomes("attaches", 3);
+    scheduler.ready();
+    assert_eq!(engine.stat("leases"), 0);
+    assert!(!scheduler.api().is_current("r"));
+    let held = scheduler.finds("r", 0, &keys).handles;
+    for number in 2..4 {
+        worker.stores(round(number), chain(u64::from(number), 40), 7);
+    }
+    assert!(scheduler.api().is_current("r"));
+    assert_eq!(worker.load(&held, 7), all_loaded(16), "they are held again");
+    engine.settles_without((worker, scheduler));
+}
+
 /// A client whose life word was wiped while there was no engine: no engine tells it, and it finds out by itself.
 #[test]
 fn a_client_whose_life_word_was_wiped_without_an_engine_attaches_again() {
