@@ -1,17 +1,31 @@
-//! Attach, claim, death, restart, declare, reclaim: the protocol by which clients and engines outlive each other.
+//! Attach, claim, death, restart, declare, reclaim, and lookups and evictions beside all of that: the protocol by which clients and
+//! engines outlive each other.
 //!
 //! It models the protocol, not the code: each step is one access to shared memory that others can see, or an event that
 //! happens to a process. Whatever one thread does between two such accesses is one step with the first of them.
 //!
 //! * `S1` a client writes only into its own slots, and no two clients write into one;
 //! * `S2` a committed slot has its key's bytes, and a load gives its key's bytes;
-//! * `S3` an acknowledged shard is there until it is evicted;
-//! * `S4` an entry has one living owner. At rest nothing of dead clients is left, and no slot or lease without a holder;
+//! * `S3` an acknowledged shard is there until it is evicted. What a client holds by a lookup that has been answered is there
+//!   until it is released; and an engine that has heard of it knows it. The exceptions: the arena was replaced, or an engine has
+//!   waited in vain for the client to come back (ghost: `late`);
+//! * `S4` an entry has one living owner. At rest nothing of dead clients is left, no slot or lease without a holder, no mark, and
+//!   nothing that is unpublished;
 //! * `S5` every living client can always become attached, once;
 //! * `S6` no client takes an engine of another incarnation for its own.
 //!
-//! What is not modelled: rings (a message is a state of its sender; `shm-abi` has loom models of them), memory orders
-//! (ditto), several ranks (see [`super::rounds`]), devices that write after their process's death.
+//! A lookup reads the engine's tables by itself, whatever the engine is doing. Its steps are: the first look; the hold is entered,
+//! and it is decided which engine knows of it and what marks mean; it is published, or said to be unpublished, if its engine
+//! lives; the second look. From the entering to the second look the thread has the lock of the list of leases, so its keeper can
+//! neither take stock nor end a declaration, and nothing else waits for it. Then the load: record and slot; the copy; the slot
+//! again; the release. An eviction is: the mark; the look at `unpublished` and at all rings, as often as it takes; the end of the
+//! record; the slot. Between any two steps everybody else may go on, die, or be restarted. That is also how a client is stopped.
+//!
+//! What is not modelled: rings (a message is a state of its sender; `shm-abi` has loom models of them), memory orders (ditto, and
+//! the order of the loads within one look), several ranks (see [`super::rounds`]), devices that write after their process's
+//! death. A client holds one chunk at a time, and looks up again when the engine has heard of the release. The scheduler that holds
+//! and the worker that loads are one client. A scheduler is believed for as long as it says that something is unpublished. Clears,
+//! which go the same way as evictions; damaged chunks; clients that are thrown out; shares.
 
 mod bounds;
 mod client;

@@ -168,7 +168,7 @@ impl Restart {
         }
     }
 
-    /// The second look.
+    /// The second look: at `evicting`, and at the record's word.
     fn look_again(&self, state: &mut State, client: usize, handle: Handle, engine: u8, there: bool) {
         let slot = state.slots[handle.slot as usize];
         let is_visible = slot.record == Record::Visible || there;
