@@ -139,6 +139,8 @@ pub enum Break {
     EarlyDeclareEnd,
     /// A client that gets no answer to `DeclareEnd` goes back to declaring, so that what it holds from then on is not told.
     DeclaresAfterTheEnd,
+    /// An answer counts as good again as soon as its words are there, declared or not.
+    TrustsWhatIsNotDeclared,
     /// A release during a declaration is not sent.
     ForgetsOwedReleases,
     /// A recovery leaves marks as they are.

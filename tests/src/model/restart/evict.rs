@@ -160,8 +160,8 @@ impl Restart {
             let who = state.clients[client];
             let awaited =
                 who.owns() && state.is_current(client) && state.engine.awaited & (1 << who.entry) != 0;
-            if awaited && who.process == Process::Alive {
-                state.clients[client].late |= who.answered().is_some();
+            if awaited && who.process == Process::Alive && who.answered().is_some() {
+                state.clients[client].late = state.incarnation;
             }
         }
         state.engine.awaited = 0;

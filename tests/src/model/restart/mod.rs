@@ -8,7 +8,7 @@
 //! * `S2` a committed slot has its key's bytes, and a load gives its key's bytes;
 //! * `S3` an acknowledged shard is there until it is evicted. What a client holds by a lookup that has been answered is there
 //!   until it is released; and an engine that has heard of it knows it. The exceptions: the arena was replaced, or an engine has
-//!   waited in vain for the client to come back (ghost: `late`);
+//!   waited in vain for the client to come back (ghost: `late`), until it has asked again whether its answer still holds;
 //! * `S4` an entry has one living owner. At rest nothing of dead clients is left, no slot or lease without a holder, no mark, and
 //!   nothing that is unpublished;
 //! * `S5` every living client can always become attached, once;

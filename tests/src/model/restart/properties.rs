@@ -50,7 +50,7 @@ fn hold_violation(state: &State, client: usize) -> Option<&'static str> {
     let slot = &state.slots[handle.slot as usize];
     let is_there = slot.has(handle) && slot.used == Use::Committed;
     if !is_there {
-        return (!who.late).then_some("S3: what a client holds is gone");
+        return (who.late == 0).then_some("S3: what a client holds is gone");
     }
     let entry = who.entry as usize;
     let is_heard = who.keeper == Keeper::Ready

@@ -112,6 +112,7 @@ impl Restart {
                 });
             }
         }
+        self.ask(steps, client);
         // By its keeper, or by its next lookup.
         let stays = self.breaks(Break::StaysUnpublished);
         let untold = who.hold().is_some() && !who.told;
@@ -127,6 +128,25 @@ impl Restart {
         if who.keeper == Keeper::Ready && who.unpublished && !untold && !stays {
             steps.progress(name, "has nothing unpublished any more: says so", |state| {
                 state.clients[client].unpublished = false;
+            });
+        }
+    }
+
+    /// A scheduler asks whether an earlier answer still holds, although an engine has waited in vain for this client. It does if its
+    /// words are there when the client has declared everything to that engine or a later one; then what is held stays, as before.
+    fn ask(&self, steps: &mut Steps, client: usize) {
+        let state = steps.from;
+        let who = state.clients[client];
+        let Some(handle) = who.answered().filter(|_| who.late > 0 && state.is_current(client)) else {
+            return;
+        };
+        if who.reads >= who.late || self.breaks(Break::TrustsWhatIsNotDeclared) {
+            steps.may(name_of(client), "asks whether its answer still holds", |state| {
+                if state.slots[handle.slot as usize].has(handle) {
+                    state.clients[client].late = 0;
+                } else {
+                    self.release(state, client, handle);
+                }
             });
         }
     }

@@ -263,8 +263,9 @@ pub struct Client {
     pub reads: u8,
     /// The hold has been published through the channel `accepts`.
     pub told: bool,
-    /// Ghost: an engine has waited for this client in vain, so it need not know of what the client held then.
-    pub late: bool,
+    /// Ghost: the incarnation of the engine that has waited for this client in vain, so it need not know of what the client held
+    /// then; or 0.
+    pub late: u8,
     /// In the channel `accepts`, as far as its engine lives: a `Hold`.
     pub said: Option<Handle>,
     /// A `DeclareEnd`.
@@ -387,7 +388,7 @@ impl Client {
             knows: 0,
             reads: 0,
             told: false,
-            late: false,
+            late: 0,
             said: None,
             ends: false,
             unpublished: false,
@@ -468,7 +469,7 @@ impl State {
                 (who.at, who.knows, who.reads) = (At::Nowhere, 0, 0);
             }
             if who.hold().is_none() {
-                who.late = false;
+                who.late = 0;
                 who.told = false;
             }
         }
