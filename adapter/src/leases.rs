@@ -41,6 +41,8 @@ pub(crate) struct Kept {
 
 /// A piece of a lease that is to be declared to a new engine.
 pub(crate) struct Piece {
+    /// The releases that are due before it. What is released later may be what the piece declares, so it is sent after that.
+    pub(crate) owed: Vec<Request>,
     pub(crate) name: Name,
     pub(crate) namespace: u32,
     /// How many chunks of the lease come before these.
@@ -216,14 +218,15 @@ impl Leases {
         if !matches!(state.at, At::Declaring) {
             return None;
         }
-        let State { held, untold, .. } = &mut *state;
+        let State { held, untold, owed, .. } = &mut *state;
         loop {
             let name = *untold.front()?;
             if let Some(lease) = held.get_mut(&name).filter(|lease| lease.told < lease.keep) {
                 let (first, words) = (lease.told, lease.untold().to_vec());
                 lease.told += words.len();
                 let is_last = lease.told == lease.keep;
-                return Some(Piece { name, namespace: lease.namespace, first, words, is_last });
+                let (owed, namespace) = (core::mem::take(owed), lease.namespace);
+                return Some(Piece { owed, name, namespace, first, words, is_last });
             }
             untold.pop_front();
         }
@@ -236,13 +239,6 @@ impl Leases {
         {
             lease.told = piece.first;
         }
-    }
-
-    /// Keeper: sends the releases that are due by the attachment by which leases are being declared, before the next ones are:
-    /// what has been released must not stand in their way.
-    pub(crate) fn send_owed(&self, link: &Link) {
-        let owed = core::mem::take(&mut self.state().owed);
-        owed.into_iter().for_each(|request| link.post_quietly(request));
     }
 
     /// Keeper: the engine does not have all chunks of this piece, so it takes none of those behind it either.
@@ -295,10 +291,9 @@ impl Lease {
 impl State {
     /// Enters a lease, of which the engine is to be told.
     fn enter(&mut self, name: Name, lease: Lease) {
-        // A release of an earlier lease of this name: the message about this one cuts that to nothing.
-        let is_its = |owed: &Request| matches!(owed, Request::Release { session, admission, .. } if (*session, *admission) == name);
-        self.owed.retain(|owed| !is_its(owed));
-        self.cut(name, 0);
+        // There should be none of this name. A release of an earlier one stays due: if the second look finds nothing of this lease,
+        // the engine never hears of it.
+        self.release(name, 0);
         self.held.insert(name, lease);
         // An engine that does not read may leave the names of leases here that have been released since.
         if self.untold.len() > 2 * self.held.len() {

@@ -40,7 +40,6 @@ pub(crate) fn declare(shared: &Shared, attachment: &Attachment) -> Result<(), Ca
     // Lookups go on meanwhile: what they hold joins what is still to be declared.
     let ended = loop {
         while let Some(piece) = shared.leases.next_to_declare() {
-            shared.leases.send_owed(link);
             declare_piece(shared, link, &piece, timeout)?;
         }
         failpoint::here(Place::ClientDeclared);
@@ -83,7 +82,9 @@ fn declare_piece(
     piece: &Piece,
     timeout: Duration,
 ) -> Result<(), CallError> {
-    let Piece { name: (session, admission), namespace, first, words, is_last } = piece;
+    let Piece { owed, name: (session, admission), namespace, first, words, is_last } = piece;
+    // What has been released must not stand in the way of what is declared.
+    owed.iter().for_each(|request| link.post_quietly(*request));
     let words: Vec<u64> = words.iter().map(|word| word.bits()).collect();
     let pending = link.submit(
         words.len(),

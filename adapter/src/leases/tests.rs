@@ -48,8 +48,12 @@ fn what_was_declared_by_an_attachment_is_not_declared_by_it_again_and_its_releas
     leases.release((1, 0), 0);
     leases.release((2, 0), 0);
     assert!(leases.next_to_declare().is_none());
-    leases.send_owed(&link);
-    assert_eq!(sent(&mut engine), [Request::Release { session: 1, admission: 0, keep: 0 }]);
+    hold(&leases, &link, (4, 0), &words);
+    assert_eq!(
+        leases.next_to_declare().unwrap().owed,
+        [Request::Release { session: 1, admission: 0, keep: 0 }]
+    );
+    leases.release((4, 0), 0);
     // By another attachment everything is declared anew.
     assert_eq!(hold(&leases, &link, (3, 0), &words), (8, false));
     assert_eq!(leases.next_to_declare().unwrap().name, (3, 0));
@@ -57,6 +61,25 @@ fn what_was_declared_by_an_attachment_is_not_declared_by_it_again_and_its_releas
     assert!(leases.next_to_declare().is_none());
     leases.begin_declaring(Some(link.nonce + 1));
     assert_eq!(leases.next_to_declare().unwrap().name, (3, 0));
+}
+
+#[test]
+fn the_release_of_what_is_being_declared_is_sent_behind_it() {
+    let (link, mut engine, words) = engine("ledger-owed", u64::MAX);
+    let leases = Leases::default();
+    leases.begin_declaring(Some(link.nonce));
+    hold(&leases, &link, (1, 0), &words);
+    let piece = leases.next_to_declare().unwrap();
+    // Before the keeper has sent the piece.
+    leases.release((1, 0), 0);
+    assert_eq!((piece.name, piece.owed.len()), ((1, 0), 0));
+    // A lease of the same name of which nothing stays, so the engine never hears of it.
+    link.engine.terms().set_evicting(link.incarnation + 2);
+    assert_eq!(hold(&leases, &link, (1, 0), &words), (0, false));
+    assert!(leases.next_to_declare().is_none());
+    leases.end_declaring(&link).unwrap().unwrap();
+    let release = Request::Release { session: 1, admission: 0, keep: 0 };
+    assert_eq!(sent(&mut engine), [Request::DeclareEnd, release]);
 }
 
 #[test]
