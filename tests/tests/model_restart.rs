@@ -276,6 +276,7 @@ fn controls_of_declaring_leases() {
     control(Break::EarlyDeclareEnd, HOLD, "S3");
     control(Break::DeclaresAfterTheEnd, HOLD, "S3");
     control(Break::TrustsWhatIsNotDeclared, HOLD, "S3");
+    control(Break::SendsReleasesFirst, HOLD, "S4");
     control(Break::ForgetsOwedReleases, HOLD, "S4");
     control(Break::ForgetsAtASecondAttempt, HOLD, "S4");
 }

@@ -141,6 +141,8 @@ pub enum Break {
     DeclaresAfterTheEnd,
     /// An answer counts as good again as soon as its words are there, declared or not.
     TrustsWhatIsNotDeclared,
+    /// What is released while it is about to be declared is released first.
+    SendsReleasesFirst,
     /// A release during a declaration is not sent.
     ForgetsOwedReleases,
     /// A recovery leaves marks as they are.

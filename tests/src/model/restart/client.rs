@@ -70,7 +70,11 @@ impl Restart {
                 if state.left.timeouts > 0 {
                     steps.may(name, "is tired of waiting, and declares everything again", |state| {
                         state.left.timeouts -= 1;
-                        state.clients[client].keeper = Keeper::Attached;
+                        let who = &mut state.clients[client];
+                        who.keeper = Keeper::Attached;
+                        // What it could not send has not been declared.
+                        let unsent = who.piece.take();
+                        who.told &= unsent.is_none() || who.hold() != unsent;
                     });
                 }
                 notice(steps, client);
@@ -209,7 +213,7 @@ fn notice(steps: &mut Steps, client: usize) {
         steps.progress(name_of(client), "notices death or restart", |state| {
             let who = &mut state.clients[client];
             (who.keeper, who.look) = (Keeper::Owner, 0);
-            who.wrote = None;
+            (who.wrote, who.piece) = (None, None);
         });
     }
 }

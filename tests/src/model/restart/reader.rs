@@ -222,20 +222,35 @@ impl Restart {
         who.at = At::Declaring;
         if is_another || self.breaks(Break::ForgetsAtASecondAttempt) {
             who.told &= !is_listed;
-            who.unpublished = false;
+            (who.piece, who.unpublished) = (None, false);
             if matches!(who.reader, Reader::Releasing(_)) {
                 who.reader = Reader::Idle;
             }
         }
     }
 
-    /// The keeper declares the hold that is in the list. False: there is nothing to declare.
+    /// The keeper declares the hold that is in the list: it takes it, and then sends it. False: there is nothing to declare.
     pub(super) fn declare_lease(&self, steps: &mut Steps, client: usize) -> bool {
-        let who = steps.from.clients[client];
+        let (who, name) = (steps.from.clients[client], name_of(client));
+        if let Some(handle) = who.piece {
+            steps.progress(name, "declares what it has taken", |state| {
+                let is_read = is_read(state, client);
+                let who = &mut state.clients[client];
+                (who.piece, who.said) = (None, is_read.then_some(handle));
+                // The release is in front of it.
+                let is_released = matches!(who.reader, Reader::Releasing(_));
+                if is_released && self.breaks(Break::SendsReleasesFirst) {
+                    who.reader = Reader::Idle;
+                }
+            });
+            return true;
+        }
         let omits = self.breaks(Break::OmitsLeases) || self.breaks(Break::EarlyDeclareEnd);
         let hold = self.listed(&who).filter(|_| !who.told && who.at == At::Declaring && !omits);
         if let Some(handle) = hold {
-            steps.progress(name_of(client), "declares what it holds", |state| say(state, client, handle));
+            steps.progress(name, "takes what it holds, to declare it", |state| {
+                (state.clients[client].told, state.clients[client].piece) = (true, Some(handle));
+            });
         }
         hold.is_some()
     }

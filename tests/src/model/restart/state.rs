@@ -266,6 +266,8 @@ pub struct Client {
     /// Ghost: the incarnation of the engine that has waited for this client in vain, so it need not know of what the client held
     /// then; or 0.
     pub late: u8,
+    /// What the keeper is about to declare. From here on its release is due.
+    pub piece: Option<Handle>,
     /// In the channel `accepts`, as far as its engine lives: a `Hold`.
     pub said: Option<Handle>,
     /// A `DeclareEnd`.
@@ -389,6 +391,7 @@ impl Client {
             reads: 0,
             told: false,
             late: 0,
+            piece: None,
             said: None,
             ends: false,
             unpublished: false,
