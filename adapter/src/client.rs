@@ -10,6 +10,7 @@ use crate::error::{AttachError, CallError, RegisterError};
 use crate::fork::ForkGuard;
 use crate::health::Health;
 use crate::keeper;
+use crate::leases::Leases;
 use crate::link::Link;
 use crate::options::{ClientOptions, ConfigError};
 use crate::shared::{Outcome, Registered, Shared};
@@ -389,13 +390,17 @@ impl Probe {
         }
     }
 
-    /// The link of the attachment whose tables may be read, whatever its engine is doing: see [`Link::reading`].
+    /// The link of the attachment whose tables may be read, whatever its engine is doing: see [`Link::reading`]. And the
+    /// client's leases.
     #[inline]
-    pub(crate) fn tables(&mut self) -> Result<&Arc<Link>, CallError> {
+    pub(crate) fn tables(&mut self) -> Result<(&Link, &Leases), CallError> {
         if !self.fork.is_ours() {
             return Err(CallError::Forked);
         }
         self.refresh();
-        self.held.as_ref().ok_or_else(|| CallError::Degraded(self.client.health()))
+        match &self.held {
+            Some(link) => Ok((link, &self.shared.leases)),
+            None => Err(CallError::Degraded(self.client.health())),
+        }
     }
 }

@@ -110,8 +110,8 @@ impl Leases {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds as much of what a lookup has found in the tables of `link`'s engine as is there and may be held. The name has no
-    /// lease.
+    /// Holds as much of what a lookup has found in the tables of `link`'s engine as is there and may be held. If the name has a
+    /// lease already, that is given up first.
     pub(crate) fn hold(&self, link: &Link, found: Found<'_>) -> Kept {
         let Found { name, namespace, chunk_bytes, words } = found;
         let mut state = self.state();
@@ -128,6 +128,7 @@ impl Leases {
         };
         kept.told = told.nonce;
         let told = told.incarnation;
+        state.release(name, 0);
         let terms = link.engine.terms();
         let most = state.room(&terms.share(), link.engine.chunks.len(), words, chunk_bytes);
         kept.is_cut = most < words.len();
@@ -289,11 +290,9 @@ impl Lease {
 }
 
 impl State {
-    /// Enters a lease, of which the engine is to be told.
+    /// Enters a lease, of which the engine is to be told. The name has none. A release of an earlier one stays due: if the second
+    /// look finds nothing of this lease, the engine never hears of it.
     fn enter(&mut self, name: Name, lease: Lease) {
-        // There should be none of this name. A release of an earlier one stays due: if the second look finds nothing of this lease,
-        // the engine never hears of it.
-        self.release(name, 0);
         self.held.insert(name, lease);
         // An engine that does not read may leave the names of leases here that have been released since.
         if self.untold.len() > 2 * self.held.len() {

@@ -10,13 +10,14 @@ use crate::health::Health;
 use crate::hit::Hit;
 use crate::leases::Found;
 use crate::link::Link;
+use hashbrown::HashMap;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::NamespaceInfo;
 use kvring_shm_abi::lobby::LookupTotals;
 use kvring_shm_abi::lookup::Marked;
 use kvring_shm_abi::message::{Key, PAGE_BYTES};
 use kvring_shm_abi::namespace::namespace_index;
-use std::collections::HashMap;
+use std::hash::RandomState;
 use std::sync::Arc;
 
 /// The options of a scheduler's lookups. See [`PollingSchedulerAdapter`] for an example.
@@ -52,7 +53,8 @@ pub struct LookupStats {
 /// A request that has looked something up.
 struct Session {
     id: u64,
-    admission: u32,
+    /// The last admission that has looked something up.
+    admission: Option<u32>,
     hit: Hit,
     /// How many chunks of the hit are still wanted.
     keep: usize,
@@ -91,10 +93,15 @@ struct Known {
 /// ```
 /// See [`Hit`] for a lookup that finds something.
 pub struct PollingSchedulerAdapter {
+    tables: Tables,
+    sessions: HashMap<String, Session, RandomState>,
+}
+
+/// The engine's tables, as this scheduler reads them.
+struct Tables {
     probe: Probe,
     fingerprint: [u64; 4],
     known: Option<Known>,
-    sessions: HashMap<Box<str>, Session>,
     /// What the lookup that is under way has found.
     words: Vec<ChunkWord>,
     stats: LookupStats,
@@ -104,14 +111,14 @@ impl PollingSchedulerAdapter {
     /// An adapter on a client of the scheduler's role.
     #[must_use]
     pub fn new(client: &Arc<Client>, options: SchedulerOptions) -> Self {
-        PollingSchedulerAdapter {
+        let tables = Tables {
             probe: client.probe(),
             fingerprint: options.fingerprint,
             known: None,
-            sessions: HashMap::new(),
             words: Vec::new(),
             stats: LookupStats::default(),
-        }
+        };
+        PollingSchedulerAdapter { tables, sessions: HashMap::default() }
     }
 
     /// The longest visible prefix of `keys`, held for this request and admission until [`free_lookup_locks`] or
@@ -139,38 +146,116 @@ impl PollingSchedulerAdapter {
         count: usize,
         keys: impl Iterator<Item = Key>,
     ) -> Result<&Hit, CallError> {
-        let known = self.sessions.get(request).map(|session| (session.id, session.admission == admission));
-        let is_known = known.is_some_and(|(_, is_same)| is_same);
-        if !(is_known && self.is_current(request)) {
-            if is_known {
-                // What it held is not there any more, or not in the arena that there is now.
-                self.free_lookup_locks(request, admission, 0);
-            }
-            let id = known.map_or_else(|| self.probe.client().shared.next_session(), |(id, _)| id);
-            let (hit, told) = match self.find((id, admission), count, keys) {
-                Ok(found) => found,
-                Err(CallError::Forked) => return Err(CallError::Forked),
-                Err(CallError::NotRegistered) => {
-                    self.stats.refused += 1;
-                    (Hit::nothing(), 0)
-                }
-                Err(error) => {
-                    tracing::debug!(request, %error, "lookup answered 0");
-                    self.stats.degraded += 1;
-                    (Hit::nothing(), 0)
-                }
-            };
-            let new =
-                || Session { id, admission, hit: Hit::nothing(), keep: 0, told: 0, holding: Vec::new() };
-            let session = self.sessions.entry(request.into()).or_insert_with(new);
-            if hit.chunks > 0 {
-                session.holding.push(admission);
-            }
-            (session.keep, session.told) = (hit.chunks as usize, told);
-            (session.admission, session.hit) = (admission, hit);
-            return Ok(&session.hit);
+        let PollingSchedulerAdapter { tables, sessions } = self;
+        if !tables.probe.is_ours() {
+            return Err(CallError::Forked);
         }
-        Ok(self.sessions.get(request).map_or(&NOTHING, |session| &session.hit))
+        let mut keys = keys.peekable();
+        tables.prefetch(keys.peek());
+        let new = || Session::new(tables.probe.client().shared.next_session());
+        let session = sessions.entry_ref(request).or_insert_with(new);
+        if session.admission == Some(admission) {
+            if tables.still_have(session) {
+                return Ok(&session.hit);
+            }
+            // What it held is not there any more, or not in the arena that there is now.
+            tables.release(session, admission, 0);
+        }
+        let (hit, told) = tables.find((session.id, admission), count, keys).unwrap_or_else(|error| {
+            tracing::debug!(request, %error, "lookup answered 0");
+            let is_refused = matches!(error, CallError::NotRegistered);
+            tables.stats.refused += u64::from(is_refused);
+            tables.stats.degraded += u64::from(!is_refused);
+            (Hit::nothing(), 0)
+        });
+        if hit.chunks > 0 {
+            session.holding.push(admission);
+        }
+        (session.keep, session.told) = (hit.chunks as usize, told);
+        (session.admission, session.hit) = (Some(admission), hit);
+        Ok(&session.hit)
+    }
+
+    /// Does the answer of the request's present admission still hold? It does not if the arena has been replaced, or if the
+    /// engine could not wait for this client after a restart and has evicted what it held, or has thrown it out: then the next
+    /// lookup of this admission looks again. Costs a few loads; after a restart, once, a load for each chunk.
+    pub fn is_current(&mut self, request: &str) -> bool {
+        self.sessions.get_mut(request).is_none_or(|session| self.tables.still_have(session))
+    }
+
+    /// Gives up what an admission holds beyond its first `keep` chunks: call it when all ranks have reported the load
+    /// (`keep` 0), or when less is loaded than was found. Ignores an unknown request. If the engine cannot be told now, it is
+    /// told later.
+    pub fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
+        if let Some(session) = self.sessions.get_mut(request) {
+            self.tables.release(session, admission, keep as usize);
+        }
+    }
+
+    /// Ends a request: drops its answer, and all that it holds. Ignores an unknown one.
+    pub fn end_session(&mut self, request: &str) {
+        let Some(Session { id, holding, .. }) = self.sessions.remove(request) else { return };
+        if !holding.is_empty() && self.tables.probe.is_ours() {
+            self.tables.probe.client().shared.leases.end_session(id, &holding);
+        }
+    }
+
+    /// Drops everything in this namespace that nobody holds. Returns the number of chunks dropped. It waits for the engine.
+    ///
+    /// # Errors
+    /// The engine cannot be asked now, or does not answer in time.
+    pub fn reset_cache(&mut self) -> Result<u64, CallError> {
+        let link = self.tables.probe.link()?.clone();
+        // While not all workers have registered there may be chunks of an earlier vLLM.
+        match link.engine.find_namespace(&self.tables.fingerprint) {
+            Some(namespace) => self.tables.probe.client().clear_namespace(namespace),
+            None => Ok(0),
+        }
+    }
+
+    /// Is the engine healthy? Costs a few loads.
+    pub fn is_healthy(&mut self) -> bool {
+        self.tables.probe.is_healthy()
+    }
+
+    /// The engine's health.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.tables.probe.client().health()
+    }
+
+    /// Counts of lookups by their outcomes.
+    #[must_use]
+    pub fn lookup_stats(&self) -> LookupStats {
+        self.tables.stats
+    }
+
+    /// How many sessions are open.
+    #[must_use]
+    pub fn open_sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Ends the client. Idempotent.
+    pub fn shutdown(&mut self) {
+        self.tables.probe.client().shutdown();
+    }
+}
+
+impl Session {
+    fn new(id: u64) -> Session {
+        Session { id, admission: None, hit: Hit::nothing(), keep: 0, told: 0, holding: Vec::new() }
+    }
+}
+
+impl Tables {
+    /// Asks the processor for the lines of the directory that the first key needs, on the assumption that the namespace is what it
+    /// was at the last lookup. They come while the session is looked up.
+    fn prefetch(&mut self, first: Option<&Key>) {
+        if let (Some(key), Some(known), Ok((link, _))) = (first, self.known, self.probe.tables()) {
+            let directory = link.engine.chunks.directory();
+            directory.prefetch(directory.spot(namespace_index(known.id), *key));
+        }
     }
 
     /// Reads the tables, and holds what they have. Returns the answer, and by which attachment the engine knows of it.
@@ -180,10 +265,9 @@ impl PollingSchedulerAdapter {
         count: usize,
         keys: impl Iterator<Item = Key>,
     ) -> Result<(Hit, u64), CallError> {
-        let link = self.probe.tables()?.clone();
-        let client = self.probe.client();
-        let Some(reading) = link.reading() else { return Err(CallError::Degraded(client.health())) };
-        let known = resolve(&link, &self.fingerprint, self.known).ok_or(CallError::NotRegistered)?;
+        let (link, leases) = self.probe.tables()?;
+        let Some(reading) = link.reading() else { return Err(CallError::Degraded(link.health())) };
+        let known = resolve(link, &self.fingerprint, self.known).ok_or(CallError::NotRegistered)?;
         self.known = Some(known);
         let Known { arena_id, id, chunk_tokens, chunk_bytes } = known;
         let words = &mut self.words;
@@ -191,8 +275,7 @@ impl PollingSchedulerAdapter {
         link.engine.chunks.search(id, keys, count, reading.marked, words);
         let (mut hit, mut told, mut is_cut) = (Hit::nothing(), 0, false);
         if !words.is_empty() {
-            let found = Found { name, namespace: id, chunk_bytes, words };
-            let kept = client.shared.leases.hold(&link, found);
+            let kept = leases.hold(link, Found { name, namespace: id, chunk_bytes, words });
             let chunks = kept.words.len() as u32;
             (told, is_cut) = (kept.told, kept.is_cut);
             if chunks > 0 {
@@ -215,13 +298,10 @@ impl PollingSchedulerAdapter {
         Ok((hit, told))
     }
 
-    /// Does the answer of the request's present admission still hold? It does not if the arena has been replaced, or if the
-    /// engine could not wait for this client after a restart and has evicted what it held, or has thrown it out: then the next
-    /// lookup of this admission looks again. Costs a few loads; after a restart, once, a load for each chunk.
-    pub fn is_current(&mut self, request: &str) -> bool {
-        let Some(session) = self.sessions.get_mut(request) else { return true };
+    /// See [`PollingSchedulerAdapter::is_current`].
+    fn still_have(&mut self, session: &mut Session) -> bool {
         let Hit { arena_id, found: Some(words), .. } = &session.hit else { return true };
-        let Ok(link) = self.probe.tables() else { return false };
+        let Ok((link, leases)) = self.probe.tables() else { return false };
         if link.arena_id != *arena_id || link.reading().is_none() {
             return false;
         }
@@ -229,83 +309,31 @@ impl PollingSchedulerAdapter {
         if session.told == link.nonce {
             return true;
         }
-        let (link, words) = (link.clone(), &words[..session.keep]);
+        let words = &words[..session.keep];
         // A client that was thrown out has declared nothing to the engine that it is attached to now.
-        let leases = &self.probe.client().shared.leases;
-        let holds = leases.holds((session.id, session.admission), session.keep)
-            && link.engine.chunks.still(words, Marked::There) == words.len();
+        let holds =
+            session.admission.is_some_and(|admission| leases.holds((session.id, admission), session.keep))
+                && link.engine.chunks.still(words, Marked::There) == words.len();
         if holds {
             session.told = link.nonce;
         }
         holds
     }
 
-    /// Gives up what an admission holds beyond its first `keep` chunks: call it when all ranks have reported the load
-    /// (`keep` 0), or when less is loaded than was found. Ignores an unknown request. If the engine cannot be told now, it is
-    /// told later.
-    pub fn free_lookup_locks(&mut self, request: &str, admission: u32, keep: u32) {
-        let Some(session) = self.sessions.get_mut(request) else { return };
+    /// See [`PollingSchedulerAdapter::free_lookup_locks`].
+    fn release(&self, session: &mut Session, admission: u32, keep: usize) {
         if !session.holding.contains(&admission) {
             return;
         }
-        if admission == session.admission {
-            session.keep = session.keep.min(keep as usize);
+        if session.admission == Some(admission) {
+            session.keep = session.keep.min(keep);
         }
         if keep == 0 {
             session.holding.retain(|one| *one != admission);
         }
         if self.probe.is_ours() {
-            self.probe.client().shared.leases.release((session.id, admission), keep as usize);
+            self.probe.client().shared.leases.release((session.id, admission), keep);
         }
-    }
-
-    /// Ends a request: drops its answer, and all that it holds. Ignores an unknown one.
-    pub fn end_session(&mut self, request: &str) {
-        let Some(Session { id, holding, .. }) = self.sessions.remove(request) else { return };
-        if !holding.is_empty() && self.probe.is_ours() {
-            self.probe.client().shared.leases.end_session(id, &holding);
-        }
-    }
-
-    /// Drops everything in this namespace that nobody holds. Returns the number of chunks dropped. It waits for the engine.
-    ///
-    /// # Errors
-    /// The engine cannot be asked now, or does not answer in time.
-    pub fn reset_cache(&mut self) -> Result<u64, CallError> {
-        let link = self.probe.link()?.clone();
-        // While not all workers have registered there may be chunks of an earlier vLLM.
-        match link.engine.find_namespace(&self.fingerprint) {
-            Some(namespace) => self.probe.client().clear_namespace(namespace),
-            None => Ok(0),
-        }
-    }
-
-    /// Is the engine healthy? Costs a few loads.
-    pub fn is_healthy(&mut self) -> bool {
-        self.probe.is_healthy()
-    }
-
-    /// The engine's health.
-    #[must_use]
-    pub fn health(&self) -> Health {
-        self.probe.client().health()
-    }
-
-    /// Counts of lookups by their outcomes.
-    #[must_use]
-    pub fn lookup_stats(&self) -> LookupStats {
-        self.stats
-    }
-
-    /// How many sessions are open.
-    #[must_use]
-    pub fn open_sessions(&self) -> usize {
-        self.sessions.len()
-    }
-
-    /// Ends the client. Idempotent.
-    pub fn shutdown(&mut self) {
-        self.probe.client().shutdown();
     }
 }
 
@@ -330,13 +358,10 @@ fn resolve(link: &Link, fingerprint: &[u64; 4], known: Option<Known>) -> Option<
     Some(Known { arena_id: link.arena_id, id, chunk_tokens: namespace.chunk_tokens, chunk_bytes })
 }
 
-/// The answer when nothing is known.
-static NOTHING: Hit = Hit::nothing();
-
 impl Drop for PollingSchedulerAdapter {
     fn drop(&mut self) {
         // The client may live on, for another adapter: what these sessions hold must not.
-        let open: Vec<Box<str>> = self.sessions.keys().cloned().collect();
+        let open: Vec<String> = self.sessions.keys().cloned().collect();
         for request in open {
             self.end_session(&request);
         }

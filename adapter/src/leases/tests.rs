@@ -136,11 +136,11 @@ fn each_chunk_counts_once_and_no_longer_than_it_is_held() {
     leases.end_session(1, &[0]);
     leases.end_session(2, &[0]);
     assert_eq!(hold(&leases, &link, (9, 0), &words[4..]), (2, true));
-    // The same name again: what it had is not counted twice.
-    assert_eq!(hold(&leases, &link, (9, 0), &words[4..6]), (2, false));
-    assert_eq!(hold(&leases, &link, (10, 0), &words[6..]), (0, true));
+    // The same name again: what it had is given up first.
+    assert_eq!(hold(&leases, &link, (9, 0), &words[6..]), (2, false));
+    assert_eq!(hold(&leases, &link, (10, 0), &words[4..6]), (0, true));
     leases.end_session(9, &[0]);
-    assert_eq!(hold(&leases, &link, (10, 0), &words[6..]), (2, false));
+    assert_eq!(hold(&leases, &link, (10, 0), &words[4..6]), (2, false));
     let is_hold = |request: &&Request| matches!(request, Request::Hold { .. });
     assert_eq!(sent(&mut engine).iter().filter(is_hold).count(), 6);
 }
