@@ -324,13 +324,15 @@ impl Chunks {
         true
     }
 
-    /// The recovery has read all records: the others are free, the lowest first, and so are the lines that no chunk has.
-    pub(super) fn restore_free(&mut self, lines: &[bool]) {
-        for id in (0..self.fresh).rev() {
-            if self.get(id).life() == Life::Free {
-                self.chunks[id as usize].chain = std::mem::replace(&mut self.free, id + 1);
-            }
+    /// A recovery has found no chunk in this record: it is the next that is given out.
+    pub(super) fn restore_free(&mut self, id: ChunkId) {
+        if id < self.fresh {
+            self.chunks[id as usize].chain = std::mem::replace(&mut self.free, id + 1);
         }
+    }
+
+    /// The recovery has read all records: the lines that no chunk has are free, the lowest first.
+    pub(super) fn restore_free_lines(&mut self, lines: &[bool]) {
         for line in (0..self.wide_fresh).rev().filter(|line| !lines[*line as usize]) {
             self.wide[line as usize * LINE] = std::mem::replace(&mut self.wide_free, line + 1);
             self.wide_free_len += 1;

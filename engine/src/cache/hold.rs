@@ -1,9 +1,7 @@
 //! Holds: a scheduler has found chunks by itself, and says that it holds them. The cache pins them.
 
-use super::chunk::Life;
 use super::error::HoldError;
 use super::{Cache, NamespaceId, OWNERS, Owner, SlotTable};
-use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::namespace::namespace_index;
 
@@ -148,15 +146,5 @@ impl<T: SlotTable> Cache<T> {
             pins: self.config.pins_max,
             leases: self.config.leases_max,
         }
-    }
-
-    /// The visible chunk of this key, in the namespace at this index.
-    pub(super) fn visible(&self, namespace: u8, key: super::Key) -> Option<ChunkId> {
-        let directory = self.table.chunks().directory();
-        let spot = directory.spot(namespace, key);
-        directory.hints(spot).find(|id| {
-            let chunk = self.chunks.published_as(*id, namespace, key);
-            chunk.is_some_and(|chunk| chunk.life() == Life::Visible)
-        })
     }
 }

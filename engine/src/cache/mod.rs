@@ -354,6 +354,14 @@ impl<T: SlotTable> Cache<T> {
         self.table.chunks().directory().spot(namespace, key)
     }
 
+    /// The visible chunk of this key.
+    fn visible(&self, namespace: u8, key: Key) -> Option<ChunkId> {
+        self.table.chunks().directory().hints(self.spot(namespace, key)).find(|id| {
+            let chunk = self.chunks.published_as(*id, namespace, key);
+            chunk.is_some_and(|chunk| chunk.life() == Life::Visible)
+        })
+    }
+
     /// The number of ranks in a chunk's world.
     fn world_of(&self, id: ChunkId) -> u32 {
         self.namespace_of(id).map_or(0, |namespace| namespace.world)

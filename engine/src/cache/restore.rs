@@ -10,7 +10,7 @@
 use super::chunk::Life;
 use super::place::Unplaced;
 use super::slot::State;
-use super::{Cache, Hash, Key, OWNERS, Owner, RANKS, ShardHeader, SlotId, SlotTable};
+use super::{Cache, Key, OWNERS, Owner, RANKS, ShardHeader, SlotId, SlotTable};
 use crate::policy::ChunkId;
 use kvring_shm_abi::chunk::{ChunkContent, ChunkIdentity};
 use kvring_shm_abi::namespace::namespace_index;
@@ -154,17 +154,20 @@ impl<T: SlotTable> Cache<T> {
         lines.try_reserve_exact(ready.1 as usize).map_err(|_| memory)?;
         lines.resize(ready.1 as usize, false);
         self.chunks.restore_begin(ready);
-        for id in 0..ready.0 {
-            let Some(content) = self.table.chunks().read(id) else { continue };
-            if id < self.chunks.fresh && self.expect(id, &content, &mut lines) {
-                // The dead engine had not decided about what it had marked.
-                self.table.chunks().spare(id);
-                self.restored.expected += 1;
-            } else {
+        // From the last one down, so that of those that are free the lowest is given out first.
+        for id in (0..ready.0).rev() {
+            if let Some(content) = self.table.chunks().read(id) {
+                if id < self.chunks.fresh && self.expect(id, &content, &mut lines) {
+                    // The dead engine had not decided about what it had marked.
+                    self.table.chunks().spare(id);
+                    self.restored.expected += 1;
+                    continue;
+                }
                 self.table.chunks().end(id, content.identity);
             }
+            self.chunks.restore_free(id);
         }
-        self.chunks.restore_free(&lines);
+        self.chunks.restore_free_lines(&lines);
         Ok(())
     }
 
@@ -230,17 +233,17 @@ impl<T: SlotTable> Cache<T> {
         }
         let is_of_no_chunk = matches!(found, Found::Orphaned | Found::Hidden);
         let chunk = if is_of_no_chunk { None } else { self.chunk_of(&header, tick) };
-        if let Some((id, world, _)) = chunk {
+        if let Some((id, world)) = chunk {
             self.chunks.set_shard(id, world, header.rank, Some(slot));
         }
         match (chunk, found) {
-            (Some((id, world, hash)), Found::Committed) => {
+            (Some((id, world)), Found::Committed) => {
                 self.slots.restore_committed(slot, Some(id), header.rank as u8);
                 let chunk = self.chunks.get_mut(id);
                 chunk.committed += 1;
                 if u32::from(chunk.committed) == world && self.publish(id) {
                     self.index.remove(&mut self.chunks, id);
-                    self.restore_visible(id, hash)?;
+                    self.restore_visible(id)?;
                 }
             }
             (_, Found::Hidden) | (None, Found::Committed) => {
@@ -249,7 +252,7 @@ impl<T: SlotTable> Cache<T> {
             }
             (chunk, Found::Writing | Found::Orphaned) => {
                 let attachment = self.slots.attachment_for(header.owner, INHERITED).ok_or_else(nonsense)?;
-                let id = chunk.map(|(id, ..)| id);
+                let id = chunk.map(|(id, _)| id);
                 self.slots.begin_writing(slot, attachment, id.unwrap_or(0), header.rank as u8);
                 self.slabs.busy(slot);
                 self.charges.of[usize::from(header.owner)] += self.slot_bytes(slot);
@@ -288,11 +291,9 @@ impl<T: SlotTable> Cache<T> {
         self.used_at(id, tick);
         let chunk = self.chunks.get_mut(id);
         chunk.committed += 1;
-        let (committed, namespace, key) = (u32::from(chunk.committed), chunk.namespace, chunk.key);
-        if committed == self.world_of(id) {
+        if u32::from(chunk.committed) == self.world_of(id) {
             self.restored.expected -= 1;
-            let hash = self.hash(namespace, key);
-            return self.restore_visible(id, hash);
+            return self.restore_visible(id);
         }
         Ok(())
     }
@@ -307,9 +308,9 @@ impl<T: SlotTable> Cache<T> {
         }
     }
 
-    /// The forming chunk to which a shard belongs, with its world and hash; it is made if necessary. `None`: the
-    /// shard is of no use to any chunk.
-    fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<(ChunkId, u32, Hash)> {
+    /// The forming chunk to which a shard belongs, with its world; it is made if necessary. `None`: the shard is of no use to any
+    /// chunk.
+    fn chunk_of(&mut self, header: &ShardHeader, tick: u64) -> Option<(ChunkId, u32)> {
         let ShardHeader { key, namespace, rank, round, length, .. } = *header;
         let registered = self.namespace(namespace).filter(|registered| registered.has(rank))?;
         let world = registered.world;
@@ -340,15 +341,17 @@ impl<T: SlotTable> Cache<T> {
             }
         };
         self.used_at(id, tick);
-        Some((id, world, hash))
+        Some((id, world))
     }
 
     /// Makes a chunk visible, all of whose shards have been restored; other rounds of it are not wanted. It gets
     /// its place in the eviction order later.
-    fn restore_visible(&mut self, id: ChunkId, hash: Hash) -> Result<(), NotRestorable> {
-        let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
-        let forming = self.index.forming(&self.chunks, hash, namespace, key);
-        push(&mut self.restored.unwanted, forming.iter().copied())?;
+    fn restore_visible(&mut self, id: ChunkId) -> Result<(), NotRestorable> {
+        if self.chunks.counts.forming > 0 {
+            let (key, namespace) = (self.chunks.get(id).key, self.chunks.get(id).namespace);
+            let forming = self.index.forming(&self.chunks, self.hash(namespace, key), namespace, key);
+            push(&mut self.restored.unwanted, forming.iter().copied())?;
+        }
         self.chunks.set_visible(id);
         self.unplaced += 1;
         self.restored.visible.push(self.chunks.get(id).tick, id)

@@ -1,10 +1,10 @@
 //! Listening to schedulers before chunks are dropped: see [`kvring_shm_abi::lookup`] for the protocol, and `cache/mark.rs` for
 //! its other half.
 //!
-//! The cache asks whether everything that schedulers have said is heard ([`Service::heard`]). If not, the loop goes on serving as always,
-//! and counts: a scheduler *has been heard* when its ring was seen empty, or when as many messages as a ring is deep were taken
-//! from it, because it cannot have had more in it at the time of the fence. When all have been heard the cache decides. So that
-//! takes as long as the engine takes to read what is there, and no client can make it longer.
+//! The cache asks whether everything that schedulers have said is heard ([`Service::heard`]). If not, the loop goes on serving
+//! as always, and counts: a scheduler *has been heard* when its ring was seen empty, or when as many messages as a ring is deep
+//! were taken from it, because it cannot have had more in it at the time of the fence. When all have been heard the cache
+//! decides. So that takes as long as the engine takes to read what is there, and no client can make it longer.
 
 use super::entry::Entry;
 use super::{CLIENTS_MAX, Service};
@@ -17,7 +17,7 @@ pub(super) struct Listening {
     /// For which batch of marked chunks.
     batch: u64,
     /// A bit for each entry whose scheduler has not been heard.
-    pub(super) unheard: u64,
+    unheard: u64,
     /// How many messages of each have been taken since the fence.
     taken: [u16; CLIENTS_MAX],
 }
