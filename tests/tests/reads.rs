@@ -9,6 +9,7 @@ use kvring_shm_abi::lobby::Role;
 use kvring_shm_abi::lookup::Marked;
 use kvring_shm_abi::segment::EngineName;
 use kvring_shm_abi::sync::{AtomicBool, AtomicU32, Ordering};
+use kvring_tests::isolate::isolated;
 use kvring_tests::{
     EngineProcess, FAIL_POINT, Handle, LIMIT, RawClient, SchedulerSide, Shape, WorkerSide, WorkerSpec,
     all_loaded, all_stored, becomes, chain, eventually, overrides, round, soak, unique_name,
@@ -270,21 +271,24 @@ fn what_could_not_be_published_is_not_evicted() {
 /// What a scheduler cannot say waits for its keeper, which sleeps nearly always, also beside an engine that stands still.
 #[test]
 fn a_full_ring_keeps_no_keeper_busy() {
-    let engine = small("rd-idle");
-    let (mut worker, mut scheduler) = (engine.worker(), engine.scheduler());
-    let keys = worker.stores(round(1), chain(1, 16), 7);
-    engine.stop();
-    fills_its_ring(&mut scheduler, &keys);
-    let keepers = keepers();
-    assert_eq!(keepers.len(), 2, "the worker's and the scheduler's");
-    let used = || keepers.iter().map(PathBuf::as_path).map(used_by).sum::<Duration>();
-    let (before, began) = (used(), Instant::now());
-    std::thread::sleep(Duration::from_millis(700));
-    let (used, waited) = (used() - before, began.elapsed());
-    assert!(used * 30 < waited, "the keepers used {used:?} in {waited:?}");
-    engine.resume();
-    engine.stat_becomes("leases", FILL + 1);
-    engine.settles_without((worker, scheduler));
+    // The keepers are counted, and another test of this process has some, too.
+    isolated("a_full_ring_keeps_no_keeper_busy", || {
+        let engine = small("rd-idle");
+        let (mut worker, mut scheduler) = (engine.worker(), engine.scheduler());
+        let keys = worker.stores(round(1), chain(1, 16), 7);
+        engine.stop();
+        fills_its_ring(&mut scheduler, &keys);
+        let keepers = keepers();
+        assert_eq!(keepers.len(), 2, "the worker's and the scheduler's");
+        let used = || keepers.iter().map(PathBuf::as_path).map(used_by).sum::<Duration>();
+        let (before, began) = (used(), Instant::now());
+        std::thread::sleep(Duration::from_millis(700));
+        let (used, waited) = (used() - before, began.elapsed());
+        assert!(used * 30 < waited, "the keepers used {used:?} in {waited:?}");
+        engine.resume();
+        engine.stat_becomes("leases", FILL + 1);
+        engine.settles_without((worker, scheduler));
+    });
 }
 
 fn keepers() -> Vec<PathBuf> {
