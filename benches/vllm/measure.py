@@ -1,10 +1,12 @@
 """The measurements: several vLLMs side by side take turns, so that a change of the machine hits all alike."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lookups as compared  # before anything that imports vLLM
 from real.engine import Engine
 from real.models import model
 from real.prompts import prompt
@@ -13,6 +15,7 @@ from real.vllm import Connector, Vllm, Zygote
 LENGTH = 4096
 LLM: dict[str, Any] = {"max_num_batched_tokens": 8192, "num_gpu_blocks_override": 1024, "enable_prefix_caching": True}
 """As users run it: with vLLM's own prefix cache, which is reset where kvring's hits are wanted."""
+OFFLOADING = "vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector"
 
 Found = dict[str, dict[str, list[float]]]
 
@@ -22,6 +25,9 @@ class Bench:
 
     def __init__(self, scratch: Path) -> None:
         self.engine = Engine(scratch, arena="1GiB")
+        # `offload` is imported in vLLM's processes.
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self.zygote = Zygote()
         self.fresh = itertools.count(1_000_000)
         self.vllms: list[Vllm] = []
@@ -50,6 +56,12 @@ class Bench:
         """A vLLM with a connector that does nothing."""
         connector = Connector("Nothing", "real.nothing", {}, tap={"only": [], "plain_clock": True})
         return self.keep(Vllm(self.zygote, model(), connector, **LLM))
+
+    def offloading(self) -> Vllm:
+        """A vLLM with vLLM's own OffloadingConnector."""
+        extra = {"spec_name": "MemcpySpec", "spec_module_path": "offload", "cpu_bytes_to_use": 1 << 30}
+        tap = {"only": ["update_state_after_alloc"], "plain_clock": True}
+        return self.keep(Vllm(self.zygote, model(), Connector("OffloadingConnector", OFFLOADING, extra, tap=tap), **LLM))
 
     def keep(self, vllm: Vllm) -> Vllm:
         self.vllms.append(vllm)
@@ -114,12 +126,18 @@ def lookups(bench: Bench, count: int) -> Found:
     return {"lookup_us": {name: [ms * 1e3 for ms in values] for name, values in times.items()}}
 
 
+def side_by_side(bench: Bench, count: int) -> Found:
+    """Lookups of 4096 and of 131 072 tokens, in kvring, in vLLM's OffloadingConnector, and in a dict."""
+    return compared.side_by_side(bench.engine, 5 * count)
+
+
 def ttft(bench: Bench, count: int) -> Found:
-    """Time to the first token of 4096: cold, from vLLM's own prefix cache, from kvring."""
+    """Time to the first token of 4096: cold, from vLLM's own prefix cache, from kvring, from vLLM's OffloadingConnector."""
     none, own = bench.plain(), bench.plain()
     hits = {
         "async load": bench.kvring(),
         "sync load": bench.kvring(load="sync"),
+        "offloading": bench.offloading(),
     }
     known = bench.new_prompt()
     ask(own, [known])
@@ -133,7 +151,7 @@ def ttft(bench: Bench, count: int) -> Found:
                 vllm.reset()
             answer = ask(vllm, [known])[0]
             loaded = LENGTH if own_cache else 0
-            assert sum(answer["external"]) + loaded >= LENGTH - 32, f"no hit in kvring: {answer['external']}"
+            assert sum(answer["external"]) + loaded >= LENGTH - 32, f"no hit: {answer['external']}"
             assert answer["cached"] >= LENGTH - 32, f"a hit was expected: {answer['cached']} of {LENGTH} tokens"
             return answer
 

@@ -15,8 +15,10 @@ from real.engine import binary
 from waiting import FOREVER_MS, wait_for
 
 import kvring
-from kvring.vllm.metadata import KvringMetadata, Load
+from kvring.vllm.metadata import KvringMetadata, Load, Outcome
 from kvring.vllm.scheduler import SchedulerSide
+from kvring.vllm.stores import OpenStore
+from kvring.vllm.tracker import OpenLoad
 
 
 def test_a_request_is_told_of_only_those_bad_blocks_that_were_to_be_loaded() -> None:
@@ -28,6 +30,22 @@ def test_a_request_is_told_of_only_those_bad_blocks_that_were_to_be_loaded() -> 
     side.geometry = SimpleNamespace(groups=(SimpleNamespace(tokens=4),), chunk_tokens=4)
     side.load_cannot_be("r", SimpleNamespace(get_block_ids=lambda: ([1, 2, 3, 4],)))
     assert side._loads[0].blocks == [3, 4]
+
+
+def test_a_job_ends_with_the_report_of_the_last_rank() -> None:
+    """Until then that rank may read what the lease keeps. Of two ranks with the same bytes both load, and one stores."""
+    side = SchedulerSide.__new__(SchedulerSide)
+    side.geometry = SimpleNamespace(ranks=4, world=2)
+    side._open_loads = {1: OpenLoad(1, "r", 0, False, 0, 0)}
+    side.open_stores = {2: OpenStore(2, "r", 0, 0, 1, [1])}
+    ended: list[int] = []
+    side._load_ended, side._store_ended = lambda load: ended.append(load.job), ended.append
+    for job in (1, 2, 1, 1):
+        side._reported(job, Outcome(ranks=1))
+    assert not ended
+    for job in (2, 1):
+        side._reported(job, Outcome(ranks=1))
+    assert ended == [2, 1]
 
 
 def test_what_vllm_kept_through_our_reset_is_not_found_after_its_own(engine: kvring.Engine) -> None:

@@ -49,6 +49,16 @@ def test_checkpoints_that_differ_in_one_tensor_are_two(large, tmp_path) -> None:
     assert before > content.BLOCK * content.BLOCKS_MAX, "or it would be read whole"
 
 
+@pytest.mark.parametrize("shard", [0, 1])
+def test_the_header_of_every_file_counts(large, tmp_path, shard) -> None:
+    """Two tensors have changed names: all sizes and places are the same, and the bytes of all tensors."""
+    files = checkpoint(tmp_path / "m")
+    found, path = content.digest(files), files[f"model-{shard}.safetensors"]
+    one, other = (f'"t{index}"'.encode() for index in (shard, shard + 2))
+    path.write_bytes(other.join(part.replace(other, one) for part in path.read_bytes().split(one)))
+    assert content.digest(files) != found
+
+
 def test_small_files_are_read_whole(tmp_path) -> None:
     files = {"adapter_model.safetensors": write(tmp_path / "a", {"t": bytes(TENSOR)})}
     seen = set()
