@@ -390,6 +390,13 @@ impl Probe {
         }
     }
 
+    /// The link of the attachment whose tables may be read, for a hint.
+    #[inline]
+    pub(crate) fn link_for_hints(&mut self) -> Option<&Link> {
+        self.refresh();
+        self.held.as_deref()
+    }
+
     /// The link of the attachment whose tables may be read, whatever its engine is doing: see [`Link::reading`]. And the
     /// client's leases.
     #[inline]

@@ -170,6 +170,7 @@ fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> R
     let mut pause = shared.checked.options.backoff_min;
     loop {
         let seen = shared.control.load(Ordering::Acquire);
+        let (left, left_before) = attachment.link.left();
         if let Some(why) = over(shared, attachment) {
             return Err(why);
         }
@@ -187,7 +188,7 @@ fn enter(shared: &Arc<Shared>, attachment: &Arc<Attachment>, rejoins: bool) -> R
         }
         // Drain the answers that came too late for the failed attempt.
         attachment.link.tend();
-        sleep(shared, seen, None, Deadline::after(pause));
+        wait_any_sliced(&[(&shared.control, seen), (left, left_before)], Deadline::after(pause), SLICE);
         pause = (pause * 2).min(shared.checked.options.backoff_max);
     }
 }

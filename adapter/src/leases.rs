@@ -123,8 +123,8 @@ impl Leases {
                 Some(reading) => (&**at, reading.marked),
                 None => return kept,
             },
-            At::Declaring => (link, Marked::There),
-            At::Attached(_) | At::Nowhere => return kept,
+            At::Declaring if link.reading().is_some() => (link, Marked::There),
+            At::Attached(_) | At::Declaring | At::Nowhere => return kept,
         };
         kept.told = told.nonce;
         let told = told.incarnation;
@@ -235,10 +235,9 @@ impl Leases {
 
     /// Keeper: this piece could not be sent after all.
     pub(crate) fn not_declared(&self, piece: &Piece) {
-        if let Some(lease) = self.state().held.get_mut(&piece.name)
-            && lease.told == piece.first + piece.words.len()
-        {
-            lease.told = piece.first;
+        // It may have been cut meanwhile. Another lease may have the name by now: of that, nothing has been told.
+        if let Some(lease) = self.state().held.get_mut(&piece.name) {
+            lease.told = lease.told.min(piece.first);
         }
     }
 
@@ -258,7 +257,7 @@ impl Leases {
     pub(crate) fn end_declaring(&self, link: &Arc<Link>) -> Option<Result<Pending, crate::error::CallError>> {
         let mut state = self.state();
         let State { at, held, untold, .. } = &*state;
-        let is_moved = at.is(link);
+        let is_moved = matches!(at, At::Attached(at) if at.nonce == link.nonce);
         if !is_moved && untold.iter().any(|name| held.get(name).is_some_and(|lease| lease.told < lease.keep))
         {
             return None;
@@ -348,7 +347,7 @@ impl State {
         }
     }
 
-    /// Sends a release now, or leaves it to be sent after declaring.
+    /// Sends a release now, or leaves it to be sent with the next lease that is declared, or behind all of them.
     fn send(&mut self, request: Request) {
         match &self.at {
             At::Attached(link) => link.post_quietly(request),

@@ -1,6 +1,7 @@
 //! After a restart the keeper declares to the new engine what this client still holds, and the engine frees the rest.
 //!
-//! If anything goes wrong, the keeper declares everything again from the start, to the same engine or the next.
+//! If anything goes wrong, the keeper begins again, with the same engine or the next. It declares all slots again, and of the
+//! leases what it has not declared to that engine.
 
 use crate::attachment::Attachment;
 use crate::batch::{BatchId, Settled};

@@ -11,6 +11,7 @@ use crate::hit::Hit;
 use crate::leases::Found;
 use crate::link::Link;
 use hashbrown::HashMap;
+use hashbrown::hash_map::EntryRef;
 use kvring_shm_abi::chunk::ChunkWord;
 use kvring_shm_abi::engine_segment::NamespaceInfo;
 use kvring_shm_abi::lobby::LookupTotals;
@@ -151,9 +152,12 @@ impl PollingSchedulerAdapter {
             return Err(CallError::Forked);
         }
         let mut keys = keys.peekable();
-        tables.prefetch(keys.peek());
+        let session = sessions.entry_ref(request);
+        if let EntryRef::Vacant(_) = session {
+            tables.prefetch(keys.peek());
+        }
         let new = || Session::new(tables.probe.client().shared.next_session());
-        let session = sessions.entry_ref(request).or_insert_with(new);
+        let session = session.or_insert_with(new);
         if session.admission == Some(admission) {
             if tables.still_have(session) {
                 return Ok(&session.hit);
@@ -250,9 +254,11 @@ impl Session {
 
 impl Tables {
     /// Asks the processor for the lines of the directory that the first key needs, on the assumption that the namespace is what it
-    /// was at the last lookup. They come while the session is looked up.
+    /// was at the last lookup. They come while the session is made.
     fn prefetch(&mut self, first: Option<&Key>) {
-        if let (Some(key), Some(known), Ok((link, _))) = (first, self.known, self.probe.tables()) {
+        if let (Some(key), Some(known)) = (first, self.known)
+            && let Some(link) = self.probe.link_for_hints()
+        {
             let directory = link.engine.chunks.directory();
             directory.prefetch(directory.spot(namespace_index(known.id), *key));
         }

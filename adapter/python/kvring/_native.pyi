@@ -101,8 +101,8 @@ class PollingSchedulerAdapter:
 
     def is_current(self, request: str) -> bool:
         """Says whether the answer of this request's admission still holds. It does not once its arena has been replaced, or an
-        engine that could not wait for this client after a restart has evicted some of it: then the next lookup of the same
-        admission looks again. Takes a load for each chunk."""
+        engine has evicted some of it, because it could not wait for this client after a restart or has thrown it out: then the
+        next lookup of the same admission looks again. Takes a few loads; after a restart, once, a load for each chunk."""
 
     def free_lookup_locks(self, request: str, admission: int, keep: int = 0) -> None:
         """Gives up what this request's admission holds beyond its first `keep` chunks. To be called when all ranks have

@@ -138,8 +138,8 @@ impl PollingSchedulerAdapter {
     }
 
     /// Says whether the answer of this request's admission still holds. It does not once its arena has been replaced, or an
-    /// engine that could not wait for this client after a restart has evicted some of it: then the next lookup of the same
-    /// admission looks again. Takes a load for each chunk.
+    /// engine has evicted some of it, because it could not wait for this client after a restart or has thrown it out: then the
+    /// next lookup of the same admission looks again. Takes a few loads; after a restart, once, a load for each chunk.
     fn is_current(&self, py: Python<'_>, request: &str) -> PyResult<bool> {
         guarded(py, || Ok(self.held.now(py, |adapter| adapter.is_current(request))))
     }

@@ -91,7 +91,13 @@ fn a_piece_that_could_not_be_sent_is_declared_later() {
     let piece = leases.next_to_declare().unwrap();
     leases.not_declared(&piece);
     leases.begin_declaring(Some(link.nonce));
-    assert_eq!(leases.next_to_declare().unwrap().words, words);
+    let piece = leases.next_to_declare().unwrap();
+    assert_eq!(piece.words, words);
+    // The same, and meanwhile it is cut.
+    leases.release((1, 0), 2);
+    leases.not_declared(&piece);
+    leases.begin_declaring(Some(link.nonce));
+    assert_eq!(leases.next_to_declare().unwrap().words, words[..2]);
 }
 
 #[test]
