@@ -3,6 +3,7 @@
 use crate::child::{self, Child, Engine, Job, Placement};
 use crate::clock::{Clock, process_cpu_ns};
 use crate::cores::Pair;
+use crate::lookup::fill::Chains;
 use crate::lookup::filled_engine;
 use crate::report::{How, Sheet, number, rounded};
 use crate::stats::Windows;
@@ -153,7 +154,7 @@ fn cpu_share(pid: u32, window: impl FnOnce() -> anyhow::Result<()>) -> anyhow::R
 
 /// Anonymous memory, and shared memory in use beside the arena, of an engine whose index holds `chunks` chunks.
 fn filled(chunks: u32) -> anyhow::Result<(f64, f64)> {
-    let (engine, _) = filled_engine(chunks, EngineConfig::default(), &Placement::default())?;
+    let engine = filled_engine(&Chains::new(chunks), EngineConfig::default(), &Placement::default())?;
     let anonymous = rss_anon(engine.pid())?;
     let segment = status_bytes(engine.pid(), "RssShmem:")?;
     engine.stop()?;

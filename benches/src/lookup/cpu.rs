@@ -30,16 +30,16 @@ pub(super) struct EngineCpu {
     pub(super) per_lookup: Vec<[f64; 2]>,
 }
 
-pub(super) fn measure(index: u32, pair: &Pair) -> anyhow::Result<EngineCpu> {
+pub(super) fn measure(chains: &Chains, pair: &Pair) -> anyhow::Result<EngineCpu> {
     let config = EngineConfig { spin_us: 0, ..EngineConfig::default() };
     let placement = Placement { cpus: vec![pair.theirs], batch: true, ..Placement::default() };
-    let (engine, chains) = filled_engine(index, config, &placement)?;
+    let engine = filled_engine(chains, config, &placement)?;
     let mut per_lookup = Vec::new();
     cores::on(&[pair.theirs], || {
         for asked in ASKED {
             let mut both = [0.0; 2];
             for (cost, present) in both.iter_mut().zip([true, false]) {
-                *cost = batches(&engine, &chains, asked, present)?;
+                *cost = batches(&engine, chains, asked, present)?;
             }
             per_lookup.push(both);
         }

@@ -27,11 +27,35 @@ pub(crate) fn key(chain: u64, at: u64) -> Key {
 /// The chains of an index of a given size; the last one may be shorter.
 pub(crate) struct Chains {
     chunks: u64,
+    is_scattered: bool,
+}
+
+/// A prime above every size of an index, so that its multiples visit every place once.
+const STRIDE: u64 = 4_294_967_311;
+
+/// Where the chunk at this place goes when chunks are scattered over `count` places: far from its neighbours.
+fn scattered(at: u64, count: u64) -> u64 {
+    (u128::from(at) * u128::from(STRIDE * 7) % u128::from(count)) as u64
 }
 
 impl Chains {
     pub(crate) fn new(chunks: u32) -> Chains {
-        Chains { chunks: chunks.into() }
+        Chains { chunks: chunks.into(), is_scattered: false }
+    }
+
+    /// Stored so that the chunks of a chain lie apart, as after many evictions.
+    pub(super) fn scattered(self) -> Chains {
+        Chains { is_scattered: true, ..self }
+    }
+
+    /// The chunks of all chains.
+    pub(super) fn chunks(&self) -> u64 {
+        self.chunks
+    }
+
+    /// Which chunk of all chains, one behind the other, is stored as this one.
+    pub(super) fn stored_as(&self, at: u64) -> u64 {
+        if self.is_scattered { scattered(at, self.chunks) } else { at }
     }
 
     /// Chains of full length.
@@ -42,6 +66,14 @@ impl Chains {
     /// All chains.
     pub(crate) fn count(&self) -> u64 {
         self.chunks.div_ceil(CHAIN as u64)
+    }
+
+    /// The keys in the order in which they are stored, from the place `first` on, as many as a chain has.
+    fn stored(&self, first: u64) -> impl Iterator<Item = Key> {
+        (first..(first + CHAIN as u64).min(self.chunks)).map(|at| {
+            let at = self.stored_as(at);
+            key(at / CHAIN as u64, at % CHAIN as u64)
+        })
     }
 
     /// The keys of a chain.
@@ -64,7 +96,8 @@ pub(crate) fn fill(engine: &Engine, chains: &Chains) -> anyhow::Result<()> {
     let mut stored = 0u64;
     for first in (0..chains.count()).step_by(CHAINS_PER_JOB as usize) {
         for chain in first..(first + CHAINS_PER_JOB).min(chains.count()) {
-            let chunks = chains.keys(chain).map(|key| StoreChunk { key, blocks: vec![0] }).collect();
+            let keys = chains.stored(chain * CHAIN as u64);
+            let chunks = keys.map(|key| StoreChunk { key, blocks: vec![0] }).collect();
             let round = Round { source: 1, number: chain as u32 + 1 };
             worker.submit_store("fill", round, None, chunks, None)?;
         }
@@ -101,11 +134,21 @@ mod tests {
     use std::collections::HashSet;
 
     #[test]
-    fn chains_cover_the_index_with_distinct_keys() {
+    fn chains_cover_the_index_with_distinct_keys_and_all_are_stored() {
         let chains = Chains::new(1300);
         assert_eq!((chains.whole(), chains.count()), (2, 3));
         let keys: Vec<Key> = (0..chains.count()).flat_map(|chain| chains.keys(chain)).collect();
         assert_eq!(keys.len(), 1300);
-        assert_eq!(keys.iter().collect::<HashSet<_>>().len(), 1300);
+        let all: HashSet<_> = keys.iter().collect();
+        assert_eq!(all.len(), 1300);
+        let stored = |chains: &Chains| -> Vec<Key> {
+            (0..chains.count()).flat_map(|chain| chains.stored(chain * CHAIN as u64)).collect()
+        };
+        assert_eq!(stored(&chains), keys);
+        let scattered = stored(&chains.scattered());
+        assert_eq!(scattered.len(), 1300);
+        assert_eq!(scattered.iter().collect::<HashSet<_>>(), all);
+        let place = |key: &Key| scattered.iter().position(|other| other == key).unwrap();
+        assert!(keys.windows(2).all(|two| place(&two[0]).abs_diff(place(&two[1])) > 16));
     }
 }

@@ -1,6 +1,6 @@
 //! The limit of a lookup: as many plain loads of private memory as it reads cache lines, prefetched as far ahead.
 
-use super::fill::CHAIN;
+use super::fill::{CHAIN, Chains};
 use super::{PER_WINDOW, Samples};
 use crate::clock::Clock;
 use core::hint::black_box;
@@ -15,17 +15,20 @@ struct Line([u64; 8]);
 const AHEAD: usize = 8;
 
 /// Private memory as large as the records and the directory of an index.
-pub(super) struct Limit {
+pub(super) struct Limit<'a> {
+    chains: &'a Chains,
     records: Vec<Line>,
     buckets: Vec<Line>,
+    /// The lines of the lookup that comes, in the order in which it reads them.
+    lines: Vec<usize>,
     random: Random,
 }
 
-impl Limit {
-    pub(super) fn new(index: u32) -> Limit {
-        let records = (0..u64::from(index)).map(|at| Line([at; 8])).collect();
-        let buckets = vec![Line([1; 8]); index as usize / 4 + 1];
-        Limit { records, buckets, random: Random::new(11, 0) }
+impl<'a> Limit<'a> {
+    pub(super) fn new(chains: &'a Chains) -> Limit<'a> {
+        let records = (0..chains.chunks()).map(|at| Line([at; 8])).collect();
+        let buckets = vec![Line([1; 8]); chains.chunks() as usize / 4 + 1];
+        Limit { chains, records, buckets, lines: Vec::with_capacity(CHAIN), random: Random::new(11, 0) }
     }
 
     /// The loads of so many lookups: of a directory's two lines, and of each record twice, the second time when all have been
@@ -34,20 +37,24 @@ impl Limit {
         let mut samples = Samples::with_capacity(PER_WINDOW as usize);
         for _ in 0..PER_WINDOW {
             let spots = [(); 2].map(|()| self.random.below(self.buckets.len() as u64) as usize);
-            let chain = self.random.below(self.records.len() as u64 / CHAIN as u64) as usize * CHAIN;
+            let chain = self.random.below(self.chains.whole()) * CHAIN as u64;
+            let places = (chain..chain + asked as u64).map(|at| self.chains.stored_as(at) as usize);
+            self.lines.clear();
+            self.lines.extend(places);
             let before = clock.ticks();
             let mut sum = spots.iter().fold(0u64, |sum, spot| sum.wrapping_add(self.buckets[*spot].0[3]));
             if present {
                 // The place of the first record is known only when the directory's lines have been read.
-                let first = black_box(chain + usize::from(sum == u64::MAX));
-                let lines = &self.records[first..first + asked];
+                let first = black_box(usize::from(sum == u64::MAX));
+                let lines = &self.lines[first..];
                 for (at, line) in lines.iter().enumerate() {
                     if let Some(ahead) = lines.get(at + AHEAD) {
-                        prefetch(ahead);
+                        prefetch(&self.records[*ahead]);
                     }
+                    let line = &self.records[*line];
                     sum = sum.wrapping_add(line.0[0] ^ line.0[1] ^ line.0[2]);
                 }
-                sum = lines.iter().fold(sum, |sum, line| sum.wrapping_add(line.0[0]));
+                sum = lines.iter().fold(sum, |sum, line| sum.wrapping_add(self.records[*line].0[0]));
             }
             black_box(sum);
             samples.push(clock.ticks() - before);

@@ -36,6 +36,10 @@ pub struct LookupArgs {
     #[arg(long, value_delimiter = ',', default_value = "10000,100000,1000000",
         value_parser = clap::value_parser!(u32).range(CHAIN as i64..))]
     pub index: Vec<u32>,
+    /// Store the chunks of a chain apart from each other, as they lie after many evictions; without this they lie one behind the
+    /// other, as they do when they are stored.
+    #[arg(long)]
+    pub scattered: bool,
 }
 
 /// Chunks asked for.
@@ -101,8 +105,10 @@ pub(crate) fn run(how: How, args: &LookupArgs) -> anyhow::Result<()> {
     let mut measured = Vec::new();
     for index in &args.index {
         bar.set_message(format!("{index} chunks: filling"));
-        let (engine, chains) = filled_engine(
-            *index,
+        let chains = Chains::new(*index);
+        let chains = if args.scattered { chains.scattered() } else { chains };
+        let engine = filled_engine(
+            &chains,
             EngineConfig::default(),
             &Placement { service_cpu: pair.two().then_some(pair.theirs), ..Placement::default() },
         )?;
@@ -110,21 +116,22 @@ pub(crate) fn run(how: How, args: &LookupArgs) -> anyhow::Result<()> {
         let (rtt, cases) = cores::on(&[pair.ours], || measure(&engine, &chains, *index, how, &clock, &bar))?;
         engine.stop()?;
         bar.set_message(format!("{index} chunks: the engine's CPU time"));
-        let cpu = cpu::measure(*index, &pair)?;
+        let cpu = cpu::measure(&chains, &pair)?;
         bar.inc(1);
         measured.push(Measured { index: *index, rtt, cases, cpu });
     }
     bar.finish_and_clear();
-    print::print(how, measured, &clock, about)
+    print::print(how, args.scattered, measured, &clock, about)
 }
 
-/// An engine whose index holds `chunks` chunks of 4 KiB, and their keys.
+/// An engine whose index holds these chains, in chunks of 4 KiB.
 pub(crate) fn filled_engine(
-    chunks: u32,
+    chains: &Chains,
     config: EngineConfig,
     placement: &Placement,
-) -> anyhow::Result<(Engine, Chains)> {
-    let index_bytes = u64::from(chunks) * fill::SHARD_BYTES as u64;
+) -> anyhow::Result<Engine> {
+    let chunks = chains.chunks();
+    let index_bytes = chunks * fill::SHARD_BYTES as u64;
     // Eviction keeps a part of the slots free: with a tenth more than the index it has nothing to do.
     let arena = index_bytes + index_bytes / 10 + BUSY_BYTES;
     // And so does the table of chunks, which is for larger ones.
@@ -133,11 +140,10 @@ pub(crate) fn filled_engine(
     let engine = Engine::spawn(config, placement)?;
     // Stores that outrun the allocation would evict the first chunks.
     engine.wait_allocated()?;
-    let chains = Chains::new(chunks);
-    fill::fill(&engine, &chains).context("filling the index")?;
+    fill::fill(&engine, chains).context("filling the index")?;
     let evicted = engine.stat(Stat::Evictions)?;
     ensure!(evicted == 0, "expected an index that keeps all of {chunks} chunks, but {evicted} were evicted");
-    Ok((engine, chains))
+    Ok(engine)
 }
 
 /// A scheduler of the benchmark's namespace.
@@ -154,7 +160,7 @@ fn measure(
     bar: &indicatif::ProgressBar,
 ) -> anyhow::Result<([Case; 2], Vec<Case>)> {
     let mut looker = Looker::new(engine, chains)?;
-    let mut limit = Limit::new(index);
+    let mut limit = Limit::new(chains);
     looker.check_all()?;
     let mut busy = Child::spawn(&BusyJob { engine: engine.name.clone() })?;
     busy.read::<()>()?;
