@@ -63,8 +63,10 @@ def test_an_engine_that_is_killed_costs_no_hit(scene, place):
     said = transitions(vllm.log_since_ready())
     assert len(said) == 2, said
     for what in said.values():
-        assert sum("reason=its process has died" in line for line in what) == 1, said
-        assert sum(line.startswith("connected to the kvring engine") for line in what) == 1, said
+        deaths = [at for at, line in enumerate(what) if "reason=its process has died" in line]
+        assert len(deaths) == 1, said
+        # The first connection may have been said after vLLM's start as well: nothing waits for the scheduler's.
+        assert sum(line.startswith("connected to the kvring engine") for line in what[deaths[0] :]) == 1, said
 
 
 def test_an_engine_may_be_killed_again_and_again(scene):
