@@ -95,6 +95,8 @@ def _arena_bytes(name: str) -> int:
 def _is_left_alone(keeper: Keeper, name: str) -> None:
     """The keeper has looked, several times, and started none."""
     wait_for(lambda: keeper._gone >= 3, "it looks, and looks again")
+    # The one that was stopped may take longer to end than the keeper to look.
+    wait_for(lambda: _pids(name) == [] or kvring.engine_state(name) == "serving", "nobody is there, or somebody else")
     assert kvring.engine_state(name) in ("absent", "stopped") and _pids(name) == []
 
 
