@@ -19,8 +19,6 @@ pub(super) struct Limit<'a> {
     chains: &'a Chains,
     records: Vec<Line>,
     buckets: Vec<Line>,
-    /// The lines of the lookup that comes, in the order in which it reads them.
-    lines: Vec<usize>,
     random: Random,
 }
 
@@ -28,7 +26,19 @@ impl<'a> Limit<'a> {
     pub(super) fn new(chains: &'a Chains) -> Limit<'a> {
         let records = (0..chains.chunks()).map(|at| Line([at; 8])).collect();
         let buckets = vec![Line([1; 8]); chains.chunks() as usize / 4 + 1];
-        Limit { chains, records, buckets, lines: Vec::with_capacity(CHAIN), random: Random::new(11, 0) }
+        Limit { chains, records, buckets, random: Random::new(11, 0) }
+    }
+
+    /// The records of a chain that begins at the place `first`, from the one with this number on.
+    fn lines(&self, first: usize, number: usize) -> impl Iterator<Item = &Line> {
+        let (count, step) = (self.records.len(), self.chains.stored_as(1) as usize);
+        let mut place = (first + number * step) % count;
+        core::iter::repeat_with(move || {
+            let line = &self.records[place];
+            place += step;
+            place -= if place < count { 0 } else { count };
+            line
+        })
     }
 
     /// The loads of so many lookups: of a directory's two lines, and of each record twice, the second time when all have been
@@ -37,24 +47,17 @@ impl<'a> Limit<'a> {
         let mut samples = Samples::with_capacity(PER_WINDOW as usize);
         for _ in 0..PER_WINDOW {
             let spots = [(); 2].map(|()| self.random.below(self.buckets.len() as u64) as usize);
-            let chain = self.random.below(self.chains.whole()) * CHAIN as u64;
-            let places = (chain..chain + asked as u64).map(|at| self.chains.stored_as(at) as usize);
-            self.lines.clear();
-            self.lines.extend(places);
+            let chain = self.chains.stored_as(self.random.below(self.chains.whole()) * CHAIN as u64) as usize;
             let before = clock.ticks();
             let mut sum = spots.iter().fold(0u64, |sum, spot| sum.wrapping_add(self.buckets[*spot].0[3]));
             if present {
                 // The place of the first record is known only when the directory's lines have been read.
-                let first = black_box(usize::from(sum == u64::MAX));
-                let lines = &self.lines[first..];
-                for (at, line) in lines.iter().enumerate() {
-                    if let Some(ahead) = lines.get(at + AHEAD) {
-                        prefetch(&self.records[*ahead]);
-                    }
-                    let line = &self.records[*line];
+                let first = black_box(chain + usize::from(sum == u64::MAX));
+                for (line, ahead) in self.lines(first, 0).zip(self.lines(first, AHEAD)).take(asked) {
+                    prefetch(ahead);
                     sum = sum.wrapping_add(line.0[0] ^ line.0[1] ^ line.0[2]);
                 }
-                sum = lines.iter().fold(sum, |sum, line| sum.wrapping_add(self.records[*line].0[0]));
+                sum = self.lines(first, 0).take(asked).fold(sum, |sum, line| sum.wrapping_add(line.0[0]));
             }
             black_box(sum);
             samples.push(clock.ticks() - before);
