@@ -150,16 +150,16 @@ impl Directory {
         let tag = spot.tag();
         let places = spot.buckets(self.buckets.len()).map(|bucket| &self.buckets[bucket].hints);
         // Relaxed: a hint proves nothing. All sixteen at once, because usually at most one of them has the tag.
-        let hints: [[u64; WAYS]; 2] =
-            places.map(|hints| core::array::from_fn(|way| hints[way].load(Ordering::Relaxed)));
+        let hints: [u64; 2 * WAYS] =
+            core::array::from_fn(|at| places[at / WAYS][at % WAYS].load(Ordering::Relaxed));
         let mut matching = 0_u32;
-        for (at, hint) in hints.iter().flatten().enumerate() {
+        for (at, hint) in hints.iter().enumerate() {
             matching |= u32::from(hint >> CHUNK_ID_BITS == tag) << at;
         }
         core::iter::from_fn(move || {
             let at = (matching != 0).then(|| matching.trailing_zeros() as usize)?;
             matching &= matching - 1;
-            Some(chunk_of(hints[at / WAYS][at % WAYS]))
+            Some(chunk_of(hints[at]))
         })
     }
 

@@ -107,15 +107,17 @@ impl ChunkTable {
         };
         let mut keys = keys.into_iter();
         let (mut block, mut spots) = ([Key::default(); BLOCK], [Spot::default(); BLOCK]);
-        // Where the block is read, how long it is, and up to where it has no spots.
-        let (mut at, mut len, mut spotted) = (0, 0, 0);
+        // Which record the first hint of each spot names.
+        let mut hinted = [u32::MAX; BLOCK];
+        // Where the block is read, how long it is, and whether what is left of it has spots.
+        let (mut at, mut len, mut is_spotted) = (0, 0, false);
         let mut next = u32::MAX;
         let end = found.len().saturating_add(most);
         while found.len() < end {
             if at == len {
                 // The first chunk tells whether the others lie behind it.
                 let size = if next == u32::MAX { 1 } else { BLOCK };
-                (at, len, spotted) = (0, 0, 0);
+                (at, len, is_spotted) = (0, 0, false);
                 for (place, key) in block[..size].iter_mut().zip(&mut keys) {
                     *place = key;
                     len += 1;
@@ -125,22 +127,26 @@ impl ChunkTable {
                 }
             }
             let key = block[at];
-            let word = match find(next, key) {
+            // Where one chunk of a block did not lie behind the one before it, the others hardly do.
+            let word = match find(if is_spotted { hinted[at] } else { next }, key) {
                 Some(word) => {
-                    self.prefetch(next.saturating_add(AHEAD));
+                    if !is_spotted {
+                        self.prefetch(next.saturating_add(AHEAD));
+                    }
                     word
                 }
                 None => {
-                    if spotted <= at {
+                    if !is_spotted {
                         for (spot, key) in spots[at..len].iter_mut().zip(&block[at..len]) {
                             *spot = directory.spot(index, *key);
                             directory.prefetch(*spot);
                         }
                         // The first one is needed at once.
-                        for spot in &spots[at + 1..len] {
-                            directory.hints(*spot).next().into_iter().for_each(|id| self.prefetch(id));
+                        for (spot, id) in spots[at + 1..len].iter().zip(&mut hinted[at + 1..len]) {
+                            *id = directory.hints(*spot).next().unwrap_or(u32::MAX);
+                            self.prefetch(*id);
                         }
-                        spotted = len;
+                        is_spotted = true;
                     }
                     let Some(word) = directory.hints(spots[at]).find_map(|id| find(id, key)) else { return };
                     word
