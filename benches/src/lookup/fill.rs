@@ -35,7 +35,7 @@ const STRIDE: u64 = 4_294_967_311;
 
 /// Where the chunk at this place goes when chunks are scattered over `count` places: far from its neighbours.
 fn scattered(at: u64, count: u64) -> u64 {
-    (u128::from(at) * u128::from(STRIDE * 7) % u128::from(count)) as u64
+    (u128::from(at) * u128::from(STRIDE) % u128::from(count)) as u64
 }
 
 impl Chains {
